@@ -1,0 +1,311 @@
+"""Engine options: vLLM's flags with their types, environment variables and checks.
+
+:class:`EngineArgs` is what a user may say; it is frozen and validated once. What is measured or
+derived (the memory plan, the element type chosen for a device) never lands in it.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from engine.errors import ConfigError, UnsupportedOptionError
+
+DEFAULT_MEMORY_FRACTION = 0.90
+DEFAULT_BLOCK_SIZE = 16
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+MAX_NUM_SEQS_LIMIT = 256
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+_UNITS = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000, "K": 1024, "M": 1024**2, "G": 1024**3}
+
+Auto = Literal["auto"]
+
+
+def human_int(text: str | int) -> int:
+    """Read an integer as vLLM does: ``32768``, ``32K`` = 32768, ``32k`` = 32000, ``1.5k`` = 1500."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?)\s*", str(text))
+    if not match:
+        raise ValueError(f"{text!r} is not a whole number such as 32768 or 32K")
+    number, unit = match.groups()
+    if "." in number and unit not in ("k", "m", "g"):
+        raise ValueError(f"{text!r}: a decimal needs a decimal unit (k, m or g)")
+    return round(float(number) * _UNITS[unit]) if unit else int(number)
+
+
+def int_or_auto(text: str | int) -> int | Auto:
+    """:func:`human_int`, or ``auto`` (also -1, as in vLLM)."""
+    if str(text).strip().lower() in ("auto", "-1"):
+        return "auto"
+    return human_int(text)
+
+
+def fraction_or_auto(text: str | float) -> float | Auto:
+    """A memory fraction in (0, 1], or ``auto``."""
+    if isinstance(text, str) and text.strip().lower() == "auto":
+        return "auto"
+    return float(text)
+
+
+def json_object(text: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object given as text or as a mapping."""
+    if isinstance(text, Mapping):
+        return dict(text)
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object such as {{}}, got {text!r}")
+    return value
+
+
+def modality_limits(text: str | Mapping[str, int]) -> dict[str, int]:
+    """``image=0,audio=0`` or a JSON object: how many of each kind a prompt may carry."""
+    if isinstance(text, str) and not text.lstrip().startswith("{"):
+        pairs = [part.split("=", 1) for part in text.split(",") if part.strip()]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"expected image=0,audio=0 or JSON, got {text!r}")
+        return {name.strip(): int(count) for name, count in pairs}
+    return {name: int(count) for name, count in json_object(text).items()}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One engine option as a flag: ``--name``; ``parse`` turns its text into the field's value."""
+
+    field: str
+    parse: Callable[[str], Any]
+    help: str
+    metavar: str = ""
+    env: str = ""
+    kind: Literal["value", "switch", "list"] = "value"
+    choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The flag as typed, without dashes: ``max-model-len``."""
+        return self.field.replace("_", "-")
+
+
+ENGINE_FLAGS: tuple[Flag, ...] = (
+    Flag("max_model_len", int_or_auto, "context length in tokens: 32768, 32K = 32768, or auto", "N"),
+    Flag(
+        "gpu_memory_utilization",
+        fraction_or_auto,
+        "share of the device's memory that the engine may use: auto (0.90) or (0, 1]",
+        "F",
+        env="VLLM_METAL_MEMORY_FRACTION",
+        aliases=("memory-fraction",),
+    ),
+    Flag("max_num_seqs", int_or_auto, "most requests running at once, or auto", "N"),
+    Flag("max_num_batched_tokens", human_int, "most tokens computed in one step", "N"),
+    Flag("block_size", int, "tokens per KV block", "N"),
+    Flag("enable_prefix_caching", bool, "reuse the KV blocks of equal prompt beginnings", kind="switch"),
+    Flag("kv_cache_dtype", str, "element type of the KV cache", choices=KV_CACHE_DTYPES),
+    Flag("dtype", str, "element type of weights and activations", choices=DTYPES),
+    Flag("seed", int, "seed of requests that bring none", "N"),
+    Flag("revision", str, "branch, tag or commit of a hub model", "REV"),
+    Flag("tokenizer", str, "tokenizer folder or hub id, if not the model's own", "PATH"),
+    Flag("hf_config_path", str, "folder or hub id of config.json, if not the model's own", "PATH"),
+    Flag("served_model_name", str, "name that clients use; may be repeated", "NAME", kind="list"),
+    Flag("trust_remote_code", bool, "run Python files that come with the model (off by default)", kind="switch"),
+    Flag("generation_config", str, "sampling defaults: auto (the model's), vllm (none) or a folder", "auto|vllm|DIR"),
+    Flag("override_generation_config", json_object, "sampling defaults set over the model's", "JSON"),
+    Flag("chat_template", str, "chat template: a file or the Jinja text itself", "FILE|TEXT"),
+    Flag("default_chat_template_kwargs", json_object, "variables that every chat template gets", "JSON"),
+    Flag("limit_mm_per_prompt", modality_limits, "image=0,audio=0 (this engine serves text)", "LIMITS"),
+)
+
+NOT_YET = "not in this version of vm-magic yet; leave it out"
+_ONE_DEVICE = "vm-magic runs on one device; for several, %vllm_metal export gives the vLLM command"
+REFUSED_FLAGS: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size", "distributed-executor-backend",
+            "enable-expert-parallel", "nnodes", "node-rank", "master-addr", "decode-context-parallel-size",
+        ),
+        _ONE_DEVICE,
+    ),
+    **dict.fromkeys(
+        (
+            "reasoning-parser", "tool-call-parser", "enable-auto-tool-choice", "reasoning-config",
+            "speculative-config", "enable-lora", "lora-modules", "additional-config", "kv-transfer-config",
+        ),
+        NOT_YET,
+    ),
+    "quantization": "the checkpoint says how it is quantized; leave the flag out",
+    "load-format": "the files say what they are (safetensors or GGUF); leave the flag out",
+    "enforce-eager": "steps are compiled only where that is faster; leave the flag out",
+    "swap-space": "preempted requests are recomputed; leave the flag out",
+    "cpu-offload-gb": "memory is shared on Apple hardware and planned elsewhere; lower --max-model-len instead",
+    "num-gpu-blocks-override": "the memory plan decides; turn --gpu-memory-utilization instead",
+    "async-scheduling": "steps always overlap; leave the flag out",
+    "enable-chunked-prefill": "prefill is always chunked; --max-num-batched-tokens sets the size",
+    "uds": "only TCP on this machine is served; use --host and --port",
+    "ssl-keyfile": "put a TLS proxy in front, or use JupyterHub's",
+    "ssl-certfile": "put a TLS proxy in front, or use JupyterHub's",
+    "middleware": "no foreign code is loaded into the server",
+    "tool-parser-plugin": "no foreign code is loaded into the server",
+    "allow-credentials": "credentials are the API key; leave the flag out",
+    "tokenizer-mode": "the tokenizer's files decide; leave the flag out",
+    "runner": "this engine generates text only",
+    "task": "this engine generates text only",
+    "convert": "this engine generates text only",
+}
+"""Flags of ``vllm serve`` that are refused, with what to do instead."""
+
+
+def refuse_flag(name: str) -> UnsupportedOptionError:
+    """The error for a flag that vLLM has and this engine lacks."""
+    name = name.lstrip("-").replace("_", "-")
+    why = REFUSED_FLAGS.get(name.removeprefix("no-"), "see %vllm_metal serve --help for the flags that are known")
+    return UnsupportedOptionError(f"--{name} is not supported: {why}", flag=name)
+
+
+@dataclass(frozen=True)
+class EngineArgs:
+    """Everything a user may say about a model and its engine. Names are vLLM's."""
+
+    model: str
+    max_model_len: int | Auto | None = None
+    gpu_memory_utilization: float | Auto = "auto"
+    max_num_seqs: int | Auto = "auto"
+    max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS
+    block_size: int = DEFAULT_BLOCK_SIZE
+    enable_prefix_caching: bool = True
+    kv_cache_dtype: str = "auto"
+    dtype: str = "auto"
+    seed: int | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    hf_config_path: str | None = None
+    served_model_name: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+    generation_config: str = "auto"
+    override_generation_config: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    limit_mm_per_prompt: Mapping[str, int] = field(default_factory=dict)
+    use_paged_attention: bool = True
+    memory_knob: str = "gpu_memory_utilization"
+    """The name under which the user set the fraction, for error messages."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("no model given: name one, for example smollm2", flag="model")
+        if isinstance(self.served_model_name, str):
+            object.__setattr__(self, "served_model_name", (self.served_model_name,))
+        else:
+            object.__setattr__(self, "served_model_name", tuple(self.served_model_name or ()))
+        self._check_range("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, low_open=True)
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+            self._check_range(name, getattr(self, name), 1, None)
+        if self.block_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+            raise self._outside("block_size", self.block_size, "a power of two from 1 to 256")
+        for name, allowed in (("dtype", DTYPES), ("kv_cache_dtype", KV_CACHE_DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise self._outside(name, getattr(self, name), "one of " + ", ".join(allowed))
+        if any(count > 0 for count in self.limit_mm_per_prompt.values()):
+            raise ConfigError(
+                f"--limit-mm-per-prompt {dict(self.limit_mm_per_prompt)}: this engine serves text only; "
+                "use image=0,audio=0 or leave the flag out",
+                flag="limit_mm_per_prompt",
+                value=dict(self.limit_mm_per_prompt),
+                allowed="0",
+            )
+
+    def _check_range(
+        self, name: str, value: object, low: float, high: float | None, *, low_open: bool = False
+    ) -> None:
+        if value is None or value == "auto":
+            return
+        allowed = f"{'(' if low_open else '['}{low}, {high}]" if high is not None else f"at least {low}, or auto"
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self._outside(name, value, allowed)
+        if value < low or (low_open and value <= low) or (high is not None and value > high):
+            raise self._outside(name, value, allowed)
+
+    @staticmethod
+    def _outside(name: str, value: object, allowed: str) -> ConfigError:
+        flag = name.replace("_", "-")
+        return ConfigError(f"--{flag} {value}: must be {allowed}", flag=name, value=value, allowed=allowed)
+
+    @property
+    def memory_fraction(self) -> float:
+        """The fraction in force."""
+        value = self.gpu_memory_utilization
+        return DEFAULT_MEMORY_FRACTION if value == "auto" else float(value)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names that clients may use, the first of which replies carry."""
+        return self.served_model_name or (self.model,)
+
+    @classmethod
+    def from_options(cls, model: str, options: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Self:
+        """Build from keywords (flag names, dashes or underscores) over ``VLLM_METAL_*`` variables.
+
+        Text values are parsed as the flag's text. Unknown keywords raise
+        :class:`UnsupportedOptionError`, bad values :class:`ConfigError`.
+        """
+        env = os.environ if env is None else env
+        known = {f.name for f in fields(cls)}
+        by_field = {flag.field: flag for flag in ENGINE_FLAGS}
+        values: dict[str, Any] = _from_environment(env)
+        for name, value in options.items():
+            key = name.replace("-", "_")
+            if key == "memory_fraction":
+                key, values["memory_knob"] = "gpu_memory_utilization", "memory_fraction"
+            elif key == "gpu_memory_utilization":
+                values["memory_knob"] = key
+            if key not in known or key in ("model", "memory_knob"):
+                raise refuse_flag(name)
+            values[key] = _parsed(by_field[key], value) if key in by_field else value
+        return cls(model=model, **values)
+
+
+def _parsed(flag: Flag, value: Any) -> Any:
+    if value is None or flag.kind != "value":
+        return value
+    try:
+        return flag.parse(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--{flag.name}: {error}", flag=flag.field, value=value) from None
+
+
+def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:
+    """What ``VLLM_METAL_*`` and ``VLLM_*`` variables set, as :class:`EngineArgs` fields."""
+    values: dict[str, Any] = {}
+    for flag in ENGINE_FLAGS:
+        if flag.env and env.get(flag.env):
+            try:
+                values[flag.field] = flag.parse(env[flag.env])
+            except ValueError as error:
+                raise ConfigError(f"{flag.env}={env[flag.env]}: {error}", flag=flag.env, value=env[flag.env]) from None
+            values["memory_knob"] = flag.env
+    paged = env.get("VLLM_METAL_USE_PAGED_ATTENTION", "1").strip().lower()
+    if paged not in ("0", "1", "true", "false", ""):
+        raise ConfigError(
+            f"VLLM_METAL_USE_PAGED_ATTENTION={paged}: must be 0 or 1",
+            flag="VLLM_METAL_USE_PAGED_ATTENTION", value=paged, allowed="0 or 1",
+        )
+    values["use_paged_attention"] = paged not in ("0", "false")
+    return values
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model's own files say, in the engine's words. Built by the loader."""
+
+    name: str
+    path: Path
+    hf_config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    context_length: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    model_type: str

@@ -1,0 +1,94 @@
+"""Every error a user can meet, as one tree.
+
+    VMMagicError                    one line, names the fix
+    ├── ConfigError                 a flag, keyword or environment variable (also a ValueError)
+    │   └── UnsupportedOptionError  an option that vLLM has and this engine lacks
+    ├── ModelNotFoundError          no such model here, and how to get it
+    ├── ModelLoadError              the model is here but cannot be used
+    ├── MemoryPlanError             the plan does not fit; the numbers are attributes (also a ValueError)
+    ├── RequestError                a request that is wrong: HTTP 400 (also a ValueError)
+    │   ├── ContextLengthError      prompt and output exceed max_model_len
+    │   └── UnknownModelError       a model name that is not served: HTTP 404
+    ├── EngineClosedError           the engine was closed or its thread failed
+    └── ServerError                 the port could not be opened
+"""
+
+from typing import Any
+
+
+class VMMagicError(Exception):
+    """Base of all errors meant for users. The message is one line and names the fix."""
+
+
+class ConfigError(VMMagicError, ValueError):
+    """A setting has a value outside its range.
+
+    ``flag`` is the option's name, ``value`` what was given, ``allowed`` the range in words.
+    """
+
+    def __init__(self, message: str, *, flag: str = "", value: object = None, allowed: str = "") -> None:
+        super().__init__(message)
+        self.flag = flag
+        self.value = value
+        self.allowed = allowed
+
+
+class UnsupportedOptionError(ConfigError):
+    """An option that vLLM has and this engine does not: refused by name, never ignored."""
+
+
+class ModelNotFoundError(VMMagicError):
+    """The model is not on this machine. The message says how to get it."""
+
+
+class ModelLoadError(VMMagicError):
+    """The model's files are here but cannot be loaded."""
+
+
+class MemoryPlanError(VMMagicError, ValueError):
+    """The memory plan does not fit.
+
+    ``numbers`` holds every figure of the plan in bytes or counts (also reachable as attributes),
+    ``knob`` the setting that the user turned.
+    """
+
+    def __init__(self, message: str, *, knob: str = "", **numbers: Any) -> None:
+        super().__init__(message)
+        self.knob = knob
+        self.numbers = numbers
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["numbers"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class RequestError(VMMagicError, ValueError):
+    """A request that cannot be served as asked. ``param`` names the field, ``code`` the HTTP status."""
+
+    code = 400
+    type = "BadRequestError"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(RequestError):
+    """Prompt and requested output do not fit in ``max_model_len``."""
+
+
+class UnknownModelError(RequestError):
+    """A model name that this engine does not serve."""
+
+    code = 404
+    type = "NotFoundError"
+
+
+class EngineClosedError(VMMagicError):
+    """The engine was closed, or its thread failed (``__cause__`` holds the reason)."""
+
+
+class ServerError(VMMagicError):
+    """The port could not be opened."""

@@ -1,0 +1,136 @@
+"""What requests give back: vLLM's ``RequestOutput`` family, stream deltas and the notebook's ``Reply``."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FinishReason = str
+"""``"stop"``, ``"length"``, ``"abort"`` or ``"error"`` (later also ``"tool_calls"`` at the chat doors)."""
+
+
+@dataclass(slots=True)
+class Logprob:
+    """Log-probability (natural log) of one token, its rank (1 = most likely) and its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+LogprobsAtPosition = dict[int, Logprob]
+"""Token id -> :class:`Logprob`; the sampled token comes first, then the most likely ones."""
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Monotonic times in seconds (``time.monotonic``) and counts of one request."""
+
+    arrival_time: float = 0.0
+    scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds spent waiting before the first schedule."""
+        return None if self.scheduled_time is None else self.scheduled_time - self.arrival_time
+
+    def decode_rate(self, num_tokens: int) -> float | None:
+        """Tokens per second after the first token."""
+        if self.first_token_time is None or self.last_token_time is None or num_tokens < 2:
+            return None
+        elapsed = self.last_token_time - self.first_token_time
+        return (num_tokens - 1) / elapsed if elapsed > 0 else None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of a request's ``n`` completions."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[LogprobsAtPosition] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether this completion is over."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request and all its completions. ``num_cached_tokens`` is the prompt's part found in the prefix cache."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[LogprobsAtPosition | None] | None = None
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class CompletionDelta:
+    """News of one completion: text and tokens since the last delta.
+
+    ``text`` may be empty while a character or a possible stop string is held back. The delta that
+    carries ``finish_reason`` is the last of its ``index``. ``logprobs`` has one entry per token.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[LogprobsAtPosition] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of a reply."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(slots=True)
+class Reply:
+    """What a chat or completion returns in a notebook; ``str(reply)`` is the text.
+
+    ``messages`` is the conversation including this reply, in OpenAI's form. ``logprobs`` has one
+    entry per generated token when asked for.
+    """
+
+    text: str
+    reasoning: str | None = None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    usage: Usage = field(default_factory=Usage)
+    metrics: RequestMetrics | None = None
+    logprobs: list[LogprobsAtPosition] | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_markdown_(self) -> str:
+        return self.text

@@ -1,0 +1,98 @@
+"""A request as the scheduler sees it: tokens known, tokens computed, blocks held elsewhere."""
+
+import enum
+import time
+from dataclasses import dataclass, field
+
+from engine.outputs import RequestMetrics
+from engine.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands. The last four are final."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    PREEMPTED = enum.auto()
+    FINISHED_STOPPED = enum.auto()
+    FINISHED_LENGTH = enum.auto()
+    FINISHED_ABORTED = enum.auto()
+    FINISHED_ERROR = enum.auto()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the request is over."""
+        return self in _FINISH_REASON
+
+    @property
+    def finish_reason(self) -> str | None:
+        """OpenAI's word for a final status."""
+        return _FINISH_REASON.get(self)
+
+
+_FINISH_REASON = {
+    RequestStatus.FINISHED_STOPPED: "stop",
+    RequestStatus.FINISHED_LENGTH: "length",
+    RequestStatus.FINISHED_ABORTED: "abort",
+    RequestStatus.FINISHED_ERROR: "error",
+}
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One completion under way (a request with ``n`` > 1 becomes ``n`` of these).
+
+    ``num_tokens`` counts known tokens plus ``num_pending``: tokens sampled by a step in flight,
+    whose values the host has not read yet. ``num_computed_tokens`` runs after ``num_tokens``; the
+    scheduler knows no other phase.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+    max_tokens: int = 16
+    priority: int = 0
+    cache_salt: str | None = None
+    seed: int = 0
+    index: int = 0
+    """Which of the ``n`` completions this is."""
+    arrival_time: float = field(default_factory=time.monotonic)
+    status: RequestStatus = RequestStatus.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    all_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_pending: int = 0
+    num_cached_tokens: int = -1
+    """Prompt tokens found in the prefix cache at first schedule; -1 before."""
+    stop_reason: int | str | None = None
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    def __post_init__(self) -> None:
+        self.all_token_ids = [*self.prompt_token_ids, *self.output_token_ids]
+        self.metrics.arrival_time = self.arrival_time
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Sampled tokens, those still in flight included."""
+        return len(self.output_token_ids) + self.num_pending
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output, tokens in flight included."""
+        return len(self.all_token_ids) + self.num_pending
+
+    @property
+    def finished(self) -> bool:
+        """Whether the request is over."""
+        return self.status.finished
+
+    def append_output_token(self, token_id: int) -> None:
+        """Record a token that the host has read."""
+        self.output_token_ids.append(token_id)
+        self.all_token_ids.append(token_id)

@@ -1,0 +1,119 @@
+"""``SamplingParams``: vLLM's field names, defaults and checks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+from engine.errors import RequestError
+
+SAMPLING_EPS = 1e-5
+"""Below this temperature sampling is greedy (vLLM's constant)."""
+MAX_LOGPROBS = 20
+"""Most alternatives per position (vLLM's ``--max-logprobs`` default)."""
+_SEED_RANGE = (-(2**63), 2**63 - 1)
+
+
+def _refuse(name: str, must: str, value: object) -> RequestError:
+    return RequestError(f"{name} must {must}, got {value}.", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample one request. Frozen: use :meth:`replace` for a changed copy.
+
+    ``temperature=0`` is greedy. ``top_k`` of 0 or -1 keeps all tokens. ``seed`` makes a request
+    repeatable whatever else shares its batch. ``stop`` is matched on text, ``stop_token_ids`` on
+    tokens. ``logprobs=k`` returns the k most likely tokens beside the sampled one, from the raw
+    logits (before penalties and temperature), as vLLM's default does; -1 means the whole
+    vocabulary. Raises :class:`RequestError` naming the field and its range.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    bad_words: Sequence[str] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        self._normalise()
+        self._check()
+
+    def _normalise(self) -> None:
+        put = object.__setattr__
+        stop = self.stop
+        put(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        put(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        put(self, "bad_words", tuple(self.bad_words or ()))
+        put(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
+        if self.allowed_token_ids is not None:
+            put(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if 0 < self.temperature < SAMPLING_EPS:
+            put(self, "temperature", 0.0)
+        if self.top_k == -1:
+            put(self, "top_k", 0)
+
+    def _check(self) -> None:
+        if self.n < 1:
+            raise _refuse("n", "be at least 1", self.n)
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2.0 <= getattr(self, name) <= 2.0:
+                raise _refuse(name, "be in [-2, 2]", getattr(self, name))
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise _refuse("repetition_penalty", "be greater than zero", self.repetition_penalty)
+        if not 0.0 <= self.temperature < float("inf"):
+            raise _refuse("temperature", "be non-negative", self.temperature)
+        if not 0.0 < self.top_p <= 1.0:
+            raise _refuse("top_p", "be in (0, 1]", self.top_p)
+        if self.top_k < 0:
+            raise _refuse("top_k", "be 0 or -1 (all tokens), or at least 1", self.top_k)
+        if not 0.0 <= self.min_p <= 1.0:
+            raise _refuse("min_p", "be in [0, 1]", self.min_p)
+        if self.seed is not None and not _SEED_RANGE[0] <= self.seed <= _SEED_RANGE[1]:
+            raise _refuse("seed", "be a 64-bit integer", self.seed)
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise _refuse("max_tokens", "be at least 1", self.max_tokens)
+        if self.min_tokens < 0:
+            raise _refuse("min_tokens", "be greater than or equal to 0", self.min_tokens)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _refuse("min_tokens", f"be less than or equal to max_tokens={self.max_tokens}", self.min_tokens)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not -1 <= value <= MAX_LOGPROBS:
+                raise _refuse(name, f"be between 0 and {MAX_LOGPROBS}, or -1 for the whole vocabulary", value)
+        if any(not s for s in self.stop):
+            raise RequestError("stop cannot contain an empty string.", param="stop")
+        if self.stop and not self.detokenize:
+            raise RequestError("stop strings are only supported when detokenize is True.", param="stop")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids is not None and empty!", param="allowed_token_ids")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature < SAMPLING_EPS
+
+    def replace(self, **changes: Any) -> Self:
+        """A checked copy with ``changes``; unknown names are refused."""
+        known = {f.name for f in fields(self)}
+        for name in changes:
+            if name not in known:
+                raise RequestError(f"Unknown sampling parameter {name!r}.", param=name)
+        return replace(self, **changes)
