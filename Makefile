@@ -1,0 +1,41 @@
+# Every target sets up what it needs: a Python 3.11 or newer is enough to begin with.
+#   make PYTHON=/path/to/python3.12 …   another Python        make EXTRA=cpu|cuda12|cuda13|none …   another MLX build
+VENV := .venv
+PY := $(VENV)/bin/python
+EXTRA ?=
+export PYTHON
+
+.PHONY: help demo lab test lint format types bench setup clean
+
+help: ## what can be made
+	@awk -F ":.*## " '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: setup ## run the quickstart notebook on real weights, here in the terminal
+	@$(PY) notebooks/run.py notebooks/quickstart.ipynb build/quickstart.ipynb
+
+lab: setup ## open the quickstart notebook in JupyterLab
+	@$(PY) -m jupyterlab notebooks/quickstart.ipynb
+
+test: lint types ## all checks: lint, types and every test
+	@$(PY) -m pytest
+
+lint: setup ## ruff: rules and format
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+format: setup ## let ruff format and mend what it can
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+types: setup ## mypy, strict
+	@$(PY) -m mypy
+
+bench: setup ## speed side by side with mlx-lm: a table, and JSON in bench-results/
+	@$(PY) -m tests.benchmarks
+
+setup: ## the virtual environment, made once
+	@bash .ci/setup $(VENV) $(EXTRA)
+
+clean: ## remove what these targets made (not the model cache)
+	rm -rf $(VENV) build dist bench-results test-artefacts .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
