@@ -1,0 +1,1 @@
+"""All MLX lives here: devices, loading, cache views, sampling, the model runner."""

@@ -1,0 +1,235 @@
+"""The device that MLX computes on: its kind, its memory, and on Linux CPUs a fast BLAS before MLX loads.
+
+Importing this module imports neither MLX nor a BLAS, so that :func:`prepare_backend` can come first.
+"""
+
+import ctypes
+import os
+import resource
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from engine.errors import VMMagicError
+
+DeviceKind = Literal["metal", "cuda", "cpu"]
+_CUDA_BUILDS = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
+_LIBRARY_FOLDERS = (
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib/aarch64-linux-gnu",
+    "/usr/lib64",
+    "/usr/lib",
+    "/usr/local/lib",
+    "/opt/conda/lib",
+)
+_LIBRARY_NAMES = (
+    "openblas-pthread/libopenblas.so.0",
+    "openblas-openmp/libopenblas.so.0",
+    "libopenblas.so.0",
+    "libopenblasp.so.0",
+    "libopenblaso.so.0",
+    "libopenblas.so",
+)
+_GFORTRAN = "libgfortran.so.5"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where MLX computes. ``memory_limit`` is in bytes: what this process can hope to use on it."""
+
+    kind: DeviceKind
+    name: str
+    memory_limit: int
+
+    @property
+    def runs_packed_weights_fast(self) -> bool:
+        """Whether matrix products on packed (4 or 8 bit) weights beat float32 here."""
+        return self.kind != "cpu"
+
+
+@cache
+def prepare_backend() -> str | None:
+    """Load OpenBLAS before MLX on Linux CPUs and return one line that says what was chosen.
+
+    The reference BLAS in MLX's CPU wheel is 14-22 times slower on prompts; a library loaded globally
+    before it takes its place. Returns None where there is nothing to do (macOS, CUDA builds). Only the
+    first call acts; later ones return its line.
+    """
+    if sys.platform != "linux" or _cuda_build_installed():
+        return None
+    if "mlx.core" in sys.modules:
+        return "CPU without OpenBLAS: mlx was imported too early; restart the kernel and load vm_magic first"
+    for path in find_openblas(os.environ, Path(sys.prefix)):
+        library = _load_globally(path)
+        if library is not None:
+            return f"CPU: {_openblas_version(library)}"
+    return (
+        "CPU without OpenBLAS: prompts are 14-22 times slower; "
+        "install libopenblas0-pthread (Debian, Ubuntu) or openblas (conda, Fedora)"
+    )
+
+
+def find_openblas(env: Mapping[str, str], prefix: Path, folders: tuple[str, ...] = _LIBRARY_FOLDERS) -> Iterator[Path]:
+    """OpenBLAS libraries on this machine: ``OPENBLAS_DIR`` first, then the environment, then the system."""
+    given = env.get("OPENBLAS_DIR")
+    roots = [Path(given), Path(given, "lib")] if given else []
+    roots += [prefix / "lib", *(Path(folder) for folder in folders)]
+    multiarch = sysconfig.get_config_var("MULTIARCH")
+    if multiarch:
+        roots.append(Path("/usr/lib", multiarch))
+    for root in dict.fromkeys(roots):
+        for name in _LIBRARY_NAMES:
+            if (root / name).is_file():
+                yield root / name
+
+
+def _load_globally(path: Path) -> ctypes.CDLL | None:
+    """Open ``path`` with its symbols visible to libraries loaded later; None if it does not load."""
+    for folder in (path.parent, path.parent.parent):
+        if (folder / _GFORTRAN).is_file():
+            try:
+                ctypes.CDLL(str(folder / _GFORTRAN), mode=ctypes.RTLD_GLOBAL)
+            except OSError:  # the library may still find its own
+                continue
+    try:
+        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return None
+    return library if hasattr(library, "cblas_sgemm") else None
+
+
+def _openblas_version(library: ctypes.CDLL) -> str:
+    """``OpenBLAS 0.3.21`` as the library itself says."""
+    try:
+        config = library.openblas_get_config
+    except AttributeError:
+        return "OpenBLAS"
+    config.restype = ctypes.c_char_p
+    return " ".join(config().decode().split()[:2])
+
+
+def _cuda_build_installed() -> bool:
+    for name in _CUDA_BUILDS:
+        try:
+            metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        return True
+    return False
+
+
+def describe_device() -> Device:
+    """The device MLX uses by default. Imports MLX (see :func:`prepare_backend`)."""
+    import mlx.core as mx
+
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return Device("cpu", str(mx.device_info().get("device_name", "CPU")), cpu_memory_limit())
+    info = mx.device_info()
+    name = str(info.get("device_name", "GPU"))
+    if mx.metal.is_available():
+        return Device("metal", name, int(info["max_recommended_working_set_size"]))
+    # What this process already holds is its own to plan with.
+    free = int(info["free_memory"]) + mx.get_active_memory() + mx.get_cache_memory()
+    return Device("cuda", name, min(free, int(info["total_memory"])))
+
+
+def cpu_memory_limit(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may use: the least of physical memory and the limits of its cgroups."""
+    return min([physical_memory(proc), *cgroup_limits(proc, cgroups)])
+
+
+def physical_memory(proc: Path = Path("/proc")) -> int:
+    """Bytes of memory in this machine."""
+    meminfo = proc / "meminfo"
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemTotal:"):
+                return int(line.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        raise VMMagicError("this system does not say how much memory it has; give --device-memory") from None
+
+
+def cgroup_limits(proc: Path, cgroups: Path) -> Iterator[int]:
+    """Memory limits in bytes (cgroup v1 and v2) from this process's group up to the root."""
+    membership = proc / "self" / "cgroup"
+    if not membership.is_file():
+        return
+    for line in membership.read_text().splitlines():
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if hierarchy == "0" and not controllers:
+            yield from _limits_upwards(cgroups, path, ("memory.max", "memory.high"))
+            yield from _limits_upwards(cgroups / "unified", path, ("memory.max", "memory.high"))
+        elif "memory" in controllers.split(","):
+            yield from _limits_upwards(cgroups / "memory", path, ("memory.limit_in_bytes",))
+
+
+def _limits_upwards(root: Path, path: str, names: tuple[str, ...]) -> Iterator[int]:
+    """Limits of ``path`` and its parents below ``root``; inside a container only the root itself may be there."""
+    parts = [part for part in path.split("/") if part and part != ".."]
+    for depth in range(len(parts), -1, -1):
+        folder = root.joinpath(*parts[:depth])
+        for name in names:
+            limit = _read_limit(folder / name)
+            if limit is not None:
+                yield limit
+
+
+def _read_limit(file: Path) -> int | None:
+    """Bytes, or None where there is no limit ("max") or no such file."""
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def active_memory() -> int:
+    """Bytes of MLX arrays alive."""
+    import mlx.core as mx
+
+    return int(mx.get_active_memory())
+
+
+def cache_memory() -> int:
+    """Bytes that MLX holds for reuse."""
+    import mlx.core as mx
+
+    return int(mx.get_cache_memory())
+
+
+def peak_memory() -> int:
+    """Most bytes of MLX arrays alive at once since :func:`reset_peak_memory`."""
+    import mlx.core as mx
+
+    return int(mx.get_peak_memory())
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement for :func:`peak_memory`."""
+    import mlx.core as mx
+
+    mx.reset_peak_memory()
+
+
+def clear_cache() -> None:
+    """Give MLX's reusable buffers back to the system."""
+    import mlx.core as mx
+
+    mx.clear_cache()
+
+
+def resident_memory(proc: Path = Path("/proc")) -> int:
+    """Bytes of this process in physical memory (on macOS the most it ever had)."""
+    statm = proc / "self" / "statm"
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
