@@ -14,7 +14,9 @@ PACKAGES = ("engine", "vm_magic")
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 500
 
-SHARED = frozenset({"errors", "config", "sampling_params", "outputs", "request", "settings", "hub", "package_model"})
+SHARED = frozenset(
+    {"errors", "config", "sampling_params", "outputs", "request", "settings", "hub", "hub_download", "package_model"}
+)
 """Modules of engine/ that make up the room "shared": types and the model lookup, no MLX."""
 
 _BELOW = ("shared", "memory")
