@@ -1,0 +1,160 @@
+"""Chat messages as a template wants them: content as strings or as parts, tool arguments as objects."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from jinja2 import nodes
+
+from engine.errors import RequestError
+
+ContentFormat = Literal["string", "openai"]
+"""How a template reads ``content``: as a string, or looping over parts as OpenAI's API has them."""
+
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_MEDIA_PARTS = ("image", "audio", "video", "file")
+
+
+def detect_content_format(template: nodes.Template) -> ContentFormat:
+    """``openai`` if the template loops over a message's content, else ``string`` (vLLM's rule)."""
+    messages = set(_aliases(template, "messages"))
+    loops = list(template.find_all(nodes.For))
+    message_names = {
+        loop.target.name
+        for loop in loops
+        if isinstance(loop.target, nodes.Name) and _root_name(loop.iter) in messages and not _ends_in_content(loop.iter)
+    }
+    contents = {
+        assign.target.name
+        for assign in template.find_all(nodes.Assign)
+        if isinstance(assign.target, nodes.Name)
+        and _ends_in_content(assign.node)
+        and _root_name(assign.node) in message_names
+    }
+    for loop in loops:
+        if _ends_in_content(loop.iter) and _root_name(loop.iter) in message_names | messages:
+            return "openai"
+        if isinstance(_unfiltered(loop.iter), nodes.Name) and _root_name(loop.iter) in contents:
+            return "openai"
+    return "string"
+
+
+def tests_for_string(template: nodes.Template) -> bool:
+    """Whether the template asks ``is string`` anywhere, so that it takes both forms of content."""
+    return any(test.name == "string" for test in template.find_all(nodes.Test))
+
+
+def normalise_messages(
+    messages: Sequence[Mapping[str, Any]], content_format: ContentFormat, *, strings_as_parts: bool = False
+) -> list[dict[str, Any]]:
+    """Messages ready for a template. Raises RequestError naming the message that is wrong."""
+    if not messages:
+        raise RequestError("messages must hold at least one message.", param="messages")
+    return [
+        _normalise_message(message, content_format, strings_as_parts=strings_as_parts, where=f"messages[{index}]")
+        for index, message in enumerate(messages)
+    ]
+
+
+def _normalise_message(
+    message: Mapping[str, Any], content_format: ContentFormat, *, strings_as_parts: bool, where: str
+) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RequestError(f"{where} must be an object with a role and a content.", param="messages")
+    result = {key: value for key, value in message.items() if value is not None}
+    content = _content(message.get("content"), where)
+    if isinstance(content, list) and content_format == "string":
+        content = "\n".join(part["text"] for part in content)
+    elif isinstance(content, str) and strings_as_parts:
+        content = [{"type": "text", "text": content}]
+    result["content"] = content
+    reasoning = result.get("reasoning", result.get("reasoning_content"))
+    if reasoning is not None:
+        result["reasoning"] = result["reasoning_content"] = reasoning
+    if result.get("tool_calls"):
+        result["tool_calls"] = [_tool_call(call, where) for call in result["tool_calls"]]
+    else:
+        result.pop("tool_calls", None)
+    return result
+
+
+def _content(content: Any, where: str) -> str | list[dict[str, str]]:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        return [_part(part, where) for part in content]
+    raise RequestError(f"{where}.content must be a string or a list of parts.", param="messages")
+
+
+def _part(part: Any, where: str) -> dict[str, str]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in _TEXT_PARTS and isinstance(part.get(_TEXT_PARTS[kind]), str):
+        return {"type": "text", "text": part[_TEXT_PARTS[kind]]}
+    for media in _MEDIA_PARTS:
+        if isinstance(kind, str) and media in kind:
+            raise RequestError(
+                f"{where}.content has a part of type {kind!r}, but this engine serves text only: "
+                f"at most 0 {media}(s) may be provided in one prompt.",
+                param="messages",
+            )
+    raise RequestError(f"{where}.content has a part of unknown type {kind!r}; send text parts.", param="messages")
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    """A tool call whose arguments are an object: templates loop over them."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise RequestError(f"{where}.tool_calls must hold objects with a function.", param="messages")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError as error:
+            raise RequestError(
+                f"{where}.tool_calls has arguments that are no JSON: {error}.", param="messages"
+            ) from None
+    return {**call, "function": {**function, "arguments": arguments or {}}}
+
+
+def _aliases(template: nodes.Template, name: str) -> Iterator[str]:
+    """``name`` and the variables set from it: ``{% set loop_messages = messages[1:] %}``."""
+    known = {name}
+    yield name
+    for assign in template.find_all(nodes.Assign):
+        target, value = assign.target, assign.node
+        if (
+            isinstance(target, nodes.Name)
+            and _root_name(value) in known - {target.name}
+            and not _ends_in_content(value)
+        ):
+            known.add(target.name)
+            yield target.name
+
+
+def _unfiltered(node: nodes.Node) -> nodes.Node:
+    while isinstance(node, nodes.Filter) and node.node is not None:
+        node = node.node
+    return node
+
+
+def _ends_in_content(node: nodes.Node) -> bool:
+    node = _unfiltered(node)
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "content"
+    return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+
+
+def _root_name(node: nodes.Node) -> str | None:
+    """The variable that an expression such as ``messages[1:] | list`` starts from."""
+    while True:
+        node = _unfiltered(node)
+        if isinstance(node, nodes.Getattr | nodes.Getitem):
+            node = node.node
+        elif isinstance(node, nodes.CondExpr):
+            node = node.expr1
+        else:
+            return node.name if isinstance(node, nodes.Name) else None
