@@ -55,6 +55,7 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     seed: int = 0
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     index: int = 0
     """Which of the ``n`` completions this is."""
     arrival_time: float = field(default_factory=time.monotonic)

@@ -1,0 +1,1 @@
+"""Bookkeeping of KV memory and requests: pure Python, no MLX."""

@@ -1,0 +1,257 @@
+"""Which tokens of which requests the next step computes.
+
+One idea, vLLM v1's: there is no prefill and no decode phase, only ``num_computed_tokens`` catching
+up with ``num_tokens`` under a token budget. Chunked prefill, prefix hits, preemption and decoding
+are the same arithmetic. Steps overlap: a step may be scheduled while the last one's tokens are
+still on the device (``Request.num_pending``).
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.core.kv_cache_manager import KVCacheManager
+from engine.request import Request, RequestStatus
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """A request's share of a step: tokens ``[start, start + num_tokens)`` of its sequence.
+
+    ``samples`` says whether the share reaches the end of the known tokens, so that a new token is
+    sampled. ``pending`` says that the last token of the share is still on the device.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    block_tables: tuple[list[int], ...]
+    samples: bool
+    pending: bool
+
+    @property
+    def end(self) -> int:
+        """Tokens computed once this share is done."""
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step: shares in order, and the requests that lost their blocks for it."""
+
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return sum(share.num_tokens for share in self.scheduled)
+
+    @property
+    def sampling(self) -> list[ScheduledRequest]:
+        """The shares that sample a token, in order."""
+        return [share for share in self.scheduled if share.samples]
+
+
+class Scheduler:
+    """First come, first served within a priority (a lower number goes first).
+
+    A decode is never starved by a prefill: running requests with one token left come first. While
+    others wait, one prefill takes at most half of the budget, so that a short request behind a
+    long one has its first token within two steps.
+    """
+
+    def __init__(self, kv: KVCacheManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.kv = kv
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        self.num_preemptions = 0
+        self._forks: dict[Request, Request] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.running or self.waiting)
+
+    def add(self, request: Request, fork_of: Request | None = None) -> None:
+        """Queue a request. One of ``n`` completions may wait to share the blocks of its sibling's prompt."""
+        if fork_of is not None:
+            self._forks[request] = fork_of
+        self._enqueue(request)
+
+    def schedule(self) -> SchedulerOutput:
+        """Choose the next step, take blocks for it and count its tokens as computed."""
+        shares: list[ScheduledRequest] = []
+        preempted: list[Request] = []
+        budget = self.max_num_batched_tokens
+        for request in sorted(self.running, key=lambda r: self._num_missing(r) > 1):
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted for one before it
+            budget -= self._schedule_running(request, budget, shares, preempted)
+        if not preempted:
+            self._admit(budget, shares)
+        return SchedulerOutput(shares, preempted)
+
+    def update(self, share: ScheduledRequest, token_id: int) -> RequestStatus | None:
+        """Record a sampled token; gives the final status if the request is over by its tokens.
+
+        Tokens of requests that ended while the step was in flight are dropped (None).
+        """
+        request = share.request
+        if request.finished:
+            return None
+        request.num_pending -= 1
+        request.append_output_token(token_id)
+        self.kv.cache_blocks(request, request.num_computed_tokens)
+        status = _stop_status(request, token_id)
+        if status is not None:
+            self.finish(request, status)
+        return status
+
+    def finish(self, request: Request, status: RequestStatus) -> None:
+        """End a request now, wherever it is; its blocks are free at once. Safe to call twice."""
+        if request.finished:
+            return
+        assert status.finished, f"{status} is not final"
+        request.status = status
+        request.metrics.finished_time = time.monotonic()
+        self._remove(request)
+        self._forks.pop(request, None)
+        for child in [child for child, parent in self._forks.items() if parent is request]:
+            del self._forks[child]
+        self.kv.free(request)
+
+    def _num_missing(self, request: Request) -> int:
+        return request.num_tokens - request.num_computed_tokens
+
+    def _schedule_running(
+        self, request: Request, budget: int, shares: list[ScheduledRequest], preempted: list[Request]
+    ) -> int:
+        missing = min(self._num_missing(request), budget)
+        if missing <= 0 or self._awaits_its_last_token(request):
+            return 0
+        missing = self._fair_share(request, missing)
+        while not self.kv.allocate(request, request.num_computed_tokens + missing):
+            victim = self._victim(shares)
+            self._preempt(victim)
+            preempted.append(victim)
+            if victim is request:
+                return 0
+        shares.append(self._share(request, missing))
+        return missing
+
+    @staticmethod
+    def _awaits_its_last_token(request: Request) -> bool:
+        """Whether the token in flight is the last that the request may have."""
+        return request.num_pending > 0 and request.num_output_tokens >= request.max_tokens
+
+    def _fair_share(self, request: Request, missing: int) -> int:
+        """At most half of the budget for one prefill while others want to start."""
+        others = any(r is not request and self._num_missing(r) > 1 for r in self.running)
+        room = len(self.running) < self.max_num_seqs
+        if missing > 1 and (others or (self.waiting and room)):
+            return min(missing, max(1, self.max_num_batched_tokens // 2))
+        return missing
+
+    def _admit(self, budget: int, shares: list[ScheduledRequest]) -> None:
+        for request in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.max_num_seqs:
+                return
+            parent = self._forks.get(request)
+            if parent is not None and not self._prompt_is_computed(parent):
+                continue
+            num_tokens = self._start(request, parent, budget)
+            if num_tokens == 0:
+                return
+            shares.append(self._share(request, num_tokens))
+            budget -= num_tokens
+
+    def _start(self, request: Request, parent: Request | None, budget: int) -> int:
+        """Move a waiting request to the running ones; gives the length of its first chunk, 0 if none fits."""
+        if parent is not None and parent.status is RequestStatus.RUNNING:
+            cached = self.kv.fork(parent, request)
+        else:
+            cached = self.kv.num_cached_tokens(request)
+        request.num_computed_tokens = cached
+        num_tokens = self._first_chunk(request, budget)
+        if not self.kv.allocate(request, cached + num_tokens, cached):
+            request.num_computed_tokens = 0
+            if parent is not None:
+                self.kv.free(request)
+            return 0
+        self._forks.pop(request, None)
+        self.waiting.remove(request)
+        self.running.append(request)
+        request.status = RequestStatus.RUNNING
+        if request.num_cached_tokens < 0:
+            request.num_cached_tokens = cached
+            request.metrics.scheduled_time = time.monotonic()
+        return num_tokens
+
+    def _first_chunk(self, request: Request, budget: int) -> int:
+        missing = min(self._num_missing(request), budget)
+        if len(self.waiting) > 1 and missing > 1:
+            return min(missing, max(1, self.max_num_batched_tokens // 2))
+        return missing
+
+    def _prompt_is_computed(self, parent: Request) -> bool:
+        return parent.finished or parent.num_computed_tokens >= parent.num_prompt_tokens
+
+    def _share(self, request: Request, num_tokens: int) -> ScheduledRequest:
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        samples = end == request.num_tokens
+        share = ScheduledRequest(
+            request,
+            start,
+            num_tokens,
+            self.kv.block_tables(request),
+            samples=samples,
+            pending=samples and request.num_pending > 0,
+        )
+        request.num_computed_tokens = end
+        request.num_pending += samples
+        self.kv.cache_blocks(request, end)
+        return share
+
+    def _victim(self, shares: Sequence[ScheduledRequest]) -> Request:
+        """The running request that gives way: least urgent, latest come, not yet in this step."""
+        chosen = {share.request for share in shares}
+        candidates = [request for request in self.running if request not in chosen]
+        return max(candidates, key=lambda r: (r.priority, r.arrival_time, r.index))
+
+    def _preempt(self, request: Request) -> None:
+        self.kv.free(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.metrics.num_preemptions += 1
+        self.num_preemptions += 1
+        self.running.remove(request)
+        self._enqueue(request)
+
+    def _enqueue(self, request: Request) -> None:
+        """Keep the waiting ones in order of priority and arrival."""
+        self.waiting.append(request)
+        self.waiting.sort(key=lambda r: (r.priority, r.arrival_time, r.index))
+
+    def _remove(self, request: Request) -> None:
+        for queue in (self.running, self.waiting):
+            if request in queue:
+                queue.remove(request)
+
+
+def _stop_status(request: Request, token_id: int) -> RequestStatus | None:
+    """Whether the token just read ends the request (stop strings are found on text, elsewhere)."""
+    params = request.params
+    if len(request.output_token_ids) >= params.min_tokens:
+        if not params.ignore_eos and token_id in request.eos_token_ids:
+            return RequestStatus.FINISHED_STOPPED
+        if token_id in params.stop_token_ids:
+            request.stop_reason = token_id
+            return RequestStatus.FINISHED_STOPPED
+    if len(request.output_token_ids) >= request.max_tokens:
+        return RequestStatus.FINISHED_LENGTH
+    return None
+

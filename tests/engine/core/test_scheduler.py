@@ -1,0 +1,296 @@
+"""The scheduler without a model: a fake runner 'samples' the next integer."""
+
+import random
+
+import pytest
+
+from engine.core.block_pool import BlockPool
+from engine.core.kv_cache_manager import FullAttentionGroup, KVCacheManager
+from engine.core.scheduler import Scheduler, SchedulerOutput
+from engine.request import Request, RequestStatus
+from engine.sampling_params import SamplingParams
+
+
+def make_scheduler(num_blocks=64, *, max_num_seqs=8, budget=64, caching=True, block_size=4):
+    pool = BlockPool(num_blocks, enable_caching=caching)
+    kv = KVCacheManager([FullAttentionGroup(pool, block_size)])
+    return Scheduler(kv, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget), pool
+
+
+def make_request(name, prompt, max_tokens=4, **changes):
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    tokens = list(prompt) if not isinstance(prompt, int) else list(range(prompt))
+    return Request(name, tokens, params, max_tokens=max_tokens, **changes)
+
+
+class Driver:
+    """Runs steps with one in flight, as the engine does; the 'model' emits 1000, 1001, …"""
+
+    def __init__(self, scheduler, pool):
+        self.scheduler, self.pool = scheduler, pool
+        self.in_flight: SchedulerOutput | None = None
+        self.steps: list[SchedulerOutput] = []
+
+    def step(self):
+        output = self.scheduler.schedule() if self.scheduler.has_work else SchedulerOutput()
+        self.steps.append(output)
+        for share in output.scheduled:
+            self.check_share(share)
+        if self.in_flight is not None:
+            for share in self.in_flight.sampling:
+                self.scheduler.update(share, 1000 + len(share.request.output_token_ids))
+        self.in_flight = output
+        self.pool.check()
+        return output
+
+    def check_share(self, share):
+        assert share.num_tokens > 0
+        assert len(share.block_tables[0]) * self.scheduler.kv.groups[0].block_size >= share.end
+
+    def run(self, most=500):
+        for _ in range(most):
+            self.step()
+            if not self.scheduler.has_work and not self.in_flight.scheduled:
+                return self
+        raise AssertionError("requests did not finish")
+
+
+def test_a_request_runs_to_its_last_token_and_frees_its_blocks():
+    scheduler, pool = make_scheduler()
+    request = make_request("a", 10, max_tokens=5)
+    scheduler.add(request)
+    Driver(scheduler, pool).run()
+    assert request.output_token_ids == [1000, 1001, 1002, 1003, 1004]
+    assert request.status is RequestStatus.FINISHED_LENGTH
+    assert pool.num_held_blocks == 0
+
+
+def test_a_step_is_scheduled_before_the_last_ones_tokens_are_known():
+    scheduler, pool = make_scheduler()
+    scheduler.add(make_request("a", 3))
+    driver = Driver(scheduler, pool)
+    first, second = driver.step(), driver.step()
+    assert first.scheduled[0].samples
+    assert not first.scheduled[0].pending
+    assert second.scheduled[0].pending
+    assert second.scheduled[0].start == 3
+
+
+def test_no_step_is_spent_on_the_token_after_the_last():
+    scheduler, pool = make_scheduler()
+    scheduler.add(make_request("a", 3, max_tokens=2))
+    driver = Driver(scheduler, pool).run()
+    assert sum(bool(step.scheduled) for step in driver.steps) == 2
+
+
+def test_a_long_prompt_is_computed_in_chunks_of_the_budget():
+    scheduler, pool = make_scheduler(budget=16)
+    scheduler.add(make_request("a", 40, max_tokens=1))
+    driver = Driver(scheduler, pool).run()
+    assert [s.scheduled[0].num_tokens for s in driver.steps if s.scheduled] == [16, 16, 8]
+
+
+def test_decodes_go_first_and_prefills_take_the_rest_of_the_budget():
+    scheduler, pool = make_scheduler(budget=16)
+    scheduler.add(make_request("decode", 4, max_tokens=20))
+    driver = Driver(scheduler, pool)
+    driver.step()
+    scheduler.add(make_request("prefill", range(100, 140), max_tokens=1))
+    shares = driver.step().scheduled
+    assert [(s.request.request_id, s.num_tokens) for s in shares] == [("decode", 1), ("prefill", 15)]
+
+
+def test_a_short_request_behind_a_long_one_has_its_token_within_two_steps():
+    scheduler, pool = make_scheduler(num_blocks=2000, budget=64)
+    long = make_request("long", 4000)
+    scheduler.add(long)
+    driver = Driver(scheduler, pool)
+    driver.step()
+    short = make_request("short", range(5000, 5020))
+    scheduler.add(short)
+    driver.step()
+    driver.step()
+    assert short.output_token_ids == [1000]
+    assert long.num_computed_tokens < 4000
+
+
+def test_equal_beginnings_share_blocks():
+    scheduler, pool = make_scheduler()
+    first = make_request("a", 12)
+    scheduler.add(first)
+    Driver(scheduler, pool).run()
+    second = make_request("b", [*range(12), 99, 98])
+    scheduler.add(second)
+    Driver(scheduler, pool).run()
+    assert first.num_cached_tokens == 0
+    assert second.num_cached_tokens == 12
+
+
+def test_the_last_token_of_a_cached_prompt_is_computed_again():
+    scheduler, pool = make_scheduler()
+    for name in "ab":
+        request = make_request(name, 12)
+        scheduler.add(request)
+        Driver(scheduler, pool).run()
+    assert request.num_cached_tokens == 8
+
+
+@pytest.mark.parametrize(("change", "cached"), [({}, 8), ({"cache_salt": "x"}, 0)])
+def test_a_salt_keeps_caches_apart(change, cached):
+    scheduler, pool = make_scheduler()
+    scheduler.add(make_request("a", 12))
+    Driver(scheduler, pool).run()
+    request = make_request("b", 12, **change)
+    scheduler.add(request)
+    Driver(scheduler, pool).run()
+    assert request.num_cached_tokens == cached
+
+
+def test_prompt_logprobs_skip_the_prefix_cache():
+    scheduler, pool = make_scheduler()
+    scheduler.add(make_request("a", 12))
+    Driver(scheduler, pool).run()
+    request = make_request("b", 12)
+    request.params = request.params.replace(prompt_logprobs=1)
+    scheduler.add(request)
+    Driver(scheduler, pool).run()
+    assert request.num_cached_tokens == 0
+
+
+def test_without_caching_nothing_is_found():
+    scheduler, pool = make_scheduler(caching=False)
+    for name in "ab":
+        request = make_request(name, 12)
+        scheduler.add(request)
+        Driver(scheduler, pool).run()
+    assert request.num_cached_tokens == 0
+    assert pool.num_free_cached == 0
+
+
+def test_siblings_share_the_blocks_of_their_prompt_even_without_a_cache():
+    scheduler, pool = make_scheduler(caching=False)
+    parent = make_request("a", 12)
+    children = [make_request("a", 12, index=i) for i in (1, 2)]
+    scheduler.add(parent)
+    for child in children:
+        scheduler.add(child, fork_of=parent)
+    driver = Driver(scheduler, pool)
+    step = driver.step()
+    assert [(s.start, s.num_tokens) for s in step.scheduled] == [(0, 12), (8, 4), (8, 4)]
+    assert pool.num_held_blocks == 3 + 1 + 1
+    driver.run()
+    assert [r.output_token_ids for r in children] == [[1000, 1001, 1002, 1003]] * 2
+    assert pool.num_held_blocks == 0
+
+
+def test_the_latest_request_gives_way_when_blocks_run_out_and_still_ends_right():
+    scheduler, pool = make_scheduler(num_blocks=8, budget=64)
+    requests = [make_request(str(i), range(i * 50, i * 50 + 10), max_tokens=12) for i in range(2)]
+    for request in requests:
+        scheduler.add(request)
+    Driver(scheduler, pool).run()
+    assert scheduler.num_preemptions > 0
+    assert requests[0].metrics.num_preemptions == 0
+    assert all(r.output_token_ids == [1000 + i for i in range(12)] for r in requests)
+
+
+def test_a_lower_priority_number_is_served_first():
+    scheduler, pool = make_scheduler(max_num_seqs=1)
+    for name, priority in (("late", 1), ("soon", 0)):
+        scheduler.add(make_request(name, 3, priority=priority, arrival_time=float(priority == 0)))
+    assert Driver(scheduler, pool).step().scheduled[0].request.request_id == "soon"
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_an_abort_at_any_point_frees_the_blocks(steps):
+    scheduler, pool = make_scheduler(budget=8)
+    request, other = make_request("a", 20, max_tokens=9), make_request("b", range(40, 60), max_tokens=3)
+    scheduler.add(request)
+    scheduler.add(other)
+    driver = Driver(scheduler, pool)
+    for _ in range(steps):
+        driver.step()
+    scheduler.finish(request, RequestStatus.FINISHED_ABORTED)
+    scheduler.finish(request, RequestStatus.FINISHED_ABORTED)
+    driver.run()
+    assert request.status is RequestStatus.FINISHED_ABORTED
+    assert other.output_token_ids == [1000, 1001, 1002]
+    assert pool.num_held_blocks == 0
+
+
+def test_an_aborted_parent_lets_its_siblings_go_on():
+    scheduler, pool = make_scheduler()
+    parent, child = make_request("a", 12), make_request("a", 12, index=1)
+    scheduler.add(parent)
+    scheduler.add(child, fork_of=parent)
+    scheduler.finish(parent, RequestStatus.FINISHED_ABORTED)
+    Driver(scheduler, pool).run()
+    assert child.output_token_ids == [1000, 1001, 1002, 1003]
+
+
+@pytest.mark.parametrize("stop", [1001])
+def test_a_stop_token_ends_the_request_and_names_itself(stop):
+    scheduler, pool = make_scheduler()
+    request = make_request("a", 3, max_tokens=9)
+    request.params = request.params.replace(stop_token_ids=[stop])
+    scheduler.add(request)
+    Driver(scheduler, pool).run()
+    assert request.output_token_ids[-1] == stop
+    assert request.stop_reason == stop
+
+
+def test_ignore_eos_goes_on_and_min_tokens_waits():
+    scheduler, pool = make_scheduler()
+    requests = [
+        make_request("stops", 3, max_tokens=6, eos_token_ids=frozenset({1001})),
+        make_request("ignores", 3, max_tokens=6, eos_token_ids=frozenset({1001})),
+        make_request("waits", 3, max_tokens=6, eos_token_ids=frozenset({1001, 1004})),
+    ]
+    requests[1].params = requests[1].params.replace(ignore_eos=True)
+    requests[2].params = requests[2].params.replace(min_tokens=3)
+    for request in requests:
+        scheduler.add(request)
+    Driver(scheduler, pool).run()
+    assert [len(r.output_token_ids) for r in requests] == [2, 6, 5]
+
+
+def test_a_lone_sequence_keeps_its_blocks_in_one_run():
+    scheduler, pool = make_scheduler(num_blocks=256)
+    requests = [make_request(str(i), range(i * 100, i * 100 + 20), max_tokens=60) for i in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    driver = Driver(scheduler, pool)
+    for _ in range(50):
+        for share in driver.step().scheduled:
+            table = share.block_tables[0]
+            assert table == list(range(table[0], table[0] + len(table)))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_mix_of_requests_ends_right_and_leaks_nothing(seed):
+    """Random lengths, shared prefixes, forks, aborts and a pool that is often too small."""
+    rng = random.Random(seed)
+    scheduler, pool = make_scheduler(
+        num_blocks=rng.choice([14, 20, 60]), budget=rng.choice([5, 16, 64]), caching=rng.random() < 0.7
+    )
+    driver = Driver(scheduler, pool)
+    kept, gone = [], []
+    for number in range(25):
+        prompt = [*range(rng.choice([0, 8, 16])), *(rng.randrange(500) for _ in range(rng.randrange(1, 14)))]
+        request = make_request(str(number), prompt, max_tokens=rng.randrange(1, 20), priority=rng.randrange(2))
+        scheduler.add(request)
+        kept.append(request)
+        if rng.random() < 0.3:
+            child = make_request(str(number), prompt, max_tokens=5, priority=request.priority, index=1)
+            scheduler.add(child, fork_of=request)
+            kept.append(child)
+        if rng.random() < 0.2:
+            victim = kept.pop(rng.randrange(len(kept)))
+            scheduler.finish(victim, RequestStatus.FINISHED_ABORTED)
+            gone.append(victim)
+        for _ in range(rng.randrange(3)):
+            driver.step()
+    driver.run()
+    assert all(r.output_token_ids == [1000 + i for i in range(r.max_tokens)] for r in kept)
+    assert pool.num_held_blocks == 0
+    assert pool.num_free_blocks == pool.num_blocks
