@@ -6,7 +6,6 @@ state, as Jupyter saves it. Here an update changes the display that it belongs t
 
 from typing import Any
 
-import pytest
 from nbformat import from_dict
 from nbval.plugin import IPyNbFile
 
@@ -39,7 +38,7 @@ def applying_updates(get_kernel_message: Any) -> Any:
     return get
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Wrap nbval's reader, once."""
     if not hasattr(IPyNbFile.get_kernel_message, "applies_updates"):
         IPyNbFile.get_kernel_message = applying_updates(IPyNbFile.get_kernel_message)

@@ -30,7 +30,7 @@ def text_of(output: Any) -> str:
     return str(output.data.get("text/plain", ""))
 
 
-def show_start(cell: Any, cell_index: int) -> None:
+def show_start(cell: Any, **_: Any) -> None:
     """Print a heading, or the code that runs now."""
     if cell.cell_type == "markdown":
         for line in cell.source.splitlines():
@@ -40,7 +40,7 @@ def show_start(cell: Any, cell_index: int) -> None:
         print(paint("\n".join(f"  > {line}" for line in cell.source.splitlines()), "2"), flush=True)
 
 
-def show_outputs(cell: Any, cell_index: int, execute_reply: Any) -> None:
+def show_outputs(cell: Any, **_: Any) -> None:
     """Print what the cell showed."""
     for output in cell.outputs:
         if text := text_of(output).rstrip():
