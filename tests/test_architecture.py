@@ -15,9 +15,10 @@ LONGEST_FUNCTION = 60
 LONGEST_FILE = 500
 
 SHARED = frozenset(
-    {"errors", "config", "sampling_params", "outputs", "request", "settings", "hub", "hub_download", "package_model"}
+    {"errors", "config", "sampling_params", "outputs", "request", "settings"}
+    | {"hub", "hub_download", "package_model", "gguf_file"}
 )
-"""Modules of engine/ that make up the room "shared": types and the model lookup, no MLX."""
+"""Modules of engine/ that make up the room "shared": types, finding models and reading their headers; no MLX."""
 
 _BELOW = ("shared", "memory")
 _MIDDLE = (*_BELOW, "core", "runner", "text", "metrics")
