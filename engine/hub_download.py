@@ -26,7 +26,7 @@ def download(
 ) -> ResolvedModel:
     """Bring ``part`` of ``repo`` into the Hugging Face cache. Raises :class:`ModelNotFoundError`."""
     try:
-        files = HfApi().list_repo_files(repo, revision=revision)
+        files = [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()]
         patterns = _patterns(model, files, quant, part)
         folder = Path(
             snapshot_download(
@@ -47,7 +47,7 @@ def download(
         raise ModelNotFoundError(
             f"the hub has no model {repo} (or it is private: log in with `hf auth login`); check the spelling"
         ) from None
-    except (HfHubHTTPError, OSError, *_transport_errors()) as error:
+    except _connection_errors() as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ModelNotFoundError(
             f"{model} is not in the Hugging Face cache and the hub cannot be reached ({reason}); "
@@ -71,9 +71,9 @@ def _patterns(model: str, files: list[str], quant: str, part: Part) -> list[str]
     raise ModelNotFoundError(f"{model}: the repository holds neither safetensors with a config.json nor GGUF files")
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """Errors of the HTTP library in use: the hub's library changed it more than once."""
-    found = []
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """What a failing network raises; the hub's library has changed its HTTP library more than once."""
+    found: list[type[Exception]] = [HfHubHTTPError, OSError]
     for name in ("httpx", "httpx2"):
         try:
             found.append(importlib.import_module(name).HTTPError)

@@ -1,0 +1,172 @@
+"""Read a GGUF file: metadata and where its tensors lie. No MLX.
+
+gguf's own reader makes several numpy objects per string (5 s for a vocabulary of 49,152); this one
+walks the header once (0.1 s). Its constants and dequantization are used as they are.
+"""
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
+from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+from engine.errors import ModelLoadError
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_END_TOKEN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_END_TOKENS = frozenset(
+    ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|endoftext|>")
+)
+_PLAIN: dict[GGMLQuantizationType, type[np.floating[Any]]] = {
+    GGMLQuantizationType.F16: np.float16,
+    GGMLQuantizationType.F32: np.float32,
+}
+_CONTROL = 3
+"""Token type of control tokens (1 normal, 2 unknown, 4 user-defined, 5 unused, 6 byte)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor: ``shape`` in rows-first order, ``offset`` and ``num_bytes`` in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """A GGUF file's metadata and tensors; data are read from the mapped file when asked for."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture``: llama, qwen2, …"""
+        return str(self.metadata["general.architecture"])
+
+    def blocks(self, name: str) -> npt.NDArray[Any]:
+        """A tensor's raw blocks ``[..., bytes per row]`` (of F16 and F32 its values), mapped from the file."""
+        info = self.tensors[name]
+        dtype = _PLAIN.get(info.type)
+        shape = tuple(quant_shape_to_byte_shape(info.shape, info.type)) if dtype is None else info.shape
+        blocks: npt.NDArray[Any] = np.memmap(self.path, dtype or np.uint8, "r", info.offset, shape)
+        return blocks
+
+    def values(self, name: str) -> npt.NDArray[np.float32]:
+        """A tensor's exact values as float32."""
+        try:
+            return np.asarray(dequantize(self.blocks(name), self.tensors[name].type), dtype=np.float32)
+        except NotImplementedError:
+            kind = self.tensors[name].type.name
+            raise ModelLoadError(f"{self.path.name}: tensors of type {kind} cannot be read; use a Q8_0 file") from None
+
+    def end_token_ids(self) -> frozenset[int]:
+        """Ids that end a reply: the file's end tokens, and control tokens with a turn-ending name."""
+        prefix = "tokenizer.ggml."
+        ids = {self.metadata[prefix + key] for key in _END_TOKEN_KEYS if prefix + key in self.metadata}
+        tokens = self.metadata.get(prefix + "tokens", [])
+        types = self.metadata.get(prefix + "token_type", [])
+        ids |= {i for i, kind in enumerate(types) if kind == _CONTROL and tokens[i] in _END_TOKENS}
+        return frozenset(int(i) for i in ids)
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Read the header of ``path``. Raises :class:`ModelLoadError` where it is no GGUF file or cut short."""
+    stat = path.stat()
+    return _open(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1)
+def _open(path: Path, _changed: int, size: int) -> GGUFFile:
+    with path.open("rb") as file:
+        if file.read(4) != _MAGIC:
+            raise ModelLoadError(f"{path}: not a GGUF file")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                gguf = _Header(data).read(path)
+            except (struct.error, UnicodeDecodeError):
+                raise ModelLoadError(f"{path}: the file is cut short or damaged; fetch it again") from None
+    if any(info.offset + info.num_bytes > size for info in gguf.tensors.values()):
+        raise ModelLoadError(f"{path}: the file is cut short; fetch it again")
+    if gguf.metadata.get("split.count", 1) > 1:
+        raise ModelLoadError(f"{path}: one part of several; join them with `llama-gguf-split --merge` first")
+    return gguf
+
+
+class _Header:
+    """Walks a GGUF header once."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._at = len(_MAGIC)
+
+    def read(self, path: Path) -> GGUFFile:
+        version = self._scalar("I")
+        if version not in _VERSIONS:
+            raise ModelLoadError(f"{path}: GGUF version {version} (or big-endian) is not supported; convert it again")
+        num_tensors, num_fields = self._scalar("Q"), self._scalar("Q")
+        metadata = {self._string(): self._value(self._scalar("I")) for _ in range(num_fields)}
+        headers = [self._tensor() for _ in range(num_tensors)]
+        alignment = int(metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
+        start = -(-self._at // alignment) * alignment
+        tensors = {}
+        for name, shape, kind, offset in headers:
+            tensors[name] = TensorInfo(name, shape, kind, start + offset, _num_bytes(shape, kind))
+        return GGUFFile(path, metadata, tensors)
+
+    def _tensor(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+        name = self._string()
+        shape = self._scalars("Q", self._scalar("I"))[::-1]
+        number = self._scalar("I")
+        try:
+            kind = GGMLQuantizationType(number)
+        except ValueError:
+            raise ModelLoadError(f"tensor {name} has an unknown GGUF type {number}; use a Q8_0 file") from None
+        return name, shape, kind, self._scalar("Q")
+
+    def _scalar(self, code: str) -> Any:
+        return self._scalars(code, 1)[0]
+
+    def _scalars(self, code: str, count: int) -> tuple[Any, ...]:
+        layout = struct.Struct(f"<{count}{code}")
+        values = layout.unpack_from(self._data, self._at)
+        self._at += layout.size
+        return values
+
+    def _string(self) -> str:
+        length = self._scalar("Q")
+        if self._at + length > len(self._data):
+            raise struct.error("string reaches past the end")
+        self._at += length
+        return self._data[self._at - length : self._at].decode("utf-8")
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._scalar(_SCALARS[kind])
+        item, count = self._scalar("I"), self._scalar("Q")
+        if item in _SCALARS:
+            return list(self._scalars(_SCALARS[item], count))
+        return [self._value(item) for _ in range(count)]
+
+
+def _num_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    block, size = GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // int(block) * int(size)

@@ -1,0 +1,65 @@
+"""Shared fixtures. OpenBLAS is loaded here, before anything imports MLX.
+
+* ``smollm2``: the real SmolLM2-135M-Instruct, resolved (fetched once, 93 MB). Tests that use it, or anything
+  made from it, get the marker ``weights`` here.
+* ``smollm2_gguf``: the path of its file, for its vocabulary.
+* ``tiny_model_dir(architecture, seed=0, **config)``: a folder with a tiny random model (llama, qwen2, qwen3,
+  gemma3_text) and SmolLM2's tokenizer; made once per session for equal arguments.
+* ``no_network``: every connection attempt fails the test.
+"""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from engine.runner.devices import prepare_backend
+
+prepare_backend()
+
+from engine.hub import ResolvedModel, resolve  # noqa: E402
+from tests import tiny_models  # noqa: E402
+
+TinyModelDir = Callable[..., Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that need the real weights or their tokenizer, so that ``-m 'not weights'`` skips them."""
+    for item in items:
+        if "smollm2_gguf" in getattr(item, "fixturenames", ()):
+            item.add_marker("weights")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    return resolve("smollm2").path
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path) -> ResolvedModel:
+    return ResolvedModel("smollm2", smollm2_gguf, "gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyModelDir:
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
+        key = (architecture, seed, repr(sorted(changes.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"tiny-{architecture}")
+            made[key] = tiny_models.write_model(folder, architecture, smollm2_gguf, seed, **changes)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
+        raise AssertionError(f"the network was asked: {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
