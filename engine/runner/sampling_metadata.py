@@ -18,8 +18,6 @@ Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 
 LOG2_E = 1.4426950408889634
-MIN_LOG2_WEIGHT = -126.0
-"""Tokens less likely than the best one by this many powers of two have no float32 weight."""
 _KEEP_ALL = 2.0
 """A top_p above any possible mass: the row has no nucleus."""
 
@@ -127,7 +125,7 @@ class Nucleus:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """S rows drawn at random. ``scale`` is log2(e) / temperature, ``floor`` log2(min_p).
+    """S rows drawn at random. ``scale`` is log2(e) / temperature.
 
     ``uniforms`` [S, 2] in [0, 1) come from (seed, position) alone. ``ranked`` and ``nucleus``
     number their rows within these S.
@@ -135,7 +133,7 @@ class Draws:
 
     rows: Int32
     scale: Float32
-    floor: Float32
+    min_p: Float32
     uniforms: Float32
     ranked: Ranked | None
     nucleus: Nucleus | None
@@ -225,15 +223,12 @@ def _draws(rows: Sequence[SamplingRow], vocab_size: int) -> Draws | None:
     if not drawn:
         return None
     params = [rows[i].params for i in drawn]
-    min_p = np.array([p.min_p for p in params], np.float64)
-    with np.errstate(divide="ignore"):
-        floor = np.maximum(np.log2(min_p), MIN_LOG2_WEIGHT)
     ranked = [i for i, p in enumerate(params) if 0 < p.top_k < vocab_size]
     nucleus = [i for i, p in enumerate(params) if p.top_p < 1 and not 0 < p.top_k < vocab_size]
     return Draws(
         rows=_int32(drawn),
         scale=_float32(LOG2_E / p.temperature for p in params),
-        floor=floor.astype(np.float32),
+        min_p=_float32(p.min_p for p in params),
         uniforms=uniforms((rows[i].seed for i in drawn), (rows[i].position for i in drawn)),
         ranked=Ranked(
             _int32(ranked),
