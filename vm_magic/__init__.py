@@ -1,0 +1,30 @@
+"""A language model living inside the notebook: ``%load_ext vm_magic``, then ``%vllm_metal --help``."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.llm import LLM
+
+__all__ = ["current", "load_ipython_extension", "unload_ipython_extension"]
+
+
+def current() -> "LLM | None":
+    """The notebook's model, or None: cells, magics and the port share this one engine."""
+    from vm_magic.session import peek_session
+
+    session = peek_session()
+    return None if session is None else session.loaded
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """``%load_ext vm_magic``: registers the magics; imports no model code."""
+    from vm_magic.extension import install
+
+    install(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """``%unload_ext vm_magic``: stops the port, frees the model, leaves nothing behind."""
+    from vm_magic.extension import uninstall
+
+    uninstall(shell)

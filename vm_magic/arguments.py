@@ -1,0 +1,304 @@
+"""The words of ``%vllm_metal``: one parser per command, built from the engine's own flag table."""
+
+import argparse
+import difflib
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any, NoReturn
+
+from IPython.core.magic_arguments import MagicArgumentParser
+
+from engine.config import ENGINE_FLAGS, NOT_YET, REFUSED_FLAGS, Flag, human_int, refuse_flag
+from engine.errors import ConfigError, UnsupportedOptionError
+from vm_magic.errors import HelpShown
+
+FORMATS = ("markdown", "text", "code", "json")
+COMMANDS: dict[str, str] = {
+    "status": "what is loaded, its memory, the port, the last reply's speed",
+    "load": "load a model into this kernel",
+    "serve": "load a model if needed and open the OpenAI port",
+    "stop": "close the port, keep the model",
+    "unload": "free the model and its memory",
+    "plan": "the memory plan of a model, without loading it",
+    "set": "sampling defaults: temperature=0.2 top_p=0.9 …",
+    "chat": "send a message (cell form: the cell's body, streamed)",
+    "complete": "continue a raw prompt (cell form: the cell's body, streamed)",
+    "reset": "forget a conversation",
+    "history": "show a conversation",
+    "models": "models on this machine",
+    "logs": "the latest lines of the engine's and server's log",
+    "metrics": "the engine's Prometheus metrics as a table",
+}
+LATER_COMMANDS = frozenset({"panel", "explain", "bench", "llm", "export", "connect", "tools"})
+LATER_CHAT_FLAGS = frozenset({"json", "thinking-token-budget"})
+CELL_COMMANDS = ("serve", "chat", "complete")
+
+
+class CommandParser(MagicArgumentParser):  # type: ignore[misc]
+    """One command's parser: ``--help`` raises HelpShown, abbreviations are off, underscores allowed."""
+
+    def __init__(self, command: str, *, cell: bool = False) -> None:
+        percent = "%%" if cell and command in CELL_COMMANDS else "%"
+        super().__init__(
+            prog=f"{percent}vllm_metal {command}",
+            description=COMMANDS[command],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.allow_abbrev = False
+        self.command = command
+        self.add_argument("-h", "--help", action=_Help, nargs=0, help="show this text")
+
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse ``words``. Raises ConfigError for unknown flags, UsageError for what argparse refuses."""
+        words = [_dashes(word) for word in words]
+        for word in words:
+            if word == "--":
+                break
+            if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
+                raise self._unknown(word.partition("=")[0])
+        result: argparse.Namespace = self.parse_args(words)
+        return result
+
+    def takes_value(self, flag: str) -> bool:
+        """Whether ``flag`` is followed by a value."""
+        action = self._option_string_actions.get(flag)
+        return action is not None and action.nargs != 0
+
+    def flags(self) -> dict[str, tuple[str, ...]]:
+        """All long flags, with the values they allow (empty where any)."""
+        return {
+            name: tuple(str(choice) for choice in action.choices or ())
+            for name, action in self._option_string_actions.items()
+            if name.startswith("--")
+        }
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError with ``message`` and where the help is."""
+        super().error(f"{message} (see {self.prog} --help)")
+        raise AssertionError("MagicArgumentParser.error raises")
+
+    def _unknown(self, flag: str) -> UnsupportedOptionError:
+        name = flag.lstrip("-")
+        if name in LATER_CHAT_FLAGS and self.command in ("chat", "complete"):
+            return UnsupportedOptionError(f"--{name} is not supported: {NOT_YET}", flag=name)
+        if self.command in ("load", "serve", "plan") and name.removeprefix("no-") in REFUSED_FLAGS:
+            return refuse_flag(name)
+        close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"see {self.prog} --help"
+        return UnsupportedOptionError(f"{flag} is not a flag of {self.command}: {hint}", flag=name)
+
+
+class _Help(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        raise HelpShown(parser.format_help())
+
+
+def _dashes(word: str) -> str:
+    """``--max_model_len=1`` as ``--max-model-len=1``."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+@cache
+def command_parser(command: str) -> CommandParser:
+    """The parser of ``command``, one of :data:`COMMANDS`."""
+    parser = CommandParser(command, cell=command in ("chat", "complete"))
+    if command in ("load", "plan", "serve"):
+        parser.add_argument(
+            "model",
+            nargs="?" if command != "load" else None,
+            metavar="MODEL",
+            help="smollm2, a folder, a hub id or a .gguf file",
+        )
+        _add_engine_flags(parser)
+    if command == "serve":
+        _add_server_flags(parser)
+    elif command == "plan":
+        for name in ("--device-memory", "--model-memory", "--overhead"):
+            parser.add_argument(
+                name, metavar="BYTES", type=byte_count, help="take this size, such as 51.54GB, as given"
+            )
+    elif command in ("chat", "complete"):
+        _add_chat_flags(parser, chat=command == "chat")
+    elif command in ("reset", "history"):
+        parser.add_argument("name", nargs="?", metavar="NAME", help="which conversation")
+    elif command == "set":
+        parser.add_argument("values", nargs=argparse.REMAINDER, metavar="KEY=VALUE")
+    elif command == "logs":
+        parser.add_argument("count", nargs="?", type=int, default=50, metavar="N", help="how many lines (50)")
+    return parser
+
+
+def _add_engine_flags(parser: CommandParser) -> None:
+    group = parser.add_argument_group("engine flags")
+    for flag in ENGINE_FLAGS:
+        names = [f"--{flag.name}", *(f"--{alias}" for alias in flag.aliases)]
+        _add_flag(group, flag, names)
+
+
+def _add_flag(group: Any, flag: Flag, names: list[str]) -> None:
+    common: dict[str, Any] = {"help": flag.help.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if flag.kind == "switch":
+        group.add_argument(*names, dest=flag.field, action=argparse.BooleanOptionalAction, **common)
+    elif flag.kind == "list":
+        group.add_argument(*names, dest=flag.field, action="extend", nargs="+", metavar=flag.metavar, **common)
+    elif flag.choices:
+        group.add_argument(*names, dest=flag.field, choices=flag.choices, **common)
+    else:
+        group.add_argument(*names, dest=flag.field, metavar=flag.metavar or None, **common)
+
+
+def _add_server_flags(parser: CommandParser) -> None:
+    group = parser.add_argument_group("server flags")
+    absent: dict[str, Any] = {"default": argparse.SUPPRESS}
+    group.add_argument("--host", help="address to listen on (127.0.0.1)", **absent)
+    group.add_argument(
+        "--port", type=port_number, metavar="N", help="port; 0 takes a free one (8000, or the next free)", **absent
+    )
+    group.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="key that clients send (VLLM_API_KEY; random if none)",
+        **absent,
+    )
+    group.add_argument("--no-api-key", action="store_true", help="no key, on loopback only", **absent)
+    for name in ("--allowed-origins", "--allowed-hosts"):
+        group.add_argument(name, type=name_list, metavar="LIST", help='JSON list or a,b,c; ["*"] allows all', **absent)
+    group.add_argument("--root-path", metavar="PATH", help="path prefix that a proxy strips", **absent)
+    for name, text in (
+        ("--trust-request-chat-template", "let requests bring their own chat template"),
+        ("--enable-request-id-headers", "answer with X-Request-Id"),
+        ("--enable-log-requests", "log each request (%%vllm_metal logs)"),
+    ):
+        group.add_argument(name, action="store_true", help=text, **absent)
+
+
+SERVER_OPTIONS = (
+    "host", "port", "api_key", "no_api_key", "allowed_origins", "allowed_hosts", "root_path",
+    "trust_request_chat_template", "enable_request_id_headers", "enable_log_requests",
+)  # fmt: skip
+SAMPLING_FLAGS: tuple[tuple[tuple[str, ...], str, Any, str], ...] = (
+    (("-t", "--temperature"), "temperature", float, "0 always takes the likeliest token"),
+    (("--top-p",), "top_p", float, "keep the likeliest tokens up to this probability"),
+    (("--top-k",), "top_k", int, "keep the k likeliest tokens"),
+    (("--min-p",), "min_p", float, "drop tokens below this share of the likeliest one"),
+    (("--presence-penalty",), "presence_penalty", float, "-2 to 2"),
+    (("--frequency-penalty",), "frequency_penalty", float, "-2 to 2"),
+    (("--repetition-penalty",), "repetition_penalty", float, "above 1 discourages repeats"),
+    (("--max-tokens",), "max_tokens", human_int, "most tokens of the reply (default: to the end of the context)"),
+    (("--seed",), "seed", int, "the same seed gives the same reply"),
+)
+
+
+def _add_chat_flags(parser: CommandParser, *, chat: bool) -> None:
+    for names, dest, kind, text in SAMPLING_FLAGS:
+        parser.add_argument(*names, dest=dest, type=kind, metavar="N", help=text, default=argparse.SUPPRESS)
+    parser.add_argument(
+        "--stop",
+        action="append",
+        type=unescape,
+        metavar="TEXT",
+        default=argparse.SUPPRESS,
+        help=r"stop before TEXT (\n is a line end); may be repeated",
+    )
+    if chat:
+        parser.add_argument("-s", "--system", metavar="TEXT", help="system message of the conversation")
+        parser.add_argument("-n", "--new", action="store_true", help="start the conversation anew")
+        parser.add_argument("-c", "--conversation", metavar="NAME", help="which conversation")
+        parser.add_argument(
+            "--think",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help="sets enable_thinking in the chat template",
+        )
+    parser.add_argument(
+        "-o", "--out", metavar="NAME", type=variable_name, help="store the reply in this variable and show nothing"
+    )
+    parser.add_argument("--raw", action="store_true", help="take {{ }} as typed")
+    parser.add_argument("--no-stream", action="store_true", help="show the reply when it is complete")
+    parser.add_argument("--detach", action="store_true", help="return at once; the output goes on filling")
+    parser.add_argument("--stats", action="store_true", help="show tokens and speed under the reply")
+    parser.add_argument("-f", "--format", choices=FORMATS, default="markdown", help="how to show the reply")
+    parser.add_argument("text", nargs="?", help="the message, in the line form (after the flags)")
+
+
+def split_text(parser: CommandParser, line: str) -> tuple[list[str], str]:
+    """Split ``line`` into leading flag words and the free text after them, which stays as typed."""
+    words: list[str] = []
+    position = 0
+    token = re.compile(r"""\s*((?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s"'\\])+)""")
+    while (found := token.match(line, position)) and found[1].startswith("-") and found[1] != "-":
+        position = found.end()
+        if found[1] == "--":
+            break
+        words += shlex.split(found[1])
+        if "=" not in found[1] and parser.takes_value(_dashes(found[1])):
+            value = token.match(line, position)
+            if value:
+                words += shlex.split(value[1])
+                position = value.end()
+    text = line[position:].strip()
+    if len(text) > 1 and text[0] in "'\"" and text.find(text[0], 1) == len(text) - 1:
+        text = text[1:-1]
+    return words, text
+
+
+def split_words(line: str) -> list[str]:
+    """Split ``line`` as a shell would, so that JSON in single quotes arrives whole."""
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ConfigError(f"{line.strip()!r}: {error}; close the quote") from None
+
+
+def byte_count(text: str) -> float:
+    """``51.54GB`` (1e9), ``48GiB`` (2**30) or plain bytes."""
+    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]i?)?B?\s*", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 51.54GB or 48GiB")
+    unit = found[2] or ""
+    base = 1024 if unit.endswith("i") else 1000
+    power = "KMGT".index(unit[0]) + 1 if unit else 0
+    return float(found[1]) * float(base**power)
+
+
+def port_number(text: str) -> int:
+    """A TCP port, 0 for a free one."""
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
+    return int(text)
+
+
+def name_list(text: str) -> list[str]:
+    """A JSON list of strings, or names with commas between them."""
+    import json
+
+    if not text.lstrip().startswith("["):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return [str(part) for part in json.loads(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list such as ["*"]') from None
+
+
+def variable_name(text: str) -> str:
+    """A Python identifier."""
+    if not text.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a variable name")
+    return text
+
+
+def unescape(text: str) -> str:
+    r"""``\n`` and ``\t`` typed in a magic's line as the characters they mean."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def pick(namespace: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of ``names`` that the user gave."""
+    given = vars(namespace)
+    return {name: given[name] for name in names if name in given}

@@ -1,0 +1,158 @@
+"""What commands return: small objects with a text and an HTML form that hold numbers, never a model."""
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from engine.outputs import Reply
+from vm_magic.conversation import Message
+from vm_magic.progress import size_text
+
+if TYPE_CHECKING:
+    from vm_magic.session import Session
+
+_CARD_STYLE = (
+    "display:inline-block;padding:8px 14px;border:1px solid var(--jp-border-color2,#bbb);border-radius:6px;"
+    "background:var(--jp-layout-color1,transparent);color:var(--jp-ui-font-color1,inherit);font-size:13px"
+)
+_BAR_STYLE = (
+    "display:inline-block;width:160px;height:8px;border-radius:4px;overflow:hidden;vertical-align:middle;"
+    "margin-right:8px;background:var(--jp-layout-color3,#ddd)"
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a header. ``note`` stands below; an empty table says only that."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def __repr__(self) -> str:
+        lines = [self.header, *self.rows] if self.rows else []
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([*text, *([self.note] if self.note else [])])
+
+    def _repr_html_(self) -> str:
+        note = f"<div>{html.escape(self.note)}</div>" if self.note else ""
+        if not self.rows:
+            return note
+        head = "".join(f'<th style="text-align:left">{html.escape(cell)}</th>' for cell in self.header)
+        body = "".join(
+            "<tr>" + "".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row) + "</tr>"
+            for row in self.rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+
+
+@dataclass(frozen=True)
+class StatusCard:
+    """A snapshot of the session; ``fields`` in the order shown, ``usage`` the KV cache's share in use."""
+
+    title: str
+    fields: tuple[tuple[str, str], ...] = ()
+    usage: float | None = None
+
+    def __repr__(self) -> str:
+        width = max((len(name) for name, _ in self.fields), default=0)
+        return "\n".join([self.title, *(f"  {name.ljust(width)}  {value}" for name, value in self.fields)])
+
+    def _repr_html_(self) -> str:
+        name_style, value_style = "text-align:left;opacity:.7;padding:1px 12px 1px 0", "text-align:left;padding:1px 0"
+        rows = "".join(
+            f'<tr style="background:none"><td style="{name_style}">{html.escape(name)}</td>'
+            f'<td style="{value_style}">{self._bar(name)}{html.escape(value)}</td></tr>'
+            for name, value in self.fields
+        )
+        table = f'<table style="margin:4px 0 0;border:none">{rows}</table>' if rows else ""
+        return f'<div style="{_CARD_STYLE}"><b>{html.escape(self.title)}</b>{table}</div>'
+
+    def _bar(self, name: str) -> str:
+        if name != "KV blocks" or self.usage is None:
+            return ""
+        fill = f"width:{self.usage * 100:.1f}%;height:100%;display:block;background:var(--jp-brand-color1,#1976d2)"
+        return f'<span style="{_BAR_STYLE}"><span style="{fill}"></span></span>'
+
+
+@dataclass(frozen=True)
+class HistoryView:
+    """A conversation's messages, as text and as Markdown."""
+
+    name: str
+    messages: tuple[Message, ...]
+    others: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return "\n\n".join(f"{m['role']}: {m['content']}" for m in self.messages) or self._empty()
+
+    def _repr_markdown_(self) -> str:
+        return "\n\n".join(f"**{m['role']}**\n\n{m['content']}" for m in self.messages) or self._empty()
+
+    def _empty(self) -> str:
+        others = f"; there are: {', '.join(self.others)}" if self.others else ""
+        return f"no messages in conversation {self.name!r} yet{others}"
+
+
+def status_card(session: "Session") -> StatusCard:
+    """What is loaded, its memory, the port and the last reply's speed."""
+    llm = session.loaded
+    settings = settings_text(session.settings.snapshot())
+    if llm is None:
+        title = "no model is loaded; run %vllm_metal load smollm2 (or another model)"
+        return StatusCard(title, (("settings", settings),) if settings else ())
+    stats = llm.stats()
+    server = session.server
+    last = session.last_reply
+    blocks = f"{stats.num_used_blocks} of {stats.num_blocks} used, {stats.num_cached_blocks} cached"
+    fields = (
+        ("memory", llm.plan.log_line()),
+        ("KV blocks", blocks),
+        ("context", f"{llm.plan.max_model_len} tokens"),
+        ("requests", f"{stats.num_running} running, {stats.num_waiting} waiting"),
+        ("settings", settings or "the model's own"),
+        ("port", repr(server) if server else "closed; %vllm_metal serve opens it"),
+        ("last reply", speed_text(last) if last else "none yet"),
+    )
+    return StatusCard(llm.args.names[0], fields, stats.kv_cache_usage)
+
+
+def settings_text(values: Mapping[str, Any]) -> str:
+    """``temperature=0.2 top_p=0.9``."""
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def speed_text(reply: Reply) -> str:
+    """Tokens, tokens per second, time to the first token and the prompt's cached part."""
+    usage, metrics = reply.usage, reply.metrics
+    rate = metrics.decode_rate(usage.completion_tokens) if metrics else None
+    first = metrics.time_to_first_token if metrics else None
+    parts = [
+        f"{usage.completion_tokens} tokens",
+        f"{rate:.1f} tokens/s" if rate else "",
+        f"first after {first:.2f} s" if first is not None else "",
+        f"prompt {usage.prompt_tokens} tokens, {usage.cached_tokens} cached",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def models_table(models: Sequence[Any]) -> Table:
+    """Models on this machine."""
+    rows = tuple((m.name, size_text(m.bytes), m.kind) for m in models)
+    return Table(
+        ("model", "size", "kind"), rows, "" if rows else "no models here yet; %vllm_metal load smollm2 fetches one"
+    )
+
+
+def metrics_table(registry: Any) -> Table:
+    """Samples of a Prometheus ``registry``; histograms as count and sum."""
+    rows = []
+    for family in registry.collect():
+        for sample in family.samples:
+            if sample.name.endswith(("_bucket", "_created")):
+                continue
+            labels = ", ".join(f"{k}={v}" for k, v in sample.labels.items() if k not in ("model_name", "engine"))
+            rows.append((sample.name, labels, f"{sample.value:g}"))
+    return Table(("metric", "labels", "value"), tuple(rows), "" if rows else "no metrics yet")

@@ -1,0 +1,65 @@
+"""Tab completion of commands, flags, their values, model and conversation names."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
+
+from vm_magic import session as sessions
+from vm_magic.arguments import CELL_COMMANDS, COMMANDS, command_parser
+from vm_magic.settings_text import SETTABLE
+
+MATCHER_ID = "vm_magic"
+_OURS = re.compile(r"(?:^|.*[\s=(])(%%?)(vllm_metal|chat)[ \t](.*)$", re.DOTALL)
+Matcher = Callable[[CompletionContext], SimpleMatcherResult]
+
+
+def make_matcher(owns_chat: bool) -> Matcher:
+    """IPython's v2 matcher for our magics; ``%%chat`` only where that name is ours."""
+
+    @context_matcher(identifier=MATCHER_ID)  # type: ignore[untyped-decorator]
+    def vm_matcher(context: CompletionContext) -> SimpleMatcherResult:
+        line = context.full_text.split("\n")[context.cursor_line][: context.cursor_position]
+        found = _OURS.match(line)
+        if not found or (found[2] == "chat" and not (owns_chat and found[1] == "%%")):
+            return {"completions": []}
+        words = found[3] if found[2] == "vllm_metal" else f"chat {found[3]}"
+        fragment = re.split(r"\s", words)[-1]
+        before = words[: len(words) - len(fragment)].split()
+        options = candidates(before, fragment, cell=found[1] == "%%")
+        completions = [SimpleCompletion(text=o, type="param") for o in options if o.startswith(fragment)]
+        return {"completions": completions, "suppress": bool(completions), "matched_fragment": fragment}
+
+    matcher: Matcher = vm_matcher
+    return matcher
+
+
+def candidates(before: list[str], fragment: str, *, cell: bool = False) -> Iterable[str]:
+    """What may follow the words ``before`` the cursor; ``fragment`` is what is typed of the next one."""
+    if not before:
+        return CELL_COMMANDS if cell else COMMANDS
+    command = before[0]
+    if command not in COMMANDS:
+        return ()
+    parser = command_parser(command)
+    flags = parser.flags()
+    last = before[-1]
+    if last in ("-c", "--conversation"):
+        return _conversation_names()
+    if last in ("-f", "--format"):
+        return flags["--format"]
+    if last != command and parser.takes_value(last):
+        return flags.get(last, ())
+    if fragment.startswith("-"):
+        return flags
+    if command == "set":
+        return [f"{name}=" for name in SETTABLE]
+    if command in ("load", "serve", "plan"):
+        return [model.name for model in sessions.cached_models()]
+    return _conversation_names() if command in ("reset", "history") else ()
+
+
+def _conversation_names() -> list[str]:
+    session: Any = sessions.peek_session()
+    return [] if session is None else list(session.conversations)

@@ -1,0 +1,53 @@
+"""Conversations by name, and prompts with ``{{ name }}`` filled in from the notebook."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.errors import RequestError
+
+DEFAULT_CONVERSATION = "default"
+Message = dict[str, Any]
+
+
+@dataclass
+class Conversation:
+    """Messages in OpenAI's form. ``busy`` while a detached reply is on its way."""
+
+    name: str
+    messages: list[Message] = field(default_factory=list)
+    busy: bool = False
+
+    def clear(self) -> None:
+        """Forget all messages, the system message too."""
+        self.messages = []
+
+    def with_turn(self, text: str, system: str | None) -> list[Message]:
+        """A copy of the messages that ends with the user's ``text``; ``system`` replaces the first message."""
+        messages = list(self.messages)
+        if system is not None:
+            rest = messages[1:] if messages and messages[0]["role"] == "system" else messages
+            messages = [{"role": "system", "content": system}, *rest]
+        return [*messages, {"role": "user", "content": text}]
+
+
+def render_prompt(text: str, namespace: Mapping[str, Any]) -> str:
+    """Fill in ``{{ expressions }}`` of ``text`` from ``namespace`` with Jinja2.
+
+    Single braces and ``$`` stay as typed. Raises RequestError naming an undefined variable.
+    """
+    if not any(mark in text for mark in ("{{", "{%", "{#")):
+        return text
+    from jinja2 import Environment, StrictUndefined, TemplateSyntaxError, UndefinedError
+
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    try:
+        return environment.from_string(text).render(namespace)
+    except UndefinedError as error:
+        fix = "define it in a cell, or send the text as typed with --raw"
+        raise RequestError(f"prompt: {error.message}; {fix}", param="prompt") from None
+    except TemplateSyntaxError as error:
+        fix = "send the text as typed with --raw"
+        raise RequestError(f"prompt, line {error.lineno}: {error.message}; {fix}", param="prompt") from None
+    except Exception as error:  # noqa: BLE001 - the user's own objects may raise anything
+        raise RequestError(f"prompt: {type(error).__name__}: {error}", param="prompt") from None

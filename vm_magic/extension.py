@@ -1,0 +1,83 @@
+"""Puts the magics into a shell and takes out every trace of them again."""
+
+import atexit
+import sys
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from IPython.core.extensions import ExtensionManager
+
+from vm_magic.completion import Matcher, make_matcher
+from vm_magic.log_buffer import LogBuffer
+from vm_magic.magics import VLLMMetal
+from vm_magic.question_marks import keep_questions
+from vm_magic.references import release_references
+from vm_magic.session import close_session, peek_session
+
+
+@dataclass
+class _Installed:
+    """What one shell got from us."""
+
+    shell: Any
+    magics: VLLMMetal
+    matcher: Matcher
+    owns_chat: bool
+    logs: LogBuffer
+
+
+_installed: list[_Installed] = []
+
+
+def install(shell: Any) -> None:
+    """Register magics and completion in ``shell``; ``%%chat`` only if that name is free."""
+    if any(entry.shell is shell for entry in _installed):
+        return
+    logs = LogBuffer()
+    logs.attach()
+    magics = VLLMMetal(shell, logs)
+    shell.register_magics(magics)
+    cells = shell.magics_manager.magics["cell"]
+    owns_chat = "chat" not in cells
+    if owns_chat:
+        cells["chat"] = magics.chat_cell
+    matcher = make_matcher(owns_chat)
+    shell.Completer.custom_matchers.append(matcher)
+    shell.input_transformers_post.append(keep_questions)
+    _installed.append(_Installed(shell, magics, matcher, owns_chat, logs))
+    atexit.register(close_session)
+
+
+def uninstall(shell: Any) -> None:
+    """Undo :func:`install`, and free the model unless ``%reload_ext`` is under way. Safe twice."""
+    entry = next((entry for entry in _installed if entry.shell is shell), None)
+    if entry is None:
+        return
+    _installed.remove(entry)
+    entry.logs.detach()
+    tables = shell.magics_manager.magics
+    for kind in ("line", "cell"):
+        tables[kind].pop("vllm_metal", None)
+    if entry.owns_chat and tables["cell"].get("chat") == entry.magics.chat_cell:
+        del tables["cell"]["chat"]
+    shell.magics_manager.registry.pop(VLLMMetal.__name__, None)
+    shell.configurables[:] = [c for c in shell.configurables if c is not entry.magics]
+    matchers = shell.Completer.custom_matchers
+    matchers[:] = [m for m in matchers if m is not entry.matcher]
+    transforms = shell.input_transformers_post
+    transforms[:] = [t for t in transforms if t is not keep_questions]
+    if not _reloading(sys._getframe()):
+        if peek_session() is not None:
+            close_session()
+            release_references(shell)
+        atexit.unregister(close_session)
+
+
+def _reloading(frame: FrameType | None) -> bool:
+    """Whether ``%reload_ext`` called: IPython unloads and loads without saying which it is."""
+    while frame is not None:
+        if frame.f_code is ExtensionManager.reload_extension.__code__:
+            return True
+        frame = frame.f_back
+    return False

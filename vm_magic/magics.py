@@ -1,0 +1,293 @@
+"""``%vllm_metal`` and ``%%chat``: parse the line, call the session, show what came of it."""
+
+import argparse
+import difflib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
+from traitlets import Bool
+
+from engine.config import ENGINE_FLAGS, NOT_YET, EngineArgs
+from engine.errors import ConfigError, UnsupportedOptionError
+from engine.outputs import Reply
+from vm_magic import arguments
+from vm_magic import session as sessions
+from vm_magic.arguments import COMMANDS, LATER_COMMANDS, command_parser, pick, split_text, split_words
+from vm_magic.cards import (
+    HistoryView,
+    StatusCard,
+    Table,
+    metrics_table,
+    models_table,
+    settings_text,
+    speed_text,
+    status_card,
+)
+from vm_magic.chat import ChatOptions, Generation, PendingReply, start_chat, start_completion
+from vm_magic.conversation import render_prompt
+from vm_magic.display import NotebookView, ReplyView, SilentView, TerminalView, can_update, open_handle, reply_bundle
+from vm_magic.errors import HelpShown, Interrupted, short_error
+from vm_magic.log_buffer import LogBuffer
+from vm_magic.progress import LoadProgress, size_text
+from vm_magic.references import release_references
+from vm_magic.session import NotebookServer, Session, environment
+from vm_magic.settings_text import read_settings
+from vm_magic.shell_text import read_shell_text
+
+_ENGINE_OPTIONS = tuple(flag.field for flag in ENGINE_FLAGS)
+_PLAN_NAMES = {"gpu_memory_utilization": "fraction"}
+
+
+@magics_class
+class VLLMMetal(Magics):  # type: ignore[misc]
+    """A language model inside this kernel. Its name is what ``%config VLLMMetal.…`` says."""
+
+    short_errors = Bool(True, help="Show errors as one line; False shows tracebacks.").tag(config=True)
+
+    def __init__(self, shell: Any, logs: LogBuffer) -> None:
+        super().__init__(shell=shell)
+        self.logs = logs
+
+    @property
+    def session(self) -> Session:
+        """The kernel's session."""
+        return sessions.current_session()
+
+    @no_var_expand  # type: ignore[untyped-decorator]
+    @line_cell_magic  # type: ignore[untyped-decorator]
+    def vllm_metal(self, line: str, cell: str | None = None) -> Any:
+        """Run a language model inside this kernel: %vllm_metal --help lists the commands."""
+        return self.shielded(lambda: self._dispatch(line, cell))
+
+    def chat_cell(self, line: str, cell: str) -> Any:
+        """Send the cell's body to the loaded model: %vllm_metal chat --help lists the flags."""
+        return self.shielded(lambda: self._dispatch(f"chat {line}", cell))
+
+    def shielded(self, action: Callable[[], Any]) -> Any:
+        """Run ``action``; errors become one line unless ``short_errors`` is off."""
+        try:
+            return action()
+        except HelpShown as help_text:
+            print(help_text.text)
+            return None
+        except Exception as error:
+            if not self.short_errors:
+                raise
+            failure = short_error(error)
+        raise failure  # outside of the except block: the original and its frames are not kept alive
+
+    def _dispatch(self, line: str, cell: str | None) -> Any:
+        name, _, rest = line.strip().partition(" ")
+        if name in ("-h", "--help", "help"):
+            print(overview())
+            return None
+        name = name or "status"
+        if name in LATER_COMMANDS:
+            raise UnsupportedOptionError(f"%vllm_metal {name}: {NOT_YET.split(';')[0]}", flag=name)
+        if name not in COMMANDS:
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            raise UsageError(
+                f"no command {name!r}; " + (f"did you mean {close[0]}?" if close else "see %vllm_metal --help")
+            )
+        if name in ("chat", "complete"):
+            return self._talk(name, rest, cell)
+        if name == "set":
+            return self._set(rest, cell)
+        parsed = command_parser(name).read(split_words(rest)) if cell is None or name != "serve" else None
+        if parsed is None:
+            return self._serve_pasted(rest, cell or "")
+        if cell is not None:
+            raise UsageError(f"%%vllm_metal {name} takes no cell; write %vllm_metal {name}")
+        return getattr(self, f"_{name}")(parsed)
+
+    # -- models ------------------------------------------------------------------------------------
+
+    def _load(self, parsed: argparse.Namespace) -> None:
+        self._load_model(parsed.model, pick(parsed, _ENGINE_OPTIONS))
+
+    def _load_model(self, model: str, options: dict[str, Any]) -> None:
+        """Load and say what came of it; ■ leaves nothing half-loaded."""
+        shown: list[LoadProgress] = []
+
+        def progress() -> LoadProgress:
+            shown.append(LoadProgress(self.shell, model))
+            return shown[0]
+
+        try:
+            loaded = self.session.load(model, options, progress)
+        except BaseException as error:
+            for bar in shown:
+                bar.finish(f"{model}: not loaded")
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted("loading stopped; nothing is loaded") from None
+            raise
+        llm = self.session.require()
+        if not loaded:
+            print(f"{model} is loaded already")
+            return
+        shown[0].finish(f"{model}: {size_text(llm.plan.model_memory)} loaded in {shown[0].seconds:.1f} s")
+        print(llm.plan.log_line())
+        for note in llm.notes:
+            print(note)
+
+    def _serve(self, parsed: argparse.Namespace) -> NotebookServer:
+        options = pick(parsed, _ENGINE_OPTIONS)
+        model = parsed.model or self.session.model_name
+        if model is None:
+            raise ConfigError("serve which model? Nothing is loaded; write %vllm_metal serve smollm2", flag="model")
+        if options or model != self.session.model_name:
+            self._load_model(model, options)
+        return self.session.serve(pick(parsed, arguments.SERVER_OPTIONS))
+
+    def _serve_pasted(self, line: str, cell: str) -> NotebookServer | None:
+        pasted = read_shell_text(cell, os.environ)
+        for note in pasted.notes:
+            print(note)
+        words = [*pasted.arguments, *split_words(line)]
+        if not words:
+            raise ConfigError("no vllm serve line in this cell; paste one, such as: vllm serve smollm2", flag="serve")
+        with environment(pasted.environment):
+            return self._serve(command_parser("serve").read(words))
+
+    def _stop(self, _: argparse.Namespace) -> None:
+        print("the port is closed; the model stays loaded" if self.session.stop() else "no port is open")
+
+    def _unload(self, _: argparse.Namespace) -> None:
+        if self.session.loaded is None:
+            self.session.unload()
+            print("nothing is loaded")
+            return
+        before = sessions.memory_in_use()
+        release_references(self.shell)
+        self.session.unload()
+        release_references(self.shell)
+        print(f"memory in use: {size_text(before)} before, {size_text(sessions.memory_in_use())} after")
+
+    def _plan(self, parsed: argparse.Namespace) -> Any:
+        if parsed.model is None:
+            return self.session.require().plan
+        options = pick(parsed, _ENGINE_OPTIONS)
+        EngineArgs.from_options(parsed.model, options)  # a wrong value is refused under the flag's own name
+        options = {_PLAN_NAMES.get(name, name): value for name, value in options.items()}
+        given = {name: getattr(parsed, name) for name in ("device_memory", "model_memory", "overhead")}
+        return sessions.new_plan(parsed.model, **options, **{k: v for k, v in given.items() if v is not None})
+
+    def _models(self, _: argparse.Namespace) -> Table:
+        return models_table(sessions.cached_models())
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def _status(self, _: argparse.Namespace) -> StatusCard:
+        return status_card(self.session)
+
+    def _set(self, text: str, cell: str | None) -> None:
+        if cell is not None:
+            raise UsageError("%%vllm_metal set takes no cell; write %vllm_metal set")
+        if text.strip() in ("-h", "--help"):
+            raise HelpShown(command_parser("set").format_help())
+        self.session.settings.update(**read_settings(text))
+        print(settings_text(self.session.settings.snapshot()) or "nothing is set: the model's own defaults hold")
+
+    def _reset(self, parsed: argparse.Namespace) -> None:
+        conversation = self.session.conversation(parsed.name)
+        count = len(conversation.messages)
+        conversation.clear()
+        print(f"conversation {conversation.name!r}: {count} messages forgotten")
+
+    def _history(self, parsed: argparse.Namespace) -> HistoryView:
+        conversation = self.session.conversation(parsed.name)
+        others = (name for name, other in self.session.conversations.items() if other.messages)
+        return HistoryView(conversation.name, tuple(conversation.messages), tuple(others))
+
+    def _logs(self, parsed: argparse.Namespace) -> None:
+        lines = list(self.logs.lines)[-parsed.count :]
+        print("\n".join(lines) or "no log lines yet")
+
+    def _metrics(self, _: argparse.Namespace) -> Table:
+        return metrics_table(self.session.require().metrics.registry)
+
+    # -- chat and complete -------------------------------------------------------------------------
+
+    def _talk(self, command: str, line: str, cell: str | None) -> Any:
+        """Both forms: a cell streams and files its Reply, a line returns it."""
+        parser = command_parser(command)
+        words, text = split_text(parser, line)
+        parsed = parser.read(words)
+        if cell is not None:
+            if text:
+                raise UsageError(f"{text!r} is no flag; the message goes into the cell's body")
+            text = cell.strip("\n") if command == "chat" else cell.removesuffix("\n")
+        if not parsed.raw:
+            text = render_prompt(text, self.shell.user_ns)
+        if parsed.detach and not parsed.out and not can_update(self.shell):
+            raise UsageError("--detach needs a notebook; in a terminal add --out NAME")
+        start = start_chat if command == "chat" else start_completion
+        generation = start(self.session, text, _chat_options(parsed))
+        if parsed.detach:
+            return self._detached(generation, parsed)
+        if cell is None:
+            return self._followed(generation, parsed, SilentView(), returned=True)
+        return self._followed(generation, parsed, self._view(parsed), returned=False)
+
+    def _followed(self, generation: Generation, parsed: argparse.Namespace, view: ReplyView, *, returned: bool) -> Any:
+        reply = generation.follow(view)
+        if parsed.out:
+            self.shell.user_ns[parsed.out] = reply
+            return None
+        self._say_how_it_ended(reply, generation, parsed)
+        if returned:
+            return reply
+        self.shell.displayhook.update_user_ns(reply)
+        self.shell.displayhook.fill_exec_result(reply)
+        return None
+
+    def _detached(self, generation: Generation, parsed: argparse.Namespace) -> PendingReply | None:
+        def store(reply: Reply) -> None:
+            if parsed.out:
+                self.shell.user_ns[parsed.out] = reply
+
+        pending = PendingReply(generation, self._view(parsed), store)
+        if not parsed.out:
+            self.shell.displayhook.update_user_ns(pending)
+        return None
+
+    def _view(self, parsed: argparse.Namespace) -> ReplyView:
+        if parsed.out:
+            return SilentView()
+        if can_update(self.shell):
+            return NotebookView(
+                open_handle(self.shell, reply_bundle("", parsed.format)), parsed.format, stream=not parsed.no_stream
+            )
+        return TerminalView()
+
+    def _say_how_it_ended(self, reply: Reply, generation: Generation, parsed: argparse.Namespace) -> None:
+        if reply.finish_reason == "length":
+            limit = generation.stream.params.max_tokens
+            full = limit is None or reply.usage.completion_tokens < limit
+            context = "the context is full: start anew with --new, or reload with a larger --max-model-len"
+            print(context if full else f"cut off after {limit} tokens: a larger --max-tokens gives more")
+        if parsed.stats:
+            print(speed_text(reply))
+
+
+def _chat_options(parsed: argparse.Namespace) -> ChatOptions:
+    given = vars(parsed)
+    sampling = {dest: given[dest] for _, dest, _, _ in arguments.SAMPLING_FLAGS if dest in given}
+    if "stop" in given:
+        sampling["stop"] = given["stop"]
+    return ChatOptions(
+        sampling=sampling,
+        conversation=given.get("conversation"),
+        new=given.get("new", False),
+        system=given.get("system"),
+        think=given.get("think"),
+    )
+
+
+def overview() -> str:
+    """The list of commands."""
+    lines = [f"  {name.ljust(9)} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["%vllm_metal COMMAND", "", *lines, "", "%vllm_metal COMMAND --help shows a command's flags."])

@@ -1,0 +1,234 @@
+"""The notebook's state: the loaded model, its port, the conversations, the last reply.
+
+One session per kernel. It lives in this module, which ``%reload_ext`` does not re-import, and so
+outlives a reload. The engine is imported by the first command that needs it.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from engine.config import EngineArgs
+from engine.errors import ConfigError, EngineClosedError, ServerError
+from engine.outputs import Reply
+from engine.settings import Settings
+from vm_magic.conversation import DEFAULT_CONVERSATION, Conversation
+
+if TYPE_CHECKING:
+    from engine.llm import LLM
+
+    from engine.hub import CachedModel
+
+DEFAULT_PORT = 8000
+_PORTS_TRIED = 100
+Progress = Callable[[str, int, int], None]
+
+
+def new_llm(model: str, progress: Progress | None, **options: Any) -> "LLM":
+    """Load ``model``; the one place where the engine is imported."""
+    from engine.llm import LLM
+
+    return LLM(model, progress=progress, **options)
+
+
+def memory_in_use() -> int:
+    """Bytes that the engine's device holds for this process."""
+    from engine.llm import memory_in_use as measured
+
+    return measured()
+
+
+def new_plan(model: str, **options: Any) -> Any:
+    """The memory plan of ``model`` without its weights."""
+    import engine
+
+    return engine.plan(model, **options)
+
+
+def cached_models() -> "list[CachedModel]":
+    """Models on this machine."""
+    from engine import hub
+
+    return hub.cached_models()
+
+
+@dataclass
+class NotebookServer:
+    """The open port. The key is an attribute and never part of what a notebook saves."""
+
+    model: str
+    base_url: str
+    port: int
+    api_key: str | None = field(repr=False)
+    _stop: Callable[[], None] = field(repr=False)
+
+    def stop(self) -> None:
+        """Close the port; the model stays. Closing twice is safe."""
+        self._stop()
+
+    def __repr__(self) -> str:
+        key = "the key is in .api_key" if self.api_key else "no key"
+        return f"{self.model} at {self.base_url} ({key})"
+
+
+class Session:
+    """What the magics share. Thread-safe where a detached reply touches it (plain assignments)."""
+
+    def __init__(self) -> None:
+        self.llm: LLM | None = None
+        self.server: NotebookServer | None = None
+        self.conversations: dict[str, Conversation] = {}
+        self.last_reply: Reply | None = None
+        self._args: EngineArgs | None = None
+        self._server_options: dict[str, Any] = {}
+        self._settings = Settings()
+
+    @property
+    def loaded(self) -> "LLM | None":
+        """The model, or None (also after somebody closed it)."""
+        return None if self.llm is None or self.llm.closed else self.llm
+
+    def require(self) -> "LLM":
+        """The model; raises EngineClosedError when none is loaded."""
+        llm = self.loaded
+        if llm is None:
+            raise EngineClosedError("no model is loaded; run %vllm_metal load smollm2 (or another model) first")
+        return llm
+
+    @property
+    def settings(self) -> Settings:
+        """The live settings: the model's, or those that the next model will get."""
+        llm = self.loaded
+        return self._settings if llm is None else llm.settings
+
+    def conversation(self, name: str | None) -> Conversation:
+        """The conversation of that name, made if it is new."""
+        name = name or DEFAULT_CONVERSATION
+        return self.conversations.setdefault(name, Conversation(name))
+
+    def load(self, model: str, options: Mapping[str, Any], progress: Callable[[], Progress]) -> bool:
+        """Load ``model`` with engine ``options``; another one that is loaded goes first.
+
+        Returns False if it is loaded already with the same options. ``progress`` is called only
+        if there is something to load.
+        """
+        args = EngineArgs.from_options(model, options)
+        if self.loaded is not None and args == self._args:
+            return False
+        self.unload()
+        llm = new_llm(model, progress(), **options)
+        llm.settings.update(**self._settings.snapshot())
+        self.llm, self._args = llm, args
+        return True
+
+    @property
+    def model_name(self) -> str | None:
+        """What the user called the loaded model."""
+        return self._args.model if self._args is not None and self.loaded is not None else None
+
+    def serve(self, options: Mapping[str, Any]) -> NotebookServer:
+        """Open the port with server ``options``; the same call again gives the same handle."""
+        llm = self.require()
+        wanted = _with_environment_key(options)
+        if self.server is not None and llm.server is not None and llm.server.running:
+            if wanted == self._server_options:
+                return self.server
+            self.stop()
+        arguments = {name: value for name, value in wanted.items() if name != "no_api_key"}
+        if wanted.get("no_api_key"):
+            arguments["api_key"] = None
+        host = arguments.setdefault("host", "127.0.0.1")
+        if "port" not in arguments:
+            arguments["port"] = _free_port(host, DEFAULT_PORT)
+        handle = llm.serve(**arguments)
+        name = llm.args.names[0]
+        self.server = NotebookServer(name, handle.base_url, handle.port, handle.api_key, handle.stop)
+        self._server_options = dict(wanted)
+        return self.server
+
+    def stop(self) -> bool:
+        """Close the port. Returns False if there was none."""
+        server, self.server = self.server, None
+        self._server_options = {}
+        if server is None:
+            return False
+        server.stop()
+        return True
+
+    def unload(self) -> bool:
+        """Close port and model; settings and conversations stay. Returns False if nothing was loaded."""
+        self.stop()
+        llm, self.llm, self._args = self.llm, None, None
+        if llm is None:
+            return False
+        self._settings = Settings()
+        self._settings.update(**llm.settings.snapshot())
+        llm.close()
+        return True
+
+
+def _with_environment_key(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` with ``VLLM_API_KEY`` where no key was given."""
+    if options.get("api_key") and options.get("no_api_key"):
+        raise ConfigError("--api-key and --no-api-key exclude each other; give one", flag="api-key")
+    result = dict(options)
+    key = os.environ.get("VLLM_API_KEY")
+    if key and not result.get("api_key") and not result.get("no_api_key"):
+        result["api_key"] = [key]
+    return result
+
+
+def _free_port(host: str, first: int) -> int:
+    """The first port from ``first`` on that nobody listens on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in range(first, first + _PORTS_TRIED):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise ServerError(f"no free port from {first} to {first + _PORTS_TRIED - 1} on {host}; give one with --port")
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set ``variables`` for the time of a load, as a shell does for one command."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+_session: Session | None = None
+
+
+def current_session() -> Session:
+    """The kernel's session, made on first use."""
+    global _session
+    if _session is None:
+        _session = Session()
+    return _session
+
+
+def close_session() -> None:
+    """Free the model and forget the session. Closing twice is safe."""
+    global _session
+    session, _session = _session, None
+    if session is not None:
+        session.unload()
+
+
+def peek_session() -> Session | None:
+    """The kernel's session, if there is one."""
+    return _session
