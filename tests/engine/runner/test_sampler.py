@@ -347,9 +347,7 @@ def test_an_all_greedy_batch_is_an_argmax_and_builds_nothing_else():
 
 @pytest.mark.parametrize("sort_limit", [1, 4, 33, 5000])
 @pytest.mark.parametrize("top_p", [1e-40, 0.01, 0.5, 0.9, 0.999999])
-def test_the_nucleus_over_the_whole_vocabulary_is_exact_up_to_float32_rounding_of_its_mass(
-    sort_limit, top_p, monkeypatch
-):
+def test_the_nucleus_of_the_whole_vocabulary_is_exact_up_to_the_rounding_of_its_mass(sort_limit, top_p, monkeypatch):
     monkeypatch.setattr(sampler_module, "_SORT_LIMIT", sort_limit)
     recorder = Recorder(monkeypatch)
     rng = np.random.default_rng(5)

@@ -1,0 +1,336 @@
+"""The memory plan: bytes in, blocks out. Pure arithmetic, so it can be made before a weight is loaded.
+
+    usable     = device_limit x fraction
+    kv_budget  = usable - model_memory - overhead - max_num_seqs x state_bytes_per_seq
+    num_blocks = kv_budget // per_block_bytes
+
+A cache group either grows with the sequence (``full``, ``latent``: they share the blocks counted
+here), or needs the same however long the sequence gets (``sliding``: the pages of its window;
+``state``: one slot), or needs nothing (``shared``: it reads another group's pages).
+"""
+
+import bisect
+import html
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from decimal import ROUND_HALF_DOWN, Decimal
+from typing import Any, Literal
+
+from engine.config import MAX_NUM_SEQS_LIMIT
+from engine.errors import ConfigError, MemoryPlanError
+
+MIN_BLOCKS = 16
+"""Fewer blocks than this are refused (vllm-metal's PAGED_ATTENTION_MIN_BLOCKS)."""
+TYPICAL_SEQUENCE_LENGTH = 2048
+"""Tokens that a sequence is taken to hold when ``max_num_seqs`` is found out."""
+MIN_POOL_BLOCKS = 64
+"""Blocks of the smallest pool."""
+GIB = 2**30
+_VLLM_HELP = "https://docs.vllm.ai/en/latest/configuration/conserving_memory/"
+
+GroupKind = Literal["full", "sliding", "state", "shared", "latent"]
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroupSpec:
+    """Layers whose cache has one kind.
+
+    ``bytes_per_token``: keys and values of one token over all the group's layers. ``window``
+    (sliding): tokens that a sequence keeps, which is the attention window and the chunk that
+    runs ahead of it. ``state_bytes`` (state): one sequence's slot over all the group's layers.
+    """
+
+    kind: GroupKind
+    layers: tuple[int, ...]
+    bytes_per_token: int = 0
+    window: int | None = None
+    state_bytes: int = 0
+    block_size: int = 16
+
+    def __post_init__(self) -> None:
+        assert self.kind != "sliding" or self.window, "a sliding group needs its window"
+        assert self.bytes_per_token or not self.grows, f"a {self.kind} group needs its bytes per token"
+
+    @property
+    def grows(self) -> bool:
+        """Whether each further token of a sequence needs memory."""
+        return self.kind in ("full", "latent")
+
+    def bytes_per_sequence(self, num_tokens: int) -> int:
+        """What a sequence of ``num_tokens`` needs in this group, in whole blocks."""
+        if self.kind == "shared":
+            return 0
+        if self.kind == "state":
+            return self.state_bytes
+        num_blocks = _ceil_div(num_tokens, self.block_size)
+        if self.window is not None:
+            # A window that begins inside a block touches one block more.
+            num_blocks = min(num_blocks, _ceil_div(self.window, self.block_size) + 1)
+        return num_blocks * self.block_size * self.bytes_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How a device's memory is divided: bytes and counts.
+
+    ``state_bytes_per_seq`` is what a sequence needs however short it is (state slots and sliding
+    windows). ``kv_bytes_at_max_len`` is one sequence of ``max_model_len`` tokens with that
+    included. ``max_model_len_that_fits`` is the longest such sequence, up to the model's context.
+    """
+
+    device_limit: int
+    fraction: float
+    usable: int
+    model_memory: int
+    overhead: int
+    kv_budget: int
+    per_block_bytes: int
+    block_size: int
+    num_blocks: int
+    max_tokens_cached: int
+    state_bytes_per_seq: int
+    max_num_seqs: int
+    max_model_len: int
+    kv_bytes_at_max_len: int
+    max_model_len_that_fits: int
+    groups: tuple[KVGroupSpec, ...]
+
+    @property
+    def state_memory(self) -> int:
+        """Bytes set aside for ``max_num_seqs`` sequences before any of them has grown."""
+        return self.max_num_seqs * self.state_bytes_per_seq
+
+    @property
+    def max_concurrency(self) -> float:
+        """How many requests of ``max_model_len`` tokens fit at once."""
+        return min(self.max_tokens_cached / self.max_model_len, self.max_num_seqs)
+
+    def log_line(self) -> str:
+        """The plan in vllm-metal's words and order (GB = 1e9 bytes), the same on every device."""
+        return (
+            f"{self._breakdown('metal_limit', 'usable_metal')}, per_block_bytes={self.per_block_bytes}, "
+            f"num_blocks={self.num_blocks}, max_tokens_cached={self.max_tokens_cached}"
+        )
+
+    def _breakdown(self, limit: str, usable: str) -> str:
+        return (
+            f"{limit}={_gb(self.device_limit)}, fraction={self.fraction:.2f}, {usable}={_gb(self.usable)}, "
+            f"model_memory={_gb(self.model_memory)}, overhead={_gb(self.overhead)}, kv_budget={_gb(self.kv_budget)}"
+        )
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """The plan as (name, bytes, remark), parts of the device's memory in order."""
+        parts = [
+            ("model", self.model_memory, "weights"),
+            ("overhead", self.overhead, "activations and buffers of a step"),
+        ]
+        if self.state_bytes_per_seq:
+            per_sequence = f"{self.max_num_seqs} sequences × {_gb(self.state_bytes_per_seq)}"
+            parts.append(("state", self.state_memory, per_sequence))
+        blocks = f"{self.num_blocks} blocks × {self.block_size} tokens = {self.max_tokens_cached} tokens"
+        parts.append(("KV cache", self.kv_budget, blocks))
+        parts.append(("left alone", self.device_limit - self.usable, f"fraction {self.fraction:.2f}"))
+        return parts
+
+    def describe(self) -> str:
+        """A table for people, with a bar for each part of the device's memory."""
+        lines = [f"{name:<11}{_gb(size):>10}  {self._bar(size):<20}  {remark}" for name, size, remark in self.rows()]
+        return "\n".join([f"{'device':<11}{_gb(self.device_limit):>10}", *lines, self._summary()])
+
+    def _bar(self, size: int, width: int = 20) -> str:
+        return "█" * max(0, round(width * size / self.device_limit))
+
+    def _summary(self) -> str:
+        return (
+            f"max_model_len {self.max_model_len} ({_gb(self.kv_bytes_at_max_len)} of KV cache, "
+            f"at most {self.max_model_len_that_fits} fits), max_num_seqs {self.max_num_seqs}, "
+            f"{self.max_concurrency:.2f} requests of full length at once"
+        )
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td style='text-align:left'>{html.escape(name)}</td><td>{_gb(size)}</td>"
+            f"<td style='text-align:left'><div style='background:#7a9cc6;height:0.8em;"
+            f"width:{max(0.0, 200 * size / self.device_limit):.0f}px'></div></td>"
+            f"<td style='text-align:left'>{html.escape(remark)}</td></tr>"
+            for name, size, remark in [("device", self.device_limit, ""), *self.rows()]
+        )
+        return f"<table>{cells}</table><div>{html.escape(self._summary())}</div>"
+
+
+def plan_memory(
+    *,
+    groups: Sequence[KVGroupSpec],
+    device_limit: int,
+    fraction: float,
+    model_memory: int,
+    overhead: int,
+    block_size: int,
+    context_length: int,
+    max_model_len: int | Literal["auto"] | None = None,
+    max_num_seqs: int | Literal["auto"] = "auto",
+    knob: str = "gpu_memory_utilization",
+    metal: bool = True,
+) -> MemoryPlan:
+    """Divide ``device_limit`` bytes. Raises :class:`MemoryPlanError` if nothing useful fits.
+
+    ``max_model_len`` None is the model's ``context_length``; "auto" the longest that fits.
+    ``max_num_seqs`` "auto" is the largest number, up to 256, that the budget carries at
+    2048 tokens each, and never an error while one sequence fits. ``knob`` is the name under which the
+    user set the fraction; errors name it.
+    """
+    device_limit, model_memory, overhead = int(device_limit), int(model_memory), int(overhead)
+    if isinstance(max_model_len, int) and max_model_len > context_length:
+        raise ConfigError(
+            f"User-specified max_model_len ({max_model_len}) is greater than the derived max_model_len "
+            f"({context_length}, the model's context length): use {context_length} or less, or auto",
+            flag="max_model_len",
+            value=max_model_len,
+            allowed=f"[1, {context_length}]",
+        )
+    need = _Need(tuple(groups), block_size)
+    usable = int(device_limit * fraction)
+    available = usable - model_memory - overhead
+    fewest = 1 if max_num_seqs == "auto" else max_num_seqs
+    fits = need.longest(available, context_length, fewest)
+    length = max(fits, 1) if max_model_len == "auto" else max_model_len or context_length
+    num_seqs = need.most_sequences(available, length) if max_num_seqs == "auto" else max_num_seqs
+    kv_budget = available - num_seqs * need.fixed(length)
+    num_blocks = need.num_blocks(kv_budget, length, num_seqs)
+    plan = MemoryPlan(
+        device_limit=device_limit,
+        fraction=fraction,
+        usable=usable,
+        model_memory=model_memory,
+        overhead=overhead,
+        kv_budget=kv_budget,
+        per_block_bytes=need.per_block_bytes,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_tokens_cached=num_blocks * block_size,
+        state_bytes_per_seq=need.fixed(length),
+        max_num_seqs=num_seqs,
+        max_model_len=length,
+        kv_bytes_at_max_len=need.growing(length) + need.fixed(length),
+        max_model_len_that_fits=fits,
+        groups=need.groups,
+    )
+    _refuse_what_does_not_fit(plan, _Blame(knob, metal, asked_for_seqs=max_num_seqs != "auto"))
+    return plan
+
+
+def next_pool_size(current: int, needed: int, limit: int) -> int:
+    """Blocks to grow a pool of ``current`` blocks to, so that ``needed`` fit; never above ``limit``.
+
+    At least doubles, so that a pool is copied O(log n) times. Grow one layer after the other: then old
+    and new arrays of one layer only are alive together, and the budget holds.
+    """
+    assert needed <= limit, f"{needed} blocks of a pool limited to {limit}"
+    if needed <= current:
+        return current
+    return min(limit, max(needed, 2 * current, MIN_POOL_BLOCKS))
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What sequences need in some groups."""
+
+    groups: tuple[KVGroupSpec, ...]
+    block_size: int
+
+    @property
+    def per_block_bytes(self) -> int:
+        return self.block_size * sum(group.bytes_per_token for group in self.groups if group.grows)
+
+    def growing(self, length: int) -> int:
+        return _ceil_div(length, self.block_size) * self.per_block_bytes
+
+    def fixed(self, length: int) -> int:
+        return sum(group.bytes_per_sequence(length) for group in self.groups if not group.grows)
+
+    def longest(self, available: int, context_length: int, num_seqs: int) -> int:
+        """Most tokens, up to ``context_length``, of one sequence among ``num_seqs`` that have slots; 0 for none."""
+        lengths = range(1, context_length + 1)
+        return bisect.bisect_right(
+            lengths, available, key=lambda length: self.growing(length) + num_seqs * self.fixed(length)
+        )
+
+    def most_sequences(self, available: int, length: int) -> int:
+        """Most sequences of typical length that fit, one of ``length`` tokens included; at least 1."""
+        typical, fixed = self.growing(min(length, TYPICAL_SEQUENCE_LENGTH)), self.fixed(length)
+        if typical + fixed == 0:
+            return MAX_NUM_SEQS_LIMIT
+        number = available // (typical + fixed)
+        if fixed:
+            blocks = max(self.growing(length), MIN_BLOCKS * self.per_block_bytes)
+            number = min(number, (available - blocks) // fixed)
+        return max(1, min(number, MAX_NUM_SEQS_LIMIT))
+
+    def num_blocks(self, kv_budget: int, length: int, num_seqs: int) -> int:
+        """Blocks that ``kv_budget`` holds; where no group grows, blocks are bookkeeping and cost nothing."""
+        if not self.per_block_bytes:
+            return max(MIN_BLOCKS, num_seqs * _ceil_div(length, self.block_size))
+        return max(0, kv_budget // self.per_block_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Blame:
+    """What an error says about the user's settings and the device."""
+
+    knob: str
+    metal: bool
+    asked_for_seqs: bool
+
+    def breakdown(self, plan: MemoryPlan) -> str:
+        return plan._breakdown(*(("metal_limit", "usable_metal") if self.metal else ("device_limit", "usable")))
+
+    def mitigations(self, plan: MemoryPlan) -> str:
+        fewer = "decrease max_num_seqs, " if self.asked_for_seqs and plan.state_bytes_per_seq else ""
+        return f"Mitigations: increase {self.knob}, {fewer}use a smaller or more quantized model."
+
+    def error(self, plan: MemoryPlan, message: str) -> MemoryPlanError:
+        numbers: dict[str, Any] = asdict(plan) | {"groups": plan.groups}
+        return MemoryPlanError(message, knob=self.knob, **numbers)
+
+
+def _refuse_what_does_not_fit(plan: MemoryPlan, blame: _Blame) -> None:
+    if plan.kv_budget < 0 or (plan.kv_budget == 0 and plan.per_block_bytes):
+        memory = "Metal memory" if blame.metal else "device memory"
+        raise blame.error(
+            plan,
+            f"Paged attention: not enough {memory} for KV cache. {blame.breakdown(plan)}. {blame.mitigations(plan)}",
+        )
+    if plan.num_blocks < MIN_BLOCKS:
+        raise blame.error(
+            plan,
+            f"Paged attention: computed num_blocks too low ({plan.num_blocks} < minimum {MIN_BLOCKS}). "
+            f"{blame.breakdown(plan)}, per_block_bytes={plan.per_block_bytes}. {blame.mitigations(plan)}",
+        )
+    available = plan.num_blocks * plan.per_block_bytes + plan.state_bytes_per_seq
+    if plan.kv_bytes_at_max_len > available:
+        fits = plan.max_model_len_that_fits
+        estimate = f"Based on the available memory, the estimated maximum model length is {fits}. " if fits else ""
+        raise blame.error(
+            plan,
+            f"To serve at least one request with the models's max seq len ({plan.max_model_len}), "
+            f"({_gib(plan.kv_bytes_at_max_len)} GiB KV cache is needed, which is larger than the available KV cache "
+            f"memory ({_gib(available)} GiB). {estimate}"
+            f"Try increasing `{blame.knob}` or decreasing `max_model_len` when initializing the engine. "
+            f"See {_VLLM_HELP} for more details.",
+        )
+
+
+def _ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def _gb(size: int) -> str:
+    # A tie comes from a typed figure (51.54e9 for 48 GiB), whose true value is mostly a little less.
+    return f"{Decimal(size).scaleb(-9).quantize(Decimal('0.01'), ROUND_HALF_DOWN)}GB"
+
+
+def _gib(size: int) -> str:
+    return f"{round(size / GIB, 2)}"

@@ -1,0 +1,244 @@
+import dataclasses
+import random
+
+import pytest
+
+from engine.errors import ConfigError, MemoryPlanError
+from engine.memory import MIN_POOL_BLOCKS, KVGroupSpec, MemoryPlan, next_pool_size, plan_memory
+
+LIMIT = 51.54e9
+DENSE = KVGroupSpec("full", tuple(range(30)), bytes_per_token=225_280)
+
+
+def seed_plan(**changes) -> MemoryPlan:
+    """The seed's first case: a dense model on a 64 GB Mac."""
+    given = {
+        "groups": [DENSE],
+        "device_limit": LIMIT,
+        "fraction": 0.90,
+        "model_memory": 14.96e9,
+        "overhead": 1.13e9,
+        "block_size": 16,
+        "context_length": 131_072,
+    }
+    return plan_memory(**{**given, **changes})
+
+
+def test_the_log_line_is_the_seeds_to_the_letter():
+    assert seed_plan().log_line() == (
+        "metal_limit=51.54GB, fraction=0.90, usable_metal=46.39GB, model_memory=14.96GB, overhead=1.13GB, "
+        "kv_budget=30.30GB, per_block_bytes=3604480, num_blocks=8405, max_tokens_cached=134480"
+    )
+
+
+def test_the_log_line_keeps_its_words_on_every_device():
+    assert seed_plan(metal=False).log_line() == seed_plan().log_line()
+
+
+def test_a_negative_budget_is_refused_in_the_seeds_words_with_the_knob_that_was_turned():
+    states = [
+        KVGroupSpec("full", (3,), bytes_per_token=20_480),
+        KVGroupSpec("state", (0, 1, 2), state_bytes=64_355_469),
+    ]
+    with pytest.raises(MemoryPlanError) as refused:
+        seed_plan(
+            groups=states,
+            fraction=0.75,
+            model_memory=21.64e9,
+            overhead=1.08e9,
+            max_num_seqs=256,
+            knob="VLLM_METAL_MEMORY_FRACTION",
+        )
+    assert str(refused.value).startswith(
+        "Paged attention: not enough Metal memory for KV cache. metal_limit=51.54GB, fraction=0.75, "
+        "usable_metal=38.65GB, model_memory=21.64GB, overhead=1.08GB, kv_budget=-0.54GB. "
+        "Mitigations: increase VLLM_METAL_MEMORY_FRACTION, "
+    )
+    assert "decrease max_num_seqs" in str(refused.value)
+    assert refused.value.knob == "VLLM_METAL_MEMORY_FRACTION"
+    assert refused.value.kv_budget == pytest.approx(-0.54e9, abs=5e6)
+
+
+def test_without_states_the_refusal_is_exactly_the_seeds_sentence():
+    with pytest.raises(MemoryPlanError) as refused:
+        seed_plan(model_memory=46e9, knob="VLLM_METAL_MEMORY_FRACTION")
+    assert str(refused.value).endswith(
+        "kv_budget=-0.74GB. Mitigations: increase VLLM_METAL_MEMORY_FRACTION, use a smaller or more quantized model."
+    )
+
+
+def test_a_context_that_does_not_fit_is_refused_in_the_seeds_words_with_the_length_that_does():
+    with pytest.raises(MemoryPlanError) as refused:
+        seed_plan(fraction=0.75, model_memory=15.01e9, overhead=1.08e9)
+    assert str(refused.value) == (
+        "To serve at least one request with the models's max seq len (131072), (27.5 GiB KV cache is needed, which is "
+        "larger than the available KV cache memory (21.01 GiB). Based on the available memory, the estimated maximum "
+        "model length is 100160. Try increasing `gpu_memory_utilization` or decreasing `max_model_len` when "
+        "initializing the engine. See https://docs.vllm.ai/en/latest/configuration/conserving_memory/ for more details."
+    )
+    assert refused.value.max_model_len_that_fits == 100_160
+    assert refused.value.kv_bytes_at_max_len == 131_072 * 225_280
+    fitting = seed_plan(fraction=0.75, model_memory=15.01e9, overhead=1.08e9, max_model_len=100_160)
+    assert fitting.max_model_len == 100_160
+
+
+def test_max_model_len_auto_takes_the_length_that_the_error_names():
+    plan = seed_plan(fraction=0.75, model_memory=15.01e9, overhead=1.08e9, max_model_len="auto")
+    assert plan.max_model_len == plan.max_model_len_that_fits == 100_160
+
+
+def test_errors_do_not_speak_of_metal_where_there_is_none():
+    with pytest.raises(MemoryPlanError) as refused:
+        seed_plan(model_memory=46e9, metal=False)
+    message = str(refused.value)
+    assert "not enough device memory for KV cache. device_limit=51.54GB, fraction=0.90, usable=46.39GB" in message
+    assert "etal" not in message
+
+
+def test_fewer_than_sixteen_blocks_are_refused_and_sixteen_are_not():
+    def limit(num_blocks: int) -> dict[str, float]:
+        return {"device_limit": num_blocks * 3_604_480, "fraction": 1.0, "model_memory": 0, "overhead": 0}
+
+    assert seed_plan(**limit(16), max_model_len="auto").num_blocks == 16
+    with pytest.raises(MemoryPlanError, match=r"num_blocks too low \(15 < minimum 16\)") as refused:
+        seed_plan(**limit(15), max_model_len="auto")
+    assert refused.value.num_blocks == 15
+
+
+def test_max_model_len_unset_is_the_context_and_auto_never_exceeds_it():
+    assert seed_plan().max_model_len == 131_072
+    assert seed_plan(max_model_len="auto").max_model_len == 131_072
+    assert seed_plan(context_length=4096, max_model_len="auto").max_model_len == 4096
+    assert seed_plan(context_length=4096).max_model_len_that_fits == 4096
+
+
+def test_a_length_beyond_the_models_context_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"max_model_len \(200000\) is greater than .*131072") as refused:
+        seed_plan(max_model_len=200_000)
+    assert refused.value.flag == "max_model_len"
+
+
+def test_max_num_seqs_auto_is_what_fits_at_a_typical_length_and_at_most_256():
+    assert seed_plan().max_num_seqs == 30_296_000_000 // (2048 * 225_280)
+    small = KVGroupSpec("full", (0,), bytes_per_token=1000)
+    assert seed_plan(groups=[small]).max_num_seqs == 256
+    assert seed_plan(max_num_seqs=7).max_num_seqs == 7
+
+
+def test_max_num_seqs_auto_is_never_an_error_while_one_sequence_fits():
+    rng = random.Random(0)
+    for _ in range(300):
+        groups = [
+            KVGroupSpec("full", (0,), bytes_per_token=rng.randint(1, 300_000)),
+            KVGroupSpec("sliding", (1,), bytes_per_token=rng.randint(1, 300_000), window=rng.randint(1, 4096)),
+            KVGroupSpec("state", (2,), state_bytes=rng.randint(0, 200_000_000)),
+        ]
+        limit = rng.randint(10**8, 10**11)
+        length = rng.randint(256, 131_072)
+        alone = sum(group.bytes_per_sequence(length) for group in groups)
+        given = {"groups": groups, "device_limit": limit, "fraction": 1.0, "model_memory": 0, "overhead": 0}
+        if alone > limit:
+            with pytest.raises(MemoryPlanError):
+                seed_plan(**given, max_model_len=length)
+            continue
+        plan = seed_plan(**given, max_model_len=length)
+        used = plan.num_blocks * plan.per_block_bytes + plan.max_num_seqs * plan.state_bytes_per_seq
+        assert used <= limit
+        assert plan.num_blocks * 16 >= length
+        assert 1 <= plan.max_num_seqs <= 256
+        assert plan.max_model_len_that_fits >= length
+
+
+def test_the_longest_that_fits_is_the_longest():
+    rng = random.Random(1)
+    for _ in range(100):
+        groups = [
+            KVGroupSpec("full", (0,), bytes_per_token=rng.randint(1000, 300_000)),
+            KVGroupSpec("sliding", (1,), bytes_per_token=rng.randint(1, 9000), window=rng.randint(1, 4096)),
+        ]
+        given = {"groups": groups, "fraction": 1.0, "model_memory": 0, "overhead": 0, "max_num_seqs": rng.randint(1, 4)}
+        given["device_limit"] = rng.randint(10**9, 10**10)
+        longest = seed_plan(**given, max_model_len="auto").max_model_len
+        assert seed_plan(**given, max_model_len=longest).max_model_len == longest
+        if longest < 131_072:
+            with pytest.raises(MemoryPlanError):
+                seed_plan(**given, max_model_len=longest + 1)
+
+
+def test_gemma_4s_sliding_layers_are_billed_for_their_window_only_so_131072_tokens_fit():
+    groups = [
+        KVGroupSpec("full", tuple(range(5, 30, 6)), bytes_per_token=20_480),
+        KVGroupSpec("sliding", tuple(i for i in range(30) if i % 6 != 5), bytes_per_token=204_800, window=1024),
+    ]
+    given = {"fraction": 0.75, "model_memory": 15.0e9, "overhead": 1.08e9}
+    with pytest.raises(MemoryPlanError):
+        seed_plan(**given)
+    plan = seed_plan(groups=groups, **given)
+    assert plan.max_model_len == 131_072
+    assert plan.kv_bytes_at_max_len < 3 * 2**30
+    assert plan.state_bytes_per_seq == 65 * 16 * 204_800
+    assert plan.max_num_seqs > 30
+
+
+@pytest.mark.parametrize(("model_memory", "state"), [(22.75e9, 63_000_000), (26.19e9, 154_000_000)])
+def test_qwen_3_6s_states_are_set_aside_for_the_sequences_that_fit_not_for_256(model_memory, state):
+    groups = [KVGroupSpec("full", (3,), bytes_per_token=40_960), KVGroupSpec("state", (0, 1, 2), state_bytes=state)]
+    given = {"groups": groups, "fraction": 0.75, "model_memory": model_memory, "overhead": 1.1e9}
+    with pytest.raises(MemoryPlanError):
+        seed_plan(**given, max_num_seqs=256, max_model_len=32_768)
+    plan = seed_plan(**given, max_model_len=32_768)
+    assert plan.max_num_seqs > 10
+    assert plan.kv_budget == plan.usable - plan.model_memory - plan.overhead - plan.max_num_seqs * state
+
+
+def test_shared_layers_cost_nothing_and_latent_ones_grow_like_full_ones():
+    shared = seed_plan(groups=[DENSE, KVGroupSpec("shared", (30, 31), bytes_per_token=99)])
+    assert dataclasses.replace(shared, groups=(DENSE,)) == seed_plan()
+    latent = seed_plan(groups=[KVGroupSpec("latent", (0,), bytes_per_token=1152)])
+    assert latent.per_block_bytes == 16 * 1152
+
+
+def test_a_model_without_growing_layers_gets_blocks_that_cost_nothing():
+    plan = seed_plan(groups=[KVGroupSpec("state", (0,), state_bytes=10**8)], max_model_len="auto")
+    assert plan.max_model_len == 131_072
+    assert plan.num_blocks == plan.max_num_seqs * 8192
+    assert plan.state_memory <= plan.usable
+
+
+def test_the_error_carries_every_number_of_the_plan():
+    with pytest.raises(MemoryPlanError) as refused:
+        seed_plan(fraction=0.5)
+    for field in dataclasses.fields(MemoryPlan):
+        assert getattr(refused.value, field.name) is not None
+    with pytest.raises(AttributeError):
+        _ = refused.value.no_such_number
+
+
+def test_the_table_for_people_shows_every_part_and_escapes_for_html():
+    plan = seed_plan(groups=[DENSE, KVGroupSpec("state", (30,), state_bytes=10**6)])
+    text = str(plan)
+    for words in ("device", "51.54GB", "model", "14.96GB", "state", "KV cache", "max_num_seqs", "131072"):
+        assert words in text
+    page = plan._repr_html_()
+    assert page.count("<tr>") == 6
+    assert page.count("<td") == page.count("</td>") == 24
+
+
+def test_parts_of_the_device_add_up_to_the_whole():
+    plan = seed_plan(groups=[DENSE, KVGroupSpec("state", (30,), state_bytes=10**6)])
+    assert sum(size for _, size, _ in plan.rows()) == plan.device_limit
+
+
+def test_a_pool_grows_geometrically_and_never_past_its_limit():
+    size, steps = 0, 0
+    for needed in range(1, 8406):
+        grown = next_pool_size(size, needed, 8405)
+        steps += grown != size
+        assert max(needed, size) <= grown <= 8405
+        size = grown
+    assert size == 8405
+    assert steps <= 9
+    assert next_pool_size(0, 1, 8405) == MIN_POOL_BLOCKS
+    assert next_pool_size(100, 5000, 8405) == 5000
+    with pytest.raises(AssertionError):
+        next_pool_size(10, 21, 20)
