@@ -9,6 +9,7 @@ import resource
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -121,6 +122,20 @@ def _cuda_build_installed() -> bool:
             continue
         return True
     return False
+
+
+@contextmanager
+def file_limits_kept() -> Iterator[None]:
+    """Import mlx-lm inside this: on import it lowers the process's limit of open files for good.
+
+    A notebook kernel that serves clients needs its own limit, and only root could raise it again.
+    """
+    set_limit = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = set_limit
 
 
 def describe_device() -> Device:
