@@ -114,8 +114,13 @@ class Sampler:
 
 
 def to_logprobs(arrays: HostLogprobs, row: int, num: int, decode: Callable[[int], str]) -> LogprobsAtPosition:
-    """One position's logprobs: the taken token first, then the ``num`` likeliest (-1: all of ``arrays``)."""
+    """One position's logprobs: the taken token first, then the ``num`` likeliest (-1: all of ``arrays``).
+
+    Empty for a row that gave no token.
+    """
     token_id = int(arrays.sampled_ids[row])
+    if token_id == INVALID_TOKEN_ID:
+        return {}
     result = {token_id: Logprob(float(arrays.sampled_logprobs[row]), int(arrays.sampled_ranks[row]), decode(token_id))}
     ids = arrays.top_ids[row] if num == -1 else arrays.top_ids[row, :num]
     for rank, (top_id, logprob) in enumerate(zip(ids.tolist(), arrays.top_logprobs[row].tolist(), strict=False), 1):
@@ -237,10 +242,9 @@ def _ranked_bound(weights: mx.array, ranked: Ranked) -> mx.array:
 
 
 def _last_within(largest: mx.array, above: mx.array | float, target: mx.array) -> mx.array:
-    """The smallest positive weight that begins before the mass ``target``; ``above`` is the mass before the first."""
+    """The smallest weight that begins before the mass ``target``; ``above`` is the mass before the first."""
     before = above + mx.cumsum(largest, axis=-1) - largest
-    inside = (before < target) & (largest > 0)
-    return mx.min(mx.where(inside, largest, 1.0), axis=-1, keepdims=True)
+    return mx.min(mx.where(before < target, largest, 1.0), axis=-1, keepdims=True)
 
 
 def _nucleus_bound(weights: mx.array, nucleus: Nucleus) -> mx.array:

@@ -222,6 +222,18 @@ def test_draws_follow_the_filtered_distribution_and_never_leave_it(params):
     assert abs(chi_square(grouped, np.append(expected[likely], expected[~likely].sum() + 1e-12))) < 5
 
 
+def test_half_a_million_draws_never_give_a_forbidden_token_and_reach_every_other():
+    weights = np.where(np.arange(60) % 2, 10.0 ** -(np.arange(60) / 20), 0).astype(np.float32)
+    counts = np.zeros(60)
+    for batch in range(25):
+        pairs = mx.array(uniforms([batch] * 20_000, range(20_000)))
+        rows = mx.broadcast_to(mx.array(weights), (20_000, 60))
+        counts += np.bincount(np.array(sampler_module._draw_weighted(rows, pairs)), minlength=60)
+    assert counts[weights == 0].sum() == 0
+    assert counts[weights > 0].min() > 0
+    assert abs(chi_square(counts, weights / weights.sum())) < 5
+
+
 @pytest.mark.parametrize("edge", [0.0, 2.0**-24, 0.5, 1 - 2.0**-24])
 @pytest.mark.parametrize("vocab_size", [3, 255, 256, 257, 1000])
 def test_edge_uniforms_never_give_a_token_of_probability_zero(edge, vocab_size):
@@ -302,9 +314,9 @@ def test_penalties_count_the_token_in_flight_like_any_other():
 
 def test_an_invalid_token_in_flight_is_not_counted():
     logits = np.zeros((1, 10))
-    logits[0, 9] = 1
+    logits[0, 0] = 1
     row = SamplingRow(SamplingParams(temperature=0, presence_penalty=2.0), pending_row=0)
-    assert token_ids(logits, [row], [-1]) == [9]
+    assert token_ids(logits, [row], [-1]) == [0]
 
 
 def test_token_ids_outside_the_vocabulary_are_not_written_to_the_device():
@@ -372,8 +384,20 @@ def test_tokens_that_tie_at_a_bound_are_all_kept_so_a_neighbours_top_k_cannot_ch
     assert [np.count_nonzero(weights) for weights in recorder.weights[0]] == [5, 8, 5, 5]
 
 
+def test_the_nucleus_of_top_k_counts_the_mass_of_ties_beyond_k(monkeypatch):
+    recorder = Recorder(monkeypatch)
+    token_ids(np.float32([[3, 1, 1, 1, 1, 0, 0, 0]]), [SamplingRow(SamplingParams(top_k=2, top_p=0.8))])
+    assert np.count_nonzero(recorder.weights[0]) == 5
+
+
+def test_min_p_of_one_keeps_the_likeliest_tokens():
+    rows = [SamplingRow(SamplingParams(min_p=1.0), position=i) for i in range(30)]
+    assert set(token_ids(np.tile([0.0, 7.0, 7.0, 6.9], (30, 1)), rows)) == {1, 2}
+
+
 def test_logprobs_are_raw_whatever_is_done_to_the_logits_afterwards():
     logits = np.random.default_rng(4).standard_normal((2, 300)).astype(np.float32) * 4
+    logits[1] -= 30
     params = SamplingParams(logprobs=4, temperature=0.3, repetition_penalty=2.0, top_k=1, logit_bias={7: 100.0})
     output = sample(logits, [SamplingRow(params, prompt_token_ids=[1, 2]), SamplingRow(SamplingParams())])
     assert output.logprobs is not None
@@ -418,6 +442,12 @@ def test_a_positions_logprobs_list_the_sampled_token_first_and_never_twice():
     assert list(to_logprobs(likeliest, 0, 2, str)) == [1, 2]
     assert list(to_logprobs(likeliest, 0, 0, str)) == [1]
     assert list(to_logprobs(likeliest, 0, -1, str)) == [1, 2, 3]
+
+
+def test_a_row_that_gave_no_token_lists_no_logprobs():
+    output = sample(np.full((1, 9), np.nan), [SamplingRow(SamplingParams(temperature=0, logprobs=2))])
+    assert output.logprobs is not None
+    assert to_logprobs(output.logprobs.numpy(), 0, 2, str) == {}
 
 
 def test_a_long_vocabulary_loses_no_tail_mass_to_rounding():
