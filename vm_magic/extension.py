@@ -44,7 +44,7 @@ def install(shell: Any) -> None:
         cells["chat"] = magics.chat_cell
     matcher = make_matcher(owns_chat)
     shell.Completer.custom_matchers.append(matcher)
-    shell.input_transformers_post.append(keep_questions)
+    shell.input_transformer_manager.line_transforms.append(keep_questions)
     _installed.append(_Installed(shell, magics, matcher, owns_chat, logs))
     atexit.register(close_session)
 
@@ -65,7 +65,7 @@ def uninstall(shell: Any) -> None:
     shell.configurables[:] = [c for c in shell.configurables if c is not entry.magics]
     matchers = shell.Completer.custom_matchers
     matchers[:] = [m for m in matchers if m is not entry.matcher]
-    transforms = shell.input_transformers_post
+    transforms = shell.input_transformer_manager.line_transforms
     transforms[:] = [t for t in transforms if t is not keep_questions]
     if not _reloading(sys._getframe()):
         if peek_session() is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import ConfigError, RequestError
 from engine.sampling_params import SamplingParams
 
-_KEY = re.compile(r"\s*([A-Za-z_][\w-]*)\s*=\s*")
+_KEY = re.compile(r"\s*([A-Za-z_][\w-]*)\s*=(?:\s+(?=\S)(?![A-Za-z_][\w-]*\s*=))?")
 _RELOAD = {
     "memory_fraction": "--gpu-memory-utilization",
     "gpu_memory_utilization": "--gpu-memory-utilization",

@@ -66,6 +66,7 @@ class FakeStream:
         self.params = params
         self.finished = False
         self.aborted = False
+        self.interrupt_after: int | None = None
         self._deltas: queue.Queue[CompletionDelta] = queue.Queue()
         self._all: list[CompletionDelta] = []
         self._over = threading.Event()
@@ -94,6 +95,9 @@ class FakeStream:
 
     def drain(self, timeout: float | None = None) -> list[CompletionDelta]:
         found = []
+        if self.interrupt_after is not None and len(self._all) >= self.interrupt_after:
+            self.interrupt_after = None
+            raise KeyboardInterrupt
         try:
             found.append(self._deltas.get(timeout=timeout))
             while True:
@@ -136,6 +140,7 @@ class FakeLLM:
         self.words = list(WORDS)
         self.delay = 0.0
         self.fail = False
+        self.interrupt_after: int | None = None
         self.prompts: list[Any] = []
         self.template_kwargs: list[Mapping[str, Any]] = []
         self.streams: list[FakeStream] = []
@@ -160,6 +165,7 @@ class FakeLLM:
             prompt = [1] * len(prompt.split())
         logging.getLogger("engine.fake").info("request submitted")
         stream = FakeStream(list(prompt), params, self.words, self.delay, self.fail)
+        stream.interrupt_after = self.interrupt_after
         self.streams.append(stream)
         return stream
 

@@ -1,0 +1,149 @@
+"""The words of the magics: flags, free text, settings."""
+
+from typing import Any
+
+import pytest
+from IPython.core.error import UsageError
+
+from engine.config import ENGINE_FLAGS, EngineArgs
+from engine.errors import ConfigError, RequestError, UnsupportedOptionError
+from vm_magic.arguments import COMMANDS, byte_count, command_parser, pick, split_text, split_words
+from vm_magic.errors import HelpShown
+from vm_magic.settings_text import SETTABLE, read_settings
+
+ENGINE_OPTIONS = [flag.field for flag in ENGINE_FLAGS]
+
+
+def options(line: str) -> dict[str, Any]:
+    return pick(command_parser("serve").read(split_words(line)), ENGINE_OPTIONS)
+
+
+def test_only_flags_that_were_given_are_passed_on() -> None:
+    assert options("smollm2") == {}
+    assert options("smollm2 --max-model-len 32K --no-enable-prefix-caching") == {
+        "max_model_len": "32K",
+        "enable_prefix_caching": False,
+    }
+
+
+def test_underscores_and_equals_signs_are_allowed() -> None:
+    assert options("m --max_model_len=1K --kv_cache_dtype auto") == {"max_model_len": "1K", "kv_cache_dtype": "auto"}
+
+
+def test_json_in_quotes_arrives_whole() -> None:
+    given = options("""m --override-generation-config '{"temperature": 0.2, "top_k": 3}'""")
+    assert EngineArgs.from_options("m", given, {}).override_generation_config == {"temperature": 0.2, "top_k": 3}
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--tensor-parallel-size 2", "one device"),
+        ("--tensor_parallel_size=2", "--tensor-parallel-size"),
+        ("--enforce-eager", "leave the flag out"),
+        ("--no-enable-chunked-prefill", "always chunked"),
+        ("--max-model-le 3", "did you mean --max-model-len?"),
+        ("--frobnicate", "not a flag of serve"),
+    ],
+)
+def test_a_flag_that_is_not_ours_is_refused_by_name(flag: str, words: str) -> None:
+    with pytest.raises(UnsupportedOptionError, match=words.replace("?", r"\?")):
+        options(f"m {flag}")
+
+
+def test_abbreviated_flags_are_refused() -> None:
+    with pytest.raises(UnsupportedOptionError):
+        options("m --dtyp float32")
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_has_a_help_text(command: str) -> None:
+    with pytest.raises(HelpShown) as caught:
+        command_parser(command).read(["--help"])
+    assert f"vllm_metal {command}" in caught.value.text
+    assert COMMANDS[command] in caught.value.text
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "text"),
+    [
+        ("What's the capital of France?", [], "What's the capital of France?"),
+        ("-t 0.2 What's up -- really --now", ["-t", "0.2"], "What's up -- really --now"),
+        ('-s "You are terse." Say hi', ["-s", "You are terse."], "Say hi"),
+        ("--no-stream --max_tokens=3 hi  there", ["--no-stream", "--max_tokens=3"], "hi  there"),
+        ("--max_tokens 3 hi", ["--max_tokens", "3"], "hi"),
+        ("-- -5 + 3", [], "-5 + 3"),
+        ("'quoted text'", [], "quoted text"),
+        ("'a' or 'b'", [], "'a' or 'b'"),
+        ("- a list item", [], "- a list item"),
+        ("", [], ""),
+    ],
+)
+def test_flags_come_first_and_the_text_stays_as_typed(line: str, words: list[str], text: str) -> None:
+    assert split_text(command_parser("chat"), line) == (words, text)
+
+
+@pytest.mark.parametrize("flag", ["--json {}", "--thinking-token-budget 5"])
+def test_flags_of_later_versions_are_refused_by_name(flag: str) -> None:
+    with pytest.raises(UnsupportedOptionError, match="not in this version"):
+        command_parser("chat").read(flag.split())
+
+
+def test_a_wrong_value_names_the_flag_and_the_help() -> None:
+    with pytest.raises(UsageError, match=r"--temperature.*'warm'.*chat --help"):
+        command_parser("chat").read(["-t", "warm"])
+
+
+def test_an_open_quote_is_one_clear_line() -> None:
+    with pytest.raises(ConfigError, match="close the quote"):
+        split_words("load 'smollm2")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("51.54GB", 51.54e9), ("48GiB", 48 * 2**30), ("1000", 1000), ("1.5e9", 1.5e9), ("20M", 20e6)]
+)
+def test_sizes_have_decimal_and_binary_units(text: str, size: float) -> None:
+    assert byte_count(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("temperature=0.2 top_p=0.9", {"temperature": 0.2, "top_p": 0.9}),
+        ("temperature = 1 top-k=5", {"temperature": 1, "top_k": 5}),
+        ('stop=["a b", "c=d"] seed=7', {"stop": ["a b", "c=d"], "seed": 7}),
+        ("stop=['a b'] ignore_eos=True", {"stop": ["a b"], "ignore_eos": True}),
+        ("stop='a b'", {"stop": "a b"}),
+        ("stop=END", {"stop": "END"}),
+        ("temperature= top_p=none", {"temperature": None, "top_p": None}),
+        ('logit_bias={"5": -100}', {"logit_bias": {"5": -100}}),
+        ("", {}),
+    ],
+)
+def test_settings_are_typed(text: str, values: dict[str, Any]) -> None:
+    assert read_settings(text) == values
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("temperature=warm", "temperature must be a number"),
+        ("top_k=1.5", "top_k must be a whole number"),
+        ("seed=true", "seed must be a whole number"),
+        ("ignore_eos=3", "ignore_eos must be true or false"),
+        ("stop=3", "stop must be"),
+        ("temprature=1", "temprature is not a setting"),
+        ("n=2", "n is not a setting"),
+        ("just words", "expected KEY=VALUE"),
+        ("memory_fraction=0.5", "reload with --gpu-memory-utilization"),
+        ("max_model_len=4K", "reload with --max-model-len"),
+        ("max_num_seqs=4", "reload with --max-num-seqs"),
+    ],
+)
+def test_a_bad_setting_names_the_fix(text: str, words: str) -> None:
+    with pytest.raises((ConfigError, RequestError), match=words):
+        read_settings(text)
+
+
+def test_settable_names_are_vllms() -> None:
+    assert {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "stop"} <= set(SETTABLE)

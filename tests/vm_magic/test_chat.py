@@ -1,0 +1,221 @@
+"""Chat and completion cells in a real shell, with a scripted model."""
+
+import itertools
+import time
+from typing import Any
+
+import pytest
+from IPython.core.error import UsageError
+
+import vm_magic
+from engine.errors import EngineClosedError, RequestError
+from engine.outputs import Reply
+from tests.vm_magic import fakes
+from tests.vm_magic.helpers import Capture, cell, line, shown
+
+
+def test_a_cell_streams_into_one_handle_and_files_the_reply_once(shell: Any, loaded: fakes.FakeLLM) -> None:
+    loaded.delay = 0.03
+    reply = cell(shell, "chat", "hello")
+    outputs = shell.display_pub.outputs
+    ids = {output["transient"]["display_id"] for output in outputs}
+    assert len(ids) == 1
+    assert not outputs[0]["update"]
+    assert all(output["update"] for output in outputs[1:])
+    texts = [output["data"]["text/plain"] for output in outputs]
+    assert len(set(texts)) > 3
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert texts[-1] == str(reply) == " ".join(fakes.WORDS)
+    assert shell.user_ns["_"] is reply
+    assert isinstance(reply, Reply)
+
+
+def test_updates_come_no_faster_than_the_eye(shell: Any, loaded: fakes.FakeLLM) -> None:
+    loaded.words = ["w"] * 100
+    loaded.delay = 0.004
+    started = time.monotonic()
+    cell(shell, "chat", "hello")
+    assert len(shell.display_pub.outputs) <= 20 * (time.monotonic() - started) + 3
+
+
+def test_the_line_form_returns_the_reply_and_shows_nothing(shell: Any, loaded: fakes.FakeLLM) -> None:
+    shell.run_cell("reply = %vllm_metal chat -t 0.5 what's up, doc?").raise_error()
+    assert str(shell.user_ns["reply"]) == " ".join(fakes.WORDS)
+    assert "what's up, doc?" in loaded.prompts[-1]
+    assert loaded.streams[-1].params.temperature == 0.5
+    assert shell.display_pub.outputs == []
+
+
+def test_a_question_in_a_string_or_cell_body_is_left_alone(shell: Any, loaded: fakes.FakeLLM) -> None:
+    shell.run_cell("text = '''\n%vllm_metal chat how?\n'''").raise_error()
+    assert shell.user_ns["text"] == "\n%vllm_metal chat how?\n"
+
+
+def test_a_conversation_goes_on_and_starts_anew(shell: Any, loaded: fakes.FakeLLM) -> None:
+    cell(shell, "chat -s Terse.", "one")
+    cell(shell, "chat", "two")
+    answer = " ".join(fakes.WORDS)
+    assert loaded.prompts[-1] == f"<system>Terse.<user>one<assistant>{answer}<user>two<assistant>"
+    cell(shell, "chat --new", "three")
+    assert loaded.prompts[-1] == "<user>three<assistant>"
+
+
+def test_conversations_are_kept_apart_by_name(shell: Any, loaded: fakes.FakeLLM) -> None:
+    cell(shell, "chat", "one")
+    cell(shell, "chat -c side", "two")
+    assert loaded.prompts[-1] == "<user>two<assistant>"
+    assert line(shell, "history side").messages[0]["content"] == "two"
+    line(shell, "reset side")
+    assert line(shell, "history side").messages == ()
+    assert "there are: default" in repr(line(shell, "history side"))
+    assert len(line(shell, "history").messages) == 2
+
+
+def test_flags_reach_the_sampler_and_the_template(shell: Any, loaded: fakes.FakeLLM) -> None:
+    cell(shell, r"chat -t 0 --top-p 0.5 --seed 4 --stop '\n' --stop END --max-tokens 3 --no-think", "hi")
+    params = loaded.streams[-1].params
+    assert (params.temperature, params.top_p, params.seed, params.max_tokens) == (0, 0.5, 4, 3)
+    assert params.stop == ("\n", "END")
+    assert loaded.template_kwargs[-1] == {"enable_thinking": False}
+
+
+def test_a_chat_may_fill_the_context_unless_told_otherwise(shell: Any, loaded: fakes.FakeLLM) -> None:
+    cell(shell, "chat", "hi")
+    assert loaded.streams[-1].params.max_tokens is None
+    line(shell, "set max_tokens=2")
+    cell(shell, "chat", "hi")
+    assert loaded.streams[-1].params.max_tokens == 2
+
+
+def test_a_reply_that_was_cut_off_names_the_flag(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+    reply = cell(shell, "chat --max-tokens 2", "hi")
+    assert reply.finish_reason == "length"
+    assert "--max-tokens" in capsys.readouterr().out
+
+
+def test_out_stores_the_reply_and_shows_nothing(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+    assert cell(shell, "chat -o answer", "hi") is None
+    assert str(shell.user_ns["answer"]) == " ".join(fakes.WORDS)
+    assert shell.display_pub.outputs == []
+    assert capsys.readouterr().out == ""
+
+
+def test_no_stream_shows_only_the_whole_reply(shell: Any, loaded: fakes.FakeLLM) -> None:
+    loaded.delay = 0.02
+    cell(shell, "chat --no-stream", "hi")
+    assert [o["data"]["text/plain"] for o in shell.display_pub.outputs] == ["", " ".join(fakes.WORDS)]
+
+
+def test_stats_are_shown_when_asked_for(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+    cell(shell, "chat --stats", "hi there")
+    assert "8 tokens · " in (printed := capsys.readouterr().out)
+    assert "4 cached" in printed
+
+
+@pytest.mark.parametrize(
+    ("format", "words", "mime", "value"),
+    [
+        ("text", ["a"], "text/plain", "a"),
+        ("code", ["```x```"], "text/markdown", "````\n```x```\n````"),
+        ("json", ['```json\n{"a": 1}\n```'], "application/json", {"a": 1}),
+        ("json", ["no json"], "text/plain", "no json (not JSON)"),
+        ("markdown", ["*a*"], "text/markdown", "*a*"),
+    ],
+)
+def test_the_format_decides_how_the_reply_is_shown(
+    shell: Any, loaded: fakes.FakeLLM, format: str, words: list[str], mime: str, value: object
+) -> None:
+    loaded.words = words
+    cell(shell, f"chat -f {format}", "hi")
+    assert shown(shell)[mime] == value
+
+
+def test_complete_sends_the_raw_prompt_as_typed(shell: Any, loaded: fakes.FakeLLM) -> None:
+    reply = cell(shell, "vllm_metal complete --max-tokens 1", "Once upon\n a time ")
+    assert loaded.prompts[-1] == "Once upon\n a time "
+    assert str(reply) == "alpha"
+    assert line(shell, "history").messages == ()
+
+
+def test_names_in_double_braces_come_from_the_notebook(shell: Any, loaded: fakes.FakeLLM) -> None:
+    shell.user_ns["who"] = {"name": "Ada"}
+    cell(shell, "chat", "{{ who.name }} has {x} and $HOME, 100%\n  kept")
+    assert loaded.prompts[-1] == "<user>Ada has {x} and $HOME, 100%\n  kept<assistant>"
+    cell(shell, "chat --new --raw", "{{ who }}")
+    assert loaded.prompts[-1] == "<user>{{ who }}<assistant>"
+
+
+def test_an_undefined_name_is_one_line_and_sends_nothing(shell: Any, loaded: fakes.FakeLLM) -> None:
+    with pytest.raises(RequestError, match="'nobody' is undefined; define it"):
+        cell(shell, "chat", "{{ nobody }}")
+    with pytest.raises(RequestError, match=r"line 2.*--raw"):
+        cell(shell, "chat", "x\n{{ 1 + }}")
+    with pytest.raises(RequestError, match="ZeroDivisionError"):
+        cell(shell, "chat", "{{ 1 / 0 }}")
+    assert loaded.streams == []
+
+
+def test_chat_without_a_model_says_what_to_run(shell: Any) -> None:
+    with pytest.raises(EngineClosedError, match="%vllm_metal load smollm2"):
+        cell(shell, "chat", "hi")
+
+
+def test_an_empty_message_is_refused(shell: Any, loaded: fakes.FakeLLM) -> None:
+    with pytest.raises(RequestError, match="no message"):
+        cell(shell, "chat", "  ")
+    with pytest.raises(UsageError, match="cell's body"):
+        cell(shell, "chat hello", "there")
+
+
+def test_a_failing_engine_keeps_the_partial_text_and_the_conversation_as_it_was(
+    shell: Any, loaded: fakes.FakeLLM
+) -> None:
+    loaded.fail = True
+    with pytest.raises(EngineClosedError, match="load the model again"):
+        cell(shell, "chat", "hi")
+    assert "alpha" in shown(shell)["text/plain"]
+    assert "failed" in shown(shell)["text/plain"]
+    assert line(shell, "history").messages == ()
+
+
+def test_an_interrupt_keeps_the_partial_text_and_only_this_request_ends(shell: Any, loaded: fakes.FakeLLM) -> None:
+    loaded.delay = 0.04
+    other = loaded.submit("another client's prompt", loaded.sampling_params())
+    loaded.interrupt_after = 2
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after \d tokens"):
+        cell(shell, "chat", "hi")
+    assert loaded.streams[-1].aborted
+    assert not other.aborted
+    assert len(other.result().outputs[0].text.split()) == len(fakes.WORDS)
+    assert "interrupted" in shown(shell)["text/plain"]
+    kept = line(shell, "history").messages
+    assert [m["role"] for m in kept] == ["user", "assistant"]
+    assert kept[1]["content"].startswith("alpha beta")
+    assert vm_magic.current() is loaded
+
+
+def test_a_detached_reply_returns_at_once_and_fills_its_own_output(shell: Any, loaded: fakes.FakeLLM) -> None:
+    loaded.delay = 0.05
+    started = time.monotonic()
+    cell(shell, "chat --detach", "hi")
+    assert time.monotonic() - started < 0.3
+    pending = shell.user_ns["_"]
+    assert not pending.done
+    with pytest.raises(RequestError, match="detached reply under way"):
+        cell(shell, "chat", "too soon")
+    assert str(pending.wait(5)) == " ".join(fakes.WORDS)
+    assert shown(shell)["text/plain"] == " ".join(fakes.WORDS)
+    assert len(line(shell, "history").messages) == 2
+
+
+def test_a_detached_reply_can_be_cancelled_or_stored(shell: Any, loaded: fakes.FakeLLM) -> None:
+    loaded.delay = 0.05
+    cell(shell, "chat --detach", "hi")
+    pending = shell.user_ns["_"]
+    pending.cancel()
+    assert pending.wait(5).finish_reason == "abort"
+    cell(shell, "chat --detach -o later", "hi")
+    deadline = time.monotonic() + 5
+    while "later" not in shell.user_ns and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert str(shell.user_ns["later"]) == " ".join(fakes.WORDS)

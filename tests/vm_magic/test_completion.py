@@ -1,0 +1,56 @@
+"""Tab completion, asked of a real shell."""
+
+from typing import Any
+
+import pytest
+
+from tests.vm_magic.helpers import line
+
+
+def completions(shell: Any, code: str, position: int | None = None) -> list[str]:
+    from IPython.core.completer import provisionalcompleter
+
+    with provisionalcompleter():
+        return [c.text for c in shell.Completer.completions(code, len(code) if position is None else position)]
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("%vllm_metal lo", {"load", "logs"}),
+        ("x = %vllm_metal his", {"history"}),
+        ("%vllm_metal load sm", {"smollm2"}),
+        ("%vllm_metal load org/T", {"org/Tiny-0.1B"}),
+        ("%vllm_metal serve --max-n", {"--max-num-seqs", "--max-num-batched-tokens"}),
+        ("%vllm_metal load smollm2 --dtype b", {"bfloat16"}),
+        ("%vllm_metal set temp", {"temperature="}),
+        ("%vllm_metal set temperature=0.2 top", {"top_p=", "top_k="}),
+        ("%%chat --te", {"--temperature"}),
+        ("%%chat -f c", {"code"}),
+        ("%%chat -c si", {"side"}),
+        ("%vllm_metal history si", {"side"}),
+        ("%%vllm_metal co", {"complete"}),
+        ("%%vllm_metal chat --no-s", {"--no-stream"}),
+    ],
+)
+def test_commands_flags_values_models_and_conversations(shell: Any, code: str, found: set[str]) -> None:
+    line(shell, "reset side")
+    assert set(completions(shell, code)) == found
+
+
+def test_a_cells_first_line_is_completed_while_its_body_is_there(shell: Any) -> None:
+    assert completions(shell, "%%chat --te\nhello", 11) == ["--temperature"]
+
+
+def test_the_body_of_a_cell_and_plain_code_are_left_to_ipython(shell: Any) -> None:
+    assert "--temperature" not in completions(shell, "%%chat\n--te")
+    assert "import" in completions(shell, "impor")
+    assert completions(shell, "%vllm_metal load smollm2 --seed 1") == []
+
+
+def test_all_commands_are_offered_after_a_space(shell: Any) -> None:
+    assert {"load", "serve", "status", "unload"} <= set(completions(shell, "%vllm_metal "))
+
+
+def test_a_plain_chat_line_is_not_ours(shell: Any) -> None:
+    assert "--temperature" not in completions(shell, "%chat --te")

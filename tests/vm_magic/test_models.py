@@ -1,0 +1,172 @@
+"""Loading, serving, stopping and unloading through the magics, with a scripted model."""
+
+import os
+import socket
+import sys
+from typing import Any
+
+import pytest
+
+import vm_magic
+from engine.errors import ConfigError, ModelNotFoundError
+from tests.vm_magic import fakes
+from tests.vm_magic.helpers import Capture, cell, line, shown
+
+
+def test_load_returns_none_and_prints_the_plan_and_what_was_chosen(shell: Any, capsys: Capture) -> None:
+    assert line(shell, "load smollm2 --max-model-len 1K") is None
+    printed = capsys.readouterr().out
+    assert "metal_limit=51.54GB" in printed
+    assert "float32" in printed
+    assert "145.0MB loaded in" in shown(shell)["text/plain"]
+    assert vm_magic.current() is fakes.MADE[-1]
+    assert fakes.MADE[-1].args.max_model_len == 1024
+
+
+def test_the_same_load_again_is_a_no_op(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+    line(shell, "load smollm2")
+    assert vm_magic.current() is loaded
+    assert "loaded already" in capsys.readouterr().out
+
+
+def test_loading_another_model_frees_the_first(shell: Any, loaded: fakes.FakeLLM) -> None:
+    line(shell, "load other --seed 3")
+    assert loaded.closed
+    assert fakes.MADE[-1].args.model == "other"
+
+
+def test_a_wrong_flag_leaves_the_loaded_model_alone(shell: Any, loaded: fakes.FakeLLM) -> None:
+    with pytest.raises(ConfigError, match="max-model-len"):
+        line(shell, "load other --max-model-len banana")
+    assert vm_magic.current() is loaded
+
+
+def test_a_missing_model_leaves_nothing_half_loaded(shell: Any) -> None:
+    with pytest.raises(ModelNotFoundError, match="fetches one"):
+        line(shell, "load missing")
+    assert vm_magic.current() is None
+    assert shown(shell)["text/plain"] == "missing: not loaded"
+
+
+def test_serve_loads_and_gives_a_handle_whose_key_is_not_shown(shell: Any) -> None:
+    handle = line(shell, "serve smollm2 --port 0 --api-key s3cret")
+    assert handle.base_url.endswith("/v1")
+    assert (handle.api_key, handle.port) == ("s3cret", 54321)
+    assert "s3cret" not in repr(handle)
+    assert "s3cret" not in repr(line(shell, "status"))
+    assert handle.base_url in repr(line(shell, "status"))
+
+
+def test_the_same_serve_again_gives_the_same_handle(shell: Any) -> None:
+    handle = line(shell, "serve smollm2")
+    assert line(shell, "serve smollm2") is handle
+    assert line(shell, "serve") is handle
+
+
+def test_serve_takes_8000_or_the_next_free_port(shell: Any) -> None:
+    with socket.socket() as taken:
+        try:
+            taken.bind(("127.0.0.1", 8000))
+            taken.listen()
+        except OSError:
+            pass  # somebody else has it: just as well
+        assert 8000 < line(shell, "serve smollm2").port < 8100
+
+
+def test_other_server_flags_open_the_port_anew_with_the_same_model(shell: Any, loaded: fakes.FakeLLM) -> None:
+    first = line(shell, "serve --port 8100")
+    second = line(shell, "serve --port 8101 --no-api-key --allowed-origins '[\"*\"]'")
+    assert (first.port, second.port, second.api_key) == (8100, 8101, None)
+    assert vm_magic.current() is loaded
+    assert loaded.server is not None
+    assert loaded.server.options == {"allowed_origins": ["*"]}
+
+
+def test_serve_without_engine_flags_takes_the_model_as_it_is(shell: Any) -> None:
+    line(shell, "load smollm2 --max-model-len 1K")
+    llm = vm_magic.current()
+    line(shell, "serve smollm2 --port 0")
+    assert vm_magic.current() is llm
+
+
+def test_serve_needs_a_model_name_when_nothing_is_loaded(shell: Any) -> None:
+    with pytest.raises(ConfigError, match="serve smollm2"):
+        line(shell, "serve")
+
+
+def test_the_key_comes_from_the_environment(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "from-env")
+    assert line(shell, "serve smollm2 --port 0").api_key == "from-env"
+
+
+def test_stop_closes_the_port_and_keeps_the_model(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+    line(shell, "serve")
+    line(shell, "stop")
+    assert loaded.server is not None
+    assert not loaded.server.running
+    assert not loaded.closed
+    line(shell, "stop")
+    assert "no port is open" in capsys.readouterr().out
+
+
+def test_the_handle_itself_can_stop_and_serve_opens_anew(shell: Any, loaded: fakes.FakeLLM) -> None:
+    first = line(shell, "serve --port 0")
+    first.stop()
+    first.stop()
+    assert line(shell, "serve --port 0") is not first
+    assert loaded.server is not None
+    assert loaded.server.running
+
+
+def test_unload_says_bytes_before_and_after(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+    line(shell, "unload")
+    assert loaded.closed
+    assert vm_magic.current() is None
+    assert "before" in (printed := capsys.readouterr().out)
+    assert "1.0MB after" in printed
+    line(shell, "unload")
+    assert "nothing is loaded" in capsys.readouterr().out
+
+
+def test_unload_lets_go_of_out_and_of_the_last_traceback(shell: Any, loaded: fakes.FakeLLM) -> None:
+    Array = type("Array", (), {"__module__": "mlx.core"})  # noqa: N806 - stands for a class
+    shell.user_ns["Array"] = Array
+    shell.run_cell("Array()", store_history=True)
+    shell.run_cell("[1, Array()]", store_history=True)
+    shell.run_cell("'kept'", store_history=True)
+    shell.run_cell("1 / 0", store_history=True)
+    assert sys.last_value is not None
+    line(shell, "unload")
+    assert list(shell.user_ns["_oh"].values()) == ["kept"]
+    assert not hasattr(sys, "last_value")
+    assert not isinstance(shell.displayhook.__, Array)
+
+
+def test_pasted_shell_text_serves(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_METAL_MEMORY_FRACTION", raising=False)
+    body = "# as documented\nexport VLLM_METAL_MEMORY_FRACTION=0.5\nvllm serve smollm2 \\\n  --port 0 --api-key k"
+    handle = cell(shell, "vllm_metal serve", body)
+    assert handle.api_key == "k"
+    assert fakes.MADE[-1].args.memory_fraction == 0.5
+    assert "VLLM_METAL_MEMORY_FRACTION" not in os.environ
+    assert cell(shell, "vllm_metal serve", body) is handle
+
+
+def test_flags_on_the_magics_line_come_after_the_pasted_ones(shell: Any) -> None:
+    assert cell(shell, "vllm_metal serve --port 8123", "vllm serve smollm2 --port 8001").port == 8123
+
+
+def test_pasted_text_without_a_serve_line_is_refused(shell: Any) -> None:
+    with pytest.raises(ConfigError, match="no vllm serve line"):
+        cell(shell, "vllm_metal serve", "export A=1")
+
+
+def test_plan_loads_nothing_and_takes_the_flags(shell: Any) -> None:
+    plan = line(shell, "plan org/m --max-model-len 32K --gpu-memory-utilization 0.75 --device-memory 51.54GB")
+    assert plan.model == "org/m"
+    assert plan.options == {"max_model_len": "32K", "fraction": "0.75", "device_memory": 51.54e9}
+    assert vm_magic.current() is None
+
+
+def test_plan_without_a_model_is_the_plan_in_force(shell: Any, loaded: fakes.FakeLLM) -> None:
+    assert line(shell, "plan") is loaded.plan
