@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import pytest
+
+from engine.runner import devices
+
+GIB = 1 << 30
+
+
+def fake_proc(tmp_path: Path, cgroup: str, total: int = 16 * GIB) -> Path:
+    proc = tmp_path / "proc"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text(f"MemTotal:       {total // 1024} kB\nMemFree: 5 kB\n")
+    (proc / "self" / "cgroup").write_text(cgroup)
+    return proc
+
+
+def write_limit(folder: Path, name: str, value: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(f"{value}\n")
+
+
+def test_without_cgroups_the_limit_is_physical_memory(tmp_path: Path) -> None:
+    proc = fake_proc(tmp_path, "0::/\n")
+    assert devices.cpu_memory_limit(proc, tmp_path / "nothing") == 16 * GIB
+
+
+def test_the_limit_of_a_parent_group_counts_and_max_means_none(tmp_path: Path) -> None:
+    proc = fake_proc(tmp_path, "0::/kubepods/pod1/notebook\n")
+    groups = tmp_path / "cgroup"
+    write_limit(groups / "kubepods/pod1/notebook", "memory.max", "max")
+    write_limit(groups / "kubepods/pod1", "memory.max", 2 * GIB)
+    write_limit(groups / "kubepods", "memory.max", 8 * GIB)
+    assert devices.cpu_memory_limit(proc, groups) == 2 * GIB
+
+
+def test_memory_high_counts_because_beyond_it_everything_crawls(tmp_path: Path) -> None:
+    proc = fake_proc(tmp_path, "0::/user\n")
+    groups = tmp_path / "cgroup"
+    write_limit(groups / "user", "memory.max", 4 * GIB)
+    write_limit(groups / "user", "memory.high", 3 * GIB)
+    assert devices.cpu_memory_limit(proc, groups) == 3 * GIB
+
+
+def test_inside_a_container_only_the_root_group_is_there(tmp_path: Path) -> None:
+    proc = fake_proc(tmp_path, "0::/../../outside\n")
+    groups = tmp_path / "cgroup"
+    write_limit(groups, "memory.max", 2 * GIB)
+    assert devices.cpu_memory_limit(proc, groups) == 2 * GIB
+
+
+def test_version_1_groups_are_read_and_their_no_limit_number_is_above_physical_memory(tmp_path: Path) -> None:
+    proc = fake_proc(tmp_path, "9:name=systemd:/\n4:cpu,memory:/docker/abc\n0::/\n")
+    groups = tmp_path / "cgroup"
+    write_limit(groups / "memory/docker/abc", "memory.limit_in_bytes", 9223372036854771712)
+    assert devices.cpu_memory_limit(proc, groups) == 16 * GIB
+    write_limit(groups / "memory/docker", "memory.limit_in_bytes", GIB)
+    assert devices.cpu_memory_limit(proc, groups) == GIB
+
+
+def test_openblas_dir_comes_first_then_the_environment_then_the_system(tmp_path: Path) -> None:
+    for name in ("given/lib", "prefix/lib", "system/openblas-pthread"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "libopenblas.so.0").touch()
+    env = {"OPENBLAS_DIR": str(tmp_path / "given")}
+    found = list(devices.find_openblas(env, tmp_path / "prefix", (str(tmp_path / "system"),)))
+    assert [path.relative_to(tmp_path).parts[0] for path in found[:3]] == ["given", "prefix", "system"]
+
+
+def test_a_file_that_is_no_library_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "libopenblas.so.0").write_text("not a library")
+    assert devices._load_globally(tmp_path / "libopenblas.so.0") is None
+
+
+@pytest.fixture
+def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    monkeypatch.setattr(devices, "_cuda_build_installed", lambda: False)
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_an_mlx_imported_too_early_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(devices.sys.modules, "mlx.core", devices)
+    assert "too early" in (devices.prepare_backend.__wrapped__() or "")
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_without_openblas_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(devices.sys.modules, "mlx.core", raising=False)
+    monkeypatch.setattr(devices, "find_openblas", lambda *_: iter(()))
+    assert "libopenblas0-pthread" in (devices.prepare_backend.__wrapped__() or "")
+
+
+def test_nothing_is_done_on_macos_and_for_cuda_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices.sys, "platform", "darwin")
+    assert devices.prepare_backend.__wrapped__() is None
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    monkeypatch.setattr(devices, "_cuda_build_installed", lambda: True)
+    assert devices.prepare_backend.__wrapped__() is None
+
+
+def test_the_device_of_this_machine_has_a_name_and_a_limit() -> None:
+    device = devices.describe_device()
+    assert device.name
+    assert device.memory_limit > 0
+    assert device.runs_packed_weights_fast == (device.kind != "cpu")
+
+
+def test_array_memory_is_counted_and_the_peak_can_be_reset() -> None:
+    import mlx.core as mx
+
+    devices.reset_peak_memory()
+    before = devices.active_memory()
+    array = mx.zeros((1024, 1024))
+    mx.eval(array)
+    assert devices.active_memory() - before >= 4 << 20
+    assert devices.peak_memory() - before >= 4 << 20
+    del array
+    devices.clear_cache()
+    assert devices.cache_memory() == 0
+    assert devices.active_memory() - before < 4 << 20
+    assert devices.resident_memory() > 1 << 20
+
+
+def test_importing_mlx_lm_leaves_the_limit_of_open_files_alone() -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with devices.file_limits_kept():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
