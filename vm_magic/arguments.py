@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -52,7 +53,7 @@ class CommandParser(MagicArgumentParser):  # type: ignore[misc]
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse ``words``. Raises ConfigError for unknown flags, UsageError for what argparse refuses."""
-        words = [_dashes(word) for word in words]
+        words = self._join_dotted([_dashes(word) for word in words])
         for word in words:
             if word == "--":
                 break
@@ -60,6 +61,26 @@ class CommandParser(MagicArgumentParser):  # type: ignore[misc]
                 raise self._unknown(word.partition("=")[0])
         result: argparse.Namespace = self.parse_args(words)
         return result
+
+    def _join_dotted(self, words: list[str]) -> list[str]:
+        """``--flag.key value`` as JSON, as vLLM reads it: ``--flag '{"key": value}'``."""
+        result: list[str] = []
+        objects: dict[str, dict[str, Any]] = {}
+        rest = iter(words)
+        for word in rest:
+            flag, dot, path = word.partition("=")[0].partition(".")
+            if not (word.startswith("--") and dot and flag in self._option_string_actions):
+                result.append(word)
+                continue
+            value = word.partition("=")[2] if "=" in word else next(rest, None)
+            if value is None:
+                self.error(f"argument {word}: expected a value")
+            target = objects.setdefault(flag, {})
+            *outer, last = path.split(".")
+            for key in outer:
+                target = target.setdefault(key, {})
+            target[last] = _json_or_text(value)
+        return [*result, *(word for flag, value in objects.items() for word in (flag, json.dumps(value)))]
 
     def takes_value(self, flag: str) -> bool:
         """Whether ``flag`` is followed by a value."""
@@ -99,8 +120,15 @@ def _dashes(word: str) -> str:
     """``--max_model_len=1`` as ``--max-model-len=1``."""
     if not word.startswith("--"):
         return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
+    name, mark, rest = re.fullmatch(r"([^=.]*)([=.]?)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+    return name.replace("_", "-") + mark + rest
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 @cache
@@ -276,8 +304,6 @@ def port_number(text: str) -> int:
 
 def name_list(text: str) -> list[str]:
     """A JSON list of strings, or names with commas between them."""
-    import json
-
     if not text.lstrip().startswith("["):
         return [part.strip() for part in text.split(",") if part.strip()]
     try:

@@ -6,7 +6,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import RequestError, VMMagicError
+from engine.errors import RequestError
 from engine.outputs import Reply, RequestOutput, Usage
 from vm_magic.conversation import Conversation, Message
 from vm_magic.display import ReplyView
@@ -138,7 +138,7 @@ class PendingReply:
         self._view = view
         self._done = done
         self._reply: Reply | None = None
-        self._failure: VMMagicError | None = None
+        self._failure: Exception | None = None
         if generation.conversation is not None:
             generation.conversation.busy = True
         context = copy_context()
@@ -149,7 +149,7 @@ class PendingReply:
         try:
             self._reply = self._generation.follow(self._view)
             self._done(self._reply)
-        except VMMagicError as error:
+        except Exception as error:  # noqa: BLE001 - the thread ends here; wait() raises it
             self._failure = error
         finally:
             if self._generation.conversation is not None:

@@ -12,6 +12,8 @@ from IPython.core.displaypub import DisplayPublisher
 
 Format = Literal["markdown", "text", "code", "json"]
 Bundle = dict[str, Any]
+WAITING = "…"
+"""What a handle shows until the first words come."""
 UPDATE_INTERVAL = 1 / 15
 """Seconds between two updates of a display handle: quick enough to read along, light on the browser."""
 
@@ -92,8 +94,8 @@ def growing_bundle(text: str, format: Format) -> Bundle:
     return reply_bundle(text, "code" if format == "json" else format)
 
 
-def reply_bundle(text: str, format: Format, *, mark: str = "", reasoning: str | None = None) -> Bundle:
-    """Mime types for ``text``; ``reasoning`` is folded away above it, ``mark`` put after it."""
+def reply_bundle(text: str, format: Format, *, mark: str = "") -> Bundle:
+    """Mime types for ``text``, with ``mark`` after it. In Markdown the model's thinking is folded away."""
     marked = f"{text} {mark}" if mark else text
     if format == "text":
         return {"text/plain": marked}
@@ -101,8 +103,9 @@ def reply_bundle(text: str, format: Format, *, mark: str = "", reasoning: str | 
         return _json_bundle(text, mark)
     if format == "code":
         return {"text/plain": marked, "text/markdown": fenced(text) + (f"\n\n{mark}" if mark else "")}
-    markdown = f"{text}\n\n*{mark}*" if mark else text
-    return {"text/plain": marked, "text/markdown": folded(reasoning) + markdown}
+    thinking, answer = split_thinking(text)
+    markdown = f"{answer}\n\n*{mark}*" if mark else answer
+    return {"text/plain": marked, "text/markdown": folded(thinking) + markdown}
 
 
 def fenced(text: str, language: str = "") -> str:
@@ -112,11 +115,23 @@ def fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def folded(reasoning: str | None) -> str:
-    """A closed ``<details>`` with the reasoning, or nothing."""
-    if not reasoning:
+def split_thinking(text: str) -> tuple[str, str]:
+    """What stands between ``<think>`` and ``</think>`` at the beginning, and the answer after it.
+
+    Templates may open ``<think>`` in the prompt, so that the text has only its end.
+    """
+    before, end, answer = text.partition("</think>")
+    opened = before.lstrip().startswith("<think>")
+    if not end and not opened:
+        return "", text
+    return before.lstrip().removeprefix("<think>").strip(), answer.lstrip()
+
+
+def folded(thinking: str) -> str:
+    """A closed ``<details>`` with the model's thinking, or nothing."""
+    if not thinking:
         return ""
-    return f"<details><summary>reasoning</summary>\n\n{html.escape(reasoning)}\n\n</details>\n\n"
+    return f"<details><summary>thinking</summary>\n\n{html.escape(thinking)}\n\n</details>\n\n"
 
 
 def _json_bundle(text: str, mark: str) -> Bundle:

@@ -28,7 +28,16 @@ from vm_magic.cards import (
 )
 from vm_magic.chat import ChatOptions, Generation, PendingReply, start_chat, start_completion
 from vm_magic.conversation import render_prompt
-from vm_magic.display import NotebookView, ReplyView, SilentView, TerminalView, can_update, open_handle, reply_bundle
+from vm_magic.display import (
+    WAITING,
+    NotebookView,
+    ReplyView,
+    SilentView,
+    TerminalView,
+    can_update,
+    open_handle,
+    reply_bundle,
+)
 from vm_magic.errors import HelpShown, Interrupted, short_error
 from vm_magic.log_buffer import LogBuffer
 from vm_magic.progress import LoadProgress, size_text
@@ -259,7 +268,7 @@ class VLLMMetal(Magics):  # type: ignore[misc]
             return SilentView()
         if can_update(self.shell):
             return NotebookView(
-                open_handle(self.shell, reply_bundle("", parsed.format)), parsed.format, stream=not parsed.no_stream
+                open_handle(self.shell, reply_bundle(WAITING, "markdown")), parsed.format, stream=not parsed.no_stream
             )
         return TerminalView()
 

@@ -18,9 +18,8 @@ from engine.settings import Settings
 from vm_magic.conversation import DEFAULT_CONVERSATION, Conversation
 
 if TYPE_CHECKING:
-    from engine.llm import LLM
-
     from engine.hub import CachedModel
+    from engine.llm import LLM
 
 DEFAULT_PORT = 8000
 _PORTS_TRIED = 100

@@ -35,6 +35,14 @@ def test_json_in_quotes_arrives_whole() -> None:
     assert EngineArgs.from_options("m", given, {}).override_generation_config == {"temperature": 0.2, "top_k": 3}
 
 
+def test_dotted_flags_are_json_as_in_vllm() -> None:
+    given = options("m --override-generation-config.top_p 0.5 --override_generation_config.temperature=0 --seed 1")
+    assert EngineArgs.from_options("m", given, {}).override_generation_config == {"top_p": 0.5, "temperature": 0}
+    assert given["seed"] == "1"
+    with pytest.raises(UsageError, match="expected a value"):
+        options("m --override-generation-config.top_p")
+
+
 @pytest.mark.parametrize(
     ("flag", "words"),
     [

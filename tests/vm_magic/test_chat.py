@@ -13,6 +13,8 @@ from engine.outputs import Reply
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import Capture, cell, line, shown
 
+FOLDED = "<details><summary>thinking</summary>\n\na &lt; b\n\n</details>\n\n"
+
 
 def test_a_cell_streams_into_one_handle_and_files_the_reply_once(shell: Any, loaded: fakes.FakeLLM) -> None:
     loaded.delay = 0.03
@@ -22,7 +24,7 @@ def test_a_cell_streams_into_one_handle_and_files_the_reply_once(shell: Any, loa
     assert len(ids) == 1
     assert not outputs[0]["update"]
     assert all(output["update"] for output in outputs[1:])
-    texts = [output["data"]["text/plain"] for output in outputs]
+    texts = [output["data"]["text/plain"] for output in outputs[1:]]
     assert len(set(texts)) > 3
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     assert texts[-1] == str(reply) == " ".join(fakes.WORDS)
@@ -103,7 +105,7 @@ def test_out_stores_the_reply_and_shows_nothing(shell: Any, loaded: fakes.FakeLL
 def test_no_stream_shows_only_the_whole_reply(shell: Any, loaded: fakes.FakeLLM) -> None:
     loaded.delay = 0.02
     cell(shell, "chat --no-stream", "hi")
-    assert [o["data"]["text/plain"] for o in shell.display_pub.outputs] == ["", " ".join(fakes.WORDS)]
+    assert [o["data"]["text/plain"] for o in shell.display_pub.outputs] == ["…", " ".join(fakes.WORDS)]
 
 
 def test_stats_are_shown_when_asked_for(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
@@ -120,6 +122,10 @@ def test_stats_are_shown_when_asked_for(shell: Any, loaded: fakes.FakeLLM, capsy
         ("json", ['```json\n{"a": 1}\n```'], "application/json", {"a": 1}),
         ("json", ["no json"], "text/plain", "no json (not JSON)"),
         ("markdown", ["*a*"], "text/markdown", "*a*"),
+        ("markdown", ["<think>\n", "a < b", "</think>\n\n", "c"], "text/plain", "<think>\n a < b </think>\n\n c"),
+        ("markdown", ["<think>a < b</think>c"], "text/markdown", f"{FOLDED}c"),
+        ("markdown", ["a < b\n</think>\n\nc"], "text/markdown", f"{FOLDED}c"),
+        ("markdown", ["<think>a < b"], "text/markdown", FOLDED),
     ],
 )
 def test_the_format_decides_how_the_reply_is_shown(
