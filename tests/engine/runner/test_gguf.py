@@ -160,7 +160,8 @@ def write_folder(folder: Path, path: Path, arch: str) -> Path:
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     config = {
         "model_type": MODEL_TYPES[arch], "hidden_size": HIDDEN, "num_hidden_layers": LAYERS[arch],
-        "intermediate_size": 512, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "rms_norm_eps": 1e-6,
+        "intermediate_size": 512, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "rms_norm_eps": 1e-6,
         "vocab_size": VOCAB, "max_position_embeddings": 512, "rope_theta": ROPE_BASE, "sliding_window": 8,
         "sliding_window_pattern": 6, "query_pre_attn_scalar": HEAD_DIM, "rope_local_base_freq": 10000.0,
         "tie_word_embeddings": "lm_head.weight" not in weights,

@@ -100,7 +100,8 @@ def test_several_threads_encode_and_decode_at_once(smollm2_tokenizer: Tokenizer)
 
 def test_the_usual_path_imports_neither_transformers_nor_mlx(plain_folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from engine.hub import ResolvedModel; from engine.config import EngineArgs;"
+        "import sys; from pathlib import Path; from engine.hub import ResolvedModel;"
+        "from engine.config import EngineArgs;"
         "from engine.text.tokenizer import load_tokenizer;"
         f"load_tokenizer(ResolvedModel('t', Path({str(plain_folder)!r}), 'folder'), EngineArgs('t'));"
         "assert not {'transformers', 'mlx', 'torch'} & set(sys.modules)"
