@@ -1,0 +1,148 @@
+"""What the port needs of an engine. :class:`engine.llm.LLM` fits; tests may bring their own."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import tokenizers
+
+from engine.outputs import CompletionDelta, LogprobsAtPosition
+from engine.sampling_params import SamplingParams
+
+
+class ServedStream(Protocol):
+    """A request under way, as handed out by ``submit``."""
+
+    @property
+    def request_id(self) -> str:
+        """The engine's name for the request."""
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt as tokens."""
+
+    @property
+    def params(self) -> SamplingParams:
+        """The values in force."""
+
+    @property
+    def prompt_logprobs(self) -> list[LogprobsAtPosition | None] | None:
+        """Known once the prompt was computed, if asked for."""
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache."""
+
+    def __aiter__(self) -> AsyncIterator[CompletionDelta]:
+        """Deltas as they come; raises EngineClosedError if the engine failed."""
+
+    def abort(self) -> None:
+        """End the request and free its blocks. Idempotent, any thread."""
+
+
+class ServedTokenizer(Protocol):
+    """The tokenizer's part that the port uses."""
+
+    @property
+    def hf(self) -> tokenizers.Tokenizer:
+        """The underlying ``tokenizers.Tokenizer``."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of tokens."""
+
+    def token_text(self, token_id: int) -> str:
+        """One token's own text."""
+
+
+class ServedArgs(Protocol):
+    """The engine arguments that clients see."""
+
+    @property
+    def model(self) -> str:
+        """The model as it was named when it was loaded."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names that clients may use."""
+
+
+class ServedPlan(Protocol):
+    """The memory plan's part that clients see."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Context length in force, in tokens."""
+
+
+class ServedSettings(Protocol):
+    """Live sampling defaults."""
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """What is set now."""
+
+
+class ServedMetrics(Protocol):
+    """The engine's metrics."""
+
+    def render(self) -> bytes:
+        """Prometheus text."""
+
+
+class ServedEngine(Protocol):
+    """The engine behind the port."""
+
+    @property
+    def args(self) -> ServedArgs:
+        """What the user said."""
+
+    @property
+    def tokenizer(self) -> ServedTokenizer:
+        """The model's tokenizer."""
+
+    @property
+    def plan(self) -> ServedPlan:
+        """The memory plan in force."""
+
+    @property
+    def settings(self) -> ServedSettings:
+        """Live sampling defaults."""
+
+    @property
+    def metrics(self) -> ServedMetrics:
+        """Counters and histograms."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether the engine was closed or failed."""
+
+    @property
+    def created(self) -> float:
+        """Unix time of loading."""
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> ServedStream:
+        """Queue a request. Raises RequestError if it can never be served."""
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt text of a chat."""
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``."""
+
+    def sampling_params(self, **given: Any) -> SamplingParams:
+        """Sampling values, from what was given down to the defaults."""

@@ -1,0 +1,112 @@
+"""Errors as HTTP: vLLM's body and statuses for everything that goes wrong."""
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from engine.errors import EngineClosedError, RequestError
+
+logger = logging.getLogger("engine.openai")
+
+
+class ServerStoppingError(Exception):
+    """The port is being closed while a request is under way."""
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection."""
+
+
+class GenerationEndedError(Exception):
+    """The engine ended a request that its client did not end (abort or failure)."""
+
+
+def error_body(message: str, *, type: str, code: int, param: str | None = None) -> dict[str, Any]:
+    """``{"error": {message, type, param, code}}``."""
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def describe(error: Exception) -> dict[str, Any]:
+    """The body for ``error``. What is not meant for users is logged and told in general words."""
+    if isinstance(error, RequestError):
+        return error_body(str(error), type=error.type, code=error.code, param=error.param)
+    if isinstance(error, ServerStoppingError):
+        message = "The server was stopped while this request was running."
+        return error_body(message, type="ServiceUnavailableError", code=HTTPStatus.SERVICE_UNAVAILABLE)
+    if isinstance(error, EngineClosedError | GenerationEndedError):
+        message = str(error)
+    else:
+        logger.error("request failed", exc_info=error)
+        message = f"Internal error ({type(error).__name__}); the server's log has the details."
+    return error_body(message, type="InternalServerError", code=HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """``error`` as a response."""
+    body = describe(error)
+    return JSONResponse(body, status_code=body["error"]["code"], headers=headers)
+
+
+def plain_error(
+    status: int, message: str, *, type: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """A response for a status without an exception of ours behind it."""
+    kind = type or HTTPStatus(status).phrase
+    return JSONResponse(error_body(message, type=kind, code=status), status_code=status, headers=headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every failure of ``app`` in vLLM's form."""
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_exception)
+    app.add_exception_handler(ClientGoneError, _on_client_gone)
+    for kind in (RequestError, EngineClosedError, GenerationEndedError, ServerStoppingError):
+        app.add_exception_handler(kind, _on_exception)
+
+
+async def _on_client_gone(_request: Request, _error: Exception) -> Response:
+    # Nobody reads this; 499 is what proxies log for it.
+    return Response(status_code=499)
+
+
+async def _on_exception(_request: Request, error: Exception) -> JSONResponse:
+    return error_response(error)
+
+
+async def _on_http_exception(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return plain_error(error.status_code, str(error.detail), headers=error.headers)
+
+
+async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    message = "; ".join(_sentence(item) for item in found)
+    body = error_body(message, type="BadRequestError", code=HTTPStatus.BAD_REQUEST, param=_param(found[0]))
+    return JSONResponse(body, status_code=HTTPStatus.BAD_REQUEST)
+
+
+def _place(item: Mapping[str, Any]) -> list[str]:
+    if item["type"] == "json_invalid":
+        return []
+    return [str(part) for part in item["loc"] if part != "body"]
+
+
+def _param(item: Mapping[str, Any]) -> str | None:
+    return next(iter(_place(item)), None)
+
+
+def _sentence(item: Mapping[str, Any]) -> str:
+    if item["type"] == "json_invalid":
+        return f"The request body is not valid JSON: {item.get('ctx', {}).get('error', item['msg'])}"
+    place = ".".join(_place(item))
+    if not place:
+        return "The request body must be a JSON object sent as application/json."
+    return f"{place}: {item['msg']}"

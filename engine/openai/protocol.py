@@ -1,0 +1,122 @@
+"""Request bodies. Names are OpenAI's and vLLM's; a field sent as null counts as not sent."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TokenId = Annotated[int, Field(ge=0)]
+JsonObject = dict[str, Any]
+
+SAMPLING_FIELDS = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "bad_words", "allowed_token_ids"),
+    *("include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "prompt_logprobs"),
+)
+"""Fields that go to ``SamplingParams`` under the same name."""
+
+
+class RequestBody(BaseModel):
+    """Base of all bodies: unknown fields are kept for the log, nulls dropped."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class StreamOptions(RequestBody):
+    """What a stream tells besides its text."""
+
+    include_usage: bool = True
+    continuous_usage_stats: bool = False
+
+
+class TemplateFields(RequestBody):
+    """How messages become a prompt."""
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: JsonObject = Field(default_factory=dict)
+    tools: list[JsonObject] = Field(default_factory=list)
+
+
+class GenerationFields(RequestBody):
+    """What chat and plain completions share."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    n: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] = "left"
+    priority: int = 0
+    request_id: str | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+
+
+class ChatCompletionRequest(GenerationFields, TemplateFields):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[JsonObject]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    tool_choice: str | JsonObject | None = None
+    documents: list[JsonObject] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    return_prompt_text: bool = False
+
+
+class CompletionRequest(GenerationFields):
+    """``POST /v1/completions``. ``prompt`` is a text, a list of texts, a list of tokens or several of these."""
+
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    max_tokens: int | None = None
+    echo: bool = False
+    logprobs: int | None = None
+    add_special_tokens: bool = True
+
+
+class TokenizeRequest(TemplateFields):
+    """``POST /tokenize``: a ``prompt`` (special tokens are added) or ``messages`` (they are not)."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[JsonObject] | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(RequestBody):
+    """``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: list[TokenId]
