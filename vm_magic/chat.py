@@ -6,7 +6,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import RequestError
+from engine.errors import ContextLengthError, RequestError
 from engine.outputs import Reply, RequestOutput, Usage
 from vm_magic.conversation import Conversation, Message
 from vm_magic.display import ReplyView
@@ -14,7 +14,7 @@ from vm_magic.errors import Interrupted
 from vm_magic.session import Session
 
 if TYPE_CHECKING:
-    from engine.llm import LLM, RequestStream
+    from engine.llm import RequestStream
 
 DRAIN_SECONDS = 0.05
 ABORT_SECONDS = 5.0
@@ -111,7 +111,11 @@ def start_chat(session: Session, text: str, options: ChatOptions) -> Generation:
     template = {} if options.think is None else {"enable_thinking": options.think}
     prompt = llm.render_chat(messages, chat_template_kwargs=template)
     token_ids = llm.tokenize(prompt, add_special_tokens=False)
-    stream = llm.submit(token_ids, _sampling(llm, options))
+    try:
+        stream = llm.submit(token_ids, llm.sampling_params(n=1, **options.sampling))
+    except ContextLengthError as error:
+        fix = "Start the conversation anew with --new, or load the model with a larger --max-model-len."
+        raise ContextLengthError(f"{error} {fix}", param=error.param) from None
     return Generation(session, stream, messages, conversation)
 
 
@@ -120,14 +124,8 @@ def start_completion(session: Session, text: str, options: ChatOptions) -> Gener
     llm = session.require()
     if not text:
         raise RequestError("no prompt: write it after the flags, or in the cell's body", param="prompt")
-    return Generation(session, llm.submit(text, _sampling(llm, options)), [], None)
-
-
-def _sampling(llm: "LLM", options: ChatOptions) -> Any:
-    given = {"n": 1, **options.sampling}
-    if "max_tokens" not in llm.settings.snapshot():
-        given.setdefault("max_tokens", None)
-    return llm.sampling_params(**given)
+    stream = llm.submit(text, llm.sampling_params(n=1, **options.sampling))
+    return Generation(session, stream, [], None)
 
 
 class PendingReply:

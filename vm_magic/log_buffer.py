@@ -3,7 +3,7 @@
 import logging
 from collections import deque
 
-LOGGERS = ("engine", "uvicorn", "uvicorn.error")
+LOGGERS = ("engine", "vm_magic", "uvicorn", "uvicorn.error")
 CAPACITY = 2000
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,7 @@ from vm_magic.session import NotebookServer, Session, environment
 from vm_magic.settings_text import read_settings
 from vm_magic.shell_text import read_shell_text
 
+_log = logging.getLogger(__name__)
 _ENGINE_OPTIONS = tuple(flag.field for flag in ENGINE_FLAGS)
 _PLAN_NAMES = {"gpu_memory_utilization": "fraction"}
 
@@ -137,10 +139,11 @@ class VLLMMetal(Magics):  # type: ignore[misc]
         if not loaded:
             print(f"{model} is loaded already")
             return
-        shown[0].finish(f"{model}: {size_text(llm.plan.model_memory)} loaded in {shown[0].seconds:.1f} s")
-        print(llm.plan.log_line())
-        for note in llm.notes:
-            print(note)
+        headline = f"{model}: {size_text(llm.plan.model_memory)} loaded in {shown[0].seconds:.1f} s"
+        shown[0].finish(headline)
+        print(*(lines := [llm.plan.log_line(), *llm.notes]), sep="\n")
+        for text in [headline, *lines]:
+            _log.info("%s", text)
 
     def _serve(self, parsed: argparse.Namespace) -> NotebookServer:
         options = pick(parsed, _ENGINE_OPTIONS)

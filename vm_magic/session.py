@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineArgs
-from engine.errors import ConfigError, EngineClosedError, ServerError
+from engine.errors import EngineClosedError, ServerError
 from engine.outputs import Reply
 from engine.settings import Settings
 from vm_magic.conversation import DEFAULT_CONVERSATION, Conversation
@@ -31,6 +31,13 @@ def new_llm(model: str, progress: Progress | None, **options: Any) -> "LLM":
     from engine.llm import LLM
 
     return LLM(model, progress=progress, **options)
+
+
+def find_model(args: EngineArgs, progress: Progress) -> None:
+    """Download ``args.model`` unless it is here; raises ModelNotFoundError."""
+    from engine.hub import resolve
+
+    resolve(args.model, args.revision, progress=progress)
 
 
 def memory_in_use() -> int:
@@ -109,7 +116,7 @@ class Session:
         return self.conversations.setdefault(name, Conversation(name))
 
     def load(self, model: str, options: Mapping[str, Any], progress: Callable[[], Progress]) -> bool:
-        """Load ``model`` with engine ``options``; another one that is loaded goes first.
+        """Load ``model`` with engine ``options``; another one that is loaded goes first, once this one is found.
 
         Returns False if it is loaded already with the same options. ``progress`` is called only
         if there is something to load.
@@ -117,8 +124,11 @@ class Session:
         args = EngineArgs.from_options(model, options)
         if self.loaded is not None and args == self._args:
             return False
+        report = progress()
+        if self.loaded is not None:
+            find_model(args, report)
         self.unload()
-        llm = new_llm(model, progress(), **options)
+        llm = new_llm(model, report, **options)
         llm.settings.update(**self._settings.snapshot())
         self.llm, self._args = llm, args
         return True
@@ -131,21 +141,19 @@ class Session:
     def serve(self, options: Mapping[str, Any]) -> NotebookServer:
         """Open the port with server ``options``; the same call again gives the same handle."""
         llm = self.require()
-        wanted = _with_environment_key(options)
+        wanted = dict(options)
         if self.server is not None and llm.server is not None and llm.server.running:
             if wanted == self._server_options:
                 return self.server
             self.stop()
-        arguments = {name: value for name, value in wanted.items() if name != "no_api_key"}
-        if wanted.get("no_api_key"):
-            arguments["api_key"] = None
+        arguments = dict(wanted)
         host = arguments.setdefault("host", "127.0.0.1")
         if "port" not in arguments:
             arguments["port"] = _free_port(host, DEFAULT_PORT)
         handle = llm.serve(**arguments)
         name = llm.args.names[0]
         self.server = NotebookServer(name, handle.base_url, handle.port, handle.api_key, handle.stop)
-        self._server_options = dict(wanted)
+        self._server_options = wanted
         return self.server
 
     def stop(self) -> bool:
@@ -167,17 +175,6 @@ class Session:
         self._settings.update(**llm.settings.snapshot())
         llm.close()
         return True
-
-
-def _with_environment_key(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` with ``VLLM_API_KEY`` where no key was given."""
-    if options.get("api_key") and options.get("no_api_key"):
-        raise ConfigError("--api-key and --no-api-key exclude each other; give one", flag="api-key")
-    result = dict(options)
-    key = os.environ.get("VLLM_API_KEY")
-    if key and not result.get("api_key") and not result.get("no_api_key"):
-        result["api_key"] = [key]
-    return result
 
 
 def _free_port(host: str, first: int) -> int:

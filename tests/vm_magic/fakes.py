@@ -124,8 +124,7 @@ class FakeLLM:
     """What ``engine.LLM`` promises to the magics."""
 
     def __init__(self, model: str, *, progress: Any = None, **options: Any) -> None:
-        if model == "missing":
-            raise ModelNotFoundError("no model named missing here; %vllm_metal load smollm2 fetches one")
+        fake_find(EngineArgs(model))
         for done in range(0, 101, 20):
             if progress:
                 threading.Thread(target=progress, args=("weights", done, 100)).run()
@@ -157,7 +156,7 @@ class FakeLLM:
         return [1] * len(text.split())
 
     def sampling_params(self, **given: Any) -> SamplingParams:
-        return SamplingParams().replace(**{**self.settings.snapshot(), **given})
+        return SamplingParams(max_tokens=None).replace(**{**self.settings.snapshot(), **given})
 
     def submit(self, prompt: str | Sequence[int], params: SamplingParams) -> FakeStream:
         if isinstance(prompt, str):
@@ -169,8 +168,10 @@ class FakeLLM:
         self.streams.append(stream)
         return stream
 
-    def serve(self, port: int = 0, host: str = "127.0.0.1", api_key: Any = "random", **options: Any) -> FakeServer:
-        key = api_key[0] if isinstance(api_key, list) else api_key
+    def serve(
+        self, port: int = 0, host: str = "127.0.0.1", api_key: Any = None, no_api_key: bool = False, **options: Any
+    ) -> FakeServer:
+        key = None if no_api_key else api_key[0] if api_key else "random"
         self.server = FakeServer(port or 54321, host, key, options)
         return self.server
 
@@ -183,6 +184,11 @@ class FakeLLM:
             MEMORY["bytes"] -= 145_000_000
             if self.server:
                 self.server.stop()
+
+
+def fake_find(args: EngineArgs, progress: Any = None) -> None:
+    if args.model == "missing":
+        raise ModelNotFoundError("no model named missing here; %vllm_metal load smollm2 fetches one")
 
 
 def fake_models() -> list[CachedModel]:
@@ -209,6 +215,7 @@ def fake_plan(model: str, **options: Any) -> PlanRecord:
 def replacements() -> Iterator[tuple[str, Any]]:
     """(name in vm_magic.session, what stands in for it)."""
     yield "new_llm", lambda model, progress, **options: FakeLLM(model, progress=progress, **options)
+    yield "find_model", fake_find
     yield "memory_in_use", lambda: MEMORY["bytes"]
     yield "new_plan", fake_plan
     yield "cached_models", fake_models

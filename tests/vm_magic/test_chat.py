@@ -8,7 +8,7 @@ import pytest
 from IPython.core.error import UsageError
 
 import vm_magic
-from engine.errors import EngineClosedError, RequestError
+from engine.errors import ContextLengthError, EngineClosedError, RequestError
 from engine.outputs import Reply
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import Capture, cell, line, shown
@@ -87,6 +87,15 @@ def test_a_chat_may_fill_the_context_unless_told_otherwise(shell: Any, loaded: f
     line(shell, "set max_tokens=2")
     cell(shell, "chat", "hi")
     assert loaded.streams[-1].params.max_tokens == 2
+
+
+def test_a_full_context_names_the_ways_out(shell: Any, loaded: fakes.FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def submit(*_: object) -> None:
+        raise ContextLengthError("This model's maximum context length is 8 tokens.", param="prompt")
+
+    monkeypatch.setattr(loaded, "submit", submit)
+    with pytest.raises(ContextLengthError, match=r"maximum context length is 8 tokens\. .*--new.*--max-model-len"):
+        cell(shell, "chat", "hi")
 
 
 def test_a_reply_that_was_cut_off_names_the_flag(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:

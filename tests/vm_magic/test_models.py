@@ -48,6 +48,12 @@ def test_a_missing_model_leaves_nothing_half_loaded(shell: Any) -> None:
     assert shown(shell)["text/plain"] == "missing: not loaded"
 
 
+def test_a_missing_model_does_not_cost_the_loaded_one(shell: Any, loaded: fakes.FakeLLM) -> None:
+    with pytest.raises(ModelNotFoundError, match="fetches one"):
+        line(shell, "load missing")
+    assert vm_magic.current() is loaded
+
+
 def test_serve_loads_and_gives_a_handle_whose_key_is_not_shown(shell: Any) -> None:
     handle = line(shell, "serve smollm2 --port 0 --api-key s3cret")
     assert handle.base_url.endswith("/v1")
@@ -92,11 +98,6 @@ def test_serve_without_engine_flags_takes_the_model_as_it_is(shell: Any) -> None
 def test_serve_needs_a_model_name_when_nothing_is_loaded(shell: Any) -> None:
     with pytest.raises(ConfigError, match="serve smollm2"):
         line(shell, "serve")
-
-
-def test_the_key_comes_from_the_environment(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_API_KEY", "from-env")
-    assert line(shell, "serve smollm2 --port 0").api_key == "from-env"
 
 
 def test_stop_closes_the_port_and_keeps_the_model(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
