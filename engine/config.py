@@ -16,7 +16,6 @@ from engine.errors import ConfigError, UnsupportedOptionError
 
 DEFAULT_MEMORY_FRACTION = 0.90
 DEFAULT_BLOCK_SIZE = 16
-DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 MAX_NUM_SEQS_LIMIT = 256
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -174,7 +173,8 @@ class EngineArgs:
     max_model_len: int | Auto | None = None
     gpu_memory_utilization: float | Auto = "auto"
     max_num_seqs: int | Auto = "auto"
-    max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS
+    max_num_batched_tokens: int | None = None
+    """None: 2048 on GPUs, 512 on CPUs, where a longer chunk only delays others."""
     block_size: int = DEFAULT_BLOCK_SIZE
     enable_prefix_caching: bool = True
     kv_cache_dtype: str = "auto"

@@ -9,6 +9,7 @@
     ├── RequestError                a request that is wrong: HTTP 400 (also a ValueError)
     │   ├── ContextLengthError      prompt and output exceed max_model_len
     │   └── UnknownModelError       a model name that is not served: HTTP 404
+    ├── GenerationError             one request failed while running; the engine goes on
     ├── EngineClosedError           the engine was closed or its thread failed
     └── ServerError                 the port could not be opened
 """
@@ -84,6 +85,10 @@ class UnknownModelError(RequestError):
 
     code = 404
     type = "NotFoundError"
+
+
+class GenerationError(VMMagicError):
+    """One request failed while it ran; the engine goes on serving others."""
 
 
 class EngineClosedError(VMMagicError):

@@ -1,0 +1,142 @@
+"""From a resolved model to an engine that is ready: load, check, measure, plan. Runs on the engine's thread."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from engine.config import EngineArgs, ModelConfig
+from engine.core.block_pool import BlockPool
+from engine.core.kv_cache_manager import FullAttentionGroup, KVCacheManager
+from engine.core.scheduler import Scheduler
+from engine.hub import ResolvedModel
+from engine.llm_engine import LLMEngine
+from engine.memory import KVGroupSpec, MemoryPlan, plan_memory
+from engine.metrics import EngineMetrics
+from engine.runner.backends import Backend, PagedBackend
+from engine.runner.devices import Device, clear_cache, describe_device
+from engine.runner.kv_spec import contiguous_bytes_per_token
+from engine.runner.loader import LoadedModel, load_model
+from engine.runner.model_runner import ModelRunner
+from engine.runner.warm_up import choose_backend, measure_overhead
+from engine.text.detokenizer import Detokenizer
+from engine.text.tokenizer import Tokenizer
+
+_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_CHUNK_ON_GPU = 2048
+_CHUNK_ON_CPU = 512
+"""Where a token costs milliseconds, longer chunks only delay other requests, aborts and interrupts."""
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine, what it was built from, and lines for the user."""
+
+    engine: LLMEngine
+    config: ModelConfig
+    plan: MemoryPlan
+    model_bytes: int
+    notes: list[str]
+
+
+def build_engine(
+    resolved: ResolvedModel,
+    args: EngineArgs,
+    tokenizer: Tokenizer,
+    metrics: EngineMetrics,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> BuiltEngine:
+    """Load ``resolved`` and plan its memory; on failure everything is given back."""
+    device = describe_device()
+    loaded = load_model(resolved, args, progress)
+    vocab_size = _vocab_size(loaded, tokenizer)
+    backend, note = choose_backend(
+        loaded.model,
+        paged=args.use_paged_attention,
+        block_size=args.block_size,
+        kv_dtype=_DTYPES.get(args.kv_cache_dtype),
+        prefer_views=device.kind == "cpu",
+        vocab_size=vocab_size,
+    )
+    try:
+        plan = _plan(loaded, backend, args, device, vocab_size)
+    except BaseException:
+        backend.close()
+        raise
+    engine = _assemble(backend, plan, args, device, tokenizer, metrics, vocab_size)
+    metrics.set_cache_config(
+        block_size=plan.block_size,
+        num_gpu_blocks=plan.num_blocks,
+        gpu_memory_utilization=plan.fraction,
+        enable_prefix_caching=args.enable_prefix_caching and backend.paged,
+        cache_dtype=args.kv_cache_dtype,
+    )
+    notes = [*loaded.notes, *([note] if note else [])]
+    return BuiltEngine(engine, loaded.config, plan, loaded.num_bytes, notes)
+
+
+def chunk_size(args: EngineArgs, device: Device) -> int:
+    """Most tokens in one step."""
+    return args.max_num_batched_tokens or (_CHUNK_ON_CPU if device.kind == "cpu" else _CHUNK_ON_GPU)
+
+
+def _plan(loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Device, vocab_size: int) -> MemoryPlan:
+    context = loaded.config.context_length
+    length = args.max_model_len if isinstance(args.max_model_len, int) else context
+    overhead = measure_overhead(backend, vocab_size).bytes(min(chunk_size(args, device), length), length)
+    if isinstance(backend, PagedBackend):
+        backend.pool.release()
+    clear_cache()
+    return plan_memory(
+        groups=[_group(backend, loaded, args.block_size)],
+        device_limit=device.memory_limit,
+        fraction=args.memory_fraction,
+        model_memory=loaded.num_bytes,
+        overhead=overhead,
+        block_size=args.block_size,
+        context_length=context,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        knob=args.memory_knob,
+        metal=device.kind == "metal",
+    )
+
+
+def _group(backend: Backend, loaded: LoadedModel, block_size: int) -> KVGroupSpec:
+    if isinstance(backend, PagedBackend):
+        pool = backend.pool
+        per_token = sum(layer.bytes_per_token(pool.dtype) for layer in pool.layers)
+        return KVGroupSpec("full", tuple(range(len(pool.layers))), per_token, block_size=block_size)
+    per_token = contiguous_bytes_per_token(loaded.model)
+    return KVGroupSpec("full", tuple(range(len(loaded.model.layers))), per_token, block_size=block_size)
+
+
+def _assemble(
+    backend: Backend,
+    plan: MemoryPlan,
+    args: EngineArgs,
+    device: Device,
+    tokenizer: Tokenizer,
+    metrics: EngineMetrics,
+    vocab_size: int,
+) -> LLMEngine:
+    pool = BlockPool(plan.num_blocks, enable_caching=args.enable_prefix_caching and backend.paged)
+    kv = KVCacheManager([FullAttentionGroup(pool, plan.block_size)])
+    scheduler = Scheduler(kv, max_num_seqs=plan.max_num_seqs, max_num_batched_tokens=chunk_size(args, device))
+    runner = ModelRunner(backend, vocab_size, max_blocks=plan.num_blocks)
+    return LLMEngine(
+        scheduler,
+        runner,
+        lambda prompt, params: Detokenizer(tokenizer, prompt, params),
+        tokenizer.token_text,
+        metrics,
+        submit_first=device.kind != "cpu",
+    )
+
+
+def _vocab_size(loaded: LoadedModel, tokenizer: Tokenizer) -> int:
+    """Width of the logits, asked of the model (its files may say otherwise). Computes nothing."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    logits = loaded.model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(loaded.model))
+    return int(logits.shape[-1])

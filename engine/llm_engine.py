@@ -1,0 +1,317 @@
+"""The engine: single-threaded and deterministic. Read :meth:`LLMEngine.step` first."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from engine.core.scheduler import Scheduler
+from engine.errors import GenerationError, VMMagicError
+from engine.metrics import EngineMetrics
+from engine.outputs import CompletionDelta, LogprobsAtPosition
+from engine.request import Request, RequestStatus
+from engine.runner.model_runner import InFlightStep, ModelRunner, PromptLogprobs, SampledToken, StepResult
+from engine.sampling_params import SamplingParams
+from engine.stream import RequestStream
+from engine.text.detokenizer import Detokenizer
+
+MakeDetokenizer = Callable[[list[int], SamplingParams], Detokenizer]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A look at the engine between two steps. ``prefix_*`` and the last three count since loading."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_free_blocks: int = 0
+    kv_cache_usage: float = 0.0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """A request at the engine's door, already templated, tokenized and checked."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    eos_token_ids: frozenset[int]
+    seed: int
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+@dataclass(eq=False, slots=True)
+class _Completion:
+    """One of a request's completions, with its text under way."""
+
+    request: Request
+    detokenizer: Detokenizer
+
+
+@dataclass(eq=False, slots=True)
+class _Group:
+    """A request with its ``n`` completions and the stream that its news go to."""
+
+    stream: RequestStream
+    completions: list[_Completion] = field(default_factory=list)
+    prompt_logprobs: list[LogprobsAtPosition | None] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.request.finished for completion in self.completions)
+
+
+class LLMEngine:
+    """Requests in, deltas out to their streams. ``submit_first`` says how steps overlap.
+
+    On a GPU the next step is submitted before the last one's tokens are read. On a CPU, where MLX
+    computes in the submitting thread's time, the next step is built, the last one read, and only
+    then the next one submitted: the reader has its token a step sooner, and a step that nobody
+    needs any more is never computed.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        make_detokenizer: MakeDetokenizer,
+        token_text: Callable[[int], str],
+        metrics: EngineMetrics,
+        *,
+        submit_first: bool,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self._make_detokenizer = make_detokenizer
+        self._token_text = token_text
+        self._metrics = metrics
+        self._submit_first = submit_first
+        self._groups: dict[str, _Group] = {}
+        self._group_of: dict[Request, tuple[_Group, _Completion]] = {}
+        self._in_flight: InFlightStep | None = None
+        self._counts = EngineStats()
+        self._step_prompt_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether :meth:`step` has anything to do."""
+        return self.scheduler.has_work or self._in_flight is not None
+
+    def step(self) -> None:
+        """Schedule a step, run it, and hand out what the step before it sampled."""
+        scheduled = self.scheduler.schedule()
+        last, following = self._in_flight, None
+        if scheduled.scheduled:
+            following = self.runner.execute(scheduled)
+        at_once = self._submit_first or last is None
+        if following is not None and at_once:
+            following.submit()
+        if last is not None:
+            self._hand_out(last.read(self._token_text))
+        self._in_flight = following if at_once else self._submit_if_wanted(following)
+        self._observe_state(len(scheduled.preempted))
+
+    def add_request(self, new: NewRequest, stream: RequestStream) -> None:
+        """Queue a request; its ``n`` completions share the blocks of the prompt."""
+        group = self._groups[new.request_id] = _Group(stream)
+        first: Request | None = None
+        for index in range(new.params.n):
+            request = self._completion_request(new, index, stream.metrics.arrival_time)
+            completion = _Completion(request, self._make_detokenizer(new.prompt_token_ids, new.params))
+            group.completions.append(completion)
+            self._group_of[request] = (group, completion)
+            self.scheduler.add(request, fork_of=first if self.runner.backend.paged else None)
+            first = first or request
+        stream.metrics = group.completions[0].request.metrics
+
+    def abort_request(self, request_id: str) -> None:
+        """End a request now: blocks free at once, last deltas say ``abort``. Unknown ids are over already."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return
+        for completion in group.completions:
+            if not completion.request.finished:
+                self._finish(group, completion, RequestStatus.FINISHED_ABORTED)
+
+    def fail_all(self, error: BaseException) -> None:
+        """Tell everyone that waits, and start again from empty pages: after a step that raised."""
+        self._in_flight = None
+        for group in list(self._groups.values()):
+            for completion in group.completions:
+                self.scheduler.finish(completion.request, RequestStatus.FINISHED_ERROR)
+            self._close(group, error)
+        self.scheduler.kv.reset_prefix_cache()
+        self.runner.recover()
+
+    def stats(self) -> EngineStats:
+        """A look at the engine now."""
+        pool = self.scheduler.kv.groups[0].pool
+        return replace(
+            self._counts,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks=pool.num_blocks,
+            num_used_blocks=pool.num_held_blocks,
+            num_cached_blocks=pool.num_free_cached,
+            num_free_blocks=pool.num_free_blocks - pool.num_free_cached,
+            kv_cache_usage=self.scheduler.kv.usage,
+            num_preemptions=self.scheduler.num_preemptions,
+        )
+
+    def close(self) -> None:
+        """Give all memory back."""
+        self._in_flight = None
+        self.runner.close()
+
+    def _submit_if_wanted(self, following: InFlightStep | None) -> InFlightStep | None:
+        """Submit the next step unless all its requests ended meanwhile."""
+        if following is None:
+            return None
+        moot = all(share.request.finished for share in following.shares)
+        if moot and self.runner.discard(following):
+            return None
+        following.submit()
+        return following
+
+    @staticmethod
+    def _completion_request(new: NewRequest, index: int, arrival_time: float) -> Request:
+        return Request(
+            request_id=new.request_id,
+            prompt_token_ids=new.prompt_token_ids,
+            params=new.params,
+            eos_token_ids=new.eos_token_ids,
+            max_tokens=new.max_tokens,
+            priority=new.priority,
+            cache_salt=new.cache_salt,
+            seed=new.seed + index,
+            bad_words_token_ids=new.bad_words_token_ids,
+            index=index,
+            arrival_time=arrival_time,
+        )
+
+    def _hand_out(self, result: StepResult) -> None:
+        for prompt in result.prompt_logprobs:
+            self._hand_out_prompt(prompt)
+        now = time.monotonic()
+        num_tokens = 0
+        for sampled in result.tokens:
+            if not sampled.share.request.finished:
+                num_tokens += 1
+                self._hand_out_token(sampled, now)
+        self._metrics.observe_step(self._step_prompt_tokens, num_tokens)
+        self._step_prompt_tokens = 0
+        self._counts = replace(self._counts, generation_tokens=self._counts.generation_tokens + num_tokens)
+
+    def _hand_out_prompt(self, prompt: PromptLogprobs) -> None:
+        if prompt.request not in self._group_of or prompt.request.index:
+            return
+        group, _ = self._group_of[prompt.request]
+        known = group.prompt_logprobs or [None]
+        group.prompt_logprobs = [*known[: prompt.first], *prompt.positions]
+
+    def _hand_out_token(self, sampled: SampledToken, now: float) -> None:
+        request = sampled.share.request
+        group, completion = self._group_of[request]
+        if sampled.token_id < 0:
+            self._fail(group, GenerationError("the model gave no finite logits: its weights or element type are broken"))
+            return
+        self._time_token(request, now)
+        status = self.scheduler.update(sampled.share, sampled.token_id)
+        step = completion.detokenizer.step(
+            [sampled.token_id],
+            finished=status is not None,
+            ends_on_stop_token=status is RequestStatus.FINISHED_STOPPED,
+        )
+        if step.stop_reason is not None:
+            request.stop_reason = step.stop_reason
+            self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
+            status = request.status = RequestStatus.FINISHED_STOPPED
+        self._tell_prompt(group, request)
+        logprobs = None if sampled.logprobs is None else [sampled.logprobs]
+        delta = CompletionDelta(request.index, step.text_delta, [sampled.token_id], logprobs)
+        self._deliver(group, completion, delta, status)
+
+    def _time_token(self, request: Request, now: float) -> None:
+        metrics = request.metrics
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+            self._metrics.observe_first_token(now - metrics.arrival_time)
+        elif metrics.last_token_time is not None:
+            self._metrics.observe_inter_token(now - metrics.last_token_time)
+        metrics.last_token_time = now
+
+    def _tell_prompt(self, group: _Group, request: Request) -> None:
+        """What is known of the prompt once its first token is there."""
+        if len(request.output_token_ids) > 1 or request.index:
+            return
+        group.stream.num_cached_tokens = max(0, request.num_cached_tokens)
+        if request.params.prompt_logprobs is not None:
+            group.stream.prompt_logprobs = group.prompt_logprobs or [None]
+        self._count_prompt(request)
+
+    def _finish(self, group: _Group, completion: _Completion, status: RequestStatus) -> None:
+        """End a completion that its tokens did not end, telling its stream."""
+        self.scheduler.finish(completion.request, status)
+        step = completion.detokenizer.step([], finished=True)
+        delta = CompletionDelta(completion.request.index, step.text_delta, [])
+        self._deliver(group, completion, delta, status)
+
+    def _deliver(
+        self, group: _Group, completion: _Completion, delta: CompletionDelta, status: RequestStatus | None
+    ) -> None:
+        request = completion.request
+        if status is not None:
+            delta.finish_reason, delta.stop_reason = status.finish_reason, request.stop_reason
+            self.runner.forget(request)
+            del self._group_of[request]
+            self._metrics.observe_finished(
+                request.metrics,
+                request.num_prompt_tokens,
+                len(request.output_token_ids),
+                request.max_tokens,
+                request.params.n,
+                status.finish_reason or "",
+            )
+        group.stream.put(delta)
+        if group.finished:
+            self._close(group, None)
+
+    def _fail(self, group: _Group, error: VMMagicError) -> None:
+        for completion in group.completions:
+            self.scheduler.finish(completion.request, RequestStatus.FINISHED_ERROR)
+        self._close(group, error)
+
+    def _close(self, group: _Group, error: BaseException | None) -> None:
+        self._groups.pop(group.stream.request_id, None)
+        for completion in group.completions:
+            if self._group_of.pop(completion.request, None) is not None:
+                self.runner.forget(completion.request)
+        group.stream.end(error)
+
+    def _count_prompt(self, request: Request) -> None:
+        queries, hits = request.num_prompt_tokens, max(0, request.num_cached_tokens)
+        self._metrics.observe_prefix(queries, hits)
+        self._step_prompt_tokens += queries
+        counts = self._counts
+        self._counts = replace(
+            counts,
+            prefix_queries=counts.prefix_queries + queries,
+            prefix_hits=counts.prefix_hits + hits,
+            prompt_tokens=counts.prompt_tokens + queries,
+        )
+
+    def _observe_state(self, num_preempted: int) -> None:
+        scheduler = self.scheduler
+        self._metrics.set_state(len(scheduler.running), len(scheduler.waiting), scheduler.kv.usage)
+        for _ in range(num_preempted):
+            self._metrics.observe_preemption()

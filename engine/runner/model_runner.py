@@ -1,0 +1,233 @@
+"""Runs scheduled steps: token rows in, sampled tokens out, without waiting in between.
+
+:meth:`ModelRunner.execute` builds a step and gives it as an :class:`InFlightStep`; its tokens are
+read later, after the next step was submitted. That next step takes its input tokens from the
+arrays of this one, on the device.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from engine.core.scheduler import ScheduledRequest, SchedulerOutput
+from engine.memory import next_pool_size
+from engine.outputs import LogprobsAtPosition
+from engine.request import Request
+from engine.runner.backends import Backend, PagedBackend
+from engine.runner.sampler import HostLogprobs, LogprobArrays, Sampler, SamplerOutput, to_logprobs
+from engine.runner.sampling_metadata import SamplingMetadata, SamplingRow
+from engine.runner.step_batch import Int32, StepBatch
+
+TokenText = Callable[[int], str]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What a step sampled for one request. Token id -1: the model gave no finite logit."""
+
+    share: ScheduledRequest
+    token_id: int
+    logprobs: LogprobsAtPosition | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Logprobs of prompt tokens ``first``, ``first + 1``, … of one request."""
+
+    request: Request
+    first: int
+    positions: list[LogprobsAtPosition]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Everything that a step brought to the host."""
+
+    tokens: list[SampledToken] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+
+
+class InFlightStep:
+    """A step whose arrays may still be computing."""
+
+    def __init__(
+        self,
+        shares: tuple[ScheduledRequest, ...],
+        sampled: SamplerOutput | None,
+        prompts: list[tuple[Request, int, LogprobArrays]],
+        barrier: list[mx.array],
+        backend: Backend,
+    ) -> None:
+        self.shares = shares
+        self.sampling = [share for share in shares if share.samples]
+        self.sampled = sampled
+        self.prompts = prompts
+        self._barrier = barrier
+        self._backend = backend
+        self.row_of = {share.request: row for row, share in enumerate(self.sampling)}
+
+    def submit(self) -> None:
+        """Start computing; returns before it is done."""
+        self._backend.settle()
+        mx.async_eval(*self._arrays())
+
+    def read(self, token_text: TokenText) -> StepResult:
+        """Wait for the step and bring its tokens to the host."""
+        mx.eval(*self._arrays())
+        return StepResult(self._tokens(token_text), [self._prompt(*prompt, token_text) for prompt in self.prompts])
+
+    def _arrays(self) -> list[mx.array]:
+        arrays = list(self._barrier)
+        if self.sampled is not None:
+            arrays.append(self.sampled.token_ids)
+            arrays += self.sampled.logprobs.arrays if self.sampled.logprobs else []
+        for _, _, logprobs in self.prompts:
+            arrays += logprobs.arrays
+        return arrays
+
+    def _tokens(self, token_text: TokenText) -> list[SampledToken]:
+        if self.sampled is None:
+            return []
+        host = self.sampled.logprobs.numpy() if self.sampled.logprobs else None
+        token_ids = np.array(self.sampled.token_ids).tolist()
+        return [
+            SampledToken(share, token_id, _row_logprobs(share, host, row, token_text))
+            for row, (share, token_id) in enumerate(zip(self.sampling, token_ids, strict=True))
+        ]
+
+    @staticmethod
+    def _prompt(request: Request, first: int, arrays: LogprobArrays, token_text: TokenText) -> PromptLogprobs:
+        host, num = arrays.numpy(), request.params.prompt_logprobs
+        assert num is not None, "prompt logprobs were not asked for"
+        rows = range(len(host.sampled_ids))
+        return PromptLogprobs(request, first, [to_logprobs(host, row, num, token_text) for row in rows])
+
+
+def _row_logprobs(
+    share: ScheduledRequest, host: HostLogprobs | None, row: int, token_text: TokenText
+) -> LogprobsAtPosition | None:
+    num = share.request.params.logprobs
+    return None if num is None or host is None else to_logprobs(host, row, num, token_text)
+
+
+class ModelRunner:
+    """Owns the model, its KV memory and the sampler. One thread only: the one that loaded the model."""
+
+    def __init__(self, backend: Backend, vocab_size: int, *, max_blocks: int) -> None:
+        self.backend = backend
+        self.vocab_size = vocab_size
+        self.max_blocks = max_blocks
+        self._sampler = Sampler()
+        self._last: InFlightStep | None = None
+
+    def execute(self, step: SchedulerOutput) -> InFlightStep:
+        """Build the step's computation; nothing is waited for."""
+        for request in step.preempted:
+            self.backend.forget(request)
+        batch = StepBatch.build(step.scheduled)
+        self._make_room(batch)
+        wanted = [_wanted_rows(share) for share in batch.shares]
+        logits = self.backend.forward(batch, self._tokens(batch), wanted)
+        in_flight = self._sample(batch, wanted, logits)
+        self._last = in_flight
+        return in_flight
+
+    def discard(self, step: InFlightStep) -> bool:
+        """Take back the newest step, if it was not submitted; False where its effects cannot be undone."""
+        assert step is self._last, "only the newest step can be taken back"
+        if not self.backend.undo():
+            return False
+        self._last = None
+        return True
+
+    def recover(self) -> None:
+        """After a step that failed: forget it and start from empty pages."""
+        self._last = None
+        self.backend.reset()
+
+    def forget(self, request: Request) -> None:
+        """Drop what is kept for a request that is over."""
+        self.backend.forget(request)
+
+    def close(self) -> None:
+        """Give all memory back."""
+        self._last = None
+        self.backend.close()
+
+    def _make_room(self, batch: StepBatch) -> None:
+        if isinstance(self.backend, PagedBackend):
+            pool = self.backend.pool
+            highest = max(max(share.block_tables[0]) for share in batch.shares)
+            pool.grow(next_pool_size(pool.num_blocks, highest + 1, self.max_blocks))
+
+    def _tokens(self, batch: StepBatch) -> mx.array:
+        """Token ids [T]: known ones from the host, the others from the step in flight."""
+        known = mx.array(batch.token_ids)
+        rows = [first for share, first in zip(batch.shares, batch.first_rows, strict=True) if share.pending]
+        # A pending token is the last of its share, and its share is that token alone.
+        if not rows:
+            return known
+        assert self._last is not None, "a token is pending but no step is in flight"
+        assert self._last.sampled is not None, "the step in flight samples nothing"
+        sources = [self._last.row_of[share.request] for share in batch.shares if share.pending]
+        pending = self._last.sampled.token_ids[mx.array(sources)]
+        return pending if len(rows) == batch.num_rows else known.at[mx.array(rows)].add(pending)
+
+    def _sample(self, batch: StepBatch, wanted: list[Int32], logits: mx.array) -> InFlightStep:
+        starts = np.cumsum([0, *(len(rows) for rows in wanted)])
+        sampling = [share for share in batch.shares if share.samples]
+        prompts = []
+        for share, rows, start in zip(batch.shares, wanted, starts[:-1], strict=True):
+            num_prompt = len(rows) - share.samples
+            if num_prompt:
+                prompts.append(self._prompt_logprobs(share, logits[int(start) : int(start) + num_prompt]))
+        if not sampling:
+            barrier = [logits] if logits.size else self._pages()
+            return InFlightStep(batch.shares, None, prompts, barrier, self.backend)
+        ends = [int(end) - 1 for share, end in zip(batch.shares, starts[1:], strict=True) if share.samples]
+        rows = logits if len(ends) == logits.shape[0] else logits[mx.array(ends)]
+        metadata = SamplingMetadata.build([self._row(share) for share in sampling], self.vocab_size)
+        pending = self._last.sampled.token_ids if self._last and self._last.sampled else None
+        sampled = self._sampler.sample(rows, metadata, pending)
+        return InFlightStep(batch.shares, sampled, prompts, [], self.backend)
+
+    def _pages(self) -> list[mx.array]:
+        """What to wait for where nothing is sampled: sums, since holding a page would make MLX copy it."""
+        if not isinstance(self.backend, PagedBackend):
+            return []
+        pool = self.backend.pool
+        return [pages[-1][0, 0].sum() for pages in (pool.keys, pool.values)]
+
+    def _prompt_logprobs(self, share: ScheduledRequest, logits: mx.array) -> tuple[Request, int, LogprobArrays]:
+        num = share.request.params.prompt_logprobs
+        assert num is not None, "prompt logprobs were not asked for"
+        first = share.start + 1
+        next_ids = mx.array(share.request.prompt_token_ids[first : first + logits.shape[0]], dtype=mx.int32)
+        return share.request, first, self._sampler.prompt_logprobs(logits, next_ids, num)
+
+    def _row(self, share: ScheduledRequest) -> SamplingRow:
+        request = share.request
+        return SamplingRow(
+            params=request.params,
+            seed=request.seed,
+            position=share.end,
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=request.output_token_ids,
+            pending_row=self._last.row_of[request] if share.pending and self._last else None,
+            eos_token_ids=request.eos_token_ids,
+            bad_words_ids=request.bad_words_token_ids,
+        )
+
+
+def _wanted_rows(share: ScheduledRequest) -> Int32:
+    """Rows of a share whose logits are needed: prompt positions to score, then the row that samples."""
+    rows: list[int] = []
+    if share.request.params.prompt_logprobs is not None:
+        last = min(share.end, share.request.num_prompt_tokens - 1)
+        rows = list(range(max(0, last - share.start)))
+    if share.samples:
+        rows.append(share.num_tokens - 1)
+    return np.array(rows, dtype=np.int32)
+

@@ -1,0 +1,84 @@
+"""Where a request's sampling values come from: one order, with the origin of each value kept.
+
+request > live settings (panel, ``set``) > ``--override-generation-config`` > the model's
+``generation_config.json`` > vLLM's defaults.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from engine.errors import RequestError
+from engine.sampling_params import SamplingParams
+from engine.settings import Settings
+
+GENERATION_CONFIG_NAMES = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""What is read of a generation config, and its name here."""
+
+_KNOWN = frozenset(field.name for field in fields(SamplingParams))
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Sampling values in force and, per name, which source won."""
+
+    params: SamplingParams
+    sources: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """The layers below a request. ``generation_config`` and ``override`` are in Hugging Face's names."""
+
+    generation_config: Mapping[str, Any]
+    override: Mapping[str, Any]
+    settings: Settings
+
+    def model_values(self) -> dict[str, Any]:
+        """What the model's authors (or the override) recommend, in sampling names."""
+        return {**_translate(self.generation_config), **_translate(self.override)}
+
+    def log_line(self) -> str | None:
+        """vLLM's line that says the defaults were overridden, or None if they were not."""
+        values = self.model_values()
+        if not values:
+            return None
+        return (
+            "Default vLLM sampling parameters have been overridden by the model's `generation_config.json`: "
+            f"`{values}`. If this is not intended, please relaunch vLLM instance with `--generation-config vllm`."
+        )
+
+    def resolve(self, given: Mapping[str, Any]) -> Resolved:
+        """Merge ``given`` (a request's values; None means not given) over all defaults."""
+        for name in given:
+            if name not in _KNOWN:
+                raise RequestError(f"Unknown sampling parameter {name!r}.", param=name)
+        layers = (
+            ("generation_config.json", _translate(self.generation_config)),
+            ("--override-generation-config", _translate(self.override)),
+            ("settings", self.settings.snapshot()),
+            ("request", {name: value for name, value in given.items() if value is not None}),
+        )
+        values: dict[str, Any] = {"max_tokens": None}
+        sources = dict.fromkeys(sorted(_KNOWN), "default")
+        for source, layer in layers:
+            values.update(layer)
+            sources.update(dict.fromkeys(layer, source))
+        return Resolved(SamplingParams(**values), sources)
+
+
+def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        ours: config[theirs]
+        for theirs, ours in GENERATION_CONFIG_NAMES.items()
+        if config.get(theirs) is not None
+    }
