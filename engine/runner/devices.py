@@ -3,12 +3,10 @@
 Importing this module imports neither MLX nor a BLAS, so that :func:`prepare_backend` can come first.
 """
 
-import ctypes
 import os
 import resource
 import sys
-import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -17,26 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import VMMagicError
+from engine.runner.blas import use_openblas
 
 DeviceKind = Literal["metal", "cuda", "cpu"]
 _CUDA_BUILDS = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
-_LIBRARY_FOLDERS = (
-    "/usr/lib/x86_64-linux-gnu",
-    "/usr/lib/aarch64-linux-gnu",
-    "/usr/lib64",
-    "/usr/lib",
-    "/usr/local/lib",
-    "/opt/conda/lib",
-)
-_LIBRARY_NAMES = (
-    "openblas-pthread/libopenblas.so.0",
-    "openblas-openmp/libopenblas.so.0",
-    "libopenblas.so.0",
-    "libopenblasp.so.0",
-    "libopenblaso.so.0",
-    "libopenblas.so",
-)
-_GFORTRAN = "libgfortran.so.5"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,63 +37,18 @@ class Device:
 
 @cache
 def prepare_backend() -> str | None:
-    """Load OpenBLAS before MLX on Linux CPUs and return one line that says what was chosen.
+    """Put OpenBLAS in place of MLX's own BLAS on Linux CPUs and return one line that says what was chosen.
 
-    The reference BLAS in MLX's CPU wheel is 14-22 times slower on prompts; a library loaded globally
-    before it takes its place. Returns None where there is nothing to do (macOS, CUDA builds). Only the
-    first call acts; later ones return its line.
+    The reference BLAS in MLX's CPU wheel is 14-22 times slower on prompts. Best called before MLX is
+    imported. Returns None where there is nothing to do (macOS, CUDA builds). Only the first call acts;
+    later ones return its line.
     """
     if sys.platform != "linux" or _cuda_build_installed():
         return None
-    if "mlx.core" in sys.modules:
-        return "CPU without OpenBLAS: mlx was imported too early; restart the kernel and load vm_magic first"
-    for path in find_openblas(os.environ, Path(sys.prefix)):
-        library = _load_globally(path)
-        if library is not None:
-            return f"CPU: {_openblas_version(library)}"
-    return (
-        "CPU without OpenBLAS: prompts are 14-22 times slower; "
-        "install libopenblas0-pthread (Debian, Ubuntu) or openblas (conda, Fedora)"
-    )
-
-
-def find_openblas(env: Mapping[str, str], prefix: Path, folders: tuple[str, ...] = _LIBRARY_FOLDERS) -> Iterator[Path]:
-    """OpenBLAS libraries on this machine: ``OPENBLAS_DIR`` first, then the environment, then the system."""
-    given = env.get("OPENBLAS_DIR")
-    roots = [Path(given), Path(given, "lib")] if given else []
-    roots += [prefix / "lib", *(Path(folder) for folder in folders)]
-    multiarch = sysconfig.get_config_var("MULTIARCH")
-    if multiarch:
-        roots.append(Path("/usr/lib", multiarch))
-    for root in dict.fromkeys(roots):
-        for name in _LIBRARY_NAMES:
-            if (root / name).is_file():
-                yield root / name
-
-
-def _load_globally(path: Path) -> ctypes.CDLL | None:
-    """Open ``path`` with its symbols visible to libraries loaded later; None if it does not load."""
-    for folder in (path.parent, path.parent.parent):
-        if (folder / _GFORTRAN).is_file():
-            try:
-                ctypes.CDLL(str(folder / _GFORTRAN), mode=ctypes.RTLD_GLOBAL)
-            except OSError:  # the library may still find its own
-                continue
-    try:
-        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    except OSError:
-        return None
-    return library if hasattr(library, "cblas_sgemm") else None
-
-
-def _openblas_version(library: ctypes.CDLL) -> str:
-    """``OpenBLAS 0.3.21`` as the library itself says."""
-    try:
-        config = library.openblas_get_config
-    except AttributeError:
-        return "OpenBLAS"
-    config.restype = ctypes.c_char_p
-    return " ".join(config().decode().split()[:2])
+    version = use_openblas(os.environ, Path(sys.prefix))
+    if version is not None:
+        return f"CPU: {version}"
+    return "CPU without OpenBLAS: prompts are 14-22 times slower; `pip install scipy-openblas32` and restart the kernel"
 
 
 def _cuda_build_installed() -> bool:
