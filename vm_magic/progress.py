@@ -67,7 +67,7 @@ class LoadProgress:
 
         if new_stage:
             self._close_bar()
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"{self.model}: {stage}")
+            self._bar = tqdm(total=total or None, unit="B", unit_scale=True, desc=f"{self.model}: {stage}")
         self._bar.update(done - self._bar.n)
 
     def _close_bar(self) -> None:

@@ -98,8 +98,11 @@ class Session:
         return None if self.llm is None or self.llm.closed else self.llm
 
     def require(self) -> "LLM":
-        """The model; raises EngineClosedError when none is loaded."""
+        """The model; raises EngineClosedError when none is loaded, or it is closed."""
         llm = self.loaded
+        if llm is None and self.llm is not None:
+            again = f"%vllm_metal load {self.llm.args.model} loads it again"
+            raise EngineClosedError(f"the model was closed, or its engine failed (%vllm_metal logs); {again}")
         if llm is None:
             raise EngineClosedError("no model is loaded; run %vllm_metal load smollm2 (or another model) first")
         return llm

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import vm_magic
-from engine.errors import ConfigError, ModelNotFoundError
+from engine.errors import ConfigError, EngineClosedError, ModelNotFoundError
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import Capture, cell, line, shown
 
@@ -141,6 +141,15 @@ def test_unload_lets_go_of_out_and_of_the_last_traceback(shell: Any, loaded: fak
     assert list(shell.user_ns["_oh"].values()) == ["kept"]
     assert not hasattr(sys, "last_value")
     assert not isinstance(shell.displayhook.__, Array)
+
+
+def test_a_model_closed_behind_our_back_is_said_and_loads_again(shell: Any, loaded: fakes.FakeLLM) -> None:
+    loaded.close()
+    assert vm_magic.current() is None
+    with pytest.raises(EngineClosedError, match="%vllm_metal load smollm2 loads it again"):
+        line(shell, "chat hi")
+    line(shell, "load smollm2")
+    assert vm_magic.current() is fakes.MADE[-1] is not loaded
 
 
 def test_pasted_shell_text_serves(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
