@@ -22,11 +22,11 @@ def paint(text: str, code: str) -> str:
 
 
 def text_of(output: Any) -> str:
-    """What one output looks like as plain text; an error is its one line."""
+    """What one output looks like as plain text; an error is one line."""
     if output.output_type == "stream":
         return str(output.text)
     if output.output_type == "error":
-        return "\n".join(output.traceback) if len(output.traceback) == 1 else f"{output.ename}: {output.evalue}"
+        return f"{output.ename}: {output.evalue}"
     return str(output.data.get("text/plain", ""))
 
 
@@ -55,6 +55,7 @@ def run(source: Path, target: Path) -> None:
         timeout=CELL_TIMEOUT,
         kernel_name="python3",
         record_timing=False,
+        extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(source.resolve().parent)}},
         on_cell_start=show_start,
         on_cell_executed=show_outputs,
