@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from engine.errors import EngineClosedError, RequestError
+from engine.errors import EngineClosedError, GenerationError, RequestError
 
 logger = logging.getLogger("engine.openai")
 
@@ -21,10 +21,6 @@ class ServerStoppingError(Exception):
 
 class ClientGoneError(Exception):
     """The client closed its connection."""
-
-
-class GenerationEndedError(Exception):
-    """The engine ended a request that its client did not end (abort or failure)."""
 
 
 def error_body(message: str, *, type: str, code: int, param: str | None = None) -> dict[str, Any]:
@@ -39,7 +35,7 @@ def describe(error: Exception) -> dict[str, Any]:
     if isinstance(error, ServerStoppingError):
         message = "The server was stopped while this request was running."
         return error_body(message, type="ServiceUnavailableError", code=HTTPStatus.SERVICE_UNAVAILABLE)
-    if isinstance(error, EngineClosedError | GenerationEndedError):
+    if isinstance(error, EngineClosedError | GenerationError):
         message = str(error)
     else:
         logger.error("request failed", exc_info=error)
@@ -67,7 +63,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_exception)
     app.add_exception_handler(ClientGoneError, _on_client_gone)
-    for kind in (RequestError, EngineClosedError, GenerationEndedError, ServerStoppingError):
+    for kind in (RequestError, EngineClosedError, GenerationError, ServerStoppingError):
         app.add_exception_handler(kind, _on_exception)
 
 

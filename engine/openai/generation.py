@@ -9,9 +9,8 @@ from typing import Any
 
 from fastapi import Request
 
-from engine.errors import RequestError, UnknownModelError
+from engine.errors import GenerationError, RequestError, UnknownModelError
 from engine.openai.backend import ServedEngine, ServedStream
-from engine.openai.errors import GenerationEndedError
 from engine.openai.lifetime import OpenRequest, OpenRequests, merge
 from engine.openai.logprobs import TokenNames
 from engine.openai.options import ServerOptions
@@ -79,9 +78,9 @@ class Choice:
         return "".join(self.parts)
 
     def add(self, delta: CompletionDelta) -> None:
-        """Append ``delta``. Raises GenerationEndedError if the engine ended the request."""
+        """Append ``delta``. Raises GenerationError if the engine ended the request."""
         if delta.finish_reason in ("abort", "error"):
-            raise GenerationEndedError(
+            raise GenerationError(
                 "The request was aborted by the engine."
                 if delta.finish_reason == "abort"
                 else "The engine failed on this request."

@@ -1,0 +1,43 @@
+"""The ASGI application: routes, checks and errors put together."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from engine.openai import chat, completions, service, tokens
+from engine.openai.backend import ServedEngine
+from engine.openai.errors import install_error_handlers
+from engine.openai.generation import Port
+from engine.openai.http_metrics import AccessMiddleware, HttpMetrics
+from engine.openai.lifetime import OpenRequests
+from engine.openai.options import ServerOptions
+from engine.openai.security import BodyLimitMiddleware, HostOriginMiddleware, KeyMiddleware
+
+
+def create_app(llm: ServedEngine, options: ServerOptions) -> FastAPI:
+    """The port of ``llm`` as an ASGI application; its ``state.port`` reaches the requests under way."""
+    app = FastAPI(title="vm-magic", redoc_url=None, root_path=options.root_path)
+    app.state.port = Port(llm, options, OpenRequests())
+    app.state.http_metrics = HttpMetrics()
+    for module in (chat, completions, tokens, service):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    _add_middleware(app, options)
+    return app
+
+
+def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
+    """From the innermost to the outermost: preflights pass before the key is asked for."""
+    app.add_middleware(BodyLimitMiddleware, max_bytes=options.max_body_bytes)
+    app.add_middleware(KeyMiddleware, options=options)
+    if options.allowed_origins:
+        anything: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, allow_origins=list(options.allowed_origins), **anything)
+    app.add_middleware(HostOriginMiddleware, options=options)
+    app.add_middleware(
+        AccessMiddleware,
+        metrics=app.state.http_metrics,
+        request_ids=options.enable_request_id_headers,
+        log=options.enable_log_requests,
+    )

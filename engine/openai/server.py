@@ -1,0 +1,207 @@
+"""The port as a background thread of this process."""
+
+import asyncio
+import atexit
+import errno
+import logging
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from engine.errors import ConfigError, ServerError
+from engine.openai.app import create_app
+from engine.openai.backend import ServedEngine
+from engine.openai.generation import Port
+from engine.openai.log import RingBuffer
+from engine.openai.options import KEEP_ALIVE_SECONDS, MAX_BODY_BYTES, ServerOptions, choose_api_keys
+
+logger = logging.getLogger("engine.openai")
+_START_SECONDS = 10.0
+_GRACE_SECONDS = 1
+_NUM_NEXT_PORTS = 100
+_BACKLOG = 2048
+
+
+class ServerHandle:
+    """A running server. ``base_url`` ends in ``/v1``; ``api_key`` is None where none is asked for."""
+
+    def __init__(self, app: FastAPI, listener: socket.socket, options: ServerOptions) -> None:
+        self.host = options.host
+        self.port: int = listener.getsockname()[1]
+        self.api_key = options.api_keys[0] if options.api_keys else None
+        self.base_url = f"http://{_reachable(self.host)}:{self.port}/v1"
+        self._port: Port = app.state.port
+        self._listener = listener
+        self._log = RingBuffer()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                http="h11",
+                ws="none",
+                loop="asyncio",
+                server_header=False,
+                timeout_graceful_shutdown=_GRACE_SECONDS,
+            )
+        )
+        self._thread = threading.Thread(target=self._run, name="openai-port", daemon=True)
+
+    @property
+    def running(self) -> bool:
+        """Whether the port is open."""
+        return self._thread.is_alive() and bool(self._server.started)
+
+    @property
+    def log_lines(self) -> list[str]:
+        """The server's latest log lines, oldest first."""
+        return self._log.lines
+
+    def stop(self) -> None:
+        """End open streams with an error event, close the port and its thread. Safe to repeat."""
+        self._server.should_exit = True
+        if self._thread.is_alive() and self._loop is not None:
+            self._end_requests(self._loop)
+            self._thread.join(_GRACE_SECONDS + 2)
+        if self._thread.is_alive():
+            self._server.force_exit = True
+            self._thread.join(_GRACE_SECONDS + 2)
+        self._listener.close()
+        self._log.detach()
+        atexit.unregister(self.stop)
+
+    def __repr__(self) -> str:
+        return f"<ServerHandle {self.base_url}{'' if self.running else ', stopped'}>"
+
+    def _start(self) -> None:
+        self._log.attach()
+        self._thread.start()
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                self.stop()
+                raise ServerError(f"The server did not start: {'; '.join(self.log_lines[-3:]) or 'no reason given'}")
+            time.sleep(0.002)
+        atexit.register(self.stop)
+
+    def _end_requests(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            loop.call_soon_threadsafe(self._port.open_requests.close)
+        except RuntimeError:  # the loop closed just now, so nothing is open any more
+            logger.debug("the server's loop was closed already")
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except Exception:
+            # The thread ends here: nobody else hears of it.
+            logger.exception("the server thread failed")
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_log_loop_error)
+        await self._server.serve(sockets=[self._listener])
+
+
+def start_server(
+    llm: ServedEngine,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    api_key: str | Sequence[str] | None = None,
+    no_api_key: bool = False,
+    port_is_default: bool = False,
+    allowed_origins: Sequence[str] = (),
+    allowed_hosts: Sequence[str] = (),
+    root_path: str = "",
+    enable_request_id_headers: bool = False,
+    enable_log_requests: bool = False,
+    trust_request_chat_template: bool = False,
+    keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> ServerHandle:
+    """Serve ``llm`` on ``host:port`` (0: a free one) until ``stop()``.
+
+    Without ``api_key`` the key is ``VLLM_API_KEY`` or a random one; ``no_api_key`` opens the port,
+    on loopback only. ``port_is_default`` says that the user did not choose the port: the next free
+    one is taken. Raises ConfigError for bad options, ServerError for a port that cannot be opened.
+    """
+    options = ServerOptions(
+        host=host,
+        api_keys=choose_api_keys(api_key, no_api_key=no_api_key),
+        allowed_origins=tuple(allowed_origins),
+        allowed_hosts=tuple(allowed_hosts),
+        root_path=root_path,
+        enable_request_id_headers=enable_request_id_headers,
+        enable_log_requests=enable_log_requests,
+        trust_request_chat_template=trust_request_chat_template,
+        keep_alive_seconds=keep_alive_seconds,
+        max_body_bytes=max_body_bytes,
+    )
+    listener = _listen(host, port, try_next=port_is_default)
+    try:
+        handle = ServerHandle(create_app(llm, options), listener, options)
+        handle._start()
+    except BaseException:
+        listener.close()
+        raise
+    return handle
+
+
+def _listen(host: str, port: int, *, try_next: bool) -> socket.socket:
+    """A listening socket, made here so that a taken port is one clear error."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port {port}: must be from 0 to 65535", flag="port", value=port, allowed="0 to 65535")
+    last = min(port + _NUM_NEXT_PORTS, 65535) if try_next and port else port
+    for candidate in range(port, last + 1):
+        try:
+            return _bind(host, candidate)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or candidate == last:
+                raise _port_error(host, candidate, error) from None
+    raise AssertionError("the last candidate returns or raises")
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+        0
+    ]
+    # With the protocol named, asyncio switches Nagle's delay off: 0.5 instead of 44 ms per request.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _port_error(host: str, port: int, error: OSError) -> ServerError:
+    if error.errno == errno.EADDRINUSE:
+        return ServerError(
+            f"Port {port} on {host} is in use: choose another with --port N, or --port 0 for a free one."
+        )
+    reason = error.strerror or str(error)
+    return ServerError(f"Cannot listen on {host}:{port}: {reason}; choose another with --host and --port.")
+
+
+def _reachable(host: str) -> str:
+    """``host`` as a client on this machine writes it."""
+    if host in ("", "0.0.0.0"):
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host
+
+
+def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    logger.error("%s", context.get("message"), exc_info=context.get("exception"))
