@@ -61,7 +61,8 @@ class StatusCard:
         return "\n".join([self.title, *(f"  {name.ljust(width)}  {value}" for name, value in self.fields)])
 
     def _repr_html_(self) -> str:
-        name_style, value_style = "text-align:left;opacity:.7;padding:1px 12px 1px 0", "text-align:left;padding:1px 0"
+        name_style = "text-align:left;opacity:.7;padding:1px 12px 1px 0;white-space:nowrap;vertical-align:top"
+        value_style = "text-align:left;padding:1px 0"
         rows = "".join(
             f'<tr style="background:none"><td style="{name_style}">{html.escape(name)}</td>'
             f'<td style="{value_style}">{self._bar(name)}{html.escape(value)}</td></tr>'

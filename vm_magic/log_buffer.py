@@ -3,7 +3,8 @@
 import logging
 from collections import deque
 
-LOGGERS = ("engine", "vm_magic", "uvicorn", "uvicorn.error")
+LOGGERS = ("engine", "vm_magic", "uvicorn")
+"""Their children hand their records up, so each line comes once."""
 CAPACITY = 2000
 
 

@@ -49,7 +49,7 @@ class LoadProgress:
             if self._update is None:
                 print(text)
             else:
-                self._update({"text/plain": text, "text/html": f"<div>{html.escape(text)}</div>"})
+                self._update({"text/plain": text})
 
     @property
     def seconds(self) -> float:

@@ -5,14 +5,13 @@ outlives a reload. The engine is imported by the first command that needs it.
 """
 
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineArgs
-from engine.errors import EngineClosedError, ServerError
+from engine.errors import EngineClosedError
 from engine.outputs import Reply
 from engine.settings import Settings
 from vm_magic.conversation import DEFAULT_CONVERSATION, Conversation
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from engine.llm import LLM
 
 DEFAULT_PORT = 8000
-_PORTS_TRIED = 100
 Progress = Callable[[str, int, int], None]
 
 
@@ -149,11 +147,8 @@ class Session:
             if wanted == self._server_options:
                 return self.server
             self.stop()
-        arguments = dict(wanted)
-        host = arguments.setdefault("host", "127.0.0.1")
-        if "port" not in arguments:
-            arguments["port"] = _free_port(host, DEFAULT_PORT)
-        handle = llm.serve(**arguments)
+        default = {} if "port" in wanted else {"port": DEFAULT_PORT, "port_is_default": True}
+        handle = llm.serve(**default, **wanted)
         name = llm.args.names[0]
         self.server = NotebookServer(name, handle.base_url, handle.port, handle.api_key, handle.stop)
         self._server_options = wanted
@@ -178,20 +173,6 @@ class Session:
         self._settings.update(**llm.settings.snapshot())
         llm.close()
         return True
-
-
-def _free_port(host: str, first: int) -> int:
-    """The first port from ``first`` on that nobody listens on."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for port in range(first, first + _PORTS_TRIED):
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError:
-                continue
-            return port
-    raise ServerError(f"no free port from {first} to {first + _PORTS_TRIED - 1} on {host}; give one with --port")
 
 
 @contextmanager

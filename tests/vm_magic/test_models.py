@@ -1,7 +1,6 @@
 """Loading, serving, stopping and unloading through the magics, with a scripted model."""
 
 import os
-import socket
 import sys
 from typing import Any
 
@@ -69,14 +68,12 @@ def test_the_same_serve_again_gives_the_same_handle(shell: Any) -> None:
     assert line(shell, "serve") is handle
 
 
-def test_serve_takes_8000_or_the_next_free_port(shell: Any) -> None:
-    with socket.socket() as taken:
-        try:
-            taken.bind(("127.0.0.1", 8000))
-            taken.listen()
-        except OSError:
-            pass  # somebody else has it: just as well
-        assert 8000 < line(shell, "serve smollm2").port < 8100
+def test_serve_asks_for_8000_or_the_next_free_port_unless_told(shell: Any) -> None:
+    assert line(shell, "serve smollm2").port == 8000
+    assert fakes.MADE[-1].server is not None
+    assert fakes.MADE[-1].server.options == {"port_is_default": True}
+    assert line(shell, "serve --port 8123").port == 8123
+    assert fakes.MADE[-1].server.options == {}
 
 
 def test_other_server_flags_open_the_port_anew_with_the_same_model(shell: Any, loaded: fakes.FakeLLM) -> None:
