@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from engine.config import EngineArgs, ModelConfig
 from engine.core.block_pool import BlockPool
 from engine.core.kv_cache_manager import FullAttentionGroup, KVCacheManager
@@ -15,14 +13,13 @@ from engine.memory import KVGroupSpec, MemoryPlan, plan_memory
 from engine.metrics import EngineMetrics
 from engine.runner.backends import Backend, PagedBackend
 from engine.runner.devices import Device, clear_cache, describe_device
-from engine.runner.kv_spec import contiguous_bytes_per_token
-from engine.runner.loader import LoadedModel, load_model
+from engine.runner.kv_spec import contiguous_bytes_per_token, num_logits
+from engine.runner.loader import DTYPES, LoadedModel, load_model
 from engine.runner.model_runner import ModelRunner
 from engine.runner.warm_up import choose_backend, measure_overhead
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
 
-_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _CHUNK_ON_GPU = 2048
 _CHUNK_ON_CPU = 512
 """Where a token costs milliseconds, longer chunks only delay other requests, aborts and interrupts."""
@@ -49,12 +46,12 @@ def build_engine(
     """Load ``resolved`` and plan its memory; on failure everything is given back."""
     device = describe_device()
     loaded = load_model(resolved, args, progress)
-    vocab_size = _vocab_size(loaded, tokenizer)
+    vocab_size = num_logits(loaded.model)
     backend, note = choose_backend(
         loaded.model,
         paged=args.use_paged_attention,
         block_size=args.block_size,
-        kv_dtype=_DTYPES.get(args.kv_cache_dtype),
+        kv_dtype=DTYPES.get(args.kv_cache_dtype),
         prefer_views=device.kind == "cpu",
         vocab_size=vocab_size,
     )
@@ -132,11 +129,3 @@ def _assemble(
         metrics,
         submit_first=device.kind != "cpu",
     )
-
-
-def _vocab_size(loaded: LoadedModel, tokenizer: Tokenizer) -> int:
-    """Width of the logits, asked of the model (its files may say otherwise). Computes nothing."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    logits = loaded.model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(loaded.model))
-    return int(logits.shape[-1])

@@ -7,7 +7,7 @@ derived (the memory plan, the element type chosen for a device) never lands in i
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -124,15 +124,29 @@ _ONE_DEVICE = "vm-magic runs on one device; for several, %vllm_metal export give
 REFUSED_FLAGS: dict[str, str] = {
     **dict.fromkeys(
         (
-            "tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size", "distributed-executor-backend",
-            "enable-expert-parallel", "nnodes", "node-rank", "master-addr", "decode-context-parallel-size",
+            "tensor-parallel-size",
+            "pipeline-parallel-size",
+            "data-parallel-size",
+            "distributed-executor-backend",
+            "enable-expert-parallel",
+            "nnodes",
+            "node-rank",
+            "master-addr",
+            "decode-context-parallel-size",
         ),
         _ONE_DEVICE,
     ),
     **dict.fromkeys(
         (
-            "reasoning-parser", "tool-call-parser", "enable-auto-tool-choice", "reasoning-config",
-            "speculative-config", "enable-lora", "lora-modules", "additional-config", "kv-transfer-config",
+            "reasoning-parser",
+            "tool-call-parser",
+            "enable-auto-tool-choice",
+            "reasoning-config",
+            "speculative-config",
+            "enable-lora",
+            "lora-modules",
+            "additional-config",
+            "kv-transfer-config",
         ),
         NOT_YET,
     ),
@@ -197,10 +211,8 @@ class EngineArgs:
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("no model given: name one, for example smollm2", flag="model")
-        if isinstance(self.served_model_name, str):
-            object.__setattr__(self, "served_model_name", (self.served_model_name,))
-        else:
-            object.__setattr__(self, "served_model_name", tuple(self.served_model_name or ()))
+        names: str | Sequence[str] | None = self.served_model_name
+        object.__setattr__(self, "served_model_name", (names,) if isinstance(names, str) else tuple(names or ()))
         self._check_range("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, low_open=True)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             self._check_range(name, getattr(self, name), 1, None)
@@ -218,9 +230,7 @@ class EngineArgs:
                 allowed="0",
             )
 
-    def _check_range(
-        self, name: str, value: object, low: float, high: float | None, *, low_open: bool = False
-    ) -> None:
+    def _check_range(self, name: str, value: object, low: float, high: float | None, *, low_open: bool = False) -> None:
         if value is None or value == "auto":
             return
         allowed = f"{'(' if low_open else '['}{low}, {high}]" if high is not None else f"at least {low}, or auto"
@@ -291,7 +301,9 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:
     if paged not in ("0", "1", "true", "false", ""):
         raise ConfigError(
             f"VLLM_METAL_USE_PAGED_ATTENTION={paged}: must be 0 or 1",
-            flag="VLLM_METAL_USE_PAGED_ATTENTION", value=paged, allowed="0 or 1",
+            flag="VLLM_METAL_USE_PAGED_ATTENTION",
+            value=paged,
+            allowed="0 or 1",
         )
     values["use_paged_attention"] = paged not in ("0", "false")
     return values

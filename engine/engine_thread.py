@@ -10,7 +10,7 @@ from typing import TypeVar
 from engine.builder import BuiltEngine
 from engine.errors import EngineClosedError, GenerationError, VMMagicError
 from engine.llm_engine import LLMEngine, NewRequest
-from engine.runner.devices import clear_cache
+from engine.runner.devices import leave_thread
 from engine.stream import RequestStream
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ class EngineThread:
             self._end_streams()
             engine.close()
             del engine
-            _collect()
+            _leave()
 
     def _make(self) -> LLMEngine | None:
         assert self._build is not None, "an engine thread runs once"
@@ -123,7 +123,7 @@ class EngineThread:
             error.__traceback__ = None  # its frames hold the weights
             self._built.set_exception(error)
             del error
-            _collect()
+            _leave()
             return None
         finally:
             self._build = None
@@ -138,7 +138,9 @@ class EngineThread:
             try:
                 engine.step()
             except Exception as error:  # noqa: BLE001  (a failing model: all requests are told, the engine goes on)
-                failure = GenerationError(f"the model failed: {_one_line(error)}; the engine goes on without this request")
+                failure = GenerationError(
+                    f"the model failed: {_one_line(error)}; the engine goes on without this request"
+                )
                 failure.__cause__ = error
                 engine.fail_all(failure)
             self._forget_finished()
@@ -173,6 +175,6 @@ def _one_line(error: BaseException) -> str:
     return text[:200] if isinstance(error, VMMagicError) else f"{type(error).__name__}: {text}"[:200]
 
 
-def _collect() -> None:
+def _leave() -> None:
     gc.collect()
-    clear_cache()
+    leave_thread()

@@ -1,17 +1,17 @@
 """Every error a user can meet, as one tree.
 
-    VMMagicError                    one line, names the fix
-    ├── ConfigError                 a flag, keyword or environment variable (also a ValueError)
-    │   └── UnsupportedOptionError  an option that vLLM has and this engine lacks
-    ├── ModelNotFoundError          no such model here, and how to get it
-    ├── ModelLoadError              the model is here but cannot be used
-    ├── MemoryPlanError             the plan does not fit; the numbers are attributes (also a ValueError)
-    ├── RequestError                a request that is wrong: HTTP 400 (also a ValueError)
-    │   ├── ContextLengthError      prompt and output exceed max_model_len
-    │   └── UnknownModelError       a model name that is not served: HTTP 404
-    ├── GenerationError             one request failed while running; the engine goes on
-    ├── EngineClosedError           the engine was closed or its thread failed
-    └── ServerError                 the port could not be opened
+VMMagicError                    one line, names the fix
+├── ConfigError                 a flag, keyword or environment variable (also a ValueError)
+│   └── UnsupportedOptionError  an option that vLLM has and this engine lacks
+├── ModelNotFoundError          no such model here, and how to get it
+├── ModelLoadError              the model is here but cannot be used
+├── MemoryPlanError             the plan does not fit; the numbers are attributes (also a ValueError)
+├── RequestError                a request that is wrong: HTTP 400 (also a ValueError)
+│   ├── ContextLengthError      prompt and output exceed max_model_len
+│   └── UnknownModelError       a model name that is not served: HTTP 404
+├── GenerationError             one request failed while running; the engine goes on
+├── EngineClosedError           the engine was closed or its thread failed
+└── ServerError                 the port could not be opened
 """
 
 from typing import Any

@@ -9,7 +9,8 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineArgs, ModelConfig
@@ -83,9 +84,13 @@ class LLM:
             cancelled.set()
             self._thread.close()
             raise
+        # Also when the object is dropped, and at exit, where a thread inside MLX would abort the process.
+        weakref.finalize(self, self._thread.close)
         self.model_config: ModelConfig = built.config
         self.plan: MemoryPlan = built.plan
-        self.defaults = SamplingDefaults(built.config.generation_config, self.args.override_generation_config, self.settings)
+        self.defaults = SamplingDefaults(
+            built.config.generation_config, self.args.override_generation_config, self.settings
+        )
         self.notes = [*built.notes, *filter(None, [self.defaults.log_line()])]
         self._vocab_size = built.engine.runner.vocab_size
 
@@ -253,7 +258,10 @@ class LLM:
         )
 
     def _submit_any(
-        self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams | None, template: Mapping[str, Any]
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        params: SamplingParams | None,
+        template: Mapping[str, Any],
     ) -> RequestStream:
         params = params or self.sampling_params()
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
@@ -271,13 +279,15 @@ class LLM:
             return resolved if resolved.max_tokens is not None else resolved.replace(max_tokens=16)
         return params if isinstance(params, SamplingParams) else params[index]
 
-    def _run(self, requests: Sequence[tuple[str | Sequence[int], SamplingParams]], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(
+        self, requests: Sequence[tuple[str | Sequence[int], SamplingParams]], use_tqdm: bool
+    ) -> list[RequestOutput]:
         """Submit all, wait for all; if anything raises, abort the rest."""
         streams: list[RequestStream] = []
         try:
             for prompt, params in requests:
                 streams.append(self.submit(prompt, params))
-            waited: Sequence[RequestStream] = streams
+            waited: Iterable[RequestStream] = streams
             if use_tqdm and len(streams) > 1:
                 from tqdm.auto import tqdm
 

@@ -223,7 +223,9 @@ class LLMEngine:
         request = sampled.share.request
         group, completion = self._group_of[request]
         if sampled.token_id < 0:
-            self._fail(group, GenerationError("the model gave no finite logits: its weights or element type are broken"))
+            self._fail(
+                group, GenerationError("the model gave no finite logits: its weights or element type are broken")
+            )
             return
         self._time_token(request, now)
         status = self.scheduler.update(sampled.share, sampled.token_id)

@@ -77,8 +77,4 @@ class SamplingDefaults:
 
 
 def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        ours: config[theirs]
-        for theirs, ours in GENERATION_CONFIG_NAMES.items()
-        if config.get(theirs) is not None
-    }
+    return {ours: config[theirs] for theirs, ours in GENERATION_CONFIG_NAMES.items() if config.get(theirs) is not None}

@@ -71,29 +71,8 @@ class SamplingParams:
             put(self, "top_k", 0)
 
     def _check(self) -> None:
-        if self.n < 1:
-            raise _refuse("n", "be at least 1", self.n)
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not -2.0 <= getattr(self, name) <= 2.0:
-                raise _refuse(name, "be in [-2, 2]", getattr(self, name))
-        if not 0.0 < self.repetition_penalty < float("inf"):
-            raise _refuse("repetition_penalty", "be greater than zero", self.repetition_penalty)
-        if not 0.0 <= self.temperature < float("inf"):
-            raise _refuse("temperature", "be non-negative", self.temperature)
-        if not 0.0 < self.top_p <= 1.0:
-            raise _refuse("top_p", "be in (0, 1]", self.top_p)
-        if self.top_k < 0:
-            raise _refuse("top_k", "be 0 or -1 (all tokens), or at least 1", self.top_k)
-        if not 0.0 <= self.min_p <= 1.0:
-            raise _refuse("min_p", "be in [0, 1]", self.min_p)
-        if self.seed is not None and not _SEED_RANGE[0] <= self.seed <= _SEED_RANGE[1]:
-            raise _refuse("seed", "be a 64-bit integer", self.seed)
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise _refuse("max_tokens", "be at least 1", self.max_tokens)
-        if self.min_tokens < 0:
-            raise _refuse("min_tokens", "be greater than or equal to 0", self.min_tokens)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _refuse("min_tokens", f"be less than or equal to max_tokens={self.max_tokens}", self.min_tokens)
+        self._check_filters()
+        self._check_lengths()
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None and not -1 <= value <= MAX_LOGPROBS:
@@ -104,6 +83,32 @@ class SamplingParams:
             raise RequestError("stop strings are only supported when detokenize is True.", param="stop")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is not None and empty!", param="allowed_token_ids")
+
+    def _check_filters(self) -> None:
+        low, high = _SEED_RANGE
+        ranges: tuple[tuple[str, bool, str], ...] = (
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "be in [-2, 2]"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "be in [-2, 2]"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "be greater than zero"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), "be non-negative"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "be in (0, 1]"),
+            ("top_k", self.top_k >= 0, "be 0 or -1 (all tokens), or at least 1"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "be in [0, 1]"),
+            ("seed", self.seed is None or low <= self.seed <= high, "be a 64-bit integer"),
+        )
+        for name, fine, must in ranges:
+            if not fine:
+                raise _refuse(name, must, getattr(self, name))
+
+    def _check_lengths(self) -> None:
+        if self.n < 1:
+            raise _refuse("n", "be at least 1", self.n)
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise _refuse("max_tokens", "be at least 1", self.max_tokens)
+        if self.min_tokens < 0:
+            raise _refuse("min_tokens", "be greater than or equal to 0", self.min_tokens)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _refuse("min_tokens", f"be less than or equal to max_tokens={self.max_tokens}", self.min_tokens)
 
     @property
     def greedy(self) -> bool:

@@ -148,9 +148,7 @@ class RequestStream:
     def _add_logprobs(output: CompletionOutput, delta: CompletionDelta) -> None:
         assert delta.logprobs is not None
         output.logprobs = [*(output.logprobs or []), *delta.logprobs]
-        taken = sum(
-            position[token].logprob for position, token in zip(delta.logprobs, delta.token_ids, strict=True)
-        )
+        taken = sum(position[token].logprob for position, token in zip(delta.logprobs, delta.token_ids, strict=True))
         output.cumulative_logprob = (output.cumulative_logprob or 0.0) + taken
 
     def _wake(self) -> None:

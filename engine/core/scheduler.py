@@ -8,49 +8,10 @@ still on the device (``Request.num_pending``).
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.request import Request, RequestStatus
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """A request's share of a step: tokens ``[start, start + num_tokens)`` of its sequence.
-
-    ``samples`` says whether the share reaches the end of the known tokens, so that a new token is
-    sampled. ``pending`` says that the last token of the share is still on the device.
-    """
-
-    request: Request
-    start: int
-    num_tokens: int
-    block_tables: tuple[list[int], ...]
-    samples: bool
-    pending: bool
-
-    @property
-    def end(self) -> int:
-        """Tokens computed once this share is done."""
-        return self.start + self.num_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerOutput:
-    """One step: shares in order, and the requests that lost their blocks for it."""
-
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the step computes."""
-        return sum(share.num_tokens for share in self.scheduled)
-
-    @property
-    def sampling(self) -> list[ScheduledRequest]:
-        """The shares that sample a token, in order."""
-        return [share for share in self.scheduled if share.samples]
+from engine.step import ScheduledRequest, SchedulerOutput
 
 
 class Scheduler:
@@ -254,4 +215,3 @@ def _stop_status(request: Request, token_id: int) -> RequestStatus | None:
     if len(request.output_token_ids) >= request.max_tokens:
         return RequestStatus.FINISHED_LENGTH
     return None
-

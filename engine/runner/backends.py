@@ -70,7 +70,7 @@ class PagedBackend:
         pick = None if len(rows) == batch.num_rows else mx.array(rows)
         self._selector.pick = None if pick is None else (lambda hidden: hidden[pick])
         try:
-            logits = self.model(tokens[:, None], cache=self._caches)[:, 0]
+            logits: mx.array = self.model(tokens[:, None], cache=self._caches)[:, 0]
         finally:
             self._selector.pick = None
             for cache in self._caches:
@@ -170,11 +170,11 @@ class ContiguousBackend:
         pick = mx.array(wanted)
         self._selector.pick = lambda hidden: hidden[:, pick]
         try:
-            logits = self.model(tokens[None], cache=self._own[request])[0]
+            logits: mx.array = self.model(tokens[None], cache=self._own[request])[0]
         finally:
             self._selector.pick = None
         # Chunks are computed now, in order: a lazy chain of them would hold every activation.
-        mx.async_eval(logits, [cache.state for cache in self._own[request]])
+        mx.async_eval(logits, [cache.state for cache in self._own[request]])  # type: ignore[no-untyped-call]
         return logits if logits.shape[0] == len(wanted) else logits[pick]
 
     def _decode(self, requests: list[Request], tokens: mx.array) -> mx.array:
@@ -182,7 +182,7 @@ class ContiguousBackend:
             self._keep([request for request in self._batch if request in requests])
             self._join([request for request in requests if request not in self._batch])
         order = [requests.index(request) for request in self._batch]
-        logits = self.model(tokens[mx.array(order)][:, None], cache=self._batch_caches)[:, -1]
+        logits: mx.array = self.model(tokens[mx.array(order)][:, None], cache=self._batch_caches)[:, -1]
         back = np.argsort(np.array(order)).astype(np.int32)
         return logits[mx.array(back)]
 

@@ -1,8 +1,9 @@
 """The device that MLX computes on: its kind, its memory, and on Linux CPUs a fast BLAS before MLX loads.
 
-Importing this module imports neither MLX nor a BLAS, so that :func:`prepare_backend` can come first.
+Importing this module imports neither MLX nor a BLAS, so that :func:`choose_blas` can come first.
 """
 
+import importlib
 import os
 import resource
 import sys
@@ -35,8 +36,21 @@ class Device:
         return self.kind != "cpu"
 
 
-@cache
 def prepare_backend() -> str | None:
+    """Set MLX up for this process; call it on the main thread before anything else imports MLX or mlx-lm.
+
+    Returns one line on the choice of BLAS (see :func:`choose_blas`). MLX itself is imported here because
+    a process whose first import of it was on another thread often aborts when it ends.
+    """
+    note = choose_blas()
+    importlib.import_module("mlx.core")
+    with file_limits_kept():
+        importlib.import_module("mlx_lm.utils")
+    return note
+
+
+@cache
+def choose_blas() -> str | None:
     """Put OpenBLAS in place of MLX's own BLAS on Linux CPUs and return one line that says what was chosen.
 
     The reference BLAS in MLX's CPU wheel is 14-22 times slower on prompts. Best called before MLX is
@@ -63,7 +77,7 @@ def _cuda_build_installed() -> bool:
 
 @contextmanager
 def file_limits_kept() -> Iterator[None]:
-    """Import mlx-lm inside this: on import it lowers the process's limit of open files for good.
+    """Import mlx-lm inside this: its import lowers the process's limit of open files for good.
 
     A notebook kernel that serves clients needs its own limit, and only root could raise it again.
     """
@@ -176,6 +190,15 @@ def clear_cache() -> None:
     import mlx.core as mx
 
     mx.clear_cache()
+
+
+def leave_thread() -> None:
+    """Finish and destroy the calling thread's streams; a thread that ends without this aborts the process at exit."""
+    import mlx.core as mx
+
+    mx.synchronize()
+    mx.clear_cache()
+    mx.clear_streams()
 
 
 def resident_memory(proc: Path = Path("/proc")) -> int:

@@ -64,5 +64,11 @@ def contiguous_bytes_per_token(model: nn.Module) -> int:
     for length in (256, 512):
         caches = make_prompt_cache(model)
         model(mx.zeros((1, length), dtype=mx.int32), cache=caches)
-        sizes.append(sum(cache.nbytes for cache in caches))
+        sizes.append(sum(int(cache.nbytes) for cache in caches))
     return max(1, (sizes[1] - sizes[0]) // 256)
+
+
+def num_logits(model: nn.Module) -> int:
+    """Width of the logits, asked of the model (its files may say otherwise). Computes nothing."""
+    logits = model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(model))
+    return int(logits.shape[-1])

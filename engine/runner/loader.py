@@ -20,13 +20,13 @@ from engine.errors import ModelLoadError
 from engine.gguf_file import GGUFFile, open_gguf
 from engine.hub import ResolvedModel
 from engine.model_files import read_model_config
-from engine.runner.devices import Device, describe_device, file_limits_kept, prepare_backend
+from engine.runner.devices import Device, describe_device, prepare_backend
 from engine.runner.gguf import PACKED_BITS, load_gguf
 
 Progress = Callable[[str, int, int], None]
 """``progress(stage, done_bytes, total_bytes)``; raising in it cancels the load and leaves nothing behind."""
 
-_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _EASY_SHARE = 0.5
 """Packed weights are unpacked on a CPU where the result takes at most this share of its memory."""
 _CACHE_BYTES = 1 << 28
@@ -75,7 +75,7 @@ def _load_file(
     unpacked_bytes = sum(math.prod(info.shape) for info in file.tensors.values()) * dtype.size
     keep = bool(packed) and (device.runs_packed_weights_fast or unpacked_bytes > _EASY_SHARE * device.memory_limit)
     total = sum(info.num_bytes for info in file.tensors.values())
-    _check_architecture(config)
+    check_architecture(config)
     model = load_gguf(
         file, dict(config.hf_config), dtype=dtype, keep_packed=keep, report=lambda done: report("load", done, total)
     )
@@ -86,7 +86,7 @@ def _load_file(
 def _file_dtype(file: GGUFFile, args: EngineArgs, device: Device) -> mx.Dtype:
     """float32 on CPUs; elsewhere the type in which the file's scales or values are exact."""
     if args.dtype != "auto":
-        return _DTYPES[args.dtype]
+        return DTYPES[args.dtype]
     if device.kind == "cpu":
         return mx.float32
     return mx.bfloat16 if any(info.type.name == "BF16" for info in file.tensors.values()) else mx.float16
@@ -95,9 +95,9 @@ def _file_dtype(file: GGUFFile, args: EngineArgs, device: Device) -> mx.Dtype:
 def _load_folder(
     resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device, report: Progress
 ) -> tuple[nn.Module, str]:
-    _check_architecture(config)
+    check_architecture(config)
     model = _lazy_model(resolved, config, args)
-    dtype = _DTYPES[args.dtype] if args.dtype != "auto" else (mx.float32 if device.kind == "cpu" else None)
+    dtype = DTYPES[args.dtype] if args.dtype != "auto" else (mx.float32 if device.kind == "cpu" else None)
     packed = _packed_modules(model)
     keep = bool(packed) and (device.runs_packed_weights_fast or not _unpacks_easily(model, packed, dtype, device))
     if dtype is not None:
@@ -134,10 +134,9 @@ def _lazy_model(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs) 
     return model
 
 
-def _check_architecture(config: ModelConfig) -> None:
+def check_architecture(config: ModelConfig) -> None:
     """Refuse a model type that mlx-lm does not have."""
-    with file_limits_kept():
-        utils = importlib.import_module("mlx_lm.utils")
+    utils = importlib.import_module("mlx_lm.utils")
     if config.hf_config.get("model_file"):
         return
     try:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from engine.core.scheduler import ScheduledRequest, SchedulerOutput
 from engine.memory import next_pool_size
 from engine.outputs import LogprobsAtPosition
 from engine.request import Request
@@ -19,6 +18,7 @@ from engine.runner.backends import Backend, PagedBackend
 from engine.runner.sampler import HostLogprobs, LogprobArrays, Sampler, SamplerOutput, to_logprobs
 from engine.runner.sampling_metadata import SamplingMetadata, SamplingRow
 from engine.runner.step_batch import Int32, StepBatch
+from engine.step import ScheduledRequest, SchedulerOutput
 
 TokenText = Callable[[int], str]
 
@@ -71,7 +71,7 @@ class InFlightStep:
     def submit(self) -> None:
         """Start computing; returns before it is done."""
         self._backend.settle()
-        mx.async_eval(*self._arrays())
+        mx.async_eval(*self._arrays())  # type: ignore[no-untyped-call]
 
     def read(self, token_text: TokenText) -> StepResult:
         """Wait for the step and bring its tokens to the host."""
@@ -187,10 +187,10 @@ class ModelRunner:
             barrier = [logits] if logits.size else self._pages()
             return InFlightStep(batch.shares, None, prompts, barrier, self.backend)
         ends = [int(end) - 1 for share, end in zip(batch.shares, starts[1:], strict=True) if share.samples]
-        rows = logits if len(ends) == logits.shape[0] else logits[mx.array(ends)]
+        last = logits if len(ends) == logits.shape[0] else logits[mx.array(ends)]
         metadata = SamplingMetadata.build([self._row(share) for share in sampling], self.vocab_size)
         pending = self._last.sampled.token_ids if self._last and self._last.sampled else None
-        sampled = self._sampler.sample(rows, metadata, pending)
+        sampled = self._sampler.sample(last, metadata, pending)
         return InFlightStep(batch.shares, sampled, prompts, [], self.backend)
 
     def _pages(self) -> list[mx.array]:
@@ -230,4 +230,3 @@ def _wanted_rows(share: ScheduledRequest) -> Int32:
     if share.samples:
         rows.append(share.num_tokens - 1)
     return np.array(rows, dtype=np.int32)
-

@@ -7,6 +7,7 @@ they attend is wrapped (:mod:`engine.runner.attention_seam`), which is also wher
 kernels will enter.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,7 +152,7 @@ class StepLayout:
     def _plan_writes(self, slots: Int32) -> None:
         cuts = np.flatnonzero(np.diff(slots) != 1) + 1
         bounds = [0, *cuts.tolist(), len(slots)]
-        runs = list(zip(bounds[:-1], bounds[1:], strict=True))
+        runs = list(itertools.pairwise(bounds))
         long = runs if len(runs) == 1 else [run for run in runs if run[1] - run[0] >= _MIN_SLICE]
         self._slices = [(first, last, int(slots[first])) for first, last in long]
         self._scattered: tuple[mx.array | None, mx.array] | None = None
@@ -218,7 +219,7 @@ class PagedLayerCache:
         pool.values[layer] = self._step.write(pool.values[layer], values)
         return keys, values
 
-    def make_mask(self, num_tokens: int, return_array: bool = False, window_size: int | None = None) -> None:
+    def make_mask(self, *_: object, window_size: int | None = None, **__: object) -> None:
         """Rows mask themselves. A window is another kind of cache."""
         if window_size is not None:
             raise UnsupportedCacheError(f"a window of {window_size} tokens")

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core.scheduler import ScheduledRequest
+from engine.step import ScheduledRequest
 
 Int32 = NDArray[np.int32]
 

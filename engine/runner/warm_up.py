@@ -8,12 +8,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from engine.core.scheduler import ScheduledRequest
 from engine.request import Request
 from engine.runner.backends import Backend, ContiguousBackend, PagedBackend
 from engine.runner.kv_spec import UnsupportedCacheError, probe_layers
 from engine.runner.step_batch import StepBatch
 from engine.sampling_params import SamplingParams
+from engine.step import ScheduledRequest
 
 _CHECK_LENGTHS = (21, 34)
 _TOLERANCE = {mx.float32: 1e-3}
@@ -46,6 +46,10 @@ def choose_backend(
     return ContiguousBackend(model), _fallback_line(reason)
 
 
+def _fallback_line(reason: str) -> str:
+    return f"contiguous KV caches for this architecture, no prefix cache ({reason})"
+
+
 def paging_difference(backend: PagedBackend, model: nn.Module, vocab_size: int) -> float:
     """Largest difference between paged and contiguous logits, relative to their spread.
 
@@ -57,7 +61,8 @@ def paging_difference(backend: PagedBackend, model: nn.Module, vocab_size: int) 
     expected = mx.stack([model(mx.array([p]), cache=make_prompt_cache(model))[0, -1] for p in prompts])
     found = _run_paged(backend, prompts)
     difference = mx.abs(found.astype(mx.float32) - expected.astype(mx.float32)).max()
-    return float((difference / mx.maximum(mx.std(expected.astype(mx.float32)), 1e-6)).item())
+    spread = mx.maximum(mx.std(expected.astype(mx.float32)), 1e-6)
+    return float(np.array(difference / spread))
 
 
 def _run_paged(backend: PagedBackend, prompts: Sequence[list[int]]) -> mx.array:
@@ -71,7 +76,8 @@ def _run_paged(backend: PagedBackend, prompts: Sequence[list[int]]) -> mx.array:
         first += len(blocks)
     for single in (False, True):
         step = [
-            _share(request, blocks, request.num_prompt_tokens - 1 if single else 0, single) for request, blocks in shares
+            _share(request, blocks, request.num_prompt_tokens - 1 if single else 0, single)
+            for request, blocks in shares
         ]
         batch = StepBatch.build(step)
         wanted = [np.array([share.num_tokens - 1], dtype=np.int32) for share in batch.shares]

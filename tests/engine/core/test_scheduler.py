@@ -6,9 +6,10 @@ import pytest
 
 from engine.core.block_pool import BlockPool
 from engine.core.kv_cache_manager import FullAttentionGroup, KVCacheManager
-from engine.core.scheduler import Scheduler, SchedulerOutput
+from engine.core.scheduler import Scheduler
 from engine.request import Request, RequestStatus
 from engine.sampling_params import SamplingParams
+from engine.step import SchedulerOutput
 
 
 def make_scheduler(num_blocks=64, *, max_num_seqs=8, budget=64, caching=True, block_size=4):
