@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.openai import chat, completions, service, tokens
 from engine.openai.backend import ServedEngine
@@ -15,9 +16,21 @@ from engine.openai.options import ServerOptions
 from engine.openai.security import BodyLimitMiddleware, HostOriginMiddleware, KeyMiddleware
 
 
+class RootPathMiddleware:
+    """Tells the routes which prefix a proxy adds; requests with and without it are both served."""
+
+    def __init__(self, app: ASGIApp, *, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path.rstrip("/")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        await self._app({**scope, "root_path": self._root_path}, receive, send)
+
+
 def create_app(llm: ServedEngine, options: ServerOptions) -> FastAPI:
     """The port of ``llm`` as an ASGI application; its ``state.port`` reaches the requests under way."""
-    app = FastAPI(title="vm-magic", redoc_url=None, root_path=options.root_path)
+    app = FastAPI(title="vm-magic", redoc_url=None)
     app.state.port = Port(llm, options, OpenRequests())
     app.state.http_metrics = HttpMetrics()
     for module in (chat, completions, tokens, service):
@@ -29,6 +42,8 @@ def create_app(llm: ServedEngine, options: ServerOptions) -> FastAPI:
 
 def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
     """From the innermost to the outermost: preflights pass before the key is asked for."""
+    if options.root_path:
+        app.add_middleware(RootPathMiddleware, root_path=options.root_path)
     app.add_middleware(BodyLimitMiddleware, max_bytes=options.max_body_bytes)
     app.add_middleware(KeyMiddleware, options=options)
     if options.allowed_origins:

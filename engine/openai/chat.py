@@ -73,7 +73,6 @@ def _prompt(engine: ServedEngine, body: ChatCompletionRequest, params: SamplingP
 
 def _template_kwargs(body: ChatCompletionRequest) -> dict[str, Any]:
     kwargs = dict(body.chat_template_kwargs)
-    kwargs.pop("chat_template", None)
     if body.documents is not None:
         kwargs["documents"] = body.documents
     if body.reasoning_effort is not None:

@@ -17,6 +17,7 @@ from engine.openai.options import ServerOptions
 from engine.openai.protocol import SAMPLING_FIELDS, GenerationFields, StreamOptions
 from engine.outputs import CompletionDelta, LogprobsAtPosition
 from engine.sampling_params import SamplingParams
+from engine.text.chat_template import RESERVED_VARIABLES
 
 _MAX_ID_LENGTH = 128
 _BIAS_LIMIT = 100.0
@@ -36,7 +37,7 @@ class Port:
             raise UnknownModelError(f"The model `{name}` does not exist.", param="model")
 
     def check_template(self, chat_template: str | None, chat_template_kwargs: dict[str, Any]) -> None:
-        """Refuse a request's own template unless the user trusts them."""
+        """Refuse a request's own template unless the user trusts them, and variables that are not free."""
         given = chat_template is not None or chat_template_kwargs.get("chat_template") is not None
         if given and not self.options.trust_request_chat_template:
             raise RequestError(
@@ -44,6 +45,8 @@ class Port:
                 "Refused request with untrusted chat template.",
                 param="chat_template",
             )
+        for name in RESERVED_VARIABLES.intersection(chat_template_kwargs):
+            raise RequestError(f"chat_template_kwargs cannot set {name!r}.", param="chat_template_kwargs")
 
 
 def port_of(request: Request) -> Port:

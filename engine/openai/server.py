@@ -108,6 +108,10 @@ class ServerHandle:
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(_log_loop_error)
         await self._server.serve(sockets=[self._listener])
+        for connection in list(self._server.server_state.connections):
+            # A client that does not read would keep its socket open for ever.
+            connection.transport.abort()
+        await asyncio.sleep(0)
 
 
 def start_server(

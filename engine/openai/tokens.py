@@ -37,14 +37,13 @@ def _token_ids(engine: ServedEngine, body: TokenizeRequest) -> list[int]:
     if body.messages is None:
         special = body.add_special_tokens if "add_special_tokens" in body.model_fields_set else True
         return engine.tokenize(body.prompt or "", add_special_tokens=special)
-    kwargs = {name: value for name, value in body.chat_template_kwargs.items() if name != "chat_template"}
     text = engine.render_chat(
         body.messages,
         tools=body.tools or None,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         chat_template=body.chat_template,
-        chat_template_kwargs=kwargs,
+        chat_template_kwargs=body.chat_template_kwargs,
     )
     return engine.tokenize(text, add_special_tokens=body.add_special_tokens)
 

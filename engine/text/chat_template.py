@@ -17,7 +17,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from engine.errors import ConfigError, RequestError
 from engine.text.chat_messages import ContentFormat, detect_content_format, normalise_messages, tests_for_string
 
-_RESERVED = frozenset(("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"))
+RESERVED_VARIABLES = frozenset(
+    ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
+)
+"""Names that ``chat_template_kwargs`` may not set: they have fields of their own."""
+
 _END_MARK = "<<vm-magic:end-of-the-final-message>> "
 """Appended to the message that is continued; the blank at its end shows whether the template trims."""
 
@@ -108,7 +112,7 @@ class ChatTemplate:
                 "Cannot set both `continue_final_message` and `add_generation_prompt` to True.",
                 param="continue_final_message",
             )
-        for name in _RESERVED.intersection(kwargs):
+        for name in RESERVED_VARIABLES.intersection(kwargs):
             raise RequestError(f"chat_template_kwargs cannot set {name!r}.", param="chat_template_kwargs")
         compiled = self._compiled()
         conversation = normalise_messages(messages, compiled.content_format, strings_as_parts=compiled.strings_as_parts)

@@ -1,0 +1,162 @@
+"""An engine without a model: it replies with a fixed text, slowly, badly or not at all, as a test wants."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as HFTokenizer
+
+from engine.config import EngineArgs
+from engine.errors import ContextLengthError, EngineClosedError, GenerationError, RequestError
+from engine.metrics import EngineMetrics
+from engine.outputs import CompletionDelta, Logprob, LogprobsAtPosition
+from engine.sampling_params import SamplingParams
+from engine.settings import Settings
+from engine.stream import RequestStream
+from engine.text.chat_template import ChatTemplate
+from engine.text.detokenizer import Detokenizer
+from engine.text.tokenizer import Tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}:{{ m.content }}{% endfor %}"
+    "{% if raise_please %}{{ raise_exception('the template says no') }}{% endif %}"
+    "{% if tools %}{{ tools | length }} tools{% endif %}"
+    "{% if add_generation_prompt %}<|start|>assistant:{% endif %}{{ extra }}"
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte; ``<|start|>`` (256) and ``<|end|>`` (257, EOS) are special."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    hf = HFTokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    hf.decoder = decoders.ByteLevel()
+    hf.add_special_tokens([AddedToken("<|start|>", special=True), AddedToken("<|end|>", special=True)])
+    return Tokenizer(hf, eos_token="<|end|>")
+
+
+class FakeLLM:
+    """Fits ``ServedEngine``. Attributes steer every later request.
+
+    ``reply``: the text; ``token_seconds``: the pause before each token; ``prefill_seconds``: before
+    the first; ``fail_after``: raise GenerationError after so many tokens; ``abort_after``: the
+    engine aborts by itself.
+    """
+
+    def __init__(self, reply: str = "Hello, wörld!", max_model_len: int = 512) -> None:
+        self.args = EngineArgs(model="org/fake-model", served_model_name=("fake", "org/fake-model"))
+        self.tokenizer = byte_tokenizer()
+        self.plan = SimpleNamespace(max_model_len=max_model_len)
+        self.settings = Settings()
+        self.metrics = EngineMetrics("fake")
+        self.created = 1_700_000_000.0
+        self.closed = False
+        self.reply = reply
+        self.token_seconds = 0.0
+        self.prefill_seconds = 0.0
+        self.fail_after: int | None = None
+        self.abort_after: int | None = None
+        self.submitted: list[RequestStream] = []
+        self.options: list[dict[str, Any]] = []
+        self.aborted = threading.Event()
+
+    def sampling_params(self, **given: Any) -> SamplingParams:
+        wanted = {name: value for name, value in given.items() if value is not None}
+        return SamplingParams(**{"max_tokens": None, **self.settings.snapshot(), **wanted})
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        start = self.tokenizer.hf.token_to_id("<|start|>")
+        return [*([start] if add_special_tokens else []), *self.tokenizer.encode(text, False)]
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        return ChatTemplate(chat_template or TEMPLATE).render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **(chat_template_kwargs or {}),
+        )
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> RequestStream:
+        if self.closed:
+            raise EngineClosedError("The engine is closed: load a model again.")
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise RequestError("The prompt is empty: give at least one token.", param="prompt")
+        if len(ids) + (params.max_tokens or 1) > self.plan.max_model_len:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.plan.max_model_len} tokens. However, …", param="prompt"
+            )
+        gone = threading.Event()
+
+        def abort() -> None:
+            gone.set()
+            self.aborted.set()
+
+        stream = RequestStream(request_id or "fake", None, ids, params, abort)
+        self.submitted.append(stream)
+        self.options.append({"request_id": request_id, "priority": priority, "cache_salt": cache_salt})
+        threading.Thread(target=self._generate, args=(stream, gone), daemon=True).start()
+        return stream
+
+    def _generate(self, stream: RequestStream, gone: threading.Event) -> None:
+        params = stream.params
+        if gone.wait(self.prefill_seconds):
+            return self._end_aborted(stream)
+        if params.prompt_logprobs is not None:
+            stream.prompt_logprobs = [None, *self.logprobs(stream.prompt_token_ids[1:], params.prompt_logprobs)]
+        tokens = self.tokenizer.encode(self.reply, False)[: params.max_tokens]
+        texts = [Detokenizer(self.tokenizer, stream.prompt_token_ids, params) for _ in range(params.n)]
+        running = set(range(params.n))
+        reason = "length" if len(tokens) == params.max_tokens else "stop"
+        for position, token in enumerate(tokens):
+            if gone.wait(self.token_seconds) or position == self.abort_after:
+                return self._end_aborted(stream)
+            if position == self.fail_after:
+                return stream.end(GenerationError("The engine failed on this request: out of luck."))
+            for index in sorted(running):
+                last = position == len(tokens) - 1
+                step = texts[index].step([token], finished=last)
+                over = "stop" if step.stop_reason else (reason if last else None)
+                logprobs = None if params.logprobs is None else self.logprobs([token], params.logprobs)
+                stream.put(CompletionDelta(index, step.text_delta, [token], logprobs, over, step.stop_reason))
+                if over:
+                    running.discard(index)
+        stream.end()
+        return None
+
+    def _end_aborted(self, stream: RequestStream) -> None:
+        for index in range(stream.params.n):
+            stream.put(CompletionDelta(index, "", [], None, "abort"))
+        stream.end()
+
+    def logprobs(self, tokens: Sequence[int], num_top: int) -> list[LogprobsAtPosition]:
+        """The token itself (rank 2), then the likeliest: tokens 65, 66 …; one is minus infinity."""
+        text = self.tokenizer.token_text
+        found: list[LogprobsAtPosition] = []
+        for token in tokens:
+            at = {token: Logprob(-1.5, 2, text(token))}
+            for rank in range(num_top):
+                other = 65 + rank if 65 + rank != token else 95
+                at[other] = Logprob(-0.25 if rank == 0 else float("-inf"), rank + 1, text(other))
+            found.append(at)
+        return found
