@@ -114,6 +114,8 @@ def start_chat(session: Session, text: str, options: ChatOptions) -> Generation:
     try:
         stream = llm.submit(token_ids, llm.sampling_params(n=1, **options.sampling))
     except ContextLengthError as error:
+        if "max_tokens" in options.sampling or not earlier.messages:
+            raise
         fix = "Start the conversation anew with --new, or load the model with a larger --max-model-len."
         raise ContextLengthError(f"{error} {fix}", param=error.param) from None
     return Generation(session, stream, messages, conversation)

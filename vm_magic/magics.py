@@ -173,7 +173,6 @@ class VLLMMetal(Magics):  # type: ignore[misc]
             print("nothing is loaded")
             return
         before = sessions.memory_in_use()
-        release_references(self.shell)
         self.session.unload()
         release_references(self.shell)
         print(f"memory in use: {size_text(before)} before, {size_text(sessions.memory_in_use())} after")

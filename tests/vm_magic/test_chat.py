@@ -93,7 +93,10 @@ def test_a_full_context_names_the_ways_out(shell: Any, loaded: fakes.FakeLLM, mo
     def submit(*_: object) -> None:
         raise ContextLengthError("This model's maximum context length is 8 tokens.", param="prompt")
 
+    cell(shell, "chat", "hi")
     monkeypatch.setattr(loaded, "submit", submit)
+    with pytest.raises(ContextLengthError, match=r"8 tokens\.$"):
+        cell(shell, "chat --max-tokens 9000", "hi")
     with pytest.raises(ContextLengthError, match=r"maximum context length is 8 tokens\. .*--new.*--max-model-len"):
         cell(shell, "chat", "hi")
 
