@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from engine.runner.devices import prepare_backend
+from engine.runner.devices import choose_blas
 
-prepare_backend()
+choose_blas()
 
 from engine.hub import ResolvedModel, resolve  # noqa: E402
 from tests import tiny_models  # noqa: E402

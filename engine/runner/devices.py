@@ -37,13 +37,12 @@ class Device:
 
 
 def prepare_backend() -> str | None:
-    """Set MLX up for this process; call it on the main thread before anything else imports MLX or mlx-lm.
+    """Set MLX up for this process; call it before anything else imports MLX or mlx-lm.
 
-    Returns one line on the choice of BLAS (see :func:`choose_blas`). MLX itself is imported here because
-    a process whose first import of it was on another thread often aborts when it ends.
+    Returns one line on the choice of BLAS (see :func:`choose_blas`), and imports mlx-lm without its
+    effect on the limit of open files.
     """
     note = choose_blas()
-    importlib.import_module("mlx.core")
     with file_limits_kept():
         importlib.import_module("mlx_lm.utils")
     return note

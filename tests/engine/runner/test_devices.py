@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,15 +64,15 @@ def test_without_openblas_the_line_says_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setattr(devices.sys, "platform", "linux")
     monkeypatch.setattr(devices, "_cuda_build_installed", lambda: False)
     monkeypatch.setattr(devices, "use_openblas", lambda *_: None)
-    assert "pip install scipy-openblas32" in (devices.prepare_backend.__wrapped__() or "")
+    assert "pip install scipy-openblas32" in (devices.choose_blas.__wrapped__() or "")
 
 
 def test_nothing_is_done_on_macos_and_for_cuda_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.sys, "platform", "darwin")
-    assert devices.prepare_backend.__wrapped__() is None
+    assert devices.choose_blas.__wrapped__() is None
     monkeypatch.setattr(devices.sys, "platform", "linux")
     monkeypatch.setattr(devices, "_cuda_build_installed", lambda: True)
-    assert devices.prepare_backend.__wrapped__() is None
+    assert devices.choose_blas.__wrapped__() is None
 
 
 def test_the_device_of_this_machine_has_a_name_and_a_limit() -> None:
@@ -96,10 +98,28 @@ def test_array_memory_is_counted_and_the_peak_can_be_reset() -> None:
     assert devices.resident_memory() > 1 << 20
 
 
-def test_importing_mlx_lm_leaves_the_limit_of_open_files_alone() -> None:
-    import resource
+def test_the_set_up_leaves_the_limit_of_open_files_alone() -> None:
+    code = (
+        "import resource; before = resource.getrlimit(resource.RLIMIT_NOFILE);"
+        "from engine.runner.devices import prepare_backend; prepare_backend();"
+        "import sys; assert 'mlx_lm' in sys.modules;"
+        "assert resource.getrlimit(resource.RLIMIT_NOFILE) == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with devices.file_limits_kept():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+
+def test_a_process_ends_well_after_a_thread_that_used_mlx_and_left_properly() -> None:
+    code = """
+import threading
+from engine.runner.devices import leave_thread
+def work():
+    import mlx.core as mx
+    import mlx_lm.utils
+    mx.eval(mx.ones((4, 4)) @ mx.ones((4, 4)))
+    leave_thread()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", code], check=True)
