@@ -146,9 +146,10 @@ def command_parser(command: str) -> CommandParser:
     if command == "serve":
         _add_server_flags(parser)
     elif command == "plan":
-        for name in ("--device-memory", "--model-memory", "--overhead"):
+        for name in PLAN_SIZES:
+            flag = f"--{name.replace('_', '-')}"
             parser.add_argument(
-                name, metavar="BYTES", type=byte_count, help="take this size, such as 51.54GB, as given"
+                flag, metavar="BYTES", default=argparse.SUPPRESS, help="a size such as 51.54GB, as given"
             )
     elif command in ("chat", "complete"):
         _add_chat_flags(parser, chat=command == "chat")
@@ -206,6 +207,7 @@ def _add_server_flags(parser: CommandParser) -> None:
         group.add_argument(name, action="store_true", help=text, **absent)
 
 
+PLAN_SIZES = ("device_memory", "model_memory", "overhead")
 SERVER_OPTIONS = (
     "host", "port", "api_key", "no_api_key", "allowed_origins", "allowed_hosts", "root_path",
     "trust_request_chat_template", "enable_request_id_headers", "enable_log_requests",
@@ -282,17 +284,6 @@ def split_words(line: str) -> list[str]:
         return shlex.split(line)
     except ValueError as error:
         raise ConfigError(f"{line.strip()!r}: {error}; close the quote") from None
-
-
-def byte_count(text: str) -> float:
-    """``51.54GB`` (1e9), ``48GiB`` (2**30) or plain bytes."""
-    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]i?)?B?\s*", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 51.54GB or 48GiB")
-    unit = found[2] or ""
-    base = 1024 if unit.endswith("i") else 1000
-    power = "KMGT".index(unit[0]) + 1 if unit else 0
-    return float(found[1]) * float(base**power)
 
 
 def port_number(text: str) -> int:

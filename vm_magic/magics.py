@@ -11,7 +11,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 from traitlets import Bool
 
-from engine.config import ENGINE_FLAGS, NOT_YET, EngineArgs
+from engine.config import ENGINE_FLAGS, NOT_YET
 from engine.errors import ConfigError, UnsupportedOptionError
 from engine.outputs import Reply
 from vm_magic import arguments
@@ -49,7 +49,6 @@ from vm_magic.shell_text import read_shell_text
 
 _log = logging.getLogger(__name__)
 _ENGINE_OPTIONS = tuple(flag.field for flag in ENGINE_FLAGS)
-_PLAN_NAMES = {"gpu_memory_utilization": "fraction"}
 
 
 @magics_class
@@ -180,11 +179,8 @@ class VLLMMetal(Magics):  # type: ignore[misc]
     def _plan(self, parsed: argparse.Namespace) -> Any:
         if parsed.model is None:
             return self.session.require().plan
-        options = pick(parsed, _ENGINE_OPTIONS)
-        EngineArgs.from_options(parsed.model, options)  # a wrong value is refused under the flag's own name
-        options = {_PLAN_NAMES.get(name, name): value for name, value in options.items()}
-        given = {name: getattr(parsed, name) for name in ("device_memory", "model_memory", "overhead")}
-        return sessions.new_plan(parsed.model, **options, **{k: v for k, v in given.items() if v is not None})
+        sizes = pick(parsed, arguments.PLAN_SIZES)
+        return sessions.new_plan(parsed.model, **pick(parsed, _ENGINE_OPTIONS), **sizes)
 
     def _models(self, _: argparse.Namespace) -> Table:
         return models_table(sessions.cached_models())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config import EngineArgs
-from engine.errors import EngineClosedError, ModelNotFoundError, UnsupportedOptionError
+from engine.errors import EngineClosedError, ModelNotFoundError
 from engine.hub import CachedModel
 from engine.outputs import CompletionDelta, CompletionOutput, RequestMetrics, RequestOutput
 from engine.sampling_params import SamplingParams
@@ -207,8 +207,6 @@ class PlanRecord:
 
 
 def fake_plan(model: str, **options: Any) -> PlanRecord:
-    if "fraction" in options and options["fraction"] == "0.001":
-        raise UnsupportedOptionError("too small")
     return PlanRecord(model, options)
 
 

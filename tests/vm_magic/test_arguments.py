@@ -7,7 +7,7 @@ from IPython.core.error import UsageError
 
 from engine.config import ENGINE_FLAGS, EngineArgs
 from engine.errors import ConfigError, RequestError, UnsupportedOptionError
-from vm_magic.arguments import COMMANDS, byte_count, command_parser, pick, split_text, split_words
+from vm_magic.arguments import COMMANDS, command_parser, pick, split_text, split_words
 from vm_magic.errors import HelpShown
 from vm_magic.settings_text import SETTABLE, read_settings
 
@@ -105,13 +105,6 @@ def test_a_wrong_value_names_the_flag_and_the_help() -> None:
 def test_an_open_quote_is_one_clear_line() -> None:
     with pytest.raises(ConfigError, match="close the quote"):
         split_words("load 'smollm2")
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("51.54GB", 51.54e9), ("48GiB", 48 * 2**30), ("1000", 1000), ("1.5e9", 1.5e9), ("20M", 20e6)]
-)
-def test_sizes_have_decimal_and_binary_units(text: str, size: float) -> None:
-    assert byte_count(text) == size
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,11 @@ def test_pasted_text_without_a_serve_line_is_refused(shell: Any) -> None:
 def test_plan_loads_nothing_and_takes_the_flags(shell: Any) -> None:
     plan = line(shell, "plan org/m --max-model-len 32K --gpu-memory-utilization 0.75 --device-memory 51.54GB")
     assert plan.model == "org/m"
-    assert plan.options == {"max_model_len": "32K", "fraction": "0.75", "device_memory": 51.54e9}
+    assert plan.options == {
+        "max_model_len": "32K",
+        "gpu_memory_utilization": "0.75",
+        "device_memory": "51.54GB",
+    }
     assert vm_magic.current() is None
 
 
