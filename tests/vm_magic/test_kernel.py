@@ -63,7 +63,8 @@ def test_a_chat_cell_streams_into_one_handle(ready: Kernel) -> None:
 
 
 def test_an_error_is_one_line_on_the_error_channel_and_aborts_the_next_cell(ready: Kernel) -> None:
-    first = ready.client.execute("%vllm_metal load smollm2 --block-size 3")
+    # the pause lets the second request queue up, as under "Run all"
+    first = ready.client.execute("import time; time.sleep(0.5)\n%vllm_metal load smollm2 --block-size 3")
     second = ready.client.execute("'not run'")
     replies = {}
     while len(replies) < 2:
