@@ -1,0 +1,1 @@
+"""The engine against mlx-lm on the same weights, token for token."""
