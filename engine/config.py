@@ -71,6 +71,17 @@ def modality_limits(text: str | Mapping[str, int]) -> dict[str, int]:
     return {name: int(count) for name, count in json_object(text).items()}
 
 
+def reasoning_config(text: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object that may hold ``reasoning_start_str`` and ``reasoning_end_str``, both texts."""
+    value = json_object(text)
+    for key, marker in value.items():
+        if key not in ("reasoning_start_str", "reasoning_end_str"):
+            raise ValueError(f"{key!r} is not known; it takes reasoning_start_str and reasoning_end_str")
+        if not isinstance(marker, str) or not marker:
+            raise ValueError(f"{key} must be a text such as </think>, got {marker!r}")
+    return value
+
+
 @dataclass(frozen=True)
 class Flag:
     """One engine option as a flag: ``--name``; ``parse`` turns its text into the field's value."""
@@ -116,6 +127,10 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
     Flag("override_generation_config", json_object, "sampling defaults set over the model's", "JSON"),
     Flag("chat_template", str, "chat template: a file or the Jinja text itself", "FILE|TEXT"),
     Flag("default_chat_template_kwargs", json_object, "variables that every chat template gets", "JSON"),
+    Flag("reasoning_parser", str, "how thoughts are marked: qwen3, gemma4 … or none (default: from the template)", "NAME"),
+    Flag("tool_call_parser", str, "how tool calls are written: hermes … or none (default: from the template)", "NAME"),
+    Flag("enable_auto_tool_choice", bool, "let the model decide to call tools (on where a parser is)", kind="switch"),
+    Flag("reasoning_config", reasoning_config, "reasoning_start_str and reasoning_end_str for thinking budgets", "JSON"),
     Flag("limit_mm_per_prompt", modality_limits, "image=0,audio=0 (this engine serves text)", "LIMITS"),
 )
 
@@ -138,10 +153,6 @@ REFUSED_FLAGS: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "reasoning-parser",
-            "tool-call-parser",
-            "enable-auto-tool-choice",
-            "reasoning-config",
             "speculative-config",
             "enable-lora",
             "lora-modules",
@@ -203,6 +214,12 @@ class EngineArgs:
     override_generation_config: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_parser: str | None = None
+    """None: chosen from the chat template; "none": no parser. ``tool_call_parser`` likewise."""
+    tool_call_parser: str | None = None
+    enable_auto_tool_choice: bool | None = None
+    """None: on where a tool parser was given or found."""
+    reasoning_config: Mapping[str, Any] = field(default_factory=dict)
     limit_mm_per_prompt: Mapping[str, int] = field(default_factory=dict)
     use_paged_attention: bool = True
     memory_knob: str = "gpu_memory_utilization"
