@@ -198,7 +198,7 @@ class ModelRunner:
         if not isinstance(self.backend, PagedBackend):
             return []
         pool = self.backend.pool
-        return [pages[-1][0, 0].sum() for pages in (pool.keys, pool.values)]
+        return [pages[-1][0, 0, 0].sum() for pages in (pool.keys, pool.values)]
 
     def _prompt_logprobs(self, share: ScheduledRequest, logits: mx.array) -> tuple[Request, int, LogprobArrays]:
         num = share.request.params.prompt_logprobs

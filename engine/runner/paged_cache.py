@@ -1,6 +1,6 @@
 """KV pages and how attention reads them: the reference path, on every backend MLX has.
 
-Per layer the pool is ``[num_kv_heads, slots, head_dim]``, so a sequence whose blocks are
+Per layer the pool is ``[1, num_kv_heads, slots, head_dim]``, so a sequence whose blocks are
 consecutive is a view, without a copy; others are gathered block by block. mlx-lm's models run
 unmodified: each layer's cache is a :class:`PagedLayerCache`, and the one function through which
 they attend is wrapped (:mod:`engine.runner.attention_seam`), which is also where custom GPU
@@ -51,11 +51,11 @@ class KVPool:
             dtype = self.dtype or layer.dtype
             for arrays, dim in ((self.keys, layer.key_dim), (self.values, layer.value_dim)):
                 if fresh:
-                    arrays.append(mx.zeros((layer.num_kv_heads, slots, dim), dtype))
+                    arrays.append(mx.zeros((1, layer.num_kv_heads, slots, dim), dtype))
                 else:
-                    more = slots - arrays[i].shape[1]
-                    room = mx.zeros((layer.num_kv_heads, more, dim), dtype)
-                    arrays[i] = mx.concatenate([arrays[i], room], axis=1)
+                    more = slots - arrays[i].shape[2]
+                    room = mx.zeros((1, layer.num_kv_heads, more, dim), dtype)
+                    arrays[i] = mx.concatenate([arrays[i], room], axis=2)
                 mx.eval(arrays[i])
         self.num_blocks = num_blocks
 
@@ -72,22 +72,24 @@ class _Sequence:
     last: int
     context: int
     start: int | None
-    blocks: mx.array | None
+    blocks: Int32
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, block_size: int, scale: float,
+    @property
+    def num_rows(self) -> int:
+        return self.last - self.first
+
+    def attend(self, step: "StepLayout", queries: mx.array, keys: mx.array, values: mx.array, scale: float,
                sinks: mx.array | None) -> mx.array:  # fmt: skip
-        """[rows, heads, 1, dim] -> the same, over keys and values [kv_heads, slots, dim]."""
-        k, v = (self._read(pages, block_size)[None].astype(queries.dtype) for pages in (keys, values))
-        q = queries[:, :, 0].swapaxes(0, 1)[None]
-        mask = "causal" if self.last - self.first > 1 else None
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
-        return out[0].swapaxes(0, 1)[:, :, None]
+        """[rows, heads, 1, dim] -> the same, over keys and values [1, kv_heads, slots, dim]."""
+        k, v = (self._read(step, pages).astype(queries.dtype) for pages in (keys, values))
+        mask = "causal" if self.num_rows > 1 else None
+        out = mx.fast.scaled_dot_product_attention(_turned(queries), k, v, scale=scale, mask=mask, sinks=sinks)
+        return _turned(out)
 
-    def _read(self, pages: mx.array, block_size: int) -> mx.array:
+    def _read(self, step: "StepLayout", pages: mx.array) -> mx.array:
         if self.start is not None:
-            return pages[:, self.start : self.start + self.context]
-        assert self.blocks is not None
-        return _gather(pages, self.blocks, block_size)[:, : self.context]
+            return pages[:, :, self.start : self.start + self.context]
+        return step.gather(pages, self.first, self.blocks[None])[:, :, : self.context]
 
 
 @dataclass(frozen=True)
@@ -95,25 +97,19 @@ class _Rows:
     """The first ``num_rows`` rows, one token each, gathered over ``tables`` [rows, blocks] and masked."""
 
     num_rows: int
-    tables: mx.array
+    tables: Int32
     mask: mx.array
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, block_size: int, scale: float,
+    def attend(self, step: "StepLayout", queries: mx.array, keys: mx.array, values: mx.array, scale: float,
                sinks: mx.array | None) -> mx.array:  # fmt: skip
         """As :meth:`_Sequence.attend`."""
-        k, v = (
-            _gather(pages, self.tables, block_size).swapaxes(0, 1).astype(queries.dtype) for pages in (keys, values)
-        )
+        k, v = (step.gather(pages, -1, self.tables).astype(queries.dtype) for pages in (keys, values))
         return mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=self.mask, sinks=sinks)
 
 
-def _gather(pages: mx.array, tables: mx.array, block_size: int) -> mx.array:
-    """Blocks ``tables`` [..., n] of ``pages`` [heads, slots, dim] as [heads, ..., n * block_size, dim]."""
-    heads, slots, dim = pages.shape
-    blocks = pages.reshape(heads * (slots // block_size), block_size * dim)
-    first = mx.arange(heads).reshape(heads, *([1] * tables.ndim)) * (slots // block_size)
-    found = blocks[first + tables]
-    return found.reshape(heads, *tables.shape[:-1], tables.shape[-1] * block_size, dim)
+def _turned(rows: mx.array) -> mx.array:
+    """[rows, heads, 1, dim] <-> [1, heads, rows, dim]; a single row is both."""
+    return rows if rows.shape[0] == rows.shape[2] == 1 else rows.transpose(2, 1, 0, 3)
 
 
 class StepLayout:
@@ -122,31 +118,44 @@ class StepLayout:
     def __init__(self, batch: StepBatch, block_size: int, *, prefer_views: bool) -> None:
         self.block_size = block_size
         self.num_rows = batch.num_rows
+        self._indices: dict[tuple[int, int, int], mx.array] = {}
         self.positions = mx.array(batch.positions)
         self._plan_writes(batch.slots(block_size))
         self.parts = self._plan_reads(batch, prefer_views)
 
     def write(self, pages: mx.array, rows: mx.array) -> mx.array:
-        """``pages`` [heads, slots, dim] with ``rows`` [T, heads, 1, dim] in their slots; in place where MLX may."""
-        rows = rows[:, :, 0].swapaxes(0, 1).astype(pages.dtype)
+        """``pages`` [1, heads, slots, dim] with ``rows`` [T, heads, 1, dim] in their slots; in place where MLX may."""
+        rows = _turned(rows).astype(pages.dtype)
         for first, last, slot in self._slices:
-            pages[:, slot : slot + last - first] = rows[:, first:last]
+            pages[:, :, slot : slot + last - first] = rows if last - first == self.num_rows else rows[:, :, first:last]
         if self._scattered is not None:
             index, slots = self._scattered
-            pages[:, slots] = rows if index is None else rows[:, index]
+            pages[:, :, slots] = rows if index is None else rows[:, :, index]
         return pages
+
+    def gather(self, pages: mx.array, key: int, tables: Int32) -> mx.array:
+        """Blocks ``tables`` [B, n] of ``pages`` [1, heads, slots, dim] as [B, heads, n * block_size, dim].
+
+        Whole blocks are copied as one piece. ``key`` names the tables: layers of one shape share the index.
+        """
+        _, heads, slots, dim = pages.shape
+        num_blocks = slots // self.block_size
+        index = self._indices.get((key, heads, num_blocks))
+        if index is None:
+            first = np.arange(heads, dtype=np.int32)[None, :, None] * num_blocks
+            index = self._indices[key, heads, num_blocks] = mx.array(first + tables[:, None])
+        found = pages.reshape(heads * num_blocks, self.block_size * dim)[index]
+        return found.reshape(tables.shape[0], heads, tables.shape[1] * self.block_size, dim)
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float,
                sinks: mx.array | None) -> mx.array:  # fmt: skip
         """Attention of all rows [T, heads, 1, dim] over the pages."""
         if len(self.parts) == 1:
-            return self.parts[0].attend(queries, keys, values, self.block_size, scale, sinks)
+            return self.parts[0].attend(self, queries, keys, values, scale, sinks)
         outputs, row = [], 0
         for part in self.parts:
-            count = part.num_rows if isinstance(part, _Rows) else part.last - part.first
-            some = queries[row : row + count]
-            outputs.append(part.attend(some, keys, values, self.block_size, scale, sinks))
-            row += count
+            outputs.append(part.attend(self, queries[row : row + part.num_rows], keys, values, scale, sinks))
+            row += part.num_rows
         return mx.concatenate(outputs, axis=0)
 
     def _plan_writes(self, slots: Int32) -> None:
@@ -185,7 +194,7 @@ class StepLayout:
             first + share.num_tokens,
             share.end,
             int(table[0]) * self.block_size if in_a_run else None,
-            None if in_a_run else mx.array(table),
+            table,
         )
 
     def _rows(self, batch: StepBatch, single: Sequence[_Sequence]) -> _Rows:
@@ -196,7 +205,7 @@ class StepLayout:
             table = share.block_tables[0][:width]
             tables[row, : len(table)] = table
         mask = np.arange(width * self.block_size)[None] < contexts[:, None]
-        return _Rows(len(single), mx.array(tables), mx.array(mask[:, None, None]))
+        return _Rows(len(single), tables, mx.array(mask[:, None, None]))
 
 
 class PagedLayerCache:
