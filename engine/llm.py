@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineArgs, ModelConfig
 from engine.errors import ContextLengthError, RequestError
+from engine.explain import Explainer, Explanation
 from engine.hub import resolve
 from engine.metrics import EngineMetrics
 from engine.outputs import CompletionDelta, RequestOutput
+from engine.request_log import RequestLog
 from engine.runner.devices import active_memory, prepare_backend
 from engine.runner.sampling_metadata import check_token_ids
 from engine.sampling_defaults import Resolved, SamplingDefaults
@@ -64,6 +66,7 @@ class LLM:
         self._template = self._make_template()
         self.metrics = EngineMetrics(self.args.names[0])
         self.settings = Settings()
+        self.request_log = RequestLog()
         self.server: ServerHandle | None = None
         self.created = time.time()
         self._request_numbers = itertools.count()
@@ -93,6 +96,7 @@ class LLM:
         )
         self.notes = [*built.notes, *filter(None, [self.defaults.log_line()])]
         self._vocab_size = built.engine.runner.vocab_size
+        self._reuses_prefixes = built.engine.scheduler.kv.groups[0].pool.enable_caching
 
     def __enter__(self) -> "LLM":
         return self
@@ -163,6 +167,7 @@ class LLM:
         request = self._new_request(request_id, token_ids, params, priority, cache_salt)
         stream = RequestStream(request_id, text, token_ids, params, lambda: self._thread.abort(request_id))
         self._thread.submit(request, stream)
+        self.request_log.add(stream, max_tokens=request.max_tokens, cache_salt=cache_salt)
         return stream
 
     def generate(
@@ -238,6 +243,22 @@ class LLM:
         """Requests, blocks and counters now."""
         return self._thread.call(lambda engine: engine.stats())
 
+    def explain(self, count: int = 1) -> Explanation:
+        """Why the last request went as it did, whoever sent it; ``count`` 2 is the one before, and so on.
+
+        Raises RequestError if no such request is remembered (the latest 32 are).
+        """
+        record = self.request_log.latest(count)
+        if record is None:
+            known = len(self.request_log)
+            raise RequestError(
+                f"there is no request {count} from the end: {known} are remembered"
+                if known
+                else "there was no request yet; ask something first (%%chat, or a client)",
+                param="count",
+            )
+        return self._explainer().explain(record)
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
         self._thread.call(lambda engine: engine.scheduler.kv.reset_prefix_cache())
@@ -248,6 +269,20 @@ class LLM:
         if server is not None:
             server.stop()
         self._thread.close()
+
+    def _explainer(self) -> Explainer:
+        why = "prefix caching is off (--no-enable-prefix-caching)"
+        if self.args.enable_prefix_caching and not self._reuses_prefixes:
+            why = "this model runs on mlx-lm's contiguous caches, which keep nothing between requests"
+        return Explainer(
+            log=self.request_log,
+            decode=lambda token_ids: self.tokenizer.decode(token_ids, skip_special_tokens=False),
+            token_text=self.tokenizer.token_text,
+            parse=lambda _record, text: (text, None, ()),
+            eos_token_ids=self.model_config.eos_token_ids | self.tokenizer.eos_token_ids,
+            block_size=self.plan.block_size,
+            no_caching="" if self._reuses_prefixes else why,
+        )
 
     def _make_template(self) -> ChatTemplate:
         return ChatTemplate(

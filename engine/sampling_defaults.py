@@ -1,7 +1,7 @@
 """Where a request's sampling values come from: one order, with the origin of each value kept.
 
-request > live settings (panel, ``set``) > ``--override-generation-config`` > the model's
-``generation_config.json`` > vLLM's defaults.
+request or magic flag > live settings (panel, ``set``) > preset > ``--override-generation-config`` >
+the model's ``generation_config.json`` > vLLM's defaults.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ GENERATION_CONFIG_NAMES = {
 }
 """What is read of a generation config, and its name here."""
 
-_KNOWN = frozenset(field.name for field in fields(SamplingParams))
+_KNOWN = frozenset(field.name for field in fields(SamplingParams)) - {"sources"}
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Sampling values in force and, per name, which source won."""
+    """Sampling values in force and, per name, which source won (also in ``params.sources``)."""
 
     params: SamplingParams
     sources: Mapping[str, str]
@@ -57,23 +57,26 @@ class SamplingDefaults:
             f"`{values}`. If this is not intended, please relaunch vLLM instance with `--generation-config vllm`."
         )
 
-    def resolve(self, given: Mapping[str, Any]) -> Resolved:
-        """Merge ``given`` (a request's values; None means not given) over all defaults."""
+    def resolve(self, given: Mapping[str, Any], source: str = "request") -> Resolved:
+        """Merge ``given`` (a request's values; None means not given) over all defaults.
+
+        ``source`` is what the origin of a given value is called.
+        """
         for name in given:
             if name not in _KNOWN:
                 raise RequestError(f"Unknown sampling parameter {name!r}.", param=name)
         layers = (
             ("generation_config.json", _translate(self.generation_config)),
             ("--override-generation-config", _translate(self.override)),
-            ("settings", self.settings.snapshot()),
-            ("request", {name: value for name, value in given.items() if value is not None}),
+            *self.settings.layers(),
+            (source, {name: value for name, value in given.items() if value is not None}),
         )
         values: dict[str, Any] = {"max_tokens": None}
         sources = dict.fromkeys(sorted(_KNOWN), "default")
-        for source, layer in layers:
+        for origin, layer in layers:
             values.update(layer)
-            sources.update(dict.fromkeys(layer, source))
-        return Resolved(SamplingParams(**values), sources)
+            sources.update(dict.fromkeys(layer, origin))
+        return Resolved(SamplingParams(**values, sources=sources), sources)
 
 
 def _translate(config: Mapping[str, Any]) -> dict[str, Any]:

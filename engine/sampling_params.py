@@ -51,6 +51,8 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: Sequence[int] | None = None
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Per name, where its value came from; empty where nobody resolved defaults."""
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -117,8 +119,9 @@ class SamplingParams:
 
     def replace(self, **changes: Any) -> Self:
         """A checked copy with ``changes``; unknown names are refused."""
-        known = {f.name for f in fields(self)}
+        known = {f.name for f in fields(self)} - {"sources"}
         for name in changes:
             if name not in known:
                 raise RequestError(f"Unknown sampling parameter {name!r}.", param=name)
-        return replace(self, **changes)
+        sources = {**self.sources, **dict.fromkeys(changes, "request")} if self.sources else {}
+        return replace(self, **changes, sources=sources)

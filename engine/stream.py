@@ -4,7 +4,8 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any
 
 from engine.outputs import (
     CompletionDelta,
@@ -37,6 +38,8 @@ class RequestStream:
         self.prompt_logprobs: list[LogprobsAtPosition | None] | None = None
         self.num_cached_tokens = 0
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
+        self.parsing: Mapping[str, Any] | None = None
+        """What the chat door asked :meth:`engine.llm.LLM.output_parser` for, so that ``explain`` parses alike."""
         self._abort = abort
         self._changed = threading.Condition()
         self._deltas: deque[CompletionDelta] = deque()
@@ -50,6 +53,11 @@ class RequestStream:
     def finished(self) -> bool:
         """Whether the engine is done with the request (deltas may still wait to be taken)."""
         return self._over
+
+    @property
+    def error(self) -> BaseException | None:
+        """What failed, once the request is over; None where nothing did."""
+        return self._error
 
     def abort(self) -> None:
         """Ask the engine to end the request; its last deltas then say ``abort``. Safe to repeat."""

@@ -1,11 +1,12 @@
 """What commands return: small objects with a text and an HTML form that hold numbers, never a model."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.outputs import Reply
+from engine.settings import Settings
 from vm_magic.conversation import Message
 from vm_magic.progress import size_text
 
@@ -100,7 +101,7 @@ class HistoryView:
 def status_card(session: "Session") -> StatusCard:
     """What is loaded, its memory, the port and the last reply's speed."""
     llm = session.loaded
-    settings = settings_text(session.settings.snapshot())
+    settings = settings_text(session.settings)
     if llm is None:
         title = "no model is loaded; run %vllm_metal load smollm2 (or another model)"
         return StatusCard(title, (("settings", settings),) if settings else ())
@@ -120,9 +121,10 @@ def status_card(session: "Session") -> StatusCard:
     return StatusCard(llm.args.names[0], fields, stats.kv_cache_usage)
 
 
-def settings_text(values: Mapping[str, Any]) -> str:
-    """``temperature=0.2 top_p=0.9``."""
-    return " ".join(f"{name}={value}" for name, value in values.items())
+def settings_text(settings: Settings) -> str:
+    """``preset=qwen-coding temperature=0.6 top_p=0.95 …``: what is in force, the preset's values included."""
+    preset = {"preset": settings.preset} if settings.preset else {}
+    return " ".join(f"{name}={value}" for name, value in {**preset, **settings.snapshot()}.items())
 
 
 def speed_text(reply: Reply) -> str:

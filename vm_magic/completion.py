@@ -6,6 +6,7 @@ from typing import Any
 
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
 
+from engine.presets import MODEL_PRESET, PRESETS
 from vm_magic import session as sessions
 from vm_magic.arguments import CELL_COMMANDS, COMMANDS, command_parser
 from vm_magic.settings_text import SETTABLE
@@ -54,7 +55,7 @@ def candidates(before: list[str], fragment: str, *, cell: bool = False) -> Itera
     if fragment.startswith("-"):
         return flags
     if command == "set":
-        return [f"{name}=" for name in SETTABLE]
+        return [f"preset={name}" for name in (*PRESETS, MODEL_PRESET)] + [f"{name}=" for name in SETTABLE]
     if command in ("load", "serve", "plan"):
         return [model.name for model in sessions.cached_models()]
     return _conversation_names() if command in ("reset", "history") else ()

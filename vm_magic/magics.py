@@ -196,7 +196,7 @@ class VLLMMetal(Magics):  # type: ignore[misc]
         if text.strip() in ("-h", "--help"):
             raise HelpShown(command_parser("set").format_help())
         self.session.settings.update(**read_settings(text))
-        print(settings_text(self.session.settings.snapshot()) or "nothing is set: the model's own defaults hold")
+        print(settings_text(self.session.settings) or "nothing is set: the model's own defaults hold")
 
     def _reset(self, parsed: argparse.Namespace) -> None:
         conversation = self.session.conversation(parsed.name)

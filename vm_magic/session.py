@@ -130,7 +130,7 @@ class Session:
             find_model(args, report)
         self.unload()
         llm = new_llm(model, report, **options)
-        llm.settings.update(**self._settings.snapshot())
+        llm.settings.adopt(self._settings)
         self.llm, self._args = llm, args
         return True
 
@@ -169,8 +169,7 @@ class Session:
         llm, self.llm, self._args = self.llm, None, None
         if llm is None:
             return False
-        self._settings = Settings()
-        self._settings.update(**llm.settings.snapshot())
+        self._settings.adopt(llm.settings)
         llm.close()
         return True
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from engine.errors import ConfigError, RequestError
+from engine.presets import MODEL_PRESET, preset_values
 from engine.sampling_params import SamplingParams
 
 _KEY = re.compile(r"\s*([A-Za-z_][\w-]*)\s*=(?:\s+(?=\S)(?![A-Za-z_][\w-]*\s*=))?")
@@ -16,10 +17,10 @@ _RELOAD = {
     "max_model_len": "--max-model-len",
     "max_num_seqs": "--max-num-seqs",
 }
-_PER_REQUEST = ("n", "detokenize", "prompt_logprobs")
+_PER_REQUEST = ("n", "detokenize", "prompt_logprobs", "sources")
 _WHOLE = ("seed", "logprobs", "max_tokens")
-SETTABLE = tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name not in _PER_REQUEST)
-"""Sampling names that ``set`` takes."""
+SETTABLE = ("preset", *(f.name for f in dataclasses.fields(SamplingParams) if f.name not in _PER_REQUEST))
+"""Names that ``set`` takes: a preset's, and those of sampling values."""
 
 
 def read_settings(text: str) -> dict[str, Any]:
@@ -83,6 +84,9 @@ def _checked(name: str, value: Any) -> Any:
         )
     if name not in SETTABLE:
         raise ConfigError(f"{name} is not a setting; there are: {', '.join(SETTABLE)}", flag=name)
+    if name == "preset":
+        preset_values(str(value or MODEL_PRESET))
+        return str(value or MODEL_PRESET)
     if value is None:
         return None
     default = next(f.default for f in dataclasses.fields(SamplingParams) if f.name == name)

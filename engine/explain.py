@@ -1,0 +1,250 @@
+"""Why a request went as it did: values with their sources, the cache hit and where it ended, raw and parsed output."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.request_log import RequestLog, RequestRecord, common_prefix
+from engine.sampling_params import SamplingParams
+
+ALWAYS_SHOWN = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "max_tokens",
+    "seed",
+)
+_CONTEXT = 6
+"""Tokens of context before a divergence."""
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True)
+class SamplingValue:
+    """One sampling value in force, and where it came from."""
+
+    name: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class CacheHit:
+    """What of the prompt was found in the prefix cache, and why not more.
+
+    ``num_shared_tokens`` is the longest beginning in common with an earlier request that is still
+    remembered, ``nearest`` that request's number. Where the two part, ``here`` and ``there`` are
+    the texts that end in the first token that differs.
+    """
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_shared_tokens: int
+    reason: str
+    nearest: int | None = None
+    here: str | None = None
+    there: str | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """One completion: the text as generated (special tokens visible) beside what the parsers made of it."""
+
+    raw: str
+    content: str
+    reasoning: str | None
+    tool_calls: tuple[Mapping[str, Any], ...]
+    num_tokens: int
+    finish_reason: str | None
+    stop: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One request, explained. Times are seconds, None where the request did not get so far."""
+
+    number: int
+    request_id: str
+    prompt: str
+    prompt_token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    sampling: tuple[SamplingValue, ...]
+    constraints: tuple[str, ...]
+    cache: CacheHit
+    outputs: tuple[Output, ...]
+    queue_time: float | None
+    prefill_time: float | None
+    decode_time: float | None
+    num_preemptions: int
+    finished: bool
+    error: str | None
+
+    def timing(self) -> str:
+        """The times as one line."""
+        spans = (("queue", self.queue_time), ("prefill", self.prefill_time), ("decode", self.decode_time))
+        parts = [f"{name} {seconds:.3f} s" for name, seconds in spans if seconds is not None]
+        return " · ".join([*parts, *([f"{self.num_preemptions} preemptions"] if self.num_preemptions else [])])
+
+
+Parse = Callable[[RequestRecord, str], tuple[str, str | None, Sequence[Mapping[str, Any]]]]
+"""(record, the completion's text with special tokens) -> content, reasoning, tool calls."""
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """What is needed of an engine to explain its requests.
+
+    ``decode`` keeps special tokens. ``no_caching`` says why nothing is ever cached, or is empty.
+    """
+
+    log: RequestLog
+    decode: Decode
+    token_text: Callable[[int], str]
+    parse: Parse
+    eos_token_ids: frozenset[int]
+    block_size: int
+    no_caching: str = ""
+
+    def explain(self, record: RequestRecord) -> Explanation:
+        """Everything known of ``record`` now."""
+        outcome = record.outcome
+        metrics = outcome.metrics
+        scheduled, first, last = metrics.scheduled_time, metrics.first_token_time, metrics.last_token_time
+        return Explanation(
+            number=record.number,
+            request_id=record.request_id,
+            prompt=record.prompt if record.prompt is not None else self.decode(record.prompt_token_ids),
+            prompt_token_ids=tuple(record.prompt_token_ids),
+            tokens=tuple(map(self.token_text, record.prompt_token_ids)),
+            sampling=tuple(sampling_values(record.params, record.max_tokens)),
+            constraints=tuple(constraint_lines(record.constraints)),
+            cache=self._cache_hit(record),
+            outputs=tuple(self._output(record, i) for i in range(len(outcome.completions))),
+            queue_time=metrics.queue_time,
+            prefill_time=None if first is None or scheduled is None else first - scheduled,
+            decode_time=None if first is None or last is None else last - first,
+            num_preemptions=metrics.num_preemptions,
+            finished=outcome.finished,
+            error=outcome.error,
+        )
+
+    def _output(self, record: RequestRecord, index: int) -> Output:
+        completion = record.outcome.completions[index]
+        raw = self.decode(completion.token_ids)
+        content, reasoning, tool_calls = self.parse(record, completion.text)
+        return Output(
+            raw,
+            content,
+            reasoning,
+            tuple(tool_calls),
+            len(completion.token_ids),
+            completion.finish_reason,
+            self._why_it_stopped(record, index),
+        )
+
+    def _why_it_stopped(self, record: RequestRecord, index: int) -> str:
+        outcome = record.outcome
+        completion = outcome.completions[index]
+        reason, stop = completion.finish_reason, completion.stop_reason
+        last = completion.token_ids[-1] if completion.token_ids else None
+        if outcome.error is not None:
+            return f"failed: {outcome.error}"
+        if reason is None:
+            return "still running"
+        if reason == "length":
+            return f"max_tokens={record.max_tokens} tokens were generated"
+        if reason == "abort":
+            return "it was stopped: ■, a client that left, or abort()"
+        if isinstance(stop, int):
+            return f"the stop token {self.token_text(stop)!r} ({stop}) of stop_token_ids"
+        if stop is not None:
+            return f"the stop string {stop!r}" if stop in record.params.stop else str(stop)
+        if last is not None and last in self.eos_token_ids:
+            return f"the model ended its turn with {self.token_text(last)!r} ({last})"
+        return reason
+
+    def _cache_hit(self, record: RequestRecord) -> CacheHit:
+        prompt, cached = record.prompt_token_ids, record.outcome.num_cached_tokens
+        shared, nearest, other = self._nearest(record)
+        hit = CacheHit(len(prompt), cached, shared, "", None if nearest is None else nearest.number)
+        why = self._why_no_more(record, hit)
+        parted = shared < len(prompt) and other is not None and shared < len(other)
+        if not parted or other is None:
+            return dataclasses.replace(hit, reason=why)
+        start = max(0, shared - _CONTEXT)
+        here, there = self.decode(prompt[start : shared + 1]), self.decode(other[start : shared + 1])
+        return dataclasses.replace(hit, reason=why, here=here, there=there)
+
+    def _nearest(self, record: RequestRecord) -> tuple[int, RequestRecord | None, Sequence[int] | None]:
+        """The earlier request that shares most of the prompt: how many tokens, which, and its tokens."""
+        best: tuple[int, RequestRecord | None, Sequence[int] | None] = (0, None, None)
+        for earlier in self.log.before(record):
+            if earlier.cache_salt != record.cache_salt:
+                continue
+            for tokens in earlier.sequences():
+                shared = common_prefix(record.prompt_token_ids, tokens)
+                if best[1] is None or shared > best[0]:
+                    best = (shared, earlier, tokens)
+        return best
+
+    def _why_no_more(self, record: RequestRecord, hit: CacheHit) -> str:
+        size = self.block_size
+        reusable = (hit.num_prompt_tokens - 1) // size * size
+        known = min(hit.num_shared_tokens // size * size, reusable)
+        blocks = f"whole blocks of {size} tokens are reused"
+        if self.no_caching:
+            return self.no_caching
+        if record.params.prompt_logprobs is not None:
+            return "prompt_logprobs need every prompt token computed"
+        if hit.num_cached_tokens >= reusable:
+            rest = hit.num_prompt_tokens - hit.num_cached_tokens
+            return f"all there is to reuse: {blocks}, and the last {rest} tokens are computed"
+        if hit.nearest is None:
+            return "no earlier request is remembered"
+        if hit.num_cached_tokens > known:
+            return "the hit comes from a request that is no longer remembered"
+        if hit.num_cached_tokens < known:
+            return (
+                f"the first {hit.num_shared_tokens} tokens are those of request {hit.nearest}, but {blocks} only "
+                "when they are computed and not yet evicted"
+            )
+        return f"the first {hit.num_shared_tokens} tokens are those of request {hit.nearest}; {blocks}"
+
+
+def sampling_values(params: SamplingParams, max_tokens: int) -> list[SamplingValue]:
+    """The values in force: the common ones always, others where they are not the default."""
+    result = []
+    for field in dataclasses.fields(params):
+        if field.name == "sources":
+            continue
+        value = getattr(params, field.name)
+        plain = _is_default(field, value)
+        if field.name not in ALWAYS_SHOWN and plain:
+            continue
+        source = params.sources.get(field.name, "default" if plain else "SamplingParams")
+        if field.name == "max_tokens" and value is None:
+            value, source = max_tokens, "default: the rest of the context"
+        result.append(SamplingValue(field.name, value, source))
+    return sorted(result, key=lambda one: _place(one.name))
+
+
+def constraint_lines(constraints: Any) -> list[str]:
+    """The constraints of a request that are set, each in one line."""
+    if constraints is None:
+        return []
+    set_ones = ((field.name, getattr(constraints, field.name)) for field in dataclasses.fields(constraints))
+    return [f"{name}: {value}" for name, value in set_ones if value is not None]
+
+
+def _place(name: str) -> int:
+    return ALWAYS_SHOWN.index(name) if name in ALWAYS_SHOWN else len(ALWAYS_SHOWN)
+
+
+def _is_default(field: "dataclasses.Field[Any]", value: object) -> bool:
+    factory = field.default_factory
+    return bool(value == (field.default if factory is dataclasses.MISSING else factory()))
