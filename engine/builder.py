@@ -1,5 +1,6 @@
 """From a resolved model to an engine that is ready: load, check, measure, plan. Runs on the engine's thread."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from engine.runner.warm_up import choose_backend, measure_overhead
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
 
+logger = logging.getLogger("engine")
 _CHUNK_ON_GPU = 2048
 _CHUNK_ON_CPU = 512
 """Where a token costs milliseconds, longer chunks only delay other requests, aborts and interrupts."""
@@ -46,6 +48,8 @@ def build_engine(
     """Load ``resolved`` and plan its memory; on failure everything is given back."""
     device = describe_device()
     loaded = load_model(resolved, args, progress)
+    if progress is not None:
+        progress("warm-up", 0, 0)
     vocab_size = num_logits(loaded.model)
     backend, note = choose_backend(
         loaded.model,
@@ -69,6 +73,9 @@ def build_engine(
         cache_dtype=args.kv_cache_dtype,
     )
     notes = [*loaded.notes, *([note] if note else [])]
+    for line in notes:
+        logger.info("%s", line)
+    logger.info("Paged attention memory breakdown: %s", plan.log_line())
     return BuiltEngine(engine, loaded.config, plan, loaded.num_bytes, notes)
 
 

@@ -1,6 +1,7 @@
 """The one thread that owns MLX: it loads, steps and frees; everybody else talks to it through a queue."""
 
 import gc
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -11,11 +12,13 @@ from engine.builder import BuiltEngine
 from engine.errors import EngineClosedError, GenerationError, VMMagicError
 from engine.llm_engine import LLMEngine, NewRequest
 from engine.runner.devices import leave_thread
+from engine.stats_log import StatsLog
 from engine.stream import RequestStream
 
 T = TypeVar("T")
 _Command = Callable[[LLMEngine], None]
 _POLL = 0.1
+logger = logging.getLogger("engine")
 
 
 class EngineThread:
@@ -107,6 +110,7 @@ class EngineThread:
             self._serve(engine)
         except BaseException as error:  # noqa: BLE001  (the thread ends here, and everyone waiting is told)
             self._failure = error
+            logger.error("the engine thread failed: %s", _one_line(error))
         finally:
             with self._lock:
                 self._closing = True
@@ -132,16 +136,24 @@ class EngineThread:
         return built.engine
 
     def _serve(self, engine: LLMEngine) -> None:
+        log = StatsLog(engine.stats)
+        idle = True
         while self._take_commands(engine):
             if not engine.has_work:
+                idle = True
                 continue
+            if idle:
+                log.resume()
+            idle = False
             try:
                 engine.step()
+                log.tick(idle=not engine.has_work)
             except Exception as error:  # noqa: BLE001  (a failing model: all requests are told, the engine goes on)
                 failure = GenerationError(
                     f"the model failed: {_one_line(error)}; the engine goes on without this request"
                 )
                 failure.__cause__ = error
+                logger.error("%s", failure)
                 engine.fail_all(failure)
             self._forget_finished()
 

@@ -1,5 +1,6 @@
 """The engine: single-threaded and deterministic. Read :meth:`LLMEngine.step` first."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from engine.sampling_params import SamplingParams
 from engine.stream import RequestStream
 from engine.text.detokenizer import Detokenizer
 
+logger = logging.getLogger("engine")
 MakeDetokenizer = Callable[[list[int], SamplingParams], Detokenizer]
 
 
@@ -139,6 +141,7 @@ class LLMEngine:
         group = self._groups.get(request_id)
         if group is None:
             return
+        logger.info("Aborted request %s.", request_id)
         for completion in group.completions:
             if not completion.request.finished:
                 self._finish(group, completion, RequestStatus.FINISHED_ABORTED)

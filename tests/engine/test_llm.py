@@ -1,0 +1,300 @@
+"""``LLM`` as people use it, on a tiny model: outputs, sampling, streams, ends, failures."""
+
+import asyncio
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from engine.errors import ConfigError, ContextLengthError, EngineClosedError, GenerationError, RequestError
+from engine.llm import LLM, memory_in_use
+from engine.sampling_params import SamplingParams
+from tests.engine.parity.oracle import assert_nothing_is_held, mixed_prompts, oracle_logprobs, oracle_tokens
+
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir) -> str:
+    return str(tiny_model_dir("llama"))
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    with LLM(model, max_model_len=512, served_model_name="tiny") as llm:
+        yield llm
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request):
+    yield
+    if "llm" in request.fixturenames:
+        assert_nothing_is_held(request.getfixturevalue("llm"))
+
+
+def test_text_is_the_text_of_the_tokens(llm):
+    output = llm.generate("Once upon a time", GREEDY)[0]
+    completion = output.outputs[0]
+    assert completion.text == llm.tokenizer.decode(completion.token_ids)
+    assert output.prompt_token_ids == llm.tokenize("Once upon a time")
+    assert (completion.finish_reason, output.finished) == ("length", True)
+
+
+def test_deltas_add_up_to_the_result(llm):
+    deltas = list(llm.stream("Once upon a time", GREEDY))
+    assert "".join(delta.text for delta in deltas) == llm.generate("Once upon a time", GREEDY)[0].outputs[0].text
+    assert [delta.finish_reason for delta in deltas] == [None] * 9 + ["length"]
+
+
+def test_async_streams_give_the_same(llm):
+    async def collect():
+        return [delta async for delta in llm.astream("Once upon a time", GREEDY)]
+
+    assert asyncio.run(collect()) == list(llm.stream("Once upon a time", GREEDY))
+
+
+def test_leaving_a_stream_early_frees_its_blocks(llm):
+    for _ in llm.stream("Once upon a time", GREEDY.replace(max_tokens=400)):
+        break
+    deadline = time.monotonic() + 10
+    while llm.stats().num_running and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_an_abort_gives_what_was_there_and_says_so(llm):
+    stream = llm.submit("Once upon a time", GREEDY.replace(max_tokens=400))
+    first = next(stream)
+    stream.abort()
+    stream.abort()
+    output = stream.result().outputs[0]
+    assert output.finish_reason == "abort"
+    assert output.token_ids[: len(first.token_ids)] == first.token_ids
+    assert len(output.token_ids) < 400
+
+
+def test_a_chat_is_rendered_with_the_models_template(llm):
+    messages = [{"role": "user", "content": "Hi"}]
+    output = llm.chat(messages, GREEDY)[0]
+    assert llm.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False) == llm.render_chat(messages)
+    assert llm.render_chat(messages).endswith("<|im_start|>assistant\n")
+
+
+def test_many_chats_come_back_in_order(llm):
+    chats = [[{"role": "user", "content": f"Number {i}"}] for i in range(5)]
+    together = [output.outputs[0].text for output in llm.chat(chats, GREEDY)]
+    assert together == [llm.chat(chat, GREEDY)[0].outputs[0].text for chat in chats]
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.05, "presence_penalty": 1.0}, {"repetition_penalty": 1.3}]
+)
+def test_a_seed_gives_the_same_tokens_whatever_shares_the_batch(llm, more):
+    params = SamplingParams(temperature=1.0, seed=7, max_tokens=12, ignore_eos=True, **more)
+    prompts = mixed_prompts(9, 49152, 60, seed=3)
+    alone = llm.generate([prompts[4]], params)[0].outputs[0].token_ids
+    others = [params.replace(seed=i, temperature=0.5 + i / 10) for i in range(9)]
+    others[4] = params
+    together = llm.generate(prompts, others, use_tqdm=False)[4].outputs[0].token_ids
+    assert together == alone
+    assert llm.generate([prompts[4]], params.replace(seed=8))[0].outputs[0].token_ids != alone
+
+
+def test_completions_of_one_seeded_request_differ_and_repeat(llm):
+    params = SamplingParams(temperature=1.0, seed=1, n=3, max_tokens=8, ignore_eos=True)
+    first, second = (llm.generate("Once", params)[0] for _ in range(2))
+    texts = [output.token_ids for output in first.outputs]
+    assert texts == [output.token_ids for output in second.outputs]
+    assert len({tuple(text) for text in texts}) == 3
+
+
+def test_penalties_count_the_token_in_flight(llm):
+    """A strong penalty forbids every repetition, also that of the token the host has not read yet."""
+    params = GREEDY.replace(max_tokens=60, frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=1e6)
+    tokens = llm.generate("Once upon a time", params)[0].outputs[0].token_ids
+    assert len(set(tokens)) == len(tokens)
+
+
+def test_logprobs_are_mlx_lms(llm, model):
+    prompt = llm.tokenize("Once upon a time there was")
+    output = llm.generate([prompt], GREEDY.replace(logprobs=3))[0].outputs[0]
+    expected = oracle_logprobs(model, [*prompt, *output.token_ids])
+    for place, (token, found) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
+        row = expected[len(prompt) - 1 + place]
+        assert next(iter(found)) == token
+        assert list(found) == np.argsort(-row)[:3].tolist()
+        for token_id, logprob in found.items():
+            assert logprob.logprob == pytest.approx(row[token_id], abs=2e-4)
+    taken = sum(position[token].logprob for position, token in zip(output.logprobs, output.token_ids, strict=True))
+    assert output.cumulative_logprob == pytest.approx(taken)
+
+
+@pytest.mark.parametrize("chunk", [16, 512])
+def test_prompt_logprobs_are_mlx_lms_also_when_the_prompt_comes_in_chunks(llm, model, chunk):
+    prompt = mixed_prompts(1, 49152, 50, seed=2)[0] * 2
+    before = llm._thread.call(lambda engine: engine.scheduler.max_num_batched_tokens)
+    llm._thread.call(lambda engine: setattr(engine.scheduler, "max_num_batched_tokens", chunk))
+    output = llm.generate([prompt], GREEDY.replace(prompt_logprobs=2, max_tokens=1))[0]
+    llm._thread.call(lambda engine: setattr(engine.scheduler, "max_num_batched_tokens", before))
+    expected = oracle_logprobs(model, prompt)
+    assert output.prompt_logprobs[0] is None
+    assert len(output.prompt_logprobs) == len(prompt)
+    for place in range(1, len(prompt)):
+        found = output.prompt_logprobs[place][prompt[place]]
+        assert found.logprob == pytest.approx(expected[place - 1][prompt[place]], abs=2e-4)
+
+
+def test_a_stop_string_ends_the_text_before_it(llm):
+    whole = llm.generate("Once upon a time", GREEDY.replace(max_tokens=20))[0].outputs[0].text
+    stop = whole[10:14]
+    output = llm.generate("Once upon a time", GREEDY.replace(max_tokens=20, stop=[stop]))[0].outputs[0]
+    assert output.text == whole[: whole.index(stop)]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+    shown = "".join(d.text for d in llm.stream("Once upon a time", GREEDY.replace(max_tokens=20, stop=[stop])))
+    assert shown == output.text
+
+
+def test_bad_words_and_allowed_tokens_are_kept(llm):
+    free = llm.generate("Once upon a time", GREEDY)[0].outputs[0]
+    word = llm.tokenizer.decode(free.token_ids[3:4])
+    kept = llm.generate("Once upon a time", GREEDY.replace(bad_words=[word.strip() or word]))[0].outputs[0]
+    assert free.token_ids[3] not in kept.token_ids
+    allowed = llm.generate("Once upon a time", GREEDY.replace(allowed_token_ids=[40, 41]))[0].outputs[0]
+    assert set(allowed.token_ids) <= {40, 41}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "error", "text"),
+    [
+        ([], GREEDY, RequestError, "empty"),
+        ([10**6], GREEDY, RequestError, "out of vocabulary"),
+        ([5] * 512, GREEDY, ContextLengthError, "This model's maximum context length is 512 tokens"),
+        ([5] * 10, GREEDY.replace(max_tokens=503), ContextLengthError, "you requested 503 output tokens"),
+        ([5], GREEDY.replace(logit_bias={10**6: 1.0}), RequestError, "out-of-vocab"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_at_the_door(llm, prompt, params, error, text):
+    with pytest.raises(error, match=text):
+        llm.submit(prompt, params)
+
+
+def test_without_a_limit_a_reply_goes_to_the_end_of_the_context(llm):
+    output = llm.generate([[5] * 500], llm.sampling_params(temperature=0).replace(ignore_eos=True))[0].outputs[0]
+    assert len(output.token_ids) == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size is not supported"),
+        ({"gpu_memory_utilization": 1.5}, r"--gpu-memory-utilization 1.5: must be \(0, 1\]"),
+        ({"max_model_len": "long"}, "--max-model-len"),
+    ],
+)
+def test_bad_options_are_refused_by_name(model, options, text):
+    with pytest.raises(ConfigError, match=text):
+        LLM(model, **options)
+
+
+def test_a_failing_model_tells_everyone_and_the_engine_goes_on(llm, model, monkeypatch):
+    engine = llm._thread.call(lambda engine: engine)
+    streams = [llm.submit(prompt, GREEDY.replace(max_tokens=300)) for prompt in ("One", "Two")]
+    next(streams[0])
+
+    def broken(*_, **__):
+        raise RuntimeError("no such luck")
+
+    llm._thread.call(lambda engine: monkeypatch.setattr(engine.runner.backend, "forward", broken))
+    for stream in streams:
+        with pytest.raises(GenerationError, match="the model failed: RuntimeError: no such luck"):
+            stream.result()
+    llm._thread.call(lambda _: monkeypatch.undo())
+    prompt = llm.tokenize("Once upon a time")
+    assert llm.generate([prompt], GREEDY)[0].outputs[0].token_ids == oracle_tokens(model, prompt, 10)
+    del engine
+
+
+def test_logits_that_are_not_numbers_fail_their_request_only(llm, monkeypatch):
+    import mlx.core as mx
+
+    backend = llm._thread.call(lambda engine: engine.runner.backend)
+    forward = backend.forward
+
+    def poisoned(batch, tokens, wanted):
+        logits = forward(batch, tokens, wanted)
+        bad = [share.request.prompt_token_ids[0] == 7 for share, rows in zip(batch.shares, wanted, strict=True)
+               if len(rows)]  # fmt: skip
+        return mx.where(mx.array(bad)[:, None], mx.array(float("nan")), logits)
+
+    llm._thread.call(lambda _: monkeypatch.setattr(backend, "forward", poisoned))
+    good, bad = llm.submit([5, 6], GREEDY), llm.submit([7, 6], GREEDY)
+    assert good.result().outputs[0].finish_reason == "length"
+    with pytest.raises(GenerationError, match="no finite logits"):
+        bad.result()
+    llm._thread.call(lambda _: monkeypatch.undo())
+
+
+def test_an_interrupt_while_waiting_aborts_the_requests(llm, monkeypatch):
+    from engine.stream import RequestStream
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RequestStream, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["One", "Two"], GREEDY.replace(max_tokens=400), use_tqdm=False)
+    deadline = time.monotonic() + 10
+    while llm.stats().num_running and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_closing_ends_requests_threads_and_memory(model):
+    gc.collect()
+    before, threads = memory_in_use(), set(threading.enumerate())
+    llm = LLM(model, max_model_len=512)
+    stream = llm.submit("Once upon a time", GREEDY.replace(max_tokens=400))
+    next(stream)
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineClosedError, match="closed"):
+        stream.result()
+    with pytest.raises(EngineClosedError):
+        llm.submit("again", GREEDY)
+    assert llm.closed
+    assert set(threading.enumerate()) <= threads
+    assert memory_in_use() <= before
+
+
+def test_dropping_the_object_gives_everything_back(model):
+    gc.collect()
+    before = memory_in_use()
+    llm = LLM(model, max_model_len=512)
+    assert memory_in_use() > before
+    del llm
+    gc.collect()
+    assert memory_in_use() <= before
+
+
+def test_a_cancelled_load_leaves_nothing(model):
+    gc.collect()
+    before, threads = memory_in_use(), set(threading.enumerate())
+
+    def stop(stage, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        LLM(model, progress=stop)
+    assert memory_in_use() <= before
+    assert set(threading.enumerate()) <= threads
+
+
+def test_settings_reach_requests_that_say_nothing_else(llm):
+    llm.settings.update(temperature=0.25, top_k=5)
+    try:
+        assert llm.sampling_params().temperature == 0.25
+        assert llm.sampling_params(temperature=0.5).temperature == 0.5
+        assert llm.resolve_sampling(temperature=0.5).sources["top_k"] == "settings"
+    finally:
+        llm.settings.reset()
+    assert llm.sampling_params().temperature == 1.0
