@@ -5,13 +5,16 @@
 * ``smollm2_gguf``: the path of its file, for its vocabulary.
 * ``tiny_model_dir(architecture, seed=0, **config)``: a folder with a tiny random model (llama, qwen2, qwen3,
   gemma3_text) and SmolLM2's tokenizer; made once per session for equal arguments.
+* ``scripted_llm(text, ..., **options)``: an engine whose model says ``text`` (tests/scripted_model.py); options of
+  ``write_scripted_model`` and of the engine mix. Closed after the test.
 * ``no_network``: every connection attempt fails the test.
 """
 
+import inspect
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -20,9 +23,13 @@ from engine.runner.devices import choose_blas
 choose_blas()
 
 from engine.hub import ResolvedModel, resolve  # noqa: E402
-from tests import tiny_models  # noqa: E402
+from tests import scripted_model, tiny_models  # noqa: E402
+
+if TYPE_CHECKING:
+    from engine.llm import LLM
 
 TinyModelDir = Callable[..., Path]
+ScriptedLLM = Callable[..., "LLM"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,6 +61,26 @@ def tiny_model_dir(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def scripted_llm(smollm2_gguf: Path, tmp_path: Path) -> Iterator[ScriptedLLM]:
+    from engine.llm import LLM
+
+    made: list[LLM] = []
+    own = set(inspect.signature(scripted_model.write_scripted_model).parameters)
+
+    def make(*scripts: str, **options: Any) -> LLM:
+        scripted_model.install()
+        written = {name: options.pop(name) for name in list(options) if name in own}
+        folder = scripted_model.write_scripted_model(tmp_path / f"script-{len(made)}", smollm2_gguf, scripts, **written)
+        options = {"max_model_len": 1024, "gpu_memory_utilization": 0.2, "served_model_name": "scripted", **options}
+        made.append(LLM(str(folder), **options))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
 
 
 @pytest.fixture
