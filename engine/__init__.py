@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from engine.memory import MemoryPlan
     from engine.outputs import CompletionDelta, CompletionOutput, Reply, RequestOutput
     from engine.planning import plan
+    from engine.replay import parse_output
     from engine.sampling_params import SamplingParams
 
 _HOMES = {
     "LLM": "engine.llm",
     "MemoryPlan": "engine.memory",
+    "parse_output": "engine.replay",
     "plan": "engine.planning",
     "SamplingParams": "engine.sampling_params",
     "CompletionDelta": "engine.outputs",
@@ -36,6 +38,7 @@ __all__ = [
     "Reply",
     "RequestOutput",
     "SamplingParams",
+    "parse_output",
     "plan",
 ]
 

@@ -27,6 +27,8 @@ from engine.sampling_params import SamplingParams
 from engine.settings import Settings
 from engine.stream import RequestStream
 from engine.text.chat_template import ChatTemplate, load_template
+from engine.text.output_parser import OutputParser, ToolChoice
+from engine.text.parser_choice import ParserChoice
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -64,6 +66,9 @@ class LLM:
         resolved = resolve(self.args.model, self.args.revision, progress=progress)
         self.tokenizer: Tokenizer = load_tokenizer(resolved, self.args)
         self._template = self._make_template()
+        self._parsers = ParserChoice.of_model(self.args, self._template.source, self.tokenizer)
+        self.reasoning_parser = self._parsers.reasoning_parser
+        self.tool_call_parser = self._parsers.tool_call_parser
         self.metrics = EngineMetrics(self.args.names[0])
         self.settings = Settings()
         self.request_log = RequestLog()
@@ -94,7 +99,7 @@ class LLM:
         self.defaults = SamplingDefaults(
             built.config.generation_config, self.args.override_generation_config, self.settings
         )
-        self.notes = [*built.notes, *filter(None, [self.defaults.log_line()])]
+        self.notes = [*built.notes, *filter(None, [self._parsers.note, self.defaults.log_line()])]
         self._vocab_size = built.engine.runner.vocab_size
         self._reuses_prefixes = built.engine.scheduler.kv.groups[0].pool.enable_caching
 
@@ -145,6 +150,23 @@ class LLM:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             **(chat_template_kwargs or {}),
+        )
+
+    def output_parser(
+        self,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = None,
+        prompt: str = "",
+        parallel_tool_calls: bool = True,
+    ) -> OutputParser:
+        """A parser for one completion: thoughts and tool calls apart from the answer.
+
+        ``prompt`` is the rendered prompt, which may open the thought. The request must run with
+        ``skip_special_tokens=False`` where the parser's ``needs_special_tokens`` says so.
+        """
+        return self._parsers.make(
+            tools=tools, tool_choice=tool_choice, prompt=prompt, parallel_tool_calls=parallel_tool_calls
         )
 
     def submit(

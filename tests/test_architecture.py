@@ -28,9 +28,10 @@ ALLOWED: dict[str, frozenset[str]] = {
     "stats_log": frozenset({*_MIDDLE, "llm_engine"}),
     "engine_thread": frozenset({*_MIDDLE, "llm_engine", "builder", "stats_log"}),
     "planning": frozenset(_MIDDLE),
+    "replay": frozenset(_MIDDLE),
     "llm": frozenset({*_MIDDLE, "llm_engine", "builder", "engine_thread"}),
     "openai": frozenset({"openai", *_MIDDLE, "llm_engine", "engine_thread", "llm"}),
-    "engine": frozenset({*_MIDDLE, "planning", "llm"}),
+    "engine": frozenset({*_MIDDLE, "planning", "replay", "llm"}),
     "vm_magic": frozenset({"vm_magic", "engine", *_BELOW, "metrics", "llm", "openai"}),
 }
 """Room -> rooms it may import. "engine" is the package's __init__, which only re-exports; "shared" is every module

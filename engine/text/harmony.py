@@ -1,0 +1,78 @@
+"""gpt-oss's harmony format: messages on channels, tool calls as messages to a function.
+
+``<|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>commentary to=functions.f
+<|constrain|>json<|message|>{…}<|call|>``, ``<|channel|>final<|message|>…<|return|>``.
+"""
+
+import re
+from dataclasses import dataclass
+
+from engine.text.lenient_json import LenientJson
+from engine.text.output_sink import OutputSink
+from engine.text.scanner import Markers, MarkupError, Scanner, Steps
+
+_START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
+_ENDS = ("<|end|>", "<|return|>", "<|call|>")
+_BETWEEN = Markers([_START, _CHANNEL, _MESSAGE, *_ENDS])
+_IN_HEADER = Markers([_START, _MESSAGE, *_ENDS])
+_IN_BODY = Markers([_START, *_ENDS])
+_RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
+
+
+@dataclass(frozen=True)
+class HarmonyReader:
+    """Reads harmony messages. Without ``with_calls`` a message to a function is content."""
+
+    scanner: Scanner
+    sink: OutputSink
+    with_calls: bool
+
+    def read(self, prompt_suffix: str) -> Steps[None]:
+        """The whole output. The prompt may end in a message's header or inside a message."""
+        begun = prompt_suffix.rpartition(_START)[2] if _START in prompt_suffix else None
+        mark: str | None = _START
+        if begun is None or any(end in begun for end in _ENDS):
+            mark = yield from self.scanner.until(_BETWEEN, self.sink.content)
+        elif _MESSAGE in begun:
+            mark = yield from self._body(begun.partition(_MESSAGE)[0])
+        elif _CHANNEL not in begun and not (yield from self._header_follows()):
+            mark = yield from self.scanner.until(_BETWEEN, self.sink.content)
+        else:
+            mark = yield from self._header(begun)
+        while mark is not None:
+            if mark in (_START, _CHANNEL):
+                mark = yield from self._header(mark)
+            elif mark == _MESSAGE:
+                mark = yield from self._body("")
+            else:
+                mark = yield from self.scanner.until(_BETWEEN, self.sink.content)
+
+    def _header_follows(self) -> Steps[bool]:
+        """Whether a header goes on here: a model may also answer with plain text."""
+        return (yield from self.scanner.after_space([_CHANNEL, _MESSAGE, "to="])) is not None
+
+    def _header(self, begun: str) -> Steps[str | None]:
+        """A message behind its header; returns the mark that ended it."""
+        parts = [begun]
+        mark = yield from self.scanner.until(_IN_HEADER, parts.append)
+        return (yield from self._body("".join(parts))) if mark == _MESSAGE else mark
+
+    def _body(self, header: str) -> Steps[str | None]:
+        recipient = _RECIPIENT.search(header)
+        if recipient and self.with_calls and (yield from self.scanner.after_space(["{"])) == "{":
+            yield from self._arguments(recipient.group(1))
+        elif f"{_CHANNEL}analysis" in header:
+            self.sink.begin_thought()
+            mark = yield from self.scanner.until(_IN_BODY, self.sink.reasoning)
+            self.sink.boundary()
+            return mark
+        return (yield from self.scanner.until(_IN_BODY, self.sink.content))
+
+    def _arguments(self, name: str) -> Steps[None]:
+        emit = self.sink.call(name)
+        try:
+            yield from LenientJson(self.scanner, _ENDS).value(emit)
+        except MarkupError:
+            return  # closed; what is left of the message becomes content
+        finally:
+            self.sink.boundary()

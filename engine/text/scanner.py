@@ -1,0 +1,169 @@
+"""Reading a text that is still being written.
+
+Parsers are generators that yield when they need more text and are resumed when there is some (or when
+nothing more comes). Every choice depends on the text alone, never on how it was cut, so the result
+is the same for all cuts; what is certain is handed on at once.
+"""
+
+import re
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+Emit = Callable[[str], None]
+
+
+class MarkupError(Exception):
+    """The text is not what the parser expected at this point. Never leaves the parsers."""
+
+
+class Markers:
+    """A set of literal marks to search for. The one that begins first wins, of several the longest."""
+
+    def __init__(self, marks: Sequence[str]) -> None:
+        self.marks = tuple(sorted(set(filter(None, marks)), key=len, reverse=True))
+        self._pattern = re.compile("|".join(map(re.escape, self.marks)) or r"(?!)")
+        self._first = {mark[0] for mark in self.marks}
+        self._longest = max(map(len, self.marks), default=0)
+
+    def find(self, text: str, begin: int, *, final: bool) -> tuple[int, str | None]:
+        """Where the text stops being plain, and the mark there; None while the mark may still be growing."""
+        match = self._pattern.search(text, begin)
+        partial = len(text) if final else self._partial(text, begin)
+        if match is not None and match.start() < partial:
+            return match.start(), match.group()
+        return partial, None
+
+    def _partial(self, text: str, begin: int) -> int:
+        """Where a mark begins that the text's end cuts off (the end of the text if none does)."""
+        for index in range(max(begin, len(text) - self._longest + 1), len(text)):
+            if text[index] in self._first:
+                tail = text[index:]
+                if any(len(mark) > len(tail) and mark.startswith(tail) for mark in self.marks):
+                    return index
+        return len(text)
+
+
+class Scanner:
+    """The text so far and how far it was read. A parser asks for text with ``yield from``."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._text = ""
+        self._position = 0
+        self._forgotten = 0
+        self._marks: list[int] = []
+
+    def feed(self, text: str) -> None:
+        """Add text; what was read and lies before every mark is forgotten."""
+        keep = min([self._position, *(mark - self._forgotten for mark in self._marks)])
+        self._text = self._text[keep:] + text
+        self._position -= keep
+        self._forgotten += keep
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        self.closed = True
+
+    def mark(self) -> int:
+        """Remember this place, so that :meth:`rewind` can go back to it until :meth:`release`."""
+        place = self._forgotten + self._position
+        self._marks.append(place)
+        return place
+
+    def rewind(self, mark: int) -> None:
+        """Read on from ``mark`` again."""
+        self._position = mark - self._forgotten
+
+    def release(self, mark: int) -> None:
+        """Forget a mark. Safe to repeat."""
+        if mark in self._marks:
+            self._marks.remove(mark)
+
+    def commit(self) -> None:
+        """Forget all marks: what was read is settled."""
+        self._marks.clear()
+
+    def peek(self) -> Steps[str]:
+        """The next character, left in place; empty at the end."""
+        while self._position >= len(self._text) and not self.closed:
+            yield
+        return self._text[self._position : self._position + 1]
+
+    def take(self) -> str:
+        """Read the character that :meth:`peek` saw."""
+        self._position += 1
+        return self._text[self._position - 1]
+
+    def look(self, size: int) -> Steps[str]:
+        """The next ``size`` characters, left in place; fewer at the end."""
+        while self._position + size > len(self._text) and not self.closed:
+            yield
+        return self._text[self._position : self._position + size]
+
+    def skip_space(self) -> Steps[str]:
+        """Read over white space and return it."""
+        taken: list[str] = []
+        while (yield from self.peek()).isspace():
+            taken.append(self.take())
+        return "".join(taken)
+
+    def after_space(self, marks: Sequence[str]) -> Steps[str | None]:
+        """Which of ``marks`` comes next behind white space, "" at the end of the text; nothing is read."""
+        place = self.mark()
+        yield from self.skip_space()
+        found = yield from self.at(marks)
+        if found is None and not (yield from self.peek()):
+            found = ""
+        self.rewind(place)
+        self.release(place)
+        return found
+
+    def at(self, marks: Sequence[str]) -> Steps[str | None]:
+        """Which of ``marks`` comes next (the longest), left in place. Reads no further than needed to know."""
+        while True:
+            rest = self._text[self._position : self._position + max(map(len, marks), default=0)]
+            growing = not self.closed and any(len(m) > len(rest) and m.startswith(rest) for m in marks)
+            if not growing:
+                return max((m for m in marks if rest.startswith(m)), key=len, default=None)
+            yield
+
+    def accept(self, *marks: str) -> Steps[str | None]:
+        """Read over the mark that comes next, if one does."""
+        found = yield from self.at(marks)
+        if found:
+            self._position += len(found)
+        return found
+
+    def expect(self, *marks: str) -> Steps[str]:
+        """Read over one of ``marks``, or raise MarkupError."""
+        found = yield from self.accept(*marks)
+        if found is None:
+            raise MarkupError(marks)
+        return found
+
+    def until(self, markers: Markers, emit: Emit) -> Steps[str | None]:
+        """Emit text up to the first marker, read over it and return it; None when the text ended."""
+        while True:
+            stop, found = markers.find(self._text, self._position, final=self.closed)
+            if stop > self._position:
+                emit(self._text[self._position : stop])
+                self._position = stop
+            if found is not None:
+                self._position += len(found)
+                return found
+            if self.closed:
+                return None
+            yield
+
+    def word(self, ends: str, *, limit: int = 256) -> Steps[str]:
+        """The text up to one of the characters in ``ends``, which is left. Raises MarkupError past ``limit``."""
+        taken: list[str] = []
+        while (char := (yield from self.peek())) not in ends:
+            taken.append(self.take())
+            if len(taken) > limit:
+                raise MarkupError(ends)
+        if not char:
+            raise MarkupError(ends)
+        return "".join(taken)

@@ -1,0 +1,47 @@
+"""Calls that a grammar forced: ``tool_choice`` required or a named function, in vLLM's two forms.
+
+Required: ``[{"name": …, "parameters": {…}}, …]``. Named: the arguments object alone.
+"""
+
+from dataclasses import dataclass
+
+from engine.text.lenient_json import LenientJson
+from engine.text.output_sink import OutputSink
+from engine.text.scanner import Scanner, Steps
+from engine.text.tool_parsers.base import ToolParser, ToolSchemas
+from engine.text.tool_parsers.json_calls import JsonCalls
+
+_REQUIRED = JsonCalls((), bare="[{")
+
+
+@dataclass(frozen=True)
+class ForcedCalls:
+    """The model's own form (``native``, behind its marks) or vLLM's. ``name`` is the named function, if one is."""
+
+    native: ToolParser | None
+    name: str | None
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """The native marks."""
+        return self.native.starts if self.native else ()
+
+    @property
+    def strays(self) -> tuple[str, ...]:
+        """The native strays."""
+        return self.native.strays if self.native else ()
+
+    @property
+    def bare(self) -> str:
+        """A list or an object; for a named function its arguments object."""
+        return "{" if self.name else "[{"
+
+    def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
+        """The native form behind its mark, else vLLM's."""
+        if start and self.native:
+            yield from self.native.read(scanner, sink, tools, start)
+        elif self.name:
+            scanner.commit()
+            yield from LenientJson(scanner).value(sink.call(self.name))
+        else:
+            yield from _REQUIRED.read(scanner, sink, tools, start)
