@@ -9,6 +9,7 @@ attention over a run needs no gather. A new sequence looks for room to grow, and
 reserved so that others start elsewhere; when memory is short reserved blocks are taken like any.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -18,6 +19,7 @@ import numpy as np
 BlockHash = bytes
 
 _TAKEN, _AVAILABLE, _RESERVED = 0, 1, 2
+"""States of a block number; cached free blocks count as taken, since a run must not evict them."""
 
 
 def hash_block(parent: BlockHash | None, token_ids: Sequence[int], salt: str | None = None) -> BlockHash:
@@ -36,105 +38,66 @@ class Block:
     ref_count: int = 0
     block_hash: BlockHash | None = None
     token_ids: tuple[int, ...] = ()
-    previous: "Block | None" = None
-    next: "Block | None" = None
-
-
-class _FreeQueue:
-    """Doubly linked list of free blocks, least recently used first; removal anywhere is O(1)."""
-
-    def __init__(self, blocks: Iterable[Block]) -> None:
-        self._head, self._tail = Block(-1), Block(-2)
-        self._head.next, self._tail.previous = self._tail, self._head
-        self._length = 0
-        for block in blocks:
-            self.append(block)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def append(self, block: Block) -> None:
-        assert self._tail.previous is not None
-        self._insert(self._tail.previous, block)
-
-    def append_left(self, block: Block) -> None:
-        self._insert(self._head, block)
-
-    def remove(self, block: Block) -> None:
-        before, after = block.previous, block.next
-        assert before is not None, f"block {block.block_id} is not in the free queue"
-        assert after is not None, f"block {block.block_id} is not in the free queue"
-        before.next, after.previous = after, before
-        block.previous = block.next = None
-        self._length -= 1
-
-    def first(self) -> Block:
-        assert self._head.next is not None
-        return self._head.next
-
-    def _insert(self, before: Block, block: Block) -> None:
-        after = before.next
-        assert after is not None
-        before.next = after.previous = block
-        block.previous, block.next = before, after
-        self._length += 1
 
 
 class BlockPool:
-    """``num_blocks`` blocks with reference counts, a content cache and LRU eviction."""
+    """``num_blocks`` blocks with reference counts, a content cache and LRU eviction.
+
+    Blocks that were never used cost nothing: a pool of millions is made at once.
+    """
 
     def __init__(self, num_blocks: int, *, enable_caching: bool = True) -> None:
         assert num_blocks > 0, f"a pool needs blocks, got {num_blocks}"
+        self.num_blocks = num_blocks
         self.enable_caching = enable_caching
-        self.blocks = [Block(i) for i in range(num_blocks)]
-        self._free = _FreeQueue(self.blocks)
-        self._cached: dict[BlockHash, Block] = {}
         self._state = bytearray([_AVAILABLE]) * num_blocks
-        self.num_free_cached = 0
-
-    @property
-    def num_blocks(self) -> int:
-        """Size of the pool."""
-        return len(self.blocks)
+        self._held: dict[int, Block] = {}
+        self._evictable: OrderedDict[int, Block] = OrderedDict()
+        self._cached: dict[BlockHash, Block] = {}
 
     @property
     def num_free_blocks(self) -> int:
         """Blocks that can be taken now, cached ones included."""
-        return len(self._free)
+        return self.num_blocks - len(self._held)
+
+    @property
+    def num_free_cached(self) -> int:
+        """Free blocks whose content may be found again."""
+        return len(self._evictable)
 
     @property
     def num_held_blocks(self) -> int:
         """Blocks that sequences hold."""
-        return self.num_blocks - len(self._free)
+        return len(self._held)
 
     def can_allocate(self, num_blocks: int) -> bool:
         """Whether :meth:`allocate` would succeed."""
-        return num_blocks <= len(self._free)
+        return num_blocks <= self.num_free_blocks
 
     def allocate(self, num_blocks: int, *, after: int | None = None, room: int = 0) -> list[Block]:
-        """Take ``num_blocks`` blocks, evicting cached ones if need be.
+        """Take ``num_blocks`` blocks, evicting cached ones (least recently used first) if need be.
 
         ``after`` continues the run that ends in that block; a new run is placed where ``room``
         further blocks are free behind it, and :meth:`reserve` keeps others from starting there.
         """
-        assert self.can_allocate(num_blocks), f"{num_blocks} blocks wanted, {len(self._free)} free"
-        start = None if after is None else after + 1
+        assert self.can_allocate(num_blocks), f"{num_blocks} blocks wanted, {self.num_free_blocks} free"
+        following = None if after is None else after + 1
         taken = []
         for remaining in range(num_blocks, 0, -1):
-            if start is None or not self._is_uncached_free(start):
-                start = self._find_run(remaining, room)
-            block = self._free.first() if start is None else self.blocks[start]
-            taken.append(self._take(block))
-            start = block.block_id + 1
+            if following is None or not self._is_empty(following):
+                following = self._find_run(remaining, room)
+            block_id = self._evict() if following is None else following
+            self._state[block_id] = _TAKEN
+            block = self._held[block_id] = Block(block_id, ref_count=1)
+            taken.append(block)
+            following = block_id + 1
         return taken
 
     def share(self, blocks: Iterable[Block]) -> None:
-        """Hold ``blocks`` once more; cached ones leave the free queue."""
+        """Hold ``blocks`` once more; cached ones can then not be evicted."""
         for block in blocks:
             if block.ref_count == 0:
-                self._free.remove(block)
-                self.num_free_cached -= 1
-                self._state[block.block_id] = _TAKEN
+                self._held[block.block_id] = self._evictable.pop(block.block_id)
             block.ref_count += 1
 
     def free(self, blocks: Sequence[Block]) -> None:
@@ -144,11 +107,10 @@ class BlockPool:
             block.ref_count -= 1
             if block.ref_count:
                 continue
+            del self._held[block.block_id]
             if block.block_hash is not None:
-                self._free.append(block)
-                self.num_free_cached += 1
+                self._evictable[block.block_id] = block
             else:
-                self._free.append_left(block)
                 self._state[block.block_id] = _AVAILABLE
 
     def reserve(self, first: int, count: int) -> range:
@@ -179,42 +141,37 @@ class BlockPool:
 
     def reset_cache(self) -> None:
         """Forget all cached contents; held blocks stay held."""
-        for block in list(self._cached.values()):
-            self._forget(block)
-            if block.ref_count == 0:
-                self.num_free_cached -= 1
-                self._state[block.block_id] = _AVAILABLE
+        for block in self._cached.values():
+            block.block_hash, block.token_ids = None, ()
+        self._cached = {}
+        for block_id in self._evictable:
+            self._state[block_id] = _AVAILABLE
+        self._evictable.clear()
 
     def check(self) -> None:
         """Assert the pool's books: for tests, and cheap enough for an idle engine."""
-        free = [b for b in self.blocks if b.ref_count == 0]
-        assert len(free) == len(self._free), f"{len(free)} blocks unheld, {len(self._free)} in the queue"
-        cached = sum(b.block_hash is not None for b in free)
-        assert cached == self.num_free_cached, f"{cached} cached blocks, {self.num_free_cached} counted"
-        for block in self.blocks:
-            usable = block.ref_count == 0 and block.block_hash is None
-            assert usable == (self._state[block.block_id] != _TAKEN), f"block {block.block_id} has a stale state"
+        assert not self._held.keys() & self._evictable.keys(), "a block is both held and free"
+        assert all(block.ref_count > 0 for block in self._held.values()), "a held block has no holder"
+        assert all(block.ref_count == 0 and block.block_hash for block in self._evictable.values())
+        num_taken = self._state.count(_TAKEN)
+        assert num_taken == len(self._held) + len(self._evictable), f"{num_taken} taken, books say otherwise"
+        for block_hash, block in self._cached.items():
+            assert block.block_hash == block_hash, f"block {block.block_id} is cached under another hash"
 
-    def _is_uncached_free(self, block_id: int) -> bool:
+    def _is_empty(self, block_id: int) -> bool:
         return block_id < self.num_blocks and self._state[block_id] != _TAKEN
 
     def _find_run(self, length: int, room: int) -> int | None:
+        """Where a run of empty blocks may start; None where only cached blocks are left."""
         for wanted in (length + room, length, 1):
             found = self._state.find(bytes([_AVAILABLE]) * wanted)
             if found >= 0:
                 return found
-        return None
+        found = self._state.find(_RESERVED)
+        return found if found >= 0 else None
 
-    def _take(self, block: Block) -> Block:
-        self._free.remove(block)
-        if block.block_hash is not None:
-            self._forget(block)
-            self.num_free_cached -= 1
-        self._state[block.block_id] = _TAKEN
-        block.ref_count = 1
-        return block
-
-    def _forget(self, block: Block) -> None:
-        assert block.block_hash is not None
+    def _evict(self) -> int:
+        block_id, block = self._evictable.popitem(last=False)
+        assert block.block_hash is not None, f"block {block_id} is evictable but has no content"
         del self._cached[block.block_hash]
-        block.block_hash, block.token_ids = None, ()
+        return block_id
