@@ -17,6 +17,7 @@ from engine.llm import LLM
 from engine.runner.loader import load_model
 from engine.sampling_params import SamplingParams
 from tests.benchmarks.harness import Case, Measure
+from tests.benchmarks.notebook_cases import notebook_cases
 
 MODEL = "smollm2"
 NUM_TOKENS = 32
@@ -85,6 +86,7 @@ def all_cases() -> Iterator[Case]:
         target=5.0,
     )
     setup.llm.close()
+    yield from notebook_cases(MODEL)
 
 
 def _params(num_tokens: int = NUM_TOKENS) -> SamplingParams:
