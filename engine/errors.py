@@ -8,7 +8,8 @@ VMMagicError                    one line, names the fix
 ├── MemoryPlanError             the plan does not fit; the numbers are attributes (also a ValueError)
 ├── RequestError                a request that is wrong: HTTP 400 (also a ValueError)
 │   ├── ContextLengthError      prompt and output exceed max_model_len
-│   └── UnknownModelError       a model name that is not served: HTTP 404
+│   ├── UnknownModelError       a model name that is not served: HTTP 404
+│   └── UnknownResponseError    a response that is not stored (any more): HTTP 404
 ├── GenerationError             one request failed while running; the engine goes on
 ├── EngineClosedError           the engine was closed or its thread failed
 └── ServerError                 the port could not be opened
@@ -82,6 +83,13 @@ class ContextLengthError(RequestError):
 
 class UnknownModelError(RequestError):
     """A model name that this engine does not serve."""
+
+    code = 404
+    type = "NotFoundError"
+
+
+class UnknownResponseError(RequestError):
+    """A response id that the port does not hold, or no longer."""
 
     code = 404
     type = "NotFoundError"

@@ -6,13 +6,14 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from engine.openai import chat, completions, service, tokens
+from engine.openai import chat, completions, messages, render, responses, service, tokens
 from engine.openai.backend import ServedEngine
 from engine.openai.errors import install_error_handlers
 from engine.openai.generation import Port
 from engine.openai.http_metrics import AccessMiddleware, HttpMetrics
 from engine.openai.lifetime import OpenRequests
 from engine.openai.options import ServerOptions
+from engine.openai.responses_store import ResponseStore
 from engine.openai.security import BodyLimitMiddleware, HostOriginMiddleware, KeyMiddleware
 
 
@@ -33,7 +34,8 @@ def create_app(llm: ServedEngine, options: ServerOptions) -> FastAPI:
     app = FastAPI(title="vm-magic", redoc_url=None)
     app.state.port = Port(llm, options, OpenRequests())
     app.state.http_metrics = HttpMetrics()
-    for module in (chat, completions, tokens, service):
+    app.state.responses = ResponseStore()
+    for module in (chat, completions, responses, messages, render, tokens, service):
         app.include_router(module.router)
     install_error_handlers(app)
     _add_middleware(app, options)

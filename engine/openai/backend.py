@@ -7,6 +7,7 @@ import tokenizers
 
 from engine.outputs import CompletionDelta, LogprobsAtPosition
 from engine.sampling_params import SamplingParams
+from engine.text.output_sink import ParsedDelta
 
 
 class ServedStream(Protocol):
@@ -37,6 +38,24 @@ class ServedStream(Protocol):
 
     def abort(self) -> None:
         """End the request and free its blocks. Idempotent, any thread."""
+
+
+class ServedParser(Protocol):
+    """Splits one completion's text, fed as it comes."""
+
+    @property
+    def needs_special_tokens(self) -> bool:
+        """Whether the text must show special tokens."""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """After :meth:`finish`: the one it was given, or ``tool_calls``."""
+
+    def feed(self, text: str) -> ParsedDelta:
+        """What ``text`` adds."""
+
+    def finish(self, finish_reason: str | None = None) -> ParsedDelta:
+        """What was held back, at the end."""
 
 
 class ServedTokenizer(Protocol):
@@ -111,6 +130,10 @@ class ServedEngine(Protocol):
         """Counters and histograms."""
 
     @property
+    def tool_call_parser(self) -> str | None:
+        """The parser of tool calls in force, or None: this model's calls cannot be read."""
+
+    @property
     def closed(self) -> bool:
         """Whether the engine was closed or failed."""
 
@@ -140,6 +163,16 @@ class ServedEngine(Protocol):
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a chat."""
+
+    def output_parser(
+        self,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        prompt: str = "",
+        parallel_tool_calls: bool = True,
+    ) -> ServedParser:
+        """A parser for one completion that continues ``prompt``."""
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``."""

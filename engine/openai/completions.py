@@ -52,12 +52,13 @@ def _only_echo(body: CompletionRequest) -> bool:
 
 
 async def _start(port: Port, body: CompletionRequest, request: Request) -> Job:
-    params = _params(port.engine, body)
-    prompts = await asyncio.to_thread(_prompts, port.engine, body, params)
+    params = completion_params(port.engine, body)
+    prompts = await asyncio.to_thread(completion_prompts, port.engine, body, params)
     return start_job(port, "cmpl", request, body, prompts, params)
 
 
-def _params(engine: ServedEngine, body: CompletionRequest) -> SamplingParams:
+def completion_params(engine: ServedEngine, body: CompletionRequest) -> SamplingParams:
+    """The sampling values in force for ``body``."""
     own: dict[str, Any] = {"max_tokens": body.max_tokens, "logprobs": body.logprobs}
     if _only_echo(body):
         # The engine samples at least one token; it is not shown.
@@ -68,7 +69,8 @@ def _params(engine: ServedEngine, body: CompletionRequest) -> SamplingParams:
     return params if params.max_tokens is not None else params.replace(max_tokens=DEFAULT_MAX_TOKENS)
 
 
-def _prompts(engine: ServedEngine, body: CompletionRequest, params: SamplingParams) -> list[Prompt]:
+def completion_prompts(engine: ServedEngine, body: CompletionRequest, params: SamplingParams) -> list[Prompt]:
+    """The prompts of ``body`` as tokens. Raises RequestError if there is none."""
     prompts = [_prompt(engine, body, item, params) for item in _prompt_items(body.prompt)]
     if not prompts:
         raise RequestError("`prompt` must not be an empty list.", param="prompt")

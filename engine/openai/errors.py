@@ -13,6 +13,15 @@ from starlette.exceptions import HTTPException
 from engine.errors import EngineClosedError, GenerationError, RequestError
 
 logger = logging.getLogger("engine.openai")
+MESSAGES_PATH = "/v1/messages"
+"""Below it errors are told in Anthropic's form."""
+_ANTHROPIC_TYPES = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
+}
 
 
 class ServerStoppingError(Exception):
@@ -43,18 +52,25 @@ def describe(error: Exception) -> dict[str, Any]:
     return error_body(message, type="InternalServerError", code=HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """``error`` as a response."""
-    body = describe(error)
-    return JSONResponse(body, status_code=body["error"]["code"], headers=headers)
+def anthropic_error(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The same error as the Messages API tells it."""
+    error = body["error"]
+    kind = _ANTHROPIC_TYPES.get(error["code"], "invalid_request_error" if error["code"] < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error["message"]}, "request_id": None}
+
+
+def _response(body: dict[str, Any], path: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """``body`` in the form of the API that ``path`` belongs to."""
+    shown = anthropic_error(body) if MESSAGES_PATH in path else body
+    return JSONResponse(shown, status_code=body["error"]["code"], headers=headers)
 
 
 def plain_error(
-    status: int, message: str, *, type: str | None = None, headers: Mapping[str, str] | None = None
+    status: int, message: str, *, path: str, type: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """A response for a status without an exception of ours behind it."""
     kind = type or HTTPStatus(status).phrase
-    return JSONResponse(error_body(message, type=kind, code=status), status_code=status, headers=headers)
+    return _response(error_body(message, type=kind, code=status), path, headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -72,21 +88,21 @@ async def _on_client_gone(_request: Request, _error: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def _on_exception(_request: Request, error: Exception) -> JSONResponse:
-    return error_response(error)
+async def _on_exception(request: Request, error: Exception) -> JSONResponse:
+    return _response(describe(error), request.url.path)
 
 
-async def _on_http_exception(_request: Request, error: Exception) -> JSONResponse:
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return plain_error(error.status_code, str(error.detail), headers=error.headers)
+    return plain_error(error.status_code, str(error.detail), path=request.url.path, headers=error.headers)
 
 
-async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     found = error.errors()
     message = "; ".join(_sentence(item) for item in found)
     body = error_body(message, type="BadRequestError", code=HTTPStatus.BAD_REQUEST, param=_param(found[0]))
-    return JSONResponse(body, status_code=HTTPStatus.BAD_REQUEST)
+    return _response(body, request.url.path)
 
 
 def _place(item: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from engine.openai.backend import ServedEngine, ServedStream
 from engine.openai.lifetime import OpenRequest, OpenRequests, merge
 from engine.openai.logprobs import TokenNames
 from engine.openai.options import ServerOptions
-from engine.openai.protocol import SAMPLING_FIELDS, GenerationFields, StreamOptions
+from engine.openai.protocol import SAMPLING_FIELDS, GenerationFields, SamplingFields, StreamOptions
 from engine.outputs import CompletionDelta, LogprobsAtPosition
 from engine.sampling_params import SamplingParams
 from engine.text.chat_template import RESERVED_VARIABLES
@@ -161,7 +161,7 @@ def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
         raise RequestError(f"logit_bias must map token ids to numbers, got {bias}.", param="logit_bias") from None
 
 
-def truncate(token_ids: list[int], request: GenerationFields, max_tokens: int | None, max_model_len: int) -> list[int]:
+def truncate(token_ids: list[int], request: SamplingFields, max_tokens: int | None, max_model_len: int) -> list[int]:
     """Apply ``truncate_prompt_tokens`` (-1: what fits beside the output)."""
     limit = request.truncate_prompt_tokens
     if limit is None:

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TokenId = Annotated[int, Field(ge=0)]
 JsonObject = dict[str, Any]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 SAMPLING_FIELDS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos"),
@@ -41,18 +42,18 @@ class TemplateFields(RequestBody):
     add_special_tokens: bool = False
     chat_template: str | None = None
     chat_template_kwargs: JsonObject = Field(default_factory=dict)
+    documents: list[JsonObject] | None = None
+    reasoning_effort: Effort | None = None
     tools: list[JsonObject] = Field(default_factory=list)
 
 
-class GenerationFields(RequestBody):
-    """What chat and plain completions share."""
+class SamplingFields(RequestBody):
+    """What every generating route takes, under vLLM's names."""
 
     model: str | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
     user: str | None = None
 
-    n: int = 1
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -71,29 +72,53 @@ class GenerationFields(RequestBody):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    prompt_logprobs: int | None = None
 
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     truncation_side: Literal["left", "right"] = "left"
     priority: int = 0
     request_id: str | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
+
+
+class GenerationFields(SamplingFields):
+    """What chat and plain completions share."""
+
+    stream_options: StreamOptions | None = None
+    n: int = 1
+    prompt_logprobs: int | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
 
 
-class ChatCompletionRequest(GenerationFields, TemplateFields):
-    """``POST /v1/chat/completions``."""
+class ReplyFields(RequestBody):
+    """How a chat's reply is split into reasoning, text and tool calls."""
 
-    messages: list[JsonObject]
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
+
+
+class ChatFields(GenerationFields, TemplateFields, ReplyFields):
+    """A chat without its messages."""
+
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
     tool_choice: str | JsonObject | None = None
-    documents: list[JsonObject] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     return_prompt_text: bool = False
+    echo: bool = False
+
+
+class ChatCompletionRequest(ChatFields):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[JsonObject]
+
+
+class BatchChatCompletionRequest(ChatFields):
+    """``POST /v1/chat/completions/batch``: one choice per conversation."""
+
+    messages: Annotated[list[list[JsonObject]], Field(min_length=1)]
 
 
 class CompletionRequest(GenerationFields):

@@ -37,10 +37,11 @@ class HostOriginMiddleware:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self._host_allowed(_host_name(host)):
             message = f"Host {host!r} is not served here; --allowed-hosts adds names."
-            await plain_error(HTTPStatus.BAD_REQUEST, message, type="BadRequestError")(scope, receive, send)
+            response = plain_error(HTTPStatus.BAD_REQUEST, message, path=scope["path"], type="BadRequestError")
+            await response(scope, receive, send)
         elif origin is not None and not self._origin_allowed(origin, host):
             message = f"Origin {origin!r} is not allowed; --allowed-origins adds web pages."
-            await plain_error(HTTPStatus.FORBIDDEN, message)(scope, receive, send)
+            await plain_error(HTTPStatus.FORBIDDEN, message, path=scope["path"])(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -73,6 +74,7 @@ class KeyMiddleware:
         response = plain_error(
             HTTPStatus.UNAUTHORIZED,
             "Unauthorized: send the server's API key as `Authorization: Bearer KEY`.",
+            path=scope["path"],
             headers={"WWW-Authenticate": "Bearer"},
         )
         await response(scope, receive, send)
@@ -107,7 +109,10 @@ class BodyLimitMiddleware:
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > self._max_bytes:
             response = plain_error(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self._message(), headers={"Connection": "close"}
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                self._message(),
+                path=scope["path"],
+                headers={"Connection": "close"},
             )
             await response(scope, receive, send)
             return

@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response
@@ -21,8 +22,36 @@ def event(data: Mapping[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+def named_event(data: Mapping[str, Any]) -> bytes:
+    """One SSE event that also carries its ``type`` as the event's name (Responses and Messages)."""
+    return f"event: {data['type']}\n".encode() + event(data)
+
+
+def _error_events(error: Exception) -> list[Mapping[str, Any]]:
+    return [describe(error)]
+
+
+def _nothing() -> None:
+    return
+
+
+@dataclass(frozen=True)
+class StreamForm:
+    """How an API writes its streams.
+
+    ``errors`` gives the events that tell of a failure midway; ``left`` is called when the client
+    has gone before the end.
+    """
+
+    encode: Callable[[Mapping[str, Any]], bytes] = event
+    errors: Callable[[Exception], Iterable[Mapping[str, Any]]] = _error_events
+    left: Callable[[], None] = _nothing
+    keep_alive: bytes = KEEP_ALIVE
+    end: bytes = DONE
+
+
 class EventStream(Response):
-    """A stream of ``events`` that ends with ``[DONE]``.
+    """A stream of ``events`` that ends as its ``form`` says (``[DONE]`` unless told otherwise).
 
     Headers go out at once. A comment line is sent after ``keep_alive_seconds`` of silence. What
     goes wrong on the way becomes an error event; a client that leaves ends ``work``.
@@ -31,13 +60,19 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[Mapping[str, Any], None], work: OpenRequest, *, keep_alive_seconds: float
+        self,
+        events: AsyncGenerator[Mapping[str, Any], None],
+        work: OpenRequest,
+        *,
+        keep_alive_seconds: float,
+        form: StreamForm = StreamForm(),
     ) -> None:
         # X-Accel-Buffering: proxies of nginx's kind hold streams back without it.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._work = work
+        self._form = form
         self._keep_alive_seconds = keep_alive_seconds
         self._last_sent = 0.0
 
@@ -48,10 +83,13 @@ class EventStream(Response):
             async with self._work:
                 await self._send_events(send)
         except ClientGoneError:
+            self._form.left()
             return
         except Exception as error:  # noqa: BLE001 - the response began: its client is told inside the stream
-            await self._send(send, event(describe(error)))
-        await self._send(send, DONE)
+            for data in self._form.errors(error):
+                await self._send(send, self._form.encode(data))
+        if self._form.end:
+            await self._send(send, self._form.end)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_events(self, send: Send) -> None:
@@ -60,7 +98,7 @@ class EventStream(Response):
         try:
             async with aclosing(self._events) as events:
                 async for data in events:
-                    await self._send(send, event(data))
+                    await self._send(send, self._form.encode(data))
         finally:
             keeper.cancel()
 
@@ -75,4 +113,4 @@ class EventStream(Response):
             if wait > 0:
                 await asyncio.sleep(wait)
             else:
-                await self._send(send, KEEP_ALIVE)
+                await self._send(send, self._form.keep_alive)

@@ -1,11 +1,14 @@
 """Fields that this engine cannot honour are refused by name; unknown ones are logged, as vLLM does."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from engine.errors import RequestError
-from engine.openai.protocol import ChatCompletionRequest, GenerationFields, RequestBody
+from engine.openai.backend import ServedEngine
+from engine.openai.protocol import ChatFields, GenerationFields, RequestBody
 
 logger = logging.getLogger("engine.openai")
 
@@ -36,12 +39,10 @@ REFUSED_FIELDS: dict[str, Refusal] = {
     "best_of": Refusal(f"{_NOT_YET}: ask for n completions and choose yourself", (1,)),
     "suffix": Refusal(f"{_NOT_YET}: there is no fill-in-the-middle", ("",)),
     "prompt_embeds": Refusal(f"{_NOT_YET}: send a prompt"),
-    "functions": Refusal(f"{_NOT_YET}: it is deprecated, and tools are not built in yet", ([],)),
-    "function_call": Refusal(f"{_NOT_YET}: it is deprecated, and tools are not built in yet", ("none",)),
+    "functions": Refusal(f"{_NOT_YET}: it is deprecated, use `tools`", ([],)),
+    "function_call": Refusal(f"{_NOT_YET}: it is deprecated, use `tool_choice`", ("none", "auto")),
     "thinking_token_budget": Refusal(f"{_NOT_YET}: there is no thinking budget yet", (-1,)),
     "thinking_budget": Refusal(f"{_NOT_YET}: there is no thinking budget yet", (-1,)),
-    "include_reasoning": Refusal(f"{_NOT_YET}: reasoning is not separated from the text yet", (True,)),
-    "echo": Refusal(f"{_NOT_YET} in chats: use /v1/completions for it", (False,)),
     "modalities": Refusal(_MEDIA.why, (["text"], [])),
     "audio": _MEDIA,
     "mm_processor_kwargs": _MEDIA,
@@ -51,15 +52,33 @@ REFUSED_FIELDS: dict[str, Refusal] = {
     "kv_transfer_params": _OTHER,
     "ec_transfer_params": _OTHER,
     "vllm_xargs": _OTHER,
+    "stream_interval": Refusal(f"{_NOT_YET}: every token is sent at once, leave the field out", (1,)),
 }
 """Fields of OpenAI's and vLLM's APIs whose meaning would be lost if they were ignored."""
 
 
-def check_extra_fields(request: RequestBody) -> None:
+RESPONSES_REFUSED_FIELDS: dict[str, Refusal] = {
+    "prompt": Refusal(f"{_NOT_YET}: stored prompt templates are OpenAI's, send `input` and `instructions`"),
+    "conversation": Refusal(f"{_NOT_YET}: use `previous_response_id`"),
+    "enable_response_messages": Refusal(_OTHER.why, (False,)),
+    "previous_input_messages": Refusal(f"{_NOT_YET}: use `previous_response_id` or send the items as `input`", ([],)),
+    "context_management": _OTHER,
+}
+"""More of them, for the Responses API."""
+
+MESSAGES_REFUSED_FIELDS: dict[str, Refusal] = {
+    "mcp_servers": Refusal(f"{_NOT_YET}: it runs no tools itself, leave the field out", ([],)),
+    "container": _OTHER,
+    "context_management": _OTHER,
+}
+"""More of them, for the Messages API."""
+
+
+def check_extra_fields(request: RequestBody, also: Mapping[str, Refusal] = MappingProxyType({})) -> None:
     """Refuse by name what cannot be honoured; log the rest of the unknown fields."""
     ignored = []
     for name, value in (request.model_extra or {}).items():
-        refusal = REFUSED_FIELDS.get(name)
+        refusal = REFUSED_FIELDS.get(name) or also.get(name)
         if refusal is None:
             ignored.append(name)
         elif value not in refusal.neutral:
@@ -77,19 +96,61 @@ def check_generation(request: GenerationFields) -> None:
         raise RequestError("`prompt_logprobs` are not available when `stream=True`.", param="prompt_logprobs")
 
 
-def check_chat(request: ChatCompletionRequest) -> None:
-    """The rules between a chat's fields."""
+def check_chat(request: ChatFields, engine: ServedEngine) -> None:
+    """The rules between a chat's fields, and what they ask of ``engine``."""
     check_generation(request)
     if request.top_logprobs is not None:
         if request.top_logprobs < -1:
             raise RequestError("`top_logprobs` must be a positive value or -1.", param="top_logprobs")
         if request.top_logprobs != 0 and not request.logprobs:
             raise RequestError("when using `top_logprobs`, `logprobs` must be set to true.", param="top_logprobs")
-    if request.tools and request.tool_choice != "none":
+    _check_tools(request)
+    if request.tools and request.tool_choice != "none" and engine.tool_call_parser is None:
         raise RequestError(
-            f"`tools` with tool_choice {request.tool_choice or 'auto'!r} {_NOT_YET}: tool calls are not parsed "
-            "yet; send tool_choice 'none' or leave the tools out.",
+            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set: the calls of this '
+            "model cannot be told from its chat template. Name a parser, or send tool_choice 'none'.",
             param="tools",
         )
-    if not request.tools and request.tool_choice not in (None, "none", "auto"):
+
+
+def _check_tools(request: ChatFields) -> None:
+    names = [_tool_name(tool, position) for position, tool in enumerate(request.tools)]
+    choice = request.tool_choice
+    if choice is None:
+        return
+    if isinstance(choice, str):
+        if choice not in ("none", "auto", "required"):
+            raise RequestError(
+                f"`tool_choice` must be 'none', 'auto', 'required' or a function, got {choice!r}.", param="tool_choice"
+            )
+        if not names and choice == "required":
+            raise RequestError("When using `tool_choice`, `tools` must be set.", param="tool_choice")
+        return
+    if not names:
         raise RequestError("When using `tool_choice`, `tools` must be set.", param="tool_choice")
+    function = choice.get("function")
+    named = function.get("name") if choice.get("type") == "function" and isinstance(function, dict) else None
+    if named is None:
+        raise RequestError(
+            'A named `tool_choice` must read {"type": "function", "function": {"name": …}}.', param="tool_choice"
+        )
+    if named not in names:
+        raise RequestError(
+            f"The tool {named!r} that `tool_choice` names is not among the `tools`: {', '.join(names)}.",
+            param="tool_choice",
+        )
+
+
+def _tool_name(tool: dict[str, Any], position: int) -> str:
+    function = tool.get("function")
+    if tool.get("type", "function") != "function" or not isinstance(function, dict):
+        raise RequestError(
+            f"tools[{position}] must read {{'type': 'function', 'function': {{…}}}}: only functions can be called.",
+            param="tools",
+        )
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not name:
+        raise RequestError(f"tools[{position}].function.name must be a text that is not empty.", param="tools")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise RequestError(f"tools[{position}].function.parameters must be a JSON schema.", param="tools")
+    return name

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 
 from engine.errors import RequestError
 from engine.openai.backend import ServedEngine
+from engine.openai.conversations import render_prompt
 from engine.openai.generation import port_of
 from engine.openai.protocol import DetokenizeRequest, TokenizeRequest
 from engine.openai.support import check_extra_fields
@@ -37,14 +38,7 @@ def _token_ids(engine: ServedEngine, body: TokenizeRequest) -> list[int]:
     if body.messages is None:
         special = body.add_special_tokens if "add_special_tokens" in body.model_fields_set else True
         return engine.tokenize(body.prompt or "", add_special_tokens=special)
-    text = engine.render_chat(
-        body.messages,
-        tools=body.tools or None,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        chat_template=body.chat_template,
-        chat_template_kwargs=body.chat_template_kwargs,
-    )
+    text = render_prompt(engine, body, body.messages)
     return engine.tokenize(text, add_special_tokens=body.add_special_tokens)
 
 

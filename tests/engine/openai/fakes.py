@@ -17,6 +17,7 @@ from engine.settings import Settings
 from engine.stream import RequestStream
 from engine.text.chat_template import ChatTemplate
 from engine.text.detokenizer import Detokenizer
+from engine.text.output_parser import OutputParser, make_output_parser
 from engine.text.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -61,6 +62,25 @@ class FakeLLM:
         self.submitted: list[RequestStream] = []
         self.options: list[dict[str, Any]] = []
         self.aborted = threading.Event()
+        self.reasoning_parser: str | None = None
+        self.tool_call_parser: str | None = None
+
+    def output_parser(
+        self,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        prompt: str = "",
+        parallel_tool_calls: bool = True,
+    ) -> OutputParser:
+        return make_output_parser(
+            reasoning_parser=self.reasoning_parser,
+            tool_call_parser=self.tool_call_parser,
+            tools=tools,
+            tool_choice=tool_choice,
+            prompt_suffix=prompt,
+            parallel_tool_calls=parallel_tool_calls,
+        )
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         wanted = {name: value for name, value in given.items() if value is not None}

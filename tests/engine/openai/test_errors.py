@@ -14,7 +14,6 @@ from tests.engine.openai.fakes import FakeLLM
 
 CHAT = "/v1/chat/completions"
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
-TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
 def refused(http: httpx.Client, param: str | None, path: str = CHAT, **body: Any) -> str:
@@ -94,14 +93,11 @@ def test_a_bad_field_is_named(http: httpx.Client, llm: FakeLLM, body: dict[str, 
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
         ("structured_outputs", {"regex": "a+"}),
         ("guided_json", {"type": "object"}),
-        ("tools", TOOLS),
         ("functions", [{"name": "f"}]),
         ("use_beam_search", True),
         ("length_penalty", 0.5),
         ("thinking_token_budget", 100),
-        ("include_reasoning", False),
         ("best_of", 4),
-        ("echo", True),
         ("modalities", ["text", "audio"]),
         ("logprob_token_ids", [1]),
         ("vllm_xargs", {"a": 1}),
