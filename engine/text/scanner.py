@@ -96,6 +96,14 @@ class Scanner:
         self._position += 1
         return self._text[self._position - 1]
 
+    def put_back(self, text: str) -> None:
+        """Let ``text``, just read, come next once more."""
+        self._text = self._text[: self._position] + text + self._text[self._position :]
+
+    def rest(self) -> str:
+        """What there is behind this place."""
+        return self._text[self._position :]
+
     def look(self, size: int) -> Steps[str]:
         """The next ``size`` characters, left in place; fewer at the end."""
         while self._position + size > len(self._text) and not self.closed:

@@ -2,17 +2,10 @@
 
 from collections.abc import Collection
 
+from engine.text.tool_parsers import json_calls, named_calls, xml_calls
 from engine.text.tool_parsers.base import ToolParser
-from engine.text.tool_parsers.json_calls import (
-    COHERE,
-    GRANITE,
-    HERMES,
-    INTERNLM,
-    JAMBA,
-    LLAMA3_JSON,
-    PHI4_MINI,
-    JsonCalls,
-)
+from engine.text.tool_parsers.json_calls import JsonCalls
+from engine.text.tool_parsers.pythonic import PYTHONIC
 
 __all__ = ["HARMONY_CALLS", "TOOL_PARSERS", "ToolParser", "detect_tool_parser"]
 
@@ -20,24 +13,66 @@ HARMONY_CALLS = JsonCalls(("<|channel|>commentary to=",))
 """Only a name: :mod:`engine.text.harmony` reads gpt-oss's calls together with its channels."""
 
 TOOL_PARSERS: dict[str, ToolParser] = {
-    **dict.fromkeys(("hermes", "qwen2_5", "json_tools"), HERMES),
-    "llama3_json": LLAMA3_JSON,
-    "granite": GRANITE,
-    "phi4_mini_json": PHI4_MINI,
-    "jamba": JAMBA,
-    "internlm": INTERNLM,
+    **dict.fromkeys(("hermes", "qwen2_5", "json_tools"), json_calls.HERMES),
+    **dict.fromkeys(("qwen3_coder", "qwen3_xml", "nemotron_v3"), xml_calls.QWEN3_CODER),
+    **dict.fromkeys(("glm45", "glm47", "laguna"), xml_calls.GLM45),
+    **dict.fromkeys(("pythonic", "llama4_pythonic", "lfm2"), PYTHONIC),
+    "cohere_command3": json_calls.COHERE,
+    "deepseek_v3": named_calls.DEEPSEEK_V3,
+    "deepseek_v31": named_calls.DEEPSEEK_V31,
+    "deepseek_v32": xml_calls.DEEPSEEK_V32,
+    "function_gemma": named_calls.FUNCTION_GEMMA,
+    "gemma4": named_calls.GEMMA4,
+    "granite": json_calls.GRANITE,
+    "internlm": json_calls.INTERNLM,
+    "jamba": json_calls.JAMBA,
+    "kimi_k2": named_calls.KIMI_K2,
+    "llama3_json": json_calls.LLAMA3_JSON,
+    "longcat": xml_calls.LONGCAT,
+    "minicpm5": xml_calls.MINICPM5,
+    "minimax_m2": xml_calls.MINIMAX_M2,
+    "mistral": named_calls.MISTRAL,
+    "muse_spark": xml_calls.MUSE_SPARK,
     "openai": HARMONY_CALLS,
-    "cohere_command3": COHERE,
+    "phi4_mini_json": json_calls.PHI4_MINI,
+    "seed_oss": xml_calls.SEED_OSS,
 }
 
-
-_BY_MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (("hermes", ("<tool_call>", "tool_calls")),)
+_BY_MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("minimax_m2", ("<minimax:tool_call>",)),
+    ("gemma4", ("<|tool_call>", "<tool_call|>")),
+    ("function_gemma", ("<start_function_call>",)),
+    ("longcat", ("<longcat_tool_call>",)),
+    ("glm45", ("<arg_key>",)),
+    ("pythonic", ("<|tool_list_start|>",)),
+    ("pythonic", ("<|tool_call_start|>",)),
+    ("seed_oss", ("<seed:tool_call>",)),
+    ("qwen3_coder", ("<tool_call>", "<function=")),
+    ("kimi_k2", ("<|tool_calls_section_begin|>",)),
+    ("deepseek_v32", ("｜DSML｜",)),
+    ("deepseek_v3", ("<｜tool▁calls▁begin｜>", "```json")),
+    ("deepseek_v31", ("<｜tool▁calls▁begin｜>",)),
+    ("minicpm5", ('<function name="', '<param name="')),
+    ("mistral", ("[TOOL_CALLS]",)),
+    ("muse_spark", ("<atem:function_calls>",)),
+    ("openai", ("<|channel|>commentary",)),
+    ("openai", ("to=functions", "<|channel|>")),
+    ("cohere_command3", ("<|START_ACTION|>",)),
+    ("internlm", ("<|action_start|>",)),
+    ("jamba", ("<tool_calls>",)),
+    ("phi4_mini_json", ("functools",)),
+    ("hermes", ("<tool_call>", "tool_call")),
+    ("granite", ("<|tool_call|>",)),
+    ("llama3_json", ("<|python_tag|>",)),
+    ("llama3_json", ("<|eot_id|>", '"parameters": ')),
+)
+"""Marks that a template of the parser holds; the first line that fits counts."""
 
 
 def detect_tool_parser(template: str | None, vocab: Collection[str] = ()) -> str | None:
-    """The parser for a model's chat template, else for its tokens; None where neither shows a form that is known."""
+    """The parser for a model's chat template, else for its added tokens; None where neither shows a known form."""
     template = template or ""
     for name, marks in _BY_MARKS:
         if all(mark in template for mark in marks):
             return name
-    return "hermes" if {"<tool_call>", "</tool_call>"} <= set(vocab) and "tools" in template else None
+    return "pythonic" if {"<|tool_call_start|>", "<|tool_call_end|>"} <= set(vocab) else None

@@ -1,0 +1,173 @@
+"""Grammars for structured output, compiled and matched by llguidance.
+
+Chosen over xgrammar: no dependencies (xgrammar brings torch), one wheel for all Pythons, masks
+computed on the fly. A grammar is checked when a request comes in; the library and the vocabulary's
+trie (about a third of a second for 49k tokens) are loaded with the first one.
+"""
+
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.constraints import StructuredOutput, parse_json_text
+from engine.errors import RequestError
+from engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+"""Between the parts of JSON: bounded, since small models otherwise write white space for ever."""
+
+
+class Matcher:
+    """Where one completion stands in its grammar."""
+
+    def __init__(self, matcher: "LLMatcher") -> None:
+        self._matcher = matcher
+
+    def fill_bitmask(self, words: NDArray[np.int32]) -> None:
+        """Set the bits of tokens that the grammar allows next, end tokens where it may end."""
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+
+    def accepts(self, token_id: int) -> bool:
+        """Whether the grammar allows this token next."""
+        return bool(self._matcher.validate_tokens([token_id]))
+
+    def consume(self, token_id: int) -> bool:
+        """Take a token; False if the grammar does not allow it or became too complex."""
+        return bool(self._matcher.consume_token(token_id))
+
+    def reset(self) -> None:
+        """Back to the grammar's beginning."""
+        self._matcher.reset()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end can follow."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong, in one line."""
+        return _one_line(self._matcher.get_error()) if self._matcher.is_error() else None
+
+
+class GrammarCompiler:
+    """Grammars over one model's tokens. Any thread may compile."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = sorted(token for token in eos_token_ids if token < vocab_size)
+        self._tokens: LLTokenizer | None = None
+        self._lock = threading.Lock()
+
+    def compile(self, grammar: str, param: str = "structured_outputs") -> Matcher:
+        """A matcher at the grammar's beginning. Raises RequestError with what is wrong in it."""
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._tokens_of_model(), grammar, log_level=0)
+        if matcher.is_error():
+            raise RequestError(f"bad grammar or schema: {_one_line(matcher.get_error())}", param=param)
+        return Matcher(matcher)
+
+    @staticmethod
+    def another(matcher: Matcher) -> Matcher:
+        """A second matcher in the same place."""
+        return Matcher(matcher._matcher.deep_copy())
+
+    def _tokens_of_model(self) -> "LLTokenizer":
+        from llguidance import LLTokenizer
+
+        with self._lock:
+            if self._tokens is None:
+                text = self._tokenizer.hf.to_str()
+                self._tokens = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+            return self._tokens
+
+
+def grammar_text(structured: StructuredOutput) -> str:
+    """llguidance's grammar of any kind but tool calls. Raises RequestError."""
+    from llguidance import LLMatcher, grammar_from
+
+    if structured.json_object:
+        return json_grammar({"type": "object"}, structured)
+    if structured.json is not None:
+        schema = structured.json
+        return json_grammar(parse_json_text(schema, "json") if isinstance(schema, str) else schema, structured)
+    if structured.regex is not None:
+        return str(LLMatcher.grammar_from_regex(structured.regex))
+    if structured.choice is not None:
+        return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in structured.choice)
+    if structured.grammar is not None:
+        try:
+            return str(grammar_from("grammar", structured.grammar))
+        except ValueError as error:
+            raise RequestError(f"bad grammar: {_one_line(str(error))}", param="structured_outputs") from None
+    assert structured.structural_tag is not None, "tool calls have their own grammar"
+    return _structural_tag(structured.structural_tag)
+
+
+def json_grammar(schema: Any, structured: StructuredOutput | None = None) -> str:
+    """The grammar of a JSON schema (an object or a truth value)."""
+    from llguidance import LLMatcher
+
+    if not isinstance(schema, Mapping | bool):
+        raise RequestError("json must be a schema: an object, or true.", param="structured_outputs")
+    schema = dict(schema) if isinstance(schema, Mapping) else {} if schema else {"not": {}}
+    if structured is not None and structured.disable_additional_properties:
+        schema = _closed(schema)
+    return str(LLMatcher.grammar_from_json_schema(schema, defaults=whitespace_options(structured)))
+
+
+def whitespace_options(structured: StructuredOutput | None = None) -> Any:
+    """llguidance's options for white space between the parts of JSON."""
+    if structured is not None and structured.disable_any_whitespace:
+        return {"whitespace_flexible": False}
+    pattern = structured.whitespace_pattern if structured is not None else None
+    return {"whitespace_pattern": pattern or _WHITESPACE}
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects take no properties but their own."""
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    closed = {key: _closed(value) for key, value in schema.items()}
+    if "properties" in closed and "additionalProperties" not in closed:
+        closed["additionalProperties"] = False
+    return closed
+
+
+def _structural_tag(tag: Mapping[str, Any] | str) -> str:
+    """Free text with tagged parts: ``{"structures": [{"begin", "schema", "end"}], "triggers": […]}``."""
+    from llguidance import StructTag
+
+    value = parse_json_text(tag, "structural_tag") if isinstance(tag, str) else tag
+    structures, triggers = (
+        value.get(key) if isinstance(value, Mapping) else None for key in ("structures", "triggers")
+    )
+    if not isinstance(structures, list) or not structures or not isinstance(triggers, list):
+        raise RequestError(
+            "structural_tag must have structures (a list of begin, schema, end) and triggers (a list of texts).",
+            param="structured_outputs",
+        )
+    tags = []
+    for part in structures:
+        begin, schema = part.get("begin"), part.get("schema")
+        trigger = next((t for t in triggers if t and isinstance(begin, str) and begin.startswith(t)), None)
+        if trigger is None:
+            raise RequestError(f"structural_tag: no trigger begins {begin!r}.", param="structured_outputs")
+        grammar = {**schema, "x-guidance": whitespace_options()} if isinstance(schema, Mapping) else {}
+        tags.append(StructTag(trigger=trigger, begin=begin, grammar=grammar, end=part.get("end") or ""))
+    return str(StructTag.to_grammar(tags, assume_special=False))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

@@ -1,0 +1,77 @@
+"""The grammar of a demanded tool call (``tool_choice`` required, or a named function).
+
+In the model's own format where that is JSON behind marks (hermes and llama3_json); for all other
+parsers in vLLM's forms, which every parser here reads when a call is demanded: a list of
+``{"name": …, "parameters": {…}}`` for required, the arguments alone for a named function.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from engine.constraints import ToolCalls
+from engine.errors import RequestError
+from engine.text.grammar import json_grammar, whitespace_options
+from engine.text.tokenizer import Tokenizer
+
+_HERMES = ("hermes", "qwen2_5", "json_tools")
+
+
+def tool_grammar(parser: str | None, calls: ToolCalls, tokenizer: Tokenizer) -> str:
+    """llguidance's grammar of the calls that ``calls`` allows, as ``parser`` reads them."""
+    if parser in _HERMES:
+        start, end = (_mark(text, tokenizer) for text in ("<tool_call>", "</tool_call>"))
+        more = r' ("\n" call)*' if calls.parallel else ""
+        return _lark(f'start: call{more}\ncall: {start} "\\n" object "\\n" {end}', calls, "arguments")
+    if parser == "llama3_json":
+        more = ' ("; " object)*' if calls.parallel else ""
+        return _lark(f"start: object{more}", calls, "parameters")
+    if calls.names:
+        return json_grammar(_arguments(calls.callable_functions[0]))
+    return json_grammar(_list_schema(calls))
+
+
+def _lark(head: str, calls: ToolCalls, key: str) -> str:
+    """Rules for the objects of all functions under ``head``."""
+    functions = calls.callable_functions
+    rules = [head, "object: " + " | ".join(f"object_{number}" for number in range(len(functions)))]
+    for number, function in enumerate(functions):
+        opening = json.dumps(
+            f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "{key}": ', ensure_ascii=False
+        )
+        schema = json.dumps({**_arguments(function), "x-guidance": whitespace_options()}, ensure_ascii=False)
+        rules.append(f'object_{number}: {opening} arguments_{number} "}}"\narguments_{number}: %json {schema}')
+    return "\n".join(rules)
+
+
+def _mark(text: str, tokenizer: Tokenizer) -> str:
+    """A mark in a grammar: special tokens are no text, so they stand by their number."""
+    token_id = tokenizer.hf.token_to_id(text)
+    return f"<[{token_id}]>" if token_id in tokenizer.special_ids else json.dumps(text)
+
+
+def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments: always an object."""
+    schema = function.get("parameters") or {}
+    if not isinstance(schema, Mapping):
+        raise RequestError(f"tools: the parameters of {function['name']!r} must be a JSON schema.", param="tools")
+    return (
+        {"type": "object", **schema} if schema else {"type": "object", "properties": {}, "additionalProperties": False}
+    )
+
+
+def _list_schema(calls: ToolCalls) -> dict[str, Any]:
+    """vLLM's form of demanded calls. Definitions move to the root, where references look for them."""
+    definitions: dict[str, Any] = {}
+    items = []
+    for function in calls.callable_functions:
+        arguments = _arguments(function)
+        for key in ("$defs", "definitions"):
+            definitions.setdefault(key, {}).update(arguments.pop(key, {}))
+        properties = {"name": {"const": function["name"]}, "parameters": arguments}
+        items.append(
+            {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+        )
+    most = {} if calls.parallel else {"maxItems": 1}
+    kept = {key: value for key, value in definitions.items() if value}
+    return {"type": "array", "minItems": 1, **most, "items": {"anyOf": items}, **kept}

@@ -1,0 +1,77 @@
+"""Tool calls as a list of Python calls: ``[f(a=1, b="x"), g()]``."""
+
+from dataclasses import dataclass
+
+from engine.text.lenient_json import LenientJson, quoted
+from engine.text.output_sink import OutputSink
+from engine.text.scanner import Emit, MarkupError, Scanner, Steps
+from engine.text.tool_parsers.base import ToolSchemas
+
+
+@dataclass(frozen=True)
+class PythonicCalls:
+    """A list of calls with keyword arguments, between ``starts`` and ``ends`` or bare (then of declared functions)."""
+
+    starts: tuple[str, ...] = ("<|tool_call_start|>",)
+    strays: tuple[str, ...] = ("<|tool_call_end|>",)
+    bare: str = "["
+
+    def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
+        """The calls of one list; models leave the brackets of a single call out."""
+        names = None if start else tools.names
+        yield from scanner.skip_space()
+        listed = yield from scanner.accept("[")
+        if not listed and not start:
+            raise MarkupError("[")
+        yield from self._call(scanner, sink, names)
+        while True:
+            yield from scanner.skip_space()
+            if not (yield from scanner.accept(",")):
+                break
+            yield from scanner.skip_space()
+            if (yield from scanner.at(["]"])):
+                break
+            yield from self._call(scanner, sink, names)
+        if listed:
+            yield from scanner.accept("]")
+        if start and (yield from scanner.after_space(self.strays)):
+            yield from scanner.skip_space()
+            yield from scanner.accept(*self.strays)
+
+    def _call(self, scanner: Scanner, sink: OutputSink, names: frozenset[str] | None) -> Steps[None]:
+        yield from scanner.skip_space()
+        name = (yield from scanner.word("()[]{}\"',=\n", limit=200)).strip()
+        yield from scanner.expect("(")
+        if not name.replace(".", "").replace("-", "").isidentifier() or (names is not None and name not in names):
+            raise MarkupError("name")
+        scanner.commit()
+        emit = sink.call(name)
+        emit("{")
+        try:
+            yield from self._arguments(scanner, emit)
+        except MarkupError:
+            emit("}")
+            raise
+        emit("}")
+
+    def _arguments(self, scanner: Scanner, emit: Emit) -> Steps[None]:
+        values = LenientJson(scanner, self.strays)
+        separator = ""
+        while True:
+            yield from scanner.skip_space()
+            char = yield from scanner.peek()
+            if char == ",":
+                scanner.take()
+                continue
+            if char == ")":
+                scanner.take()
+                return
+            key = (yield from scanner.word("=()[]{},\"'\n")).strip()
+            yield from scanner.expect("=")
+            if not key:
+                raise MarkupError("key")
+            yield from values.value(emit, f'{separator}"{quoted(key)}": ')
+            separator = ", "
+
+
+PYTHONIC = PythonicCalls()
