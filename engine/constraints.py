@@ -5,7 +5,7 @@ of a constraint while tokens are being chosen (made by ``engine.text.guides``).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, Self
 
@@ -16,7 +16,10 @@ from engine.errors import RequestError
 
 MAX_PATTERN_SIZE = 1024
 """Longest pattern, in tokens, that repetition detection looks for."""
+COMPLETE = "complete"
+"""What :meth:`TokenGuide.advance` gives when nothing more can follow."""
 REPETITION_STOP_REASON = "repetition_detected"
+"""What it gives when the reply repeats itself: vLLM's ``stop_reason``."""
 ThinkingCut = Literal["budget", "repetition", "request"]
 """Why a thought was ended from outside."""
 
@@ -261,11 +264,22 @@ class TokenGuide(Protocol):
         """Set the bits of tokens that may come next in ``words`` [ceil(V / 32)]; False if any may. Repeatable."""
 
     def advance(self, token_id: int) -> str | None:
-        """Take a token that was chosen. Gives why the completion is over: ``complete``, a stop reason, or None."""
+        """Take a token that was chosen. Gives why the completion is over: ``COMPLETE``, a stop reason, or None."""
+
+    def finish_thinking(self, in_flight: bool) -> None:
+        """End a thought as soon as possible; ``in_flight``: a token is sampled whose value is not known yet."""
+
+    @property
+    def thinking_cut(self) -> ThinkingCut | None:
+        """Why the thought was ended from outside, if it was."""
 
     @property
     def error(self) -> str | None:
         """What broke the constraint, in one line."""
+
+
+MakeGuide = Callable[[], TokenGuide]
+"""A fresh guide at the output's beginning: each of ``n`` completions has its own."""
 
 
 def parse_json_text(text: str, what: str) -> Any:

@@ -63,6 +63,10 @@ class EngineThread:
         """End a request soon. Safe for ids that are unknown or over."""
         self._commands.put(lambda engine: engine.abort_request(request_id))
 
+    def finish_thinking(self, request_id: str) -> None:
+        """End a request's thought soon. Safe for ids that are unknown or over."""
+        self._commands.put(lambda engine: engine.finish_thinking(request_id))
+
     def call(self, function: Callable[[LLMEngine], T]) -> T:
         """Run ``function`` between two steps and give its result."""
         future: Future[T] = Future()

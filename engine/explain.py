@@ -71,6 +71,8 @@ class Explanation:
     number: int
     request_id: str
     prompt: str
+    prompt_parts: tuple[str, str, str]
+    """The prompt as it was computed: found in the cache, known from an earlier request but not found, new."""
     prompt_token_ids: tuple[int, ...]
     tokens: tuple[str, ...]
     sampling: tuple[SamplingValue, ...]
@@ -91,8 +93,17 @@ class Explanation:
         return " · ".join([*parts, *([f"{self.num_preemptions} preemptions"] if self.num_preemptions else [])])
 
 
-Parse = Callable[[RequestRecord, str], tuple[str, str | None, Sequence[Mapping[str, Any]]]]
-"""(record, the completion's text with special tokens) -> content, reasoning, tool calls."""
+@dataclass(frozen=True)
+class Parsed:
+    """What a door's parser made of one completion; ``tool_calls`` have a name and arguments."""
+
+    content: str
+    reasoning: str | None = None
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+
+
+Parse = Callable[[RequestRecord, str], Parsed]
+"""(request, the text of one of its completions) -> what it was parsed to."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +125,18 @@ class Explainer:
         """Everything known of ``record`` now."""
         outcome = record.outcome
         metrics = outcome.metrics
+        cache = self._cache_hit(record)
         scheduled, first, last = metrics.scheduled_time, metrics.first_token_time, metrics.last_token_time
         return Explanation(
             number=record.number,
             request_id=record.request_id,
             prompt=record.prompt if record.prompt is not None else self.decode(record.prompt_token_ids),
+            prompt_parts=self._parts(record, cache),
             prompt_token_ids=tuple(record.prompt_token_ids),
             tokens=tuple(map(self.token_text, record.prompt_token_ids)),
             sampling=tuple(sampling_values(record.params, record.max_tokens)),
             constraints=tuple(constraint_lines(record.constraints)),
-            cache=self._cache_hit(record),
+            cache=cache,
             outputs=tuple(self._output(record, i) for i in range(len(outcome.completions))),
             queue_time=metrics.queue_time,
             prefill_time=None if first is None or scheduled is None else first - scheduled,
@@ -133,15 +146,20 @@ class Explainer:
             error=outcome.error,
         )
 
+    def _parts(self, record: RequestRecord, cache: CacheHit) -> tuple[str, str, str]:
+        ids, hit = record.prompt_token_ids, cache.num_cached_tokens
+        shared = max(hit, cache.num_shared_tokens)
+        return self.decode(ids[:hit]), self.decode(ids[hit:shared]), self.decode(ids[shared:])
+
     def _output(self, record: RequestRecord, index: int) -> Output:
         completion = record.outcome.completions[index]
         raw = self.decode(completion.token_ids)
-        content, reasoning, tool_calls = self.parse(record, completion.text)
+        parsed = self.parse(record, completion.text)
         return Output(
             raw,
-            content,
-            reasoning,
-            tuple(tool_calls),
+            parsed.content,
+            parsed.reasoning,
+            tuple(parsed.tool_calls),
             len(completion.token_ids),
             completion.finish_reason,
             self._why_it_stopped(record, index),

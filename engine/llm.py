@@ -14,12 +14,14 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineArgs, ModelConfig
+from engine.constraints import Constraints
 from engine.errors import ContextLengthError, RequestError
-from engine.explain import Explainer, Explanation
+from engine.explain import Explainer, Explanation, Parsed
 from engine.hub import resolve
 from engine.metrics import EngineMetrics
 from engine.outputs import CompletionDelta, RequestOutput
-from engine.request_log import RequestLog
+from engine.replay import collect_reply
+from engine.request_log import RequestLog, RequestRecord
 from engine.runner.devices import active_memory, prepare_backend
 from engine.runner.sampling_metadata import check_token_ids
 from engine.sampling_defaults import Resolved, SamplingDefaults
@@ -27,6 +29,7 @@ from engine.sampling_params import SamplingParams
 from engine.settings import Settings
 from engine.stream import RequestStream
 from engine.text.chat_template import ChatTemplate, load_template
+from engine.text.guides import Guides
 from engine.text.output_parser import OutputParser, ToolChoice
 from engine.text.parser_choice import ParserChoice
 from engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -101,6 +104,8 @@ class LLM:
         )
         self.notes = [*built.notes, *filter(None, [self._parsers.note, self.defaults.log_line()])]
         self._vocab_size = built.engine.runner.vocab_size
+        self._eos_token_ids = built.config.eos_token_ids | self.tokenizer.eos_token_ids
+        self._guides = self._make_guides()
         self._reuses_prefixes = built.engine.scheduler.kv.groups[0].pool.enable_caching
 
     def __enter__(self) -> "LLM":
@@ -177,17 +182,27 @@ class LLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        constraints: Constraints | None = None,
     ) -> RequestStream:
         """Queue a request and return at once. ``prompt`` is text or token ids.
 
-        Raises ContextLengthError or another RequestError for what can never be served, and
-        EngineClosedError.
+        ``constraints``: a grammar, a thinking budget, repetition detection (``Constraints.from_request``
+        takes the fields of a request). Raises ContextLengthError or another RequestError for what
+        can never be served, and EngineClosedError.
         """
         text = prompt if isinstance(prompt, str) else None
         token_ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         request_id = request_id or f"req-{uuid.uuid4().hex}"
-        request = self._new_request(request_id, token_ids, params, priority, cache_salt)
-        stream = RequestStream(request_id, text, token_ids, params, lambda: self._thread.abort(request_id))
+        request = self._new_request(request_id, token_ids, params, priority, cache_salt, constraints)
+        thread = self._thread
+        stream = RequestStream(
+            request_id,
+            text,
+            token_ids,
+            params,
+            lambda: thread.abort(request_id),
+            lambda: thread.finish_thinking(request_id),
+        )
         self._thread.submit(request, stream)
         self.request_log.add(stream, max_tokens=request.max_tokens, cache_salt=cache_salt)
         return stream
@@ -300,10 +315,27 @@ class LLM:
             log=self.request_log,
             decode=lambda token_ids: self.tokenizer.decode(token_ids, skip_special_tokens=False),
             token_text=self.tokenizer.token_text,
-            parse=lambda _record, text: (text, None, ()),
-            eos_token_ids=self.model_config.eos_token_ids | self.tokenizer.eos_token_ids,
+            parse=self._parse_again,
+            eos_token_ids=self._eos_token_ids,
             block_size=self.plan.block_size,
             no_caching="" if self._reuses_prefixes else why,
+        )
+
+    def _parse_again(self, record: RequestRecord, text: str) -> Parsed:
+        """What the door's parser made of ``text``; where the door does not parse, all is content."""
+        if record.parsing is None:
+            return Parsed(text)
+        reply = collect_reply(self.output_parser(**record.parsing), [text], None)
+        return Parsed(reply.text, reply.reasoning, [call["function"] for call in reply.tool_calls])
+
+    def _make_guides(self) -> Guides:
+        return Guides(
+            self.tokenizer,
+            self._vocab_size,
+            self._eos_token_ids,
+            reasoning_parser=self.reasoning_parser,
+            tool_call_parser=self.tool_call_parser,
+            reasoning_config=self.args.reasoning_config,
         )
 
     def _make_template(self) -> ChatTemplate:
@@ -356,7 +388,13 @@ class LLM:
             raise
 
     def _new_request(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, priority: int, cache_salt: str | None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        cache_salt: str | None,
+        constraints: Constraints | None,
     ) -> "NewRequest":
         from engine.llm_engine import NewRequest
 
@@ -370,11 +408,12 @@ class LLM:
             prompt_token_ids=token_ids,
             params=params,
             max_tokens=self._max_tokens(len(token_ids), params.max_tokens),
-            eos_token_ids=self.model_config.eos_token_ids | self.tokenizer.eos_token_ids,
+            eos_token_ids=self._eos_token_ids,
             seed=self._seed(params),
             bad_words_token_ids=self._bad_words(params),
             priority=priority,
             cache_salt=cache_salt,
+            make_guide=self._guides.prepare(constraints, token_ids, params),
         )
 
     def _max_tokens(self, num_prompt: int, asked: int | None) -> int:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from engine.constraints import MakeGuide
 from engine.core.scheduler import Scheduler
 from engine.errors import GenerationError, VMMagicError
 from engine.metrics import EngineMetrics
@@ -50,6 +51,7 @@ class NewRequest:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
     cache_salt: str | None = None
+    make_guide: MakeGuide | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -146,6 +148,14 @@ class LLMEngine:
             if not completion.request.finished:
                 self._finish(group, completion, RequestStatus.FINISHED_ABORTED)
 
+    def finish_thinking(self, request_id: str) -> None:
+        """End the thoughts of a request's completions; their answers follow. Unknown ids are over already."""
+        group = self._groups.get(request_id)
+        for completion in group.completions if group is not None else []:
+            request = completion.request
+            if request.guide is not None and not request.finished:
+                request.guide.finish_thinking(in_flight=request.num_pending > 0)
+
     def fail_all(self, error: BaseException) -> None:
         """Tell everyone that waits, and start again from empty pages: after a step that raised."""
         self._in_flight = None
@@ -200,6 +210,7 @@ class LLMEngine:
             bad_words_token_ids=new.bad_words_token_ids,
             index=index,
             arrival_time=arrival_time,
+            guide=None if new.make_guide is None else new.make_guide(),
         )
 
     def _hand_out(self, result: StepResult) -> None:
@@ -226,12 +237,14 @@ class LLMEngine:
         request = sampled.share.request
         group, completion = self._group_of[request]
         if sampled.token_id < 0:
-            self._fail(
-                group, GenerationError("the model gave no finite logits: its weights or element type are broken")
-            )
+            self._fail(group, GenerationError(_no_token(request)))
             return
         self._time_token(request, now)
         status = self.scheduler.update(sampled.share, sampled.token_id)
+        guide = request.guide
+        if guide is not None and guide.error is not None:
+            self._fail(group, GenerationError(f"the grammar failed: {guide.error}"))
+            return
         step = completion.detokenizer.step(
             [sampled.token_id],
             finished=status is not None,
@@ -244,6 +257,7 @@ class LLMEngine:
         self._tell_prompt(group, request)
         logprobs = None if sampled.logprobs is None else [sampled.logprobs]
         delta = CompletionDelta(request.index, step.text_delta, [sampled.token_id], logprobs)
+        delta.thinking_cut = None if guide is None else guide.thinking_cut
         self._deliver(group, completion, delta, status)
 
     def _time_token(self, request: Request, now: float) -> None:
@@ -320,3 +334,10 @@ class LLMEngine:
         self._metrics.set_state(len(scheduler.running), len(scheduler.waiting), scheduler.kv.usage)
         for _ in range(num_preempted):
             self._metrics.observe_preemption()
+
+
+def _no_token(request: Request) -> str:
+    """Why a row gave no token."""
+    if request.guide is not None:
+        return "no token is left that the grammar and the request's bad_words, logit_bias and min_tokens all allow"
+    return "the model gave no finite logits: its weights or element type are broken"

@@ -60,6 +60,8 @@ class CompletionOutput:
     logprobs: list[LogprobsAtPosition] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    thinking_cut: str | None = None
+    """Why the thought was ended for the model: ``budget``, ``repetition`` or ``request``; None if it was not."""
 
     @property
     def finished(self) -> bool:
@@ -95,6 +97,7 @@ class CompletionDelta:
     logprobs: list[LogprobsAtPosition] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    thinking_cut: str | None = None
 
 
 @dataclass(slots=True)

@@ -4,17 +4,20 @@ import enum
 import time
 from dataclasses import dataclass, field
 
+from engine.constraints import TokenGuide
 from engine.outputs import RequestMetrics
 from engine.sampling_params import SamplingParams
 
 
 class RequestStatus(enum.Enum):
-    """Where a request stands. The last four are final."""
+    """Where a request stands. The last five are final."""
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
     PREEMPTED = enum.auto()
     FINISHED_STOPPED = enum.auto()
+    FINISHED_BY_GUIDE = enum.auto()
+    """Nothing more may follow, or the reply repeats itself: unlike a stop token, the last token is text."""
     FINISHED_LENGTH = enum.auto()
     FINISHED_ABORTED = enum.auto()
     FINISHED_ERROR = enum.auto()
@@ -32,6 +35,7 @@ class RequestStatus(enum.Enum):
 
 _FINISH_REASON = {
     RequestStatus.FINISHED_STOPPED: "stop",
+    RequestStatus.FINISHED_BY_GUIDE: "stop",
     RequestStatus.FINISHED_LENGTH: "length",
     RequestStatus.FINISHED_ABORTED: "abort",
     RequestStatus.FINISHED_ERROR: "error",
@@ -58,6 +62,8 @@ class Request:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     index: int = 0
     """Which of the ``n`` completions this is."""
+    guide: TokenGuide | None = None
+    """What constrains the output, token by token; None for a free request."""
     arrival_time: float = field(default_factory=time.monotonic)
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
@@ -92,6 +98,11 @@ class Request:
     def finished(self) -> bool:
         """Whether the request is over."""
         return self.status.finished
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """Whether the next step depends on a token whose value is still on the device."""
+        return self.num_pending > 0 and self.guide is not None and self.guide.waits
 
     def append_output_token(self, token_id: int) -> None:
         """Record a token that the host has read."""

@@ -29,7 +29,7 @@ class RequestStream:
 
     def __init__(
         self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams,
-        abort: Callable[[], None],
+        abort: Callable[[], None], finish_thinking: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self.request_id = request_id
         self.prompt = prompt
@@ -41,6 +41,7 @@ class RequestStream:
         self.parsing: Mapping[str, Any] | None = None
         """What the chat door asked :meth:`engine.llm.LLM.output_parser` for, so that ``explain`` parses alike."""
         self._abort = abort
+        self._finish_thinking = finish_thinking
         self._changed = threading.Condition()
         self._deltas: deque[CompletionDelta] = deque()
         self._outputs = [CompletionOutput(i, "", []) for i in range(params.n)]
@@ -63,6 +64,11 @@ class RequestStream:
         """Ask the engine to end the request; its last deltas then say ``abort``. Safe to repeat."""
         if not self._over:
             self._abort()
+
+    def finish_thinking(self) -> None:
+        """End the thought now: its end marker is written for the model, and the answer follows. Safe to repeat."""
+        if not self._over and self._finish_thinking is not None:
+            self._finish_thinking()
 
     def __iter__(self) -> Iterator[CompletionDelta]:
         return self
@@ -140,6 +146,7 @@ class RequestStream:
             output.token_ids.extend(delta.token_ids)
             if delta.logprobs is not None:
                 self._add_logprobs(output, delta)
+            output.thinking_cut = delta.thinking_cut or output.thinking_cut
             if delta.finish_reason is not None:
                 output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
             self._deltas.append(delta)

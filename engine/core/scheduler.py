@@ -9,6 +9,7 @@ still on the device (``Request.num_pending``).
 import time
 from collections.abc import Sequence
 
+from engine.constraints import COMPLETE
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.request import Request, RequestStatus
 from engine.step import ScheduledRequest, SchedulerOutput
@@ -91,7 +92,7 @@ class Scheduler:
         self, request: Request, budget: int, shares: list[ScheduledRequest], preempted: list[Request]
     ) -> int:
         missing = min(self._num_missing(request), budget)
-        if missing <= 0 or self._awaits_its_last_token(request):
+        if missing <= 0 or request.awaits_last_token or self._awaits_its_last_token(request):
             return 0
         missing = self._fair_share(request, missing)
         while not self.kv.allocate(request, request.num_computed_tokens + missing):
@@ -212,6 +213,9 @@ def _stop_status(request: Request, token_id: int) -> RequestStatus | None:
         if token_id in params.stop_token_ids:
             request.stop_reason = token_id
             return RequestStatus.FINISHED_STOPPED
+    if request.guide is not None and (why := request.guide.advance(token_id)) is not None:
+        request.stop_reason = None if why == COMPLETE else why
+        return RequestStatus.FINISHED_BY_GUIDE
     if len(request.output_token_ids) >= request.max_tokens:
         return RequestStatus.FINISHED_LENGTH
     return None

@@ -218,6 +218,7 @@ class ModelRunner:
             pending_row=self._last.row_of[request] if share.pending and self._last else None,
             eos_token_ids=request.eos_token_ids,
             bad_words_ids=request.bad_words_token_ids,
+            guide=request.guide,
         )
 
 

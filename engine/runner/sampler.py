@@ -1,6 +1,6 @@
 """Sampling for a whole batch on the device, in vLLM v1's order.
 
-1. raw logprobs: log_softmax of the float32 logits, where a row asks for them
+1. raw logprobs: log_softmax of the float32 logits, where a row asks for them; then the grammar's mask
 2. ``allowed_token_ids``
 3. ``bad_words``
 4. ``min_tokens`` (stop and end tokens are forbidden) and ``logit_bias``
@@ -8,6 +8,7 @@
    and presence (output only)
 6. temperature 0: the argmax of these logits
 7. otherwise temperature, then min_p, top_k, top_p, then one draw
+8. a token that a guide forces replaces the row's own
 
 Steps 2 to 4 only add to logits (a bias, or -inf), so they are one sparse addition. In step 7 a
 token's weight is its probability over the likeliest token's, and each filter keeps the weights
@@ -30,6 +31,7 @@ from engine.runner.sampling_metadata import (
     LOG2_E,
     Additions,
     AllowedTokens,
+    Bitmask,
     Draws,
     Int32,
     Nucleus,
@@ -99,6 +101,9 @@ class Sampler:
         assert pending is not None or not metadata.needs_pending, "a row waits for a token of the step in flight"
         logits = logits.astype(mx.float32)
         token_ids = _take(_process(logits, metadata, pending), metadata)
+        if metadata.forced is not None:
+            forced = mx.array(metadata.forced)
+            token_ids = mx.where(forced >= 0, forced, token_ids)
         if metadata.num_logprobs is None:
             return SamplerOutput(token_ids)
         return SamplerOutput(token_ids, _logprobs(logits, token_ids, metadata.num_logprobs))
@@ -130,7 +135,9 @@ def to_logprobs(arrays: HostLogprobs, row: int, num: int, decode: Callable[[int]
 
 
 def _process(logits: mx.array, metadata: SamplingMetadata, pending: mx.array | None) -> mx.array:
-    """Steps 2 to 5 on float32 ``logits`` [R, V]."""
+    """The mask and steps 2 to 5 on float32 ``logits`` [R, V]."""
+    if metadata.bitmask is not None:
+        logits = _apply_bitmask(logits, metadata.bitmask)
     if metadata.allowed is not None:
         logits = _apply_allowed(logits, metadata.allowed)
     if metadata.additions is not None:
@@ -138,6 +145,14 @@ def _process(logits: mx.array, metadata: SamplingMetadata, pending: mx.array | N
     if metadata.penalties is not None:
         logits = _apply_penalties(logits, metadata.penalties, pending)
     return logits
+
+
+def _apply_bitmask(logits: mx.array, bitmask: Bitmask) -> mx.array:
+    rows = _Subset(bitmask.rows, logits.shape[0])
+    words = mx.array(bitmask.words.view(np.uint32))
+    bits = (words[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    allowed = bits.reshape(len(bitmask.rows), -1)[:, : logits.shape[1]]
+    return rows.put(logits, mx.where(allowed.astype(mx.bool_), rows.of(logits), -mx.inf))
 
 
 def _apply_allowed(logits: mx.array, allowed: AllowedTokens) -> mx.array:

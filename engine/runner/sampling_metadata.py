@@ -11,6 +11,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.constraints import TokenGuide
 from engine.errors import RequestError
 from engine.sampling_params import SamplingParams
 
@@ -40,6 +41,7 @@ class SamplingRow:
     pending_row: int | None = None
     eos_token_ids: Collection[int] = ()
     bad_words_ids: Sequence[Sequence[int]] = ()
+    guide: TokenGuide | None = None
 
     @property
     def num_output_tokens(self) -> int:
@@ -73,6 +75,14 @@ class AllowedTokens:
     rows: Int32
     entries: Int32
     token_ids: Int32
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmask:
+    """Rows under a grammar: bit ``t % 32`` of ``words[i, t // 32]`` allows token t in row ``rows[i]``."""
+
+    rows: Int32
+    words: Int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +158,9 @@ class SamplingMetadata:
     greedy_rows: Int32
     draws: Draws | None = None
     additions: Additions | None = None
+    bitmask: Bitmask | None = None
+    forced: Int32 | None = None
+    """Per row the token that comes whatever the logits say, -1 for none."""
     allowed: AllowedTokens | None = None
     penalties: Penalties | None = None
     num_logprobs: int | None = None
@@ -161,6 +174,8 @@ class SamplingMetadata:
             greedy_rows=_int32([i for i, row in enumerate(rows) if row.params.greedy]),
             draws=_draws(rows, vocab_size),
             additions=_additions(rows, vocab_size),
+            bitmask=_bitmask(rows, vocab_size),
+            forced=_forced(rows),
             allowed=_allowed(rows, vocab_size),
             penalties=_penalties(rows, vocab_size),
             num_logprobs=max_num_logprobs((row.params.logprobs for row in rows), vocab_size),
@@ -277,6 +292,27 @@ def _forbidden_words(index: int, row: SamplingRow) -> Iterable[_Addition]:
 
 def _ends_with(tokens: Sequence[int] | Int32, tail: Sequence[int]) -> bool:
     return not tail or list(tokens[-len(tail) :]) == list(tail)
+
+
+def _bitmask(rows: Sequence[SamplingRow], vocab_size: int) -> Bitmask | None:
+    guided = [i for i, row in enumerate(rows) if row.guide is not None]
+    if not guided:
+        return None
+    words = np.zeros((len(guided), -(-vocab_size // 32)), dtype=np.int32)
+    masked = []
+    for entry, i in enumerate(guided):
+        guide = rows[i].guide
+        assert guide is not None
+        if guide.fill_bitmask(words[entry]):
+            masked.append(entry)
+    return Bitmask(_int32(guided[entry] for entry in masked), words[masked]) if masked else None
+
+
+def _forced(rows: Sequence[SamplingRow]) -> Int32 | None:
+    tokens = [row.guide.forced_token if row.guide is not None else None for row in rows]
+    if all(token is None for token in tokens):
+        return None
+    return _int32(-1 if token is None else token for token in tokens)
 
 
 def _allowed(rows: Sequence[SamplingRow], vocab_size: int) -> AllowedTokens | None:
