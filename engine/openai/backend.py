@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
+from engine.constraints import Constraints
 from engine.outputs import CompletionDelta, LogprobsAtPosition
 from engine.sampling_params import SamplingParams
 from engine.text.output_sink import ParsedDelta
@@ -149,6 +150,7 @@ class ServedEngine(Protocol):
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        constraints: Constraints | None = None,
     ) -> ServedStream:
         """Queue a request. Raises RequestError if it can never be served."""
 

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from engine.constraints import Constraints
 from engine.errors import RequestError
 from engine.openai.backend import ServedEngine
 from engine.openai.generation import (
@@ -54,7 +55,13 @@ def _only_echo(body: CompletionRequest) -> bool:
 async def _start(port: Port, body: CompletionRequest, request: Request) -> Job:
     params = completion_params(port.engine, body)
     prompts = await asyncio.to_thread(completion_prompts, port.engine, body, params)
-    return start_job(port, "cmpl", request, body, prompts, params)
+    constraints = Constraints.from_request(
+        structured_outputs=body.structured_outputs,
+        response_format=body.response_format,
+        thinking_token_budget=body.thinking_token_budget,
+        repetition_detection=body.repetition_detection,
+    )
+    return start_job(port, "cmpl", request, body, prompts, params, constraints)
 
 
 def completion_params(engine: ServedEngine, body: CompletionRequest) -> SamplingParams:

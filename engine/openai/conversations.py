@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import Request
 
+from engine.constraints import Constraints
 from engine.openai.backend import ServedEngine, ServedParser
 from engine.openai.generation import Port, Prompt, open_request, sampling_params, start_job, truncate
 from engine.openai.protocol import ChatFields, TemplateFields
@@ -19,10 +20,11 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class PreparedChat:
-    """Conversations ready to run: a prompt each, and the sampling values of all."""
+    """Conversations ready to run: a prompt each; sampling values and constraints of all."""
 
     prompts: Sequence[Prompt]
     params: SamplingParams
+    constraints: Constraints | None
 
 
 async def prepare_chat(port: Port, body: ChatFields, conversations: Sequence[Messages]) -> PreparedChat:
@@ -35,7 +37,7 @@ async def prepare_chat(port: Port, body: ChatFields, conversations: Sequence[Mes
     def render() -> list[Prompt]:
         return [_prompt(port.engine, body, messages, params) for messages in conversations]
 
-    return PreparedChat(await asyncio.to_thread(render), params)
+    return PreparedChat(await asyncio.to_thread(render), params, _constraints(body))
 
 
 async def start_chat(
@@ -48,7 +50,7 @@ async def start_chat(
     params = prepared.params
     if any(parser.needs_special_tokens for parser in flat):
         params = params.replace(skip_special_tokens=False)
-    job = start_job(port, prefix, http, body, prepared.prompts, params)
+    job = start_job(port, prefix, http, body, prepared.prompts, params, prepared.constraints)
     replies = [Reply(choice, parser, body.include_reasoning) for choice, parser in zip(job.choices, flat, strict=True)]
     return ChatJob(job, replies)
 
@@ -94,6 +96,18 @@ def _params(engine: ServedEngine, body: ChatFields) -> SamplingParams:
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return sampling_params(engine, body, max_tokens=max_tokens, logprobs=logprobs)
+
+
+def _constraints(body: ChatFields) -> Constraints | None:
+    return Constraints.from_request(
+        structured_outputs=body.structured_outputs,
+        response_format=body.response_format,
+        tools=body.tools or None,
+        tool_choice=body.tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+        thinking_token_budget=body.thinking_token_budget,
+        repetition_detection=body.repetition_detection,
+    )
 
 
 def _prompt(engine: ServedEngine, body: ChatFields, messages: Messages, params: SamplingParams) -> Prompt:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import Request
 
+from engine.constraints import Constraints
 from engine.errors import GenerationError, RequestError, UnknownModelError
 from engine.openai.backend import ServedEngine, ServedStream
 from engine.openai.lifetime import OpenRequest, OpenRequests, merge
@@ -180,7 +181,13 @@ def truncate(token_ids: list[int], request: SamplingFields, max_tokens: int | No
 
 
 def start_job(
-    port: Port, prefix: str, http: Request, request: GenerationFields, prompts: Sequence[Prompt], params: SamplingParams
+    port: Port,
+    prefix: str,
+    http: Request,
+    request: GenerationFields,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    constraints: Constraints | None,
 ) -> Job:
     """Submit ``prompts``. If one is refused, none runs."""
     engine = port.engine
@@ -198,6 +205,7 @@ def start_job(
                     request_id=f"{unique}-{position}" if len(prompts) > 1 else unique,
                     priority=request.priority,
                     cache_salt=request.cache_salt,
+                    constraints=constraints,
                 )
             )
     except BaseException:

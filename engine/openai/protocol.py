@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 TokenId = Annotated[int, Field(ge=0)]
 JsonObject = dict[str, Any]
@@ -73,6 +73,12 @@ class SamplingFields(RequestBody):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
 
+    structured_outputs: JsonObject | None = None
+    repetition_detection: JsonObject | None = None
+    thinking_token_budget: int | None = Field(
+        None, validation_alias=AliasChoices("thinking_token_budget", "thinking_budget", "reasoning_max_tokens")
+    )
+
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     truncation_side: Literal["left", "right"] = "left"
     priority: int = 0
@@ -85,6 +91,7 @@ class GenerationFields(SamplingFields):
 
     stream_options: StreamOptions | None = None
     n: int = 1
+    response_format: JsonObject | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False

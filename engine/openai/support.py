@@ -22,18 +22,13 @@ class Refusal:
 
 
 _NOT_YET = "is not supported by this version of the engine"
-_STRUCTURED = Refusal(f"{_NOT_YET}: structured output is not built in yet, leave the field out", ({}, []))
+_GUIDED = Refusal(f"{_NOT_YET}: it is the old name, use `structured_outputs`", ({}, []))
 _MEDIA = Refusal(f"{_NOT_YET}: it serves text only", ({},))
 _BEAM = Refusal(f"{_NOT_YET}: there is no beam search, leave the field out")
 _OTHER = Refusal(f"{_NOT_YET}: leave the field out", ({}, []))
 
 REFUSED_FIELDS: dict[str, Refusal] = {
-    "response_format": Refusal(
-        f"{_NOT_YET} for JSON output; use {{'type': 'text'}} or leave it out", ({"type": "text"}, {})
-    ),
-    **dict.fromkeys(
-        ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"), _STRUCTURED
-    ),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _GUIDED),
     "use_beam_search": Refusal(_BEAM.why, (False,)),
     "length_penalty": Refusal(_BEAM.why, (1.0, 1)),
     "best_of": Refusal(f"{_NOT_YET}: ask for n completions and choose yourself", (1,)),
@@ -41,14 +36,11 @@ REFUSED_FIELDS: dict[str, Refusal] = {
     "prompt_embeds": Refusal(f"{_NOT_YET}: send a prompt"),
     "functions": Refusal(f"{_NOT_YET}: it is deprecated, use `tools`", ([],)),
     "function_call": Refusal(f"{_NOT_YET}: it is deprecated, use `tool_choice`", ("none", "auto")),
-    "thinking_token_budget": Refusal(f"{_NOT_YET}: there is no thinking budget yet", (-1,)),
-    "thinking_budget": Refusal(f"{_NOT_YET}: there is no thinking budget yet", (-1,)),
     "modalities": Refusal(_MEDIA.why, (["text"], [])),
     "audio": _MEDIA,
     "mm_processor_kwargs": _MEDIA,
     "media_io_kwargs": _MEDIA,
     "logprob_token_ids": _OTHER,
-    "repetition_detection": _OTHER,
     "kv_transfer_params": _OTHER,
     "ec_transfer_params": _OTHER,
     "vllm_xargs": _OTHER,
@@ -105,10 +97,10 @@ def check_chat(request: ChatFields, engine: ServedEngine) -> None:
         if request.top_logprobs != 0 and not request.logprobs:
             raise RequestError("when using `top_logprobs`, `logprobs` must be set to true.", param="top_logprobs")
     _check_tools(request)
-    if request.tools and request.tool_choice != "none" and engine.tool_call_parser is None:
+    if request.tools and request.tool_choice in (None, "auto") and engine.tool_call_parser is None:
         raise RequestError(
             '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set: the calls of this '
-            "model cannot be told from its chat template. Name a parser, or send tool_choice 'none'.",
+            "model cannot be told from its chat template. Name a parser, or send tool_choice 'required' or 'none'.",
             param="tools",
         )
 

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from engine.config import EngineArgs
+from engine.constraints import Constraints
 from engine.errors import ContextLengthError, EngineClosedError, GenerationError, RequestError
 from engine.metrics import EngineMetrics
 from engine.outputs import CompletionDelta, Logprob, LogprobsAtPosition
@@ -116,6 +117,7 @@ class FakeLLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        constraints: Constraints | None = None,
     ) -> RequestStream:
         if self.closed:
             raise EngineClosedError("The engine is closed: load a model again.")
@@ -134,7 +136,8 @@ class FakeLLM:
 
         stream = RequestStream(request_id or "fake", None, ids, params, abort)
         self.submitted.append(stream)
-        self.options.append({"request_id": request_id, "priority": priority, "cache_salt": cache_salt})
+        given = {"request_id": request_id, "priority": priority, "cache_salt": cache_salt, "constraints": constraints}
+        self.options.append(given)
         threading.Thread(target=self._generate, args=(stream, gone), daemon=True).start()
         return stream
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, TypeAdapter
 
 VLLM_FIELDS = {
     *("stop_reason", "token_ids", "prompt_token_ids", "prompt_logprobs", "prompt_text"),
+    *("reasoning", "reasoning_content"),
     *("root", "parent", "max_model_len", "permission"),
 }
 """Fields that vLLM adds to OpenAI's types."""

@@ -113,7 +113,7 @@ def test_tools_are_called_plain_and_streamed(http: httpx.Client, llm: FakeLLM) -
     llm.tool_call_parser, llm.reply = "hermes", CALLS
     reply = post(http, tools=[TOOL])
     assert reply["stop_reason"] == "tool_use"
-    text, first, second = reply["content"]
+    _, first, second = reply["content"]
     assert (first["name"], first["input"]) == ("weather", {"city": 'Bad "Oeynhausen" {}'})
     assert second["input"] == {"city": "Köln"}
     events = stream(http, tools=[TOOL])
