@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -92,6 +92,11 @@ class ChatTemplate:
         """Whether the template reads ``content`` as a string or loops over parts."""
         return self._compiled().content_format
 
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads, besides what every template gets; none without a template."""
+        return self._compiled().variables if self.source else frozenset()
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -151,6 +156,7 @@ class _Compiled:
     template: jinja2.Template
     content_format: ContentFormat
     strings_as_parts: bool
+    variables: frozenset[str]
 
 
 @functools.lru_cache(maxsize=16)
@@ -162,6 +168,7 @@ def _compile(source: str) -> _Compiled:
         template=environment.from_string(source),
         content_format=content_format,
         strings_as_parts=content_format == "openai" and not tests_for_string(tree),
+        variables=frozenset(meta.find_undeclared_variables(tree)) - RESERVED_VARIABLES,
     )
 
 

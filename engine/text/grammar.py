@@ -7,7 +7,7 @@ trie (about a third of a second for 49k tokens) are loaded with the first one.
 
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,17 +18,45 @@ from engine.errors import RequestError
 from engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher
 
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Between the parts of JSON: bounded, since small models otherwise write white space for ever."""
 
 
+class _Tokens:
+    """A model's tokens as llguidance has them: added tokens such as ``<tool_call>`` are no text there."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> None:
+        from llguidance import LLTokenizer
+
+        self.all = LLTokenizer(tokenizer.hf.to_str(), n_vocab=vocab_size, eos_token=eos_token_ids)
+        self._tokenizer = tokenizer
+
+    def mark(self, text: str) -> str:
+        """``text`` in a Lark grammar: by its number where it is a token that is no text."""
+        token_id = self._tokenizer.hf.token_to_id(text)
+        if token_id is not None and self.all.is_special_token(token_id):
+            return f"<[{token_id}]>"
+        return json.dumps(text, ensure_ascii=False)
+
+    def spelled(self, token_id: int) -> list[int]:
+        """The text of a token that is no text to llguidance as ordinary tokens; empty for all others."""
+        if not self.all.is_special_token(token_id) or token_id in self._tokenizer.special_ids:
+            return []
+        return list(self.all.greedy_tokenize(self._tokenizer.token_text(token_id)))
+
+
 class Matcher:
     """Where one completion stands in its grammar."""
 
-    def __init__(self, matcher: "LLMatcher") -> None:
+    def __init__(self, matcher: "LLMatcher", tokens: _Tokens) -> None:
         self._matcher = matcher
+        self._tokens = tokens
+
+    def another(self) -> "Matcher":
+        """A second matcher in the same place."""
+        return Matcher(self._matcher.deep_copy(), self._tokens)
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> None:
         """Set the bits of tokens that the grammar allows next, end tokens where it may end."""
@@ -36,11 +64,18 @@ class Matcher:
 
     def accepts(self, token_id: int) -> bool:
         """Whether the grammar allows this token next."""
-        return bool(self._matcher.validate_tokens([token_id]))
+        return self._as_matched(token_id) is not None
 
     def consume(self, token_id: int) -> bool:
         """Take a token; False if the grammar does not allow it or became too complex."""
-        return bool(self._matcher.consume_token(token_id))
+        return bool(self._matcher.consume_tokens(self._as_matched(token_id) or [token_id]))
+
+    def _as_matched(self, token_id: int) -> list[int] | None:
+        """The token, or its text spelled out, whichever the grammar allows."""
+        for token_ids in ([token_id], self._tokens.spelled(token_id)):
+            if token_ids and self._matcher.validate_tokens(token_ids) == len(token_ids):
+                return token_ids
+        return None
 
     def reset(self) -> None:
         """Back to the grammar's beginning."""
@@ -64,34 +99,31 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(token for token in eos_token_ids if token < vocab_size)
-        self._tokens: LLTokenizer | None = None
+        self._loaded: _Tokens | None = None
         self._lock = threading.Lock()
 
     def compile(self, grammar: str, param: str = "structured_outputs") -> Matcher:
         """A matcher at the grammar's beginning. Raises RequestError with what is wrong in it."""
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._tokens_of_model(), grammar, log_level=0)
+        tokens = self._tokens()
+        matcher = LLMatcher(tokens.all, grammar, log_level=0)
         if matcher.is_error():
             raise RequestError(f"bad grammar or schema: {_one_line(matcher.get_error())}", param=param)
-        return Matcher(matcher)
+        return Matcher(matcher, tokens)
 
-    @staticmethod
-    def another(matcher: Matcher) -> Matcher:
-        """A second matcher in the same place."""
-        return Matcher(matcher._matcher.deep_copy())
+    def mark(self, text: str) -> str:
+        """``text`` in a Lark grammar: a mark that is one token of its own stands by its number."""
+        return self._tokens().mark(text)
 
-    def _tokens_of_model(self) -> "LLTokenizer":
-        from llguidance import LLTokenizer
-
+    def _tokens(self) -> _Tokens:
         with self._lock:
-            if self._tokens is None:
-                text = self._tokenizer.hf.to_str()
-                self._tokens = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
-            return self._tokens
+            if self._loaded is None:
+                self._loaded = _Tokens(self._tokenizer, self._vocab_size, self._eos_token_ids)
+            return self._loaded
 
 
-def grammar_text(structured: StructuredOutput) -> str:
+def grammar_text(structured: StructuredOutput, mark: Callable[[str], str]) -> str:
     """llguidance's grammar of any kind but tool calls. Raises RequestError."""
     from llguidance import LLMatcher, grammar_from
 
@@ -110,7 +142,7 @@ def grammar_text(structured: StructuredOutput) -> str:
         except ValueError as error:
             raise RequestError(f"bad grammar: {_one_line(str(error))}", param="structured_outputs") from None
     assert structured.structural_tag is not None, "tool calls have their own grammar"
-    return _structural_tag(structured.structural_tag)
+    return _structural_tag(structured.structural_tag, mark)
 
 
 def json_grammar(schema: Any, structured: StructuredOutput | None = None) -> str:
@@ -145,10 +177,8 @@ def _closed(schema: Any) -> Any:
     return closed
 
 
-def _structural_tag(tag: Mapping[str, Any] | str) -> str:
+def _structural_tag(tag: Mapping[str, Any] | str, mark: Callable[[str], str]) -> str:
     """Free text with tagged parts: ``{"structures": [{"begin", "schema", "end"}], "triggers": […]}``."""
-    from llguidance import StructTag
-
     value = parse_json_text(tag, "structural_tag") if isinstance(tag, str) else tag
     structures, triggers = (
         value.get(key) if isinstance(value, Mapping) else None for key in ("structures", "triggers")
@@ -158,15 +188,20 @@ def _structural_tag(tag: Mapping[str, Any] | str) -> str:
             "structural_tag must have structures (a list of begin, schema, end) and triggers (a list of texts).",
             param="structured_outputs",
         )
-    tags = []
-    for part in structures:
+    rules = ["TEXT: /(.|\\n)*/", "start: (" + " | ".join(f"tag_{i}" for i in range(len(structures))) + ")* TEXT"]
+    for i, part in enumerate(structures):
         begin, schema = part.get("begin"), part.get("schema")
         trigger = next((t for t in triggers if t and isinstance(begin, str) and begin.startswith(t)), None)
         if trigger is None:
             raise RequestError(f"structural_tag: no trigger begins {begin!r}.", param="structured_outputs")
-        grammar = {**schema, "x-guidance": whitespace_options()} if isinstance(schema, Mapping) else {}
-        tags.append(StructTag(trigger=trigger, begin=begin, grammar=grammar, end=part.get("end") or ""))
-    return str(StructTag.to_grammar(tags, assume_special=False))
+        schema = {**schema, "x-guidance": whitespace_options()} if isinstance(schema, Mapping) else {}
+        rest, end = (json.dumps(text, ensure_ascii=False) for text in (begin[len(trigger) :], part.get("end") or ""))
+        body = f"{rest} %json {json.dumps(schema, ensure_ascii=False)} {end}"
+        if (number := mark(trigger)).startswith("<"):
+            rules.append(f"tag_{i}: TEXT {number} {body}")
+        else:
+            rules.append(f"trigger_{i}[lazy]: TEXT {number}\ntag_{i}: trigger_{i} {body}")
+    return "\n".join(rules)
 
 
 def _one_line(text: str) -> str:

@@ -210,7 +210,7 @@ class Guides:
 
         def make() -> Guide:
             return Guide(
-                matcher=None if matcher is None else self._compiler.another(matcher),
+                matcher=None if matcher is None else matcher.another(),
                 tracker=None if markers is None else ThoughtTracker(markers, place, self._tokenizer),
                 budget=None if constraints.thinking is None else constraints.thinking.max_tokens,
                 repetition=RepetitionFinder(detection) if detection.max_pattern_size else None,
@@ -227,9 +227,9 @@ class Guides:
         if params.allowed_token_ids is not None:
             raise RequestError("allowed_token_ids and structured output exclude each other.", param="allowed_token_ids")
         if structured.tool_calls is not None:
-            grammar = tool_grammar(self._tool_call_parser, structured.tool_calls, self._tokenizer)
+            grammar = tool_grammar(self._tool_call_parser, structured.tool_calls, self._compiler.mark)
             return self._compiler.compile(grammar, "tools")
-        return self._compiler.compile(grammar_text(structured))
+        return self._compiler.compile(grammar_text(structured, self._compiler.mark))
 
 
 def _clear_bits(words: NDArray[np.int32], token_ids: NDArray[np.int64]) -> None:

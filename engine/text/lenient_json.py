@@ -7,7 +7,7 @@ one valid JSON value, in the form of ``json.dumps(value, ensure_ascii=False)``.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine.text.scanner import Emit, Markers, MarkupError, Scanner, Steps
 
@@ -64,7 +64,7 @@ class LenientJson:
             yield from self._array(emit, lead)
         elif (quote := (yield from self._opening_quote())) is not None:
             emit(lead + '"')
-            yield from self._string(quote, emit, ",}])")
+            yield from self.string(quote, emit, lambda: self._ends_here(",}])"))
             emit('"')
         else:
             emit(lead + (yield from self._bare()))
@@ -80,7 +80,7 @@ class LenientJson:
         quote = yield from self._opening_quote()
         if quote is not None:
             parts: list[str] = []
-            yield from self._string(quote, parts.append, ":")
+            yield from self.string(quote, parts.append, lambda: self._ends_here(":"))
             name = str(json.loads('"' + "".join(parts) + '"'))
         else:
             name = (yield from self._scanner.word(":,{}[]\"'\n")).strip()
@@ -133,8 +133,11 @@ class LenientJson:
         marks = ['"', "'", self._raw_quote] if self._raw_quote else ['"', "'"]
         return (yield from self._scanner.accept(*marks))
 
-    def _string(self, quote: str, emit: Emit, followers: str) -> Steps[None]:
-        """The inside of a string up to its closing quote, or to the end of the text."""
+    def string(self, quote: str, emit: Emit, ends_here: Callable[[], Steps[bool]]) -> Steps[None]:
+        """The inside of a string up to its closing quote, or to the end of the text.
+
+        ``ends_here`` says of a quote, by what follows, whether it closes the string or belongs to it.
+        """
 
         def emit_plain(text: str) -> None:
             emit(quoted(text))
@@ -145,7 +148,7 @@ class LenientJson:
         while (found := (yield from self._scanner.until(self._quotes[quote], emit_plain))) is not None:
             if found == "\\":
                 emit((yield from self._escape()))
-            elif (yield from self._ends_here(followers)):
+            elif (yield from ends_here()):
                 return
             else:
                 emit_plain(quote)

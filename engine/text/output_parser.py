@@ -98,6 +98,8 @@ def make_output_parser(
         scanner, sink, reasoning, calls, ToolSchemas(tools), tuple(known.difference(marks)) if needs else ()
     )
     inside = reasoning is not None and reasoning.begins_inside(prompt_suffix)
+    if reasoning is not None and reasoning.begins_behind(prompt_suffix):
+        sink.boundary()
     return OutputParser(scanner, sink, reader.read(inside), needs_special_tokens=needs)
 
 

@@ -28,8 +28,15 @@ class ReasoningParser:
         """Whether the prompt's end lies inside a thought. Without a prompt, the model's custom."""
         if not prompt_suffix:
             return self.implicit
-        turn = _TURN_MARK.split(prompt_suffix.replace(self.start, _START).replace(self.end, _END))[-1]
+        turn = self._open_turn(prompt_suffix)
         return turn.rfind(_START) > turn.rfind(_END)
+
+    def begins_behind(self, prompt_suffix: str) -> bool:
+        """Whether the prompt ends with a thought that is over (thinking switched off)."""
+        return self._open_turn(prompt_suffix).rstrip().endswith(_END)
+
+    def _open_turn(self, prompt_suffix: str) -> str:
+        return _TURN_MARK.split(prompt_suffix.replace(self.start, _START).replace(self.end, _END))[-1]
 
 
 _START, _END = "\x00start\x00", "\x00end\x00"

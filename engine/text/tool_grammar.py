@@ -6,21 +6,23 @@ parsers in vLLM's forms, which every parser here reads when a call is demanded: 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine.constraints import ToolCalls
 from engine.errors import RequestError
 from engine.text.grammar import json_grammar, whitespace_options
-from engine.text.tokenizer import Tokenizer
 
 _HERMES = ("hermes", "qwen2_5", "json_tools")
 
 
-def tool_grammar(parser: str | None, calls: ToolCalls, tokenizer: Tokenizer) -> str:
-    """llguidance's grammar of the calls that ``calls`` allows, as ``parser`` reads them."""
+def tool_grammar(parser: str | None, calls: ToolCalls, mark: Callable[[str], str]) -> str:
+    """llguidance's grammar of the calls that ``calls`` allows, as ``parser`` reads them.
+
+    ``mark`` writes a text of the format as the grammar needs it.
+    """
     if parser in _HERMES:
-        start, end = (_mark(text, tokenizer) for text in ("<tool_call>", "</tool_call>"))
+        start, end = (mark(text) for text in ("<tool_call>", "</tool_call>"))
         more = r' ("\n" call)*' if calls.parallel else ""
         return _lark(f'start: call{more}\ncall: {start} "\\n" object "\\n" {end}', calls, "arguments")
     if parser == "llama3_json":
@@ -42,12 +44,6 @@ def _lark(head: str, calls: ToolCalls, key: str) -> str:
         schema = json.dumps({**_arguments(function), "x-guidance": whitespace_options()}, ensure_ascii=False)
         rules.append(f'object_{number}: {opening} arguments_{number} "}}"\narguments_{number}: %json {schema}')
     return "\n".join(rules)
-
-
-def _mark(text: str, tokenizer: Tokenizer) -> str:
-    """A mark in a grammar: special tokens are no text, so they stand by their number."""
-    token_id = tokenizer.hf.token_to_id(text)
-    return f"<[{token_id}]>" if token_id in tokenizer.special_ids else json.dumps(text)
 
 
 def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:

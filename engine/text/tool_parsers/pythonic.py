@@ -70,8 +70,35 @@ class PythonicCalls:
             yield from scanner.expect("=")
             if not key:
                 raise MarkupError("key")
-            yield from values.value(emit, f'{separator}"{quoted(key)}": ')
+            yield from scanner.skip_space()
+            quote = yield from scanner.accept('"', "'")
+            if quote:
+                emit(f'{separator}"{quoted(key)}": "')
+                yield from values.string(quote, emit, lambda: self._string_ends(scanner))
+                emit('"')
+            else:
+                yield from values.value(emit, f'{separator}"{quoted(key)}": ')
             separator = ", "
+
+    def _string_ends(self, scanner: Scanner) -> Steps[bool]:
+        """Whether what follows a quote is the next argument or the end of the call: templates escape none."""
+        place = scanner.mark()
+        yield from scanner.skip_space()
+        char = yield from scanner.peek()
+        if char == ",":
+            scanner.take()
+            yield from scanner.skip_space()
+            while (yield from scanner.peek()).isidentifier() or (yield from scanner.peek()).isdigit():
+                scanner.take()
+            ends = (yield from scanner.after_space(["=", ")"])) is not None
+        elif char == ")":
+            scanner.take()
+            ends = (yield from scanner.after_space(["]", ",", *self.strays])) is not None
+        else:
+            ends = not char
+        scanner.rewind(place)
+        scanner.release(place)
+        return ends
 
 
 PYTHONIC = PythonicCalls()

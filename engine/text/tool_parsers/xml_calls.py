@@ -189,7 +189,6 @@ SEED_OSS = XmlCalls(
     "<parameter=",
     (">",),
     "</parameter>",
-    newlines=True,
 )
 MINIMAX_M2 = XmlCalls(
     "<minimax:tool_call>",
@@ -202,20 +201,20 @@ MINIMAX_M2 = XmlCalls(
     "</parameter>",
     quoted=True,
 )
-MUSE_SPARK = XmlCalls(
-    "<atem:function_calls>",
-    "</atem:function_calls>",
-    "<atem:invoke name=",
-    (">",),
-    "</atem:invoke>",
-    "<atem:parameter name=",
-    (">",),
-    "</atem:parameter>",
-    quoted=True,
-)
 DEEPSEEK_V32 = XmlCalls(
     "<｜DSML｜function_calls>",
     "</｜DSML｜function_calls>",
+    "<｜DSML｜invoke name=",
+    (">",),
+    "</｜DSML｜invoke>",
+    "<｜DSML｜parameter name=",
+    (">",),
+    "</｜DSML｜parameter>",
+    quoted=True,
+)
+DEEPSEEK_V4 = XmlCalls(
+    "<｜DSML｜tool_calls>",
+    "</｜DSML｜tool_calls>",
     "<｜DSML｜invoke name=",
     (">",),
     "</｜DSML｜invoke>",

@@ -1,0 +1,204 @@
+"""What a model's own template writes, the parsers read back: whole, cut in two anywhere, character by character."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from engine.outputs import Reply
+from engine.replay import parse_output
+from engine.text.chat_template import ChatTemplate
+from engine.text.reasoning_parsers import detect_reasoning_parser
+from engine.text.tool_parsers import detect_tool_parser
+from tests.engine.text.template_packages import LLAMA_CPP, TRL, TemplatePackage, template_source
+
+CODE = "def f(a):\n    return {'k': \"v\"}  # <b>&amp;</b> {x} [1] \\d\n\tprint('日本語 🎉\\n')"
+MARKUP = '<div class="a">\n</parameter>\n<think>no</think> </tool_call> ]</div>'
+WEATHER = {
+    "city": "São \"Paulo\"\n'x'",
+    "days": 3,
+    "ratio": 0.5,
+    "flag": True,
+    "tags": ["a", 'b"c', "</x>"],
+    "options": {"nested": {"list": [1, 2, {"deep": "{[<"}]}, "number": "1"},
+}
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "ratio": {"type": "number"},
+        "flag": {"type": "boolean"},
+        "tags": {"type": "array", "items": {"type": "string"}},
+        "options": {"type": "object", "properties": {}},
+        "code": {"type": "string"},
+    },
+    "required": [],
+}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": "x", "parameters": PARAMETERS}}
+    for name in ("get_weather", "run_code")
+]
+ENDS = (
+    r"(?:\s|<\|im_end\|>|<turn\|>|<\|tool_response>|<\|eot_id\|>|</s>|<\|return\|>|\[e~\[|<seed:eos>|<eos>"
+    r"|<｜end▁of▁sentence｜>|<\|END_OF_TURN_TOKEN\|>|<\|end_of_text\|>|</assistant>)*\Z"
+)
+Call = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A template, the parsers that it is to be recognised by, and what it cannot render."""
+
+    package: TemplatePackage
+    name: str
+    reasoning: str | None
+    tools: str | None
+    renders: str = "thought calls content+calls"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+TEMPLATES = [
+    Template(TRL, "qwen3_6", "qwen3", "qwen3_coder"),
+    Template(TRL, "qwen3_8", "qwen3", "qwen3_coder"),
+    Template(TRL, "qwen3_5_think", "qwen3", "qwen3_coder"),
+    Template(TRL, "qwen3_5_nothink", "qwen3", "qwen3_coder"),
+    Template(TRL, "qwen3", "qwen3", "hermes"),
+    Template(TRL, "qwen2_5", None, "hermes", "calls content+calls"),
+    Template(TRL, "gemma4", "gemma4", "gemma4", "calls content+calls"),
+    Template(TRL, "gemma4_v2", "gemma4", "gemma4", "calls content+calls"),
+    Template(TRL, "gemma4_v3", "gemma4", "gemma4", "calls content+calls"),
+    Template(TRL, "gemma4_v5", "gemma4", "gemma4"),
+    Template(TRL, "glm4moe", "glm45", "glm45"),
+    Template(TRL, "gptoss", "openai_gptoss", "openai", "thought one-call"),
+    Template(TRL, "lfm2_v2", None, "pythonic", "calls content+calls"),
+    Template(TRL, "llama3_1", None, "llama3_json", "one-call"),
+    Template(TRL, "nemotron_3_nano", "qwen3", "qwen3_coder"),
+    Template(LLAMA_CPP, "ByteDance-Seed-OSS", "seed_oss", "seed_oss"),
+    Template(LLAMA_CPP, "MiniMax-M2", "minimax_m2", "minimax_m2"),
+    Template(LLAMA_CPP, "GLM-4.7-Flash", "glm45", "glm45"),
+    Template(LLAMA_CPP, "Kimi-K2-Instruct", None, "kimi_k2", "calls content+calls"),
+    Template(LLAMA_CPP, "Kimi-K2-Thinking", "kimi_k2", "kimi_k2", "calls content+calls"),
+    Template(LLAMA_CPP, "Mistral-Small-3.2-24B-Instruct-2506", None, "mistral", "calls content+calls"),
+    Template(LLAMA_CPP, "mistralai-Mistral-Nemo-Instruct-2407", None, "mistral", "calls"),
+    Template(LLAMA_CPP, "deepseek-ai-DeepSeek-V3.1", "deepseek_r1", "deepseek_v31", "calls"),
+    Template(LLAMA_CPP, "deepseek-ai-DeepSeek-V3.2", "deepseek_r1", "deepseek_v32", "calls content+calls"),
+    Template(LLAMA_CPP, "deepseek-ai-DeepSeek-V4", "deepseek_r1", "deepseek_v4", "calls content+calls"),
+    Template(LLAMA_CPP, "Qwen3-Coder", None, "qwen3_coder", "calls content+calls"),
+    Template(LLAMA_CPP, "openbmb-MiniCPM5-1B", "qwen3", "minicpm5"),
+    Template(LLAMA_CPP, "ibm-granite-granite-4.0", None, "hermes", "calls content+calls"),
+    Template(LLAMA_CPP, "CohereForAI-c4ai-command-r7b-12-2024-tool_use", "cohere2", "cohere_command3", "calls"),
+    Template(LLAMA_CPP, "openai-gpt-oss-120b", "openai_gptoss", "openai", "thought one-call"),
+]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant's turn as a template renders it, and the prompt before it."""
+
+    prompt: str
+    text: str
+    content: str
+    thought: str
+    calls: list[Call]
+
+
+def render(template: Template, *, content: str = "", thought: str = "", calls: list[Call] = ()) -> Turn:  # type: ignore[assignment]
+    """The turn, cut out of the rendered conversation."""
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if thought:
+        message |= {"reasoning": thought, "thinking": thought}
+    if calls:
+        message["tool_calls"] = [
+            {"id": f"call0000{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
+            for i, (name, arguments) in enumerate(calls)
+        ]
+    chat = ChatTemplate(template_source(template.package, template.name), bos_token="", eos_token="</s>")
+    user = [{"role": "user", "content": "hi"}]
+    whole = chat.render([*user, message], tools=TOOLS, add_generation_prompt=False)
+    opened = chat.render(user, tools=TOOLS, add_generation_prompt=True)
+    size = len(os.path.commonprefix([whole, opened]))
+    if size < len(opened):  # the prompt opens or closes a thought that this turn writes otherwise
+        marks = [m for m in re.finditer(r"<[^<>\s]+>", whole) if m.start() < size < m.end()]
+        size = marks[0].start() if marks else size
+    return Turn(whole[:size], re.sub(ENDS, "", whole[size:]), content, thought, list(calls))
+
+
+def parse(template: Template, turn: Turn, chunks: list[str] | None = None) -> Reply:
+    return parse_output(
+        turn.text,
+        reasoning_parser=template.reasoning,
+        tool_call_parser=template.tools,
+        tools=TOOLS,
+        prompt_suffix=turn.prompt,
+        chunks=chunks,
+    )
+
+
+def calls_of(reply: Reply) -> list[Call]:
+    return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in reply.tool_calls]
+
+
+def check(template: Template, turn: Turn) -> None:
+    """Parsed whole it is what was rendered; parsed in pieces it is the same."""
+    whole = parse(template, turn)
+    assert calls_of(whole) == turn.calls
+    assert (whole.text.strip(), whole.reasoning or "") == (turn.content, turn.thought)
+    assert whole.finish_reason == ("tool_calls" if turn.calls else "stop")
+    for cut in range(1, len(turn.text)):
+        assert parse(template, turn, [turn.text[:cut], turn.text[cut:]]) == whole, f"cut at {cut}: {turn.text[:cut]!r}"
+    assert parse(template, turn, list(turn.text)) == whole
+
+
+def those_that_render(what: str) -> Any:
+    return pytest.mark.parametrize("template", [t for t in TEMPLATES if what in t.renders.split()], ids=str)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=str)
+def test_a_template_is_recognised(template: Template) -> None:
+    source = template_source(template.package, template.name)
+    assert detect_reasoning_parser(source, ()) == template.reasoning
+    assert detect_tool_parser(source) == template.tools
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=str)
+def test_plain_answers_come_back_as_they_are(template: Template) -> None:
+    if template.tools == "cohere_command3":
+        pytest.skip("this template renders its prompt's thought behind the answer again")
+    check(template, render(template, content="Yes: <b>a</b> {b} [c] ‘d’."))
+
+
+@those_that_render("thought")
+def test_thoughts_come_back_apart_from_answers(template: Template) -> None:
+    check(template, render(template, content="The answer <is> 4.", thought="2 + 2:\n\nthat is {4}"))
+
+
+@those_that_render("calls")
+def test_several_calls_with_nested_quoted_and_unicode_arguments_come_back(template: Template) -> None:
+    check(template, render(template, calls=[("get_weather", WEATHER), ("run_code", {"code": CODE, "city": "5"})]))
+
+
+@those_that_render("one-call")
+def test_one_call_comes_back_where_a_template_takes_only_one(template: Template) -> None:
+    check(template, render(template, calls=[("get_weather", WEATHER)]))
+    check(template, render(template, calls=[("run_code", {"code": CODE})]))
+
+
+@those_that_render("content+calls")
+def test_text_before_calls_stays_text(template: Template) -> None:
+    check(template, render(template, content="Let me look.", calls=[("run_code", {"code": CODE})]))
+
+
+@those_that_render("calls")
+def test_calls_without_arguments_come_back(template: Template) -> None:
+    check(template, render(template, calls=[("get_weather", {}), ("run_code", {})]))
+
+
+@those_that_render("calls")
+def test_markup_inside_arguments_stays_text(template: Template) -> None:
+    check(template, render(template, calls=[("run_code", {"code": MARKUP}), ("get_weather", {"days": 0})]))
