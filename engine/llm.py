@@ -129,9 +129,14 @@ class LLM:
         """
         return self.resolve_sampling(**given).params
 
-    def resolve_sampling(self, **given: Any) -> Resolved:
-        """:meth:`sampling_params` with the source of each value."""
-        return self.defaults.resolve(given)
+    def resolve_sampling(self, *, source: str = "request", **given: Any) -> Resolved:
+        """:meth:`sampling_params` with the source of each value; ``source`` is what ``given`` is called."""
+        return self.defaults.resolve(given, source)
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """What of ``chat_template_kwargs`` the chat template reads, such as ``enable_thinking``."""
+        return self._template.variables
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``. Rendered chats bring their special tokens: pass False for them."""
@@ -204,7 +209,7 @@ class LLM:
             lambda: thread.finish_thinking(request_id),
         )
         self._thread.submit(request, stream)
-        self.request_log.add(stream, max_tokens=request.max_tokens, cache_salt=cache_salt)
+        self.request_log.add(stream, max_tokens=request.max_tokens, cache_salt=cache_salt, constraints=constraints)
         return stream
 
     def generate(

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from IPython.core.magic_arguments import MagicArgumentParser
 
-from engine.config import ENGINE_FLAGS, NOT_YET, REFUSED_FLAGS, Flag, human_int, refuse_flag
+from engine.config import ENGINE_FLAGS, REFUSED_FLAGS, Flag, human_int, refuse_flag
 from engine.errors import ConfigError, UnsupportedOptionError
 from vm_magic.errors import HelpShown
 
@@ -29,11 +29,14 @@ COMMANDS: dict[str, str] = {
     "reset": "forget a conversation",
     "history": "show a conversation",
     "models": "models on this machine",
+    "explain": "the last request: prompt, values and their sources, cache hit, raw and parsed output",
+    "export": "the same as a vllm serve command, or what a client needs (--client)",
+    "llm": "write or show the llm command-line tool's entry for the open port",
     "logs": "the latest lines of the engine's and server's log",
     "metrics": "the engine's Prometheus metrics as a table",
 }
-LATER_COMMANDS = frozenset({"panel", "explain", "bench", "llm", "export", "connect", "tools"})
-LATER_CHAT_FLAGS = frozenset({"json", "thinking-token-budget"})
+LATER_COMMANDS = frozenset({"panel", "bench", "connect", "tools"})
+CLIENT_NAMES = ("openai", "anthropic", "llm", "curl", "codex")
 CELL_COMMANDS = ("serve", "chat", "complete")
 
 
@@ -102,8 +105,6 @@ class CommandParser(MagicArgumentParser):  # type: ignore[misc]
 
     def _unknown(self, flag: str) -> UnsupportedOptionError:
         name = flag.lstrip("-")
-        if name in LATER_CHAT_FLAGS and self.command in ("chat", "complete"):
-            return UnsupportedOptionError(f"--{name} is not supported: {NOT_YET}", flag=name)
         if self.command in ("load", "serve", "plan") and name.removeprefix("no-") in REFUSED_FLAGS:
             return refuse_flag(name)
         close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
@@ -159,7 +160,24 @@ def command_parser(command: str) -> CommandParser:
         parser.add_argument("values", nargs=argparse.REMAINDER, metavar="KEY=VALUE")
     elif command == "logs":
         parser.add_argument("count", nargs="?", type=int, default=50, metavar="N", help="how many lines (50)")
+    elif command == "explain":
+        parser.add_argument(
+            "count", nargs="?", type=int, default=1, metavar="N", help="2 is the request before the last, and so on"
+        )
+    elif command in ("export", "llm"):
+        _add_client_flags(parser, export=command == "export")
     return parser
+
+
+def _add_client_flags(parser: CommandParser, *, export: bool) -> None:
+    if export:
+        parser.add_argument("--client", choices=CLIENT_NAMES, help="what this client needs to use the open port")
+        parser.add_argument(
+            "--show-key", action="store_true", help="write the key out (a saved notebook then holds it)"
+        )
+        return
+    parser.add_argument("--show", action="store_true", help="print the entry and write nothing")
+    parser.add_argument("--model-id", metavar="NAME", help="what llm -m takes (default: the model's name)")
 
 
 def _add_engine_flags(parser: CommandParser) -> None:
@@ -244,8 +262,21 @@ def _add_chat_flags(parser: CommandParser, *, chat: bool) -> None:
             "--think",
             action=argparse.BooleanOptionalAction,
             default=None,
-            help="sets enable_thinking in the chat template",
+            help="turns thinking on or off in the chat template (enable_thinking)",
         )
+        parser.add_argument(
+            "--thinking-token-budget",
+            type=int,
+            metavar="N",
+            default=None,
+            help="most tokens of thought, then the answer begins; -1: no limit",
+        )
+    parser.add_argument(
+        "--json",
+        dest="schema",
+        metavar="SCHEMA",
+        help="the reply is JSON of this schema: JSON text, a variable (dict or pydantic model), a file, or: object",
+    )
     parser.add_argument(
         "-o", "--out", metavar="NAME", type=variable_name, help="store the reply in this variable and show nothing"
     )
@@ -253,7 +284,7 @@ def _add_chat_flags(parser: CommandParser, *, chat: bool) -> None:
     parser.add_argument("--no-stream", action="store_true", help="show the reply when it is complete")
     parser.add_argument("--detach", action="store_true", help="return at once; the output goes on filling")
     parser.add_argument("--stats", action="store_true", help="show tokens and speed under the reply")
-    parser.add_argument("-f", "--format", choices=FORMATS, default="markdown", help="how to show the reply")
+    parser.add_argument("-f", "--format", choices=FORMATS, help="how to show the reply (markdown; json with --json)")
     parser.add_argument("text", nargs="?", help="the message, in the line form (after the flags)")
 
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from engine.outputs import Reply
 from engine.settings import Settings
+from vm_magic.clients import Port, snippets
 from vm_magic.conversation import Message
 from vm_magic.progress import size_text
 
 if TYPE_CHECKING:
     from vm_magic.session import Session
 
-_CARD_STYLE = (
+CARD_STYLE = (
     "display:inline-block;padding:8px 14px;border:1px solid var(--jp-border-color2,#bbb);border-radius:6px;"
     "background:var(--jp-layout-color1,transparent);color:var(--jp-ui-font-color1,inherit);font-size:13px"
 )
@@ -51,11 +52,15 @@ class Table:
 
 @dataclass(frozen=True)
 class StatusCard:
-    """A snapshot of the session; ``fields`` in the order shown, ``usage`` the KV cache's share in use."""
+    """A snapshot of the session; ``fields`` in the order shown, ``usage`` the KV cache's share in use.
+
+    ``snippets`` are (client, text to copy) for the open port; only the HTML form shows them.
+    """
 
     title: str
     fields: tuple[tuple[str, str], ...] = ()
     usage: float | None = None
+    snippets: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
         width = max((len(name) for name, _ in self.fields), default=0)
@@ -70,7 +75,16 @@ class StatusCard:
             for name, value in self.fields
         )
         table = f'<table style="margin:4px 0 0;border:none">{rows}</table>' if rows else ""
-        return f'<div style="{_CARD_STYLE}"><b>{html.escape(self.title)}</b>{table}</div>'
+        return f'<div style="{CARD_STYLE}"><b>{html.escape(self.title)}</b>{table}{self._snippets()}</div>'
+
+    def _snippets(self) -> str:
+        if not self.snippets:
+            return ""
+        texts = "".join(
+            f'<div style="opacity:.7">{html.escape(name)}</div><pre style="margin:2px 0 8px">{html.escape(text)}</pre>'
+            for name, text in self.snippets
+        )
+        return f"<details><summary>clients</summary>{texts}</details>"
 
     def _bar(self, name: str) -> str:
         if name != "KV blocks" or self.usage is None:
@@ -118,7 +132,13 @@ def status_card(session: "Session") -> StatusCard:
         ("port", repr(server) if server else "closed; %vllm_metal serve opens it"),
         ("last reply", speed_text(last) if last else "none yet"),
     )
-    return StatusCard(llm.args.names[0], fields, stats.kv_cache_usage)
+    return StatusCard(llm.args.names[0], fields, stats.kv_cache_usage, _snippets(session))
+
+
+def _snippets(session: "Session") -> tuple[tuple[str, str], ...]:
+    if session.server is None:
+        return ()
+    return tuple((name, f"{code.text}{code.note}") for name, code in snippets(Port.of(session.server)).items())
 
 
 def settings_text(settings: Settings) -> str:
@@ -133,7 +153,8 @@ def speed_text(reply: Reply) -> str:
     rate = metrics.decode_rate(usage.completion_tokens) if metrics else None
     first = metrics.time_to_first_token if metrics else None
     parts = [
-        f"{usage.completion_tokens} tokens",
+        f"{usage.completion_tokens} tokens"
+        + (f" ({usage.reasoning_tokens} thinking)" if usage.reasoning_tokens else ""),
         f"{rate:.1f} tokens/s" if rate else "",
         f"first after {first:.2f} s" if first is not None else "",
         f"prompt {usage.prompt_tokens} tokens, {usage.cached_tokens} cached",

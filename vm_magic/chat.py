@@ -11,38 +11,50 @@ from engine.outputs import Reply, RequestOutput, Usage
 from vm_magic.conversation import Conversation, Message
 from vm_magic.display import ReplyView
 from vm_magic.errors import Interrupted
+from vm_magic.reply_reader import ReplyReader, ReplyText
 from vm_magic.session import Session
 
 if TYPE_CHECKING:
-    from engine.llm import RequestStream
+    from engine.constraints import Constraints
+    from engine.llm import LLM, RequestStream
+    from engine.text.output_parser import OutputParser
 
 DRAIN_SECONDS = 0.05
 ABORT_SECONDS = 5.0
 INTERRUPTED = "⏹ interrupted"
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+"""What chat templates call it."""
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What the flags of one message say."""
+    """What the flags of one message say. ``schema`` is a JSON schema, or True for any JSON object."""
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
     conversation: str | None = None
     new: bool = False
     system: str | None = None
     think: bool | None = None
+    thinking_token_budget: int | None = None
+    schema: Mapping[str, Any] | bool | None = None
 
 
 class Generation:
     """One request under way, and the conversation that its reply will join (None: a raw completion)."""
 
     def __init__(
-        self, session: Session, stream: "RequestStream", messages: list[Message], conversation: Conversation | None
+        self,
+        session: Session,
+        stream: "RequestStream",
+        messages: list[Message],
+        conversation: Conversation | None,
+        parser: "OutputParser | None" = None,
     ) -> None:
         self.stream = stream
         self.session = session
         self._messages = messages
         self.conversation = conversation
-        self._text = ""
+        self._reader = ReplyReader(parser)
 
     def follow(self, view: ReplyView) -> Reply:
         """Show the reply in ``view`` until it ends. ■ aborts this request alone and raises Interrupted.
@@ -51,7 +63,7 @@ class Generation:
         """
         try:
             self._drain(view)
-            reply = self._keep(self.stream.result())
+            reply = self._keep()
         except KeyboardInterrupt:
             reply = self._abort(view)
             tokens = reply.usage.completion_tokens
@@ -60,42 +72,55 @@ class Generation:
             ) from None
         except BaseException:
             self.stream.abort()
-            view.finish(self._text, "⚠ failed")
+            view.finish(self._reader.shown, "⚠ failed")
             raise
-        view.finish(reply.text, INTERRUPTED if reply.finish_reason == "abort" else "")
+        view.finish(self._reader.shown, INTERRUPTED if reply.finish_reason == "abort" else "")
         return reply
 
     def _drain(self, view: ReplyView) -> None:
         while True:
             over = self.stream.finished
             deltas = self.stream.drain(DRAIN_SECONDS)
-            self._text += "".join(delta.text for delta in deltas if delta.index == 0)
-            view.refresh(self._text)
+            self._reader.read(deltas)
+            view.refresh(self._reader.shown)
             if any(delta.finish_reason for delta in deltas) or (over and not deltas):
                 return
 
     def _abort(self, view: ReplyView) -> Reply:
         self.stream.abort()
-        reply = self._keep(self.stream.result())
-        view.finish(reply.text, INTERRUPTED)
+        reply = self._keep()
+        view.finish(self._reader.shown, INTERRUPTED)
         return reply
 
-    def _keep(self, output: RequestOutput) -> Reply:
-        """The Reply of ``output``, added to conversation and session (a conversation takes no empty answer)."""
-        completion = output.outputs[0]
-        answer: Message = {"role": "assistant", "content": completion.text}
+    def _keep(self) -> Reply:
+        """Wait for the end; the Reply, added to conversation and session (a conversation takes no empty answer)."""
+        output = self.stream.result()
+        self._reader.read(self.stream.drain(0))
+        completion, shown = output.outputs[0], self._reader.shown
+        answer: Message = {"role": "assistant", "content": shown.text}
+        if shown.reasoning:
+            answer["reasoning"] = shown.reasoning
+        if shown.tool_calls:
+            answer["tool_calls"] = self._reader.tool_calls
         reply = Reply(
-            completion.text,
-            finish_reason=completion.finish_reason,
-            usage=Usage(len(output.prompt_token_ids), len(completion.token_ids), output.num_cached_tokens),
+            shown.text,
+            reasoning=shown.reasoning or None,
+            tool_calls=self._reader.tool_calls,
+            finish_reason=self._reader.finish_reason or completion.finish_reason,
+            usage=_usage(output, shown),
             metrics=output.metrics,
             logprobs=completion.logprobs,
             messages=[*self._messages, answer],
         )
-        if self.conversation is not None and completion.text:
+        if self.conversation is not None and (shown.text or shown.tool_calls):
             self.conversation.messages = list(reply.messages)
         self.session.last_reply = reply
         return reply
+
+
+def _usage(output: RequestOutput, shown: ReplyText) -> Usage:
+    num_tokens = len(output.outputs[0].token_ids)
+    return Usage(len(output.prompt_token_ids), num_tokens, output.num_cached_tokens, shown.num_reasoning_tokens)
 
 
 def start_chat(session: Session, text: str, options: ChatOptions) -> Generation:
@@ -108,26 +133,57 @@ def start_chat(session: Session, text: str, options: ChatOptions) -> Generation:
         raise RequestError("no message: write it after the flags, or in the cell's body", param="messages")
     earlier = Conversation(conversation.name) if options.new else conversation
     messages = earlier.with_turn(text, options.system)
-    template = {} if options.think is None else {"enable_thinking": options.think}
-    prompt = llm.render_chat(messages, chat_template_kwargs=template)
-    token_ids = llm.tokenize(prompt, add_special_tokens=False)
+    prompt = llm.render_chat(messages, chat_template_kwargs=_thinking(llm, options.think))
+    parser = llm.output_parser(prompt=prompt)
     try:
-        stream = llm.submit(token_ids, llm.sampling_params(n=1, **options.sampling))
+        stream = _submit(llm, llm.tokenize(prompt, add_special_tokens=False), options, parser)
     except ContextLengthError as error:
         if "max_tokens" in options.sampling or not earlier.messages:
             raise
         fix = "Start the conversation anew with --new, or load the model with a larger --max-model-len."
         raise ContextLengthError(f"{error} {fix}", param=error.param) from None
-    return Generation(session, stream, messages, conversation)
+    stream.parsing = {"prompt": prompt}
+    return Generation(session, stream, messages, conversation, parser)
 
 
 def start_completion(session: Session, text: str, options: ChatOptions) -> Generation:
-    """Submit ``text`` as a raw prompt: no chat template, no conversation."""
+    """Submit ``text`` as a raw prompt: no chat template, no conversation, no parser."""
     llm = session.require()
     if not text:
         raise RequestError("no prompt: write it after the flags, or in the cell's body", param="prompt")
-    stream = llm.submit(text, llm.sampling_params(n=1, **options.sampling))
-    return Generation(session, stream, [], None)
+    return Generation(session, _submit(llm, text, options, None), [], None)
+
+
+def _submit(
+    llm: "LLM", prompt: str | list[int], options: ChatOptions, parser: "OutputParser | None"
+) -> "RequestStream":
+    params = llm.resolve_sampling(source="flag", n=1, **options.sampling).params
+    if parser is not None and parser.needs_special_tokens:
+        params = params.replace(skip_special_tokens=False)
+    return llm.submit(prompt, params, constraints=_constraints(options))
+
+
+def _constraints(options: ChatOptions) -> "Constraints | None":
+    if options.schema is None and options.thinking_token_budget is None:
+        return None
+    from engine.constraints import Constraints
+
+    any_object, schema = {"json_object": True}, {"json": options.schema}
+    structured = None if options.schema is None else any_object if options.schema is True else schema
+    return Constraints.from_request(structured_outputs=structured, thinking_token_budget=options.thinking_token_budget)
+
+
+def _thinking(llm: "LLM", think: bool | None) -> dict[str, Any]:
+    """The chat template's variable for ``--think``. Raises RequestError if it has none to turn thinking on."""
+    if think is None:
+        return {}
+    names = [name for name in THINKING_SWITCHES if name in llm.template_variables]
+    if think and not names:
+        raise RequestError(
+            "--think: this model's chat template has no switch for thinking (enable_thinking); leave the flag out",
+            param="think",
+        )
+    return dict.fromkeys(names, think)
 
 
 class PendingReply:

@@ -5,14 +5,16 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 from IPython.core.displaypub import DisplayPublisher
 
+from vm_magic.reply_reader import ReplyText
+
 Format = Literal["markdown", "text", "code", "json"]
 Bundle = dict[str, Any]
-WAITING = "…"
+WAITING = ReplyText("…")
 """What a handle shows until the first words come."""
 UPDATE_INTERVAL = 1 / 15
 """Seconds between two updates of a display handle: quick enough to read along, light on the browser."""
@@ -24,13 +26,13 @@ def can_update(shell: Any) -> bool:
 
 
 class ReplyView(Protocol):
-    """Shows a growing text. ``refresh`` is called often; ``finish`` once, with a mark if it was cut short."""
+    """Shows a growing reply. ``refresh`` is called often; ``finish`` once, with a mark if it was cut short."""
 
-    def refresh(self, text: str) -> None:
-        """Show ``text``, the whole of it so far."""
+    def refresh(self, reply: ReplyText) -> None:
+        """Show ``reply``, the whole of it so far."""
         ...
 
-    def finish(self, text: str, mark: str = "") -> None:
+    def finish(self, reply: ReplyText, mark: str = "") -> None:
         """Show the end; ``mark`` says why it was cut short."""
         ...
 
@@ -38,10 +40,10 @@ class ReplyView(Protocol):
 class SilentView:
     """Shows nothing."""
 
-    def refresh(self, text: str) -> None:
+    def refresh(self, reply: ReplyText) -> None:
         """Nothing."""
 
-    def finish(self, text: str, mark: str = "") -> None:
+    def finish(self, reply: ReplyText, mark: str = "") -> None:
         """Nothing."""
 
 
@@ -56,56 +58,77 @@ class NotebookView:
         self._publish = publish
         self._format = format
         self._stream = stream
-        self._shown = ""
+        self._shown = ReplyText()
         self._last_update = float("-inf")
 
-    def refresh(self, text: str) -> None:
-        """Show ``text`` if it changed and the last update is long enough ago."""
+    def refresh(self, reply: ReplyText) -> None:
+        """Show ``reply`` if it changed and the last update is long enough ago."""
         now = time.monotonic()
-        if self._stream and text != self._shown and now - self._last_update >= UPDATE_INTERVAL:
-            self._publish(growing_bundle(text, self._format))
-            self._shown, self._last_update = text, now
+        if self._stream and reply != self._shown and now - self._last_update >= UPDATE_INTERVAL:
+            self._publish(growing_bundle(reply, self._format))
+            self._shown, self._last_update = reply, now
 
-    def finish(self, text: str, mark: str = "") -> None:
-        """Show the whole ``text``."""
-        self._publish(reply_bundle(text, self._format, mark=mark))
+    def finish(self, reply: ReplyText, mark: str = "") -> None:
+        """Show the whole of ``reply``."""
+        self._publish(reply_bundle(reply, self._format, mark=mark))
 
 
 class TerminalView:
-    """Writes deltas as they come: a terminal cannot replace what it printed."""
+    """Writes deltas as they come: a terminal cannot replace what it printed. A thought is only counted."""
 
     def __init__(self) -> None:
         self._written = 0
+        self._thinking = False
 
-    def refresh(self, text: str) -> None:
-        """Write what is new in ``text``."""
-        sys.stdout.write(text[self._written :])
+    def refresh(self, reply: ReplyText) -> None:
+        """Write what is new in the answer, after a line about the thought."""
+        if reply.reasoning and not self._thinking:
+            self._thinking = True
+            sys.stdout.write("thinking …")
+        text = reply.whole() if reply.tool_calls else reply.text
+        if text and not self._written and self._thinking:
+            sys.stdout.write(f" {reply.num_reasoning_tokens} tokens\n\n")
+        if not reply.tool_calls:
+            sys.stdout.write(text[self._written :])
+            self._written = len(text)
         sys.stdout.flush()
-        self._written = len(text)
 
-    def finish(self, text: str, mark: str = "") -> None:
+    def finish(self, reply: ReplyText, mark: str = "") -> None:
         """Write the rest, the mark and a line end."""
-        self.refresh(text)
+        self.refresh(reply)
+        sys.stdout.write(reply.whole()[self._written :] if reply.tool_calls else "")
         sys.stdout.write(f" {mark}\n" if mark else "\n")
 
 
-def growing_bundle(text: str, format: Format) -> Bundle:
+def growing_bundle(reply: ReplyText, format: Format) -> Bundle:
     """The bundle of an unfinished reply: JSON is shown as text until it is whole."""
-    return reply_bundle(text, "code" if format == "json" else format)
+    return reply_bundle(reply, "code" if format == "json" else format, growing=True)
 
 
-def reply_bundle(text: str, format: Format, *, mark: str = "") -> Bundle:
-    """Mime types for ``text``, with ``mark`` after it. In Markdown the model's thinking is folded away."""
-    marked = f"{text} {mark}" if mark else text
+def reply_bundle(reply: ReplyText, format: Format, *, mark: str = "", growing: bool = False) -> Bundle:
+    """Mime types for ``reply``, with ``mark`` after it. In Markdown the model's thinking is folded away.
+
+    The plain form is the answer alone; while there is none, it says that the model thinks.
+    """
+    text = reply.whole()
+    thinking = growing and reply.reasoning != "" and not text
+    marked = f"{text} {mark}" if mark else f"thinking … {reply.num_reasoning_tokens} tokens" if thinking else text
     if format == "text":
         return {"text/plain": marked}
+    fold = folded(reply, growing=thinking)
     if format == "json":
-        return _json_bundle(text, mark)
+        bundle = _json_bundle(text, mark)
+        return {**bundle, "text/markdown": fold + bundle["text/markdown"]}
     if format == "code":
-        return {"text/plain": marked, "text/markdown": fenced(text) + (f"\n\n{mark}" if mark else "")}
-    thinking, answer = split_thinking(text)
-    markdown = f"{answer}\n\n*{mark}*" if mark else answer
-    return {"text/plain": marked, "text/markdown": folded(thinking) + markdown}
+        body = "" if thinking else fenced(text)
+        return {"text/plain": marked, "text/markdown": fold + body + (f"\n\n{mark}" if mark else "")}
+    answer = "\n\n".join([*([reply.text] if reply.text else []), *map(_call_markdown, reply.tool_calls)])
+    return {"text/plain": marked, "text/markdown": fold + (f"{answer}\n\n*{mark}*" if mark else answer)}
+
+
+def _call_markdown(call: Mapping[str, Any]) -> str:
+    function = call["function"]
+    return f"**{function['name']}**\n\n{fenced(function['arguments'], 'json')}"
 
 
 def fenced(text: str, language: str = "") -> str:
@@ -115,23 +138,12 @@ def fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def split_thinking(text: str) -> tuple[str, str]:
-    """What stands between ``<think>`` and ``</think>`` at the beginning, and the answer after it.
-
-    Templates may open ``<think>`` in the prompt, so that the text has only its end.
-    """
-    before, end, answer = text.partition("</think>")
-    opened = before.lstrip().startswith("<think>")
-    if not end and not opened:
-        return "", text
-    return before.lstrip().removeprefix("<think>").strip(), answer.lstrip()
-
-
-def folded(thinking: str) -> str:
-    """A closed ``<details>`` with the model's thinking, or nothing."""
-    if not thinking:
+def folded(reply: ReplyText, *, growing: bool = False) -> str:
+    """A closed ``<details>`` with the model's thinking and its length, or nothing."""
+    if not reply.reasoning:
         return ""
-    return f"<details><summary>thinking</summary>\n\n{html.escape(thinking)}\n\n</details>\n\n"
+    title = f"thinking{' …' if growing else ''} ({reply.num_reasoning_tokens} tokens)"
+    return f"<details><summary>{title}</summary>\n\n{html.escape(reply.reasoning.strip())}\n\n</details>\n\n"
 
 
 def _json_bundle(text: str, mark: str) -> Bundle:

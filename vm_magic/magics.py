@@ -4,7 +4,7 @@ import argparse
 import difflib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from IPython.core.error import UsageError
@@ -43,6 +43,7 @@ from vm_magic.errors import HelpShown, Interrupted, short_error
 from vm_magic.log_buffer import LogBuffer
 from vm_magic.progress import LoadProgress, size_text
 from vm_magic.references import release_references
+from vm_magic.schemas import read_schema
 from vm_magic.session import NotebookServer, Session, environment
 from vm_magic.settings_text import read_settings
 from vm_magic.shell_text import read_shell_text
@@ -144,12 +145,13 @@ class VLLMMetal(Magics):  # type: ignore[misc]
         for text in [headline, *lines]:
             _log.info("%s", text)
 
-    def _serve(self, parsed: argparse.Namespace) -> NotebookServer:
+    def _serve(self, parsed: argparse.Namespace, *, compare: bool = False) -> NotebookServer:
+        """Open the port; a model that is loaded stays, unless flags (or ``compare``: variables) ask for another."""
         options = pick(parsed, _ENGINE_OPTIONS)
         model = parsed.model or self.session.model_name
         if model is None:
             raise ConfigError("serve which model? Nothing is loaded; write %vllm_metal serve smollm2", flag="model")
-        if options or model != self.session.model_name:
+        if options or compare or model != self.session.model_name:
             self._load_model(model, options)
         return self.session.serve(pick(parsed, arguments.SERVER_OPTIONS))
 
@@ -161,7 +163,10 @@ class VLLMMetal(Magics):  # type: ignore[misc]
         if not words:
             raise ConfigError("no vllm serve line in this cell; paste one, such as: vllm serve smollm2", flag="serve")
         with environment(pasted.environment):
-            return self._serve(command_parser("serve").read(words))
+            about_memory = any(name.startswith("VLLM_METAL_") for name in pasted.environment)
+            server = self._serve(command_parser("serve").read(words), compare=about_memory)
+        self.session.pasted_environment = dict(pasted.environment)
+        return server
 
     def _stop(self, _: argparse.Namespace) -> None:
         print("the port is closed; the model stays loaded" if self.session.stop() else "no port is open")
@@ -209,6 +214,26 @@ class VLLMMetal(Magics):  # type: ignore[misc]
         others = (name for name, other in self.session.conversations.items() if other.messages)
         return HistoryView(conversation.name, tuple(conversation.messages), tuple(others))
 
+    def _explain(self, parsed: argparse.Namespace) -> Any:
+        from vm_magic.explain_view import ExplainView
+
+        return ExplainView(self.session.require().explain(parsed.count))
+
+    def _export(self, parsed: argparse.Namespace) -> Any:
+        from vm_magic import client_commands
+
+        if parsed.client is None:
+            return client_commands.export_server(self.session, show_key=parsed.show_key)
+        return client_commands.export_client(self.session, parsed.client, show_key=parsed.show_key)
+
+    def _llm(self, parsed: argparse.Namespace) -> Any:
+        from vm_magic import client_commands
+
+        if parsed.show:
+            return client_commands.show_llm_entry(self.session, parsed.model_id)
+        print(client_commands.write_llm_entry(self.session, parsed.model_id))
+        return None
+
     def _logs(self, parsed: argparse.Namespace) -> None:
         lines = list(self.logs.lines)[-parsed.count :]
         print("\n".join(lines) or "no log lines yet")
@@ -232,7 +257,7 @@ class VLLMMetal(Magics):  # type: ignore[misc]
         if parsed.detach and not parsed.out and not can_update(self.shell):
             raise UsageError("--detach needs a notebook; in a terminal add --out NAME")
         start = start_chat if command == "chat" else start_completion
-        generation = start(self.session, text, _chat_options(parsed))
+        generation = start(self.session, text, _chat_options(parsed, self.shell.user_ns))
         if parsed.detach:
             return self._detached(generation, parsed)
         if cell is None:
@@ -266,7 +291,9 @@ class VLLMMetal(Magics):  # type: ignore[misc]
             return SilentView()
         if can_update(self.shell):
             return NotebookView(
-                open_handle(self.shell, reply_bundle(WAITING, "markdown")), parsed.format, stream=not parsed.no_stream
+                open_handle(self.shell, reply_bundle(WAITING, "markdown")),
+                parsed.format or ("json" if parsed.schema else "markdown"),
+                stream=not parsed.no_stream,
             )
         return TerminalView()
 
@@ -280,7 +307,7 @@ class VLLMMetal(Magics):  # type: ignore[misc]
             print(speed_text(reply))
 
 
-def _chat_options(parsed: argparse.Namespace) -> ChatOptions:
+def _chat_options(parsed: argparse.Namespace, namespace: Mapping[str, Any]) -> ChatOptions:
     given = vars(parsed)
     sampling = {dest: given[dest] for _, dest, _, _ in arguments.SAMPLING_FLAGS if dest in given}
     if "stop" in given:
@@ -291,6 +318,8 @@ def _chat_options(parsed: argparse.Namespace) -> ChatOptions:
         new=given.get("new", False),
         system=given.get("system"),
         think=given.get("think"),
+        thinking_token_budget=given.get("thinking_token_budget"),
+        schema=None if parsed.schema is None else read_schema(parsed.schema, namespace),
     )
 
 

@@ -86,6 +86,8 @@ class Session:
         self.server: NotebookServer | None = None
         self.conversations: dict[str, Conversation] = {}
         self.last_reply: Reply | None = None
+        self.pasted_environment: dict[str, str] = {}
+        """Variables that the pasted text set, for the model that it served."""
         self._args: EngineArgs | None = None
         self._server_options: dict[str, Any] = {}
         self._settings = Settings()
@@ -132,7 +134,13 @@ class Session:
         llm = new_llm(model, report, **options)
         llm.settings.adopt(self._settings)
         self.llm, self._args = llm, args
+        self.pasted_environment = {}
         return True
+
+    @property
+    def server_options(self) -> Mapping[str, Any]:
+        """What the user asked of the open port."""
+        return dict(self._server_options)
 
     @property
     def model_name(self) -> str | None:

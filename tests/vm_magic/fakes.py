@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config import EngineArgs
+from engine.constraints import Constraints
 from engine.errors import EngineClosedError, ModelNotFoundError
 from engine.hub import CachedModel
 from engine.outputs import CompletionDelta, CompletionOutput, RequestMetrics, RequestOutput
+from engine.sampling_defaults import Resolved, SamplingDefaults
 from engine.sampling_params import SamplingParams
 from engine.settings import Settings
+from engine.text.output_parser import OutputParser, make_output_parser
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 MEMORY = {"bytes": 1_000_000}
@@ -67,6 +70,7 @@ class FakeStream:
         self.finished = False
         self.aborted = False
         self.interrupt_after: int | None = None
+        self.parsing: Mapping[str, Any] | None = None
         self._deltas: queue.Queue[CompletionDelta] = queue.Queue()
         self._all: list[CompletionDelta] = []
         self._over = threading.Event()
@@ -136,6 +140,11 @@ class FakeLLM:
         self.notes = ["CPU: float32 (fastest here)"]
         self.closed = False
         self.server: FakeServer | None = None
+        self.reasoning_parser: str | None = None
+        self.tool_call_parser: str | None = None
+        self.template_variables = frozenset({"enable_thinking"})
+        self.prompt_end = ""
+        self.constraints: list[Constraints | None] = []
         self.words = list(WORDS)
         self.delay = 0.0
         self.fail = False
@@ -155,10 +164,19 @@ class FakeLLM:
         self.prompts.append(text)
         return [1] * len(text.split())
 
-    def sampling_params(self, **given: Any) -> SamplingParams:
-        return SamplingParams(max_tokens=None).replace(**{**self.settings.snapshot(), **given})
+    def resolve_sampling(self, *, source: str, **given: Any) -> Resolved:
+        assert source == "flag"
+        return SamplingDefaults({}, {}, self.settings).resolve(given, source)
 
-    def submit(self, prompt: str | Sequence[int], params: SamplingParams) -> FakeStream:
+    def output_parser(self, *, prompt: str) -> OutputParser:
+        return make_output_parser(
+            reasoning_parser=self.reasoning_parser, tool_call_parser=None, prompt_suffix=prompt + self.prompt_end
+        )
+
+    def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, constraints: Constraints | None = None
+    ) -> FakeStream:
+        self.constraints.append(constraints)
         if isinstance(prompt, str):
             self.prompts.append(prompt)
             prompt = [1] * len(prompt.split())

@@ -91,12 +91,6 @@ def test_flags_come_first_and_the_text_stays_as_typed(line: str, words: list[str
     assert split_text(command_parser("chat"), line) == (words, text)
 
 
-@pytest.mark.parametrize("flag", ["--json {}", "--thinking-token-budget 5"])
-def test_flags_of_later_versions_are_refused_by_name(flag: str) -> None:
-    with pytest.raises(UnsupportedOptionError, match="not in this version"):
-        command_parser("chat").read(flag.split())
-
-
 def test_a_wrong_value_names_the_flag_and_the_help() -> None:
     with pytest.raises(UsageError, match=r"--temperature.*'warm'.*chat --help"):
         command_parser("chat").read(["-t", "warm"])

@@ -10,10 +10,9 @@ from IPython.core.error import UsageError
 import vm_magic
 from engine.errors import ContextLengthError, EngineClosedError, RequestError
 from engine.outputs import Reply
+from engine.sampling_params import SamplingParams
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import Capture, cell, line, shown
-
-FOLDED = "<details><summary>thinking</summary>\n\na &lt; b\n\n</details>\n\n"
 
 
 def test_a_cell_streams_into_one_handle_and_files_the_reply_once(shell: Any, loaded: fakes.FakeLLM) -> None:
@@ -90,7 +89,7 @@ def test_a_chat_may_fill_the_context_unless_told_otherwise(shell: Any, loaded: f
 
 
 def test_a_full_context_names_the_ways_out(shell: Any, loaded: fakes.FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def submit(*_: object) -> None:
+    def submit(*_: object, **__: object) -> None:
         raise ContextLengthError("This model's maximum context length is 8 tokens.", param="prompt")
 
     cell(shell, "chat", "hi")
@@ -134,10 +133,7 @@ def test_stats_are_shown_when_asked_for(shell: Any, loaded: fakes.FakeLLM, capsy
         ("json", ['```json\n{"a": 1}\n```'], "application/json", {"a": 1}),
         ("json", ["no json"], "text/plain", "no json (not JSON)"),
         ("markdown", ["*a*"], "text/markdown", "*a*"),
-        ("markdown", ["<think>\n", "a < b", "</think>\n\n", "c"], "text/plain", "<think>\n a < b </think>\n\n c"),
-        ("markdown", ["<think>a < b</think>c"], "text/markdown", f"{FOLDED}c"),
-        ("markdown", ["a < b\n</think>\n\nc"], "text/markdown", f"{FOLDED}c"),
-        ("markdown", ["<think>a < b"], "text/markdown", FOLDED),
+        ("markdown", ["<think>a</think>b"], "text/markdown", "<think>a</think>b"),
     ],
 )
 def test_the_format_decides_how_the_reply_is_shown(
@@ -146,6 +142,89 @@ def test_the_format_decides_how_the_reply_is_shown(
     loaded.words = words
     cell(shell, f"chat -f {format}", "hi")
     assert shown(shell)[mime] == value
+
+
+@pytest.mark.parametrize("prompt_end", ["", "<think>\n"])
+def test_a_thought_is_folded_away_with_its_length_and_kept_apart(
+    shell: Any, loaded: fakes.FakeLLM, prompt_end: str
+) -> None:
+    loaded.reasoning_parser, loaded.prompt_end, loaded.delay = "qwen3", prompt_end, 0.05
+    loaded.words = [*([] if prompt_end else ["<think>"]), "a", "<", "b", "</think>", "the", "answer"]
+    reply = cell(shell, "chat --think", "hi")
+    growing = [output["data"] for output in shell.display_pub.outputs]
+    assert any("<summary>thinking … (" in data.get("text/markdown", "") for data in growing)
+    assert any(data["text/plain"].startswith("thinking … ") for data in growing)
+    tokens = reply.usage.reasoning_tokens
+    fold = f"<details><summary>thinking ({tokens} tokens)</summary>\n\na &lt; b\n\n</details>\n\n"
+    assert shown(shell) == {"text/plain": "the answer", "text/markdown": f"{fold}the answer"}
+    assert (reply.text, reply.reasoning) == ("the answer", "a < b")
+    assert 3 <= tokens <= 5
+    assert reply.messages[-1] == {"role": "assistant", "content": "the answer", "reasoning": "a < b"}
+    assert loaded.streams[-1].parsing == {"prompt": "<user>hi<assistant>"}
+
+
+@pytest.mark.parametrize(("format", "plain"), [("text", "1"), ("code", "1"), ("json", "1")])
+def test_other_formats_fold_the_thought_too_or_leave_it_out(
+    shell: Any, loaded: fakes.FakeLLM, format: str, plain: str
+) -> None:
+    loaded.reasoning_parser, loaded.words = "qwen3", ["<think>hm</think>1"]
+    cell(shell, f"chat -f {format}", "hi")
+    assert shown(shell)["text/plain"] == plain
+    assert ("thinking (1 tokens)" in shown(shell).get("text/markdown", "")) == (format != "text")
+
+
+def test_a_thought_that_was_cut_off_is_shown_and_joins_no_conversation(
+    shell: Any, loaded: fakes.FakeLLM, capsys: Capture
+) -> None:
+    loaded.reasoning_parser, loaded.words = "qwen3", ["<think>", "a", "b", "c"]
+    reply = cell(shell, "chat --max-tokens 3", "hi")
+    assert (reply.text, reply.reasoning, reply.finish_reason) == ("", "a b", "length")
+    assert "thinking (3 tokens)" in shown(shell)["text/markdown"]
+    assert "--max-tokens" in capsys.readouterr().out
+    assert line(shell, "history").messages == ()
+
+
+def test_without_a_reasoning_parser_marks_are_text(shell: Any, loaded: fakes.FakeLLM) -> None:
+    loaded.words = ["<think>a</think>b"]
+    assert str(cell(shell, "chat", "hi")) == "<think>a</think>b"
+
+
+def test_think_is_refused_where_the_template_cannot(shell: Any, loaded: fakes.FakeLLM) -> None:
+    loaded.template_variables = frozenset({"thinking"})
+    cell(shell, "chat --think", "hi")
+    assert loaded.template_kwargs[-1] == {"thinking": True}
+    loaded.template_variables = frozenset()
+    with pytest.raises(RequestError, match="no switch for thinking"):
+        cell(shell, "chat --think", "hi")
+    cell(shell, "chat --no-think", "hi")
+    assert loaded.template_kwargs[-1] == {}
+
+
+def test_a_budget_and_a_schema_constrain_the_request(shell: Any, loaded: fakes.FakeLLM) -> None:
+    class Person:
+        @classmethod
+        def model_json_schema(cls) -> dict[str, Any]:
+            return {"title": "Person"}
+
+    shell.user_ns.update(schema={"type": "object"}, Person=Person)
+    loaded.words = ['{"a": 1}']
+    cell(shell, "chat --json schema --thinking-token-budget 0", "hi")
+    constraints = loaded.constraints[-1]
+    assert constraints is not None
+    assert constraints.thinking is not None
+    assert constraints.structured is not None
+    assert (constraints.thinking.max_tokens, constraints.structured.json) == (0, {"type": "object"})
+    assert shown(shell)["application/json"] == {"a": 1}
+    for flag, kind, value in (("Person", "json", {"title": "Person"}), ("object", "json_object", True)):
+        cell(shell, f"chat --json {flag} -f text", "hi")
+        structured = loaded.constraints[-1].structured  # type: ignore[union-attr]
+        assert (structured.kind, getattr(structured, kind)) == (kind, value)  # type: ignore[union-attr]
+    cell(shell, "vllm_metal complete --json object", "hi")
+    assert loaded.constraints[-1] is not None
+    cell(shell, "chat", "hi")
+    assert loaded.constraints[-1] is None
+    with pytest.raises(RequestError, match="thinking_token_budget"):
+        cell(shell, "chat --thinking-token-budget -2", "hi")
 
 
 def test_complete_sends_the_raw_prompt_as_typed(shell: Any, loaded: fakes.FakeLLM) -> None:
@@ -198,7 +277,7 @@ def test_a_failing_engine_keeps_the_partial_text_and_the_conversation_as_it_was(
 
 def test_an_interrupt_keeps_the_partial_text_and_only_this_request_ends(shell: Any, loaded: fakes.FakeLLM) -> None:
     loaded.delay = 0.04
-    other = loaded.submit("another client's prompt", loaded.sampling_params())
+    other = loaded.submit("another client's prompt", SamplingParams(max_tokens=None))
     loaded.interrupt_after = 2
     with pytest.raises(KeyboardInterrupt, match=r"stopped after \d tokens"):
         cell(shell, "chat", "hi")

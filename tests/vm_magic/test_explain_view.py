@@ -1,0 +1,76 @@
+"""``%vllm_metal explain`` over the real engine on a tiny model."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from engine import LLM, SamplingParams
+from engine.errors import RequestError
+from engine.request_log import RequestLog
+from tests.vm_magic.helpers import cell, line
+from vm_magic.session import current_session
+
+GREEDY = "-t 0 --max-tokens 3"
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model_dir: Any) -> Iterator[LLM]:
+    with LLM(str(tiny_model_dir("llama")), max_model_len=512) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def real(shell: Any, llm: LLM) -> Iterator[LLM]:
+    """The tiny model as the notebook's own."""
+    llm.request_log = RequestLog()
+    llm.reset_prefix_cache()
+    current_session().llm = llm
+    yield llm
+    current_session().llm = None
+
+
+def test_a_cell_is_explained_with_prompt_values_cache_and_output(shell: Any, real: LLM) -> None:
+    with pytest.raises(RequestError, match="no request yet"):
+        line(shell, "explain")
+    reply = cell(shell, f"chat {GREEDY} --top-p 0.5", "What is <b>?")
+    text = repr(line(shell, "explain"))
+    assert text.startswith("request 1 (req-")
+    assert "queue 0." in text
+    assert "  temperature         0.0   flag\n" in text
+    assert "  top_p               0.5   flag\n" in text
+    assert "  max_tokens          3     flag\n" in text
+    assert "no earlier request is remembered" in text
+    assert "<|im_start|>user\n  What is <b>?<|im_end|>" in text
+    assert "|What|" in text
+    assert "output as generated (3 tokens)" in text
+    assert text.rstrip().endswith("\n".join(f"  {one}" for one in str(reply).splitlines()).rstrip())
+
+
+def test_the_second_cell_shows_where_it_left_the_first(shell: Any, real: LLM) -> None:
+    cell(shell, f"chat {GREEDY} --new", "Tell me all about foxes, and then some more about dogs")
+    cell(shell, f"chat {GREEDY} --new", "Tell me all about foxes, and then some more about cats")
+    text = repr(line(shell, "explain"))
+    assert "whole blocks of 16 tokens are reused" in text
+    here, there = (row for row in text.splitlines() if row.strip().startswith(("here:", "request 1:")))
+    assert here.endswith("cats'")
+    assert there.endswith("dogs'")
+    assert repr(line(shell, "explain 2")).startswith("request 1 ")
+
+
+def test_the_page_escapes_what_the_user_wrote_and_marks_the_cached_part(shell: Any, real: LLM) -> None:
+    for _ in range(2):
+        cell(shell, f"chat {GREEDY} --new", "What is <script>alert(1)</script>, and why is it written like that?")
+    page = line(shell, "explain")._repr_html_()
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    cached = page.split('title="from the cache">')[1].split("</span>")[0]
+    assert cached.startswith("&lt;|im_start|&gt;")
+    assert page.count("<details") == page.count("</details>") == 4
+
+
+def test_a_request_from_python_is_explained_too(shell: Any, real: LLM) -> None:
+    real.generate("One, two", SamplingParams(temperature=0, max_tokens=2, stop=["zzz"]))
+    text = repr(line(shell, "explain"))
+    assert "  stop                ('zzz',)  SamplingParams\n" in text
+    assert "parsed content" in text

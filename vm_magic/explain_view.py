@@ -1,0 +1,140 @@
+"""``%vllm_metal explain``: one request, as text and as HTML."""
+
+import html
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.explain import Explanation, Output
+from vm_magic.cards import CARD_STYLE
+
+_TOKENS_SHOWN = 40
+"""Tokens of the prompt's end that the text form shows."""
+_TOKENS_IN_HTML = 2000
+_PRE = "white-space:pre-wrap;word-break:break-word;margin:2px 0;max-height:20em;overflow:auto;font-size:12px"
+_PART_COLOURS = ("rgba(67,160,71,.22)", "rgba(251,192,45,.28)", "transparent")
+_PART_NAMES = ("from the cache", "known, but computed again", "new")
+
+
+@dataclass(frozen=True)
+class ExplainView:
+    """An explanation to look at; the values themselves are in ``explanation``."""
+
+    explanation: Explanation
+
+    @property
+    def headline(self) -> str:
+        """Which request, and how it ended."""
+        told = self.explanation
+        stops = "; ".join(output.stop for output in told.outputs)
+        return f"request {told.number} ({told.request_id}): {stops}"
+
+    def __repr__(self) -> str:
+        told = self.explanation
+        sections = [
+            ("sampling", self._sampling()),
+            ("constraints", list(told.constraints)),
+            ("prefix cache", self._cache()),
+            ("prompt", told.prompt.splitlines()),
+            (f"prompt tokens ({len(told.tokens)})", [self._last_tokens()]),
+            *(section for output in told.outputs for section in _output_sections(output)),
+        ]
+        lines = [self.headline, *([told.timing()] if told.timing() else [])]
+        for title, body in sections:
+            if body:
+                lines += ["", title, *(f"  {line}" for line in body)]
+        return "\n".join(lines)
+
+    def _sampling(self) -> list[str]:
+        rows = [(value.name, _short(value.value), value.source) for value in self.explanation.sampling]
+        widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+        return [f"{name.ljust(widths[0])}  {value.ljust(widths[1])}  {source}" for name, value, source in rows]
+
+    def _cache(self) -> list[str]:
+        hit = self.explanation.cache
+        lines = [f"{hit.num_cached_tokens} of {hit.num_prompt_tokens} prompt tokens; {hit.reason}"]
+        if hit.here is not None:
+            lines += [f"here:      …{_short(hit.here)}", f"request {hit.nearest}: …{_short(hit.there)}"]
+        return lines
+
+    def _last_tokens(self) -> str:
+        shown = self.explanation.tokens[-_TOKENS_SHOWN:]
+        more = "…|" if len(shown) < len(self.explanation.tokens) else ""
+        return more + "|".join(json.dumps(token, ensure_ascii=False)[1:-1] for token in shown)
+
+    def _repr_html_(self) -> str:
+        told = self.explanation
+        rows = "".join(
+            f'<tr style="background:none">{_cell(one.name)}{_cell(_short(one.value))}{_cell(one.source)}</tr>'
+            for one in told.sampling
+        )
+        constraints = "".join(f"<div>{html.escape(line)}</div>" for line in told.constraints)
+        return (
+            f'<div style="{CARD_STYLE};max-width:100%"><b>{html.escape(self.headline)}</b>'
+            f'<div style="opacity:.7">{html.escape(told.timing())}</div>'
+            + _details("sampling values and their sources", f'<table style="border:none">{rows}</table>{constraints}')
+            + _details(self._cache()[0], self._cache_html(), is_open=True)
+            + _details(f"prompt tokens ({len(told.tokens)})", self._tokens_html())
+            + "".join(_output_html(output) for output in told.outputs)
+            + "</div>"
+        )
+
+    def _cache_html(self) -> str:
+        parts = zip(self.explanation.prompt_parts, _PART_COLOURS, _PART_NAMES, strict=True)
+        prompt = "".join(
+            f'<span style="background:{colour}" title="{name}">{html.escape(text)}</span>'
+            for text, colour, name in parts
+        )
+        parted = "".join(f"<div><code>{html.escape(line)}</code></div>" for line in self._cache()[1:])
+        return f'{parted}<pre style="{_PRE}">{prompt}</pre>'
+
+    def _tokens_html(self) -> str:
+        told = self.explanation
+        left_out = max(0, len(told.tokens) - _TOKENS_IN_HTML)
+        pairs = zip(told.tokens[left_out:], told.prompt_token_ids[left_out:], strict=True)
+        spans = "".join(
+            f'<span title="{token_id}" style="border-right:1px solid rgba(128,128,128,.5)">{html.escape(text)}</span>'
+            for text, token_id in pairs
+        )
+        before = f"<div>{left_out} tokens before these are left out</div>" if left_out else ""
+        return f'{before}<pre style="{_PRE}">{spans}</pre>'
+
+
+def _output_sections(output: Output) -> Iterator[tuple[str, list[str]]]:
+    yield f"output as generated ({output.num_tokens} tokens)", output.raw.splitlines()
+    for title, text in _parsed(output):
+        yield f"parsed {title}", text.splitlines()
+
+
+def _output_html(output: Output) -> str:
+    columns = [(f"as generated ({output.num_tokens} tokens)", output.raw), *_parsed(output)]
+    cells = "".join(
+        f'<div style="flex:1 1 16em;min-width:0"><div style="opacity:.7">{html.escape(title)}</div>'
+        f'<pre style="{_PRE}">{html.escape(text)}</pre></div>'
+        for title, text in columns
+    )
+    return _details("output", f'<div style="display:flex;flex-wrap:wrap;gap:12px">{cells}</div>', is_open=True)
+
+
+def _parsed(output: Output) -> Iterator[tuple[str, str]]:
+    """What the parsers made of the output, part by part."""
+    if output.reasoning:
+        yield "reasoning", output.reasoning
+    yield "content", output.content
+    for call in output.tool_calls:
+        yield "tool call", json.dumps(call, ensure_ascii=False)
+
+
+def _details(title: str, body: str, *, is_open: bool = False) -> str:
+    return f"<details{' open' if is_open else ''}><summary>{html.escape(title)}</summary>{body}</details>"
+
+
+def _cell(text: str, *, faint: bool = False) -> str:
+    return (
+        f'<td style="text-align:left;padding:1px 12px 1px 0{";opacity:.7" if faint else ""}">{html.escape(text)}</td>'
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:119]}…"
