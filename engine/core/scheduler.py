@@ -66,7 +66,8 @@ class Scheduler:
             return None
         request.num_pending -= 1
         request.append_output_token(token_id)
-        self.kv.cache_blocks(request, request.num_computed_tokens)
+        # Only what this step computed: the next one is counted already, but may yet be taken back.
+        self.kv.cache_blocks(request, share.end)
         status = _stop_status(request, token_id)
         if status is not None:
             self.finish(request, status)

@@ -4,6 +4,7 @@ Both answer the same three calls, so the scheduler and the sampler know no diffe
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -60,7 +61,8 @@ class PagedBackend:
 
     def forward(self, batch: StepBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
         """See :class:`Backend`. Blocks must be within the pool."""
-        self._before = (list(self.pool.keys), list(self.pool.values))
+        # Copies of the handles, not of the pages: writing changes an array object in place.
+        self._before = ([copy(page) for page in self.pool.keys], [copy(page) for page in self.pool.values])
         layout = StepLayout(batch, self.pool.block_size, prefer_views=self._prefer_views)
         for cache in self._caches:
             cache.layout = layout

@@ -289,6 +289,20 @@ def test_a_cancelled_load_leaves_nothing(model):
     assert set(threading.enumerate()) <= threads
 
 
+def test_a_step_that_nobody_needs_any_more_leaves_no_trace_in_the_pages(model):
+    with LLM(model, max_model_len=512) as llm:
+        if llm._thread.call(lambda engine: engine._submit_first):
+            pytest.skip("on this device the next step is always computed")
+        prompt = [5, 6, 7, 8, 9]
+        third = llm.generate(prompt, GREEDY)[0].outputs[0].token_ids[2]
+        llm._thread.call(lambda engine: engine.fail_all(GenerationError("empty pages, please")))
+        output = llm.generate(prompt, GREEDY.replace(stop_token_ids=[third]))[0].outputs[0]
+        assert len(output.token_ids) == 3
+        pages = llm._thread.call(lambda engine: np.array(engine.runner.backend.pool.keys[-1]))
+        written = np.flatnonzero(np.abs(pages).sum(axis=(0, 1, 3)))
+        assert len(written) == len(prompt) + 2  # the token that stopped it was never fed to the model
+
+
 def test_settings_reach_requests_that_say_nothing_else(llm):
     llm.settings.update(temperature=0.25, top_k=5)
     try:

@@ -77,6 +77,20 @@ def test_a_step_is_scheduled_before_the_last_ones_tokens_are_known():
     assert second.scheduled[0].start == 3
 
 
+def test_a_block_is_found_again_only_once_its_last_token_was_computed():
+    scheduler, pool = make_scheduler(block_size=4)
+    request = make_request("a", 6, max_tokens=9)
+    scheduler.add(request)
+    share = scheduler.schedule().scheduled[0]
+    pending = scheduler.schedule().scheduled[0]
+    scheduler.update(share, 1000)
+    share, pending = pending, scheduler.schedule().scheduled[0]
+    assert (pending.start, pending.end) == (7, 8)
+    scheduler.update(share, 1001)  # the eighth token is known; the step that computes it is not submitted yet
+    scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
+    assert pool.num_free_cached == 1
+
+
 def test_no_step_is_spent_on_the_token_after_the_last():
     scheduler, pool = make_scheduler()
     scheduler.add(make_request("a", 3, max_tokens=2))
