@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from engine.constraints import COMPLETE
 from engine.core.block_pool import BlockPool
 from engine.core.kv_cache_manager import FullAttentionGroup, KVCacheManager
 from engine.core.scheduler import Scheduler
@@ -309,3 +310,62 @@ def test_any_mix_of_requests_ends_right_and_leaks_nothing(seed):
     assert all(r.output_token_ids == [1000 + i for i in range(r.max_tokens)] for r in kept)
     assert pool.num_held_blocks == 0
     assert pool.num_free_blocks == pool.num_blocks
+
+
+class WaitingGuide:
+    """Waits for its tokens' values between its ``first`` and ``last`` token, and ends after ``stop`` tokens."""
+
+    forced_token = error = thinking_cut = None
+
+    def __init__(self, first=0, last=10**9, stop=10**9):
+        self.first, self.last, self.stop = first, last, stop
+        self.taken = []
+
+    @property
+    def waits(self):
+        return self.first <= len(self.taken) < self.last
+
+    def fill_bitmask(self, words):
+        return False
+
+    def advance(self, token_id):
+        self.taken.append(token_id)
+        return COMPLETE if len(self.taken) >= self.stop else None
+
+
+def shares_by_step(driver, request):
+    return [[share for share in output.scheduled if share.request is request] for output in driver.steps]
+
+
+def test_a_request_that_needs_its_last_token_waits_for_it_while_others_overlap():
+    scheduler, pool = make_scheduler()
+    free, guided = make_request("free", 5, 12), make_request("guided", 5, 6, guide=WaitingGuide())
+    scheduler.add(free)
+    scheduler.add(guided)
+    driver = Driver(scheduler, pool).run()
+    assert not any(share.pending for shares in shares_by_step(driver, guided) for share in shares)
+    assert [len(shares) for shares in shares_by_step(driver, guided)[:12]] == [1, 0] * 6
+    assert [len(shares) for shares in shares_by_step(driver, free)[:12]] == [1] * 12
+    assert all(share.pending for shares in shares_by_step(driver, free)[1:12] for share in shares)
+    assert guided.guide.taken == guided.output_token_ids == [1000 + i for i in range(6)]
+    assert pool.num_held_blocks == 0
+
+
+def test_a_request_waits_only_while_its_guide_does():
+    scheduler, pool = make_scheduler()
+    request = make_request("guided", 5, 10, guide=WaitingGuide(first=4, last=6))
+    scheduler.add(request)
+    driver = Driver(scheduler, pool).run()
+    pending = [share.pending for shares in shares_by_step(driver, request) for share in shares]
+    assert pending.count(False) == 3  # the prompt, and the two tokens that were waited for
+    assert len(request.output_token_ids) == 10
+
+
+def test_a_guide_ends_its_request_with_its_last_token_as_text():
+    scheduler, pool = make_scheduler()
+    request = make_request("guided", 5, 10, guide=WaitingGuide(stop=3))
+    scheduler.add(request)
+    Driver(scheduler, pool).run()
+    assert (request.status, request.status.finish_reason) == (RequestStatus.FINISHED_BY_GUIDE, "stop")
+    assert (len(request.output_token_ids), request.stop_reason) == (3, None)
+    assert pool.num_held_blocks == 0
