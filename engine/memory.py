@@ -133,9 +133,9 @@ class MemoryPlan:
         return parts
 
     def describe(self) -> str:
-        """A table for people, with a bar for each part of the device's memory."""
+        """:meth:`log_line` and a table for people, with a bar for each part of the device's memory."""
         lines = [f"{name:<11}{_gb(size):>10}  {self._bar(size):<20}  {remark}" for name, size, remark in self.rows()]
-        return "\n".join([f"{'device':<11}{_gb(self.device_limit):>10}", *lines, self._summary()])
+        return "\n".join([self.log_line(), f"{'device':<11}{_gb(self.device_limit):>10}", *lines, self._summary()])
 
     def _bar(self, size: int, width: int = 20) -> str:
         return "█" * max(0, round(width * size / self.device_limit))
@@ -150,6 +150,9 @@ class MemoryPlan:
     def __str__(self) -> str:
         return self.describe()
 
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(self.describe())
+
     def _repr_html_(self) -> str:
         cells = "".join(
             f"<tr><td style='text-align:left'>{html.escape(name)}</td><td>{_gb(size)}</td>"
@@ -158,7 +161,8 @@ class MemoryPlan:
             f"<td style='text-align:left'>{html.escape(remark)}</td></tr>"
             for name, size, remark in [("device", self.device_limit, ""), *self.rows()]
         )
-        return f"<table>{cells}</table><div>{html.escape(self._summary())}</div>"
+        lines = "".join(f"<div>{html.escape(line)}</div>" for line in (self._summary(), self.log_line()))
+        return f"<table>{cells}</table>{lines}"
 
 
 def plan_memory(

@@ -137,3 +137,8 @@ class Reply:
 
     def _repr_markdown_(self) -> str:
         return self.text
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        """What a prompt shows: the text, and calls of tools below it. ``repr()`` stays that of the fields."""
+        calls = (f"{call['function']['name']}({call['function']['arguments']})" for call in self.tool_calls)
+        printer.text("\n".join([*([self.text] if self.text or not self.tool_calls else []), *calls]))

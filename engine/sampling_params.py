@@ -83,6 +83,8 @@ class SamplingParams:
             raise RequestError("stop cannot contain an empty string.", param="stop")
         if self.stop and not self.detokenize:
             raise RequestError("stop strings are only supported when detokenize is True.", param="stop")
+        if any(not word.strip() for word in self.bad_words):
+            raise RequestError("bad_words cannot contain an empty string.", param="bad_words")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is not None and empty!", param="allowed_token_ids")
 

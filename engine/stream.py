@@ -1,6 +1,7 @@
 """The hand-over of a request's news from the engine thread to whoever waits for them."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -170,7 +171,8 @@ class RequestStream:
         self._changed.notify_all()
         if self._waiter is not None:
             loop, event = self._waiter
-            if not loop.is_closed():
+            # A loop that was closed has nobody left to wake; asking first would still race with its end.
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(event.set)
 
     def _raise_error(self) -> None:

@@ -32,9 +32,17 @@ def release_references(shell: Any) -> None:
 
 
 def _heavy(value: object) -> bool:
-    if isinstance(value, list | tuple | set):
-        return any(_heavy(item) for item in value)
-    if isinstance(value, dict):
-        return any(_heavy(item) for item in value.values())
-    module = type(value).__module__
-    return module.split(".")[0] in _HEAVY_ROOTS or module in _HEAVY_CLASSES
+    """Whether ``value`` is a model or an array, or a container that holds one. ``Out`` may hold itself."""
+    seen: set[int] = set()
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, list | tuple | set | dict):
+            if id(value) not in seen:
+                seen.add(id(value))
+                left += value.values() if isinstance(value, dict) else value
+            continue
+        module = type(value).__module__
+        if module.split(".")[0] in _HEAVY_ROOTS or module in _HEAVY_CLASSES:
+            return True
+    return False

@@ -179,6 +179,12 @@ def test_what_can_never_be_served_is_refused_at_the_door(llm, prompt, params, er
         llm.submit(prompt, params)
 
 
+def test_a_bad_word_without_letters_is_refused():
+    for word in ("", " "):
+        with pytest.raises(RequestError, match="bad_words cannot contain an empty string"):
+            SamplingParams(bad_words=["fine", word])
+
+
 def test_without_a_limit_a_reply_goes_to_the_end_of_the_context(llm):
     output = llm.generate([[5] * 500], llm.sampling_params(temperature=0).replace(ignore_eos=True))[0].outputs[0]
     assert len(output.token_ids) == 12

@@ -220,8 +220,15 @@ def test_the_table_for_people_shows_every_part_and_escapes_for_html():
     for words in ("device", "51.54GB", "model", "14.96GB", "state", "KV cache", "max_num_seqs", "131072"):
         assert words in text
     page = plan._repr_html_()
+    assert plan.log_line() in text
+    assert plan.log_line() in page
     assert page.count("<tr>") == 6
     assert page.count("<td") == page.count("</td>") == 24
+
+
+def test_a_terminal_shows_the_plan_as_its_text():
+    pretty = pytest.importorskip("IPython.lib.pretty")
+    assert pretty.pretty(seed_plan()) == str(seed_plan())
 
 
 def test_parts_of_the_device_add_up_to_the_whole():

@@ -140,6 +140,13 @@ def test_unload_lets_go_of_out_and_of_the_last_traceback(shell: Any, loaded: fak
     assert not isinstance(shell.displayhook.__, Array)
 
 
+def test_unload_copes_with_an_out_that_holds_itself(shell: Any, loaded: fakes.FakeLLM) -> None:
+    shell.run_cell("Out", store_history=True)
+    shell.run_cell("'kept', Out", store_history=True)
+    line(shell, "unload")
+    assert "kept" in str(shell.user_ns["_oh"])
+
+
 def test_a_model_closed_behind_our_back_is_said_and_loads_again(shell: Any, loaded: fakes.FakeLLM) -> None:
     loaded.close()
     assert vm_magic.current() is None
