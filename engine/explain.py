@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.constraints import Constraints
 from engine.request_log import RequestLog, RequestRecord, common_prefix
 from engine.sampling_params import SamplingParams
 
@@ -251,12 +252,19 @@ def sampling_values(params: SamplingParams, max_tokens: int) -> list[SamplingVal
     return sorted(result, key=lambda one: _place(one.name))
 
 
-def constraint_lines(constraints: Any) -> list[str]:
-    """The constraints of a request that are set, each in one line."""
+def constraint_lines(constraints: Constraints | None) -> list[str]:
+    """What is set of a request's constraints, each in one line."""
     if constraints is None:
         return []
-    set_ones = ((field.name, getattr(constraints, field.name)) for field in dataclasses.fields(constraints))
-    return [f"{name}: {value}" for name, value in set_ones if value is not None]
+    return [f"{name}: {_set_fields(part)}" for name, part in _fields(constraints) if part is not None]
+
+
+def _set_fields(part: Any) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in _fields(part) if value not in (None, False))
+
+
+def _fields(instance: Any) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(instance, field.name)) for field in dataclasses.fields(instance)]
 
 
 def _place(name: str) -> int:

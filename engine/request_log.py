@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.constraints import Constraints
 from engine.outputs import RequestMetrics, RequestOutput
 from engine.sampling_params import SamplingParams
 from engine.stream import RequestStream
@@ -56,7 +57,7 @@ class RequestRecord:
     max_tokens: int
     cache_salt: str | None
     stream: RequestStream | None
-    constraints: Any = None
+    constraints: Constraints | None = None
     parsing: Mapping[str, Any] | None = None
     submitted: float = field(default_factory=time.time)
     _outcome: Outcome | None = None
@@ -90,7 +91,12 @@ class RequestLog:
         self._numbers = itertools.count(1)
 
     def add(
-        self, stream: RequestStream, *, max_tokens: int, cache_salt: str | None = None, constraints: Any = None
+        self,
+        stream: RequestStream,
+        *,
+        max_tokens: int,
+        cache_salt: str | None = None,
+        constraints: Constraints | None = None,
     ) -> RequestRecord:
         """Remember the request behind ``stream``; the oldest one is forgotten when the log is full."""
         with self._lock:

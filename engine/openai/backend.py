@@ -12,7 +12,12 @@ from engine.text.output_sink import ParsedDelta
 
 
 class ServedStream(Protocol):
-    """A request under way, as handed out by ``submit``."""
+    """A request under way, as handed out by ``submit``.
+
+    ``parsing`` is for ``explain``: what the parsers of its completions were asked for.
+    """
+
+    parsing: Mapping[str, Any] | None
 
     @property
     def request_id(self) -> str:

@@ -51,6 +51,8 @@ async def start_chat(
     if any(parser.needs_special_tokens for parser in flat):
         params = params.replace(skip_special_tokens=False)
     job = start_job(port, prefix, http, body, prepared.prompts, params, prepared.constraints)
+    for stream, prompt in zip(job.streams, prepared.prompts, strict=True):
+        stream.parsing = _parsing(body, prompt)
     replies = [Reply(choice, parser, body.include_reasoning) for choice, parser in zip(job.choices, flat, strict=True)]
     return ChatJob(job, replies)
 
@@ -117,9 +119,13 @@ def _prompt(engine: ServedEngine, body: ChatFields, messages: Messages, params: 
 
 
 def _parser(engine: ServedEngine, body: ChatFields, prompt: Prompt) -> ServedParser:
-    return engine.output_parser(
-        tools=body.tools or None,
-        tool_choice=body.tool_choice,
-        prompt=prompt.text or "",
-        parallel_tool_calls=body.parallel_tool_calls,
-    )
+    return engine.output_parser(**_parsing(body, prompt))
+
+
+def _parsing(body: ChatFields, prompt: Prompt) -> dict[str, Any]:
+    return {
+        "tools": body.tools or None,
+        "tool_choice": body.tool_choice,
+        "prompt": prompt.text or "",
+        "parallel_tool_calls": body.parallel_tool_calls,
+    }

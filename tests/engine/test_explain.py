@@ -1,7 +1,7 @@
 """What is remembered of requests, and how it is explained: with the real engine on a tiny model."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.constraints import Constraints, StructuredOutput
 from engine.errors import RequestError
 from engine.outputs import CompletionDelta
 from engine.request_log import MAX_RECORDS, RequestLog, common_prefix
@@ -154,6 +155,33 @@ def test_a_request_over_the_port_is_explained_as_any_other(llm: LLM) -> None:
     assert told.outputs[0].content == answer["choices"][0]["text"]
     assert {value.name: value.source for value in told.sampling}["top_p"] == "request"
     assert told.request_id == answer["id"]
+
+
+def test_a_chat_over_the_port_is_parsed_again_as_its_door_parsed_it(scripted_llm: Callable[..., LLM]) -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {"city": "Köln"}}\n</tool_call>'
+    llm = scripted_llm(
+        f"<think>\nhm\n</think>\n\nLet me see.\n{call}", reasoning_parser="qwen3", tool_call_parser="hermes"
+    )
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "tools": [tool]}
+    server = llm.serve(port=0)
+    headers = {"Authorization": f"Bearer {server.api_key}"}
+    answer = httpx.post(f"{server.base_url}/chat/completions", json=body, headers=headers, timeout=60).json()
+    message = answer["choices"][0]["message"]
+    output = llm.explain().outputs[0]
+    assert (output.content, output.reasoning) == (message["content"], message["reasoning"]) == ("Let me see.", "hm")
+    assert output.tool_calls == (message["tool_calls"][0]["function"],)
+    assert output.raw.startswith("<think>")
+    assert output.raw.endswith("</tool_call><|im_end|>")
+    assert output.stop == "the model ended its turn with '<|im_end|>' (2)"
+
+
+def test_constraints_are_told(llm: LLM) -> None:
+    grammar = StructuredOutput(regex="[ab]+")
+    llm.submit("One", greedy(), constraints=Constraints(structured=grammar)).result()
+    assert any("regex" in row and "[ab]+" in row for row in llm.explain().constraints)
+    llm.generate("One", greedy())
+    assert llm.explain().constraints == ()
 
 
 def stream_of(number: int) -> RequestStream:

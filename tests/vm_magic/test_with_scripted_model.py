@@ -1,0 +1,118 @@
+"""Thinking, budgets and schemas in cells over the real engine, with a model that says what the test wrote."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from engine import LLM
+from engine.errors import RequestError
+from tests.vm_magic.helpers import cell, line, shown
+from vm_magic.session import current_session
+
+TEMPLATE = """\
+{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}
+{{ m.content }}<|im_end|>
+{% endfor %}
+<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}
+"""
+THOUGHT = "one two three four five six seven eight nine ten"
+
+
+@pytest.fixture
+def talk(shell: Any, scripted_llm: Callable[..., LLM]) -> Iterator[Callable[..., LLM]]:
+    """Makes a scripted model the notebook's own."""
+
+    def make(*scripts: str, **options: Any) -> LLM:
+        llm = scripted_llm(*scripts, reasoning_parser="qwen3", **options)
+        current_session().llm = llm
+        return llm
+
+    yield make
+    current_session().llm = None
+
+
+def test_a_thought_is_folded_counted_and_not_sent_again(shell: Any, talk: Callable[..., LLM]) -> None:
+    llm = talk(f"<think>\n{THOUGHT}\n</think>\n\nThe answer.")
+    reply = cell(shell, "chat -t 0", "Why?")
+    assert (reply.text, reply.reasoning) == ("The answer.", THOUGHT)
+    thought = llm.tokenize(f"<think>\n{THOUGHT}", add_special_tokens=False)
+    assert len(thought) <= reply.usage.reasoning_tokens <= len(thought) + 2
+    assert shown(shell)["text/plain"] == "The answer."
+    assert f"<summary>thinking ({reply.usage.reasoning_tokens} tokens)</summary>" in shown(shell)["text/markdown"]
+    assert line(shell, "history").messages[-1]["reasoning"] == THOUGHT
+    cell(shell, "chat -t 0", "And?")
+    told = llm.explain()
+    assert "The answer." in told.prompt
+    assert THOUGHT not in told.prompt
+    assert (told.outputs[0].content, told.outputs[0].reasoning) == ("The answer.", THOUGHT)
+
+
+def test_a_template_that_wants_earlier_thoughts_gets_them(shell: Any, talk: Callable[..., LLM]) -> None:
+    llm = talk(f"<think>{THOUGHT}</think>Yes.", chat_template=TEMPLATE)
+    cell(shell, "chat -t 0", "Why?")
+    cell(shell, "chat -t 0", "And?")
+    assert f"<think>{THOUGHT}</think>Yes." in llm.explain().prompt
+
+
+def test_no_think_reaches_the_template_and_the_parser(shell: Any, talk: Callable[..., LLM]) -> None:
+    llm = talk("<think>hm</think>\n\nYes.", chat_template=TEMPLATE)
+    assert cell(shell, "chat -t 0 --think", "Why?").reasoning == "hm"
+    reply = cell(shell, "chat -t 0 --no-think --new", "Why?")
+    assert llm.explain().prompt.endswith("</think>\n\n")
+    assert (reply.text, reply.reasoning) == ("Yes.", None)
+
+
+def test_a_budget_ends_the_thought_and_the_answer_follows(shell: Any, talk: Callable[..., LLM]) -> None:
+    talk(f"<think>\n{THOUGHT}\n</think>\n\nThe answer.")
+    reply = cell(shell, "chat -t 0 --thinking-token-budget 4", "Why?")
+    assert reply.text == "The answer."
+    assert THOUGHT.startswith(str(reply.reasoning))
+    assert len(str(reply.reasoning)) < len(THOUGHT)
+    assert reply.usage.reasoning_tokens < 10
+    assert any("max_tokens=4" in row for row in line(shell, "explain").explanation.constraints)
+
+
+def test_json_with_a_schema_comes_after_the_thought_and_is_valid(shell: Any, talk: Callable[..., LLM]) -> None:
+    shell.user_ns["city"] = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "people": {"type": "integer"}},
+        "required": ["name", "people"],
+        "additionalProperties": False,
+    }
+    talk('<think>Which city?</think>{"name": "Ulm", "people": 126000}')
+    reply = cell(shell, "chat -t 0 --json city", "A city?")
+    assert json.loads(reply.text) == {"name": "Ulm", "people": 126000}
+    assert reply.reasoning == "Which city?"
+    assert shown(shell)["application/json"] == {"name": "Ulm", "people": 126000}
+    talk("I would rather tell you a story about it.")
+    reply = cell(shell, "chat -t 0 --json city --new --max-tokens 60 --no-think", "A city?")
+    if reply.finish_reason == "stop":
+        assert set(json.loads(reply.text)) == {"name", "people"}
+    assert reply.text.lstrip().startswith("{")
+
+
+def test_a_budget_without_a_reasoning_parser_is_refused_by_name(shell: Any, scripted_llm: Callable[..., LLM]) -> None:
+    current_session().llm = scripted_llm("Hello.")
+    try:
+        with pytest.raises(RequestError, match=r"reasoning[-_]parser"):
+            cell(shell, "chat --thinking-token-budget 4", "Why?")
+    finally:
+        current_session().llm = None
+
+
+def test_a_reply_in_out_is_readable_text(shell: Any, talk: Callable[..., LLM]) -> None:
+    talk("The answer.")
+    shell.user_ns["reply"] = line(shell, "chat -t 0 Why?")
+    assert shell.display_formatter.format(shell.user_ns["reply"])[0]["text/plain"] == "The answer."
+    plan = shell.display_formatter.format(line(shell, "plan"))[0]
+    assert "KV cache" in plan["text/plain"]
+    assert "max_model_len" in plan["text/plain"]
+    assert "<table>" in plan["text/html"]
