@@ -10,6 +10,8 @@ SAMPLING_EPS = 1e-5
 """Below this temperature sampling is greedy (vLLM's constant)."""
 MAX_LOGPROBS = 20
 """Most alternatives per position (vLLM's ``--max-logprobs`` default)."""
+MAX_COMPLETIONS = 16384
+"""Most completions of one request (vLLM's ``VLLM_MAX_N_SEQUENCES`` default)."""
 _SEED_RANGE = (-(2**63), 2**63 - 1)
 
 
@@ -105,8 +107,8 @@ class SamplingParams:
                 raise _refuse(name, must, getattr(self, name))
 
     def _check_lengths(self) -> None:
-        if self.n < 1:
-            raise _refuse("n", "be at least 1", self.n)
+        if not 1 <= self.n <= MAX_COMPLETIONS:
+            raise _refuse("n", "be at least 1" if self.n < 1 else f"be at most {MAX_COMPLETIONS}", self.n)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise _refuse("max_tokens", "be at least 1", self.max_tokens)
         if self.min_tokens < 0:

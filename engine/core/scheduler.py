@@ -6,6 +6,7 @@ are the same arithmetic. Steps overlap: a step may be scheduled while the last o
 still on the device (``Request.num_pending``).
 """
 
+import bisect
 import time
 from collections.abc import Sequence
 
@@ -196,8 +197,7 @@ class Scheduler:
 
     def _enqueue(self, request: Request) -> None:
         """Keep the waiting ones in order of priority and arrival."""
-        self.waiting.append(request)
-        self.waiting.sort(key=lambda r: (r.priority, r.arrival_time, r.index))
+        bisect.insort(self.waiting, request, key=lambda r: (r.priority, r.arrival_time, r.index))
 
     def _remove(self, request: Request) -> None:
         for queue in (self.running, self.waiting):

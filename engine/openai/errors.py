@@ -33,7 +33,8 @@ class ClientGoneError(Exception):
 
 
 def error_body(message: str, *, type: str, code: int, param: str | None = None) -> dict[str, Any]:
-    """``{"error": {message, type, param, code}}``."""
+    """``{"error": {message, type, param, code}}``. What UTF-8 cannot carry of a quoted value becomes ``?``."""
+    message = message.encode(errors="replace").decode()
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from engine.errors import RequestError
-from engine.openai.backend import ServedEngine
+from engine.openai.backend import ServedEngine, ServedTokenizer
 from engine.openai.conversations import render_prompt
 from engine.openai.generation import port_of
 from engine.openai.protocol import DetokenizeRequest, TokenizeRequest
@@ -49,7 +49,12 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
     port.check_model(body.model)
     check_extra_fields(body)
     tokenizer = port.engine.tokenizer
-    unknown = next((token_id for token_id in body.tokens if tokenizer.hf.id_to_token(token_id) is None), None)
+    unknown = next((token_id for token_id in body.tokens if not _is_known(tokenizer, token_id)), None)
     if unknown is not None:
         raise RequestError(f"Token id {unknown} is out of vocabulary.", param="tokens")
     return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+
+def _is_known(tokenizer: ServedTokenizer, token_id: int) -> bool:
+    # The tokenizer takes 32 bits; a larger number is no token either.
+    return token_id < 2**32 and tokenizer.hf.id_to_token(token_id) is not None

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from engine.config import EngineArgs
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, RequestError
 from engine.gguf_file import open_gguf
 from engine.hub import ResolvedModel, resolve
 
@@ -66,8 +66,14 @@ class Tokenizer:
         return frozenset(i for i, token in self.hf.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``; special tokens written out in it become their ids."""
-        return list(self.hf.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Token ids of ``text``; special tokens written out in it become their ids.
+
+        Raises RequestError for half of a surrogate pair, which JSON can carry and UTF-8 cannot.
+        """
+        try:
+            return list(self.hf.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:
+            raise RequestError("The text is not valid Unicode: it holds half of a surrogate pair.") from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ``token_ids``."""

@@ -179,6 +179,11 @@ def test_what_can_never_be_served_is_refused_at_the_door(llm, prompt, params, er
         llm.submit(prompt, params)
 
 
+def test_more_completions_than_vllm_allows_are_refused():
+    with pytest.raises(RequestError, match="n must be at most 16384"):
+        SamplingParams(n=20000)
+
+
 def test_a_bad_word_without_letters_is_refused():
     for word in ("", " "):
         with pytest.raises(RequestError, match="bad_words cannot contain an empty string"):

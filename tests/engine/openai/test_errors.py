@@ -33,6 +33,12 @@ def test_an_unknown_model_is_not_found(http: httpx.Client, client: openai.OpenAI
         client.chat.completions.create(model="gpt-9", messages=MESSAGES)
 
 
+def test_a_name_that_utf8_cannot_carry_is_not_found_either(http: httpx.Client) -> None:
+    body = b'{"model": "\\ud800", "messages": [{"role": "user", "content": "hi"}]}'
+    response = http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    strict.error(response, 404, "NotFoundError", "model")
+
+
 def test_every_served_name_is_known(http: httpx.Client) -> None:
     for name in ("fake", "org/fake-model"):
         assert http.post(CHAT, json={"model": name, "messages": MESSAGES}).json()["model"] == "fake"

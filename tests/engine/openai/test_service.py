@@ -47,6 +47,7 @@ def test_tokenize_wants_one_of_its_two_forms(http: httpx.Client, body: dict[str,
 def test_tokens_are_detokenized_with_special_ones(http: httpx.Client, llm: FakeLLM) -> None:
     assert http.post("/detokenize", json={"tokens": llm.tokenize("hé")}).json() == {"prompt": "<|start|>hé"}
     strict.error(http.post("/detokenize", json={"tokens": [99999]}), 400, "BadRequestError", "tokens")
+    strict.error(http.post("/detokenize", json={"tokens": [2**40]}), 400, "BadRequestError", "tokens")
     strict.error(http.post("/detokenize", json={"tokens": ["a"]}), 400, "BadRequestError", "tokens")
     strict.error(http.post("/detokenize", json={}), 400, "BadRequestError", "tokens")
 

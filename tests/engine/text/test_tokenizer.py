@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from engine.config import EngineArgs
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, RequestError
 from engine.hub import ResolvedModel
 from engine.text.gguf_tokenizer import build_tokenizer
 from engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -85,6 +85,11 @@ def test_a_stream_shows_whole_characters_only_and_adds_up_to_the_text(smollm2_to
     assert None in pieces
     assert "".join(piece or "" for piece in pieces) == text
     assert not any("\ufffd" in (piece or "") for piece in pieces)
+
+
+def test_half_of_a_surrogate_pair_is_the_requests_mistake(smollm2_tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="not valid Unicode"):
+        smollm2_tokenizer.encode("hi \ud800")
 
 
 def test_several_threads_encode_and_decode_at_once(smollm2_tokenizer: Tokenizer) -> None:
