@@ -48,6 +48,8 @@ class LenientJson:
 
     def __init__(self, scanner: Scanner, stops: Sequence[str] = (), raw_quote: str = "") -> None:
         self._scanner = scanner
+        self.cut = False
+        """Whether a string had no end."""
         self._stops = tuple(stops)
         self._raw_quote = raw_quote
         self._raw = Markers([raw_quote])
@@ -91,34 +93,49 @@ class LenientJson:
         return name
 
     def _object(self, emit: Emit, lead: str) -> Steps[None]:
-        self._scanner.take()
-        emit(lead + "{")
-        separator = ""
-        try:
-            while (yield from self._more("}")):
-                name = yield from self.key()
-                yield from self.value(emit, f'{separator}"{quoted(name)}": ')
-                separator = ", "
-        except MarkupError:
-            emit("}")
-            raise
-        emit("}")
+        yield from self._members(emit, lead, "{", "}", self._pair)
 
     def _array(self, emit: Emit, lead: str) -> Steps[None]:
+        yield from self._members(emit, lead, "[", "]", self.value)
+
+    def _pair(self, emit: Emit, lead: str) -> Steps[None]:
+        name = yield from self.key()
+        yield from self.value(emit, f'{lead}"{quoted(name)}": ')
+
+    def _members(
+        self, emit: Emit, lead: str, begin: str, end: str, member: Callable[[Emit, str], Steps[None]]
+    ) -> Steps[None]:
         self._scanner.take()
-        emit(lead + "[")
+        emit(lead + begin)
         separator = ""
         try:
-            while (yield from self._more("]")):
-                yield from self.value(emit, separator)
+            while (yield from self._more(end, first=not separator)):
+                yield from self._member(member, emit, separator)
                 separator = ", "
         except MarkupError:
-            emit("]")
+            emit(end)
             raise
-        emit("]")
+        emit(end)
 
-    def _more(self, end: str) -> Steps[bool]:
-        """Whether another member follows; reads over commas and over ``end``."""
+    def _member(self, member: Callable[[Emit, str], Steps[None]], emit: Emit, lead: str) -> Steps[None]:
+        """A member; if it fails before anything of it was handed on, its text is unread again."""
+        mark = self._scanner.mark()
+
+        def settle(text: str) -> None:
+            self._scanner.release(mark)
+            emit(text)
+
+        try:
+            yield from member(settle, lead)
+        except MarkupError:
+            self._scanner.rewind(mark)
+            raise
+        finally:
+            self._scanner.release(mark)
+
+    def _more(self, end: str, *, first: bool) -> Steps[bool]:
+        """Whether another member follows; reads over commas and over ``end``. Raises where there is neither."""
+        separated = first
         while True:
             yield from self._scanner.skip_space()
             char = yield from self._scanner.peek()
@@ -126,8 +143,11 @@ class LenientJson:
                 self._scanner.take()
                 return False
             if char != ",":
+                if not separated or not char:
+                    raise MarkupError(end)
                 return True
             self._scanner.take()
+            separated = True
 
     def _opening_quote(self) -> Steps[str | None]:
         marks = ['"', "'", self._raw_quote] if self._raw_quote else ['"', "'"]
@@ -143,7 +163,7 @@ class LenientJson:
             emit(quoted(text))
 
         if quote == self._raw_quote:
-            yield from self._scanner.until(self._raw, emit_plain)
+            self.cut = (yield from self._scanner.until(self._raw, emit_plain)) is None
             return
         while (found := (yield from self._scanner.until(self._quotes[quote], emit_plain))) is not None:
             if found == "\\":
@@ -152,6 +172,7 @@ class LenientJson:
                 return
             else:
                 emit_plain(quote)
+        self.cut = True
 
     def _ends_here(self, followers: str) -> Steps[bool]:
         """Whether what follows a quote is what follows a string: else the quote belongs to it."""

@@ -53,11 +53,12 @@ class Scanner:
         self._text = ""
         self._position = 0
         self._forgotten = 0
-        self._marks: list[int] = []
+        self._marks: dict[int, int] = {}
+        self._num_marks = 0
 
     def feed(self, text: str) -> None:
         """Add text; what was read and lies before every mark is forgotten."""
-        keep = min([self._position, *(mark - self._forgotten for mark in self._marks)])
+        keep = min([self._position, *(place - self._forgotten for place in self._marks.values())])
         self._text = self._text[keep:] + text
         self._position -= keep
         self._forgotten += keep
@@ -68,18 +69,29 @@ class Scanner:
 
     def mark(self) -> int:
         """Remember this place, so that :meth:`rewind` can go back to it until :meth:`release`."""
-        place = self._forgotten + self._position
-        self._marks.append(place)
-        return place
+        self._num_marks += 1
+        self._marks[self._num_marks] = self._forgotten + self._position
+        return self._num_marks
 
     def rewind(self, mark: int) -> None:
-        """Read on from ``mark`` again."""
-        self._position = mark - self._forgotten
+        """Read on from a mark again, if it was not forgotten."""
+        if mark in self._marks:
+            self._position = self._marks[mark] - self._forgotten
 
     def release(self, mark: int) -> None:
         """Forget a mark. Safe to repeat."""
-        if mark in self._marks:
-            self._marks.remove(mark)
+        self._marks.pop(mark, None)
+
+    def attempt(self, steps: Steps[T]) -> Steps[T]:
+        """Run a part of a parser. If it raises MarkupError before :meth:`commit`, its text is unread again."""
+        mark = self.mark()
+        try:
+            return (yield from steps)
+        except MarkupError:
+            self.rewind(mark)
+            raise
+        finally:
+            self.release(mark)
 
     def commit(self) -> None:
         """Forget all marks: what was read is settled."""

