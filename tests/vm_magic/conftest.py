@@ -15,13 +15,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def shell(engine_shell: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name, stand_in in fakes.replacements():
+        monkeypatch.setattr(f"vm_magic.session.{name}", stand_in)
+    return engine_shell
+
+
+@pytest.fixture
+def engine_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A shell with the magics over the real engine."""
     from IPython.core.displaypub import CapturingDisplayPublisher
     from IPython.core.interactiveshell import InteractiveShell
 
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    for name, stand_in in fakes.replacements():
-        monkeypatch.setattr(f"vm_magic.session.{name}", stand_in)
     InteractiveShell.clear_instance()
     config = Config()
     config.HistoryManager.enabled = False
