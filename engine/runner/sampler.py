@@ -149,10 +149,9 @@ def _process(logits: mx.array, metadata: SamplingMetadata, pending: mx.array | N
 
 def _apply_bitmask(logits: mx.array, bitmask: Bitmask) -> mx.array:
     rows = _Subset(bitmask.rows, logits.shape[0])
-    words = mx.array(bitmask.words.view(np.uint32))
-    bits = (words[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
-    allowed = bits.reshape(len(bitmask.rows), -1)[:, : logits.shape[1]]
-    return rows.put(logits, mx.where(allowed.astype(mx.bool_), rows.of(logits), -mx.inf))
+    # Unpacked here: on a CPU the shifts cost five times as much on MLX's side, and a byte per token is little.
+    bits = np.unpackbits(bitmask.words.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+    return rows.put(logits, mx.where(mx.array(bits.view(np.bool_)), rows.of(logits), -mx.inf))
 
 
 def _apply_allowed(logits: mx.array, allowed: AllowedTokens) -> mx.array:
