@@ -1,6 +1,6 @@
 """The commands that people already have for Gemma 4 and Qwen3.6, pasted into a cell as they are printed.
 
-Only the model path and the two placeholders are replaced. Each recipe runs on a tiny random model of the same architecture,
+Only the model path and the placeholders are replaced. Each recipe runs on a tiny random model of the same architecture,
 and on a scripted model that thinks and calls a tool in that family's own format, through that family's own template.
 """
 
