@@ -56,6 +56,7 @@ class OutputSink:
         self._bounded = False
         self._reasoning_begun = False
         self._reasoning_space = ""
+        self._thought_opens = True
 
     def drain(self) -> ParsedDelta:
         """What was found since the last call."""
@@ -77,8 +78,9 @@ class OutputSink:
 
     def reasoning(self, text: str) -> None:
         """Add to the thought. White space at its beginning and end is left out."""
-        if not self._reasoning_begun:
+        if self._thought_opens:
             text = text.lstrip()
+            self._thought_opens = not text
         body = text.rstrip()
         if not body:
             self._reasoning_space += text
@@ -89,8 +91,8 @@ class OutputSink:
 
     def begin_thought(self) -> None:
         """A thought begins; a second one goes on a line of its own."""
-        if self._reasoning_begun:
-            self._reasoning_space = "\n"
+        self._reasoning_space = "\n" if self._reasoning_begun else ""
+        self._thought_opens = True
         self.boundary()
 
     def boundary(self) -> None:
