@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from engine.text.lenient_json import LenientJson
 from engine.text.output_sink import OutputSink
 from engine.text.scanner import Markers, MarkupError, Scanner, Steps
+from engine.text.tool_parsers.base import ToolParser, ToolSchemas
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>")
@@ -21,11 +22,16 @@ _RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
 
 @dataclass(frozen=True)
 class HarmonyReader:
-    """Reads harmony messages. Without ``with_calls`` a message to a function is content."""
+    """Reads harmony messages. Without ``with_calls`` a message to a function is content.
+
+    ``forced`` reads calls that a grammar demanded, which stand in the final message as JSON.
+    """
 
     scanner: Scanner
     sink: OutputSink
+    schemas: ToolSchemas
     with_calls: bool
+    forced: ToolParser | None = None
 
     def read(self, prompt_suffix: str) -> Steps[None]:
         """The whole output. The prompt may end in a message's header or inside a message."""
@@ -66,7 +72,16 @@ class HarmonyReader:
             mark = yield from self.scanner.until(_IN_BODY, self.sink.reasoning)
             self.sink.boundary()
             return mark
+        elif self.forced and (yield from self.scanner.after_space(tuple(self.forced.bare))):
+            yield from self._forced_calls(self.forced)
         return (yield from self.scanner.until(_IN_BODY, self.sink.content))
+
+    def _forced_calls(self, forced: ToolParser) -> Steps[None]:
+        yield from self.scanner.skip_space()
+        try:
+            yield from self.scanner.attempt(forced.read(self.scanner, self.sink, self.schemas, ""))
+        except MarkupError:
+            return  # what is no call is content
 
     def _arguments(self, name: str) -> Steps[None]:
         emit = self.sink.call(name)

@@ -83,20 +83,21 @@ def make_output_parser(
     reasoning = parser_named(REASONING_PARSERS, reasoning_parser, "reasoning_parser")
     tool = parser_named(TOOL_PARSERS, tool_call_parser, "tool_call_parser")
     wanted = bool(tools) and tool_choice != "none"
-    calls = _forced(tool, tool_choice) if wanted and tool_choice not in (None, "auto") else tool if wanted else None
-    scanner = Scanner()
+    demanded = wanted and tool_choice not in (None, "auto")
+    calls: ToolParser | None = _forced(tool, tool_choice) if demanded else tool if wanted else None
+    scanner, schemas = Scanner(), ToolSchemas(tools)
     sink = OutputSink(max_calls=None if parallel_tool_calls else 1, make_call_id=make_call_id)
     if reasoning is HARMONY or tool is HARMONY_CALLS:
-        harmony = HarmonyReader(scanner, sink, with_calls=wanted and tool is HARMONY_CALLS)
+        with_calls = wanted and tool is HARMONY_CALLS
+        harmony = HarmonyReader(scanner, sink, schemas, with_calls=with_calls, forced=calls if demanded else None)
         return OutputParser(scanner, sink, harmony.read(prompt_suffix), needs_special_tokens=True)
     if reasoning is None and calls is None:
         return OutputParser(scanner, sink, _read_plain(scanner, sink), needs_special_tokens=False)
     marks = _marks(reasoning, calls)
     known = set(special_tokens)
     needs = bool(known.intersection(marks)) or any(token in mark for mark in marks for token in known)
-    reader = _MarkedReader(
-        scanner, sink, reasoning, calls, ToolSchemas(tools), tuple(known.difference(marks)) if needs else ()
-    )
+    dropped = tuple(known.difference(marks)) if needs else ()
+    reader = _MarkedReader(scanner, sink, reasoning, calls, schemas, dropped)
     inside = reasoning is not None and reasoning.begins_inside(prompt_suffix)
     if reasoning is not None and reasoning.begins_behind(prompt_suffix):
         sink.boundary()

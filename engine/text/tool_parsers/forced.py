@@ -37,8 +37,8 @@ class ForcedCalls:
         return "{" if self.name else "[{"
 
     def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
-        """The native form behind its mark, else vLLM's."""
-        if start and self.native:
+        """The native form behind its mark (or where that is a bare object too), else vLLM's."""
+        if self.native and (start or (self.name and "{" in self.native.bare)):
             yield from self.native.read(scanner, sink, tools, start)
         elif self.name:
             scanner.commit()

@@ -196,6 +196,36 @@ def test_a_forced_call_in_vllms_form_is_read() -> None:
     assert named.reasoning == "x"
 
 
+def test_a_forced_call_of_gpt_oss_stands_in_its_final_message() -> None:
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
+    for text, choice in (
+        ('[{"name": "f", "parameters": {"text": "a"}}]', "required"),
+        ('{"text": "a"}', {"type": "function", "function": {"name": "f"}}),
+    ):
+        reply = parse_output(
+            f"{thought}{text}<|return|>",
+            reasoning_parser="openai_gptoss",
+            tool_call_parser="openai",
+            tools=TOOLS,
+            tool_choice=choice,
+            prompt_suffix="<|start|>assistant",
+        )
+        assert [call["function"] for call in reply.tool_calls] == [{"name": "f", "arguments": '{"text": "a"}'}]
+        assert (reply.reasoning, reply.text) == ("Hm.", "")
+
+
+def test_a_forced_call_of_llama3_is_read_in_its_own_form() -> None:
+    named = {"type": "function", "function": {"name": "f"}}
+    for choice in ("required", named):
+        reply = parse_output(
+            '{"name": "f", "parameters": {"text": "a"}}',
+            tool_call_parser="llama3_json",
+            tools=TOOLS,
+            tool_choice=choice,
+        )
+        assert [call["function"] for call in reply.tool_calls] == [{"name": "f", "arguments": '{"text": "a"}'}]
+
+
 def test_json_answers_are_no_calls() -> None:
     for text in ('{"name": "Bob", "parameters": {"age": 3}}', '{"name": "f"}', '{"a": 1}', "[1, 2]", "{oh}"):
         reply = parse_output(text, tool_call_parser="llama3_json", tools=TOOLS)

@@ -4,14 +4,19 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine.gguf_file import open_gguf
 from engine.outputs import Reply
 from engine.replay import parse_output
 from engine.text.chat_template import ChatTemplate
+from engine.text.gguf_tokenizer import build_tokenizer
 from engine.text.reasoning_parsers import detect_reasoning_parser
+from engine.text.tokenizer import Tokenizer
 from engine.text.tool_parsers import detect_tool_parser
 from tests.engine.text.template_packages import LLAMA_CPP, TRL, TemplatePackage, template_source
 
@@ -159,6 +164,18 @@ def check(template: Template, turn: Turn) -> None:
     assert parse(template, turn, list(turn.text)) == whole
 
 
+@cache
+def tokenizer_of(path: Path) -> Tokenizer:
+    return Tokenizer(build_tokenizer(open_gguf(path).metadata))
+
+
+def token_by_token(path: Path, text: str) -> list[str]:
+    """``text`` in the pieces that a tokenizer's stream gives."""
+    tokenizer = tokenizer_of(path)
+    stream = tokenizer.decode_stream(skip_special_tokens=False)
+    return [piece for token in tokenizer.encode(text, add_special_tokens=False) if (piece := stream.step(token))]
+
+
 def those_that_render(what: str) -> Any:
     return pytest.mark.parametrize("template", [t for t in TEMPLATES if what in t.renders.split()], ids=str)
 
@@ -183,6 +200,14 @@ def test_thoughts_come_back_apart_from_answers(template: Template) -> None:
 @those_that_render("calls")
 def test_several_calls_with_nested_quoted_and_unicode_arguments_come_back(template: Template) -> None:
     check(template, render(template, calls=[("get_weather", WEATHER), ("run_code", {"code": CODE, "city": "5"})]))
+
+
+@those_that_render("calls")
+def test_token_by_token_is_the_same_as_whole(template: Template, smollm2_gguf: Path) -> None:
+    turn = render(template, calls=[("get_weather", WEATHER), ("run_code", {"code": CODE})])
+    pieces = token_by_token(smollm2_gguf, turn.text)
+    assert len(pieces) > 50
+    assert parse(template, turn, pieces) == parse(template, turn)
 
 
 @those_that_render("one-call")
