@@ -5,12 +5,14 @@ tokenizing happen in the caller's.
 """
 
 import itertools
+import operator
 import secrets
 import threading
 import time
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineArgs, ModelConfig
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
 
 __all__ = ["LLM", "RequestStream", "memory_in_use"]
 
@@ -214,23 +218,26 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Complete one prompt or many (text or token ids); results in order. Interruptible: all are then aborted.
+        """Complete one prompt or many; results in order. Interruptible: all are then aborted.
 
-        Without ``params`` the model's recommended values apply, with vLLM's 16 tokens.
+        A prompt is a text, token ids, or vLLM's ``{"prompt": …}`` or ``{"prompt_token_ids": …}``.
+
+        Without ``sampling_params`` the model's recommended values apply, with vLLM's 16 tokens.
         """
-        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-        wanted: list[str | Sequence[int]] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
-        return self._run([(prompt, self._params_of(params, i)) for i, prompt in enumerate(wanted)], use_tqdm)
+        single = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
+        wanted: Any = [prompts] if single else prompts
+        each = self._params_of(sampling_params, len(wanted))
+        return self._run([(_one_prompt(prompt), params) for prompt, params in zip(wanted, each, strict=True)], use_tqdm)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
         **template: Any,
@@ -239,19 +246,19 @@ class LLM:
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Sequence[Message]] = [messages] if single else messages  # type: ignore[assignment,list-item]
         prompts = [self._chat_tokens(conversation, template) for conversation in conversations]
-        return self._run([(prompt, self._params_of(params, i)) for i, prompt in enumerate(prompts)], use_tqdm)
+        return self._run(list(zip(prompts, self._params_of(sampling_params, len(prompts)), strict=True)), use_tqdm)
 
     def stream(
         self,
         prompt: str | Sequence[int] | Sequence[Message],
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | None = None,
         **template: Any,
     ) -> Iterator[CompletionDelta]:
         """Deltas of a reply to a conversation (messages) or of a raw prompt (text or token ids).
 
         Leaving the loop early ends the request.
         """
-        stream = self._submit_any(prompt, params, template)
+        stream = self._submit_any(prompt, sampling_params, template)
         try:
             yield from stream
         finally:
@@ -260,11 +267,11 @@ class LLM:
     async def astream(
         self,
         prompt: str | Sequence[int] | Sequence[Message],
-        params: SamplingParams | None = None,
+        sampling_params: SamplingParams | None = None,
         **template: Any,
     ) -> AsyncIterator[CompletionDelta]:
         """:meth:`stream` for ``async for``."""
-        stream = self._submit_any(prompt, params, template)
+        stream = self._submit_any(prompt, sampling_params, template)
         try:
             async for delta in stream:
                 yield delta
@@ -367,11 +374,18 @@ class LLM:
     def _chat_tokens(self, messages: Sequence[Message], template: Mapping[str, Any]) -> list[int]:
         return self.tokenize(self.render_chat(messages, **template), add_special_tokens=False)
 
-    def _params_of(self, params: SamplingParams | Sequence[SamplingParams] | None, index: int) -> SamplingParams:
-        if params is None:
+    def _params_of(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
+        """Sampling values of each of ``count`` requests."""
+        if given is None:
             resolved = self.sampling_params()
-            return resolved if resolved.max_tokens is not None else resolved.replace(max_tokens=16)
-        return params if isinstance(params, SamplingParams) else params[index]
+            given = resolved if resolved.max_tokens is not None else resolved.replace(max_tokens=16)
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if len(given) != count:
+            raise RequestError("The lengths of prompts and params must be the same.", param="sampling_params")
+        return given
 
     def _run(
         self, requests: Sequence[tuple[str | Sequence[int], SamplingParams]], use_tqdm: bool
@@ -450,3 +464,16 @@ class LLM:
             if spaced[0] != plain[0] and len(spaced) == len(plain):
                 found.append(spaced)
         return tuple(found)
+
+
+def _one_prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, Mapping):
+        prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError:
+        raise RequestError(
+            "a prompt is a text, a list of token ids, or {'prompt': …} or {'prompt_token_ids': …}", param="prompt"
+        ) from None

@@ -19,6 +19,7 @@ from engine.config import EngineArgs, ModelConfig
 from engine.errors import ModelLoadError
 from engine.gguf_file import GGUFFile, open_gguf
 from engine.hub import ResolvedModel
+from engine.memory import KVGroupSpec, plan_memory
 from engine.model_files import read_model_config
 from engine.runner.devices import Device, describe_device, prepare_backend
 from engine.runner.gguf import PACKED_BITS, load_gguf
@@ -76,6 +77,7 @@ def _load_file(
     keep = bool(packed) and (device.runs_packed_weights_fast or unpacked_bytes > _EASY_SHARE * device.memory_limit)
     total = sum(info.num_bytes for info in file.tensors.values())
     check_architecture(config)
+    _check_room(total if keep else unpacked_bytes, config, args, device)
     model = load_gguf(
         file, dict(config.hf_config), dtype=dtype, keep_packed=keep, report=lambda done: report("load", done, total)
     )
@@ -107,9 +109,34 @@ def _load_folder(
 
         model = dequantize_model(model)
         _cast(model, dtype or mx.float32)
+    _check_room(sum(value.nbytes for _, value in tree_flatten(model.parameters())), config, args, device)
     _materialise(model, report)
     bits = sorted({f"{module.bits}-bit" for module in packed})
     return model, _describe(dtype or _main_dtype([v for _, v in tree_flatten(model.parameters())]), bits, keep)
+
+
+def _check_room(num_bytes: int, config: ModelConfig, args: EngineArgs, device: Device) -> None:
+    """Refuse weights of ``num_bytes`` that leave nothing for a KV cache, before reading them ends the process."""
+    if num_bytes < int(device.memory_limit * args.memory_fraction):
+        return
+    from engine.runner.kv_spec import contiguous_bytes_per_token
+    from engine.runner.skeleton import build_skeleton
+
+    skeleton = build_skeleton(config, args.dtype)
+    layers = tuple(range(len(skeleton.layers)))
+    plan_memory(
+        groups=[KVGroupSpec("full", layers, contiguous_bytes_per_token(skeleton), block_size=args.block_size)],
+        device_limit=device.memory_limit,
+        fraction=args.memory_fraction,
+        model_memory=num_bytes,
+        overhead=0,
+        block_size=args.block_size,
+        context_length=config.context_length,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        knob=args.memory_knob,
+        metal=device.kind == "metal",
+    )
 
 
 def _lazy_model(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs) -> nn.Module:

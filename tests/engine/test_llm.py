@@ -42,6 +42,22 @@ def test_text_is_the_text_of_the_tokens(llm):
     assert (completion.finish_reason, output.finished) == ("length", True)
 
 
+def test_prompts_and_values_come_in_every_form_that_vllm_takes(llm):
+    tokens = llm.tokenize("Once upon a time")
+    forms = ["Once upon a time", tokens, {"prompt": "Once upon a time"}, {"prompt_token_ids": tokens}]
+    outputs = llm.generate(forms, sampling_params=[GREEDY] * 4, use_tqdm=False)
+    outputs += [llm.generate(form, sampling_params=GREEDY)[0] for form in (*forms, np.array(tokens))]
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
+    message = [{"role": "user", "content": "hi"}]
+    assert llm.chat(message, sampling_params=GREEDY)[0].outputs[0].finish_reason == "length"
+    assert "".join(delta.text for delta in llm.stream("Once upon a time", sampling_params=GREEDY))
+    with pytest.raises(RequestError, match="lengths of prompts and params"):
+        llm.generate(["a", "b"], [GREEDY])
+    for wrong in ([None], [{"text": "a"}], [1.5]):
+        with pytest.raises(RequestError, match="a prompt is a text"):
+            llm.generate(wrong, GREEDY)
+
+
 def test_deltas_add_up_to_the_result(llm):
     deltas = list(llm.stream("Once upon a time", GREEDY))
     assert "".join(delta.text for delta in deltas) == llm.generate("Once upon a time", GREEDY)[0].outputs[0].text

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.config import EngineArgs
-from engine.errors import ConfigError, ModelLoadError
+from engine.errors import ConfigError, MemoryPlanError, ModelLoadError
 from engine.hub import ResolvedModel
 from engine.model_files import context_length, read_model_config
 from engine.runner import loader
@@ -28,6 +28,7 @@ def load(folder: Path, **options: Any) -> LoadedModel:
 def on(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     monkeypatch.setattr(loader, "describe_device", lambda: device)
     monkeypatch.setattr(loader, "prepare_backend", lambda: None)
+    monkeypatch.setattr(loader, "_check_room", lambda *_: None)
 
 
 def logits(loaded: LoadedModel) -> Any:
@@ -49,6 +50,21 @@ def quantized_dir(tiny_model_dir: Any, tmp_path: Path) -> Path:
     save_model(folder, model)
     save_config(config, folder / "config.json")
     return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_weights_that_cannot_fit_are_refused_before_they_are_read(
+    tiny_model_dir: Any, smollm2: ResolvedModel, kind: str
+) -> None:
+    resolved = smollm2 if kind == "gguf" else ResolvedModel("tiny", tiny_model_dir("llama"), "folder")
+    args = EngineArgs("tiny", gpu_memory_utilization=1e-4, memory_knob="VLLM_METAL_MEMORY_FRACTION")
+    read: list[Any] = []
+    with pytest.raises(MemoryPlanError, match=r"Paged attention: not enough .* for KV cache") as refused:
+        load_model(resolved, args, lambda *news: read.append(news))
+    assert not read
+    assert "increase VLLM_METAL_MEMORY_FRACTION" in str(refused.value)
+    assert refused.value.model_memory > refused.value.usable
+    assert refused.value.kv_budget < 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3_text"])
