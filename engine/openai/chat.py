@@ -13,6 +13,7 @@ from engine.openai.logprobs import chat_logprobs, prompt_logprobs
 from engine.openai.protocol import BatchChatCompletionRequest, ChatCompletionRequest, ChatFields
 from engine.openai.replies import ChatJob, Reply, named_reasoning
 from engine.openai.sse import EventStream
+from engine.openai.version import system_fingerprint
 from engine.outputs import CompletionDelta
 from engine.text.output_sink import ParsedDelta
 
@@ -64,7 +65,7 @@ def _response(chat: ChatJob, body: ChatFields, echoes: list[str]) -> dict[str, A
             _choice(chat, body, reply, echoes[reply.choice.index // job.num_per_prompt]) for reply in chat.replies
         ],
         "usage": chat.usage(),
-        "system_fingerprint": None,
+        "system_fingerprint": system_fingerprint(),
         "prompt_logprobs": prompt_logprobs(job.streams[0].prompt_logprobs),
     }
     return response | _prompt_extras(chat, body)
@@ -101,6 +102,7 @@ def _choice(chat: ChatJob, body: ChatFields, reply: Reply, echo: str) -> dict[st
 async def _chunks(chat: ChatJob, body: ChatFields, echo: str) -> AsyncGenerator[dict[str, Any], None]:
     options, job = stream_options(body), chat.job
     head = {"id": job.id, "object": "chat.completion.chunk", "created": job.created, "model": job.model}
+    head["system_fingerprint"] = system_fingerprint()
     extras = _prompt_extras(chat, body)
     opened: set[int] = set()
     async for reply, delta, parsed in chat.deltas():

@@ -27,6 +27,7 @@ from engine.openai.logprobs import completion_logprobs, prompt_logprobs
 from engine.openai.protocol import CompletionRequest
 from engine.openai.sse import EventStream
 from engine.openai.support import check_generation
+from engine.openai.version import system_fingerprint
 from engine.outputs import CompletionDelta, LogprobsAtPosition
 from engine.sampling_params import SamplingParams
 
@@ -109,7 +110,7 @@ def _response(job: Job, body: CompletionRequest) -> dict[str, Any]:
         "model": job.model,
         "choices": [_choice(job, body, choice) for choice in job.choices],
         "usage": job.usage(),
-        "system_fingerprint": None,
+        "system_fingerprint": system_fingerprint(),
     }
 
 

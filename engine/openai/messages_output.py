@@ -8,20 +8,28 @@ from engine.openai.replies import ChatJob, Reply
 from engine.text.output_sink import ParsedDelta, ToolCallDelta
 
 JsonObject = dict[str, Any]
+_CALLER = {"type": "direct"}
 _DELTA_TYPES = {"thinking": "thinking_delta", "text": "text_delta"}
 
 
 def message_object(chat: ChatJob, content: list[JsonObject]) -> JsonObject:
     """A message that has not ended yet."""
     return {
-        "id": f"msg_{chat.job.id}",
+        "id": f"msg_{chat.job.id.removeprefix('msg-')}",
         "type": "message",
         "role": "assistant",
         "model": chat.job.model,
         "content": content,
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": usage(chat),
+        "stop_details": None,
+        "container": None,
+        "usage": {
+            **usage(chat),
+            "cache_creation": {"ephemeral_1h_input_tokens": 0, "ephemeral_5m_input_tokens": 0},
+            "inference_geo": None,
+            "service_tier": "standard",
+        },
     }
 
 
@@ -46,6 +54,8 @@ def usage(chat: ChatJob) -> JsonObject:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
         "output_tokens": counts["completion_tokens"],
+        "output_tokens_details": {"thinking_tokens": counts["completion_tokens_details"]["reasoning_tokens"]},
+        "server_tool_use": None,
     }
 
 
@@ -86,7 +96,7 @@ class MessageEvents:
 
     def _call(self, piece: ToolCallDelta) -> Iterator[JsonObject]:
         if piece.index != self._call_index:
-            yield from self._open("tool_use", {"id": piece.id, "name": piece.name, "input": {}})
+            yield from self._open("tool_use", {"id": piece.id, "name": piece.name, "input": {}, "caller": _CALLER})
             self._call_index, self._arguments = piece.index, ""
         if piece.arguments:
             self._arguments += piece.arguments

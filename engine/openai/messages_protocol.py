@@ -56,7 +56,9 @@ class MessagesRequest(CountTokensRequest, SamplingFields, ReplyFields):
 
 def chat_request(body: CountTokensRequest) -> ChatCompletionRequest:
     """The chat that ``body`` asks for: what both APIs share goes over under its own name."""
-    shared = (body.model_fields_set & ChatCompletionRequest.model_fields.keys()) - _OWN_NAMES
+    shared = (
+        body.model_fields_set & type(body).model_fields.keys() & ChatCompletionRequest.model_fields.keys()
+    ) - _OWN_NAMES
     fields: dict[str, Any] = {name: getattr(body, name) for name in shared}
     fields |= {
         "messages": [*_system(body.system), *chat_messages(body.messages)],

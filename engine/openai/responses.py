@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from engine.errors import RequestError
+from engine.errors import RequestError, UnknownResponseError
 from engine.openai.conversations import start_chat
 from engine.openai.errors import ClientGoneError
 from engine.openai.generation import Port, open_request, port_of
@@ -44,6 +44,12 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
         return _streamed(port, store, request, body, running)
     await _finish(port, store, request, body, running)
     return JSONResponse(running.builder.response)
+
+
+@router.post("/v1/responses/compact", response_model=None)
+async def compact_response() -> Response:
+    """Refused by name: OpenAI's compaction needs its own models."""
+    raise UnknownResponseError("/v1/responses/compact is not supported by this version of the engine: send the items.")
 
 
 @router.get("/v1/responses/{response_id}", response_model=None)
@@ -105,11 +111,12 @@ def _response(body: ResponsesRequest, chat: ChatJob) -> JsonObject:
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
-        "created_at": float(chat.job.created),
+        "created_at": chat.job.created,
         "completed_at": None,
         "status": "queued" if body.background else "in_progress",
         "background": body.background,
         "error": None,
+        "frequency_penalty": params.frequency_penalty,
         "incomplete_details": None,
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
@@ -118,8 +125,11 @@ def _response(body: ResponsesRequest, chat: ChatJob) -> JsonObject:
         "model": chat.job.model,
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls,
+        "presence_penalty": params.presence_penalty,
         "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
         "reasoning": {"effort": body.reasoning.effort or body.reasoning_effort, "summary": None},
+        "safety_identifier": body.safety_identifier,
         "service_tier": "default",
         "store": body.store,
         "temperature": params.temperature,

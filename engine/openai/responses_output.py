@@ -59,7 +59,7 @@ class ResponseBuilder:
         if status == "incomplete":
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}
         else:
-            self.response["completed_at"] = time.time()
+            self.response["completed_at"] = int(time.time())
         self._end(status, chat)
         yield self._snapshot(f"response.{status}")
 
@@ -94,7 +94,7 @@ class ResponseBuilder:
         yield self._event(f"response.{_PART_TYPES[kind]}.delta", content_index=0, **more)
 
     def _open_text(self, kind: str) -> Iterator[JsonObject]:
-        own: JsonObject = {"role": "assistant"} if kind == "message" else {"summary": [], "encrypted_content": None}
+        own: JsonObject = {"role": "assistant"} if kind == "message" else {"summary": []}
         item = {"id": f"{_ID_PREFIX[kind]}_{uuid.uuid4().hex}", "type": kind, "status": "in_progress", **own}
         part: JsonObject = {"type": _PART_TYPES[kind], "text": ""}
         if kind == "message":

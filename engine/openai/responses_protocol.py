@@ -80,7 +80,9 @@ def check_responses(body: ResponsesRequest) -> None:
 
 def chat_request(body: ResponsesRequest, messages: list[dict[str, Any]]) -> ChatCompletionRequest:
     """The chat that ``body`` asks for: what both APIs share goes over under its own name."""
-    shared = (body.model_fields_set & ChatCompletionRequest.model_fields.keys()) - _OWN_NAMES
+    shared = (
+        body.model_fields_set & type(body).model_fields.keys() & ChatCompletionRequest.model_fields.keys()
+    ) - _OWN_NAMES
     fields: dict[str, Any] = {name: getattr(body, name) for name in shared}
     fields |= {
         "messages": messages,

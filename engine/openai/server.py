@@ -23,6 +23,8 @@ from engine.openai.options import KEEP_ALIVE_SECONDS, MAX_BODY_BYTES, ServerOpti
 logger = logging.getLogger("engine.openai")
 _START_SECONDS = 10.0
 _GRACE_SECONDS = 1
+_IDLE_SECONDS = 75
+"""How long an idle connection stays open: longer than clients keep theirs, or they write into one just closed."""
 _NUM_NEXT_PORTS = 100
 _BACKLOG = 2048
 
@@ -50,6 +52,7 @@ class ServerHandle:
                 loop="asyncio",
                 server_header=False,
                 timeout_graceful_shutdown=_GRACE_SECONDS,
+                timeout_keep_alive=_IDLE_SECONDS,
             )
         )
         self._thread = threading.Thread(target=self._run, name="openai-port", daemon=True)

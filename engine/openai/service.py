@@ -1,8 +1,6 @@
 """Models, health, version, load and metrics."""
 
-from functools import cache
 from http import HTTPStatus
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,6 +11,7 @@ from engine.metrics import CONTENT_TYPE
 from engine.openai.backend import ServedEngine
 from engine.openai.generation import port_of
 from engine.openai.http_metrics import HttpMetrics
+from engine.openai.version import package_version
 
 router = APIRouter(tags=["service"])
 
@@ -69,15 +68,7 @@ async def health(request: Request) -> Response:
 @router.get("/version")
 async def show_version() -> dict[str, str]:
     """The package's version."""
-    return {"version": _version()}
-
-
-@cache
-def _version() -> str:
-    try:
-        return version("vm-magic")
-    except PackageNotFoundError:
-        return "unknown"
+    return {"version": package_version()}
 
 
 @router.get("/load")

@@ -7,6 +7,8 @@ import anthropic.types
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+MISSING = {"store", "presence_penalty", "frequency_penalty"}
+"""Fields that OpenAI sends and its types forget."""
 _EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 _MESSAGE_EVENT: TypeAdapter[Any] = TypeAdapter(anthropic.types.RawMessageStreamEvent)
 _MESSAGE = TypeAdapter(anthropic.types.Message)
@@ -15,7 +17,7 @@ _RESPONSE = TypeAdapter(Response)
 
 def response(data: dict[str, Any]) -> dict[str, Any]:
     _RESPONSE.validate_json(json.dumps(data), strict=True)
-    assert set(data) <= Response.model_fields.keys() | {"store"}  # sent by OpenAI, not in its types
+    assert set(data) <= Response.model_fields.keys() | MISSING
     return data
 
 
