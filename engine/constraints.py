@@ -37,19 +37,19 @@ class ToolCalls:
 
     def __post_init__(self) -> None:
         known = [function["name"] for function in self.functions]
+        if not known:
+            raise RequestError("tool_choice needs tools: give at least one.", param="tools")
         for name in self.names:
             if name not in known:
                 raise RequestError(f"tool_choice names {name!r}, which is not among the tools.", param="tool_choice")
-        if not self.tools:
-            raise RequestError("tool_choice needs tools: give at least one.", param="tools")
 
     @property
     def functions(self) -> list[Mapping[str, Any]]:
         """The tools' ``function`` objects, all with a name."""
-        found = [tool.get("function", tool) for tool in self.tools]
+        found = [tool.get("function", tool) if isinstance(tool, Mapping) else None for tool in self.tools]
         if any(not isinstance(function, Mapping) or not isinstance(function.get("name"), str) for function in found):
             raise RequestError("every tool must be a function with a name.", param="tools")
-        return found
+        return [function for function in found if isinstance(function, Mapping)]
 
     @property
     def callable_functions(self) -> list[Mapping[str, Any]]:
@@ -69,7 +69,8 @@ class ToolCalls:
         if tool_choice == "required":
             return cls(tuple(tools or ()), (), parallel)
         if isinstance(tool_choice, Mapping):
-            name = (tool_choice.get("function") or tool_choice).get("name")
+            function = tool_choice.get("function", tool_choice)
+            name = function.get("name") if isinstance(function, Mapping) else None
             if tool_choice.get("type", "function") == "function" and isinstance(name, str):
                 return cls(tuple(tools or ()), (name,), parallel=False)
         raise RequestError(
@@ -106,8 +107,12 @@ class StructuredOutput:
                 f"structured_outputs takes exactly one of {', '.join(_KINDS[:-1])}, got {', '.join(given) or 'none'}.",
                 param="structured_outputs",
             )
-        if self.choice is not None and (not self.choice or not all(isinstance(text, str) for text in self.choice)):
+        texts = self.choice if isinstance(self.choice, list | tuple) else ()
+        if self.choice is not None and (not texts or not all(isinstance(text, str) for text in texts)):
             raise RequestError("choice must be a list of at least one text.", param="structured_outputs")
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            if not isinstance(getattr(self, name), str | None):
+                raise RequestError(f"{name} must be a text.", param="structured_outputs")
 
     @property
     def kind(self) -> str:
@@ -181,7 +186,7 @@ class RepetitionDetection:
 
     def __post_init__(self) -> None:
         sizes = (self.max_pattern_size, self.min_pattern_size, self.min_count)
-        fine = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
+        fine = all(isinstance(size, int) and not isinstance(size, bool) and size < 2**31 for size in sizes)
         if not fine or not 0 <= self.min_pattern_size <= self.max_pattern_size <= MAX_PATTERN_SIZE:
             raise RequestError(
                 "repetition_detection: 0 <= min_pattern_size <= max_pattern_size <= "

@@ -108,8 +108,10 @@ class GrammarCompiler:
 
         tokens = self._tokens()
         matcher = LLMatcher(tokens.all, grammar, log_level=0)
-        if matcher.is_error():
-            raise RequestError(f"bad grammar or schema: {_one_line(matcher.get_error())}", param=param)
+        begins = not matcher.is_error() and any(matcher.compute_bitmask())
+        if matcher.is_error() or not begins:
+            why = _one_line(matcher.get_error()) or "no text satisfies it"
+            raise RequestError(f"bad grammar or schema: {why}", param=param)
         return Matcher(matcher, tokens)
 
     def mark(self, text: str) -> str:
@@ -154,7 +156,10 @@ def json_grammar(schema: Any, structured: StructuredOutput | None = None) -> str
     schema = dict(schema) if isinstance(schema, Mapping) else {} if schema else {"not": {}}
     if structured is not None and structured.disable_additional_properties:
         schema = _closed(schema)
-    return str(LLMatcher.grammar_from_json_schema(schema, defaults=whitespace_options(structured)))
+    try:
+        return str(LLMatcher.grammar_from_json_schema(schema, defaults=whitespace_options(structured)))
+    except ValueError as error:
+        raise RequestError(f"bad grammar or schema: {_one_line(str(error))}", param="structured_outputs") from None
 
 
 def whitespace_options(structured: StructuredOutput | None = None) -> Any:
@@ -190,13 +195,19 @@ def _structural_tag(tag: Mapping[str, Any] | str, mark: Callable[[str], str]) ->
         )
     rules = ["TEXT: /(.|\\n)*/", "start: (" + " | ".join(f"tag_{i}" for i in range(len(structures))) + ")* TEXT"]
     for i, part in enumerate(structures):
-        begin, schema = part.get("begin"), part.get("schema")
-        trigger = next((t for t in triggers if t and isinstance(begin, str) and begin.startswith(t)), None)
-        if trigger is None:
-            raise RequestError(f"structural_tag: no trigger begins {begin!r}.", param="structured_outputs")
+        begin, schema, end = (
+            part.get(key) if isinstance(part, Mapping) else None for key in ("begin", "schema", "end")
+        )
+        known = [trigger for trigger in triggers if isinstance(trigger, str) and trigger]
+        trigger = next((text for text in known if isinstance(begin, str) and begin.startswith(text)), None)
+        if trigger is None or not isinstance(end, str | None):
+            raise RequestError(
+                f"structural_tag: begin and end must be texts, begin one that a trigger begins, got {begin!r}.",
+                param="structured_outputs",
+            )
         schema = {**schema, "x-guidance": whitespace_options()} if isinstance(schema, Mapping) else {}
-        rest, end = (json.dumps(text, ensure_ascii=False) for text in (begin[len(trigger) :], part.get("end") or ""))
-        body = f"{rest} %json {json.dumps(schema, ensure_ascii=False)} {end}"
+        rest, close = (json.dumps(text, ensure_ascii=False) for text in (str(begin)[len(trigger) :], end or ""))
+        body = f"{rest} %json {json.dumps(schema, ensure_ascii=False)} {close}"
         if (number := mark(trigger)).startswith("<"):
             rules.append(f"tag_{i}: TEXT {number} {body}")
         else:
@@ -205,4 +216,4 @@ def _structural_tag(tag: Mapping[str, Any] | str, mark: Callable[[str], str]) ->
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
+    return " ".join(text.split())[:200]

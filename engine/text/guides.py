@@ -226,10 +226,17 @@ class Guides:
             return None
         if params.allowed_token_ids is not None:
             raise RequestError("allowed_token_ids and structured output exclude each other.", param="allowed_token_ids")
-        if structured.tool_calls is not None:
-            grammar = tool_grammar(self._tool_call_parser, structured.tool_calls, self._compiler.mark)
-            return self._compiler.compile(grammar, "tools")
-        return self._compiler.compile(grammar_text(structured, self._compiler.mark))
+        calls = structured.tool_calls
+        param = "structured_outputs" if calls is None else "tools"
+        try:
+            if calls is None:
+                grammar = grammar_text(structured, self._compiler.mark)
+            else:
+                grammar = tool_grammar(self._tool_call_parser, calls, self._compiler.mark)
+            return self._compiler.compile(grammar, param)
+        except (RecursionError, UnicodeEncodeError) as error:
+            what = "too deeply nested" if isinstance(error, RecursionError) else "not valid Unicode"
+            raise RequestError(f"bad grammar or schema: {what}", param=param) from None
 
 
 def _clear_bits(words: NDArray[np.int32], token_ids: NDArray[np.int64]) -> None:

@@ -219,3 +219,44 @@ def test_a_request_that_asks_for_nothing_has_no_guide(tokenizer: Tokenizer) -> N
     assert make_guides(tokenizer, "qwen3").prepare(None, [1], PARAMS) is not None
     with pytest.raises(RequestError, match="--reasoning-parser"):
         make_guides(tokenizer, None).prepare(Constraints.from_request(thinking_token_budget=3), [1], PARAMS)
+
+
+DEEP: dict[str, object] = {}
+for _ in range(400):
+    DEEP = {"items": DEEP}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"structured_outputs": {"regex": 5}},
+        {"structured_outputs": {"regex": "\ud800"}},
+        {"structured_outputs": {"regex": "(?=a)b"}},
+        {"structured_outputs": {"choice": "abc"}},
+        {"structured_outputs": {"choice": ["\ud800"]}},
+        {"structured_outputs": {"json": DEEP}},
+        {"structured_outputs": {"json": "[" * 100_000}},
+        {"structured_outputs": {"json": {"$ref": "http://localhost/x"}}},
+        {"structured_outputs": {"json": {"minimum": 10**400, "type": "integer"}}},
+        {"structured_outputs": {"json": {}, "whitespace_pattern": "("}},
+        {"structured_outputs": {"grammar": "start: start"}},
+        {"structured_outputs": {"grammar": ""}},
+        {"structured_outputs": {"structural_tag": {"structures": [5], "triggers": ["<"]}}},
+        {"structured_outputs": {"structural_tag": {"structures": [{"begin": "<a>", "end": 5}], "triggers": [5, "<"]}}},
+        {"response_format": {"type": ["x"]}},
+        {"response_format": {"type": "json_schema", "json_schema": 5}},
+        {"tools": [5], "tool_choice": "required"},
+        {"tools": [{"function": {"name": "a", "parameters": 5}}], "tool_choice": "required"},
+        {"tools": [{"function": {"name": "a"}}], "tool_choice": {"function": 5}},
+        {"repetition_detection": {"max_pattern_size": "3"}},
+        {"repetition_detection": {"max_pattern_size": 3, "min_count": 10**30}},
+        {"thinking_token_budget": True},
+        {"thinking_token_budget": 1.5},
+    ],
+    ids=lambda fields: f"{next(iter(fields))}-{next(iter(fields.values()))!r}"[:60],
+)
+def test_nonsense_of_any_type_is_the_clients_error(tokenizer: Tokenizer, fields: dict[str, object]) -> None:
+    guides = make_guides(tokenizer)
+    with pytest.raises(RequestError) as raised:
+        guides.prepare(Constraints.from_request(**fields), [1], PARAMS)
+    assert "\n" not in str(raised.value)
