@@ -1,5 +1,7 @@
 """What ``export`` and ``llm`` do: the session's state handed to the writers of commands, snippets and entries."""
 
+from pathlib import Path
+
 from engine.errors import ConfigError
 from vm_magic.clients import Port, model_id, snippets
 from vm_magic.code_text import CodeText
@@ -35,14 +37,19 @@ def export_client(session: Session, client: str, *, show_key: bool) -> CodeText:
 def show_llm_entry(session: Session, name: str | None) -> CodeText:
     """The entry for the ``llm`` tool, and where it would go; writes nothing."""
     path = user_folder() / "extra-openai-models.yaml"
-    return CodeText(_entry(session, name).yaml(), "yaml", f"%vllm_metal llm writes this to {path}.")
+    return CodeText(_entry(session, name).yaml(), "yaml", f"%vllm_metal llm writes this to {_short(path)}.")
 
 
 def write_llm_entry(session: Session, name: str | None) -> str:
     """Write the entry and the key; gives one line that says where and how to use it."""
     entry = _entry(session, name)
     written = write_entry(entry, _server(session).api_key, user_folder())
-    return f"wrote {' and '.join(map(str, written))}; use it with: llm -m {entry.model_id} 'Hello!'"
+    return f"wrote {' and '.join(map(_short, written))}; use it with: llm -m {entry.model_id} 'Hello!'"
+
+
+def _short(path: Path) -> str:
+    """The path with ``~`` for the user's home, which a saved notebook should not name."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
 def _entry(session: Session, name: str | None) -> LlmEntry:

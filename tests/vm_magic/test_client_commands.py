@@ -84,3 +84,17 @@ def test_the_llm_tool_lists_the_model_that_was_written(
     command = [sys.executable, "-m", "llm", "models", "list", "-q", "here"]
     found = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, check=True, timeout=60)
     assert "OpenAI Chat: here" in found.stdout
+
+
+def test_what_is_printed_does_not_name_the_users_home(
+    shell: Any, loaded: fakes.FakeLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path / "own" / "llm"))
+    line(shell, "serve smollm2 --api-key sk-mine")
+    assert "~/own/llm/extra-openai-models.yaml" in line(shell, "llm --show").note
+    line(shell, "llm")
+    printed = capsys.readouterr().out
+    assert "~/own/llm/keys.json" in printed
+    assert str(tmp_path) not in printed
+    assert "sk-mine" not in printed
