@@ -127,10 +127,14 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
     Flag("override_generation_config", json_object, "sampling defaults set over the model's", "JSON"),
     Flag("chat_template", str, "chat template: a file or the Jinja text itself", "FILE|TEXT"),
     Flag("default_chat_template_kwargs", json_object, "variables that every chat template gets", "JSON"),
-    Flag("reasoning_parser", str, "how thoughts are marked: qwen3, gemma4 … or none (default: from the template)", "NAME"),
+    Flag(
+        "reasoning_parser", str, "how thoughts are marked: qwen3, gemma4 … or none (default: from the template)", "NAME"
+    ),
     Flag("tool_call_parser", str, "how tool calls are written: hermes … or none (default: from the template)", "NAME"),
     Flag("enable_auto_tool_choice", bool, "let the model decide to call tools (on where a parser is)", kind="switch"),
-    Flag("reasoning_config", reasoning_config, "reasoning_start_str and reasoning_end_str for thinking budgets", "JSON"),
+    Flag(
+        "reasoning_config", reasoning_config, "reasoning_start_str and reasoning_end_str for thinking budgets", "JSON"
+    ),
     Flag("limit_mm_per_prompt", modality_limits, "image=0,audio=0 (this engine serves text)", "LIMITS"),
 )
 
@@ -256,10 +260,11 @@ class EngineArgs:
         if value < low or (low_open and value <= low) or (high is not None and value > high):
             raise self._outside(name, value, allowed)
 
-    @staticmethod
-    def _outside(name: str, value: object, allowed: str) -> ConfigError:
-        flag = name.replace("_", "-")
-        return ConfigError(f"--{flag} {value}: must be {allowed}", flag=name, value=value, allowed=allowed)
+    def _outside(self, name: str, value: object, allowed: str) -> ConfigError:
+        said = f"--{name.replace('_', '-')} {value}"
+        if name == "gpu_memory_utilization" and self.memory_knob.isupper():
+            name, said = self.memory_knob, f"{self.memory_knob}={value}"  # a variable, not a flag, was set
+        return ConfigError(f"{said}: must be {allowed}", flag=name, value=value, allowed=allowed)
 
     @property
     def memory_fraction(self) -> float:
