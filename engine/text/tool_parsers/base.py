@@ -1,11 +1,12 @@
 """What a tool parser is, and the tools' schemas that types are taken from."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from engine.text.output_sink import OutputSink
-from engine.text.scanner import Scanner, Steps
+from engine.text.scanner import MarkupError, Scanner, Steps
 
 
 class ToolSchemas:
@@ -32,6 +33,8 @@ class ToolSchemas:
 _NAMES = {"int": "integer", "float": "number", "double": "number", "bool": "boolean", "str": "string", "text": "string"}
 _NAMES |= {"dict": "object", "map": "object", "list": "array", "tuple": "array", "none": "null"}
 _DEEPEST = 8
+_NAME = re.compile(r"[\w.:/@$+-]{1,256}")
+"""OpenAI's characters, and those that other makers of tools add."""
 
 
 def _kinds(schema: Any, root: Any, depth: int) -> set[str]:
@@ -66,6 +69,14 @@ def _kind_of(value: Any) -> str:
     text = json.dumps(value)
     first = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}
     return first.get(text[0], "integer" if isinstance(value, int) else "number")
+
+
+def function_name(text: object, declared: frozenset[str] | None = None) -> str:
+    """``text`` as a function's name, one of ``declared`` if given. Raises MarkupError for what is none."""
+    name = text.strip() if isinstance(text, str) else ""
+    if not _NAME.fullmatch(name) or (declared is not None and name not in declared):
+        raise MarkupError("name")
+    return name
 
 
 class ToolParser(Protocol):

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from engine.text.lenient_json import LenientJson
 from engine.text.output_sink import OutputSink
 from engine.text.scanner import Emit, MarkupError, Scanner, Steps
-from engine.text.tool_parsers.base import ToolSchemas
+from engine.text.tool_parsers.base import ToolSchemas, function_name
 
 _NAME_KEYS = ("name", "tool_name", "function_name")
 _ARGUMENT_KEYS = ("arguments", "parameters", "args", "tool_input")
 _ID_KEYS = ("id", "tool_call_id")
+_EXTRA_KEYS = ("type", "index")
 
 
 class CallObject:
@@ -27,14 +28,16 @@ class CallObject:
         self._id: str | None = None
         self._arguments: str | None = None
         self._begun = False
+        self._has_unknown = False
 
     def read(self) -> Steps[None]:
         """Read one object. Raises MarkupError where it is no call, and behind malformed arguments."""
         yield from self._scanner.expect("{")
         yield from self._members()
         if not self._begun:
-            if not self._name or (self._names is not None and self._arguments is None):
-                raise MarkupError("a call needs a name")
+            told = self._arguments is not None or (self._names is None and not self._has_unknown)
+            if not self._name or not told:
+                raise MarkupError("a call needs a name and arguments")
             self._begin()(self._arguments or "{}")
 
     def _members(self) -> Steps[None]:
@@ -59,7 +62,7 @@ class CallObject:
             self._scanner.take()
             yield from self._members()
         elif key in _NAME_KEYS or (key == "function" and not self._name):
-            self._name = self._checked(json.loads((yield from self._json.collect())))
+            self._name = function_name(json.loads((yield from self._json.collect())), self._names)
         elif key in _ARGUMENT_KEYS and not self._begun and self._arguments is None:
             yield from self._read_arguments(first)
         else:
@@ -68,11 +71,8 @@ class CallObject:
                 raise MarkupError(key)
             if key in _ID_KEYS and isinstance(value, str | int):
                 self._id = str(value)
-
-    def _checked(self, name: object) -> str:
-        if not isinstance(name, str) or not name.strip() or (self._names is not None and name not in self._names):
-            raise MarkupError("name")
-        return name.strip()
+            elif key not in _EXTRA_KEYS:
+                self._has_unknown = True
 
     def _read_arguments(self, first: str) -> Steps[None]:
         if first == "{" and self._name:

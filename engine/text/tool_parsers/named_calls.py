@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from engine.text.lenient_json import LenientJson
 from engine.text.output_sink import OutputSink
 from engine.text.scanner import MarkupError, Scanner, Steps
-from engine.text.tool_parsers.base import ToolSchemas
+from engine.text.tool_parsers.base import ToolSchemas, function_name
 from engine.text.tool_parsers.json_calls import JsonCalls
 
 _LONGEST_NAME = 256
@@ -93,9 +93,11 @@ class NamedCalls:
         """The function's name and the id that the text may hold."""
         if self.id_mark and self.id_mark in name:
             name, _, call_id = name.partition(self.id_mark)
-            return name.strip(), call_id.strip()
+            return function_name(name), call_id.strip()
         numbered = _NUMBERED.fullmatch(name)
-        return (numbered.group(1), name) if numbered else (name.removeprefix("functions."), None)
+        if numbered:
+            return function_name(numbered.group(1)), name
+        return function_name(name.removeprefix("functions.")), None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from engine.text.lenient_json import LenientJson, quoted
 from engine.text.output_sink import OutputSink
 from engine.text.scanner import Emit, MarkupError, Scanner, Steps
-from engine.text.tool_parsers.base import ToolSchemas
+from engine.text.tool_parsers.base import ToolSchemas, function_name
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,8 @@ class PythonicCalls:
 
     def _call(self, scanner: Scanner, sink: OutputSink, names: frozenset[str] | None) -> Steps[None]:
         yield from scanner.skip_space()
-        name = (yield from scanner.word("()[]{}\"',=\n", limit=200)).strip()
+        name = function_name((yield from scanner.word("()[]{}\"',=\n", limit=200)), names)
         yield from scanner.expect("(")
-        if not name.replace(".", "").replace("-", "").isidentifier() or (names is not None and name not in names):
-            raise MarkupError("name")
         scanner.commit()
         emit = sink.call(name)
         emit("{")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from engine.text.lenient_json import quoted
 from engine.text.output_sink import OutputSink
 from engine.text.scanner import Emit, Markers, MarkupError, Scanner, Steps
-from engine.text.tool_parsers.base import ToolSchemas
+from engine.text.tool_parsers.base import ToolSchemas, function_name
 from engine.text.tool_parsers.values import to_json
 
 _STATED = {
@@ -83,9 +83,7 @@ class _XmlReader:
 
     def function(self, *, check_name: bool) -> Steps[None]:
         """One function behind its opening tag, up to and with its closing tag."""
-        name = yield from self._function_name()
-        if not name or (check_name and name not in self.tools.names):
-            raise MarkupError("name")
+        name = function_name((yield from self._function_name()), self.tools.names if check_name else None)
         self.scanner.commit()
         emit = self.sink.call(name)
         emit("{")
