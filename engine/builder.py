@@ -6,17 +6,24 @@ from dataclasses import dataclass
 
 from engine.config import EngineArgs, ModelConfig
 from engine.core.block_pool import BlockPool
-from engine.core.kv_cache_manager import FullAttentionGroup, KVCacheManager
+from engine.core.kv_cache_manager import (
+    FullAttentionGroup,
+    KVCacheGroup,
+    KVCacheManager,
+    SlidingWindowGroup,
+    StateGroup,
+)
 from engine.core.scheduler import Scheduler
 from engine.hub import ResolvedModel
 from engine.llm_engine import LLMEngine
 from engine.memory import KVGroupSpec, MemoryPlan, plan_memory
 from engine.metrics import EngineMetrics
-from engine.runner.backends import Backend, PagedBackend
+from engine.runner.backends import Backend
 from engine.runner.devices import Device, clear_cache, describe_device
-from engine.runner.kv_spec import contiguous_bytes_per_token, num_logits
+from engine.runner.kv_spec import contiguous_bytes_per_token, group_spec, num_logits
 from engine.runner.loader import DTYPES, LoadedModel, load_model
 from engine.runner.model_runner import ModelRunner
+from engine.runner.paged_backend import PagedBackend
 from engine.runner.warm_up import choose_backend, measure_overhead
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
@@ -89,10 +96,10 @@ def _plan(loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Devic
     length = args.max_model_len if isinstance(args.max_model_len, int) else context
     overhead = measure_overhead(backend, vocab_size).bytes(min(chunk_size(args, device), length), length)
     if isinstance(backend, PagedBackend):
-        backend.pool.release()
+        backend.release()
     clear_cache()
     return plan_memory(
-        groups=[_group(backend, loaded, args.block_size)],
+        groups=_groups(backend, loaded, args, min(chunk_size(args, device), length)),
         device_limit=device.memory_limit,
         fraction=args.memory_fraction,
         model_memory=loaded.num_bytes,
@@ -106,13 +113,26 @@ def _plan(loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Devic
     )
 
 
-def _group(backend: Backend, loaded: LoadedModel, block_size: int) -> KVGroupSpec:
+def _groups(backend: Backend, loaded: LoadedModel, args: EngineArgs, chunk: int) -> list[KVGroupSpec]:
     if isinstance(backend, PagedBackend):
-        pool = backend.pool
-        per_token = sum(layer.bytes_per_token(pool.dtype) for layer in pool.layers)
-        return KVGroupSpec("full", tuple(range(len(pool.layers))), per_token, block_size=block_size)
+        dtype = DTYPES.get(args.kv_cache_dtype)
+        return [group_spec(leaves, args.block_size, chunk, dtype) for leaves in backend.groups]
     per_token = contiguous_bytes_per_token(loaded.model)
-    return KVGroupSpec("full", tuple(range(len(loaded.model.layers))), per_token, block_size=block_size)
+    return [KVGroupSpec("full", tuple(range(len(loaded.model.layers))), per_token, block_size=args.block_size)]
+
+
+def _cache_group(spec: KVGroupSpec, plan: MemoryPlan, backend: Backend, index: int, *, caching: bool) -> KVCacheGroup:
+    """The bookkeeping of one planned group."""
+    if spec.kind == "state":
+        return StateGroup(BlockPool(plan.max_num_seqs, enable_caching=False), spec.block_size)
+    if spec.kind == "sliding":
+        assert isinstance(backend, PagedBackend)
+        window = backend.groups[index][0].window
+        assert window is not None
+        return SlidingWindowGroup(
+            BlockPool(plan.num_sliding_blocks(spec), enable_caching=caching), spec.block_size, window
+        )
+    return FullAttentionGroup(BlockPool(plan.num_blocks, enable_caching=caching), spec.block_size)
 
 
 def _assemble(
@@ -124,10 +144,12 @@ def _assemble(
     metrics: EngineMetrics,
     vocab_size: int,
 ) -> LLMEngine:
-    pool = BlockPool(plan.num_blocks, enable_caching=args.enable_prefix_caching and backend.paged)
-    kv = KVCacheManager([FullAttentionGroup(pool, plan.block_size)])
+    caching = args.enable_prefix_caching and backend.paged
+    kv = KVCacheManager(
+        [_cache_group(spec, plan, backend, index, caching=caching) for index, spec in enumerate(plan.groups)]
+    )
     scheduler = Scheduler(kv, max_num_seqs=plan.max_num_seqs, max_num_batched_tokens=chunk_size(args, device))
-    runner = ModelRunner(backend, vocab_size, max_blocks=plan.num_blocks)
+    runner = ModelRunner(backend, vocab_size, max_blocks=[group.pool.num_blocks for group in kv.groups])
     return LLMEngine(
         scheduler,
         runner,

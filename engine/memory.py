@@ -105,6 +105,12 @@ class MemoryPlan:
         """How many requests of ``max_model_len`` tokens fit at once."""
         return min(self.max_tokens_cached / self.max_model_len, self.max_num_seqs)
 
+    def num_sliding_blocks(self, group: KVGroupSpec) -> int:
+        """Blocks of a sliding group: what ``max_num_seqs`` sequences keep of their windows."""
+        assert group.window is not None, f"a {group.kind} group has no window"
+        length = min(self.max_model_len, group.window)
+        return self.max_num_seqs * (_ceil_div(length, group.block_size) + 1)
+
     def log_line(self) -> str:
         """The plan in vllm-metal's words and order (GB = 1e9 bytes), the same on every device."""
         return (

@@ -47,7 +47,14 @@ def plan(
         options["memory_fraction"] = fraction
     args = EngineArgs.from_options(model, options)
     prepare_backend()
-    from engine.runner.kv_spec import UnsupportedCacheError, contiguous_bytes_per_token, probe_layers
+    from engine.runner.kv_spec import (
+        UnsupportedCacheError,
+        contiguous_bytes_per_token,
+        flatten,
+        group_leaves,
+        group_spec,
+        probe_caches,
+    )
     from engine.runner.loader import DTYPES
     from engine.runner.skeleton import build_skeleton, weight_bytes
 
@@ -55,14 +62,18 @@ def plan(
     config = read_model_config(resolved, args)
     device = describe_device()
     skeleton = build_skeleton(config, "float32" if device.kind == "cpu" and args.dtype == "auto" else args.dtype)
+    chunk = min(args.max_num_batched_tokens or _CHUNK, config.context_length)
     try:
-        per_token = sum(layer.bytes_per_token(DTYPES.get(args.kv_cache_dtype)) for layer in probe_layers(skeleton))
+        groups = [
+            group_spec(leaves, args.block_size, chunk, DTYPES.get(args.kv_cache_dtype))
+            for leaves in group_leaves(flatten(probe_caches(skeleton)))
+        ]
     except UnsupportedCacheError:
-        per_token = contiguous_bytes_per_token(skeleton)
-    layers = tuple(range(len(skeleton.layers)))
+        layers = tuple(range(len(skeleton.layers)))
+        groups = [KVGroupSpec("full", layers, contiguous_bytes_per_token(skeleton), block_size=args.block_size)]
     weights = weight_bytes(resolved, skeleton)
     return plan_memory(
-        groups=[KVGroupSpec("full", layers, per_token, block_size=args.block_size)],
+        groups=groups,
         device_limit=device.memory_limit if device_memory is None else bytes_of(device_memory),
         fraction=args.memory_fraction,
         model_memory=weights if model_memory is None else bytes_of(model_memory, "model_memory"),

@@ -4,7 +4,6 @@ Both answer the same three calls, so the scheduler and the sampler know no diffe
 """
 
 from collections.abc import Sequence
-from copy import copy
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -13,10 +12,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from engine.request import Request
-from engine.runner import attention_seam
 from engine.runner.attention_seam import RowSelector
-from engine.runner.kv_spec import LayerShape
-from engine.runner.paged_cache import KVPool, PagedLayerCache, StepLayout
 from engine.runner.step_batch import Int32, StepBatch
 
 
@@ -24,12 +20,19 @@ class Backend(Protocol):
     """What :class:`engine.runner.model_runner.ModelRunner` asks of KV memory and model together."""
 
     paged: bool
+    block_size: int
 
     def forward(self, batch: StepBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
         """Logits [sum of wanted, V] of the ``wanted`` rows of each share, for token ids [T]. Lazy."""
 
     def forget(self, request: Request) -> None:
         """Drop what is kept outside the block pool for ``request``."""
+
+    def make_room(self, batch: StepBatch, limits: Sequence[int]) -> None:
+        """Have memory for the blocks of ``batch``; ``limits`` are the planned blocks, by group."""
+
+    def barrier(self) -> list[mx.array]:
+        """Arrays that are known once the last :meth:`forward` has written its memory."""
 
     def settle(self) -> None:
         """The last :meth:`forward` is about to be evaluated."""
@@ -44,75 +47,11 @@ class Backend(Protocol):
         """Give all memory back and undo every change to the model's modules."""
 
 
-class PagedBackend:
-    """One pass over the weights per step, KV in pages."""
-
-    paged = True
-
-    def __init__(self, model: nn.Module, layers: Sequence[LayerShape], block_size: int, *,
-                 kv_dtype: mx.Dtype | None = None, prefer_views: bool) -> None:  # fmt: skip
-        self.model = model
-        self.pool = KVPool(layers, block_size, kv_dtype)
-        self._caches = [PagedLayerCache(self.pool, i) for i in range(len(layers))]
-        self._prefer_views = prefer_views
-        self._selector = RowSelector(model)
-        self._modules = attention_seam.install(model)
-        self._before: tuple[list[mx.array], list[mx.array]] | None = None
-
-    def forward(self, batch: StepBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
-        """See :class:`Backend`. Blocks must be within the pool."""
-        # Copies of the handles, not of the pages: writing changes an array object in place.
-        self._before = ([copy(page) for page in self.pool.keys], [copy(page) for page in self.pool.values])
-        layout = StepLayout(batch, self.pool.block_size, prefer_views=self._prefer_views)
-        for cache in self._caches:
-            cache.layout = layout
-        rows = np.concatenate(
-            [first + local for first, local in zip(batch.first_rows, wanted, strict=True)], dtype=np.int32
-        )
-        pick = None if len(rows) == batch.num_rows else mx.array(rows)
-        self._selector.pick = None if pick is None else (lambda hidden: hidden[pick])
-        try:
-            logits: mx.array = self.model(tokens[:, None], cache=self._caches)[:, 0]
-        finally:
-            self._selector.pick = None
-            for cache in self._caches:
-                cache.layout = None
-        return logits if pick is None or logits.shape[0] == len(rows) else logits[pick]
-
-    def settle(self) -> None:
-        """Give up :meth:`undo`: pages that are still referred to would be copied, not written in place."""
-        self._before = None
-
-    def undo(self) -> bool:
-        """See :class:`Backend`."""
-        if self._before is None:
-            return False
-        self.pool.keys, self.pool.values = self._before
-        self._before = None
-        return True
-
-    def reset(self) -> None:
-        """Empty pages of the same number."""
-        self._before = None
-        num_blocks = self.pool.num_blocks
-        self.pool.release()
-        self.pool.grow(num_blocks)
-
-    def forget(self, request: Request) -> None:
-        """Pages belong to the block pool: nothing to drop."""
-
-    def close(self) -> None:
-        """Release the pages, unwrap the attention."""
-        self._before = None
-        self.pool.release()
-        attention_seam.remove(self._modules)
-        self._modules = ()
-
-
 class ContiguousBackend:
     """mlx-lm's own caches: one set per request while it prefills, merged for the requests that decode."""
 
     paged = False
+    block_size = 16
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -144,6 +83,13 @@ class ContiguousBackend:
         self._own.pop(request, None)
         if request in self._batch:
             self._keep([other for other in self._batch if other is not request])
+
+    def make_room(self, batch: StepBatch, limits: Sequence[int]) -> None:
+        """mlx-lm's caches grow by themselves."""
+
+    def barrier(self) -> list[mx.array]:
+        """Chunks are computed as they come: nothing to wait for."""
+        return []
 
     def settle(self) -> None:
         """Nothing can be undone here, so nothing is kept for it."""

@@ -1,28 +1,71 @@
 """What memory a model's layers need for a sequence, asked of the model itself.
 
-The model runs one token lazily on recording caches: shapes are known without computing anything,
-so this works before the weights are read, for any architecture that mlx-lm has.
+The model runs one token lazily on recording caches: kinds and shapes are known without computing
+anything, so this works before the weights are read, for any architecture that mlx-lm has.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+
+from engine.memory import KVGroupSpec
+
+LeafKind = Literal["full", "sliding", "state"]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """Keys [num_kv_heads, tokens, key_dim] and values [num_kv_heads, tokens, value_dim] of one layer."""
+    """Keys [num_kv_heads, tokens, key_dim] and values [num_value_heads, tokens, value_dim] of one layer.
+
+    Latent attention (MLA) keeps two different things there, so heads may differ too.
+    """
 
     num_kv_heads: int
     key_dim: int
     value_dim: int
     dtype: mx.Dtype
+    num_value_heads: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.num_value_heads:
+            object.__setattr__(self, "num_value_heads", self.num_kv_heads)
 
     def bytes_per_token(self, dtype: mx.Dtype | None = None) -> int:
         """Bytes of one token's keys and values, in the layer's own element type or in ``dtype``."""
-        return self.num_kv_heads * (self.key_dim + self.value_dim) * (dtype or self.dtype).size
+        return (self.num_kv_heads * self.key_dim + self.num_value_heads * self.value_dim) * (dtype or self.dtype).size
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLeaf:
+    """One cache of one layer: its kind, and what a token (keys and values) or a sequence (state) needs.
+
+    ``states`` are shapes, without the batch axis, and element types.
+    """
+
+    kind: LeafKind
+    layer: int
+    shape: LayerShape | None = None
+    window: int | None = None
+    states: tuple[tuple[tuple[int, ...], mx.Dtype], ...] = ()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's state."""
+        total = 0
+        for shape, dtype in self.states:
+            size = dtype.size
+            for length in shape:
+                size *= length
+            total += size
+        return total
+
+
+CacheTree = list[CacheLeaf | tuple[CacheLeaf, ...]]
+"""One entry per cache that the model asks for; a tuple where a layer has several."""
 
 
 class UnsupportedCacheError(Exception):
@@ -35,24 +78,43 @@ class _RecordingCache(KVCache):  # type: ignore[misc]
     shape: LayerShape | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+        self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, values.shape[1])
         return super().update_and_fetch(keys, values)  # type: ignore[no-any-return]
 
 
-def probe_layers(model: nn.Module) -> list[LayerShape]:
-    """The KV shapes of all layers, in order. Computes nothing.
+def probe_caches(model: nn.Module) -> CacheTree:
+    """Kinds and shapes of all caches, in the model's order. Computes nothing.
 
-    Raises :class:`UnsupportedCacheError` if a layer keeps anything but keys and values of all tokens.
+    Raises :class:`UnsupportedCacheError` for a kind that has no paged form here.
     """
-    kinds = {type(cache) for cache in make_prompt_cache(model)}
-    if kinds - {KVCache}:
-        raise UnsupportedCacheError(", ".join(sorted(kind.__name__ for kind in kinds - {KVCache})))
-    caches = [_RecordingCache() for _ in make_prompt_cache(model)]
-    model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
-    shapes = [cache.shape for cache in caches]
-    if None in shapes:
-        raise UnsupportedCacheError(f"layer {shapes.index(None)} stores no keys")
-    return [shape for shape in shapes if shape is not None]
+    originals = make_prompt_cache(model)
+    recorders = [_recorder(cache) for cache in originals]
+    model(mx.zeros((1, 1), dtype=mx.int32), cache=recorders)
+    return [_leaves(layer, cache, recorder) for layer, (cache, recorder) in enumerate(zip(originals, recorders))]  # noqa: B905
+
+
+def flatten(tree: CacheTree) -> list[CacheLeaf]:
+    """All leaves in order."""
+    return [leaf for entry in tree for leaf in (entry if isinstance(entry, tuple) else (entry,))]
+
+
+def group_leaves(leaves: Sequence[CacheLeaf]) -> list[list[CacheLeaf]]:
+    """Leaves that need the same kind of memory together: full attention first, then windows, then state."""
+    order = {"full": 0, "sliding": 1, "state": 2}
+    groups: dict[tuple[int, int], list[CacheLeaf]] = {}
+    for leaf in leaves:
+        groups.setdefault((order[leaf.kind], leaf.window or 0), []).append(leaf)
+    return [groups[key] for key in sorted(groups)]
+
+
+def group_spec(leaves: Sequence[CacheLeaf], block_size: int, chunk: int, dtype: mx.Dtype | None) -> KVGroupSpec:
+    """One group for the memory plan; ``chunk`` tokens run ahead of a sliding window."""
+    first, layers = leaves[0], tuple(leaf.layer for leaf in leaves)
+    if first.kind == "state":
+        return KVGroupSpec("state", layers, state_bytes=sum(leaf.state_bytes for leaf in leaves), block_size=block_size)
+    per_token = sum(leaf.shape.bytes_per_token(dtype) for leaf in leaves if leaf.shape is not None)
+    window = None if first.window is None else first.window + chunk
+    return KVGroupSpec(first.kind, layers, per_token, window=window, block_size=block_size)
 
 
 def contiguous_bytes_per_token(model: nn.Module) -> int:
@@ -72,3 +134,35 @@ def num_logits(model: nn.Module) -> int:
     """Width of the logits, asked of the model (its files may say otherwise). Computes nothing."""
     logits = model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(model))
     return int(logits.shape[-1])
+
+
+def _recorder(cache: Any) -> Any:
+    if type(cache) in (KVCache, RotatingKVCache):
+        return _RecordingCache()
+    if type(cache) is CacheList:
+        return CacheList(*(_recorder(inner) for inner in cache.caches))
+    return cache
+
+
+def _leaves(layer: int, cache: Any, recorder: Any) -> CacheLeaf | tuple[CacheLeaf, ...]:
+    if type(cache) is CacheList:
+        return tuple(_leaf(layer, inner, record) for inner, record in zip(cache.caches, recorder.caches, strict=True))
+    return _leaf(layer, cache, recorder)
+
+
+def _leaf(layer: int, cache: Any, recorder: Any) -> CacheLeaf:
+    if type(cache) is ArraysCache:
+        if any(array is None for array in recorder.cache):
+            raise UnsupportedCacheError(f"a state that layer {layer} leaves empty")
+        return CacheLeaf("state", layer, states=tuple((array.shape[1:], array.dtype) for array in recorder.cache))
+    if type(cache) is RotatingKVCache and not cache.keep:
+        return CacheLeaf("sliding", layer, _shape(layer, recorder), window=int(cache.max_size))
+    if type(cache) is KVCache:
+        return CacheLeaf("full", layer, _shape(layer, recorder))
+    raise UnsupportedCacheError(type(cache).__name__)
+
+
+def _shape(layer: int, recorder: _RecordingCache) -> LayerShape:
+    if recorder.shape is None:
+        raise UnsupportedCacheError(f"unused in layer {layer}")
+    return recorder.shape

@@ -5,16 +5,15 @@ read later, after the next step was submitted. That next step takes its input to
 arrays of this one, on the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
-from engine.memory import next_pool_size
 from engine.outputs import LogprobsAtPosition
 from engine.request import Request
-from engine.runner.backends import Backend, PagedBackend
+from engine.runner.backends import Backend
 from engine.runner.sampler import HostLogprobs, LogprobArrays, Sampler, SamplerOutput, to_logprobs
 from engine.runner.sampling_metadata import SamplingMetadata, SamplingRow
 from engine.runner.step_batch import Int32, StepBatch
@@ -115,10 +114,10 @@ def _row_logprobs(
 class ModelRunner:
     """Owns the model, its KV memory and the sampler. One thread only: the one that loaded the model."""
 
-    def __init__(self, backend: Backend, vocab_size: int, *, max_blocks: int) -> None:
+    def __init__(self, backend: Backend, vocab_size: int, *, max_blocks: Sequence[int]) -> None:
         self.backend = backend
         self.vocab_size = vocab_size
-        self.max_blocks = max_blocks
+        self.max_blocks = tuple(max_blocks)
         self._sampler = Sampler()
         self._last: InFlightStep | None = None
 
@@ -127,7 +126,7 @@ class ModelRunner:
         for request in step.preempted:
             self.backend.forget(request)
         batch = StepBatch.build(step.scheduled)
-        self._make_room(batch)
+        self.backend.make_room(batch, self.max_blocks)
         wanted = [_wanted_rows(share) for share in batch.shares]
         logits = self.backend.forward(batch, self._tokens(batch), wanted)
         in_flight = self._sample(batch, wanted, logits)
@@ -156,12 +155,6 @@ class ModelRunner:
         self._last = None
         self.backend.close()
 
-    def _make_room(self, batch: StepBatch) -> None:
-        if isinstance(self.backend, PagedBackend):
-            pool = self.backend.pool
-            highest = max(max(share.block_tables[0]) for share in batch.shares)
-            pool.grow(next_pool_size(pool.num_blocks, highest + 1, self.max_blocks))
-
     def _tokens(self, batch: StepBatch) -> mx.array:
         """Token ids [T]: known ones from the host, the others from the step in flight."""
         known = mx.array(batch.token_ids)
@@ -184,7 +177,7 @@ class ModelRunner:
             if num_prompt:
                 prompts.append(self._prompt_logprobs(share, logits[int(start) : int(start) + num_prompt]))
         if not sampling:
-            barrier = [logits] if logits.size else self._pages()
+            barrier = [logits] if logits.size else self.backend.barrier()
             return InFlightStep(batch.shares, None, prompts, barrier, self.backend)
         ends = [int(end) - 1 for share, end in zip(batch.shares, starts[1:], strict=True) if share.samples]
         last = logits if len(ends) == logits.shape[0] else logits[mx.array(ends)]
@@ -192,13 +185,6 @@ class ModelRunner:
         pending = self._last.sampled.token_ids if self._last and self._last.sampled else None
         sampled = self._sampler.sample(last, metadata, pending)
         return InFlightStep(batch.shares, sampled, prompts, [], self.backend)
-
-    def _pages(self) -> list[mx.array]:
-        """What to wait for where nothing is sampled: sums, since holding a page would make MLX copy it."""
-        if not isinstance(self.backend, PagedBackend):
-            return []
-        pool = self.backend.pool
-        return [pages[-1][0, 0, 0].sum() for pages in (pool.keys, pool.values)]
 
     def _prompt_logprobs(self, share: ScheduledRequest, logits: mx.array) -> tuple[Request, int, LogprobArrays]:
         num = share.request.params.prompt_logprobs

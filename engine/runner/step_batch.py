@@ -23,13 +23,20 @@ class StepBatch:
 
     shares: tuple[ScheduledRequest, ...]
     first_rows: tuple[int, ...]
+    order: tuple[int, ...]
+    """The place of each share in the schedule: a later share may build on what an earlier one writes."""
 
     @classmethod
     def build(cls, scheduled: Sequence[ScheduledRequest]) -> "StepBatch":
         """Order ``scheduled``: single tokens first, then chunks."""
-        shares = sorted(scheduled, key=lambda share: share.num_tokens > 1)
+        order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].num_tokens > 1)
+        shares = [scheduled[i] for i in order]
         starts = np.cumsum([0, *(share.num_tokens for share in shares)])
-        return cls(tuple(shares), tuple(int(start) for start in starts[:-1]))
+        return cls(tuple(shares), tuple(int(start) for start in starts[:-1]), tuple(order))
+
+    def part(self, indices: Sequence[int]) -> "StepBatch":
+        """Some of the shares as a batch of their own."""
+        return StepBatch.build([self.shares[i] for i in indices])
 
     @property
     def num_rows(self) -> int:

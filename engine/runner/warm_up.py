@@ -9,14 +9,15 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from engine.request import Request
-from engine.runner.backends import Backend, ContiguousBackend, PagedBackend
-from engine.runner.kv_spec import UnsupportedCacheError, probe_layers
+from engine.runner.backends import Backend, ContiguousBackend
+from engine.runner.kv_spec import UnsupportedCacheError, flatten, probe_caches
+from engine.runner.paged_backend import Calls, PagedBackend
 from engine.runner.step_batch import StepBatch
 from engine.sampling_params import SamplingParams
 from engine.step import ScheduledRequest
 
-_CHECK_LENGTHS = (21, 34)
-_TOLERANCE = {mx.float32: 1e-3}
+_CHECK_LENGTHS = (21, 34, 9, 50, 3)
+_TOLERANCE = 1e-3
 _LOOSE_TOLERANCE = 0.1
 """Of the logits' spread: rounding in half precision stays below, a wrong mask or position does not."""
 _NUM_SAMPLES = ((16, 16), (64, 64), (64, 1024))
@@ -26,24 +27,41 @@ _NUM_SAMPLES = ((16, 16), (64, 64), (64, 1024))
 def choose_backend(
     model: nn.Module, *, paged: bool, block_size: int, kv_dtype: mx.Dtype | None, prefer_views: bool, vocab_size: int
 ) -> tuple[Backend, str | None]:
-    """Pages where this model can use them, else mlx-lm's contiguous caches and one line that says why."""
+    """The first way to run this model that gives its own logits, and a line for the user where that is not paged.
+
+    One flat call per step over pages; else rectangular calls over pages and state slots; else
+    mlx-lm's own contiguous caches. Each is tried on a few short sequences.
+    """
     if not paged:
         return ContiguousBackend(model), "VLLM_METAL_USE_PAGED_ATTENTION=0: contiguous KV caches, no prefix cache"
     try:
-        layers = probe_layers(model)
-        backend = PagedBackend(model, layers, block_size, kv_dtype=kv_dtype, prefer_views=prefer_views)
+        tree = probe_caches(model)
     except UnsupportedCacheError as error:
         return ContiguousBackend(model), _fallback_line(f"its cache is {error}")
+    has_state = any(leaf.kind == "state" for leaf in flatten(tree))
+    reason = ""
+    ways: tuple[Calls, ...] = ("flat", "rectangles", "sequences")
+    for calls in ways[1:] if has_state else ways:
+        backend = PagedBackend(model, tree, block_size, calls=calls, kv_dtype=kv_dtype, prefer_views=prefer_views)
+        problem = _problem(backend, model, kv_dtype, vocab_size)
+        if problem is None:
+            return backend, None
+        backend.close()
+        reason = problem
+    return ContiguousBackend(model), _fallback_line(reason)
+
+
+def _problem(backend: PagedBackend, model: nn.Module, kv_dtype: mx.Dtype | None, vocab_size: int) -> str | None:
+    """Why this backend does not give the model's own logits, or None."""
     try:
         difference = paging_difference(backend, model, vocab_size)
     except Exception as error:  # noqa: BLE001  (an architecture may object in any way; it still runs contiguously)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-    else:
-        if difference <= _TOLERANCE.get(layers[0].dtype if kv_dtype is None else kv_dtype, _LOOSE_TOLERANCE):
-            return backend, None
-        reason = f"its logits differ by {difference:.2g}"
-    backend.close()
-    return ContiguousBackend(model), _fallback_line(reason)
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+    kinds = {leaf.shape.dtype for leaves in backend.groups for leaf in leaves if leaf.shape is not None}
+    exact = kv_dtype in (None, mx.float32) and kinds <= {mx.float32}
+    if difference <= (_TOLERANCE if exact else _LOOSE_TOLERANCE):
+        return None
+    return f"its logits differ by {difference:.2g}"
 
 
 def _fallback_line(reason: str) -> str:
@@ -67,34 +85,39 @@ def paging_difference(backend: PagedBackend, model: nn.Module, vocab_size: int) 
 
 def _run_paged(backend: PagedBackend, prompts: Sequence[list[int]]) -> mx.array:
     """Last logits of ``prompts``: all but the last token in one step, the last ones in another."""
-    size = backend.pool.block_size
-    backend.pool.grow(sum(-(-len(prompt) // size) for prompt in prompts))
     shares, first = [], 0
-    for prompt in prompts:
-        blocks = list(range(first, first + -(-len(prompt) // size)))
-        shares.append((_request(prompt), blocks))
-        first += len(blocks)
+    for number, prompt in enumerate(prompts):
+        count = -(-len(prompt) // backend.block_size)
+        shares.append((_request(prompt), _tables(backend, number, range(first, first + count))))
+        first += count
     for single in (False, True):
-        step = [
-            _share(request, blocks, request.num_prompt_tokens - 1 if single else 0, single)
-            for request, blocks in shares
-        ]
+        step = [_share(request, tables, single) for request, tables in shares]
         batch = StepBatch.build(step)
+        backend.make_room(batch, [max(first, len(prompts))] * len(backend.pools))
         wanted = [np.array([share.num_tokens - 1], dtype=np.int32) for share in batch.shares]
         logits = backend.forward(batch, mx.array(batch.token_ids), wanted)
+        backend.settle()
         mx.eval(logits)
     order = [request for request, _ in shares]
     rows = [next(i for i, share in enumerate(batch.shares) if share.request is request) for request in order]
     return logits[mx.array(rows)]
 
 
+def _tables(backend: Backend, number: int, blocks: range) -> tuple[list[int], ...]:
+    """Block tables of one sequence: ``blocks`` where pages are kept, the slot ``number`` where states are."""
+    if not isinstance(backend, PagedBackend):
+        return ([],)
+    return tuple([number] if leaves[0].kind == "state" else list(blocks) for leaves in backend.groups)
+
+
 def _request(tokens: list[int]) -> Request:
-    return Request("warm-up", tokens, SamplingParams(temperature=0))
+    """A prompt of all tokens but the last, which counts as generated."""
+    return Request("warm-up", tokens[:-1], SamplingParams(temperature=0), output_token_ids=tokens[-1:])
 
 
-def _share(request: Request, blocks: list[int], start: int, single: bool) -> ScheduledRequest:
-    count = 1 if single else request.num_prompt_tokens - 1
-    return ScheduledRequest(request, start, count, (blocks,), samples=single, pending=False)
+def _share(request: Request, tables: tuple[list[int], ...], single: bool) -> ScheduledRequest:
+    start, count = (request.num_prompt_tokens, 1) if single else (0, request.num_prompt_tokens)
+    return ScheduledRequest(request, start, count, tables, samples=single, pending=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +144,15 @@ def measure_overhead(backend: Backend, vocab_size: int) -> Overhead:
 def _peak(backend: Backend, rows: int, context: int, vocab_size: int) -> int:
     request = _request(np.random.default_rng(1).integers(0, vocab_size, context).tolist())
     start = context - rows
-    blocks: list[int] = []
-    if isinstance(backend, PagedBackend):
-        blocks = list(range(-(-context // backend.pool.block_size)))
-        backend.pool.grow(len(blocks))
-    elif start:
-        _compute(backend, ScheduledRequest(request, 0, start, (blocks,), samples=False, pending=False))
+    tables = _tables(backend, 0, range(-(-context // backend.block_size)))
+    if start and not isinstance(backend, PagedBackend):  # pages may hold anything, caches must be as long as they say
+        _compute(backend, ScheduledRequest(request, 0, start, tables, samples=False, pending=False))
+    share = ScheduledRequest(request, start, rows, tables, samples=True, pending=False)
+    backend.make_room(StepBatch.build([share]), [max(1, *map(len, tables))] * len(tables))
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    _compute(backend, ScheduledRequest(request, start, rows, (blocks,), samples=True, pending=False))
+    _compute(backend, share)
     peak = mx.get_peak_memory() - before
     backend.forget(request)
     return int(peak)

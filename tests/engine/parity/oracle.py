@@ -46,7 +46,7 @@ def shrink_pool(llm: LLM, num_blocks: int) -> None:
         old = engine.scheduler.kv.groups[0]
         pool = BlockPool(num_blocks, enable_caching=old.pool.enable_caching)
         engine.scheduler.kv = KVCacheManager([FullAttentionGroup(pool, old.block_size)])
-        engine.runner.max_blocks = num_blocks
+        engine.runner.max_blocks = (num_blocks,)
 
     llm._thread.call(swap)
 

@@ -1,0 +1,110 @@
+"""The memory of one cache group: pages for layers that keep tokens, slots for layers that keep a state."""
+
+from collections.abc import Sequence
+from copy import copy
+
+import mlx.core as mx
+
+from engine.runner.kv_spec import CacheLeaf, LayerShape
+
+
+class KVPool:
+    """The pages of a group's layers. Starts small and grows; blocks keep their numbers."""
+
+    def __init__(self, layers: Sequence[LayerShape], block_size: int, dtype: mx.Dtype | None = None) -> None:
+        self.layers = tuple(layers)
+        self.block_size = block_size
+        self.dtype = dtype
+        self.num_blocks = 0
+        self.keys: list[mx.array] = []
+        self.values: list[mx.array] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(array.nbytes for array in (*self.keys, *self.values))
+
+    def grow(self, num_blocks: int) -> None:
+        """Make room for ``num_blocks`` blocks, layer by layer so that only one is held twice."""
+        if num_blocks <= self.num_blocks:
+            return
+        slots = num_blocks * self.block_size
+        for i, layer in enumerate(self.layers):
+            dtype = self.dtype or layer.dtype
+            _grow(self.keys, i, (layer.num_kv_heads, slots, layer.key_dim), dtype)
+            _grow(self.values, i, (layer.num_value_heads, slots, layer.value_dim), dtype)
+        self.num_blocks = num_blocks
+
+    def snapshot(self) -> object:
+        """The pages as they are, for :meth:`restore`; while it is kept, writing copies them.
+
+        Copies of the handles: writing changes an array object in place.
+        """
+        return [copy(page) for page in self.keys], [copy(page) for page in self.values]
+
+    def restore(self, snapshot: object) -> None:
+        """Go back to a :meth:`snapshot`."""
+        assert isinstance(snapshot, tuple)
+        self.keys, self.values = snapshot
+
+    def barrier(self) -> list[mx.array]:
+        """Small arrays that are known once all layers are written: holding a page would make MLX copy it."""
+        return [pages[-1][0, 0, 0].sum() for pages in (self.keys, self.values)]
+
+    def release(self) -> None:
+        """Give all pages back."""
+        self.keys, self.values, self.num_blocks = [], [], 0
+
+
+class StatePool:
+    """Slots of a group's states, one per sequence: per layer and state an array [slots, …]."""
+
+    def __init__(self, leaves: Sequence[CacheLeaf]) -> None:
+        self._leaves = tuple(leaves)
+        self.num_blocks = 0
+        self.arrays: list[list[mx.array]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(array.nbytes for states in self.arrays for array in states)
+
+    def grow(self, num_blocks: int) -> None:
+        """Make room for ``num_blocks`` sequences."""
+        if num_blocks <= self.num_blocks:
+            return
+        for i, leaf in enumerate(self._leaves):
+            fresh = [mx.zeros((num_blocks - self.num_blocks, *shape), dtype) for shape, dtype in leaf.states]
+            if i == len(self.arrays):
+                self.arrays.append(fresh)
+            else:
+                self.arrays[i] = [mx.concatenate([old, new]) for old, new in zip(self.arrays[i], fresh, strict=True)]
+            mx.eval(self.arrays[i])
+        self.num_blocks = num_blocks
+
+    def snapshot(self) -> object:
+        """As :meth:`KVPool.snapshot`."""
+        return [[copy(array) for array in states] for states in self.arrays]
+
+    def restore(self, snapshot: object) -> None:
+        """Go back to a :meth:`snapshot`."""
+        assert isinstance(snapshot, list)
+        self.arrays = snapshot
+
+    def barrier(self) -> list[mx.array]:
+        """As :meth:`KVPool.barrier`."""
+        return [array.reshape(-1)[:1].sum() for array in self.arrays[-1]]
+
+    def release(self) -> None:
+        """Give all slots back."""
+        self.arrays, self.num_blocks = [], 0
+
+
+def _grow(arrays: list[mx.array], index: int, shape: tuple[int, int, int], dtype: mx.Dtype) -> None:
+    heads, slots, dim = shape
+    if index == len(arrays):
+        arrays.append(mx.zeros((1, heads, slots, dim), dtype))
+    else:
+        room = mx.zeros((1, heads, slots - arrays[index].shape[2], dim), dtype)
+        arrays[index] = mx.concatenate([arrays[index], room], axis=2)
+    mx.eval(arrays[index])

@@ -1,0 +1,183 @@
+"""Steps over pages and slots: in one flat call where the model allows it, else in rectangles."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import CacheList
+
+from engine.memory import next_pool_size
+from engine.request import Request
+from engine.runner import attention_seam
+from engine.runner.attention_seam import RowSelector
+from engine.runner.kv_pool import KVPool, StatePool
+from engine.runner.kv_spec import CacheLeaf, CacheTree, flatten, group_leaves
+from engine.runner.paged_cache import AnyCache, LayerCache, PagedLayerCache, StateLayerCache
+from engine.runner.step_batch import Int32, StepBatch
+from engine.runner.step_layout import StepLayout
+from engine.step import ScheduledRequest
+
+Calls = Literal["flat", "rectangles", "sequences"]
+
+
+class PagedBackend:
+    """KV in pages, states in slots.
+
+    A ``flat`` step is one pass over the weights. Layers that carry a state from token to token, and
+    attention that does not go through mlx-lm's one function, need ``rectangles``: one call for all
+    decodes, one for each chunk of a prompt. A few models take no batch at all: ``sequences``.
+    """
+
+    paged = True
+
+    def __init__(
+        self, model: nn.Module, tree: CacheTree, block_size: int, *, calls: Calls,
+        kv_dtype: mx.Dtype | None = None, prefer_views: bool,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.calls = calls
+        flat = self.flat = calls == "flat"
+        self.block_size = block_size
+        self.groups = group_leaves(flatten(tree))
+        self.pools = [_make_pool(leaves, block_size, kv_dtype) for leaves in self.groups]
+        self._views: dict[CacheLeaf, LayerCache] = {}
+        for leaves, pool in zip(self.groups, self.pools, strict=True):
+            for index, leaf in enumerate(leaves):
+                self._views[leaf] = _make_view(pool, index, leaf, flat)
+        self._caches: list[AnyCache] = [
+            CacheList(*(self._views[leaf] for leaf in entry)) if isinstance(entry, tuple) else self._views[entry]
+            for entry in tree
+        ]
+        self._prefer_views = prefer_views
+        self._selector = RowSelector(model)
+        self._modules = attention_seam.install(model) if flat else ()
+        self._before: list[object] | None = None
+
+    @property
+    def nbytes(self) -> list[int]:
+        """Bytes held, by group."""
+        return [pool.nbytes for pool in self.pools]
+
+    def make_room(self, batch: StepBatch, limits: Sequence[int]) -> None:
+        """Grow the pools so that the blocks of ``batch`` exist; never over ``limits`` (blocks, by group)."""
+        for group, (pool, limit) in enumerate(zip(self.pools, limits, strict=True)):
+            highest = max(max(share.block_tables[group], default=-1) for share in batch.shares)
+            if highest >= pool.num_blocks:
+                pool.grow(next_pool_size(pool.num_blocks, highest + 1, limit))
+
+    def forward(self, batch: StepBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
+        """See :class:`engine.runner.backends.Backend`. Blocks must be within the pools."""
+        self._before = [pool.snapshot() for pool in self.pools]
+        if self.flat:
+            rows = np.concatenate(
+                [first + local for first, local in zip(batch.first_rows, wanted, strict=True)], dtype=np.int32
+            )
+            return self._call(batch, tokens[:, None], None if len(rows) == batch.num_rows else rows)
+        decodes = [i for i, share in enumerate(batch.shares) if self._decodes(share)]
+        logits: dict[int, mx.array] = {}
+        if decodes:
+            index = mx.array([batch.first_rows[i] for i in decodes])
+            found = self._call(batch.part(decodes), tokens[index][:, None], None)
+            logits = {i: found[row : row + 1] for row, i in enumerate(decodes)}
+        for i in sorted(range(len(batch.shares)), key=lambda i: batch.order[i]):
+            if i not in logits:
+                some = tokens[batch.first_rows[i] : batch.first_rows[i] + batch.shares[i].num_tokens]
+                logits[i] = self._call(batch.part([i]), some[None], wanted[i])
+        parts = [logits[i] for i in range(len(batch.shares)) if len(wanted[i])]
+        return mx.concatenate(parts) if len(parts) > 1 else parts[0] if parts else mx.zeros((0, 1))
+
+    def settle(self) -> None:
+        """Give up :meth:`undo`: pages that are still referred to would be copied, not written in place."""
+        self._before = None
+
+    def undo(self) -> bool:
+        """See :class:`engine.runner.backends.Backend`."""
+        if self._before is None:
+            return False
+        for pool, snapshot in zip(self.pools, self._before, strict=True):
+            pool.restore(snapshot)
+        self._before = None
+        return True
+
+    def reset(self) -> None:
+        """Empty pools of the same size."""
+        self._before = None
+        for pool in self.pools:
+            num_blocks = pool.num_blocks
+            pool.release()
+            pool.grow(num_blocks)
+
+    def barrier(self) -> list[mx.array]:
+        """Arrays that are known once the last call has written its memory."""
+        return [array for pool in self.pools for array in pool.barrier()]
+
+    def forget(self, request: Request) -> None:
+        """Pages and slots belong to the block pools: nothing to drop."""
+
+    def release(self) -> None:
+        """Give the pools' memory back; they grow again when used."""
+        self._before = None
+        for pool in self.pools:
+            pool.release()
+
+    def close(self) -> None:
+        """Release the pools, unwrap the attention."""
+        self.release()
+        attention_seam.remove(self._modules)
+        self._modules = ()
+
+    def _decodes(self, share: ScheduledRequest) -> bool:
+        """Whether a share joins the one call for decodes; a last bit of a prompt keeps its place in the schedule."""
+        return self.calls == "rectangles" and share.num_tokens == 1 and share.start >= share.request.num_prompt_tokens
+
+    def _call(self, batch: StepBatch, tokens: mx.array, rows: Int32 | None) -> mx.array:
+        """Logits [rows, V] of one call with token ids [T, 1] or [1, T]; ``rows`` None: of all."""
+        self._prepare(batch)
+        pick = None if rows is None else mx.array(rows)
+        as_sequence = tokens.shape[0] == 1
+        if pick is not None:
+            self._selector.pick = (lambda hidden: hidden[:, pick]) if as_sequence else (lambda hidden: hidden[pick])
+        try:
+            logits: mx.array = self.model(tokens, cache=self._caches)
+        finally:
+            self._selector.pick = None
+            for view in self._views.values():
+                if isinstance(view, PagedLayerCache):
+                    view.layout = None
+        logits = logits.reshape(-1, logits.shape[-1])
+        return logits if pick is None or logits.shape[0] == len(pick) else logits[pick]
+
+    def _prepare(self, batch: StepBatch) -> None:
+        begins = batch.shares[0].start == 0
+        for group, leaves in enumerate(self.groups):
+            if leaves[0].kind == "state":
+                slots = mx.array([share.block_tables[group][0] for share in batch.shares])
+                for leaf in leaves:
+                    view = self._views[leaf]
+                    assert isinstance(view, StateLayerCache)
+                    view.start(slots, begins=begins)
+                continue
+            layout = StepLayout(
+                batch, self.block_size, group=group, window=leaves[0].window,
+                prefer_views=self._prefer_views and self.flat,
+            )  # fmt: skip
+            for leaf in leaves:
+                view = self._views[leaf]
+                assert isinstance(view, PagedLayerCache)
+                view.layout = layout
+
+
+def _make_pool(leaves: Sequence[CacheLeaf], block_size: int, kv_dtype: mx.Dtype | None) -> KVPool | StatePool:
+    if leaves[0].kind == "state":
+        return StatePool(leaves)
+    return KVPool([leaf.shape for leaf in leaves if leaf.shape is not None], block_size, kv_dtype)
+
+
+def _make_view(pool: KVPool | StatePool, index: int, leaf: CacheLeaf, flat: bool) -> LayerCache:
+    if isinstance(pool, StatePool):
+        return StateLayerCache(pool, index)
+    view = PagedLayerCache(pool, index, leaf.window)
+    view.flat = flat
+    return view

@@ -1,0 +1,80 @@
+"""Scheduler and runner around a model object: no tokenizer, no thread, small pools."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+
+from engine.core.block_pool import BlockPool
+from engine.core.kv_cache_manager import FullAttentionGroup, KVCacheManager, SlidingWindowGroup, StateGroup
+from engine.core.scheduler import Scheduler
+from engine.request import Request
+from engine.runner.kv_spec import num_logits
+from engine.runner.model_runner import ModelRunner
+from engine.runner.paged_backend import PagedBackend
+from engine.runner.warm_up import choose_backend
+from engine.sampling_params import SamplingParams
+
+BLOCK_SIZE = 8
+
+
+class BareEngine:
+    """Greedy generation through the real scheduler, caches and runner, one step in flight."""
+
+    def __init__(self, model, *, paged=True, prefer_views=True):
+        self.vocab_size = num_logits(model)
+        self.backend, self.note = choose_backend(
+            model, paged=paged, block_size=BLOCK_SIZE, kv_dtype=None, prefer_views=prefer_views,
+            vocab_size=self.vocab_size,
+        )  # fmt: skip
+        self.start()
+
+    def start(self, *, num_blocks=400, chunk=512, caching=True, num_seqs=40):
+        """Empty caches and pools of a chosen size."""
+        caching = caching and self.backend.paged
+        groups = []
+        for leaves in self.backend.groups if isinstance(self.backend, PagedBackend) else [[None]]:
+            kind = leaves[0].kind if leaves[0] else "full"
+            if kind == "state":
+                groups.append(StateGroup(BlockPool(num_seqs, enable_caching=False), BLOCK_SIZE))
+            elif kind == "sliding":
+                pool = BlockPool(num_blocks, enable_caching=caching)
+                groups.append(SlidingWindowGroup(pool, BLOCK_SIZE, leaves[0].window))
+            else:
+                groups.append(FullAttentionGroup(BlockPool(num_blocks, enable_caching=caching), BLOCK_SIZE))
+        kv = KVCacheManager(groups)
+        self.scheduler = Scheduler(kv, max_num_seqs=num_seqs, max_num_batched_tokens=chunk)
+        self.runner = ModelRunner(self.backend, self.vocab_size, max_blocks=[g.pool.num_blocks for g in groups])
+        return self
+
+    def generate(self, prompts: Sequence[list[int]], num_tokens: int, n: int = 1) -> list[Request]:
+        """All requests at once; blocks must all come back."""
+        requests = []
+        params = SamplingParams(temperature=0, max_tokens=num_tokens)
+        for number, prompt in enumerate(prompts):
+            parent = None
+            for index in range(n):
+                request = Request(str(number), list(prompt), params, max_tokens=num_tokens, index=index)
+                self.scheduler.add(request, fork_of=parent if self.backend.paged else None)
+                requests.append(request)
+                parent = parent or request
+        in_flight = None
+        while self.scheduler.has_work or in_flight is not None:
+            scheduled = self.scheduler.schedule()
+            following = self.runner.execute(scheduled) if scheduled.scheduled else None
+            if following is not None:
+                following.submit()
+            if in_flight is not None:
+                for token in in_flight.read(str).tokens:
+                    if self.scheduler.update(token.share, token.token_id) is not None:
+                        self.runner.forget(token.share.request)
+            in_flight = following
+        for group in self.scheduler.kv.groups:
+            group.pool.check()
+            assert group.pool.num_held_blocks == 0
+        return requests
+
+
+def greedy(model, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """The oracle."""
+    return [int(token) for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=num_tokens)]

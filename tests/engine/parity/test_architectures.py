@@ -1,0 +1,100 @@
+"""Every cache kind pages, and greedy tokens equal mlx-lm's: tiny random models of the architectures named."""
+
+import numpy as np
+import pytest
+
+from engine.runner.paged_backend import PagedBackend
+from tests.engine.parity.bare_engine import BareEngine, greedy
+from tests.engine.parity.oracle import mixed_prompts
+from tests.engine.parity.tiny_architectures import CONFIGS, VOCAB, tiny_model
+
+NUM_TOKENS = 8
+WITH_STATE = {"qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2", "mamba2", "granitemoehybrid", "falcon_h1", "nemotron_h",
+              "jamba"}  # fmt: skip
+SLIDING = {"gemma3_text", "gemma4_text", "gpt_oss", "olmo3", "exaone4", "gemma3n"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_are_mlx_lms(name):
+    """Batched past the window, from the prefix cache, in chunks, after preemption, and twice from one prompt."""
+    model = tiny_model(name)
+    prompts = mixed_prompts(7, VOCAB, 90, seed=1)
+    expected = [greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
+    engine = BareEngine(model)
+    assert isinstance(engine.backend, PagedBackend), engine.note
+    try:
+        assert tokens(engine.generate(prompts, NUM_TOKENS)) == expected
+        again = engine.generate(prompts, NUM_TOKENS)
+        assert tokens(again) == expected
+        assert (sum(request.num_cached_tokens for request in again) > 0) == (name not in WITH_STATE)
+        assert tokens(engine.start(chunk=16).generate(prompts, NUM_TOKENS)) == expected
+        engine.start(num_blocks=16, num_seqs=5, chunk=64)
+        assert tokens(engine.generate(prompts, NUM_TOKENS)) == expected
+        assert engine.scheduler.num_preemptions > 0 or name == "mamba2"
+        twice = [row for row in expected for _ in range(2)]
+        assert tokens(engine.start().generate(prompts, NUM_TOKENS, n=2)) == twice
+    finally:
+        engine.backend.close()
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_5", "llama"])
+def test_requests_alone_and_in_gathered_batches(name):
+    model = tiny_model(name)
+    prompts = mixed_prompts(4, VOCAB, 90, seed=2)
+    expected = [greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
+    for prefer_views in (True, False):
+        engine = BareEngine(model, prefer_views=prefer_views)
+        assert [tokens(engine.start().generate([prompt], NUM_TOKENS))[0] for prompt in prompts] == expected
+        assert tokens(engine.start().generate(prompts, NUM_TOKENS)) == expected
+        engine.backend.close()
+
+
+def test_kinds_of_memory_are_found_out_from_the_model():
+    kinds = {name: {leaves[0].kind for leaves in BareEngine(tiny_model(name)).backend.groups}
+             for name in ("llama", "gemma3_text", "qwen3_5", "mamba2", "gemma4_text")}  # fmt: skip
+    assert kinds == {
+        "llama": {"full"},
+        "gemma3_text": {"full", "sliding"},
+        "qwen3_5": {"full", "state"},
+        "mamba2": {"state"},
+        "gemma4_text": {"full", "sliding"},
+    }
+
+
+def test_a_partial_prefix_behind_a_window_is_reused():
+    """The second prompt leaves the first after 64 tokens: only the window before that must still be there."""
+    model = tiny_model("gemma3_text")
+    first = long_prompt()
+    engine = BareEngine(model).start(num_blocks=200)
+    engine.generate([first[:100]], 2)
+    second = [*first[:64], *first[:30]]
+    request = engine.generate([second], NUM_TOKENS)[0]
+    assert request.num_cached_tokens == 64
+    assert request.output_token_ids == greedy(model, second, NUM_TOKENS)
+    engine.backend.close()
+
+
+def test_a_long_prompt_holds_no_more_than_its_window():
+    model = tiny_model("gemma3_text")
+    engine = BareEngine(model).start(num_blocks=60, chunk=16)
+    request_blocks = []
+    schedule = engine.scheduler.schedule
+
+    def watched():
+        output = schedule()
+        request_blocks.append(engine.scheduler.kv.groups[1].pool.num_held_blocks)
+        return output
+
+    engine.scheduler.schedule = watched
+    prompt = long_prompt()
+    assert tokens(engine.generate([prompt], 5)) == [greedy(model, prompt, 5)]
+    assert max(request_blocks) <= (24 + 16) // 8 + 1
+    engine.backend.close()
+
+
+def long_prompt() -> list[int]:
+    return np.random.default_rng(3).integers(10, VOCAB, 300).tolist()
+
+
+def tokens(requests) -> list[list[int]]:
+    return [request.output_token_ids for request in requests]
