@@ -4,6 +4,9 @@ import numpy as np
 
 from engine.constraints import RepetitionDetection
 
+_ROOM = 4096
+"""Tokens between two moves of the history."""
+
 
 class RepetitionFinder:
     """Whether the latest tokens are one pattern ``min_count`` times over.
@@ -13,18 +16,21 @@ class RepetitionFinder:
     """
 
     def __init__(self, detection: RepetitionDetection) -> None:
-        smallest, largest = max(1, detection.min_pattern_size), detection.max_pattern_size
-        self._sizes = np.arange(smallest, largest + 1)
-        self._needed = self._sizes * (detection.min_count - 1)
-        self._runs = np.zeros(len(self._sizes), dtype=np.int64)
-        self._latest = np.full(largest + 1, -1, dtype=np.int64)
-        self._count = 0
+        self._smallest, self._largest = max(1, detection.min_pattern_size), detection.max_pattern_size
+        # In the order of the history: the largest pattern first.
+        self._needed = np.arange(self._largest, self._smallest - 1, -1) * (detection.min_count - 1)
+        self._runs = np.zeros(len(self._needed), dtype=np.int64)
+        self._history = np.full(self._largest + _ROOM, -1, dtype=np.int64)
+        self._end = self._largest
 
     def add(self, token_id: int) -> bool:
         """Take a token; True if what it ends repeats."""
-        place = self._count % len(self._latest)
-        before = self._latest[(self._count - self._sizes) % len(self._latest)]
-        self._runs = np.where(before == token_id, self._runs + 1, 0)
-        self._latest[place] = token_id
-        self._count += 1
+        if self._end == len(self._history):
+            self._history[: self._largest] = self._history[-self._largest :]
+            self._end = self._largest
+        end = self._end
+        self._runs += 1
+        self._runs *= self._history[end - self._largest : end - self._smallest + 1] == token_id
+        self._history[end] = token_id
+        self._end = end + 1
         return bool((self._runs >= self._needed).any())

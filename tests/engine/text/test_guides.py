@@ -79,7 +79,8 @@ def repeats(tokens: list[int], detection: RepetitionDetection) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_repetition_is_found_exactly_when_the_tail_repeats(seed: int) -> None:
+def test_repetition_is_found_exactly_when_the_tail_repeats(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.text.repetition._ROOM", 37)
     rng = random.Random(seed)
     detection = RepetitionDetection(rng.randint(1, 9), rng.randint(0, 1), rng.randint(2, 4))
     finder, tokens = RepetitionFinder(detection), []
