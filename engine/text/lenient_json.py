@@ -16,6 +16,8 @@ _WORDS = {"true": "true", "false": "false", "null": "null", "True": "true", "Fal
 _ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "/": "/", '"': '"', "\\": "\\", "'": "'"}
 _HEX = set("0123456789abcdefABCDEF")
 _LONGEST_WORD = 4096
+_DEEPEST = 100
+"""Levels of nesting: each costs a few of Python's frames."""
 
 
 def quoted(text: str) -> str:
@@ -50,6 +52,7 @@ class LenientJson:
         self._scanner = scanner
         self.cut = False
         """Whether a string had no end."""
+        self._depth = 0
         self._stops = tuple(stops)
         self._raw_quote = raw_quote
         self._raw = Markers([raw_quote])
@@ -105,9 +108,12 @@ class LenientJson:
     def _members(
         self, emit: Emit, lead: str, begin: str, end: str, member: Callable[[Emit, str], Steps[None]]
     ) -> Steps[None]:
+        if self._depth >= _DEEPEST:
+            raise MarkupError("too deep")
         self._scanner.take()
         emit(lead + begin)
         separator = ""
+        self._depth += 1
         try:
             while (yield from self._more(end, first=not separator)):
                 yield from self._member(member, emit, separator)
@@ -115,6 +121,8 @@ class LenientJson:
         except MarkupError:
             emit(end)
             raise
+        finally:
+            self._depth -= 1
         emit(end)
 
     def _member(self, member: Callable[[Emit, str], Steps[None]], emit: Emit, lead: str) -> Steps[None]:

@@ -274,6 +274,22 @@ def test_json_as_models_write_it_is_mended(written: str, meant: dict[str, Any]) 
     assert arguments(f'<tool_call>{{"name": "f", "arguments": {written}}}</tool_call>', "hermes") == [meant]
 
 
+@pytest.mark.parametrize("deep", ["[" * 5000, '{"a":' * 5000, "[" * 5000 + "]" * 5000])
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "gemma4", "pythonic", "llama3_json"])
+def test_bottomless_nesting_is_closed_in_time(name: str, deep: str) -> None:
+    begin = {
+        "hermes": '<tool_call>{"name": "f", "arguments": {"items": ',
+        "qwen3_coder": "<tool_call><function=f><parameter=items>",
+        "gemma4": "<|tool_call>call:f{items:",
+        "pythonic": "<|tool_call_start|>[f(items=",
+        "llama3_json": '{"name": "f", "parameters": {"items": ',
+    }[name]
+    reply = parse_output(begin + deep, tool_call_parser=name, tools=TOOLS, finish_reason="length")
+    shown = reply.tool_calls[0]["function"]["arguments"]
+    assert isinstance(json.loads(shown), dict)
+    assert (shown + reply.text).count("[") + (shown + reply.text).count("{") >= 5000
+
+
 def test_a_lone_surrogate_stays_escaped_so_that_arguments_are_utf_8() -> None:
     reply = parse_output(
         '<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>', tool_call_parser="hermes"

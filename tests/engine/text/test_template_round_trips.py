@@ -229,3 +229,35 @@ def test_calls_without_arguments_come_back(template: Template) -> None:
 @those_that_render("calls")
 def test_markup_inside_arguments_stays_text(template: Template) -> None:
     check(template, render(template, calls=[("run_code", {"code": MARKUP}), ("get_weather", {"days": 0})]))
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_v2", "gemma4_v5"])
+def test_gemma4s_prompt_after_a_tool_result_is_read_as_it_ends(name: str) -> None:
+    """Some versions end it inside the thought's channel, others leave the channel to the model."""
+    chat = ChatTemplate(template_source(TRL, name), bos_token="<bos>")
+    call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "x"}}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "sunny"},
+    ]
+    prompt = chat.render(messages, tools=TOOLS, enable_thinking=True)
+    opened = prompt.endswith("<|channel>thought\n")
+    assert opened == (name == "gemma4_v5")
+    text = ("" if opened else "<|channel>thought\n") + "It is sunny.\n<channel|>Sunny!"
+    for chunks in ([text], list(text)):
+        reply = parse_output(
+            text, reasoning_parser="gemma4", tool_call_parser="gemma4", prompt_suffix=prompt, chunks=chunks
+        )
+        assert (reply.reasoning, reply.text) == ("It is sunny.", "Sunny!")
+
+
+@pytest.mark.parametrize("name", ["qwen3_6", "qwen3", "qwen3_5_think", "glm4moe"])
+@pytest.mark.parametrize("thinking", [True, False])
+def test_what_the_prompt_says_of_thinking_decides_where_output_begins(name: str, thinking: bool) -> None:
+    source = template_source(TRL, name)
+    prompt = ChatTemplate(source).render([{"role": "user", "content": "<think>?"}], enable_thinking=thinking)
+    opened = prompt.rstrip().endswith("<think>")
+    text = ("Hm.\n</think>\n\n" if opened else "<think>\nHm.\n</think>\n\n" if thinking else "\n") + "Yes."
+    reply = parse_output(text, reasoning_parser=detect_reasoning_parser(source, ()), prompt_suffix=prompt)
+    assert (reply.reasoning, reply.text.strip()) == ("Hm." if thinking else None, "Yes.")
