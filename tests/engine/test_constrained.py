@@ -313,3 +313,37 @@ def test_a_call_of_the_models_own_passes_its_grammar_unchanged(scripted_llm: Scr
     assert run(llm, tools=[WEATHER, CLOCK], tool_choice="required").text == f"{CALL}\n{CALL}"
     one = run(llm, tools=[WEATHER, CLOCK], tool_choice="required", parallel_tool_calls=False)
     assert one.text == CALL
+
+
+CHANNELS = [
+    (
+        "gemma4",
+        ["<|channel>", "<channel|>"],
+        "<|channel>thought\nFirst this and then that.<channel|>",
+        "<channel|>",
+    ),
+    (
+        "openai_gptoss",
+        ["<|channel|>", "<|message|>", "<|end|>", "<|start|>"],
+        "<|channel|>analysis<|message|>First this and then that.<|end|><|start|>assistant<|channel|>final<|message|>",
+        "<|channel|>final<|message|>",
+    ),
+]
+
+
+@pytest.mark.parametrize(("parser", "tokens", "thought", "end"), CHANNELS, ids=[channel[0] for channel in CHANNELS])
+def test_channels_are_thoughts_like_others(
+    scripted_llm: ScriptedLLM, parser: str, tokens: list[str], thought: str, end: str
+) -> None:
+    llm = scripted_llm(thought + ANSWER, reasoning_parser=parser, tool_call_parser="hermes", special_tokens=tokens)
+    assert run(llm).text == thought + ANSWER
+    output = run(llm, structured_outputs={"json": SCHEMA})
+    assert output.text.startswith(thought)
+    assert json.loads(output.text.removeprefix(thought)).keys() == {"a", "b"}
+    cut = run(llm, structured_outputs={"json": SCHEMA}, thinking_token_budget=4)
+    assert cut.thinking_cut == "budget"
+    before, _, answer = cut.text.partition(end)
+    assert len(before) < len(thought.partition(end)[0]) + len("<|end|><|start|>assistant")
+    assert json.loads(answer).keys() == {"a", "b"}
+    calls = run(llm, tools=[CLOCK], tool_choice="required", thinking_token_budget=6)
+    assert '"clock"' in calls.text.partition(end)[2]
