@@ -53,7 +53,7 @@ HARMONY = ReasoningParser("<|channel|>analysis<|message|>", "<|end|>", anywhere=
 """gpt-oss: read by :mod:`engine.text.harmony`, tool calls included."""
 
 REASONING_PARSERS: dict[str, ReasoningParser] = {
-    **dict.fromkeys(("qwen3", "glm45", "deepseek_v3", "ernie45", "olmo3", "holo2", "kimi_k2", "exaone4"), _THINK),
+    **dict.fromkeys(("qwen3", "glm45", "deepseek_v3", "olmo3", "holo2", "kimi_k2", "exaone4"), _THINK),
     **dict.fromkeys(("deepseek_r1", "minimax_m2", "step3", "step3p5", "nemotron_v3"), _IMPLICIT_THINK),
     "gemma4": ReasoningParser("<|channel>thought", "<channel|>", anywhere=True),
     "openai_gptoss": HARMONY,
@@ -61,6 +61,7 @@ REASONING_PARSERS: dict[str, ReasoningParser] = {
     "seed_oss": ReasoningParser("<seed:think>", "</seed:think>"),
     "granite": ReasoningParser("Here is my thought process:", "Here is my response:"),
     "hunyuan_a13b": ReasoningParser("<think>", "</think>", wrappers=("<answer>", "</answer>")),
+    "ernie45": ReasoningParser("<think>", "</think>", wrappers=("<response>", "</response>")),
     "longcat": ReasoningParser("<longcat_think>", "</longcat_think>"),
     "cohere2": ReasoningParser(
         "<|START_THINKING|>",
@@ -73,7 +74,7 @@ REASONING_PARSERS: dict[str, ReasoningParser] = {
         wrappers=("<|open|>response<|sep|>", "<|close|>response<|sep|>", "<|close|>message<|sep|>"),
     ),
 }
-"""vLLM's names (and ``longcat``, ``kimi_k3`` of mlx-lm)."""
+"""vLLM's names, and names in their manner for forms that mlx-lm reads."""
 
 
 def reasoning_markers(name: str) -> tuple[str, str]:

@@ -109,7 +109,7 @@ def everything(reply: Reply) -> str:
     return f"{reply.reasoning or ''} {reply.text} {calls}"
 
 
-def check(name: str, text: str, cuts: list[int]) -> Reply:
+def check(name: str, text: str, cuts: list[int], *, by_character: bool = True) -> Reply:
     """Parse whole and in pieces; both are the same and all arguments are objects."""
     whole = parse(name, text)
     for call in whole.tool_calls:
@@ -117,7 +117,8 @@ def check(name: str, text: str, cuts: list[int]) -> Reply:
     places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
     pieces = [text[begin:end] for begin, end in pairwise(places)]
     assert parse(name, text, pieces) == whole
-    assert parse(name, text, list(text)) == whole
+    if by_character:
+        assert parse(name, text, list(text)) == whole
     return whole
 
 
@@ -146,11 +147,11 @@ def test_the_sample_is_a_call(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_call_cut_off_anywhere_is_still_json(name: str) -> None:
     for size in range(len(SAMPLES[name])):
-        check(name, SAMPLES[name][:size], [size // 2])
+        check(name, SAMPLES[name][:size], [size // 2], by_character=False)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_marks_and_text_in_any_order_never_raise(name: str, data: Any) -> None:
     pieces = data.draw(st.lists(st.sampled_from(tokens_of(name)), max_size=30))
@@ -158,7 +159,7 @@ def test_marks_and_text_in_any_order_never_raise(name: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_a_damaged_call_loses_no_word(name: str, data: Any) -> None:
     """Words of the answer around a call and in its string value survive whatever is cut out or put in."""
