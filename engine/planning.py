@@ -61,7 +61,10 @@ def plan(
     resolved = resolve(args.model, args.revision, part="config")
     config = read_model_config(resolved, args)
     device = describe_device()
-    skeleton = build_skeleton(config, "float32" if device.kind == "cpu" and args.dtype == "auto" else args.dtype)
+    # Only this CPU computes in float32; another device takes the checkpoint's own element type.
+    on_this_cpu = device.kind == "cpu" and device_memory is None
+    dtype = "float32" if on_this_cpu and args.dtype == "auto" else args.dtype
+    skeleton = build_skeleton(config, dtype)
     chunk = min(args.max_num_batched_tokens or _CHUNK, config.context_length)
     try:
         groups = [
@@ -71,7 +74,7 @@ def plan(
     except UnsupportedCacheError:
         layers = tuple(range(len(skeleton.layers)))
         groups = [KVGroupSpec("full", layers, contiguous_bytes_per_token(skeleton), block_size=args.block_size)]
-    weights = weight_bytes(resolved, skeleton)
+    weights = weight_bytes(resolved, skeleton, converted=dtype != "auto" and "quantization" not in config.hf_config)
     return plan_memory(
         groups=groups,
         device_limit=device.memory_limit if device_memory is None else bytes_of(device_memory),

@@ -35,9 +35,12 @@ def build_skeleton(config: ModelConfig, dtype: str = "auto") -> nn.Module:
     return model
 
 
-def weight_bytes(resolved: ResolvedModel, model: nn.Module) -> int:
-    """Bytes of the weights: from the safetensors index or headers where there are any, else of the skeleton."""
-    if resolved.path.is_dir():
+def weight_bytes(resolved: ResolvedModel, model: nn.Module, *, converted: bool = False) -> int:
+    """Bytes of the weights: from the safetensors index or headers where there are any, else of the skeleton.
+
+    ``converted``: loading makes them the skeleton's element type, so that the files do not say.
+    """
+    if resolved.path.is_dir() and not converted:
         index = resolved.path / "model.safetensors.index.json"
         if index.is_file():
             total = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}).get("total_size")
