@@ -117,7 +117,10 @@ class VLLMMetal(Magics):  # type: ignore[misc]
     # -- models ------------------------------------------------------------------------------------
 
     def _load(self, parsed: argparse.Namespace) -> None:
+        had_port = self.session.server is not None
         self._load_model(parsed.model, pick(parsed, _ENGINE_OPTIONS))
+        if had_port and self.session.server is None:
+            print("the port closed with the model before; %vllm_metal serve opens it for this one")
 
     def _load_model(self, model: str, options: dict[str, Any]) -> None:
         """Load and say what came of it; ■ leaves nothing half-loaded."""

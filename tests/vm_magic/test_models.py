@@ -116,6 +116,15 @@ def test_the_handle_itself_can_stop_and_serve_opens_anew(shell: Any, loaded: fak
     assert loaded.server.running
 
 
+def test_loading_another_model_says_that_the_port_closed(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+    line(shell, "serve smollm2 --port 0")
+    capsys.readouterr()
+    line(shell, "load smollm2")
+    assert "the port closed" not in capsys.readouterr().out
+    line(shell, "load smollm2 --max-model-len 1024")
+    assert "the port closed with the model before; %vllm_metal serve" in capsys.readouterr().out
+
+
 def test_unload_says_bytes_before_and_after(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
     line(shell, "unload")
     assert loaded.closed
