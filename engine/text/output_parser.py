@@ -12,7 +12,7 @@ from typing import Any
 from engine.errors import ConfigError
 from engine.outputs import FinishReason
 from engine.text.harmony import HarmonyReader
-from engine.text.output_sink import MakeCallId, OutputSink, ParsedDelta, ToolCallDelta, random_call_id
+from engine.text.output_sink import MakeCallId, OutputSink, ParsedDelta, ToolCallDelta, mistral_call_id, random_call_id
 from engine.text.reasoning_parsers import HARMONY, REASONING_PARSERS, ReasoningParser
 from engine.text.scanner import Markers, MarkupError, Scanner, Steps
 from engine.text.tool_parsers import HARMONY_CALLS, TOOL_PARSERS
@@ -70,7 +70,7 @@ def make_output_parser(
     prompt_suffix: str = "",
     parallel_tool_calls: bool = True,
     special_tokens: Collection[str] = (),
-    make_call_id: MakeCallId = random_call_id,
+    make_call_id: MakeCallId | None = None,
 ) -> OutputParser:
     """The parser for one completion of a request.
 
@@ -86,6 +86,7 @@ def make_output_parser(
     demanded = wanted and tool_choice not in (None, "auto")
     calls: ToolParser | None = _forced(tool, tool_choice) if demanded else tool if wanted else None
     scanner, schemas = Scanner(), ToolSchemas(tools)
+    make_call_id = make_call_id or (mistral_call_id if tool_call_parser == "mistral" else random_call_id)
     sink = OutputSink(max_calls=None if parallel_tool_calls else 1, make_call_id=make_call_id)
     if reasoning is HARMONY or tool is HARMONY_CALLS:
         with_calls = wanted and tool is HARMONY_CALLS

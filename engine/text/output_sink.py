@@ -1,6 +1,7 @@
 """Where parsers put what they find: thought, answer and tool calls, as deltas."""
 
 import secrets
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -35,6 +36,11 @@ class ParsedDelta:
 def random_call_id(index: int, name: str) -> str:  # noqa: ARG001 - the signature of MakeCallId
     """An id as vLLM makes them."""
     return f"chatcmpl-tool-{secrets.token_hex(16)}"
+
+
+def mistral_call_id(index: int, name: str) -> str:  # noqa: ARG001 - the signature of MakeCallId
+    """Nine letters and digits: Mistral's templates refuse other ids when they come back."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
 class OutputSink:

@@ -361,6 +361,16 @@ def test_kimi_ids_are_the_models_own() -> None:
     assert [call["id"] for call in reply.tool_calls] == ["functions.f:3", "functions.f:4"]
 
 
+def test_ids_are_new_for_every_call_and_as_the_templates_want_them() -> None:
+    ids = []
+    for name, text in (("hermes", CALL * 2), ("mistral", "[TOOL_CALLS]f[ARGS]{}[TOOL_CALLS]f[ARGS]{}")):
+        deltas = feed(parser(None, name), text)
+        ids.append([str(call.id) for delta in deltas for call in delta.tool_calls])
+    assert [len(set(each)) for each in ids] == [2, 2]
+    assert all(each.startswith("chatcmpl-tool-") for each in ids[0])
+    assert all(len(each) == 9 and each.isalnum() for each in ids[1])
+
+
 def test_harmony_without_tools_shows_a_message_to_a_function_as_text() -> None:
     text = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>"
     reply = parse_output(text, reasoning_parser="openai_gptoss", prompt_suffix="<|start|>assistant")
