@@ -32,7 +32,6 @@ def test_compared_outputs_hold_no_times_bytes_or_ports(notebook: Any) -> None:
 
 def test_nothing_saved_names_the_users_home_or_a_key(notebook: Any) -> None:
     saved = str([cell.outputs for cell in code_cells(notebook)])
-    assert "/home/" not in saved
-    assert "/root" not in saved
-    assert "/Users/" not in saved
+    assert str(Path.home()) not in saved
+    assert "writes this to ~/" in saved
     assert "Bearer $VLLM_API_KEY" in saved

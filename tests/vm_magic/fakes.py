@@ -168,6 +168,9 @@ class FakeLLM:
         assert source == "flag"
         return SamplingDefaults({}, {}, self.settings).resolve(given, source)
 
+    def sampling_params(self, **given: Any) -> SamplingParams:
+        return self.resolve_sampling(source="flag", **given).params
+
     def output_parser(self, *, prompt: str) -> OutputParser:
         return make_output_parser(
             reasoning_parser=self.reasoning_parser, tool_call_parser=None, prompt_suffix=prompt + self.prompt_end

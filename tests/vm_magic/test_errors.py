@@ -10,7 +10,7 @@ from tests.vm_magic import fakes
 from tests.vm_magic.helpers import Capture, cell, line
 
 
-@pytest.mark.parametrize("command", ["panel", "explain", "bench", "llm", "export", "connect"])
+@pytest.mark.parametrize("command", ["panel", "bench", "connect"])
 def test_commands_of_later_versions_are_refused_by_name(shell: Any, command: str) -> None:
     with pytest.raises(UnsupportedOptionError, match=f"{command}: not in this version"):
         line(shell, command)

@@ -1,7 +1,10 @@
 """Thinking, budgets and schemas in cells over the real engine, with a model that says what the test wrote."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +119,20 @@ def test_a_reply_in_out_is_readable_text(shell: Any, talk: Callable[..., LLM]) -
     assert "KV cache" in plan["text/plain"]
     assert "max_model_len" in plan["text/plain"]
     assert "<table>" in plan["text/html"]
+
+
+def test_the_llm_tool_talks_to_the_notebook_through_its_entry(
+    shell: Any, talk: Callable[..., LLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path / "llm"))
+    llm = talk("Hello from the notebook.")
+    session = current_session()
+    session.server = None
+    session.serve({"port": 0})
+    line(shell, "llm --model-id here")
+    for extra in ([], ["--no-stream"]):
+        command = [sys.executable, "-m", "llm", "-m", "here", "--no-log", "-o", "temperature", "0", *extra, "Hi"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+        assert said.stdout == "Hello from the notebook.\n", said.stderr
+    assert llm.explain().sampling[0].value == 0
+    session.stop()
