@@ -7,6 +7,12 @@ import httpx
 import openai
 import pytest
 
+from engine.errors import UnknownResponseError
+from engine.openai.generation import Choice
+from engine.openai.replies import ChatJob, Reply
+from engine.openai.responses_output import ResponseBuilder
+from engine.openai.responses_store import ResponseStore, RunningResponse
+from engine.text.output_parser import make_output_parser
 from tests.engine.openai import strict, strict_more
 from tests.engine.openai.conftest import Serve, http_client
 from tests.engine.openai.fakes import FakeLLM
@@ -325,3 +331,47 @@ def test_the_openai_clients_helper_reads_the_stream(client: openai.OpenAI, calli
     assert final.output[2].arguments == '{"city": "Köln"}'  # type: ignore[union-attr]
     again = client.responses.retrieve(final.id)
     assert again.output_text.strip() == "I look."
+
+
+def test_a_request_as_codex_sends_it_is_answered_without_being_kept(http: httpx.Client, llm: FakeLLM) -> None:
+    llm.reasoning_parser, llm.tool_call_parser = "qwen3", "hermes"
+    llm.reply = "<think>\nHm.\n</think>\n\n" + CALLS
+    shell = {"type": "function", "name": "shell", "strict": False, "parameters": {"type": "object", "properties": {}}}
+    body = {
+        "model": "fake", "instructions": "You are an agent.", "tools": [TOOL, shell], "tool_choice": "auto",
+        "parallel_tool_calls": False, "reasoning": {"effort": "medium", "summary": "auto"}, "store": False,
+        "include": ["reasoning.encrypted_content"], "prompt_cache_key": "019", "service_tier": None,
+        "text": {"verbosity": "low"},
+    }  # fmt: skip
+    asked = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]}
+    events = stream(http, **body, input=[{**asked, "role": "developer"}, asked])
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert [item["type"] for item in done] == ["reasoning", "message", "function_call"]
+    assert events[-1]["type"] == "response.completed"
+    assert events[-1]["response"]["output"] == done
+    output = {"type": "function_call_output", "call_id": done[-1]["call_id"], "output": "rain"}
+    again = stream(http, **body, input=[asked, *done, output])
+    assert again[-1]["type"] == "response.completed"
+    assert prompt_of(llm).startswith("<|start|>system:You are an agent.<|start|>user:Hi<|start|>assistant:I look.")
+    assert http.get(f"/v1/responses/{events[-1]['response']['id']}").status_code == 404
+
+
+def test_the_store_is_bounded_in_number_and_bytes_and_forgets_the_oldest(http: httpx.Client, llm: FakeLLM) -> None:
+    store = ResponseStore(max_responses=3, max_bytes=5000)
+    kept = [RunningResponse(ResponseBuilder(post(http, store=False)), finished_chat(), []) for _ in range(5)]
+    for response in kept:
+        store.add(response)
+        store.settle(response)
+    assert len(store) == 3
+    with pytest.raises(UnknownResponseError):
+        store.get(kept[1].id)
+    assert store.get(kept[2].id) is kept[2]
+    kept[4].events.append({"type": "x" * 3000})
+    store.settle(kept[4])
+    assert len(store) == 1
+    assert store.get(kept[4].id) is kept[4]
+
+
+def finished_chat() -> ChatJob:
+    parser = make_output_parser(reasoning_parser=None, tool_call_parser=None)
+    return ChatJob(None, [Reply(Choice(0), parser)])  # type: ignore[arg-type] - only its reply is asked for
