@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from engine.errors import GenerationError, RequestError
 from engine.outputs import CompletionOutput
 from engine.stream import RequestStream
 from tests.engine.parity.oracle import assert_nothing_is_held, shrink_pool
-from tests.scripted_model import SUFFIX, THINK_END
+from tests.scripted_model import SUFFIX, THINK_END, install, write_scripted_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=300, skip_special_tokens=False)
 ANSWER = 'The answer is {"a": 1, "b": [true, null]}.'
@@ -65,19 +66,24 @@ FORMATS: list[tuple[dict[str, Any], str, Callable[[str], bool]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("fields", "script", "fits"), FORMATS, ids=[next(iter(f[0].values())).__repr__()[:40] for f in FORMATS]
-)
+@pytest.fixture(scope="module")
+def formats_llm(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    install()
+    folder = tmp_path_factory.mktemp("formats")
+    write_scripted_model(folder, smollm2_gguf, [script for _, script, _ in FORMATS])
+    with LLM(str(folder), max_model_len=1024, gpu_memory_utilization=0.2) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("number", range(len(FORMATS)), ids=[f"{next(iter(f[0].values()))!r}"[:40] for f in FORMATS])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_reply_fits_its_grammar_and_ends_with_it(
-    scripted_llm: ScriptedLLM, fields: dict[str, Any], script: str, fits: Callable[[str], bool], temperature: float
-) -> None:
-    llm = scripted_llm(script)
-    output = run(llm, GREEDY.replace(temperature=temperature, seed=1), **fields)
-    text = output.text
-    assert fits(text), text
+def test_the_reply_fits_its_grammar_and_ends_with_it(formats_llm: LLM, number: int, temperature: float) -> None:
+    fields, _, fits = FORMATS[number]
+    params = GREEDY.replace(temperature=temperature, seed=1)
+    output = run(formats_llm, params, f"<|script_{number}|>{SUFFIX}", **fields)
+    assert fits(output.text), output.text
     assert (output.finish_reason, output.stop_reason) == ("stop", None)
-    assert_nothing_is_held(llm)
+    assert_nothing_is_held(formats_llm)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
