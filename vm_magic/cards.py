@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from engine.outputs import Reply
 from engine.settings import Settings
-from vm_magic.clients import Port, snippets
 from vm_magic.conversation import Message
 from vm_magic.progress import size_text
 
@@ -138,6 +137,8 @@ def status_card(session: "Session") -> StatusCard:
 def _snippets(session: "Session") -> tuple[tuple[str, str], ...]:
     if session.server is None:
         return ()
+    from vm_magic.clients import Port, snippets
+
     return tuple((name, f"{code.text}{code.note}") for name, code in snippets(Port.of(session.server)).items())
 
 

@@ -43,7 +43,6 @@ from vm_magic.errors import HelpShown, Interrupted, short_error
 from vm_magic.log_buffer import LogBuffer
 from vm_magic.progress import LoadProgress, size_text
 from vm_magic.references import release_references
-from vm_magic.schemas import read_schema
 from vm_magic.session import NotebookServer, Session, environment
 from vm_magic.settings_text import read_settings
 from vm_magic.shell_text import read_shell_text
@@ -322,8 +321,14 @@ def _chat_options(parsed: argparse.Namespace, namespace: Mapping[str, Any]) -> C
         system=given.get("system"),
         think=given.get("think"),
         thinking_token_budget=given.get("thinking_token_budget"),
-        schema=None if parsed.schema is None else read_schema(parsed.schema, namespace),
+        schema=None if parsed.schema is None else _schema(parsed.schema, namespace),
     )
+
+
+def _schema(text: str, namespace: Mapping[str, Any]) -> Mapping[str, Any] | bool:
+    from vm_magic.schemas import read_schema
+
+    return read_schema(text, namespace)
 
 
 def overview() -> str:
