@@ -62,7 +62,7 @@ async def _start(port: Port, body: CompletionRequest, request: Request) -> Job:
         thinking_token_budget=body.thinking_token_budget,
         repetition_detection=body.repetition_detection,
     )
-    return start_job(port, "cmpl", request, body, prompts, params, constraints)
+    return await start_job(port, "cmpl", request, body, prompts, params, constraints)
 
 
 def completion_params(engine: ServedEngine, body: CompletionRequest) -> SamplingParams:

@@ -50,7 +50,7 @@ async def start_chat(
     params = prepared.params
     if any(parser.needs_special_tokens for parser in flat):
         params = params.replace(skip_special_tokens=False)
-    job = start_job(port, prefix, http, body, prepared.prompts, params, prepared.constraints)
+    job = await start_job(port, prefix, http, body, prepared.prompts, params, prepared.constraints)
     for stream, prompt in zip(job.streams, prepared.prompts, strict=True):
         stream.parsing = _parsing(body, prompt)
     replies = [Reply(choice, parser, body.include_reasoning) for choice, parser in zip(job.choices, flat, strict=True)]

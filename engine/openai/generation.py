@@ -1,5 +1,6 @@
 """What chat and plain completions share: prompts, parameters, running requests, their results."""
 
+import asyncio
 import secrets
 import time
 import uuid
@@ -180,7 +181,7 @@ def truncate(token_ids: list[int], request: SamplingFields, max_tokens: int | No
     return token_ids[max(0, len(token_ids) - limit) :]
 
 
-def start_job(
+async def start_job(
     port: Port,
     prefix: str,
     http: Request,
@@ -195,19 +196,23 @@ def start_job(
     job_id = f"{prefix}-{asked[:_MAX_ID_LENGTH] if asked else uuid.uuid4().hex}"
     # Two clients may choose the same id; the engine's must be unique.
     unique = f"{job_id}-{secrets.token_hex(4)}" if asked else job_id
+
+    def submit(position: int, prompt: Prompt) -> ServedStream:
+        return engine.submit(
+            prompt.token_ids,
+            params,
+            request_id=f"{unique}-{position}" if len(prompts) > 1 else unique,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            constraints=constraints,
+        )
+
     streams: list[ServedStream] = []
     try:
         for position, prompt in enumerate(prompts):
-            streams.append(
-                engine.submit(
-                    prompt.token_ids,
-                    params,
-                    request_id=f"{unique}-{position}" if len(prompts) > 1 else unique,
-                    priority=request.priority,
-                    cache_salt=request.cache_salt,
-                    constraints=constraints,
-                )
-            )
+            # Compiling a grammar takes a while, in which the other clients' streams must go on.
+            grammar = constraints is not None and constraints.structured is not None
+            streams.append(await asyncio.to_thread(submit, position, prompt) if grammar else submit(position, prompt))
     except BaseException:
         for stream in streams:
             stream.abort()

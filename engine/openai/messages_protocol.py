@@ -61,6 +61,7 @@ def chat_request(body: CountTokensRequest) -> ChatCompletionRequest:
     ) - _OWN_NAMES
     fields: dict[str, Any] = {name: getattr(body, name) for name in shared}
     fields |= {
+        "n": 1,
         "messages": [*_system(body.system), *chat_messages(body.messages)],
         "tools": [_chat_tool(tool, f"tools[{position}]") for position, tool in enumerate(body.tools)],
         "chat_template_kwargs": _template_kwargs(body),

@@ -64,14 +64,18 @@ class ResponseBuilder:
         yield self._snapshot(f"response.{status}")
 
     def failed(self, error: Exception, chat: ChatJob) -> Iterator[JsonObject]:
-        """The last event of a response that went wrong; what was written stays."""
+        """The last event of a response that went wrong; what was written stays. Nothing if it was over."""
+        if self.over:
+            return
         yield from self._close("incomplete")
         self.response["error"] = {"code": "server_error", "message": describe(error)["error"]["message"]}
         self._end("failed", chat)
         yield self._snapshot("response.failed")
 
     def cancelled(self, chat: ChatJob) -> None:
-        """End the response because somebody asked for it; there is no event for this."""
+        """End the response because somebody asked for it; there is no event for this. Nothing if it was over."""
+        if self.over:
+            return
         for _ in self._close("incomplete"):
             pass
         self._end("cancelled", chat)

@@ -86,6 +86,7 @@ def chat_request(body: ResponsesRequest, messages: list[dict[str, Any]]) -> Chat
     fields: dict[str, Any] = {name: getattr(body, name) for name in shared}
     fields |= {
         "messages": messages,
+        "n": 1,
         "max_completion_tokens": body.max_output_tokens,
         "tools": [_chat_tool(tool, f"tools[{position}]") for position, tool in enumerate(body.tools)],
         "tool_choice": _chat_tool_choice(body.tool_choice) if body.tools else None,

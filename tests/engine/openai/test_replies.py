@@ -193,6 +193,15 @@ def test_constraints_reach_the_engine_through_every_route(
     assert llm.options[-1]["constraints"] == expected
 
 
+def test_apis_with_one_reply_take_no_n_from_the_live_settings(http: httpx.Client, llm: FakeLLM) -> None:
+    llm.settings.update(n=2)
+    response = http.post("/v1/responses", json={"input": "Hi"}).json()
+    assert response["output"][0]["content"][0]["text"] == "Hello, wörld!"
+    message = http.post("/v1/messages", json={"messages": MESSAGES, "max_tokens": 99}).json()
+    assert message["content"][0]["text"] == "Hello, wörld!"
+    assert [stream.params.n for stream in llm.submitted] == [1, 1]
+
+
 def test_anthropics_budget_is_the_thinking_budget(http: httpx.Client, llm: FakeLLM) -> None:
     body = {"messages": MESSAGES, "max_tokens": 9, "thinking": {"type": "enabled", "budget_tokens": 1024}}
     assert http.post("/v1/messages", json=body).status_code == 200
