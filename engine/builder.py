@@ -63,7 +63,7 @@ def build_engine(
         paged=args.use_paged_attention,
         block_size=args.block_size,
         kv_dtype=DTYPES.get(args.kv_cache_dtype),
-        prefer_views=device.kind == "cpu",
+        device=device.kind,
         vocab_size=vocab_size,
     )
     try:
@@ -109,7 +109,6 @@ def _plan(loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Devic
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         knob=args.memory_knob,
-        metal=device.kind == "metal",
     )
 
 

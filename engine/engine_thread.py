@@ -57,7 +57,7 @@ class EngineThread:
         with self._lock:
             self._check_open()
             self._streams[request.request_id] = stream
-        self._commands.put(lambda engine: engine.add_request(request, stream))
+        self._commands.put(lambda engine: _add(engine, request, stream))
 
     def abort(self, request_id: str) -> None:
         """End a request soon. Safe for ids that are unknown or over."""
@@ -156,7 +156,7 @@ class EngineThread:
                 failure = GenerationError(
                     f"the model failed: {_one_line(error)}; the engine goes on without this request"
                 )
-                failure.__cause__ = error
+                failure.__cause__ = error.with_traceback(None)  # its frames hold the weights
                 logger.error("%s", failure)
                 engine.fail_all(failure)
             self._forget_finished()
@@ -184,6 +184,17 @@ class EngineThread:
             streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
             stream.end(self._closed_error())
+
+
+def _add(engine: LLMEngine, request: NewRequest, stream: RequestStream) -> None:
+    """Queue a request; one that cannot even be queued fails alone."""
+    try:
+        engine.add_request(request, stream)
+    except Exception as error:  # noqa: BLE001  (the request ends here, and its stream is told)
+        engine.abort_request(request.request_id)
+        failure = GenerationError(f"the request could not be queued: {_one_line(error)}")
+        logger.error("%s", failure)
+        stream.end(failure)
 
 
 def _one_line(error: BaseException) -> str:

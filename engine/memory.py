@@ -114,14 +114,16 @@ class MemoryPlan:
     def log_line(self) -> str:
         """The plan in vllm-metal's words and order (GB = 1e9 bytes), the same on every device."""
         return (
-            f"{self._breakdown('metal_limit', 'usable_metal')}, per_block_bytes={self.per_block_bytes}, "
+            f"{self.breakdown()}, per_block_bytes={self.per_block_bytes}, "
             f"num_blocks={self.num_blocks}, max_tokens_cached={self.max_tokens_cached}"
         )
 
-    def _breakdown(self, limit: str, usable: str) -> str:
+    def breakdown(self) -> str:
+        """The plan's first figures, in vllm-metal's words on every device, in log lines as in errors."""
         return (
-            f"{limit}={_gb(self.device_limit)}, fraction={self.fraction:.2f}, {usable}={_gb(self.usable)}, "
-            f"model_memory={_gb(self.model_memory)}, overhead={_gb(self.overhead)}, kv_budget={_gb(self.kv_budget)}"
+            f"metal_limit={_gb(self.device_limit)}, fraction={self.fraction:.2f}, "
+            f"usable_metal={_gb(self.usable)}, model_memory={_gb(self.model_memory)}, "
+            f"overhead={_gb(self.overhead)}, kv_budget={_gb(self.kv_budget)}"
         )
 
     def rows(self) -> list[tuple[str, int, str]]:
@@ -183,7 +185,6 @@ def plan_memory(
     max_model_len: int | Literal["auto"] | None = None,
     max_num_seqs: int | Literal["auto"] = "auto",
     knob: str = "gpu_memory_utilization",
-    metal: bool = True,
 ) -> MemoryPlan:
     """Divide ``device_limit`` bytes. Raises :class:`MemoryPlanError` if nothing useful fits.
 
@@ -228,7 +229,7 @@ def plan_memory(
         max_model_len_that_fits=fits,
         groups=need.groups,
     )
-    _refuse_what_does_not_fit(plan, _Blame(knob, metal, asked_for_seqs=max_num_seqs != "auto"))
+    _refuse_what_does_not_fit(plan, _Blame(knob, asked_for_seqs=max_num_seqs != "auto"))
     return plan
 
 
@@ -291,11 +292,10 @@ class _Blame:
     """What an error says about the user's settings and the device."""
 
     knob: str
-    metal: bool
     asked_for_seqs: bool
 
     def breakdown(self, plan: MemoryPlan) -> str:
-        return plan._breakdown(*(("metal_limit", "usable_metal") if self.metal else ("device_limit", "usable")))
+        return plan.breakdown()
 
     def mitigations(self, plan: MemoryPlan) -> str:
         fewer = "decrease max_num_seqs, " if self.asked_for_seqs and plan.state_bytes_per_seq else ""
@@ -308,10 +308,10 @@ class _Blame:
 
 def _refuse_what_does_not_fit(plan: MemoryPlan, blame: _Blame) -> None:
     if plan.kv_budget < 0 or (plan.kv_budget == 0 and plan.per_block_bytes):
-        memory = "Metal memory" if blame.metal else "device memory"
         raise blame.error(
             plan,
-            f"Paged attention: not enough {memory} for KV cache. {blame.breakdown(plan)}. {blame.mitigations(plan)}",
+            "Paged attention: not enough Metal memory for KV cache. "
+            f"{blame.breakdown(plan)}. {blame.mitigations(plan)}",
         )
     if plan.num_blocks < MIN_BLOCKS:
         raise blame.error(

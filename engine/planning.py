@@ -86,7 +86,6 @@ def plan(
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         knob=args.memory_knob,
-        metal=device.kind == "metal" or device_memory is not None,
     )
 
 

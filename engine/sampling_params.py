@@ -95,7 +95,11 @@ class SamplingParams:
         ranges: tuple[tuple[str, bool, str], ...] = (
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "be in [-2, 2]"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "be in [-2, 2]"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "be greater than zero"),
+            (
+                "repetition_penalty",
+                1e-6 <= self.repetition_penalty < float("inf"),
+                "be greater than zero (at least 1e-6)",
+            ),
             ("temperature", 0.0 <= self.temperature < float("inf"), "be non-negative"),
             ("top_p", 0.0 < self.top_p <= 1.0, "be in (0, 1]"),
             ("top_k", self.top_k >= 0, "be 0 or -1 (all tokens), or at least 1"),

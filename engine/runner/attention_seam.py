@@ -29,7 +29,7 @@ def _attend(
     mask: mx.array | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    if isinstance(cache, PagedLayerCache):
+    if isinstance(cache, PagedLayerCache) and cache.flat:
         return cache.attend(queries, scale, sinks)
     return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 

@@ -135,7 +135,6 @@ def _check_room(num_bytes: int, config: ModelConfig, args: EngineArgs, device: D
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         knob=args.memory_knob,
-        metal=device.kind == "metal",
     )
 
 

@@ -34,23 +34,24 @@ class PagedBackend:
 
     def __init__(
         self, model: nn.Module, tree: CacheTree, block_size: int, *, calls: Calls,
-        kv_dtype: mx.Dtype | None = None, prefer_views: bool,
+        kv_dtype: mx.Dtype | None = None, prefer_views: bool, max_rows: int | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.calls = calls
-        flat = self.flat = calls == "flat"
+        flat = calls == "flat"
+        self.max_rows = max_rows
         self.block_size = block_size
         self.groups = group_leaves(flatten(tree))
         self.pools = [_make_pool(leaves, block_size, kv_dtype) for leaves in self.groups]
         self._views: dict[CacheLeaf, LayerCache] = {}
         for leaves, pool in zip(self.groups, self.pools, strict=True):
             for index, leaf in enumerate(leaves):
-                self._views[leaf] = _make_view(pool, index, leaf, flat)
+                self._views[leaf] = _make_view(pool, index, leaf)
         self._caches: list[AnyCache] = [
             CacheList(*(self._views[leaf] for leaf in entry)) if isinstance(entry, tuple) else self._views[entry]
             for entry in tree
         ]
-        self._prefer_views = prefer_views
+        self.prefer_views = prefer_views
         self._selector = RowSelector(model)
         self._modules = attention_seam.install(model) if flat else ()
         self._before: list[object] | None = None
@@ -70,17 +71,18 @@ class PagedBackend:
     def forward(self, batch: StepBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
         """See :class:`engine.runner.backends.Backend`. Blocks must be within the pools."""
         self._before = [pool.snapshot() for pool in self.pools]
-        if self.flat:
+        if self.calls == "flat" and (self.max_rows is None or batch.num_rows <= self.max_rows):
             rows = np.concatenate(
                 [first + local for first, local in zip(batch.first_rows, wanted, strict=True)], dtype=np.int32
             )
-            return self._call(batch, tokens[:, None], None if len(rows) == batch.num_rows else rows)
+            return self._call(batch, tokens[:, None], None if len(rows) == batch.num_rows else rows, flat=True)
         decodes = [i for i, share in enumerate(batch.shares) if self._decodes(share)]
         logits: dict[int, mx.array] = {}
-        if decodes:
-            index = mx.array([batch.first_rows[i] for i in decodes])
-            found = self._call(batch.part(decodes), tokens[index][:, None], None)
-            logits = {i: found[row : row + 1] for row, i in enumerate(decodes)}
+        size = self.max_rows or max(1, len(decodes))
+        for some_decodes in (decodes[i : i + size] for i in range(0, len(decodes), size)):
+            index = mx.array([batch.first_rows[i] for i in some_decodes])
+            found = self._call(batch.part(some_decodes), tokens[index][:, None], None)
+            logits |= {i: found[row : row + 1] for row, i in enumerate(some_decodes)}
         for i in sorted(range(len(batch.shares)), key=lambda i: batch.order[i]):
             if i not in logits:
                 some = tokens[batch.first_rows[i] : batch.first_rows[i] + batch.shares[i].num_tokens]
@@ -130,13 +132,13 @@ class PagedBackend:
 
     def _decodes(self, share: ScheduledRequest) -> bool:
         """Whether a share joins the one call for decodes; a last bit of a prompt keeps its place in the schedule."""
-        return self.calls == "rectangles" and share.num_tokens == 1 and share.start >= share.request.num_prompt_tokens
+        return self.calls != "sequences" and share.num_tokens == 1 and share.start >= share.request.num_prompt_tokens
 
-    def _call(self, batch: StepBatch, tokens: mx.array, rows: Int32 | None) -> mx.array:
+    def _call(self, batch: StepBatch, tokens: mx.array, rows: Int32 | None, *, flat: bool = False) -> mx.array:
         """Logits [rows, V] of one call with token ids [T, 1] or [1, T]; ``rows`` None: of all."""
-        self._prepare(batch)
+        self._prepare(batch, flat=flat)
         pick = None if rows is None else mx.array(rows)
-        as_sequence = tokens.shape[0] == 1
+        as_sequence = not flat
         if pick is not None:
             self._selector.pick = (lambda hidden: hidden[:, pick]) if as_sequence else (lambda hidden: hidden[pick])
         try:
@@ -149,7 +151,7 @@ class PagedBackend:
         logits = logits.reshape(-1, logits.shape[-1])
         return logits if pick is None or logits.shape[0] == len(pick) else logits[pick]
 
-    def _prepare(self, batch: StepBatch) -> None:
+    def _prepare(self, batch: StepBatch, *, flat: bool) -> None:
         begins = batch.shares[0].start == 0
         for group, leaves in enumerate(self.groups):
             if leaves[0].kind == "state":
@@ -161,12 +163,12 @@ class PagedBackend:
                 continue
             layout = StepLayout(
                 batch, self.block_size, group=group, window=leaves[0].window,
-                prefer_views=self._prefer_views and self.flat,
+                prefer_views=self.prefer_views and flat,
             )  # fmt: skip
             for leaf in leaves:
                 view = self._views[leaf]
                 assert isinstance(view, PagedLayerCache)
-                view.layout = layout
+                view.layout, view.flat = layout, flat
 
 
 def _make_pool(leaves: Sequence[CacheLeaf], block_size: int, kv_dtype: mx.Dtype | None) -> KVPool | StatePool:
@@ -175,9 +177,7 @@ def _make_pool(leaves: Sequence[CacheLeaf], block_size: int, kv_dtype: mx.Dtype 
     return KVPool([leaf.shape for leaf in leaves if leaf.shape is not None], block_size, kv_dtype)
 
 
-def _make_view(pool: KVPool | StatePool, index: int, leaf: CacheLeaf, flat: bool) -> LayerCache:
+def _make_view(pool: KVPool | StatePool, index: int, leaf: CacheLeaf) -> LayerCache:
     if isinstance(pool, StatePool):
         return StateLayerCache(pool, index)
-    view = PagedLayerCache(pool, index, leaf.window)
-    view.flat = flat
-    return view
+    return PagedLayerCache(pool, index, leaf.window)

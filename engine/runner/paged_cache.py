@@ -23,7 +23,7 @@ class PagedLayerCache:
         self._index = index
         self._window = window
         self.layout: StepLayout | None = None
-        self.flat = True
+        self.flat = False
 
     @property
     def offset(self) -> mx.array | int:

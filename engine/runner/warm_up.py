@@ -10,6 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from engine.request import Request
 from engine.runner.backends import Backend, ContiguousBackend
+from engine.runner.devices import DeviceKind
 from engine.runner.kv_spec import UnsupportedCacheError, flatten, probe_caches
 from engine.runner.paged_backend import Calls, PagedBackend
 from engine.runner.step_batch import StepBatch
@@ -18,14 +19,17 @@ from engine.step import ScheduledRequest
 
 _CHECK_LENGTHS = (21, 34, 9, 50, 3)
 _TOLERANCE = 1e-3
-_LOOSE_TOLERANCE = 0.1
-"""Of the logits' spread: rounding in half precision stays below, a wrong mask or position does not."""
+_LOOSE_TOLERANCE = 0.3
+"""Of the logits' spread: rounding in half precision, or in TF32 on GPUs, stays below (0.11 was the most seen); a wrong
+mask or position does not (it gave 4)."""
+_MAX_ROWS_ON_CUDA = 96
+"""MLX 0.32.4's CUDA RoPE with an offset per row fails from 128 rows on."""
 _NUM_SAMPLES = ((16, 16), (64, 64), (64, 1024))
 """(rows, context) of the measured steps."""
 
 
 def choose_backend(
-    model: nn.Module, *, paged: bool, block_size: int, kv_dtype: mx.Dtype | None, prefer_views: bool, vocab_size: int
+    model: nn.Module, *, paged: bool, block_size: int, kv_dtype: mx.Dtype | None, device: DeviceKind, vocab_size: int
 ) -> tuple[Backend, str | None]:
     """The first way to run this model that gives its own logits, and a line for the user where that is not paged.
 
@@ -42,8 +46,11 @@ def choose_backend(
     reason = ""
     ways: tuple[Calls, ...] = ("flat", "rectangles", "sequences")
     for calls in ways[1:] if has_state else ways:
-        backend = PagedBackend(model, tree, block_size, calls=calls, kv_dtype=kv_dtype, prefer_views=prefer_views)
-        problem = _problem(backend, model, kv_dtype, vocab_size)
+        backend = PagedBackend(
+            model, tree, block_size, calls=calls, kv_dtype=kv_dtype, prefer_views=device == "cpu",
+            max_rows=_MAX_ROWS_ON_CUDA if device == "cuda" else None,
+        )  # fmt: skip
+        problem = _problem(backend, model, kv_dtype, vocab_size, exact=device == "cpu")
         if problem is None:
             return backend, None
         backend.close()
@@ -51,14 +58,16 @@ def choose_backend(
     return ContiguousBackend(model), _fallback_line(reason)
 
 
-def _problem(backend: PagedBackend, model: nn.Module, kv_dtype: mx.Dtype | None, vocab_size: int) -> str | None:
+def _problem(
+    backend: PagedBackend, model: nn.Module, kv_dtype: mx.Dtype | None, vocab_size: int, *, exact: bool
+) -> str | None:
     """Why this backend does not give the model's own logits, or None."""
     try:
         difference = paging_difference(backend, model, vocab_size)
     except Exception as error:  # noqa: BLE001  (an architecture may object in any way; it still runs contiguously)
         return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
     kinds = {leaf.shape.dtype for leaves in backend.groups for leaf in leaves if leaf.shape is not None}
-    exact = kv_dtype in (None, mx.float32) and kinds <= {mx.float32}
+    exact = exact and kv_dtype in (None, mx.float32) and kinds <= {mx.float32}
     if difference <= (_TOLERANCE if exact else _LOOSE_TOLERANCE):
         return None
     return f"its logits differ by {difference:.2g}"

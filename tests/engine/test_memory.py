@@ -31,10 +31,6 @@ def test_the_log_line_is_the_seeds_to_the_letter():
     )
 
 
-def test_the_log_line_keeps_its_words_on_every_device():
-    assert seed_plan(metal=False).log_line() == seed_plan().log_line()
-
-
 def test_a_negative_budget_is_refused_in_the_seeds_words_with_the_knob_that_was_turned():
     states = [
         KVGroupSpec("full", (3,), bytes_per_token=20_480),
@@ -85,14 +81,6 @@ def test_a_context_that_does_not_fit_is_refused_in_the_seeds_words_with_the_leng
 def test_max_model_len_auto_takes_the_length_that_the_error_names():
     plan = seed_plan(fraction=0.75, model_memory=15.01e9, overhead=1.08e9, max_model_len="auto")
     assert plan.max_model_len == plan.max_model_len_that_fits == 100_160
-
-
-def test_errors_do_not_speak_of_metal_where_there_is_none():
-    with pytest.raises(MemoryPlanError) as refused:
-        seed_plan(model_memory=46e9, metal=False)
-    message = str(refused.value)
-    assert "not enough device memory for KV cache. device_limit=51.54GB, fraction=0.90, usable=46.39GB" in message
-    assert "etal" not in message
 
 
 def test_fewer_than_sixteen_blocks_are_refused_and_sixteen_are_not():

@@ -37,3 +37,70 @@ def test_on_this_cpu_half_precision_weights_are_planned_as_they_are_loaded(tiny_
     mx.save_safetensors(str(folder / "model.safetensors"), half, metadata={"format": "mlx"})
     planned = engine.plan(str(folder)).model_memory
     assert planned == load_model(resolve(str(folder)), EngineArgs(str(folder))).num_bytes
+
+
+_HYBRID = {
+    "num_attention_heads": 16,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 248320,
+    "max_position_embeddings": 262144,
+    "tie_word_embeddings": False,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
+    "torch_dtype": "bfloat16",
+    "rope_parameters": {
+        "rope_type": "default",
+        "type": "default",
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [11, 11, 10],
+    },
+}
+SEED_CASES = {
+    "gemma-4-26b-a4b": (
+        {"model_type": "gemma4", "text_config": {
+            "model_type": "gemma4_text", "hidden_size": 2816, "num_hidden_layers": 30, "intermediate_size": 2112,
+            "num_attention_heads": 16, "head_dim": 256, "global_head_dim": 512, "num_key_value_heads": 8,
+            "num_global_key_value_heads": 2, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
+            "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "sliding_window": 1024,
+            "sliding_window_pattern": 6, "max_position_embeddings": 262144, "tie_word_embeddings": True,
+            "attention_k_eq_v": True, "torch_dtype": "bfloat16"}},
+        131072, "21.64GB", "1.08GB", 5 * 2 * 2 * 512 * 2, 0,
+    ),
+    "qwen3.6-35b-a3b": (
+        {"model_type": "qwen3_5_moe", "text_config": {
+            "model_type": "qwen3_5_moe_text", **_HYBRID, "hidden_size": 2048, "num_hidden_layers": 40,
+            "intermediate_size": 512, "num_key_value_heads": 2, "linear_num_value_heads": 32, "num_experts": 8,
+            "num_experts_per_tok": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+            "decoder_sparse_step": 1, "norm_topk_prob": True}},
+        32768, "22.75GB", "1.00GB", 10 * 2 * 2 * 256 * 2, 30 * (32 * 128 * 128 * 4 + 3 * (2 * 2048 + 4096) * 2),
+    ),
+    "qwen3.6-27b": (
+        {"model_type": "qwen3_5", "text_config": {
+            "model_type": "qwen3_5_text", **_HYBRID, "hidden_size": 5120, "num_hidden_layers": 64,
+            "intermediate_size": 17408, "num_key_value_heads": 4, "linear_num_value_heads": 48}},
+        32768, "26.19GB", "1.16GB", 16 * 2 * 4 * 256 * 2, 48 * (48 * 128 * 128 * 4 + 3 * (2 * 2048 + 6144) * 2),
+    ),
+}  # fmt: skip
+"""config.json, context, weights, overhead (as the seed printed them), then by hand: bytes of a token on the full
+layers (keys and values, heads, dimension, two bytes) and of a sequence's recurrent and convolution states."""
+
+
+@pytest.mark.parametrize("name", SEED_CASES)
+def test_the_three_models_that_the_seed_gave_up_fit(name, tmp_path):
+    """vllm-metal needs 27.5 GiB for the first, and is short of 1.57 GB and 28.11 GB for the others."""
+    config, length, weights, overhead, per_token, state = SEED_CASES[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = engine.plan(
+        str(tmp_path), max_model_len=length, fraction=0.75, device_memory="51.54GB", model_memory=weights,
+        overhead=overhead, dtype="bfloat16",
+    )  # fmt: skip
+    assert plan.per_block_bytes == 16 * per_token
+    assert plan.kv_budget > 0
+    assert plan.max_tokens_cached >= length
+    assert plan.kv_bytes_at_max_len < 3.5e9
+    assert sum(group.state_bytes for group in plan.groups) == state

@@ -9,6 +9,7 @@ from engine.core.block_pool import BlockPool
 from engine.core.kv_cache_manager import FullAttentionGroup, KVCacheManager, SlidingWindowGroup, StateGroup
 from engine.core.scheduler import Scheduler
 from engine.request import Request
+from engine.runner.devices import describe_device
 from engine.runner.kv_spec import num_logits
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
@@ -21,12 +22,15 @@ BLOCK_SIZE = 8
 class BareEngine:
     """Greedy generation through the real scheduler, caches and runner, one step in flight."""
 
-    def __init__(self, model, *, paged=True, prefer_views=True):
+    def __init__(self, model, *, paged=True, prefer_views=True, max_rows=None):
         self.vocab_size = num_logits(model)
         self.backend, self.note = choose_backend(
-            model, paged=paged, block_size=BLOCK_SIZE, kv_dtype=None, prefer_views=prefer_views,
+            model, paged=paged, block_size=BLOCK_SIZE, kv_dtype=None, device=describe_device().kind,
             vocab_size=self.vocab_size,
         )  # fmt: skip
+        if isinstance(self.backend, PagedBackend):
+            self.backend.prefer_views = prefer_views
+            self.backend.max_rows = max_rows or self.backend.max_rows
         self.start()
 
     def start(self, *, num_blocks=400, chunk=512, caching=True, num_seqs=40):
