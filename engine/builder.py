@@ -20,7 +20,7 @@ from engine.memory import KVGroupSpec, MemoryPlan, plan_memory
 from engine.metrics import EngineMetrics
 from engine.runner.backends import Backend
 from engine.runner.devices import Device, clear_cache, describe_device
-from engine.runner.kv_spec import contiguous_bytes_per_token, group_spec, num_logits
+from engine.runner.kv_spec import contiguous_group, group_spec, num_logits
 from engine.runner.loader import DTYPES, LoadedModel, load_model
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
@@ -29,9 +29,6 @@ from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("engine")
-_CHUNK_ON_GPU = 2048
-_CHUNK_ON_CPU = 512
-"""Where a token costs milliseconds, longer chunks only delay other requests, aborts and interrupts."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,6 @@ class BuiltEngine:
     engine: LLMEngine
     config: ModelConfig
     plan: MemoryPlan
-    model_bytes: int
     notes: list[str]
 
 
@@ -83,23 +79,19 @@ def build_engine(
     for line in notes:
         logger.info("%s", line)
     logger.info("Paged attention memory breakdown: %s", plan.log_line())
-    return BuiltEngine(engine, loaded.config, plan, loaded.num_bytes, notes)
-
-
-def chunk_size(args: EngineArgs, device: Device) -> int:
-    """Most tokens in one step."""
-    return args.max_num_batched_tokens or (_CHUNK_ON_CPU if device.kind == "cpu" else _CHUNK_ON_GPU)
+    return BuiltEngine(engine, loaded.config, plan, notes)
 
 
 def _plan(loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Device, vocab_size: int) -> MemoryPlan:
     context = loaded.config.context_length
     length = args.max_model_len if isinstance(args.max_model_len, int) else context
-    overhead = measure_overhead(backend, vocab_size).bytes(min(chunk_size(args, device), length), length)
+    chunk = min(args.max_num_batched_tokens or device.chunk_size, length)
+    overhead = measure_overhead(backend, vocab_size).bytes(chunk, length)
     if isinstance(backend, PagedBackend):
         backend.release()
     clear_cache()
     return plan_memory(
-        groups=_groups(backend, loaded, args, min(chunk_size(args, device), length)),
+        groups=_groups(backend, loaded, args, chunk),
         device_limit=device.memory_limit,
         fraction=args.memory_fraction,
         model_memory=loaded.num_bytes,
@@ -116,8 +108,7 @@ def _groups(backend: Backend, loaded: LoadedModel, args: EngineArgs, chunk: int)
     if isinstance(backend, PagedBackend):
         dtype = DTYPES.get(args.kv_cache_dtype)
         return [group_spec(leaves, args.block_size, chunk, dtype) for leaves in backend.groups]
-    per_token = contiguous_bytes_per_token(loaded.model)
-    return [KVGroupSpec("full", tuple(range(len(loaded.model.layers))), per_token, block_size=args.block_size)]
+    return [contiguous_group(loaded.model, args.block_size)]
 
 
 def _cache_group(spec: KVGroupSpec, plan: MemoryPlan, backend: Backend, index: int, *, caching: bool) -> KVCacheGroup:
@@ -147,7 +138,11 @@ def _assemble(
     kv = KVCacheManager(
         [_cache_group(spec, plan, backend, index, caching=caching) for index, spec in enumerate(plan.groups)]
     )
-    scheduler = Scheduler(kv, max_num_seqs=plan.max_num_seqs, max_num_batched_tokens=chunk_size(args, device))
+    scheduler = Scheduler(
+        kv,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens or device.chunk_size,
+    )
     runner = ModelRunner(backend, vocab_size, max_blocks=[group.pool.num_blocks for group in kv.groups])
     return LLMEngine(
         scheduler,

@@ -47,15 +47,6 @@ def plan(
         options["memory_fraction"] = fraction
     args = EngineArgs.from_options(model, options)
     prepare_backend()
-    from engine.runner.kv_spec import (
-        UnsupportedCacheError,
-        contiguous_bytes_per_token,
-        flatten,
-        group_leaves,
-        group_spec,
-        probe_caches,
-    )
-    from engine.runner.loader import DTYPES
     from engine.runner.skeleton import build_skeleton, weight_bytes
 
     resolved = resolve(args.model, args.revision, part="config")
@@ -65,18 +56,9 @@ def plan(
     on_this_cpu = device.kind == "cpu" and device_memory is None
     dtype = "float32" if on_this_cpu and args.dtype == "auto" else args.dtype
     skeleton = build_skeleton(config, dtype)
-    chunk = min(args.max_num_batched_tokens or _CHUNK, config.context_length)
-    try:
-        groups = [
-            group_spec(leaves, args.block_size, chunk, DTYPES.get(args.kv_cache_dtype))
-            for leaves in group_leaves(flatten(probe_caches(skeleton)))
-        ]
-    except UnsupportedCacheError:
-        layers = tuple(range(len(skeleton.layers)))
-        groups = [KVGroupSpec("full", layers, contiguous_bytes_per_token(skeleton), block_size=args.block_size)]
     weights = weight_bytes(resolved, skeleton, converted=dtype != "auto" and "quantization" not in config.hf_config)
     return plan_memory(
-        groups=groups,
+        groups=_groups(skeleton, args, min(args.max_num_batched_tokens or _CHUNK, config.context_length)),
         device_limit=device.memory_limit if device_memory is None else bytes_of(device_memory),
         fraction=args.memory_fraction,
         model_memory=weights if model_memory is None else bytes_of(model_memory, "model_memory"),
@@ -87,6 +69,19 @@ def plan(
         max_num_seqs=args.max_num_seqs,
         knob=args.memory_knob,
     )
+
+
+def _groups(skeleton: Any, args: EngineArgs, chunk: int) -> list[KVGroupSpec]:
+    """The cache groups of a model without weights, ``chunk`` tokens of which run ahead of a window."""
+    from engine.runner import kv_spec
+    from engine.runner.loader import DTYPES
+
+    try:
+        leaves = kv_spec.flatten(kv_spec.probe_caches(skeleton))
+    except kv_spec.UnsupportedCacheError:
+        return [kv_spec.contiguous_group(skeleton, args.block_size)]
+    dtype = DTYPES.get(args.kv_cache_dtype)
+    return [kv_spec.group_spec(group, args.block_size, chunk, dtype) for group in kv_spec.group_leaves(leaves)]
 
 
 def estimated_overhead(config: ModelConfig, args: EngineArgs) -> int:

@@ -37,7 +37,8 @@ def _attend(
 def install(model: nn.Module) -> tuple[str, ...]:
     """Wrap the name in every module that the model's layers come from; gives the modules for :func:`remove`."""
     modules = sorted({type(layer).__module__ for _, layer in model.named_modules()})
-    wrapped = tuple(name for name in modules if getattr(sys.modules[name], _NAME, None) in (_original, _attend))
+    # A module that came with the model itself is not among the imported ones: its attention stays its own.
+    wrapped = tuple(name for name in modules if getattr(sys.modules.get(name), _NAME, None) in (_original, _attend))
     for name in wrapped:
         setattr(sys.modules[name], _NAME, _attend)
         _users[name] = _users.get(name, 0) + 1
@@ -62,14 +63,19 @@ class RowSelector:
 
     def __init__(self, model: nn.Module) -> None:
         self.pick: Callable[[mx.array], mx.array] | None = None
-        trunk = _trunk(model)
-        self.found = trunk is not None
-        if trunk is not None:
-            _select_after(trunk, self)
+        self._trunk = _trunk(model)
+        self._kind = type(self._trunk)
+        if self._trunk is not None:
+            _select_after(self._trunk, self)
 
     def apply(self, hidden: mx.array) -> mx.array:
         """The wanted rows of the trunk's output."""
         return hidden if self.pick is None else self.pick(hidden)
+
+    def remove(self) -> None:
+        """Leave the trunk as it was."""
+        if self._trunk is not None:
+            self._trunk.__class__ = self._kind
 
 
 def _trunk(model: nn.Module) -> nn.Module | None:

@@ -1,9 +1,9 @@
 """From token rows to logits, over pages or over mlx-lm's own contiguous caches.
 
-Both answer the same three calls, so the scheduler and the sampler know no difference.
+Both answer the calls of :class:`Backend`, so the scheduler and the sampler know no difference.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -47,6 +47,12 @@ class Backend(Protocol):
         """Give all memory back and undo every change to the model's modules."""
 
 
+def join_rows(logits: Mapping[int, mx.array], wanted: Sequence[Int32]) -> mx.array:
+    """The logits of all shares (by index) that want any, in order of the shares."""
+    parts = [logits[i] for i, rows in enumerate(wanted) if len(rows)]
+    return mx.concatenate(parts) if parts else mx.zeros((0, 1))
+
+
 class ContiguousBackend:
     """mlx-lm's own caches: one set per request while it prefills, merged for the requests that decode."""
 
@@ -73,10 +79,7 @@ class ContiguousBackend:
             if i not in logits:
                 some = tokens[batch.first_rows[i] : batch.first_rows[i] + share.num_tokens]
                 logits[i] = self._prefill(share.request, share.start, some, wanted[i])
-            elif not len(wanted[i]):
-                del logits[i]
-        parts = [logits[i] for i in sorted(logits) if len(wanted[i])]
-        return mx.concatenate(parts, axis=0) if parts else mx.zeros((0, 1))
+        return join_rows(logits, wanted)
 
     def forget(self, request: Request) -> None:
         """Drop the request's caches."""
@@ -100,11 +103,12 @@ class ContiguousBackend:
 
     def reset(self) -> None:
         """Drop all caches."""
-        self.close()
+        self._own, self._batch, self._batch_caches = {}, [], []
 
     def close(self) -> None:
-        """Drop all caches."""
-        self._own, self._batch, self._batch_caches = {}, [], []
+        """Drop all caches, leave the model as it was."""
+        self.reset()
+        self._selector.remove()
 
     def _decodes(self, request: Request, num_tokens: int) -> bool:
         mergeable = request in self._batch or (

@@ -31,6 +31,14 @@ class Device:
     memory_limit: int
 
     @property
+    def chunk_size(self) -> int:
+        """Most tokens in one step where the user does not say.
+
+        Where a token costs milliseconds, longer chunks only delay other requests, aborts and interrupts.
+        """
+        return 512 if self.kind == "cpu" else 2048
+
+    @property
     def runs_packed_weights_fast(self) -> bool:
         """Whether matrix products on packed (4 or 8 bit) weights beat float32 here."""
         return self.kind != "cpu"

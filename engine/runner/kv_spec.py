@@ -4,6 +4,7 @@ The model runs one token lazily on recording caches: kinds and shapes are known 
 anything, so this works before the weights are read, for any architecture that mlx-lm has.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,13 +56,7 @@ class CacheLeaf:
     @property
     def state_bytes(self) -> int:
         """Bytes of one sequence's state."""
-        total = 0
-        for shape, dtype in self.states:
-            size = dtype.size
-            for length in shape:
-                size *= length
-            total += size
-        return total
+        return sum(math.prod(shape) * dtype.size for shape, dtype in self.states)
 
 
 CacheTree = list[CacheLeaf | tuple[CacheLeaf, ...]]
@@ -90,7 +85,8 @@ def probe_caches(model: nn.Module) -> CacheTree:
     originals = make_prompt_cache(model)
     recorders = [_recorder(cache) for cache in originals]
     model(mx.zeros((1, 1), dtype=mx.int32), cache=recorders)
-    return [_leaves(layer, cache, recorder) for layer, (cache, recorder) in enumerate(zip(originals, recorders))]  # noqa: B905
+    pairs = zip(originals, recorders, strict=True)
+    return [_leaves(layer, cache, recorder) for layer, (cache, recorder) in enumerate(pairs)]
 
 
 def flatten(tree: CacheTree) -> list[CacheLeaf]:
@@ -115,6 +111,12 @@ def group_spec(leaves: Sequence[CacheLeaf], block_size: int, chunk: int, dtype: 
     per_token = sum(leaf.shape.bytes_per_token(dtype) for leaf in leaves if leaf.shape is not None)
     window = None if first.window is None else first.window + chunk
     return KVGroupSpec(first.kind, layers, per_token, window=window, block_size=block_size)
+
+
+def contiguous_group(model: nn.Module, block_size: int) -> KVGroupSpec:
+    """The one group of a model on mlx-lm's contiguous caches: blocks are bookkeeping there."""
+    layers = tuple(range(len(model.layers)))
+    return KVGroupSpec("full", layers, contiguous_bytes_per_token(model), block_size=block_size)
 
 
 def contiguous_bytes_per_token(model: nn.Module) -> int:

@@ -12,9 +12,10 @@ from engine.memory import next_pool_size
 from engine.request import Request
 from engine.runner import attention_seam
 from engine.runner.attention_seam import RowSelector
+from engine.runner.backends import join_rows
 from engine.runner.kv_pool import KVPool, StatePool
 from engine.runner.kv_spec import CacheLeaf, CacheTree, flatten, group_leaves
-from engine.runner.paged_cache import AnyCache, LayerCache, PagedLayerCache, StateLayerCache
+from engine.runner.paged_cache import LayerCache, PagedLayerCache, StateLayerCache
 from engine.runner.step_batch import Int32, StepBatch
 from engine.runner.step_layout import StepLayout
 from engine.step import ScheduledRequest
@@ -38,7 +39,6 @@ class PagedBackend:
     ) -> None:  # fmt: skip
         self.model = model
         self.calls = calls
-        flat = calls == "flat"
         self.max_rows = max_rows
         self.block_size = block_size
         self.groups = group_leaves(flatten(tree))
@@ -47,19 +47,14 @@ class PagedBackend:
         for leaves, pool in zip(self.groups, self.pools, strict=True):
             for index, leaf in enumerate(leaves):
                 self._views[leaf] = _make_view(pool, index, leaf)
-        self._caches: list[AnyCache] = [
+        self._caches: list[LayerCache | CacheList] = [
             CacheList(*(self._views[leaf] for leaf in entry)) if isinstance(entry, tuple) else self._views[entry]
             for entry in tree
         ]
         self.prefer_views = prefer_views
         self._selector = RowSelector(model)
-        self._modules = attention_seam.install(model) if flat else ()
+        self._modules = attention_seam.install(model) if calls == "flat" else ()
         self._before: list[object] | None = None
-
-    @property
-    def nbytes(self) -> list[int]:
-        """Bytes held, by group."""
-        return [pool.nbytes for pool in self.pools]
 
     def make_room(self, batch: StepBatch, limits: Sequence[int]) -> None:
         """Grow the pools so that the blocks of ``batch`` exist; never over ``limits`` (blocks, by group)."""
@@ -87,8 +82,7 @@ class PagedBackend:
             if i not in logits:
                 some = tokens[batch.first_rows[i] : batch.first_rows[i] + batch.shares[i].num_tokens]
                 logits[i] = self._call(batch.part([i]), some[None], wanted[i])
-        parts = [logits[i] for i in range(len(batch.shares)) if len(wanted[i])]
-        return mx.concatenate(parts) if len(parts) > 1 else parts[0] if parts else mx.zeros((0, 1))
+        return join_rows(logits, wanted)
 
     def settle(self) -> None:
         """Give up :meth:`undo`: pages that are still referred to would be copied, not written in place."""
@@ -125,8 +119,9 @@ class PagedBackend:
             pool.release()
 
     def close(self) -> None:
-        """Release the pools, unwrap the attention."""
+        """Release the pools, leave the model and its modules as they were."""
         self.release()
+        self._selector.remove()
         attention_seam.remove(self._modules)
         self._modules = ()
 
@@ -138,9 +133,8 @@ class PagedBackend:
         """Logits [rows, V] of one call with token ids [T, 1] or [1, T]; ``rows`` None: of all."""
         self._prepare(batch, flat=flat)
         pick = None if rows is None else mx.array(rows)
-        as_sequence = not flat
         if pick is not None:
-            self._selector.pick = (lambda hidden: hidden[:, pick]) if as_sequence else (lambda hidden: hidden[pick])
+            self._selector.pick = (lambda hidden: hidden[pick]) if flat else (lambda hidden: hidden[:, pick])
         try:
             logits: mx.array = self.model(tokens, cache=self._caches)
         finally:

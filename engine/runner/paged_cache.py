@@ -6,8 +6,6 @@ itself. In a *rectangular* call (layers with a recurrent state, or attention of 
 caches give back what was read, as mlx-lm's own do.
 """
 
-from typing import Any
-
 import mlx.core as mx
 
 from engine.runner.kv_pool import KVPool, StatePool
@@ -106,5 +104,3 @@ class StateLayerCache:
 
 
 LayerCache = PagedLayerCache | StateLayerCache
-AnyCache = Any
-"""A :data:`LayerCache`, or mlx-lm's ``CacheList`` of several."""

@@ -8,6 +8,7 @@ that is read.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +25,10 @@ _MIN_SLICE = 4
 
 @dataclass(frozen=True)
 class SequenceRead:
-    """Rows [first, last) of one sequence at positions from ``start``, reading positions [begin, end)."""
+    """Rows [first, last) of one sequence at positions from ``start``, reading positions [begin, end).
+
+    What is derived is kept, since every layer of a group asks for it.
+    """
 
     first: int
     last: int
@@ -40,7 +44,7 @@ class SequenceRead:
         """Rows of this sequence."""
         return self.last - self.first
 
-    @property
+    @cached_property
     def first_slot(self) -> int | None:
         """Where the positions lie in the pages, if their blocks are consecutive."""
         if len(self.blocks) > 1 and not (np.diff(self.blocks) == 1).all():
@@ -52,8 +56,11 @@ class SequenceRead:
         if self.num_rows == 1:
             return None
         cut = self.window is not None and self.end - self.begin > self.window
-        if not cut and not as_array:
-            return "causal"
+        return self.seen if cut or as_array else "causal"
+
+    @cached_property
+    def seen(self) -> mx.array:
+        """Bool [rows, end - begin]: what each row may see."""
         rows = np.arange(self.start, self.end)[:, None]
         columns = np.arange(self.begin, self.end)[None]
         seen = columns <= rows

@@ -10,7 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from engine.request import Request
 from engine.runner.backends import Backend, ContiguousBackend
-from engine.runner.devices import DeviceKind
+from engine.runner.devices import DeviceKind, active_memory, clear_cache, peak_memory, reset_peak_memory
 from engine.runner.kv_spec import UnsupportedCacheError, flatten, probe_caches
 from engine.runner.paged_backend import Calls, PagedBackend
 from engine.runner.step_batch import StepBatch
@@ -80,7 +80,7 @@ def _fallback_line(reason: str) -> str:
 def paging_difference(backend: PagedBackend, model: nn.Module, vocab_size: int) -> float:
     """Largest difference between paged and contiguous logits, relative to their spread.
 
-    Two sequences prefill together and then decode together, so that positions, masks, scattered
+    Several sequences prefill together and then decode together, so that positions, masks, scattered
     writes and gathered reads all take part.
     """
     rng = np.random.default_rng(0)
@@ -158,13 +158,13 @@ def _peak(backend: Backend, rows: int, context: int, vocab_size: int) -> int:
         _compute(backend, ScheduledRequest(request, 0, start, tables, samples=False, pending=False))
     share = ScheduledRequest(request, start, rows, tables, samples=True, pending=False)
     backend.make_room(StepBatch.build([share]), [max(1, *map(len, tables))] * len(tables))
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    clear_cache()
+    reset_peak_memory()
+    before = active_memory()
     _compute(backend, share)
-    peak = mx.get_peak_memory() - before
+    peak = peak_memory() - before
     backend.forget(request)
-    return int(peak)
+    return peak
 
 
 def _compute(backend: Backend, share: ScheduledRequest) -> None:
