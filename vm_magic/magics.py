@@ -86,7 +86,13 @@ class VLLMMetal(Magics):  # type: ignore[misc]
         except Exception as error:
             if not self.short_errors:
                 raise
-            failure = short_error(error)
+            failure: BaseException = short_error(error)
+        except Interrupted:
+            raise
+        except KeyboardInterrupt:  # ■ before there was a request, or after it had ended
+            if not self.short_errors:
+                raise
+            failure = Interrupted("stopped; the model stays loaded")
         raise failure  # outside of the except block: the original and its frames are not kept alive
 
     def _dispatch(self, line: str, cell: str | None) -> Any:

@@ -1,7 +1,7 @@
 """A real kernel over the Jupyter protocol, with the scripted model installed in it."""
 
 import queue
-import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -68,7 +68,7 @@ def test_an_error_is_one_line_on_the_error_channel_and_aborts_the_next_cell(read
     second = ready.client.execute("'not run'")
     replies = {}
     while len(replies) < 2:
-        message = ready.client.get_shell_msg(timeout=10)
+        message = ready.client.get_shell_msg(timeout=60)
         replies[message["parent_header"]["msg_id"]] = message["content"]
     assert replies[first]["status"] == "error"
     assert replies[first]["ename"] == "ConfigError"
@@ -80,32 +80,41 @@ def test_an_error_is_one_line_on_the_error_channel_and_aborts_the_next_cell(read
     assert of_type(errors, "stream") == []
 
 
-def drain(kernel: Kernel, parent: str) -> Messages:
-    """iopub messages of the request ``parent`` until it is idle."""
+def idle(message: Any) -> bool:
+    return message["msg_type"] == "status" and message["content"]["execution_state"] == "idle"
+
+
+def drain(kernel: Kernel, parent: str, until: Callable[[Any], bool] = idle) -> Messages:
+    """iopub messages of the request ``parent`` up to the first that ``until`` accepts."""
     messages: Messages = []
     while True:
-        message = kernel.client.get_iopub_msg(timeout=10)
+        message = kernel.client.get_iopub_msg(timeout=60)
         if message["parent_header"].get("msg_id") != parent:
             continue
         messages.append(message)
-        if message["msg_type"] == "status" and message["content"]["execution_state"] == "idle":
+        if until(message):
             return messages
+
+
+def shows(text: str) -> Callable[[Any], bool]:
+    """Accepts the message whose output contains ``text``."""
+    return lambda message: text in str(message["content"].get("data", {}).get("text/plain", ""))
 
 
 def test_interrupt_keeps_the_partial_text_and_stops_run_all(ready: Kernel) -> None:
     ready.run("llm.delay = 0.2\nother = llm.submit('somebody else', llm.sampling_params())")
     first = ready.client.execute("%%chat\nhello")
     second = ready.client.execute("'not run'")
-    time.sleep(0.7)
+    messages = drain(ready, first, shows("alpha beta"))
     ready.manager.interrupt_kernel()
     replies = {}
     while len(replies) < 2:
-        message = ready.client.get_shell_msg(timeout=10)
+        message = ready.client.get_shell_msg(timeout=60)
         replies[message["parent_header"]["msg_id"]] = message["content"]
     assert replies[first]["ename"] == "Interrupted"
     assert len(replies[first]["traceback"]) == 1
     assert replies[second]["status"] == "aborted"
-    shown = show_as_a_notebook(drain(ready, first))
+    shown = show_as_a_notebook([*messages, *drain(ready, first)])
     assert len(shown) == 1
     assert shown[0].startswith("alpha beta")
     assert shown[0].endswith("⏹ interrupted")
@@ -117,11 +126,11 @@ def test_interrupt_keeps_the_partial_text_and_stops_run_all(ready: Kernel) -> No
 
 def test_interrupting_a_load_leaves_nothing_loaded(ready: Kernel) -> None:
     first = ready.client.execute("%vllm_metal load slow")
-    time.sleep(0.8)
+    messages = drain(ready, first, lambda message: message["msg_type"] == "display_data")
     ready.manager.interrupt_kernel()
-    reply = ready.client.get_shell_msg(timeout=10)["content"]
+    reply = ready.client.get_shell_msg(timeout=60)["content"]
     assert (reply["ename"], reply["evalue"]) == ("Interrupted", "loading stopped; nothing is loaded")
-    assert show_as_a_notebook(drain(ready, first)) == ["slow: not loaded"]
+    assert show_as_a_notebook([*messages, *drain(ready, first)]) == ["slow: not loaded"]
     assert "no model is loaded" in ready.text("print(get_ipython().run_line_magic('vllm_metal', 'status'))")
 
 
@@ -131,24 +140,20 @@ def test_a_detached_reply_fills_the_cell_that_asked_while_others_run(ready: Kern
     others = [ready.client.execute("import time; time.sleep(0.15); print('mine')") for _ in range(6)]
     messages: Messages = []
     while not any(m["parent_header"].get("msg_id") == others[-1] and idle(m) for m in messages):
-        messages.append(ready.client.get_iopub_msg(timeout=10))
+        messages.append(ready.client.get_iopub_msg(timeout=60))
     while True:
         try:
             messages.append(ready.client.get_iopub_msg(timeout=1))
         except queue.Empty:
             break
     for _ in range(7):
-        ready.client.get_shell_msg(timeout=10)
+        ready.client.get_shell_msg(timeout=60)
     mine = [m for m in messages if m["parent_header"].get("msg_id") == asked]
     theirs = [m for m in messages if m["parent_header"].get("msg_id") in others]
     assert show_as_a_notebook(mine) == [WORDS]
     assert next(i for i, m in enumerate(mine) if idle(m)) < len(mine) - 3, "the cell ended before its reply did"
     assert of_type(theirs, "update_display_data") == []
     assert [c["text"] for c in of_type(theirs, "stream")] == ["mine\n"] * 6
-
-
-def idle(message: dict[str, Any]) -> bool:
-    return message["msg_type"] == "status" and message["content"]["execution_state"] == "idle"
 
 
 def test_serve_shows_the_address_and_never_the_key(ready: Kernel) -> None:
@@ -161,7 +166,7 @@ def test_serve_shows_the_address_and_never_the_key(ready: Kernel) -> None:
 
 def test_completion_requests_are_answered(ready: Kernel) -> None:
     ready.client.complete("%vllm_metal lo", 14)
-    content = ready.client.get_shell_msg(timeout=10)["content"]
+    content = ready.client.get_shell_msg(timeout=60)["content"]
     assert content["matches"] == ["load", "logs"]
     assert (content["cursor_start"], content["cursor_end"]) == (12, 14)
 

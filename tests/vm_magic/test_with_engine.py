@@ -2,7 +2,6 @@
 
 import os
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,10 +72,10 @@ print(sorted(got), stats.num_running, stats.num_used_blocks, idle)
 def test_an_interrupt_ends_one_cell_and_no_client_and_frees_its_blocks(served: Kernel) -> None:
     assert served.run(CLIENTS)[0]["status"] == "ok"
     cell = served.client.execute("%%chat -t 0.8\nTell me a long story")
-    time.sleep(0.5)
+    messages = drain(served, cell, lambda message: message["msg_type"] == "update_display_data")
     served.manager.interrupt_kernel()
     reply = served.client.get_shell_msg(timeout=30)["content"]
-    shown = show_as_a_notebook(drain(served, cell))
+    shown = show_as_a_notebook([*messages, *drain(served, cell)])
     if reply["status"] == "error":  # a quick machine may have written the whole story by then
         assert reply["ename"] == "Interrupted"
         assert shown[0].endswith("⏹ interrupted")
