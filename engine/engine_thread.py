@@ -8,12 +8,17 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from engine.builder import BuiltEngine
+from engine.builder import BuiltEngine, build_engine
+from engine.config import EngineArgs
 from engine.errors import EngineClosedError, GenerationError, VMMagicError
-from engine.llm_engine import LLMEngine, NewRequest
+from engine.hub import ResolvedModel
+from engine.llm_engine import LLMEngine
+from engine.metrics import EngineMetrics
+from engine.request import NewRequest
 from engine.runner.devices import leave_thread
 from engine.stats_log import StatsLog
 from engine.stream import RequestStream
+from engine.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 _Command = Callable[[LLMEngine], None]
@@ -184,6 +189,31 @@ class EngineThread:
             streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
             stream.end(self._closed_error())
+
+
+def start_engine(
+    resolved: ResolvedModel,
+    args: EngineArgs,
+    tokenizer: Tokenizer,
+    metrics: EngineMetrics,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[EngineThread, BuiltEngine]:
+    """Load a model on a thread of its own and wait for it; what is raised meanwhile, an interrupt too, ends both."""
+    cancelled = threading.Event()
+
+    def report(stage: str, done: int, total: int) -> None:
+        if cancelled.is_set():
+            raise KeyboardInterrupt
+        if progress is not None:
+            progress(stage, done, total)
+
+    thread = EngineThread(lambda: build_engine(resolved, args, tokenizer, metrics, report))
+    try:
+        return thread, thread.start()
+    except BaseException:
+        cancelled.set()
+        thread.close()
+        raise
 
 
 def _add(engine: LLMEngine, request: NewRequest, stream: RequestStream) -> None:

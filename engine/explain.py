@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.constraints import Constraints
+from engine.errors import RequestError
 from engine.request_log import RequestLog, RequestRecord, common_prefix
 from engine.sampling_params import SamplingParams
 
@@ -121,6 +122,19 @@ class Explainer:
     eos_token_ids: frozenset[int]
     block_size: int
     no_caching: str = ""
+
+    def explain_latest(self, count: int = 1) -> Explanation:
+        """The ``count``-th request from the end. Raises RequestError if no such request is remembered."""
+        record = self.log.latest(count)
+        if record is None:
+            known = len(self.log)
+            raise RequestError(
+                f"there is no request {count} from the end: {known} are remembered"
+                if known
+                else "there was no request yet; ask something first (%%chat, or a client)",
+                param="count",
+            )
+        return self.explain(record)
 
     def explain(self, record: RequestRecord) -> Explanation:
         """Everything known of ``record`` now."""

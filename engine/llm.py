@@ -4,40 +4,37 @@ All of them share one engine and one KV cache. MLX lives on the engine's own thr
 tokenizing happen in the caller's.
 """
 
-import itertools
-import operator
-import secrets
 import threading
 import time
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from engine.batch import one_prompt, params_of_each, run_all
 from engine.config import EngineArgs, ModelConfig
 from engine.constraints import Constraints
-from engine.errors import ContextLengthError, RequestError
-from engine.explain import Explainer, Explanation, Parsed
+from engine.errors import RequestError
+from engine.explain import Explanation
+from engine.explaining import make_explainer
 from engine.hub import resolve
 from engine.metrics import EngineMetrics
 from engine.outputs import CompletionDelta, RequestOutput
-from engine.replay import collect_reply
-from engine.request_log import RequestLog, RequestRecord
+from engine.request_log import RequestLog
+from engine.request_maker import RequestMaker
 from engine.runner.devices import active_memory, prepare_backend
-from engine.runner.sampling_metadata import check_token_ids
 from engine.sampling_defaults import Resolved, SamplingDefaults
 from engine.sampling_params import SamplingParams
 from engine.settings import Settings
 from engine.stream import RequestStream
-from engine.text.chat_template import ChatTemplate, load_template
-from engine.text.guides import Guides
+from engine.text.chat_template import ChatTemplate
 from engine.text.output_parser import OutputParser, ToolChoice
 from engine.text.parser_choice import ParserChoice
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from engine.llm_engine import EngineStats, NewRequest
+    from engine.llm_engine import EngineStats
     from engine.memory import MemoryPlan
     from engine.openai.server import ServerHandle
 
@@ -67,12 +64,11 @@ class LLM:
     def __init__(self, model: str, *, progress: Progress | None = None, **options: Any) -> None:
         self.args = EngineArgs.from_options(model, options)
         prepare_backend()  # before anything imports mlx
-        from engine.builder import build_engine
-        from engine.engine_thread import EngineThread
+        from engine.engine_thread import start_engine
 
         resolved = resolve(self.args.model, self.args.revision, progress=progress)
         self.tokenizer: Tokenizer = load_tokenizer(resolved, self.args)
-        self._template = self._make_template()
+        self._template = ChatTemplate.of_model(self.args, self.tokenizer)
         self._parsers = ParserChoice.of_model(self.args, self._template.source, self.tokenizer)
         self.reasoning_parser = self._parsers.reasoning_parser
         self.tool_call_parser = self._parsers.tool_call_parser
@@ -81,24 +77,8 @@ class LLM:
         self.request_log = RequestLog()
         self.server: ServerHandle | None = None
         self.created = time.time()
-        self._request_numbers = itertools.count()
         self._serving = threading.Lock()
-        cancelled = threading.Event()
-
-        def report(stage: str, done: int, total: int) -> None:
-            if cancelled.is_set():
-                raise KeyboardInterrupt
-            if progress is not None:
-                progress(stage, done, total)
-
-        args, tokenizer, metrics = self.args, self.tokenizer, self.metrics
-        self._thread = EngineThread(lambda: build_engine(resolved, args, tokenizer, metrics, report))
-        try:
-            built = self._thread.start()
-        except BaseException:
-            cancelled.set()
-            self._thread.close()
-            raise
+        self._thread, built = start_engine(resolved, self.args, self.tokenizer, self.metrics, progress)
         # Also when the object is dropped, and at exit, where a thread inside MLX would abort the process.
         weakref.finalize(self, self._thread.close)
         self.model_config: ModelConfig = built.config
@@ -107,9 +87,9 @@ class LLM:
             built.config.generation_config, self.args.override_generation_config, self.settings
         )
         self.notes = [*built.notes, *filter(None, [self._parsers.note, self.defaults.log_line()])]
-        self._vocab_size = built.engine.runner.vocab_size
-        self._eos_token_ids = built.config.eos_token_ids | self.tokenizer.eos_token_ids
-        self._guides = self._make_guides()
+        self._requests = RequestMaker.of_model(
+            self.args, built.config, self.tokenizer, self._parsers, built.engine.runner.vocab_size
+        )
         self._reuses_prefixes = built.engine.scheduler.kv.groups[0].pool.enable_caching
 
     def __enter__(self) -> "LLM":
@@ -202,7 +182,15 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         token_ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         request_id = request_id or f"req-{uuid.uuid4().hex}"
-        request = self._new_request(request_id, token_ids, params, priority, cache_salt, constraints)
+        request = self._requests.make(
+            request_id,
+            token_ids,
+            params,
+            max_model_len=self.plan.max_model_len,
+            priority=priority,
+            cache_salt=cache_salt,
+            constraints=constraints,
+        )
         thread = self._thread
         stream = RequestStream(
             request_id,
@@ -231,8 +219,9 @@ class LLM:
         """
         single = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
         wanted: Any = [prompts] if single else prompts
-        each = self._params_of(sampling_params, len(wanted))
-        return self._run([(_one_prompt(prompt), params) for prompt, params in zip(wanted, each, strict=True)], use_tqdm)
+        each = params_of_each(sampling_params, len(wanted), self.sampling_params)
+        requests = [(one_prompt(prompt), params) for prompt, params in zip(wanted, each, strict=True)]
+        return run_all(self.submit, requests, use_tqdm=use_tqdm)
 
     def chat(
         self,
@@ -246,7 +235,8 @@ class LLM:
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Sequence[Message]] = [messages] if single else messages  # type: ignore[assignment,list-item]
         prompts = [self._chat_tokens(conversation, template) for conversation in conversations]
-        return self._run(list(zip(prompts, self._params_of(sampling_params, len(prompts)), strict=True)), use_tqdm)
+        each = params_of_each(sampling_params, len(prompts), self.sampling_params)
+        return run_all(self.submit, zip(prompts, each, strict=True), use_tqdm=use_tqdm)
 
     def stream(
         self,
@@ -297,16 +287,16 @@ class LLM:
 
         Raises RequestError if no such request is remembered (the latest 32 are).
         """
-        record = self.request_log.latest(count)
-        if record is None:
-            known = len(self.request_log)
-            raise RequestError(
-                f"there is no request {count} from the end: {known} are remembered"
-                if known
-                else "there was no request yet; ask something first (%%chat, or a client)",
-                param="count",
-            )
-        return self._explainer().explain(record)
+        explainer = make_explainer(
+            self.request_log,
+            self.tokenizer,
+            self.output_parser,
+            eos_token_ids=self._requests.eos_token_ids,
+            block_size=self.plan.block_size,
+            caching_wanted=self.args.enable_prefix_caching,
+            reuses_prefixes=self._reuses_prefixes,
+        )
+        return explainer.explain_latest(count)
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
@@ -318,45 +308,6 @@ class LLM:
         if server is not None:
             server.stop()
         self._thread.close()
-
-    def _explainer(self) -> Explainer:
-        why = "prefix caching is off (--no-enable-prefix-caching)"
-        if self.args.enable_prefix_caching and not self._reuses_prefixes:
-            why = "this model runs on mlx-lm's contiguous caches, which keep nothing between requests"
-        return Explainer(
-            log=self.request_log,
-            decode=lambda token_ids: self.tokenizer.decode(token_ids, skip_special_tokens=False),
-            token_text=self.tokenizer.token_text,
-            parse=self._parse_again,
-            eos_token_ids=self._eos_token_ids,
-            block_size=self.plan.block_size,
-            no_caching="" if self._reuses_prefixes else why,
-        )
-
-    def _parse_again(self, record: RequestRecord, text: str) -> Parsed:
-        """What the door's parser made of ``text``; where the door does not parse, all is content."""
-        if record.parsing is None:
-            return Parsed(text)
-        reply = collect_reply(self.output_parser(**record.parsing), [text], None)
-        return Parsed(reply.text, reply.reasoning, [call["function"] for call in reply.tool_calls])
-
-    def _make_guides(self) -> Guides:
-        return Guides(
-            self.tokenizer,
-            self._vocab_size,
-            self._eos_token_ids,
-            reasoning_parser=self.reasoning_parser,
-            tool_call_parser=self.tool_call_parser,
-            reasoning_config=self.args.reasoning_config,
-        )
-
-    def _make_template(self) -> ChatTemplate:
-        return ChatTemplate(
-            load_template(self.args.chat_template, self.tokenizer.chat_template),
-            bos_token=self.tokenizer.bos_token,
-            eos_token=self.tokenizer.eos_token,
-            default_kwargs=self.args.default_chat_template_kwargs,
-        )
 
     def _submit_any(
         self,
@@ -373,107 +324,3 @@ class LLM:
 
     def _chat_tokens(self, messages: Sequence[Message], template: Mapping[str, Any]) -> list[int]:
         return self.tokenize(self.render_chat(messages, **template), add_special_tokens=False)
-
-    def _params_of(
-        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> Sequence[SamplingParams]:
-        """Sampling values of each of ``count`` requests."""
-        if given is None:
-            resolved = self.sampling_params()
-            given = resolved if resolved.max_tokens is not None else resolved.replace(max_tokens=16)
-        if isinstance(given, SamplingParams):
-            return [given] * count
-        if len(given) != count:
-            raise RequestError("The lengths of prompts and params must be the same.", param="sampling_params")
-        return given
-
-    def _run(
-        self, requests: Sequence[tuple[str | Sequence[int], SamplingParams]], use_tqdm: bool
-    ) -> list[RequestOutput]:
-        """Submit all, wait for all; if anything raises, abort the rest."""
-        streams: list[RequestStream] = []
-        try:
-            for prompt, params in requests:
-                streams.append(self.submit(prompt, params))
-            waited: Iterable[RequestStream] = streams
-            if use_tqdm and len(streams) > 1:
-                from tqdm.auto import tqdm
-
-                waited = tqdm(streams, desc="Processed prompts")
-            return [stream.result() for stream in waited]
-        except BaseException:
-            for stream in streams:
-                stream.abort()
-            raise
-
-    def _new_request(
-        self,
-        request_id: str,
-        token_ids: list[int],
-        params: SamplingParams,
-        priority: int,
-        cache_salt: str | None,
-        constraints: Constraints | None,
-    ) -> "NewRequest":
-        from engine.llm_engine import NewRequest
-
-        if not token_ids:
-            raise RequestError("The prompt is empty: give at least one token.", param="prompt")
-        if max(token_ids) >= self._vocab_size or min(token_ids) < 0:
-            raise RequestError(f"Token id {max(token_ids)} is out of vocabulary ({self._vocab_size}).", param="prompt")
-        check_token_ids(params, self._vocab_size)
-        return NewRequest(
-            request_id=request_id,
-            prompt_token_ids=token_ids,
-            params=params,
-            max_tokens=self._max_tokens(len(token_ids), params.max_tokens),
-            eos_token_ids=self._eos_token_ids,
-            seed=self._seed(params),
-            bad_words_token_ids=self._bad_words(params),
-            priority=priority,
-            cache_salt=cache_salt,
-            make_guide=self._guides.prepare(constraints, token_ids, params),
-        )
-
-    def _max_tokens(self, num_prompt: int, asked: int | None) -> int:
-        limit = self.plan.max_model_len
-        if num_prompt + (asked or 1) > limit:
-            raise ContextLengthError(
-                f"This model's maximum context length is {limit} tokens. However, you requested {asked or 1} output "
-                f"tokens and your prompt contains at least {num_prompt} input tokens, for a total of at least "
-                f"{num_prompt + (asked or 1)} tokens. Please reduce the length of the input prompt or the number of "
-                "requested output tokens.",
-                param="max_tokens" if num_prompt < limit else "prompt",
-            )
-        return asked or limit - num_prompt
-
-    def _seed(self, params: SamplingParams) -> int:
-        if params.seed is not None:
-            return params.seed
-        if self.args.seed is not None:
-            return self.args.seed * 1_000_003 + next(self._request_numbers)
-        return secrets.randbits(63)
-
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Each word as tokens, at the start of a text and behind a space, as in vLLM."""
-        found: list[tuple[int, ...]] = []
-        for word in params.bad_words:
-            plain = tuple(self.tokenize(word.lstrip(), add_special_tokens=False))
-            spaced = tuple(self.tokenize(" " + word.lstrip(), add_special_tokens=False))
-            found.append(plain)
-            if spaced[0] != plain[0] and len(spaced) == len(plain):
-                found.append(spaced)
-        return tuple(found)
-
-
-def _one_prompt(prompt: Any) -> str | list[int]:
-    if isinstance(prompt, Mapping):
-        prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
-    if isinstance(prompt, str):
-        return prompt
-    try:
-        return [operator.index(token_id) for token_id in prompt]
-    except TypeError:
-        raise RequestError(
-            "a prompt is a text, a list of token ids, or {'prompt': …} or {'prompt_token_ids': …}", param="prompt"
-        ) from None

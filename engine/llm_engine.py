@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from engine.constraints import MakeGuide
 from engine.core.scheduler import Scheduler
 from engine.errors import GenerationError, VMMagicError
 from engine.metrics import EngineMetrics
 from engine.outputs import CompletionDelta, LogprobsAtPosition
-from engine.request import Request, RequestStatus
+from engine.request import NewRequest, Request, RequestStatus
 from engine.runner.model_runner import InFlightStep, ModelRunner, PromptLogprobs, SampledToken, StepResult
 from engine.sampling_params import SamplingParams
 from engine.stream import RequestStream
@@ -36,22 +35,6 @@ class EngineStats:
     num_preemptions: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class NewRequest:
-    """A request at the engine's door, already templated, tokenized and checked."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    max_tokens: int
-    eos_token_ids: frozenset[int]
-    seed: int
-    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
-    priority: int = 0
-    cache_salt: str | None = None
-    make_guide: MakeGuide | None = None
 
 
 @dataclass(eq=False, slots=True)

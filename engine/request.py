@@ -4,7 +4,7 @@ import enum
 import time
 from dataclasses import dataclass, field
 
-from engine.constraints import TokenGuide
+from engine.constraints import MakeGuide, TokenGuide
 from engine.outputs import RequestMetrics
 from engine.sampling_params import SamplingParams
 
@@ -40,6 +40,22 @@ _FINISH_REASON = {
     RequestStatus.FINISHED_ABORTED: "abort",
     RequestStatus.FINISHED_ERROR: "error",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """A request at the engine's door, already templated, tokenized and checked."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    eos_token_ids: frozenset[int]
+    seed: int
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
+    cache_salt: str | None = None
+    make_guide: MakeGuide | None = None
 
 
 @dataclass(eq=False, slots=True)

@@ -14,8 +14,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.config import EngineArgs
 from engine.errors import ConfigError, RequestError
 from engine.text.chat_messages import ContentFormat, detect_content_format, normalise_messages, tests_for_string
+from engine.text.tokenizer import Tokenizer
 
 RESERVED_VARIABLES = frozenset(
     ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
@@ -82,6 +84,16 @@ class ChatTemplate:
     bos_token: str | None = field(default=None, kw_only=True)
     eos_token: str | None = field(default=None, kw_only=True)
     default_kwargs: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    @classmethod
+    def of_model(cls, args: EngineArgs, tokenizer: Tokenizer) -> Self:
+        """The template that ``--chat-template`` names, else the tokenizer's own."""
+        return cls(
+            load_template(args.chat_template, tokenizer.chat_template),
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            default_kwargs=args.default_chat_template_kwargs,
+        )
 
     def with_source(self, source: str | None) -> Self:
         """The same variables for another template (a request's own)."""

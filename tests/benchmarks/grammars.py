@@ -83,12 +83,13 @@ def whole_steps(llm: LLM, repeats: int) -> None:
 
 def parts(llm: LLM, repeats: int) -> None:
     """Compiling, computing masks, applying them."""
-    first = milliseconds(lambda: llm._guides.prepare(JSON, [1], GREEDY), 1)
-    again = milliseconds(lambda: llm._guides.prepare(JSON, [1], GREEDY), repeats)
+    guides = llm._requests.guides
+    first = milliseconds(lambda: guides.prepare(JSON, [1], GREEDY), 1)
+    again = milliseconds(lambda: guides.prepare(JSON, [1], GREEDY), repeats)
     print(f"first grammar {first:.0f} ms (the vocabulary's trie included), each further one {again:.2f} ms")
-    make = llm._guides.prepare(JSON, [1], GREEDY)
+    make = guides.prepare(JSON, [1], GREEDY)
     assert make is not None
-    vocab_size = llm._vocab_size
+    vocab_size = llm._requests.vocab_size
     for rows in (1, 8):
         guides = [make() for _ in range(rows)]
         for guide in guides:

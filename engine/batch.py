@@ -1,0 +1,64 @@
+"""Lists of prompts: which sampling values go with which prompt, and waiting for all of them."""
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from engine.errors import RequestError
+from engine.outputs import RequestOutput
+from engine.sampling_params import SamplingParams
+from engine.stream import RequestStream
+
+DEFAULT_MAX_TOKENS = 16
+"""vLLM's number of tokens for ``LLM.generate`` without sampling values."""
+
+
+def one_prompt(prompt: Any) -> str | list[int]:
+    """A prompt as text or token ids: vLLM also takes ``{"prompt": …}`` and ``{"prompt_token_ids": …}``."""
+    if isinstance(prompt, Mapping):
+        prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError:
+        raise RequestError(
+            "a prompt is a text, a list of token ids, or {'prompt': …} or {'prompt_token_ids': …}", param="prompt"
+        ) from None
+
+
+def params_of_each(
+    given: SamplingParams | Sequence[SamplingParams] | None, count: int, default: Callable[[], SamplingParams]
+) -> Sequence[SamplingParams]:
+    """Sampling values of each of ``count`` requests."""
+    if given is None:
+        resolved = default()
+        given = resolved if resolved.max_tokens is not None else resolved.replace(max_tokens=DEFAULT_MAX_TOKENS)
+    if isinstance(given, SamplingParams):
+        return [given] * count
+    if len(given) != count:
+        raise RequestError("The lengths of prompts and params must be the same.", param="sampling_params")
+    return given
+
+
+def run_all(
+    submit: Callable[[str | Sequence[int], SamplingParams], RequestStream],
+    requests: Iterable[tuple[str | Sequence[int], SamplingParams]],
+    *,
+    use_tqdm: bool,
+) -> list[RequestOutput]:
+    """Submit all, wait for all; if anything raises, abort the rest."""
+    streams: list[RequestStream] = []
+    try:
+        for prompt, params in requests:
+            streams.append(submit(prompt, params))
+        waited: Iterable[RequestStream] = streams
+        if use_tqdm and len(streams) > 1:
+            from tqdm.auto import tqdm
+
+            waited = tqdm(streams, desc="Processed prompts")
+        return [stream.result() for stream in waited]
+    except BaseException:
+        for stream in streams:
+            stream.abort()
+        raise
