@@ -100,14 +100,14 @@ def _plan(loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Devic
         context_length=context,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
+        kv_cache_dtype=args.kv_cache_dtype,
         knob=args.memory_knob,
     )
 
 
 def _groups(backend: Backend, loaded: LoadedModel, args: EngineArgs, chunk: int) -> list[KVGroupSpec]:
     if isinstance(backend, PagedBackend):
-        dtype = DTYPES.get(args.kv_cache_dtype)
-        return [group_spec(leaves, args.block_size, chunk, dtype) for leaves in backend.groups]
+        return [group_spec(leaves, args.block_size, chunk, args.kv_cache_dtype) for leaves in backend.groups]
     return [contiguous_group(loaded.model, args.block_size)]
 
 

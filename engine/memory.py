@@ -12,11 +12,11 @@ here), or needs the same however long the sequence gets (``sliding``: the pages 
 import bisect
 import html
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import ROUND_HALF_DOWN, Decimal
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self
 
-from engine.config import MAX_NUM_SEQS_LIMIT
+from engine.config import DEFAULT_MEMORY_FRACTION, KV_CACHE_DTYPES, MAX_NUM_SEQS_LIMIT, Auto
 from engine.errors import ConfigError, MemoryPlanError
 
 MIN_BLOCKS = 16
@@ -29,6 +29,19 @@ GIB = 2**30
 _VLLM_HELP = "https://docs.vllm.ai/en/latest/configuration/conserving_memory/"
 
 GroupKind = Literal["full", "sliding", "state", "shared", "latent"]
+_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class KVVectors(NamedTuple):
+    """``number`` key or value vectors of ``length`` elements, each of ``element_bytes`` in the model's own type."""
+
+    number: int
+    length: int
+    element_bytes: int
+
+    def num_bytes(self, kv_cache_dtype: str) -> int:
+        """Bytes of these vectors in pages of ``kv_cache_dtype``; ``auto`` is the model's own type."""
+        return self.number * self.length * _ELEMENT_BYTES.get(kv_cache_dtype, self.element_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,7 @@ class KVGroupSpec:
     ``bytes_per_token``: keys and values of one token over all the group's layers. ``window``
     (sliding): tokens that a sequence keeps, which is the attention window and the chunk that
     runs ahead of it. ``state_bytes`` (state): one sequence's slot over all the group's layers.
+    ``vectors``: what a token adds, whatever the pages' element type; empty where that cannot be chosen.
     """
 
     kind: GroupKind
@@ -46,6 +60,7 @@ class KVGroupSpec:
     window: int | None = None
     state_bytes: int = 0
     block_size: int = 16
+    vectors: tuple[KVVectors, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.kind != "sliding" or self.window, "a sliding group needs its window"
@@ -55,6 +70,20 @@ class KVGroupSpec:
     def grows(self) -> bool:
         """Whether each further token of a sequence needs memory."""
         return self.kind in ("full", "latent")
+
+    def with_kv_cache_dtype(self, kv_cache_dtype: str) -> Self:
+        """The same layers with pages of another element type. Raises ConfigError where there is no choice."""
+        if not self.bytes_per_token:
+            return self
+        if not self.vectors:
+            raise ConfigError(
+                f"--kv-cache-dtype {kv_cache_dtype}: this model runs on mlx-lm's contiguous caches, "
+                "which keep the model's own element type; leave the flag out",
+                flag="kv_cache_dtype",
+                value=kv_cache_dtype,
+                allowed="auto",
+            )
+        return replace(self, bytes_per_token=sum(some.num_bytes(kv_cache_dtype) for some in self.vectors))
 
     def bytes_per_sequence(self, num_tokens: int) -> int:
         """What a sequence of ``num_tokens`` needs in this group, in whole blocks."""
@@ -67,6 +96,17 @@ class KVGroupSpec:
             # A window that begins inside a block touches one block more.
             num_blocks = min(num_blocks, _ceil_div(self.window, self.block_size) + 1)
         return num_blocks * self.block_size * self.bytes_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInputs:
+    """What was asked of a plan, kept so that :func:`what_if` can ask otherwise."""
+
+    context_length: int
+    max_model_len: int | Auto | None = None
+    max_num_seqs: int | Auto = "auto"
+    kv_cache_dtype: str = "auto"
+    knob: str = "gpu_memory_utilization"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +134,7 @@ class MemoryPlan:
     kv_bytes_at_max_len: int
     max_model_len_that_fits: int
     groups: tuple[KVGroupSpec, ...]
+    inputs: PlanInputs
 
     @property
     def state_memory(self) -> int:
@@ -182,16 +223,17 @@ def plan_memory(
     overhead: int,
     block_size: int,
     context_length: int,
-    max_model_len: int | Literal["auto"] | None = None,
-    max_num_seqs: int | Literal["auto"] = "auto",
+    max_model_len: int | Auto | None = None,
+    max_num_seqs: int | Auto = "auto",
+    kv_cache_dtype: str = "auto",
     knob: str = "gpu_memory_utilization",
 ) -> MemoryPlan:
     """Divide ``device_limit`` bytes. Raises :class:`MemoryPlanError` if nothing useful fits.
 
     ``max_model_len`` None is the model's ``context_length``; "auto" the longest that fits.
     ``max_num_seqs`` "auto" is the largest number, up to 256, that the budget carries at
-    2048 tokens each, and never an error while one sequence fits. ``knob`` is the name under which the
-    user set the fraction; errors name it.
+    2048 tokens each, and never an error while one sequence fits. ``groups`` are in ``kv_cache_dtype``
+    already. ``knob`` is the name under which the user set the fraction; errors name it.
     """
     device_limit, model_memory, overhead = int(device_limit), int(model_memory), int(overhead)
     if isinstance(max_model_len, int) and max_model_len > context_length:
@@ -228,9 +270,44 @@ def plan_memory(
         kv_bytes_at_max_len=need.growing(length) + need.fixed(length),
         max_model_len_that_fits=fits,
         groups=need.groups,
+        inputs=PlanInputs(context_length, max_model_len, max_num_seqs, kv_cache_dtype, knob),
     )
     _refuse_what_does_not_fit(plan, _Blame(knob, asked_for_seqs=max_num_seqs != "auto"))
     return plan
+
+
+def what_if(
+    plan: MemoryPlan,
+    *,
+    fraction: float | Auto | None = None,
+    max_model_len: int | Auto | None = None,
+    max_num_seqs: int | Auto | None = None,
+    kv_cache_dtype: str | None = None,
+) -> MemoryPlan:
+    """``plan`` as it would be with other settings; what is not given stays as it was asked for.
+
+    Arithmetic only: weights, overhead and the device stay those of ``plan``. Raises
+    :class:`MemoryPlanError`, with the longest sequence that would fit, if the result does not fit, and
+    :class:`ConfigError` for values out of range.
+    """
+    asked = plan.inputs
+    dtype = asked.kv_cache_dtype if kv_cache_dtype is None else kv_cache_dtype
+    share = DEFAULT_MEMORY_FRACTION if fraction == "auto" else plan.fraction if fraction is None else float(fraction)
+    _check_settings(share, max_model_len, max_num_seqs, dtype)
+    same_pages = dtype == asked.kv_cache_dtype
+    return plan_memory(
+        groups=plan.groups if same_pages else [group.with_kv_cache_dtype(dtype) for group in plan.groups],
+        device_limit=plan.device_limit,
+        fraction=share,
+        model_memory=plan.model_memory,
+        overhead=plan.overhead,
+        block_size=plan.block_size,
+        context_length=asked.context_length,
+        max_model_len=asked.max_model_len if max_model_len is None else max_model_len,
+        max_num_seqs=asked.max_num_seqs if max_num_seqs is None else max_num_seqs,
+        kv_cache_dtype=dtype,
+        knob=asked.knob if fraction is None else "memory_fraction",
+    )
 
 
 def next_pool_size(current: int, needed: int, limit: int) -> int:
@@ -302,8 +379,27 @@ class _Blame:
         return f"Mitigations: increase {self.knob}, {fewer}use a smaller or more quantized model."
 
     def error(self, plan: MemoryPlan, message: str) -> MemoryPlanError:
-        numbers: dict[str, Any] = asdict(plan) | {"groups": plan.groups}
+        numbers: dict[str, Any] = asdict(plan) | {"groups": plan.groups, "inputs": plan.inputs}
         return MemoryPlanError(message, knob=self.knob, **numbers)
+
+
+def _check_settings(
+    fraction: float, max_model_len: int | Auto | None, max_num_seqs: int | Auto | None, kv_cache_dtype: str
+) -> None:
+    """Refuse what no plan can be made with. Lengths beyond the model's context are :func:`plan_memory`'s."""
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"fraction {fraction}: must be (0, 1]", flag="fraction", value=fraction, allowed="(0, 1]")
+    for name, value in (("max_model_len", max_model_len), ("max_num_seqs", max_num_seqs)):
+        if isinstance(value, int) and value < 1:
+            raise ConfigError(f"{name} {value}: must be at least 1, or auto", flag=name, value=value, allowed="[1, ∞)")
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        allowed = "one of " + ", ".join(KV_CACHE_DTYPES)
+        raise ConfigError(
+            f"--kv-cache-dtype {kv_cache_dtype}: must be {allowed}",
+            flag="kv_cache_dtype",
+            value=kv_cache_dtype,
+            allowed=allowed,
+        )
 
 
 def _refuse_what_does_not_fit(plan: MemoryPlan, blame: _Blame) -> None:

@@ -67,6 +67,7 @@ def plan(
         context_length=config.context_length,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
+        kv_cache_dtype=args.kv_cache_dtype,
         knob=args.memory_knob,
     )
 
@@ -74,14 +75,14 @@ def plan(
 def _groups(skeleton: Any, args: EngineArgs, chunk: int) -> list[KVGroupSpec]:
     """The cache groups of a model without weights, ``chunk`` tokens of which run ahead of a window."""
     from engine.runner import kv_spec
-    from engine.runner.loader import DTYPES
 
     try:
         leaves = kv_spec.flatten(kv_spec.probe_caches(skeleton))
     except kv_spec.UnsupportedCacheError:
         return [kv_spec.contiguous_group(skeleton, args.block_size)]
-    dtype = DTYPES.get(args.kv_cache_dtype)
-    return [kv_spec.group_spec(group, args.block_size, chunk, dtype) for group in kv_spec.group_leaves(leaves)]
+    return [
+        kv_spec.group_spec(group, args.block_size, chunk, args.kv_cache_dtype) for group in kv_spec.group_leaves(leaves)
+    ]
 
 
 def estimated_overhead(config: ModelConfig, args: EngineArgs) -> int:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
-from engine.memory import KVGroupSpec
+from engine.memory import KVGroupSpec, KVVectors
 
 LeafKind = Literal["full", "sliding", "state"]
 
@@ -35,9 +35,11 @@ class LayerShape:
         if not self.num_value_heads:
             object.__setattr__(self, "num_value_heads", self.num_kv_heads)
 
-    def bytes_per_token(self, dtype: mx.Dtype | None = None) -> int:
-        """Bytes of one token's keys and values, in the layer's own element type or in ``dtype``."""
-        return (self.num_kv_heads * self.key_dim + self.num_value_heads * self.value_dim) * (dtype or self.dtype).size
+    @property
+    def vectors(self) -> tuple[KVVectors, KVVectors]:
+        """What one token adds: its keys and its values."""
+        size = self.dtype.size
+        return KVVectors(self.num_kv_heads, self.key_dim, size), KVVectors(self.num_value_heads, self.value_dim, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +105,21 @@ def group_leaves(leaves: Sequence[CacheLeaf]) -> list[list[CacheLeaf]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def group_spec(leaves: Sequence[CacheLeaf], block_size: int, chunk: int, dtype: mx.Dtype | None) -> KVGroupSpec:
+def group_spec(leaves: Sequence[CacheLeaf], block_size: int, chunk: int, kv_cache_dtype: str) -> KVGroupSpec:
     """One group for the memory plan; ``chunk`` tokens run ahead of a sliding window."""
     first, layers = leaves[0], tuple(leaf.layer for leaf in leaves)
     if first.kind == "state":
         return KVGroupSpec("state", layers, state_bytes=sum(leaf.state_bytes for leaf in leaves), block_size=block_size)
-    per_token = sum(leaf.shape.bytes_per_token(dtype) for leaf in leaves if leaf.shape is not None)
+    vectors = [vector for leaf in leaves if leaf.shape is not None for vector in leaf.shape.vectors]
     window = None if first.window is None else first.window + chunk
-    return KVGroupSpec(first.kind, layers, per_token, window=window, block_size=block_size)
+    return KVGroupSpec(
+        first.kind,
+        layers,
+        sum(vector.num_bytes(kv_cache_dtype) for vector in vectors),
+        window=window,
+        block_size=block_size,
+        vectors=tuple(vectors),
+    )
 
 
 def contiguous_group(model: nn.Module, block_size: int) -> KVGroupSpec:

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from engine.errors import ConfigError, MemoryPlanError
-from engine.memory import MIN_POOL_BLOCKS, KVGroupSpec, MemoryPlan, next_pool_size, plan_memory
+from engine.memory import MIN_POOL_BLOCKS, KVGroupSpec, KVVectors, MemoryPlan, next_pool_size, plan_memory, what_if
 
 LIMIT = 51.54e9
 DENSE = KVGroupSpec("full", tuple(range(30)), bytes_per_token=225_280)
@@ -237,3 +237,48 @@ def test_a_pool_grows_geometrically_and_never_past_its_limit():
     assert next_pool_size(100, 5000, 8405) == 5000
     with pytest.raises(AssertionError):
         next_pool_size(10, 21, 20)
+
+
+SLIDING = KVGroupSpec("sliding", (30,), bytes_per_token=8192, window=1024, vectors=(KVVectors(8, 256, 2),) * 2)
+FULL = KVGroupSpec("full", (31,), bytes_per_token=4096, vectors=(KVVectors(2, 512, 2),) * 2)
+
+
+def test_what_if_changes_one_setting_and_plans_as_if_asked_for_at_once():
+    plan = seed_plan(groups=[FULL, SLIDING])
+    given = {"groups": [FULL, SLIDING]}
+    assert what_if(plan) == plan
+    assert what_if(plan, max_model_len=4096, max_num_seqs=3) == seed_plan(**given, max_model_len=4096, max_num_seqs=3)
+    assert what_if(plan, fraction=0.5) == seed_plan(**given, fraction=0.5, knob="memory_fraction")
+    assert what_if(what_if(plan, fraction=0.5), fraction="auto").fraction == 0.90
+
+
+def test_what_if_keeps_auto_auto_and_what_was_asked_for_as_it_is():
+    plan = seed_plan(max_model_len=65_536)
+    assert what_if(plan, fraction=0.8).max_num_seqs < plan.max_num_seqs
+    assert what_if(seed_plan(max_model_len=65_536, max_num_seqs=7), fraction=0.8).max_num_seqs == 7
+    shorter = what_if(seed_plan(max_model_len="auto"), fraction=0.6)
+    assert shorter.max_model_len == shorter.max_model_len_that_fits < 131_072
+    assert what_if(shorter, max_model_len=1024, max_num_seqs="auto").max_model_len == 1024
+
+
+def test_what_if_says_which_length_would_fit_and_what_is_out_of_range():
+    with pytest.raises(MemoryPlanError, match="memory_fraction") as refused:
+        what_if(seed_plan(), fraction=0.6)
+    longest = refused.value.max_model_len_that_fits
+    assert what_if(seed_plan(), fraction=0.6, max_model_len=longest).max_model_len == longest
+    wrong = [{"fraction": 0}, {"fraction": 1.5}, {"max_model_len": 0}, {"max_num_seqs": 0}, {"kv_cache_dtype": "int3"}]
+    for setting in wrong:
+        with pytest.raises(ConfigError, match=next(iter(setting)).replace("kv_cache_dtype", "kv-cache-dtype")):
+            what_if(seed_plan(), **setting)
+    with pytest.raises(ConfigError, match="greater than the derived max_model_len"):
+        what_if(seed_plan(), max_model_len=131_073)
+
+
+def test_what_if_follows_the_pages_element_type():
+    plan = seed_plan(groups=[FULL, SLIDING])
+    wide = what_if(plan, kv_cache_dtype="float32")
+    assert wide.per_block_bytes == 2 * plan.per_block_bytes
+    assert wide.state_bytes_per_seq == 2 * plan.state_bytes_per_seq
+    assert what_if(wide, kv_cache_dtype="auto") == plan
+    with pytest.raises(ConfigError, match="contiguous"):
+        what_if(seed_plan(), kv_cache_dtype="float32")
