@@ -282,6 +282,12 @@ class LLM:
         """Requests, blocks and counters now."""
         return self._thread.call(lambda engine: engine.stats())
 
+    def what_if(self, **settings: Any) -> "MemoryPlan":
+        """The plan in force with other ``settings`` (see :func:`engine.memory.what_if`); changes nothing."""
+        from engine.memory import what_if
+
+        return what_if(self.plan, **settings)
+
     def explain(self, count: int = 1) -> Explanation:
         """Why the last request went as it did, whoever sent it; ``count`` 2 is the one before, and so on.
 
