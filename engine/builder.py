@@ -6,14 +6,10 @@ from dataclasses import dataclass
 
 from engine.config import EngineArgs, ModelConfig
 from engine.core.block_pool import BlockPool
-from engine.core.kv_cache_manager import (
-    FullAttentionGroup,
-    KVCacheGroup,
-    KVCacheManager,
-    SlidingWindowGroup,
-    StateGroup,
-)
+from engine.core.cache_groups import FullAttentionGroup, KVCacheGroup, SlidingWindowGroup
+from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
+from engine.core.state_group import StateGroup
 from engine.hub import ResolvedModel
 from engine.llm_engine import LLMEngine
 from engine.memory import KVGroupSpec, MemoryPlan, plan_memory
@@ -85,7 +81,8 @@ def build_engine(
 def _plan(loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Device, vocab_size: int) -> MemoryPlan:
     context = loaded.config.context_length
     length = args.max_model_len if isinstance(args.max_model_len, int) else context
-    chunk = min(args.max_num_batched_tokens or device.chunk_size, length)
+    batched_tokens = args.batched_tokens(device.chunk_size)
+    chunk = min(batched_tokens, length)
     overhead = measure_overhead(backend, vocab_size).bytes(chunk, length)
     if isinstance(backend, PagedBackend):
         backend.release()
@@ -100,6 +97,7 @@ def _plan(loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Devic
         context_length=context,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=batched_tokens,
         kv_cache_dtype=args.kv_cache_dtype,
         knob=args.memory_knob,
     )
@@ -141,7 +139,7 @@ def _assemble(
     scheduler = Scheduler(
         kv,
         max_num_seqs=plan.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens or device.chunk_size,
+        max_num_batched_tokens=args.batched_tokens(device.chunk_size),
     )
     runner = ModelRunner(backend, vocab_size, max_blocks=[group.pool.num_blocks for group in kv.groups])
     return LLMEngine(

@@ -89,6 +89,8 @@ class Request:
     num_cached_tokens: int = -1
     """Prompt tokens found in the prefix cache at first schedule; -1 before."""
     stop_reason: int | str | None = None
+    block_hashes: dict[int, list[bytes]] = field(default_factory=dict)
+    """Chained hashes of the leading full blocks, by block size; as many as were asked for."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     def __post_init__(self) -> None:

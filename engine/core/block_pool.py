@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
+from numpy.typing import NDArray
 
 BlockHash = bytes
 
@@ -32,7 +33,10 @@ def hash_block(parent: BlockHash | None, token_ids: Sequence[int], salt: str | N
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """One KV block. ``token_ids`` is kept while cached, so that a hit is verified, not trusted."""
+    """One KV block. ``token_ids`` is kept while cached, so that a hit is verified, not trusted.
+
+    For a page its own tokens, for a state all tokens before it.
+    """
 
     block_id: int
     ref_count: int = 0
@@ -45,6 +49,9 @@ class BlockPool:
 
     Blocks that were never used cost nothing: a pool of millions is made at once.
     """
+
+    FREE, CACHED, HELD, SHARED = range(4)
+    """What :meth:`states` says of a block; a shared one is held several times."""
 
     def __init__(self, num_blocks: int, *, enable_caching: bool = True) -> None:
         assert num_blocks > 0, f"a pool needs blocks, got {num_blocks}"
@@ -127,6 +134,10 @@ class BlockPool:
             if self._state[block_id] == _RESERVED:
                 self._state[block_id] = _AVAILABLE
 
+    def is_cached(self, block_hash: BlockHash) -> bool:
+        """Whether some block is cached under this hash; :meth:`find_cached` verifies its content."""
+        return block_hash in self._cached
+
     def find_cached(self, block_hash: BlockHash, token_ids: Sequence[int]) -> Block | None:
         """The block whose content is ``token_ids`` behind the hashed prefix, verified."""
         block = self._cached.get(block_hash)
@@ -147,6 +158,15 @@ class BlockPool:
         for block_id in self._evictable:
             self._state[block_id] = _AVAILABLE
         self._evictable.clear()
+
+    def states(self) -> NDArray[np.int8]:
+        """Per block what it is: free, cached, held or shared."""
+        states = np.full(self.num_blocks, self.FREE, np.int8)
+        states[np.fromiter(self._evictable, np.int64, len(self._evictable))] = self.CACHED
+        held = np.fromiter(self._held, np.int64, len(self._held))
+        counts = np.fromiter((block.ref_count for block in self._held.values()), np.int64, len(self._held))
+        states[held] = np.where(counts > 1, self.SHARED, self.HELD)
+        return states
 
     def check(self) -> None:
         """Assert the pool's books: for tests, and cheap enough for an idle engine."""

@@ -96,7 +96,7 @@ class Scheduler:
         missing = min(self._num_missing(request), budget)
         if missing <= 0 or request.awaits_last_token or self._awaits_its_last_token(request):
             return 0
-        missing = self._fair_share(request, missing)
+        missing = self._to_chunk_end(request, self._fair_share(request, missing))
         while not self.kv.allocate(request, request.num_computed_tokens + missing):
             victim = self._victim(shares)
             self._preempt(victim)
@@ -134,12 +134,12 @@ class Scheduler:
 
     def _start(self, request: Request, parent: Request | None, budget: int) -> int:
         """Move a waiting request to the running ones; gives the length of its first chunk, 0 if none fits."""
+        cached = 0
         if parent is not None and parent.status is RequestStatus.RUNNING:
             cached = self.kv.fork(parent, request)
-        else:
-            cached = self.kv.num_cached_tokens(request)
+        cached = cached or self.kv.num_cached_tokens(request)
         request.num_computed_tokens = cached
-        num_tokens = self._first_chunk(request, budget)
+        num_tokens = self._to_chunk_end(request, self._first_chunk(request, budget))
         if not self.kv.allocate(request, cached + num_tokens, cached):
             request.num_computed_tokens = 0
             if parent is not None:
@@ -159,6 +159,10 @@ class Scheduler:
         if len(self.waiting) > 1 and missing > 1:
             return min(missing, max(1, self.max_num_batched_tokens // 2))
         return missing
+
+    def _to_chunk_end(self, request: Request, num_tokens: int) -> int:
+        start = request.num_computed_tokens
+        return self.kv.chunk_end(request, start + num_tokens) - start
 
     def _prompt_is_computed(self, parent: Request) -> bool:
         return parent.finished or parent.num_computed_tokens >= parent.num_prompt_tokens

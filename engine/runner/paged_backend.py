@@ -149,11 +149,12 @@ class PagedBackend:
         begins = batch.shares[0].start == 0
         for group, leaves in enumerate(self.groups):
             if leaves[0].kind == "state":
-                slots = mx.array([share.block_tables[group][0] for share in batch.shares])
+                reads = mx.array([share.block_tables[group][0] for share in batch.shares])
+                writes = mx.array([share.block_tables[group][-1] for share in batch.shares])
                 for leaf in leaves:
                     view = self._views[leaf]
                     assert isinstance(view, StateLayerCache)
-                    view.start(slots, begins=begins)
+                    view.start(reads, writes, begins=begins)
                 continue
             layout = StepLayout(
                 batch, self.block_size, group=group, window=leaves[0].window,

@@ -76,24 +76,29 @@ class StateLayerCache:
     def __init__(self, pool: StatePool, index: int) -> None:
         self._pool = pool
         self._index = index
-        self.slots: mx.array | None = None
-        self.begins = False
+        self._reads: mx.array | None = None
+        self._writes: mx.array | None = None
+        self._begins = False
         self._written: set[int] = set()
 
-    def start(self, slots: mx.array, *, begins: bool) -> None:
-        """The next call computes the sequences in ``slots`` [B]; ``begins``: from their first token."""
-        self.slots, self.begins, self._written = slots, begins, set()
+    def start(self, reads: mx.array, writes: mx.array, *, begins: bool) -> None:
+        """The next call computes the sequences with states in slots ``reads`` [B] and leaves them in ``writes`` [B].
+
+        ``begins``: from their first token. The two differ where the state before is kept as a checkpoint.
+        """
+        self._reads, self._writes, self._begins, self._written = reads, writes, begins, set()
 
     def __getitem__(self, entry: int) -> mx.array | None:
-        if self.begins and entry not in self._written:
+        if self._begins and entry not in self._written:
             return None
-        assert self.slots is not None, "no step is being computed"
-        return self._pool.arrays[self._index][entry][self.slots]
+        slots = self._writes if entry in self._written else self._reads
+        assert slots is not None, "no step is being computed"
+        return self._pool.arrays[self._index][entry][slots]
 
     def __setitem__(self, entry: int, value: mx.array) -> None:
-        assert self.slots is not None, "no step is being computed"
+        assert self._writes is not None, "no step is being computed"
         states = self._pool.arrays[self._index]
-        states[entry][self.slots] = value.astype(states[entry].dtype)
+        states[entry][self._writes] = value.astype(states[entry].dtype)
         self._written.add(entry)
 
     def make_mask(self, num_tokens: int) -> None:

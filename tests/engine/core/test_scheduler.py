@@ -6,7 +6,8 @@ import pytest
 
 from engine.constraints import COMPLETE
 from engine.core.block_pool import BlockPool
-from engine.core.kv_cache_manager import FullAttentionGroup, KVCacheManager
+from engine.core.cache_groups import FullAttentionGroup
+from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
 from engine.request import Request, RequestStatus
 from engine.sampling_params import SamplingParams

@@ -6,8 +6,10 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 from engine.core.block_pool import BlockPool
-from engine.core.kv_cache_manager import FullAttentionGroup, KVCacheManager, SlidingWindowGroup, StateGroup
+from engine.core.cache_groups import FullAttentionGroup, SlidingWindowGroup
+from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
+from engine.core.state_group import StateGroup
 from engine.request import Request
 from engine.runner.devices import describe_device
 from engine.runner.kv_spec import num_logits
@@ -40,7 +42,7 @@ class BareEngine:
         for leaves in self.backend.groups if isinstance(self.backend, PagedBackend) else [[None]]:
             kind = leaves[0].kind if leaves[0] else "full"
             if kind == "state":
-                groups.append(StateGroup(BlockPool(num_seqs, enable_caching=False), BLOCK_SIZE))
+                groups.append(StateGroup(BlockPool(num_seqs + 8, enable_caching=caching), BLOCK_SIZE, min_tokens=8))
             elif kind == "sliding":
                 pool = BlockPool(num_blocks, enable_caching=caching)
                 groups.append(SlidingWindowGroup(pool, BLOCK_SIZE, leaves[0].window))

@@ -40,7 +40,8 @@ def mixed_prompts(count: int, vocab_size: int, longest: int, seed: int = 0) -> l
 def shrink_pool(llm: LLM, num_blocks: int) -> None:
     """Give an idle engine a block pool of ``num_blocks``, so that requests must give way to each other."""
     from engine.core.block_pool import BlockPool
-    from engine.core.kv_cache_manager import FullAttentionGroup, KVCacheManager
+    from engine.core.cache_groups import FullAttentionGroup
+    from engine.core.kv_cache_manager import KVCacheManager
 
     def swap(engine):
         old = engine.scheduler.kv.groups[0]

@@ -1,0 +1,228 @@
+"""Kinds of KV memory, as bookkeeping: which blocks a sequence holds in a group of layers, and which can be reused.
+
+Pages of all tokens (:class:`FullAttentionGroup`) or of a window of them (:class:`SlidingWindowGroup`);
+states are in :mod:`engine.core.state_group`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.core.block_pool import Block, BlockHash, BlockPool, hash_block
+from engine.request import Request
+
+RUN_ROOM_TOKENS = 512
+"""How much room to grow a new sequence looks for, so that its blocks stay in one run."""
+
+
+class KVCacheGroup(Protocol):
+    """What the manager asks of a group of layers."""
+
+    pool: BlockPool
+    block_size: int
+
+    def num_cached_tokens(self, request: Request, limit: int) -> int:
+        """Most leading tokens, up to ``limit``, that this group could reuse (a multiple of its block size)."""
+
+    def num_blocks_needed(self, request: Request, num_tokens: int, num_cached: int) -> int:
+        """Free blocks that :meth:`allocate` would take, counting those it must wake from the cache."""
+
+    def leave_behind(self, request: Request) -> None:
+        """Let go of what the next token to compute needs no more."""
+
+    def allocate(self, request: Request, num_tokens: int, num_cached: int) -> None:
+        """Give ``request`` blocks for its first ``num_tokens`` tokens, ``num_cached`` of them reused."""
+
+    def cache_blocks(self, request: Request, num_tokens: int) -> None:
+        """Make the full blocks within the first ``num_tokens`` tokens findable."""
+
+    def free(self, request: Request) -> None:
+        """Take back everything that ``request`` holds."""
+
+    def can_fork(self, parent: Request, num_tokens: int) -> bool:
+        """Whether ``parent`` still holds what follows its first ``num_tokens`` tokens needs."""
+
+    def fork(self, parent: Request, child: Request, num_tokens: int) -> None:
+        """Share what the parent's first ``num_tokens`` tokens left with ``child``."""
+
+    def block_table(self, request: Request) -> list[int]:
+        """Block numbers of ``request`` in order."""
+
+    def held_blocks(self, request: Request) -> list[int]:
+        """The blocks that ``request`` holds now, none before it starts."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What a request holds: blocks in order, how many of them are findable, the room kept for growth."""
+
+    blocks: list[Block | None] = field(default_factory=list)
+    """None where a window has left its block behind."""
+    num_registered: int = 0
+    reserved: range = range(0)
+
+
+class FullAttentionGroup:
+    """A page for every token."""
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self._sequences: dict[Request, _Sequence] = {}
+
+    def num_cached_tokens(self, request: Request, limit: int) -> int:
+        """Longest cached prefix in whole blocks."""
+        count = 0
+        while (count + 1) * self.block_size <= limit and self._cached_block(request, count) is not None:
+            count += 1
+        return count * self.block_size
+
+    def num_blocks_needed(self, request: Request, num_tokens: int, num_cached: int) -> int:
+        """New blocks, plus cached ones that leave the free ones when shared."""
+        needed = -(-num_tokens // self.block_size)
+        held = self._sequences.get(request)
+        if held is not None and held.blocks:
+            return max(0, needed - len(held.blocks))
+        prefix = self._prefix(request, num_cached)
+        waking = sum(block is not None and block.ref_count == 0 for block in prefix)
+        return needed - len(prefix) + waking
+
+    def allocate(self, request: Request, num_tokens: int, num_cached: int) -> None:
+        """Share the cached prefix first, then take new blocks, in a run where possible."""
+        sequence = self._sequences.setdefault(request, _Sequence())
+        if not sequence.blocks and num_cached:
+            sequence.blocks = self._prefix(request, num_cached)
+            self.pool.share(_present(sequence.blocks))
+            sequence.num_registered = len(sequence.blocks)
+        missing = -(-num_tokens // self.block_size) - len(sequence.blocks)
+        if missing > 0:
+            self._extend(request, sequence, missing)
+
+    def leave_behind(self, request: Request) -> None:
+        """Free the blocks that lie wholly before the window of the next token to compute."""
+        sequence = self._sequences.get(request)
+        if sequence is None:
+            return
+        first = min(self._first_block(request.num_computed_tokens), len(sequence.blocks))
+        behind = [block for block in sequence.blocks[:first] if block is not None]
+        if behind:
+            self.pool.free(behind)
+            sequence.blocks[:first] = [None] * first
+
+    def cache_blocks(self, request: Request, num_tokens: int) -> None:
+        """Register full blocks of known tokens under their chained hashes."""
+        sequence = self._sequences.get(request)
+        if sequence is None or not self.pool.enable_caching:
+            return
+        num_full = min(num_tokens, len(request.all_token_ids)) // self.block_size
+        hashes = block_hashes(request, self.block_size, num_full)
+        for i in range(sequence.num_registered, num_full):
+            block = sequence.blocks[i]
+            if block is not None:
+                self.pool.cache(block, hashes[i], self._tokens(request, i))
+        sequence.num_registered = max(sequence.num_registered, num_full)
+
+    def free(self, request: Request) -> None:
+        """Let go of the blocks and of the room kept for growth."""
+        sequence = self._sequences.pop(request, None)
+        if sequence is not None:
+            self.pool.release(sequence.reserved)
+            self.pool.free(_present(sequence.blocks))
+
+    def can_fork(self, parent: Request, num_tokens: int) -> bool:
+        """Whether the blocks that the next token sees are held."""
+        first = self._first_block(num_tokens)
+        return None not in self._sequences[parent].blocks[first : num_tokens // self.block_size]
+
+    def fork(self, parent: Request, child: Request, num_tokens: int) -> None:
+        """Share the blocks of the parent's first ``num_tokens`` tokens."""
+        source, count = self._sequences[parent], num_tokens // self.block_size
+        shared = source.blocks[:count]
+        self.pool.share(_present(shared))
+        self._sequences[child] = _Sequence(shared, min(source.num_registered, count))
+
+    def block_table(self, request: Request) -> list[int]:
+        """Block numbers of ``request`` in order; 0 for those left behind, which nobody reads."""
+        return [0 if block is None else block.block_id for block in self._sequences[request].blocks]
+
+    def held_blocks(self, request: Request) -> list[int]:
+        """The blocks that ``request`` holds now, those left behind excluded."""
+        sequence = self._sequences.get(request)
+        return [] if sequence is None else [block.block_id for block in sequence.blocks if block is not None]
+
+    def _prefix(self, request: Request, num_tokens: int) -> list[Block | None]:
+        """The cached blocks of the first ``num_tokens`` tokens, as far as the next token sees them."""
+        first = self._first_block(num_tokens)
+        last = num_tokens // self.block_size
+        return [*[None] * first, *(self._cached_block(request, i) for i in range(first, last))]
+
+    def _extend(self, request: Request, sequence: _Sequence, missing: int) -> None:
+        last = sequence.blocks[-1].block_id if sequence.blocks and sequence.blocks[-1] is not None else None
+        room = self._room(request, len(sequence.blocks) + missing)
+        taken = self.pool.allocate(missing, after=last, room=room)
+        sequence.blocks.extend(taken)
+        end = taken[-1].block_id + 1
+        if end not in sequence.reserved:
+            self.pool.release(sequence.reserved)
+            sequence.reserved = self.pool.reserve(end, room)
+
+    def _room(self, request: Request, num_blocks: int) -> int:
+        """Blocks that the sequence may still want, within reason."""
+        longest = request.num_prompt_tokens + request.max_tokens
+        wanted = -(-longest // self.block_size) - num_blocks
+        return max(0, min(wanted, RUN_ROOM_TOKENS // self.block_size))
+
+    def _cached_block(self, request: Request, index: int) -> Block | None:
+        if not self.pool.enable_caching:
+            return None
+        block_hash = block_hashes(request, self.block_size, index + 1)[index]
+        return self.pool.find_cached(block_hash, self._tokens(request, index))
+
+    def _tokens(self, request: Request, index: int) -> list[int]:
+        return request.all_token_ids[index * self.block_size : (index + 1) * self.block_size]
+
+    def _first_block(self, num_tokens: int) -> int:
+        """The first block that the token at position ``num_tokens`` sees."""
+        return 0
+
+
+class SlidingWindowGroup(FullAttentionGroup):
+    """Pages of the last ``window`` tokens; those behind it are let go, also while a long prompt runs.
+
+    A prefix is cached for this group if the blocks of the window before its end are.
+    """
+
+    def __init__(self, pool: BlockPool, block_size: int, window: int) -> None:
+        super().__init__(pool, block_size)
+        self.window = window
+
+    def num_cached_tokens(self, request: Request, limit: int) -> int:
+        """Longest prefix before whose end a window is cached, from the back."""
+        found = 0
+        for index in range(limit // self.block_size - 1, -1, -1):
+            if self._cached_block(request, index) is None:
+                found = 0
+                continue
+            found += 1
+            end = (index + found) * self.block_size
+            if index <= self._first_block(end):
+                return end
+        return 0
+
+    def _first_block(self, num_tokens: int) -> int:
+        """The first block that the token at position ``num_tokens`` sees."""
+        return max(0, num_tokens - self.window + 1) // self.block_size
+
+
+def _present(blocks: Sequence[Block | None]) -> list[Block]:
+    return [block for block in blocks if block is not None]
+
+
+def block_hashes(request: Request, block_size: int, count: int) -> list[BlockHash]:
+    """Chained hashes of the request's first ``count`` full blocks, computed once for all groups."""
+    hashes = request.block_hashes.setdefault(block_size, [])
+    while len(hashes) < count:
+        first = len(hashes) * block_size
+        tokens = request.all_token_ids[first : first + block_size]
+        hashes.append(hash_block(hashes[-1] if hashes else None, tokens, request.cache_salt))
+    return hashes
