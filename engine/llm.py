@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from engine.memory import MemoryPlan
     from engine.openai.server import ServerHandle
 
+    import pandas
+
 Message = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
 
@@ -82,6 +84,7 @@ class LLM:
         # Also when the object is dropped, and at exit, where a thread inside MLX would abort the process.
         weakref.finalize(self, self._thread.close)
         self.model_config: ModelConfig = built.config
+        self.last_map: pandas.DataFrame | None = None
         self.plan: MemoryPlan = built.plan
         self.defaults = SamplingDefaults(
             built.config.generation_config, self.args.override_generation_config, self.settings
@@ -253,6 +256,37 @@ class LLM:
             yield from stream
         finally:
             stream.abort()
+    def map(
+        self,
+        rows: Any,
+        template: str | Sequence[str],
+        *,
+        raw: bool = False,
+        schema: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        resume: "pandas.DataFrame | None" = None,
+        use_tqdm: bool = True,
+        **params: Any,
+    ) -> "pandas.DataFrame":
+        """Answer ``template`` (Jinja2) for every row of ``rows``: ``llm.map(df, "Summarise: {{ text }}")``.
+
+        ``rows``: a DataFrame, a Series, or any iterable of mappings or texts (``{{ text }}``). ``params`` are
+        sampling values and ``system``; those given as lists, and a list of templates, make a grid. ``raw``: no
+        chat template. ``schema``: the answers are JSON of this schema (a dict, a pydantic model, or True).
+        ``variables``: for the template, beside the row's own.
+
+        The result is in row order with the index of ``rows``: prompt, parameters, text, tokens, prompt_tokens,
+        cached_tokens, time (seconds), finish_reason, error. A row that fails says so in ``error``, the others go
+        on. Interrupting raises MapInterrupted; ``last_map`` has what is done, and ``resume`` takes it from there.
+        """
+        from engine.local_door import LocalDoor
+        from engine.many import MapRequest, map_prompts
+
+        door = LocalDoor(self, raw, schema, chat_template_kwargs or {})
+        request = MapRequest.of(template, params, variables=variables, resume=resume)
+        return map_prompts(door, rows, request, keep=self._keep_map, use_tqdm=use_tqdm)
+
 
     async def astream(
         self,
@@ -330,3 +364,16 @@ class LLM:
 
     def _chat_tokens(self, messages: Sequence[Message], template: Mapping[str, Any]) -> list[int]:
         return self.tokenize(self.render_chat(messages, **template), add_special_tokens=False)
+    def _keep_map(self, frame: "pandas.DataFrame") -> None:
+        self.last_map = frame
+
+    def _follow_settings(self) -> None:
+        """Hand the live settings to the requests under way."""
+        budget = self.settings.thinking().get("thinking_token_budget")
+        try:
+            live = LiveValues(self.defaults.resolve({}), budget, self.plan.max_model_len)
+        except RequestError as error:  # new requests are refused with it; those under way go on as they are
+            logger.warning("live settings contradict the model's own: %s", error)
+            return
+        self._thread.post(lambda engine: engine.follow(live))
+

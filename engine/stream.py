@@ -50,6 +50,7 @@ class RequestStream:
         self._over = False
         self._error: BaseException | None = None
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._callbacks: list[Callable[[], None]] = []
 
     @property
     def finished(self) -> bool:
@@ -156,9 +157,21 @@ class RequestStream:
     def end(self, error: BaseException | None = None) -> None:
         """Nothing more comes (the engine thread calls this)."""
         with self._changed:
+            if self._over:
+                return
+            self._over, self._error = True, error
+            self._wake()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once the request is over, on the thread that ends it; at once if it is over."""
+        with self._changed:
             if not self._over:
-                self._over, self._error = True, error
-                self._wake()
+                self._callbacks.append(callback)
+                return
+        callback()
 
     @staticmethod
     def _add_logprobs(output: CompletionOutput, delta: CompletionDelta) -> None:
