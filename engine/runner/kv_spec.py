@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from engine.memory import KVGroupSpec, KVVectors
 
@@ -77,6 +77,11 @@ class _RecordingCache(KVCache):  # type: ignore[misc]
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, values.shape[1])
         return super().update_and_fetch(keys, values)  # type: ignore[no-any-return]
+
+    start_position = 0
+
+    def maybe_trim_front(self) -> None:
+        """As in :class:`ChunkedKVCache`."""
 
 
 def probe_caches(model: nn.Module) -> CacheTree:
@@ -148,7 +153,7 @@ def num_logits(model: nn.Module) -> int:
 
 
 def _recorder(cache: Any) -> Any:
-    if type(cache) in (KVCache, RotatingKVCache):
+    if type(cache) in (KVCache, RotatingKVCache, ChunkedKVCache):
         return _RecordingCache()
     if type(cache) is CacheList:
         return CacheList(*(_recorder(inner) for inner in cache.caches))
@@ -168,6 +173,8 @@ def _leaf(layer: int, cache: Any, recorder: Any) -> CacheLeaf:
         return CacheLeaf("state", layer, states=tuple((array.shape[1:], array.dtype) for array in recorder.cache))
     if type(cache) is RotatingKVCache and not cache.keep:
         return CacheLeaf("sliding", layer, _shape(layer, recorder), window=int(cache.max_size))
+    if type(cache) is ChunkedKVCache:  # a chunk is never longer than what lies behind a window of its size
+        return CacheLeaf("sliding", layer, _shape(layer, recorder), window=int(cache.chunk_size))
     if type(cache) is KVCache:
         return CacheLeaf("full", layer, _shape(layer, recorder))
     raise UnsupportedCacheError(type(cache).__name__)

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from engine.runner.kv_pool import KVPool, StatePool
 from engine.runner.kv_spec import UnsupportedCacheError
-from engine.runner.step_layout import RowsRead, StepLayout
+from engine.runner.step_layout import RowsRead, SequenceRead, StepLayout
 
 
 class PagedLayerCache:
@@ -20,6 +20,7 @@ class PagedLayerCache:
         self._pool = pool
         self._index = index
         self._window = window
+        self._dtype = mx.float32
         self.layout: StepLayout | None = None
         self.flat = False
 
@@ -34,11 +35,27 @@ class PagedLayerCache:
         pool, index, step = self._pool, self._index, self._step
         pool.keys[index] = step.write(pool.keys[index], keys)
         pool.values[index] = step.write(pool.values[index], values)
+        self._dtype = keys.dtype
+        return (keys, values) if self.flat else self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What the call attends to, for this layer and those that share its keys; flat rows read pages themselves."""
+        pages = self._pool.keys[self._index], self._pool.values[self._index]
         if self.flat:
-            return keys, values
-        part = step.parts[0]
-        found = (step.read(part, pages).astype(keys.dtype) for pages in (pool.keys[index], pool.values[index]))
-        return tuple(found)  # type: ignore[return-value]
+            return pages
+        keys, values = (self._step.read(self._step.parts[0], some).astype(self._dtype) for some in pages)
+        return keys, values
+
+    @property
+    def start_position(self) -> int:
+        """First position that a call of one sequence reads: chunked attention masks from there."""
+        part = self._step.parts[0]
+        if not isinstance(part, SequenceRead):
+            raise UnsupportedCacheError("chunked attention over several sequences")
+        return part.begin
+
+    def maybe_trim_front(self) -> None:
+        """Nothing to trim: the block pool takes back what lies behind the window."""
 
     def make_mask(
         self, num_tokens: int, return_array: bool = False, window_size: int | None = None
