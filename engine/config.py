@@ -242,6 +242,7 @@ class EngineArgs:
         for name, allowed in (("dtype", DTYPES), ("kv_cache_dtype", KV_CACHE_DTYPES)):
             if getattr(self, name) not in allowed:
                 raise self._outside(name, getattr(self, name), "one of " + ", ".join(allowed))
+        check_batch(self.max_num_seqs, self.max_num_batched_tokens)
         if any(count > 0 for count in self.limit_mm_per_prompt.values()):
             raise ConfigError(
                 f"--limit-mm-per-prompt {dict(self.limit_mm_per_prompt)}: this engine serves text only; "
@@ -272,6 +273,11 @@ class EngineArgs:
         value = self.gpu_memory_utilization
         return DEFAULT_MEMORY_FRACTION if value == "auto" else float(value)
 
+    def batched_tokens(self, chunk_size: int) -> int:
+        """Most tokens in one step, where a device prefers ``chunk_size``: one at least for each sequence."""
+        fewest = 1 if self.max_num_seqs == "auto" else self.max_num_seqs
+        return self.max_num_batched_tokens or max(chunk_size, fewest)
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names that clients may use, the first of which replies carry."""
@@ -298,6 +304,19 @@ class EngineArgs:
                 raise refuse_flag(name)
             values[key] = _parsed(by_field[key], value) if key in by_field else value
         return cls(model=model, **values)
+
+
+def check_batch(max_num_seqs: int | Auto, max_num_batched_tokens: int | None) -> None:
+    """Refuse more sequences than a step has tokens, in vLLM's words: some of them would never run."""
+    if max_num_batched_tokens is None or max_num_seqs == "auto" or max_num_batched_tokens >= max_num_seqs:
+        return
+    raise ConfigError(
+        f"max_num_batched_tokens ({max_num_batched_tokens}) must be greater than or equal to max_num_seqs "
+        f"({max_num_seqs}): raise the first or lower the second",
+        flag="max_num_batched_tokens",
+        value=max_num_batched_tokens,
+        allowed=f"at least {max_num_seqs}",
+    )
 
 
 def _parsed(flag: Flag, value: Any) -> Any:

@@ -10,14 +10,14 @@ here), or needs the same however long the sequence gets (``sliding``: the pages 
 """
 
 import bisect
-import html
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from decimal import ROUND_HALF_DOWN, Decimal
 from typing import Any, Literal, NamedTuple, Self
 
-from engine.config import DEFAULT_MEMORY_FRACTION, KV_CACHE_DTYPES, MAX_NUM_SEQS_LIMIT, Auto
+from engine import plan_text
+from engine.config import DEFAULT_MEMORY_FRACTION, KV_CACHE_DTYPES, MAX_NUM_SEQS_LIMIT, Auto, check_batch
 from engine.errors import ConfigError, MemoryPlanError
+from engine.plan_text import gib
 
 MIN_BLOCKS = 16
 """Fewer blocks than this are refused (vllm-metal's PAGED_ATTENTION_MIN_BLOCKS)."""
@@ -25,7 +25,6 @@ TYPICAL_SEQUENCE_LENGTH = 2048
 """Tokens that a sequence is taken to hold when ``max_num_seqs`` is found out."""
 MIN_POOL_BLOCKS = 64
 """Blocks of the smallest pool."""
-GIB = 2**30
 _VLLM_HELP = "https://docs.vllm.ai/en/latest/configuration/conserving_memory/"
 
 GroupKind = Literal["full", "sliding", "state", "shared", "latent"]
@@ -91,11 +90,17 @@ class KVGroupSpec:
             return 0
         if self.kind == "state":
             return self.state_bytes
+        return self.blocks_per_sequence(num_tokens) * self.block_size * self.bytes_per_token
+
+    def blocks_per_sequence(self, num_tokens: int) -> int:
+        """Blocks (of a state: slots) that a sequence of ``num_tokens`` holds at most."""
+        if self.kind in ("state", "shared"):
+            return 1 if self.kind == "state" else 0
         num_blocks = _ceil_div(num_tokens, self.block_size)
-        if self.window is not None:
-            # A window that begins inside a block touches one block more.
-            num_blocks = min(num_blocks, _ceil_div(self.window, self.block_size) + 1)
-        return num_blocks * self.block_size * self.bytes_per_token
+        if self.window is None:
+            return num_blocks
+        # A window that begins inside a block touches one block more.
+        return min(num_blocks, _ceil_div(self.window, self.block_size) + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,7 @@ class PlanInputs:
     context_length: int
     max_model_len: int | Auto | None = None
     max_num_seqs: int | Auto = "auto"
+    max_num_batched_tokens: int | None = None
     kv_cache_dtype: str = "auto"
     knob: str = "gpu_memory_utilization"
 
@@ -149,69 +155,33 @@ class MemoryPlan:
     def num_sliding_blocks(self, group: KVGroupSpec) -> int:
         """Blocks of a sliding group: what ``max_num_seqs`` sequences keep of their windows."""
         assert group.window is not None, f"a {group.kind} group has no window"
-        length = min(self.max_model_len, group.window)
-        return self.max_num_seqs * (_ceil_div(length, group.block_size) + 1)
+        return self.max_num_seqs * group.blocks_per_sequence(self.max_model_len)
+
+    def num_blocks_of(self, group: KVGroupSpec) -> int:
+        """Blocks (of states: slots) that ``group`` may come to hold."""
+        if group.grows:
+            return self.num_blocks
+        return self.max_num_seqs * group.blocks_per_sequence(self.max_model_len)
+
+    def bytes_of(self, group: KVGroupSpec) -> int:
+        """Bytes that ``group`` may come to hold."""
+        if group.kind == "state":
+            return self.num_blocks_of(group) * group.state_bytes
+        return self.num_blocks_of(group) * group.block_size * group.bytes_per_token
 
     def log_line(self) -> str:
         """The plan in vllm-metal's words and order (GB = 1e9 bytes), the same on every device."""
-        return (
-            f"{self.breakdown()}, per_block_bytes={self.per_block_bytes}, "
-            f"num_blocks={self.num_blocks}, max_tokens_cached={self.max_tokens_cached}"
-        )
-
-    def breakdown(self) -> str:
-        """The plan's first figures, in vllm-metal's words on every device, in log lines as in errors."""
-        return (
-            f"metal_limit={_gb(self.device_limit)}, fraction={self.fraction:.2f}, "
-            f"usable_metal={_gb(self.usable)}, model_memory={_gb(self.model_memory)}, "
-            f"overhead={_gb(self.overhead)}, kv_budget={_gb(self.kv_budget)}"
-        )
-
-    def rows(self) -> list[tuple[str, int, str]]:
-        """The plan as (name, bytes, remark), parts of the device's memory in order."""
-        parts = [
-            ("model", self.model_memory, "weights"),
-            ("overhead", self.overhead, "activations and buffers of a step"),
-        ]
-        if self.state_bytes_per_seq:
-            per_sequence = f"{self.max_num_seqs} sequences × {_gb(self.state_bytes_per_seq)}"
-            parts.append(("state", self.state_memory, per_sequence))
-        blocks = f"{self.num_blocks} blocks × {self.block_size} tokens = {self.max_tokens_cached} tokens"
-        parts.append(("KV cache", self.kv_budget, blocks))
-        parts.append(("left alone", self.device_limit - self.usable, f"fraction {self.fraction:.2f}"))
-        return parts
+        return plan_text.log_line(self)
 
     def describe(self) -> str:
-        """:meth:`log_line` and a table for people, with a bar for each part of the device's memory."""
-        lines = [f"{name:<11}{_gb(size):>10}  {self._bar(size):<20}  {remark}" for name, size, remark in self.rows()]
-        return "\n".join([self.log_line(), f"{'device':<11}{_gb(self.device_limit):>10}", *lines, self._summary()])
-
-    def _bar(self, size: int, width: int = 20) -> str:
-        return "█" * max(0, round(width * size / self.device_limit))
-
-    def _summary(self) -> str:
-        return (
-            f"max_model_len {self.max_model_len} ({_gb(self.kv_bytes_at_max_len)} of KV cache, "
-            f"at most {self.max_model_len_that_fits} fits), max_num_seqs {self.max_num_seqs}, "
-            f"{self.max_concurrency:.2f} requests of full length at once"
-        )
+        """The plan for people: a bar, the sums from the device's limit to blocks and requests, the groups."""
+        return plan_text.describe(self)
 
     def __str__(self) -> str:
         return self.describe()
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         printer.text(self.describe())
-
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><td style='text-align:left'>{html.escape(name)}</td><td>{_gb(size)}</td>"
-            f"<td style='text-align:left'><div style='background:#7a9cc6;height:0.8em;"
-            f"width:{max(0.0, 200 * size / self.device_limit):.0f}px'></div></td>"
-            f"<td style='text-align:left'>{html.escape(remark)}</td></tr>"
-            for name, size, remark in [("device", self.device_limit, ""), *self.rows()]
-        )
-        lines = "".join(f"<div>{html.escape(line)}</div>" for line in (self._summary(), self.log_line()))
-        return f"<table>{cells}</table>{lines}"
 
 
 def plan_memory(
@@ -225,6 +195,7 @@ def plan_memory(
     context_length: int,
     max_model_len: int | Auto | None = None,
     max_num_seqs: int | Auto = "auto",
+    max_num_batched_tokens: int | None = None,
     kv_cache_dtype: str = "auto",
     knob: str = "gpu_memory_utilization",
 ) -> MemoryPlan:
@@ -232,8 +203,9 @@ def plan_memory(
 
     ``max_model_len`` None is the model's ``context_length``; "auto" the longest that fits.
     ``max_num_seqs`` "auto" is the largest number, up to 256, that the budget carries at
-    2048 tokens each, and never an error while one sequence fits. ``groups`` are in ``kv_cache_dtype``
-    already. ``knob`` is the name under which the user set the fraction; errors name it.
+    2048 tokens each and a step of ``max_num_batched_tokens`` takes, and never an error while one
+    sequence fits. ``groups`` are in ``kv_cache_dtype`` already. ``knob`` is the name under which the
+    user set the fraction; errors name it.
     """
     device_limit, model_memory, overhead = int(device_limit), int(model_memory), int(overhead)
     if isinstance(max_model_len, int) and max_model_len > context_length:
@@ -244,13 +216,16 @@ def plan_memory(
             value=max_model_len,
             allowed=f"[1, {context_length}]",
         )
+    check_batch(max_num_seqs, max_num_batched_tokens)
     need = _Need(tuple(groups), block_size)
     usable = int(device_limit * fraction)
     available = usable - model_memory - overhead
     fewest = 1 if max_num_seqs == "auto" else max_num_seqs
     fits = need.longest(available, context_length, fewest)
     length = max(fits, 1) if max_model_len == "auto" else max_model_len or context_length
-    num_seqs = need.most_sequences(available, length) if max_num_seqs == "auto" else max_num_seqs
+    num_seqs = max_num_seqs
+    if num_seqs == "auto":
+        num_seqs = min(need.most_sequences(available, length), max_num_batched_tokens or MAX_NUM_SEQS_LIMIT)
     kv_budget = available - num_seqs * need.fixed(length)
     num_blocks = need.num_blocks(kv_budget, length, num_seqs)
     plan = MemoryPlan(
@@ -270,9 +245,9 @@ def plan_memory(
         kv_bytes_at_max_len=need.growing(length) + need.fixed(length),
         max_model_len_that_fits=fits,
         groups=need.groups,
-        inputs=PlanInputs(context_length, max_model_len, max_num_seqs, kv_cache_dtype, knob),
+        inputs=PlanInputs(context_length, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_dtype, knob),
     )
-    _refuse_what_does_not_fit(plan, _Blame(knob, asked_for_seqs=max_num_seqs != "auto"))
+    _refuse_what_does_not_fit(plan, _Shortage(plan, need, available))
     return plan
 
 
@@ -305,6 +280,7 @@ def what_if(
         context_length=asked.context_length,
         max_model_len=asked.max_model_len if max_model_len is None else max_model_len,
         max_num_seqs=asked.max_num_seqs if max_num_seqs is None else max_num_seqs,
+        max_num_batched_tokens=asked.max_num_batched_tokens,
         kv_cache_dtype=dtype,
         knob=asked.knob if fraction is None else "memory_fraction",
     )
@@ -353,9 +329,12 @@ class _Need:
             return MAX_NUM_SEQS_LIMIT
         number = available // (typical + fixed)
         if fixed:
-            blocks = max(self.growing(length), MIN_BLOCKS * self.per_block_bytes)
-            number = min(number, (available - blocks) // fixed)
+            number = min(number, (available - self.blocks_of_one(length)) // fixed)
         return max(1, min(number, MAX_NUM_SEQS_LIMIT))
+
+    def blocks_of_one(self, length: int) -> int:
+        """Bytes of the least blocks with which a sequence of ``length`` tokens can run."""
+        return max(self.growing(length), MIN_BLOCKS * self.per_block_bytes)
 
     def num_blocks(self, kv_budget: int, length: int, num_seqs: int) -> int:
         """Blocks that ``kv_budget`` holds; where no group grows, blocks are bookkeeping and cost nothing."""
@@ -365,22 +344,38 @@ class _Need:
 
 
 @dataclass(frozen=True, slots=True)
-class _Blame:
-    """What an error says about the user's settings and the device."""
+class _Shortage:
+    """What an error says of a plan that does not fit; ``available`` is what weights and overhead leave."""
 
-    knob: str
-    asked_for_seqs: bool
+    plan: MemoryPlan
+    need: _Need
+    available: int
 
-    def breakdown(self, plan: MemoryPlan) -> str:
-        return plan.breakdown()
+    @property
+    def num_seqs_that_fit(self) -> int:
+        """Sequences that have their windows and states while one of them grows to ``max_model_len``."""
+        room = self.available - self.need.blocks_of_one(self.plan.max_model_len)
+        each = self.plan.state_bytes_per_seq
+        return max(0, room // each) if each else int(room >= 0)
 
-    def mitigations(self, plan: MemoryPlan) -> str:
-        fewer = "decrease max_num_seqs, " if self.asked_for_seqs and plan.state_bytes_per_seq else ""
-        return f"Mitigations: increase {self.knob}, {fewer}use a smaller or more quantized model."
+    @property
+    def fewer_seqs(self) -> str:
+        """``max_num_seqs to 12 or less`` where the user asked for too many and fewer would do."""
+        asked, fits = self.plan.inputs.max_num_seqs, self.num_seqs_that_fit
+        return f"max_num_seqs to {fits} or less" if asked != "auto" and 0 < fits < asked else ""
 
-    def error(self, plan: MemoryPlan, message: str) -> MemoryPlanError:
+    def error(self, message: str) -> MemoryPlanError:
+        """The error with every number of the plan, what is missing and the sequences that would fit."""
+        plan = self.plan
         numbers: dict[str, Any] = asdict(plan) | {"groups": plan.groups, "inputs": plan.inputs}
-        return MemoryPlanError(message, knob=self.knob, **numbers)
+        needed = plan.state_memory + self.need.blocks_of_one(plan.max_model_len)
+        return MemoryPlanError(
+            message,
+            knob=plan.inputs.knob,
+            short_by=needed - self.available,
+            max_num_seqs_that_fits=self.num_seqs_that_fit,
+            **numbers,
+        )
 
 
 def _check_settings(
@@ -402,41 +397,30 @@ def _check_settings(
         )
 
 
-def _refuse_what_does_not_fit(plan: MemoryPlan, blame: _Blame) -> None:
+def _refuse_what_does_not_fit(plan: MemoryPlan, shortage: _Shortage) -> None:
+    knob, figures = plan.inputs.knob, plan_text.breakdown(plan)
+    fewer = f"decrease {shortage.fewer_seqs}, " if shortage.fewer_seqs else ""
+    mitigations = f"Mitigations: increase {knob}, {fewer}use a smaller or more quantized model."
     if plan.kv_budget < 0 or (plan.kv_budget == 0 and plan.per_block_bytes):
-        raise blame.error(
-            plan,
-            "Paged attention: not enough Metal memory for KV cache. "
-            f"{blame.breakdown(plan)}. {blame.mitigations(plan)}",
-        )
+        raise shortage.error(f"Paged attention: not enough Metal memory for KV cache. {figures}. {mitigations}")
     if plan.num_blocks < MIN_BLOCKS:
-        raise blame.error(
-            plan,
+        raise shortage.error(
             f"Paged attention: computed num_blocks too low ({plan.num_blocks} < minimum {MIN_BLOCKS}). "
-            f"{blame.breakdown(plan)}, per_block_bytes={plan.per_block_bytes}. {blame.mitigations(plan)}",
+            f"{figures}, per_block_bytes={plan.per_block_bytes}. {mitigations}"
         )
     available = plan.num_blocks * plan.per_block_bytes + plan.state_bytes_per_seq
     if plan.kv_bytes_at_max_len > available:
         fits = plan.max_model_len_that_fits
         estimate = f"Based on the available memory, the estimated maximum model length is {fits}. " if fits else ""
-        raise blame.error(
-            plan,
+        fewer = f" or {shortage.fewer_seqs}" if shortage.fewer_seqs else ""
+        raise shortage.error(
             f"To serve at least one request with the models's max seq len ({plan.max_model_len}), "
-            f"({_gib(plan.kv_bytes_at_max_len)} GiB KV cache is needed, which is larger than the available KV cache "
-            f"memory ({_gib(available)} GiB). {estimate}"
-            f"Try increasing `{blame.knob}` or decreasing `max_model_len` when initializing the engine. "
-            f"See {_VLLM_HELP} for more details.",
+            f"({gib(plan.kv_bytes_at_max_len)} GiB KV cache is needed, which is larger than the available KV cache "
+            f"memory ({gib(available)} GiB). {estimate}"
+            f"Try increasing `{knob}` or decreasing `max_model_len`{fewer} when initializing the engine. "
+            f"See {_VLLM_HELP} for more details."
         )
 
 
 def _ceil_div(value: int, divisor: int) -> int:
     return -(-value // divisor)
-
-
-def _gb(size: int) -> str:
-    # A tie comes from a typed figure (51.54e9 for 48 GiB), whose true value is mostly a little less.
-    return f"{Decimal(size).scaleb(-9).quantize(Decimal('0.01'), ROUND_HALF_DOWN)}GB"
-
-
-def _gib(size: int) -> str:
-    return f"{round(size / GIB, 2)}"

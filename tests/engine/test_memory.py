@@ -3,6 +3,7 @@ import random
 
 import pytest
 
+from engine import plan_text
 from engine.errors import ConfigError, MemoryPlanError
 from engine.memory import MIN_POOL_BLOCKS, KVGroupSpec, KVVectors, MemoryPlan, next_pool_size, plan_memory, what_if
 
@@ -202,16 +203,43 @@ def test_the_error_carries_every_number_of_the_plan():
         _ = refused.value.no_such_number
 
 
-def test_the_table_for_people_shows_every_part_and_escapes_for_html():
-    plan = seed_plan(groups=[DENSE, KVGroupSpec("state", (30,), state_bytes=10**6)])
+def test_the_text_for_people_shows_every_part_and_every_group():
+    plan = seed_plan(groups=[FULL, SLIDING, KVGroupSpec("state", (0, 1, 2, 5), state_bytes=10**6)])
     text = str(plan)
-    for words in ("device", "51.54GB", "model", "14.96GB", "state", "KV cache", "max_num_seqs", "131072"):
-        assert words in text
-    page = plan._repr_html_()
     assert plan.log_line() in text
-    assert plan.log_line() in page
-    assert page.count("<tr>") == 6
-    assert page.count("<td") == page.count("</td>") == 24
+    for words in ("device", "51.54GB", "weights", "14.96GB", "sliding windows", "states", "KV cache", "left alone"):
+        assert words in text
+    assert f"{plan.num_blocks} blocks × 16 tokens = {plan.max_tokens_cached} tokens (65536 bytes a block)" in text
+    assert "max_num_seqs" in text
+    assert f"max_model_len 131072: {plan.max_concurrency:.2f} requests of full length at once" in text
+    table = [line.split() for line in text.splitlines()[-4:]]
+    assert [row[0] for row in table] == ["group", "full", "sliding", "state"]
+    assert table[1][3] == "4096B"
+    assert table[2][-2] == str(plan.num_sliding_blocks(SLIDING))
+    assert "4 (0-2, 5)" in text
+    assert f"{plan.max_num_seqs} slots" in text
+
+
+def test_the_bar_has_one_cell_at_least_for_every_part_and_always_its_width():
+    rng = random.Random(2)
+    for _ in range(200):
+        model = rng.randint(1, 20 * 10**9)
+        plan = seed_plan(groups=[FULL, SLIDING], model_memory=model, overhead=rng.randint(1, 10**10))
+        found = plan_text.bar(plan)
+        pieces = [part for part in plan_text.parts(plan) if part.num_bytes]
+        assert len(found) == plan_text.BAR_WIDTH
+        assert len(set(found)) == len(pieces) == 5
+        assert abs(found.count("█") - 64 * model / LIMIT) <= 3
+
+
+def test_groups_and_parts_say_the_same_bytes():
+    state = KVGroupSpec("state", (0,), state_bytes=10**6)
+    plan = seed_plan(groups=[FULL, SLIDING, state, KVGroupSpec("shared", (7,), bytes_per_token=4)], max_num_seqs=9)
+    sizes = {part.kind: part.num_bytes for part in plan_text.parts(plan)}
+    assert plan.bytes_of(SLIDING) == sizes["windows"] == 9 * 65 * 16 * 8192
+    assert plan.bytes_of(state) == sizes["states"] == 9 * 10**6
+    assert 0 <= sizes["kv"] - plan.bytes_of(FULL) < plan.per_block_bytes
+    assert plan.bytes_of(plan.groups[3]) == plan.num_blocks_of(plan.groups[3]) == 0
 
 
 def test_a_terminal_shows_the_plan_as_its_text():
@@ -221,7 +249,7 @@ def test_a_terminal_shows_the_plan_as_its_text():
 
 def test_parts_of_the_device_add_up_to_the_whole():
     plan = seed_plan(groups=[DENSE, KVGroupSpec("state", (30,), state_bytes=10**6)])
-    assert sum(size for _, size, _ in plan.rows()) == plan.device_limit
+    assert sum(part.num_bytes for part in plan_text.parts(plan)) == plan.device_limit
 
 
 def test_a_pool_grows_geometrically_and_never_past_its_limit():
@@ -282,3 +310,39 @@ def test_what_if_follows_the_pages_element_type():
     assert what_if(wide, kv_cache_dtype="auto") == plan
     with pytest.raises(ConfigError, match="contiguous"):
         what_if(seed_plan(), kv_cache_dtype="float32")
+
+
+def test_an_explicit_max_num_seqs_that_does_not_fit_is_refused_with_the_number_that_does():
+    groups = [FULL, KVGroupSpec("state", (0, 1, 2), state_bytes=154_000_000)]
+    for length in (1024, 131_072):
+        given = {"groups": groups, "fraction": 0.75, "model_memory": 26.19e9, "max_model_len": length}
+        with pytest.raises(MemoryPlanError, match=r"max_num_seqs to \d+ or less") as refused:
+            seed_plan(**given, max_num_seqs=256)
+        fits = refused.value.max_num_seqs_that_fits
+        assert f"max_num_seqs to {fits} or less" in str(refused.value)
+        assert seed_plan(**given, max_num_seqs=fits).max_num_seqs == fits
+        with pytest.raises(MemoryPlanError):
+            seed_plan(**given, max_num_seqs=fits + 1)
+
+
+def test_every_refusal_says_how_many_bytes_are_missing():
+    given = [{"model_memory": 46e9}, {"fraction": 0.5}, {"groups": [FULL, SLIDING], "max_num_seqs": 5000}]
+    for change in given:
+        with pytest.raises(MemoryPlanError) as refused:
+            seed_plan(**change)
+        short = refused.value.short_by
+        assert short > 0
+        overhead = 1.13e9 - short
+        assert seed_plan(**change, overhead=overhead).num_blocks >= 16
+        with pytest.raises(MemoryPlanError):
+            seed_plan(**change, overhead=overhead + refused.value.per_block_bytes)
+
+
+def test_a_step_never_has_fewer_tokens_than_sequences():
+    assert seed_plan(max_num_batched_tokens=8).max_num_seqs == 8
+    with pytest.raises(
+        ConfigError, match=r"max_num_batched_tokens \(8\) must be greater than or equal to max_num_seqs"
+    ):
+        seed_plan(max_num_batched_tokens=8, max_num_seqs=9)
+    with pytest.raises(ConfigError, match="max_num_batched_tokens"):
+        what_if(seed_plan(max_num_batched_tokens=8), max_num_seqs=9)
