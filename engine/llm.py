@@ -26,6 +26,7 @@ from engine.request_maker import RequestMaker
 from engine.runner.devices import active_memory, prepare_backend
 from engine.sampling_defaults import Resolved, SamplingDefaults
 from engine.sampling_params import SamplingParams
+from engine.score import Score, score_text
 from engine.settings import Settings
 from engine.stream import RequestStream
 from engine.text.chat_template import ChatTemplate
@@ -124,6 +125,11 @@ class LLM:
     def template_variables(self) -> frozenset[str]:
         """What of ``chat_template_kwargs`` the chat template reads, such as ``enable_thinking``."""
         return self._template.variables
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether tools can be used: the chat template shows them, and a parser reads the model's calls."""
+        return self._template.takes_tools and self.tool_call_parser is not None
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``. Rendered chats bring their special tokens: pass False for them."""
@@ -301,6 +307,27 @@ class LLM:
                 yield delta
         finally:
             stream.abort()
+
+    async def achat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template: Any
+    ) -> RequestOutput:
+        """:meth:`chat` with one conversation, to be awaited. Cancelling the task ends the request."""
+        (params,) = params_of_each(sampling_params, 1, self.sampling_params)
+        stream = self._submit_any(messages, params, template)
+        try:
+            async for _ in stream:
+                pass
+            return stream.result()
+        finally:
+            stream.abort()
+
+    def score(self, text: str, *, num_alternatives: int = 5) -> Score:
+        """How likely the model finds ``text``: its perplexity and each token's log-probability.
+
+        ``num_alternatives`` of the likeliest tokens are kept at each place (at most 20). Raises RequestError
+        for fewer than two tokens and ContextLengthError for what does not fit.
+        """
+        return score_text(self.submit, self.tokenizer, text, num_alternatives)
 
     def serve(self, port: int = 0, **options: Any) -> "ServerHandle":
         """Open the OpenAI port on a background thread (see ``engine.openai.server.start_server``)."""

@@ -109,6 +109,11 @@ class ChatTemplate:
         """Names that the template reads, besides what every template gets; none without a template."""
         return self._compiled().variables if self.source else frozenset()
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template shows the model the tools of a request."""
+        return bool(self.source) and self._compiled().takes_tools
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -169,6 +174,7 @@ class _Compiled:
     content_format: ContentFormat
     strings_as_parts: bool
     variables: frozenset[str]
+    takes_tools: bool
 
 
 @functools.lru_cache(maxsize=16)
@@ -176,11 +182,13 @@ def _compile(source: str) -> _Compiled:
     environment = _environment()
     tree = environment.parse(source)
     content_format = detect_content_format(tree)
+    variables = frozenset(meta.find_undeclared_variables(tree))
     return _Compiled(
         template=environment.from_string(source),
         content_format=content_format,
         strings_as_parts=content_format == "openai" and not tests_for_string(tree),
-        variables=frozenset(meta.find_undeclared_variables(tree)) - RESERVED_VARIABLES,
+        variables=variables - RESERVED_VARIABLES,
+        takes_tools="tools" in variables,
     )
 
 

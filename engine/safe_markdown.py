@@ -1,0 +1,116 @@
+"""Markdown from a model, made safe to show: a page must not run what a model wrote, nor fetch it.
+
+Notebooks trust a cell's own output, so raw HTML in a reply would run. Here tags become text, images become
+links, and links keep only schemes that open a page. Code stays as written.
+"""
+
+import html
+import re
+from collections.abc import Iterator
+
+_FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})(.*)$")
+_CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
+_DESTINATION = re.compile(r"\](\(|:)(?=[ \t]*\n?[ \t]*([^\s)]*))")
+_SCHEME = re.compile(r"^([a-z][a-z0-9+.\-]*):", re.IGNORECASE)
+_ACTIVE = re.compile(r"<[A-Za-z/!?]|\][(:]|!\[")
+"""What would mean something outside of code."""
+SAFE_SCHEMES = frozenset({"http", "https", "mailto"})
+
+
+def safe_markdown(text: str) -> str:
+    """``text`` with HTML shown as text, images as links and other schemes' links dead; open code blocks are closed."""
+    return "\n".join(_safe_parts(text))
+
+
+def open_fence(text: str) -> str | None:
+    """The fence that would close the code block in which ``text`` ends; None outside of code."""
+    fence: str | None = None
+    for line in text.split("\n"):
+        fence = _fence_after(line, fence)
+    return fence
+
+
+def _fence_after(line: str, fence: str | None) -> str | None:
+    """The open fence behind ``line``, given the one before it."""
+    found = _FENCE.match(line)
+    if not found:
+        return fence
+    _, marks, rest = found.groups()
+    if fence is None:
+        return None if marks[0] == "`" and "`" in rest else marks
+    return None if marks.startswith(fence) and not rest.strip() else fence
+
+
+def _safe_parts(text: str) -> Iterator[str]:
+    """Text and code blocks in turn, each safe by itself."""
+    fence: str | None = None
+    opening, part = "", list[str]()
+    for line in text.split("\n"):
+        after = _fence_after(line, fence)
+        if after == fence:
+            part.append(line)
+            continue
+        if after is not None:
+            if part:
+                yield _safe_text("\n".join(part))
+            opening, part = line, []
+        else:
+            yield _code_block(opening, part, line)
+            part = []
+        fence = after
+    if fence is not None:
+        yield _code_block(opening, part, None)
+    elif part:
+        yield _safe_text("\n".join(part))
+
+
+def _code_block(opening: str, lines: list[str], closing: str | None) -> str:
+    """A code block as written; one that a reader could leave early is written anew, at the margin."""
+    found = _FENCE.match(opening)
+    assert found is not None, "a code block begins with a fence"
+    indent, marks, info = found.groups()
+    body = "\n".join(lines)
+    if _ACTIVE.search(f"{info}\n{body}"):
+        longest = max((len(run) for run in re.findall(r"`{3,}|~{3,}", body)), default=2)
+        language = re.match(r"[\w+#.\-]*", info.strip())
+        fence = "`" * (longest + 1)
+        return f"\n{fence}{language[0] if language else ''}\n{body}\n{fence}"
+    return "\n".join([opening, *lines, closing if closing is not None else indent + marks])
+
+
+def _safe_text(text: str) -> str:
+    """Text outside of code blocks, paragraph by paragraph: a code span ends with its paragraph."""
+    return "".join(part if not part.strip() else _safe_paragraph(part) for part in re.split(r"(\n[ \t]*\n)", text))
+
+
+def _safe_paragraph(text: str) -> str:
+    result, position = [], 0
+    for span in _CODE_SPAN.finditer(text):
+        result += [_plain(text[position : span.start()]), _code_span(span)]
+        position = span.end()
+    return "".join([*result, _plain(text[position:])])
+
+
+def _code_span(span: re.Match[str]) -> str:
+    body = span[2].strip()
+    if not _ACTIVE.search(body):
+        return span[0]
+    # as HTML whose every mark is an entity, the same whether a reader takes the backticks for code or not
+    coded = "".join(one if one.isalnum() or one == " " else f"&#{ord(one)};" for one in body)
+    return f"<code>{coded}</code>"
+
+
+def _plain(text: str) -> str:
+    text = text.replace("<", "&lt;").replace("![", "[")
+    return _DESTINATION.sub(lambda found: _inert(found) if _unsafe(found[2]) else found[0], text)
+
+
+def _inert(found: re.Match[str]) -> str:
+    return found[0].replace("](", "]\\(", 1) if found[1] == "(" else found[0].replace("]:", "]\\:", 1)
+
+
+def _unsafe(destination: str) -> bool:
+    """Whether a link would do more than open a page, however its scheme is written."""
+    plain = html.unescape(html.unescape(destination.replace("\\", ""))).lstrip("<")
+    scheme = _SCHEME.match(re.sub(r"[\x00-\x20\x7f-\xa0]", "", plain))
+    return scheme is not None and scheme[1].lower() not in SAFE_SCHEMES
