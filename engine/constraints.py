@@ -155,21 +155,29 @@ _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag",
 
 @dataclass(frozen=True, slots=True)
 class ThinkingBudget:
-    """At most ``max_tokens`` tokens of thought, then its end is written for the model; 0: no thinking."""
+    """At most ``max_tokens`` tokens of thought, then its end is written for the model; 0: no thinking, -1: no limit.
+
+    No limit is a wish of its own: live settings do not overrule it.
+    """
 
     max_tokens: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 0:
+        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < -1:
             raise RequestError(
                 f"thinking_token_budget must be a non-negative integer or -1 for unlimited, got {self.max_tokens!r}.",
                 param="thinking_token_budget",
             )
 
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of thought, None for any number."""
+        return None if self.max_tokens == -1 else self.max_tokens
+
     @classmethod
     def from_request(cls, value: int | None) -> Self | None:
-        """vLLM's ``thinking_token_budget``: None and -1 mean no budget."""
-        return None if value is None or (value == -1 and not isinstance(value, bool)) else cls(value)
+        """vLLM's ``thinking_token_budget``; None says nothing."""
+        return None if value is None else cls(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +278,13 @@ class TokenGuide(Protocol):
 
     def advance(self, token_id: int) -> str | None:
         """Take a token that was chosen. Gives why the completion is over: ``COMPLETE``, a stop reason, or None."""
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the completion is inside a thought."""
+
+    def set_default_budget(self, budget: int | None, *, in_flight: bool) -> None:
+        """The thinking budget of requests that did not ask for one; those that did keep theirs."""
 
     def finish_thinking(self, in_flight: bool) -> None:
         """End a thought as soon as possible; ``in_flight``: a token is sampled whose value is not known yet."""

@@ -62,15 +62,15 @@ class EngineThread:
         with self._lock:
             self._check_open()
             self._streams[request.request_id] = stream
-        self._commands.put(lambda engine: _add(engine, request, stream))
+        self._about(request.request_id, "queued", lambda engine: engine.add_request(request, stream))
 
     def abort(self, request_id: str) -> None:
         """End a request soon. Safe for ids that are unknown or over."""
-        self._commands.put(lambda engine: engine.abort_request(request_id))
+        self._about(request_id, "aborted", lambda engine: engine.abort_request(request_id))
 
     def finish_thinking(self, request_id: str) -> None:
         """End a request's thought soon. Safe for ids that are unknown or over."""
-        self._commands.put(lambda engine: engine.finish_thinking(request_id))
+        self._about(request_id, "told to answer", lambda engine: engine.finish_thinking(request_id))
 
     def call(self, function: Callable[[LLMEngine], T]) -> T:
         """Run ``function`` between two steps and give its result."""
@@ -92,6 +92,11 @@ class EngineThread:
                     raise
                 self._check_open()
 
+    def post(self, command: _Command) -> None:
+        """Run ``command`` soon, between two steps; nothing happens once the engine is closed."""
+        if self.alive:
+            self._commands.put(command)
+
     def close(self) -> None:
         """End all requests, free the engine on its own thread and wait for that. Safe to repeat."""
         with self._lock:
@@ -99,6 +104,17 @@ class EngineThread:
         self._commands.put(None)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _about(self, request_id: str, what: str, command: _Command) -> None:
+        """Queue a command that concerns one request, which alone fails if the command does."""
+
+        def guarded(engine: LLMEngine) -> None:
+            try:
+                command(engine)
+            except Exception as error:  # noqa: BLE001  (the request ends here, and its stream is told)
+                engine.fail_request(request_id, _failure(f"the request could not be {what}", error))
+
+        self._commands.put(guarded)
 
     def _check_open(self) -> None:
         if self._closing or self._failure is not None or not self._thread.is_alive():
@@ -158,12 +174,7 @@ class EngineThread:
                 engine.step()
                 log.tick(idle=not engine.has_work)
             except Exception as error:  # noqa: BLE001  (a failing model: all requests are told, the engine goes on)
-                failure = GenerationError(
-                    f"the model failed: {_one_line(error)}; the engine goes on without this request"
-                )
-                failure.__cause__ = error.with_traceback(None)  # its frames hold the weights
-                logger.error("%s", failure)
-                engine.fail_all(failure)
+                engine.fail_all(_failure("the model failed", error))
             self._forget_finished()
 
     def _take_commands(self, engine: LLMEngine) -> bool:
@@ -216,15 +227,14 @@ def start_engine(
         raise
 
 
-def _add(engine: LLMEngine, request: NewRequest, stream: RequestStream) -> None:
-    """Queue a request; one that cannot even be queued fails alone."""
-    try:
-        engine.add_request(request, stream)
-    except Exception as error:  # noqa: BLE001  (the request ends here, and its stream is told)
-        engine.abort_request(request.request_id)
-        failure = GenerationError(f"the request could not be queued: {_one_line(error)}")
-        logger.error("%s", failure)
-        stream.end(failure)
+def _failure(what: str, error: Exception) -> VMMagicError:
+    """What those who wait are told, also in the log; errors meant for users stay as they are."""
+    logger.error("%s: %s", what, _one_line(error))
+    if isinstance(error, VMMagicError):
+        return error
+    failure = GenerationError(f"{what}: {_one_line(error)}; the engine goes on without this request")
+    failure.__cause__ = error.with_traceback(None)  # its frames hold the weights
+    return failure
 
 
 def _one_line(error: BaseException) -> str:

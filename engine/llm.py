@@ -4,6 +4,7 @@ All of them share one engine and one KV cache. MLX lives on the engine's own thr
 tokenizing happen in the caller's.
 """
 
+import logging
 import threading
 import time
 import uuid
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from engine.activity import Activity, BlockMap
 from engine.batch import one_prompt, params_of_each, run_all
 from engine.config import EngineArgs, ModelConfig
 from engine.constraints import Constraints
@@ -19,6 +21,7 @@ from engine.errors import RequestError
 from engine.explain import Explanation
 from engine.explaining import make_explainer
 from engine.hub import resolve
+from engine.live_values import LiveValues
 from engine.metrics import EngineMetrics
 from engine.outputs import CompletionDelta, RequestOutput
 from engine.request_log import RequestLog
@@ -35,12 +38,13 @@ from engine.text.parser_choice import ParserChoice
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    import pandas
+
     from engine.llm_engine import EngineStats
     from engine.memory import MemoryPlan
     from engine.openai.server import ServerHandle
 
-    import pandas
-
+logger = logging.getLogger("engine")
 Message = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
 
@@ -68,6 +72,7 @@ class LLM:
         self.args = EngineArgs.from_options(model, options)
         prepare_backend()  # before anything imports mlx
         from engine.engine_thread import start_engine
+        from engine.engine_view import Look, see_activity, see_blocks
 
         resolved = resolve(self.args.model, self.args.revision, progress=progress)
         self.tokenizer: Tokenizer = load_tokenizer(resolved, self.args)
@@ -79,13 +84,13 @@ class LLM:
         self.settings = Settings()
         self.request_log = RequestLog()
         self.server: ServerHandle | None = None
+        self.last_map: pandas.DataFrame | None = None
         self.created = time.time()
         self._serving = threading.Lock()
         self._thread, built = start_engine(resolved, self.args, self.tokenizer, self.metrics, progress)
         # Also when the object is dropped, and at exit, where a thread inside MLX would abort the process.
         weakref.finalize(self, self._thread.close)
         self.model_config: ModelConfig = built.config
-        self.last_map: pandas.DataFrame | None = None
         self.plan: MemoryPlan = built.plan
         self.defaults = SamplingDefaults(
             built.config.generation_config, self.args.override_generation_config, self.settings
@@ -94,6 +99,10 @@ class LLM:
         self._requests = RequestMaker.of_model(
             self.args, built.config, self.tokenizer, self._parsers, built.engine.runner.vocab_size
         )
+        self._activity = Look(self._thread.post, see_activity)
+        self._blocks = Look(self._thread.post, see_blocks)
+        follow = weakref.WeakMethod(self._follow_settings)
+        self.settings.on_change(lambda: (method := follow()) and method())
         self._reuses_prefixes = built.engine.scheduler.kv.groups[0].pool.enable_caching
 
     def __enter__(self) -> "LLM":
@@ -152,7 +161,7 @@ class LLM:
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            **(chat_template_kwargs or {}),
+            **{**self.settings.template_kwargs(template.variables), **(chat_template_kwargs or {})},
         )
 
     def output_parser(
@@ -247,21 +256,6 @@ class LLM:
         each = params_of_each(sampling_params, len(prompts), self.sampling_params)
         return run_all(self.submit, zip(prompts, each, strict=True), use_tqdm=use_tqdm)
 
-    def stream(
-        self,
-        prompt: str | Sequence[int] | Sequence[Message],
-        sampling_params: SamplingParams | None = None,
-        **template: Any,
-    ) -> Iterator[CompletionDelta]:
-        """Deltas of a reply to a conversation (messages) or of a raw prompt (text or token ids).
-
-        Leaving the loop early ends the request.
-        """
-        stream = self._submit_any(prompt, sampling_params, template)
-        try:
-            yield from stream
-        finally:
-            stream.abort()
     def map(
         self,
         rows: Any,
@@ -293,6 +287,21 @@ class LLM:
         request = MapRequest.of(template, params, variables=variables, resume=resume)
         return map_prompts(door, rows, request, keep=self._keep_map, use_tqdm=use_tqdm)
 
+    def stream(
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        **template: Any,
+    ) -> Iterator[CompletionDelta]:
+        """Deltas of a reply to a conversation (messages) or of a raw prompt (text or token ids).
+
+        Leaving the loop early ends the request.
+        """
+        stream = self._submit_any(prompt, sampling_params, template)
+        try:
+            yield from stream
+        finally:
+            stream.abort()
 
     async def astream(
         self,
@@ -349,6 +358,22 @@ class LLM:
 
         return what_if(self.plan, **settings)
 
+    def activity(self) -> Activity:
+        """Requests under way, counters and recent speed; while a step takes long, as of the step before."""
+        return self._activity.latest(self._thread.call)
+
+    def block_map(self) -> BlockMap:
+        """Who holds which KV block; while a step takes long, as of the step before."""
+        return self._blocks.latest(self._thread.call)
+
+    def abort(self, request_id: str) -> None:
+        """End a request soon, whoever sent it; its last delta says ``abort``. Nothing happens for one that is over."""
+        self._thread.abort(request_id)
+
+    def finish_thinking(self) -> None:
+        """End the thoughts of all requests that think now; their answers follow."""
+        self._thread.post(lambda engine: engine.finish_all_thinking())
+
     def explain(self, count: int = 1) -> Explanation:
         """Why the last request went as it did, whoever sent it; ``count`` 2 is the one before, and so on.
 
@@ -376,6 +401,19 @@ class LLM:
             server.stop()
         self._thread.close()
 
+    def _keep_map(self, frame: "pandas.DataFrame") -> None:
+        self.last_map = frame
+
+    def _follow_settings(self) -> None:
+        """Hand the live settings to the requests under way."""
+        budget = self.settings.thinking().get("thinking_token_budget")
+        try:
+            live = LiveValues(self.defaults.resolve({}), budget, self.plan.max_model_len)
+        except RequestError as error:  # new requests are refused with it; those under way go on as they are
+            logger.warning("live settings contradict the model's own: %s", error)
+            return
+        self._thread.post(lambda engine: engine.follow(live))
+
     def _submit_any(
         self,
         prompt: str | Sequence[int] | Sequence[Message],
@@ -391,16 +429,3 @@ class LLM:
 
     def _chat_tokens(self, messages: Sequence[Message], template: Mapping[str, Any]) -> list[int]:
         return self.tokenize(self.render_chat(messages, **template), add_special_tokens=False)
-    def _keep_map(self, frame: "pandas.DataFrame") -> None:
-        self.last_map = frame
-
-    def _follow_settings(self) -> None:
-        """Hand the live settings to the requests under way."""
-        budget = self.settings.thinking().get("thinking_token_budget")
-        try:
-            live = LiveValues(self.defaults.resolve({}), budget, self.plan.max_model_len)
-        except RequestError as error:  # new requests are refused with it; those under way go on as they are
-            logger.warning("live settings contradict the model's own: %s", error)
-            return
-        self._thread.post(lambda engine: engine.follow(live))
-

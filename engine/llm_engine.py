@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from engine.activity import Throughput
 from engine.core.scheduler import Scheduler
 from engine.errors import GenerationError, VMMagicError
+from engine.live_values import LiveValues
 from engine.metrics import EngineMetrics
 from engine.outputs import CompletionDelta, LogprobsAtPosition
 from engine.request import NewRequest, Request, RequestStatus
@@ -87,6 +89,8 @@ class LLMEngine:
         self._group_of: dict[Request, tuple[_Group, _Completion]] = {}
         self._in_flight: InFlightStep | None = None
         self._counts = EngineStats()
+        self._live: LiveValues | None = None
+        self.throughput = Throughput()
         self._step_prompt_tokens = 0
 
     @property
@@ -117,6 +121,7 @@ class LLMEngine:
             completion = _Completion(request, self._make_detokenizer(new.prompt_token_ids, new.params))
             group.completions.append(completion)
             self._group_of[request] = (group, completion)
+            self._follow(group, request)
             self.scheduler.add(request, fork_of=first if self.runner.backend.paged else None)
             first = first or request
         stream.metrics = group.completions[0].request.metrics
@@ -139,13 +144,34 @@ class LLMEngine:
             if request.guide is not None and not request.finished:
                 request.guide.finish_thinking(in_flight=request.num_pending > 0)
 
-    def fail_all(self, error: BaseException) -> None:
+    def finish_all_thinking(self) -> None:
+        """:meth:`finish_thinking` for every request under way."""
+        for request_id in list(self._groups):
+            self.finish_thinking(request_id)
+
+    def follow(self, live: LiveValues) -> None:
+        """Give requests under way, and those that come, the live value of whatever they did not set themselves."""
+        self._live = live
+        for group in self._groups.values():
+            for completion in group.completions:
+                if not completion.request.finished:
+                    self._follow(group, completion.request)
+
+    def requests(self) -> list[list[Request]]:
+        """The completions of every request under way, in order of arrival."""
+        return [[completion.request for completion in group.completions] for group in self._groups.values()]
+
+    def fail_request(self, request_id: str, error: VMMagicError) -> None:
+        """End one request with an error. Unknown ids are over already."""
+        group = self._groups.get(request_id)
+        if group is not None:
+            self._fail(group, error)
+
+    def fail_all(self, error: VMMagicError) -> None:
         """Tell everyone that waits, and start again from empty pages: after a step that raised."""
         self._in_flight = None
         for group in list(self._groups.values()):
-            for completion in group.completions:
-                self.scheduler.finish(completion.request, RequestStatus.FINISHED_ERROR)
-            self._close(group, error)
+            self._fail(group, error)
         self.scheduler.kv.reset_prefix_cache()
         self.runner.recover()
 
@@ -170,10 +196,13 @@ class LLMEngine:
         self.runner.close()
 
     def _submit_if_wanted(self, following: InFlightStep | None) -> InFlightStep | None:
-        """Submit the next step unless all its requests ended meanwhile."""
+        """Submit the next step unless all its requests ended meanwhile.
+
+        A chunk of a prompt is computed all the same: its blocks may be found in the prefix cache already.
+        """
         if following is None:
             return None
-        moot = all(share.request.finished for share in following.shares)
+        moot = all(share.request.finished and share.pending for share in following.shares)
         if moot and self.runner.discard(following):
             return None
         following.submit()
@@ -196,6 +225,17 @@ class LLMEngine:
             guide=None if new.make_guide is None else new.make_guide(),
         )
 
+    def _follow(self, group: _Group, request: Request) -> None:
+        live = self._live
+        if live is None:
+            return
+        params = live.params_for(request.params)
+        if params is not request.params:
+            group.stream.params = request.params = params
+            request.max_tokens = live.max_tokens_for(params, request.num_prompt_tokens)
+        if request.guide is not None:
+            request.guide.set_default_budget(live.thinking_token_budget, in_flight=request.num_pending > 0)
+
     def _hand_out(self, result: StepResult) -> None:
         for prompt in result.prompt_logprobs:
             self._hand_out_prompt(prompt)
@@ -206,6 +246,7 @@ class LLMEngine:
                 num_tokens += 1
                 self._hand_out_token(sampled, now)
         self._metrics.observe_step(self._step_prompt_tokens, num_tokens)
+        self.throughput.add(now, self._step_prompt_tokens, num_tokens)
         self._step_prompt_tokens = 0
         self._counts = replace(self._counts, generation_tokens=self._counts.generation_tokens + num_tokens)
 

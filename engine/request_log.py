@@ -67,7 +67,9 @@ class RequestRecord:
         """The result so far; once the request is over, its stream (with logprobs and all) is let go."""
         stream = self.stream
         if self._outcome is None and stream is not None:
-            self.parsing = stream.parsing
+            # Live settings may have changed the values meanwhile.
+            self.parsing, self.params = stream.parsing, stream.params
+            self.max_tokens = stream.params.max_tokens or self.max_tokens
             finished = stream.finished  # before the snapshot, which may grow meanwhile
             outcome = _outcome(stream.snapshot(), finished, stream.error)
             if not finished:

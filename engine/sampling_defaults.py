@@ -24,6 +24,17 @@ GENERATION_CONFIG_NAMES = {
 }
 """What is read of a generation config, and its name here."""
 
+_DEFAULT_SOURCES = ("default", "generation_config.json", "--override-generation-config", "set")
+
+
+def is_default_source(source: str | None) -> bool:
+    """Whether a value with this origin came from the defaults, the live settings included, not from its request.
+
+    None: nobody resolved defaults, the values are the request's own.
+    """
+    return source is not None and (source in _DEFAULT_SOURCES or source.startswith("preset "))
+
+
 _KNOWN = frozenset(field.name for field in fields(SamplingParams)) - {"sources"}
 
 

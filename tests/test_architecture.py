@@ -27,12 +27,15 @@ ALLOWED: dict[str, frozenset[str]] = {
     "builder": frozenset({*_MIDDLE, "llm_engine"}),
     "stats_log": frozenset({*_MIDDLE, "llm_engine"}),
     "engine_thread": frozenset({*_MIDDLE, "llm_engine", "builder", "stats_log"}),
+    "engine_view": frozenset({*_MIDDLE, "llm_engine"}),
     "planning": frozenset(_MIDDLE),
     "replay": frozenset(_MIDDLE),
     "request_maker": frozenset(_MIDDLE),
     "explaining": frozenset({*_MIDDLE, "replay"}),
     "local_door": frozenset({*_MIDDLE, "replay"}),
-    "llm": frozenset({*_MIDDLE, "local_door", "request_maker", "explaining", "llm_engine", "builder", "engine_thread"}),
+    "llm": frozenset(
+        {*_MIDDLE, "local_door", "request_maker", "explaining", "llm_engine", "engine_view", "builder", "engine_thread"}
+    ),
     "openai": frozenset({"openai", *_MIDDLE, "llm_engine", "engine_thread", "llm"}),
     "engine": frozenset({*_MIDDLE, "planning", "replay", "llm"}),
     "vm_magic": frozenset({"vm_magic", "engine", *_BELOW, "metrics", "llm", "openai"}),

@@ -38,6 +38,7 @@ class Guide:
         matcher: Matcher | None = None,
         tracker: ThoughtTracker | None = None,
         budget: int | None = None,
+        own_budget: bool = False,
         repetition: RepetitionFinder | None = None,
         repetition_everywhere: bool = False,
         start_token_ids: tuple[int, ...] = (),
@@ -46,6 +47,7 @@ class Guide:
         self._matcher = matcher
         self._tracker = tracker
         self._budget = budget
+        self._own_budget = own_budget
         self._repetition = repetition
         self._repetition_everywhere = repetition_everywhere
         self._start = start_token_ids
@@ -109,9 +111,22 @@ class Guide:
         """See :class:`engine.constraints.TokenGuide`. A thought that has not begun gets no budget."""
         if self._tracker is None:
             return
-        self._budget = 0
+        self._budget, self._own_budget = 0, True
         if self._place is Place.THOUGHT and self._ending is None:
             self._end_thought("request", waited=not in_flight)
+
+    @property
+    def thinking(self) -> bool:
+        """See :class:`engine.constraints.TokenGuide`."""
+        return self._place is Place.THOUGHT
+
+    def set_default_budget(self, budget: int | None, *, in_flight: bool) -> None:
+        """See :class:`engine.constraints.TokenGuide`. A smaller one than was thought already ends the thought."""
+        if self._own_budget or self._tracker is None or budget == self._budget:
+            return
+        self._budget = budget
+        if self._place is Place.THOUGHT and self._over_budget and self._ending is None:
+            self._end_thought("budget", waited=not in_flight)
 
     @property
     def _place(self) -> Place:
@@ -194,7 +209,8 @@ class Guides:
         Raises RequestError for a bad grammar and for what this model cannot do.
         """
         constraints = constraints or Constraints()
-        if constraints.thinking is not None and self.markers is None:
+        thinking = constraints.thinking
+        if thinking is not None and thinking.limit is not None and self.markers is None:
             raise RequestError(
                 "thinking_token_budget needs a model that thinks: load it with --reasoning-parser NAME or "
                 "--reasoning-config.",
@@ -212,7 +228,8 @@ class Guides:
             return Guide(
                 matcher=None if matcher is None else matcher.another(),
                 tracker=None if markers is None else ThoughtTracker(markers, place, self._tokenizer),
-                budget=None if constraints.thinking is None else constraints.thinking.max_tokens,
+                budget=None if thinking is None else thinking.limit,
+                own_budget=thinking is not None,
                 repetition=RepetitionFinder(detection) if detection.max_pattern_size else None,
                 repetition_everywhere=asked is not None,
                 start_token_ids=self._start,

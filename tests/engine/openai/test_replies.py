@@ -171,7 +171,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
         ({"thinking_token_budget": 9}, Constraints(thinking=ThinkingBudget(9))),
         ({"thinking_budget": 9}, Constraints(thinking=ThinkingBudget(9))),
         ({"reasoning_max_tokens": 9}, Constraints(thinking=ThinkingBudget(9))),
-        ({"thinking_token_budget": -1}, None),
+        ({"thinking_token_budget": -1}, Constraints(thinking=ThinkingBudget(-1))),
         ({"repetition_detection": REPETITION}, Constraints(repetition=RepetitionDetection(**REPETITION))),
     ],
 )
