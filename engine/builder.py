@@ -12,12 +12,12 @@ from engine.core.scheduler import Scheduler
 from engine.core.state_group import StateGroup
 from engine.hub import ResolvedModel
 from engine.llm_engine import LLMEngine
-from engine.memory import KVGroupSpec, MemoryPlan, plan_memory
+from engine.memory import KVGroupSpec, MemoryPlan, pages_note, plan_memory
 from engine.metrics import EngineMetrics
 from engine.runner.backends import Backend
 from engine.runner.devices import Device, clear_cache, describe_device
 from engine.runner.kv_spec import contiguous_group, group_spec, num_logits
-from engine.runner.loader import DTYPES, LoadedModel, load_model
+from engine.runner.loader import LoadedModel, load_model
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
 from engine.runner.warm_up import choose_backend, measure_overhead
@@ -54,7 +54,7 @@ def build_engine(
         loaded.model,
         paged=args.use_paged_attention,
         block_size=args.block_size,
-        kv_dtype=DTYPES.get(args.kv_cache_dtype),
+        kv_cache_dtype=args.kv_cache_dtype,
         device=device.kind,
         vocab_size=vocab_size,
     )
@@ -71,7 +71,7 @@ def build_engine(
         enable_prefix_caching=args.enable_prefix_caching and backend.paged,
         cache_dtype=args.kv_cache_dtype,
     )
-    notes = [*loaded.notes, *([note] if note else [])]
+    notes = [*loaded.notes, *(line for line in (note, pages_note(plan.groups, args.kv_cache_dtype)) if line)]
     for line in notes:
         logger.info("%s", line)
     logger.info("Paged attention memory breakdown: %s", plan.log_line())

@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
 from engine import plan_text
-from engine.config import DEFAULT_MEMORY_FRACTION, KV_CACHE_DTYPES, MAX_NUM_SEQS_LIMIT, Auto, check_batch
+from engine.config import DEFAULT_MEMORY_FRACTION, MAX_NUM_SEQS_LIMIT, Auto, check_batch
 from engine.errors import ConfigError, MemoryPlanError
+from engine.kv_dtype import kv_cache_dtype as known_kv_cache_dtype
+from engine.kv_dtype import unquantized_note, vector_bytes
 from engine.plan_text import gib
 
 MIN_BLOCKS = 16
@@ -28,7 +30,6 @@ MIN_POOL_BLOCKS = 64
 _VLLM_HELP = "https://docs.vllm.ai/en/latest/configuration/conserving_memory/"
 
 GroupKind = Literal["full", "sliding", "state", "shared", "latent"]
-_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class KVVectors(NamedTuple):
@@ -40,7 +41,7 @@ class KVVectors(NamedTuple):
 
     def num_bytes(self, kv_cache_dtype: str) -> int:
         """Bytes of these vectors in pages of ``kv_cache_dtype``; ``auto`` is the model's own type."""
-        return self.number * self.length * _ELEMENT_BYTES.get(kv_cache_dtype, self.element_bytes)
+        return self.number * vector_bytes(self.length, self.element_bytes, kv_cache_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +208,7 @@ def plan_memory(
     sequence fits. ``groups`` are in ``kv_cache_dtype`` already. ``knob`` is the name under which the
     user set the fraction; errors name it.
     """
+    groups = _billed_in(groups, kv_cache_dtype)
     device_limit, model_memory, overhead = int(device_limit), int(model_memory), int(overhead)
     if isinstance(max_model_len, int) and max_model_len > context_length:
         raise ConfigError(
@@ -266,9 +268,9 @@ def what_if(
     :class:`ConfigError` for values out of range.
     """
     asked = plan.inputs
-    dtype = asked.kv_cache_dtype if kv_cache_dtype is None else kv_cache_dtype
+    dtype = asked.kv_cache_dtype if kv_cache_dtype is None else known_kv_cache_dtype(kv_cache_dtype)
     share = DEFAULT_MEMORY_FRACTION if fraction == "auto" else plan.fraction if fraction is None else float(fraction)
-    _check_settings(share, max_model_len, max_num_seqs, dtype)
+    _check_settings(share, max_model_len, max_num_seqs)
     same_pages = dtype == asked.kv_cache_dtype
     return plan_memory(
         groups=plan.groups if same_pages else [group.with_kv_cache_dtype(dtype) for group in plan.groups],
@@ -284,6 +286,18 @@ def what_if(
         kv_cache_dtype=dtype,
         knob=asked.knob if fraction is None else "memory_fraction",
     )
+
+
+def _billed_in(groups: Sequence[KVGroupSpec], kv_cache_dtype: str) -> Sequence[KVGroupSpec]:
+    if kv_cache_dtype == "auto":
+        return groups
+    pages_note(groups, kv_cache_dtype)
+    return [group.with_kv_cache_dtype(kv_cache_dtype) for group in groups]
+
+
+def pages_note(groups: Sequence[KVGroupSpec], kv_cache_dtype: str) -> str | None:
+    """A line for the user where pages of ``kv_cache_dtype`` leave something unquantized. Raises ConfigError for all."""
+    return unquantized_note(kv_cache_dtype, (vectors.length for group in groups for vectors in group.vectors))
 
 
 def next_pool_size(current: int, needed: int, limit: int) -> int:
@@ -378,23 +392,13 @@ class _Shortage:
         )
 
 
-def _check_settings(
-    fraction: float, max_model_len: int | Auto | None, max_num_seqs: int | Auto | None, kv_cache_dtype: str
-) -> None:
+def _check_settings(fraction: float, max_model_len: int | Auto | None, max_num_seqs: int | Auto | None) -> None:
     """Refuse what no plan can be made with. Lengths beyond the model's context are :func:`plan_memory`'s."""
     if not 0 < fraction <= 1:
         raise ConfigError(f"fraction {fraction}: must be (0, 1]", flag="fraction", value=fraction, allowed="(0, 1]")
     for name, value in (("max_model_len", max_model_len), ("max_num_seqs", max_num_seqs)):
         if isinstance(value, int) and value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1, or auto", flag=name, value=value, allowed="[1, ∞)")
-    if kv_cache_dtype not in KV_CACHE_DTYPES:
-        allowed = "one of " + ", ".join(KV_CACHE_DTYPES)
-        raise ConfigError(
-            f"--kv-cache-dtype {kv_cache_dtype}: must be {allowed}",
-            flag="kv_cache_dtype",
-            value=kv_cache_dtype,
-            allowed=allowed,
-        )
 
 
 def _refuse_what_does_not_fit(plan: MemoryPlan, shortage: _Shortage) -> None:

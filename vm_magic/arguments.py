@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NoReturn
 
@@ -194,9 +194,21 @@ def _add_flag(group: Any, flag: Flag, names: list[str]) -> None:
     elif flag.kind == "list":
         group.add_argument(*names, dest=flag.field, action="extend", nargs="+", metavar=flag.metavar, **common)
     elif flag.choices:
-        group.add_argument(*names, dest=flag.field, choices=flag.choices, **common)
+        group.add_argument(*names, dest=flag.field, type=_one_of(flag), choices=flag.choices, **common)
     else:
         group.add_argument(*names, dest=flag.field, metavar=flag.metavar or None, **common)
+
+
+def _one_of(flag: Flag) -> Callable[[str], Any]:
+    """Reads another name of a choice as the choice, and refuses others in the engine's words."""
+
+    def read(text: str) -> Any:
+        try:
+            return flag.parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"--{flag.name} ")) from None
+
+    return read
 
 
 def _add_server_flags(parser: CommandParser) -> None:

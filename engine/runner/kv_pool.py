@@ -5,55 +5,57 @@ from copy import copy
 
 import mlx.core as mx
 
+from engine.runner.kv_pages import Pages
 from engine.runner.kv_spec import CacheLeaf, LayerShape
 
 
 class KVPool:
     """The pages of a group's layers. Starts small and grows; blocks keep their numbers."""
 
-    def __init__(self, layers: Sequence[LayerShape], block_size: int, dtype: mx.Dtype | None = None) -> None:
+    def __init__(self, layers: Sequence[LayerShape], block_size: int, kv_cache_dtype: str = "auto") -> None:
         self.layers = tuple(layers)
         self.block_size = block_size
-        self.dtype = dtype
         self.num_blocks = 0
-        self.keys: list[mx.array] = []
-        self.values: list[mx.array] = []
+        self.keys = [Pages(one.num_kv_heads, one.key_dim, one.dtype, kv_cache_dtype) for one in layers]
+        self.values = [Pages(one.num_value_heads, one.value_dim, one.dtype, kv_cache_dtype) for one in layers]
+
+    @property
+    def pages(self) -> list[Pages]:
+        """Keys and values of all layers."""
+        return [*self.keys, *self.values]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pages."""
-        return sum(array.nbytes for array in (*self.keys, *self.values))
+        return sum(pages.nbytes for pages in self.pages)
 
     def grow(self, num_blocks: int) -> None:
         """Make room for ``num_blocks`` blocks, layer by layer so that only one is held twice."""
         if num_blocks <= self.num_blocks:
             return
-        slots = num_blocks * self.block_size
-        for i, layer in enumerate(self.layers):
-            dtype = self.dtype or layer.dtype
-            _grow(self.keys, i, (layer.num_kv_heads, slots, layer.key_dim), dtype)
-            _grow(self.values, i, (layer.num_value_heads, slots, layer.value_dim), dtype)
+        for pages in self.pages:
+            pages.grow(num_blocks * self.block_size)
         self.num_blocks = num_blocks
 
     def snapshot(self) -> object:
-        """The pages as they are, for :meth:`restore`; while it is kept, writing copies them.
-
-        Copies of the handles: writing changes an array object in place.
-        """
-        return [copy(page) for page in self.keys], [copy(page) for page in self.values]
+        """The pages as they are, for :meth:`restore`; while it is kept, writing copies them."""
+        return [pages.snapshot() for pages in self.pages]
 
     def restore(self, snapshot: object) -> None:
         """Go back to a :meth:`snapshot`."""
-        assert isinstance(snapshot, tuple)
-        self.keys, self.values = snapshot
+        assert isinstance(snapshot, list)
+        for pages, arrays in zip(self.pages, snapshot, strict=True):
+            pages.arrays = arrays
 
     def barrier(self) -> list[mx.array]:
         """Small arrays that are known once all layers are written: holding a page would make MLX copy it."""
-        return [pages[-1][0, 0, 0].sum() for pages in (self.keys, self.values)]
+        return [array[0, 0, 0].sum() for pages in (self.keys[-1], self.values[-1]) for array in pages.arrays]
 
     def release(self) -> None:
         """Give all pages back."""
-        self.keys, self.values, self.num_blocks = [], [], 0
+        for pages in self.pages:
+            pages.arrays = []
+        self.num_blocks = 0
 
 
 class StatePool:
@@ -98,13 +100,3 @@ class StatePool:
     def release(self) -> None:
         """Give all slots back."""
         self.arrays, self.num_blocks = [], 0
-
-
-def _grow(arrays: list[mx.array], index: int, shape: tuple[int, int, int], dtype: mx.Dtype) -> None:
-    heads, slots, dim = shape
-    if index == len(arrays):
-        arrays.append(mx.zeros((1, heads, slots, dim), dtype))
-    else:
-        room = mx.zeros((1, heads, slots - arrays[index].shape[2], dim), dtype)
-        arrays[index] = mx.concatenate([arrays[index], room], axis=2)
-    mx.eval(arrays[index])

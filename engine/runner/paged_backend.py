@@ -35,14 +35,15 @@ class PagedBackend:
 
     def __init__(
         self, model: nn.Module, tree: CacheTree, block_size: int, *, calls: Calls,
-        kv_dtype: mx.Dtype | None = None, prefer_views: bool, max_rows: int | None = None,
+        kv_cache_dtype: str = "auto", prefer_views: bool, max_rows: int | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.calls = calls
         self.max_rows = max_rows
         self.block_size = block_size
         self.groups = group_leaves(flatten(tree))
-        self.pools = [_make_pool(leaves, block_size, kv_dtype) for leaves in self.groups]
+        self.kv_cache_dtype = kv_cache_dtype
+        self.pools = [_make_pool(leaves, block_size, kv_cache_dtype) for leaves in self.groups]
         self._views: dict[CacheLeaf, LayerCache] = {}
         for leaves, pool in zip(self.groups, self.pools, strict=True):
             for index, leaf in enumerate(leaves):
@@ -166,10 +167,10 @@ class PagedBackend:
                 view.layout, view.flat = layout, flat
 
 
-def _make_pool(leaves: Sequence[CacheLeaf], block_size: int, kv_dtype: mx.Dtype | None) -> KVPool | StatePool:
+def _make_pool(leaves: Sequence[CacheLeaf], block_size: int, kv_cache_dtype: str) -> KVPool | StatePool:
     if leaves[0].kind == "state":
         return StatePool(leaves)
-    return KVPool([leaf.shape for leaf in leaves if leaf.shape is not None], block_size, kv_dtype)
+    return KVPool([leaf.shape for leaf in leaves if leaf.shape is not None], block_size, kv_cache_dtype)
 
 
 def _make_view(pool: KVPool | StatePool, index: int, leaf: CacheLeaf) -> LayerCache:

@@ -42,7 +42,7 @@ class PagedLayerCache:
         """What the call attends to, for this layer and those that share its keys; flat rows read pages themselves."""
         pages = self._pool.keys[self._index], self._pool.values[self._index]
         if self.flat:
-            return pages
+            return pages[0].arrays[0], pages[1].arrays[0]
         keys, values = (self._step.read(self._step.parts[0], some).astype(self._dtype) for some in pages)
         return keys, values
 

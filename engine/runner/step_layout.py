@@ -13,6 +13,7 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
+from engine.runner.kv_pages import Pages
 from engine.runner.step_batch import Int32, StepBatch
 
 _MAX_VIEWS = 16
@@ -98,9 +99,14 @@ class StepLayout:
         self._plan_writes(batch.slots(block_size, group))
         self.parts = self._plan_reads(batch, prefer_views)
 
-    def write(self, pages: mx.array, rows: mx.array) -> mx.array:
-        """``pages`` [1, heads, slots, dim] with ``rows`` ([T, heads, 1, dim] or [1, heads, T, dim]) in their slots."""
-        rows = as_sequence(rows).astype(pages.dtype)
+    def write(self, pages: Pages, rows: mx.array) -> Pages:
+        """``pages`` with ``rows`` ([T, heads, 1, dim] or [1, heads, T, dim]) in their slots."""
+        for i, some in enumerate(pages.encode(as_sequence(rows))):
+            pages.arrays[i] = self._write(pages.arrays[i], some)
+        return pages
+
+    def _write(self, pages: mx.array, rows: mx.array) -> mx.array:
+        """``pages`` [1, heads, slots, n] with ``rows`` [1, heads, T, n] in their slots."""
         for first, last, slot in self._slices:
             pages[:, :, slot : slot + last - first] = rows if last - first == self.num_rows else rows[:, :, first:last]
         if self._scattered is not None:
@@ -108,8 +114,11 @@ class StepLayout:
             pages[:, :, slots] = rows if index is None else rows[:, :, index]
         return pages
 
-    def read(self, part: SequenceRead | RowsRead, pages: mx.array) -> mx.array:
-        """What ``part`` attends to: [1 or rows, heads, positions, dim]."""
+    def read(self, part: SequenceRead | RowsRead, pages: Pages) -> mx.array:
+        """What ``part`` attends to: [1 or rows, heads, positions, dim]; of quantized pages no more is unpacked."""
+        return pages.decode([self._read(part, array) for array in pages.arrays])
+
+    def _read(self, part: SequenceRead | RowsRead, pages: mx.array) -> mx.array:
         if isinstance(part, RowsRead):
             return self._gather(pages, -1, part.tables)
         slot = part.first_slot
@@ -118,7 +127,7 @@ class StepLayout:
         skipped = part.begin % self.block_size
         return self._gather(pages, part.first, part.blocks[None])[:, :, skipped : skipped + part.end - part.begin]
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float,
+    def attend(self, queries: mx.array, keys: Pages, values: Pages, scale: float,
                sinks: mx.array | None) -> mx.array:  # fmt: skip
         """Attention of all rows [T, heads, 1, dim] over the pages."""
         outputs, row = [], 0
@@ -128,7 +137,7 @@ class StepLayout:
             row += part.num_rows
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=0)
 
-    def _attend(self, part: SequenceRead | RowsRead, queries: mx.array, keys: mx.array, values: mx.array,
+    def _attend(self, part: SequenceRead | RowsRead, queries: mx.array, keys: Pages, values: Pages,
                 scale: float, sinks: mx.array | None) -> mx.array:  # fmt: skip
         k, v = (self.read(part, pages).astype(queries.dtype) for pages in (keys, values))
         if isinstance(part, RowsRead):

@@ -11,6 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from engine.request import Request
 from engine.runner.backends import Backend, ContiguousBackend
 from engine.runner.devices import DeviceKind, active_memory, clear_cache, peak_memory, reset_peak_memory
+from engine.runner.kv_pages import rounded
 from engine.runner.kv_spec import UnsupportedCacheError, flatten, probe_caches
 from engine.runner.paged_backend import Calls, PagedBackend
 from engine.runner.step_batch import StepBatch
@@ -20,8 +21,9 @@ from engine.step import ScheduledRequest
 _CHECK_LENGTHS = (21, 34, 9, 50, 3)
 _TOLERANCE = 1e-3
 _LOOSE_TOLERANCE = 0.3
-"""Of the logits' spread: rounding in half precision, or in TF32 on GPUs, stays below (0.11 was the most seen); a wrong
-mask or position does not (it gave 4)."""
+"""Of the logits' spread: rounding in half precision, or in TF32 on GPUs, stays below (0.11 was the most seen), and so
+does an element of a quantized page that falls to the other side of a step; a wrong mask or position does not (it
+gave 4)."""
 _MAX_ROWS_ON_CUDA = 96
 """MLX 0.32.4's CUDA RoPE with an offset per row fails from 128 rows on."""
 _NUM_SAMPLES = ((16, 16), (64, 64), (64, 1024))
@@ -29,7 +31,7 @@ _NUM_SAMPLES = ((16, 16), (64, 64), (64, 1024))
 
 
 def choose_backend(
-    model: nn.Module, *, paged: bool, block_size: int, kv_dtype: mx.Dtype | None, device: DeviceKind, vocab_size: int
+    model: nn.Module, *, paged: bool, block_size: int, kv_cache_dtype: str = "auto", device: DeviceKind, vocab_size: int
 ) -> tuple[Backend, str | None]:
     """The first way to run this model that gives its own logits, and a line for the user where that is not paged.
 
@@ -47,10 +49,10 @@ def choose_backend(
     ways: tuple[Calls, ...] = ("flat", "rectangles", "sequences")
     for calls in ways[1:] if has_state else ways:
         backend = PagedBackend(
-            model, tree, block_size, calls=calls, kv_dtype=kv_dtype, prefer_views=device == "cpu",
+            model, tree, block_size, calls=calls, kv_cache_dtype=kv_cache_dtype, prefer_views=device == "cpu",
             max_rows=_MAX_ROWS_ON_CUDA if device == "cuda" else None,
         )  # fmt: skip
-        problem = _problem(backend, model, kv_dtype, vocab_size, exact=device == "cpu")
+        problem = _problem(backend, model, vocab_size, exact=device == "cpu")
         if problem is None:
             return backend, None
         backend.close()
@@ -58,16 +60,14 @@ def choose_backend(
     return ContiguousBackend(model), _fallback_line(reason)
 
 
-def _problem(
-    backend: PagedBackend, model: nn.Module, kv_dtype: mx.Dtype | None, vocab_size: int, *, exact: bool
-) -> str | None:
+def _problem(backend: PagedBackend, model: nn.Module, vocab_size: int, *, exact: bool) -> str | None:
     """Why this backend does not give the model's own logits, or None."""
     try:
         difference = paging_difference(backend, model, vocab_size)
     except Exception as error:  # noqa: BLE001  (an architecture may object in any way; it still runs contiguously)
         return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
     kinds = {leaf.shape.dtype for leaves in backend.groups for leaf in leaves if leaf.shape is not None}
-    exact = exact and kv_dtype in (None, mx.float32) and kinds <= {mx.float32}
+    exact = exact and backend.kv_cache_dtype in ("auto", "float32") and kinds <= {mx.float32}
     if difference <= (_TOLERANCE if exact else _LOOSE_TOLERANCE):
         return None
     return f"its logits differ by {difference:.2g}"
@@ -81,11 +81,13 @@ def paging_difference(backend: PagedBackend, model: nn.Module, vocab_size: int) 
     """Largest difference between paged and contiguous logits, relative to their spread.
 
     Several sequences prefill together and then decode together, so that positions, masks, scattered
-    writes and gathered reads all take part.
+    writes and gathered reads all take part. Where pages are quantized, the contiguous caches hold the
+    same rounded values, so that only what paging itself changes is seen.
     """
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, vocab_size, size).tolist() for size in _CHECK_LENGTHS]
-    expected = mx.stack([model(mx.array([p]), cache=make_prompt_cache(model))[0, -1] for p in prompts])
+    caches = [rounded(make_prompt_cache(model), backend.kv_cache_dtype) for _ in prompts]
+    expected = mx.stack([model(mx.array([p]), cache=cache)[0, -1] for p, cache in zip(prompts, caches, strict=True)])
     found = _run_paged(backend, prompts)
     difference = mx.abs(found.astype(mx.float32) - expected.astype(mx.float32)).max()
     spread = mx.maximum(mx.std(expected.astype(mx.float32)), 1e-6)

@@ -325,7 +325,7 @@ def test_a_step_that_nobody_needs_any_more_leaves_no_trace_in_the_pages(model):
         llm._thread.call(lambda engine: engine.fail_all(GenerationError("empty pages, please")))
         output = llm.generate(prompt, GREEDY.replace(stop_token_ids=[third]))[0].outputs[0]
         assert len(output.token_ids) == 3
-        pages = llm._thread.call(lambda engine: np.array(engine.runner.backend.pools[0].keys[-1]))
+        pages = llm._thread.call(lambda engine: np.array(engine.runner.backend.pools[0].keys[-1].arrays[0]))
         written = np.flatnonzero(np.abs(pages).sum(axis=(0, 1, 3)))
         assert len(written) == len(prompt) + 2  # the token that stopped it was never fed to the model
 

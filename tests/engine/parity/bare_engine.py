@@ -24,10 +24,10 @@ BLOCK_SIZE = 8
 class BareEngine:
     """Greedy generation through the real scheduler, caches and runner, one step in flight."""
 
-    def __init__(self, model, *, paged=True, prefer_views=True, max_rows=None):
+    def __init__(self, model, *, paged=True, prefer_views=True, max_rows=None, kv_cache_dtype="auto"):
         self.vocab_size = num_logits(model)
         self.backend, self.note = choose_backend(
-            model, paged=paged, block_size=BLOCK_SIZE, kv_dtype=None, device=describe_device().kind,
+            model, paged=paged, block_size=BLOCK_SIZE, kv_cache_dtype=kv_cache_dtype, device=describe_device().kind,
             vocab_size=self.vocab_size,
         )  # fmt: skip
         if isinstance(self.backend, PagedBackend):
