@@ -144,8 +144,7 @@ def _snippets(session: "Session") -> tuple[tuple[str, str], ...]:
 
 def settings_text(settings: Settings) -> str:
     """``preset=qwen-coding temperature=0.6 top_p=0.95 …``: what is in force, the preset's values included."""
-    preset = {"preset": settings.preset} if settings.preset else {}
-    return " ".join(f"{name}={value}" for name, value in {**preset, **settings.snapshot()}.items())
+    return " ".join(f"{name}={value}" for name, value in settings.everything().items())
 
 
 def speed_text(reply: Reply) -> str:

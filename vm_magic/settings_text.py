@@ -9,6 +9,7 @@ from typing import Any
 from engine.errors import ConfigError, RequestError
 from engine.presets import MODEL_PRESET, preset_values
 from engine.sampling_params import SamplingParams
+from engine.settings import THINKING_NAMES
 
 _KEY = re.compile(r"\s*([A-Za-z_][\w-]*)\s*=(?:\s+(?=\S)(?![A-Za-z_][\w-]*\s*=))?")
 _RELOAD = {
@@ -19,8 +20,8 @@ _RELOAD = {
 }
 _PER_REQUEST = ("n", "detokenize", "prompt_logprobs", "sources")
 _WHOLE = ("seed", "logprobs", "max_tokens")
-SETTABLE = ("preset", *(f.name for f in dataclasses.fields(SamplingParams) if f.name not in _PER_REQUEST))
-"""Names that ``set`` takes: a preset's, and those of sampling values."""
+SETTABLE = ("preset", *(f.name for f in dataclasses.fields(SamplingParams) if f.name not in _PER_REQUEST), *THINKING_NAMES)
+"""Names that ``set`` takes: a preset's, those of sampling values, and two about thinking."""
 
 
 def read_settings(text: str) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def read_settings(text: str) -> dict[str, Any]:
             )
         name = found[1].replace("-", "_")
         value, position = _read_value(text, found.end())
-        values[name] = _checked(name, value)
+        values[name] = check_setting(name, value)
     return values
 
 
@@ -76,7 +77,8 @@ def _quoted_value(text: str) -> tuple[Any, int] | None:
         return None
 
 
-def _checked(name: str, value: Any) -> Any:
+def check_setting(name: str, value: Any) -> Any:
+    """``value`` if setting ``name`` can have it (None removes it). Raises ConfigError or RequestError."""
     if name in _RELOAD:
         raise ConfigError(
             f"{name} cannot change while a model is loaded (not in this version); reload with {_RELOAD[name]}",
@@ -87,8 +89,8 @@ def _checked(name: str, value: Any) -> Any:
     if name == "preset":
         preset_values(str(value or MODEL_PRESET))
         return str(value or MODEL_PRESET)
-    if value is None:
-        return None
+    if value is None or name in THINKING_NAMES:
+        return value  # Settings checks the latter
     default = next(f.default for f in dataclasses.fields(SamplingParams) if f.name == name)
     must = _type_fault(name, default, value)
     if must:

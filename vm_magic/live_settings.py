@@ -1,0 +1,63 @@
+"""The live settings' doors in the notebook: one function that changes them, and ``%config VLLMMetal.temperature``."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from traitlets import HasTraits, TraitType
+
+from engine.errors import RequestError
+from engine.settings import THINKING_SWITCHES
+from vm_magic.session import current_session
+from vm_magic.settings_text import SETTABLE, check_setting
+
+if TYPE_CHECKING:
+    from vm_magic.session import Session
+
+
+def change_settings(session: "Session", values: Mapping[str, Any]) -> None:
+    """Set ``values`` (None removes one) for the requests that run and those to come.
+
+    Raises RequestError for a thinking switch or budget that the loaded model has no use for.
+    """
+    llm = session.loaded
+    if llm is not None:
+        if values.get("enable_thinking") is not None and not can_switch_thinking(llm):
+            raise RequestError(
+                "enable_thinking: this model's chat template has no switch for thinking", param="enable_thinking"
+            )
+        if values.get("thinking_token_budget") is not None and not llm.reasoning_parser:
+            raise RequestError(
+                "thinking_token_budget needs a model that thinks: load it with --reasoning-parser NAME",
+                param="thinking_token_budget",
+            )
+    session.settings.update(**values)
+
+
+def can_switch_thinking(llm: Any) -> bool:
+    """Whether the model's chat template reads a switch for thinking."""
+    return any(name in llm.template_variables for name in THINKING_SWITCHES)
+
+
+class LiveSetting(TraitType[Any, Any]):  # type: ignore[misc]
+    """A trait that holds no value of its own: reading and writing go to the session's live settings."""
+
+    info_text = "a value as %vllm_metal set takes it; None: not set"
+
+    def get(self, obj: HasTraits, cls: type | None = None) -> Any:
+        """What is set now, None if nothing is."""
+        return current_session().settings.everything().get(self.name)
+
+    def set(self, obj: HasTraits, value: Any) -> None:
+        """Set it for all requests that do not say otherwise."""
+        name = str(self.name)
+        change_settings(current_session(), {name: check_setting(name, value)})
+
+
+LiveTraits = type(
+    "LiveTraits",
+    (HasTraits,),
+    {
+        "__doc__": "One trait per live setting, so that ``%config VLLMMetal.NAME`` shows and changes it.",
+        **{name: LiveSetting(help=f"live setting; None: the model's own {name}").tag(config=True) for name in SETTABLE},
+    },
+)
