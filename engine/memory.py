@@ -225,9 +225,10 @@ def plan_memory(
     fewest = 1 if max_num_seqs == "auto" else max_num_seqs
     fits = need.longest(available, context_length, fewest)
     length = max(fits, 1) if max_model_len == "auto" else max_model_len or context_length
-    num_seqs = max_num_seqs
-    if num_seqs == "auto":
+    if max_num_seqs == "auto":
         num_seqs = min(need.most_sequences(available, length), max_num_batched_tokens or MAX_NUM_SEQS_LIMIT)
+    else:
+        num_seqs = max_num_seqs
     kv_budget = available - num_seqs * need.fixed(length)
     num_blocks = need.num_blocks(kv_budget, length, num_seqs)
     plan = MemoryPlan(

@@ -96,10 +96,10 @@ def summary(plan: "MemoryPlan") -> list[str]:
     """What the plan means for requests, in two lines."""
     context = plan.inputs.context_length
     longest = plan.max_model_len_that_fits
-    most = "the model's whole context" if longest == context else f"of the model's {context}"
+    most = "the whole context" if longest == context else f"of the model's {context}"
     return [
         f"max_model_len {plan.max_model_len}: {plan.max_concurrency:.2f} requests of full length at once, "
-        f"{size(plan.kv_bytes_at_max_len)} of cache each; longest that fits: {longest} ({most})",
+        f"{size(plan.kv_bytes_at_max_len)} each; longest that fits: {longest} ({most})",
         f"max_num_seqs {plan.max_num_seqs}: requests that run at once; others wait",
     ]
 

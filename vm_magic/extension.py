@@ -9,6 +9,7 @@ from typing import Any
 from IPython.core.extensions import ExtensionManager
 
 from vm_magic.completion import Matcher, make_matcher
+from vm_magic.formatters import add_formatters, remove_formatters
 from vm_magic.log_buffer import LogBuffer
 from vm_magic.magics import VLLMMetal
 from vm_magic.question_marks import keep_questions
@@ -38,6 +39,7 @@ def install(shell: Any) -> None:
     logs.attach()
     magics = VLLMMetal(shell, logs)
     shell.register_magics(magics)
+    add_formatters(shell)
     cells = shell.magics_manager.magics["cell"]
     owns_chat = "chat" not in cells
     if owns_chat:
@@ -56,6 +58,7 @@ def uninstall(shell: Any) -> None:
         return
     _installed.remove(entry)
     entry.logs.detach()
+    remove_formatters(shell)
     tables = shell.magics_manager.magics
     for kind in ("line", "cell"):
         tables[kind].pop("vllm_metal", None)
