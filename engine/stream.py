@@ -176,7 +176,9 @@ class RequestStream:
     @staticmethod
     def _add_logprobs(output: CompletionOutput, delta: CompletionDelta) -> None:
         assert delta.logprobs is not None
-        output.logprobs = [*(output.logprobs or []), *delta.logprobs]
+        if output.logprobs is None:
+            output.logprobs = []
+        output.logprobs += delta.logprobs
         taken = sum(position[token].logprob for position, token in zip(delta.logprobs, delta.token_ids, strict=True))
         output.cumulative_logprob = (output.cumulative_logprob or 0.0) + taken
 

@@ -8,13 +8,15 @@ from typing import Any
 
 from IPython.core.extensions import ExtensionManager
 
+from engine.ring_log import RingLog
 from vm_magic.completion import Matcher, make_matcher
 from vm_magic.formatters import add_formatters, remove_formatters
-from vm_magic.log_buffer import LogBuffer
 from vm_magic.magics import VLLMMetal
 from vm_magic.question_marks import keep_questions
 from vm_magic.references import release_references
 from vm_magic.session import close_session, peek_session
+
+_LOGGERS = ("engine", "vm_magic", "uvicorn")
 
 
 @dataclass
@@ -25,7 +27,7 @@ class _Installed:
     magics: VLLMMetal
     matcher: Matcher
     owns_chat: bool
-    logs: LogBuffer
+    logs: RingLog
 
 
 _installed: list[_Installed] = []
@@ -35,7 +37,7 @@ def install(shell: Any) -> None:
     """Register magics and completion in ``shell``; ``%%chat`` only if that name is free."""
     if any(entry.shell is shell for entry in _installed):
         return
-    logs = LogBuffer()
+    logs = RingLog(_LOGGERS)
     logs.attach()
     magics = VLLMMetal(shell, logs)
     shell.register_magics(magics)

@@ -14,6 +14,7 @@ from traitlets import Bool
 from engine.config import ENGINE_FLAGS, NOT_YET
 from engine.errors import ConfigError, UnsupportedOptionError
 from engine.outputs import Reply
+from engine.ring_log import RingLog
 from vm_magic import arguments
 from vm_magic import session as sessions
 from vm_magic.arguments import COMMANDS, LATER_COMMANDS, command_parser, pick, split_text, split_words
@@ -40,7 +41,6 @@ from vm_magic.display import (
     reply_bundle,
 )
 from vm_magic.errors import HelpShown, Interrupted, short_error
-from vm_magic.log_buffer import LogBuffer
 from vm_magic.progress import LoadProgress, size_text
 from vm_magic.references import release_references
 from vm_magic.session import NotebookServer, Session, environment
@@ -57,7 +57,7 @@ class VLLMMetal(Magics):  # type: ignore[misc]
 
     short_errors = Bool(True, help="Show errors as one line; False shows tracebacks.").tag(config=True)
 
-    def __init__(self, shell: Any, logs: LogBuffer) -> None:
+    def __init__(self, shell: Any, logs: RingLog) -> None:
         super().__init__(shell=shell)
         self.logs = logs
 
@@ -243,7 +243,7 @@ class VLLMMetal(Magics):  # type: ignore[misc]
         return None
 
     def _logs(self, parsed: argparse.Namespace) -> None:
-        lines = list(self.logs.lines)[-parsed.count :]
+        lines = self.logs.lines[-parsed.count :]
         print("\n".join(lines) or "no log lines yet")
 
     def _metrics(self, _: argparse.Namespace) -> Table:

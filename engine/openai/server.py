@@ -17,10 +17,11 @@ from engine.errors import ConfigError, ServerError
 from engine.openai.app import create_app
 from engine.openai.backend import ServedEngine
 from engine.openai.generation import Port
-from engine.openai.log import RingBuffer
 from engine.openai.options import KEEP_ALIVE_SECONDS, MAX_BODY_BYTES, ServerOptions, choose_api_keys
+from engine.ring_log import RingLog
 
 logger = logging.getLogger("engine.openai")
+_LOGGERS = ("uvicorn.error", "engine.openai")
 _START_SECONDS = 10.0
 _GRACE_SECONDS = 1
 _IDLE_SECONDS = 75
@@ -39,7 +40,7 @@ class ServerHandle:
         self.base_url = f"http://{_reachable(self.host)}:{self.port}/v1"
         self._port: Port = app.state.port
         self._listener = listener
-        self._log = RingBuffer()
+        self._log = RingLog(_LOGGERS)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server = uvicorn.Server(
             uvicorn.Config(

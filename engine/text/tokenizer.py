@@ -4,7 +4,6 @@ From a folder's ``tokenizer.json`` or a GGUF file through ``tokenizers``; transf
 second to import, only where a folder has no ``tokenizer.json``.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from engine.config import EngineArgs
 from engine.errors import ModelLoadError, RequestError
 from engine.gguf_file import open_gguf
 from engine.hub import ResolvedModel, resolve
+from engine.model_files import read_json
 
 
 class TokenStream:
@@ -118,8 +118,8 @@ def _from_gguf(path: Path) -> Tokenizer:
 
 
 def _from_folder(folder: Path) -> Tokenizer:
-    config = _read_json(folder / "tokenizer_config.json")
-    special = {**_read_json(folder / "special_tokens_map.json"), **config}
+    config = read_json(folder / "tokenizer_config.json")
+    special = {**read_json(folder / "special_tokens_map.json"), **config}
     if (folder / "tokenizer.json").is_file():
         hf = _read_tokenizer(folder / "tokenizer.json")
         _mark_added_tokens(hf, config)
@@ -165,8 +165,8 @@ def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
 
 def _configured_end_ids(folder: Path) -> frozenset[int]:
     """End tokens that ``config.json`` and ``generation_config.json`` name."""
-    config = _read_json(folder / "config.json")
-    sources = (config, config.get("text_config") or {}, _read_json(folder / "generation_config.json"))
+    config = read_json(folder / "config.json")
+    sources = (config, config.get("text_config") or {}, read_json(folder / "generation_config.json"))
     found: set[int] = set()
     for source in sources:
         value = source.get("eos_token_id")
@@ -179,7 +179,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    template = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    template = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, dict):
@@ -192,13 +192,3 @@ def _token_text(token: object) -> str | None:
     if isinstance(token, Mapping):
         token = token.get("content")
     return token if isinstance(token, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ModelLoadError(f"{path}: not valid JSON; fetch the file again") from None
-    return value if isinstance(value, dict) else {}

@@ -1,33 +1,37 @@
-"""The server's latest log lines, in memory: a server thread never prints."""
+"""The latest log lines, in memory: engine and server threads never print, and ``%vllm_metal logs`` shows them."""
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 
-LOGGERS = ("uvicorn.error", "engine.openai")
-CAPACITY = 1000
+CAPACITY = 2000
 
 
-class RingBuffer(logging.Handler):
-    """Keeps the last :data:`CAPACITY` lines of :data:`LOGGERS`, from INFO on, while attached."""
+class RingLog(logging.Handler):
+    """Keeps the last :data:`CAPACITY` lines of ``loggers``, from INFO on, while attached.
 
-    def __init__(self) -> None:
+    Loggers hand their children's records up: name the parent alone, or each line comes twice.
+    """
+
+    def __init__(self, loggers: Sequence[str]) -> None:
         super().__init__()
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
-        self._lines: deque[str] = deque(maxlen=CAPACITY)
+        self._loggers = tuple(loggers)
+        self._kept: deque[str] = deque(maxlen=CAPACITY)
         self._raised: list[logging.Logger] = []
 
     @property
     def lines(self) -> list[str]:
         """The lines, oldest first."""
-        return list(self._lines)
+        return list(self._kept)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep the record's line."""
-        self._lines.append(self.format(record))
+        self._kept.append(self.format(record))
 
     def attach(self) -> None:
-        """Listen."""
-        for name in LOGGERS:
+        """Listen; a logger without a level of its own is set to INFO meanwhile."""
+        for name in self._loggers:
             logger = logging.getLogger(name)
             logger.addHandler(self)
             if logger.level == logging.NOTSET:
@@ -35,8 +39,8 @@ class RingBuffer(logging.Handler):
                 self._raised.append(logger)
 
     def detach(self) -> None:
-        """Stop listening; the lines stay. Safe to repeat."""
-        for name in LOGGERS:
+        """Leave the loggers as they were; the lines stay. Safe to repeat."""
+        for name in self._loggers:
             logging.getLogger(name).removeHandler(self)
         for logger in self._raised:
             logger.setLevel(logging.NOTSET)

@@ -1,0 +1,76 @@
+"""What one failing part of the engine's loop costs: its own request, and nothing that others could find."""
+
+import pytest
+
+from engine.errors import GenerationError
+from engine.llm import LLM
+from engine.sampling_params import SamplingParams
+from tests.engine.parity.oracle import assert_nothing_is_held, oracle_tokens
+
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+LONG = GREEDY.replace(max_tokens=400)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir) -> str:
+    return str(tiny_model_dir("llama"))
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    with LLM(model, max_model_len=512, served_model_name="tiny") as llm:
+        yield llm
+
+
+def fail(*_: object, **__: object) -> None:
+    raise RuntimeError("no such luck")
+
+
+@pytest.mark.parametrize(
+    ("method", "ask", "words"),
+    [("abort_request", "abort", "could not be aborted"), ("finish_thinking", "finish_thinking", "told to answer")],
+)
+def test_a_command_that_fails_ends_its_own_request_only(llm, monkeypatch, method, ask, words):
+    asked, other = llm.submit([5, 6, 7], LONG), llm.submit([8, 9], LONG)
+    next(asked)
+    llm._thread.call(lambda engine: monkeypatch.setattr(engine, method, fail))
+    getattr(asked, ask)()
+    with pytest.raises(GenerationError, match=f"{words}: RuntimeError: no such luck"):
+        asked.result()
+    llm._thread.call(lambda _: monkeypatch.undo())
+    assert len(other.result().outputs[0].token_ids) == 400
+    assert_nothing_is_held(llm)
+
+
+def test_a_request_that_cannot_be_queued_fails_alone(llm, monkeypatch):
+    llm._thread.call(lambda engine: monkeypatch.setattr(engine, "_make_detokenizer", fail))
+    with pytest.raises(GenerationError, match="could not be queued: RuntimeError: no such luck"):
+        llm.submit([5, 6, 7], GREEDY).result()
+    llm._thread.call(lambda _: monkeypatch.undo())
+    assert len(llm.generate([[5, 6, 7]], GREEDY)[0].outputs[0].token_ids) == 10
+    assert_nothing_is_held(llm)
+
+
+def test_blocks_of_a_prompt_whose_request_ended_meanwhile_are_never_found_unwritten(llm, model, monkeypatch):
+    """The prefix cache knows a prompt's blocks when their step is built; the request may end before it is submitted."""
+    first, second = llm.tokenize("Once upon a time"), [11 + i % 90 for i in range(70)]
+    engine = llm._thread.call(lambda engine: engine)
+    hand_out = engine._hand_out
+    streams = []
+
+    def hand_out_and_end(result):
+        hand_out(result)
+        if streams and any(request.request_id == "second" for request in engine.scheduler.running):
+            for name in ("first", "second"):
+                engine.abort_request(name)
+
+    llm._thread.call(lambda _: monkeypatch.setattr(engine, "_hand_out", hand_out_and_end))
+    running = llm.submit(first, LONG, request_id="first")
+    next(running)
+    streams.append(llm.submit(second, GREEDY, request_id="second"))
+    assert streams[0].result().outputs[0].finish_reason == "abort"
+    running.result()
+    llm._thread.call(lambda _: monkeypatch.undo())
+    again = llm.generate([second], GREEDY)[0]
+    assert again.outputs[0].token_ids == oracle_tokens(model, second, 10)
+    assert_nothing_is_held(llm)
