@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from engine.batch import DEFAULT_MAX_TOKENS
 from engine.constraints import Constraints
 from engine.errors import RequestError
-from engine.many import Answer, work_seconds
+from engine.many import Answer, chat_messages, work_seconds
 from engine.memory import MemoryPlan
 from engine.replay import collect_reply
 from engine.sampling_defaults import Resolved
@@ -120,12 +120,6 @@ class LocalJob:
             work_seconds(output.metrics),
             finish_reason,
         )
-
-
-def chat_messages(prompt: str, system: str | None) -> list[dict[str, Any]]:
-    """A prompt as the only question of a conversation."""
-    before = [{"role": "system", "content": system}] if system is not None else []
-    return [*before, {"role": "user", "content": prompt}]
 
 
 def schema_constraints(schema: Any) -> Constraints | None:

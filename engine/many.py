@@ -277,7 +277,7 @@ def _interrupted_text(rows: Rows, total: int | None) -> str:
 
 def to_frame(rows: Rows, names: Sequence[str], index_name: Any = None) -> "pandas.DataFrame":
     """Finished rows with columns prompt, the parameters ``names``, text, tokens, times, finish_reason and error."""
-    pandas = import_pandas()
+    pd = import_pandas()
     finished = list(rows.finished())
     answers = [outcome if isinstance(outcome, Answer) else None for _, outcome in finished]
     columns: dict[str, Any] = {"prompt": [task.prompt for task, _ in finished]}
@@ -287,14 +287,14 @@ def to_frame(rows: Rows, names: Sequence[str], index_name: Any = None) -> "panda
     if any(answer is not None and answer.reasoning for answer in answers):
         columns["reasoning"] = [answer and answer.reasoning for answer in answers]
     for name in ("tokens", "prompt_tokens", "cached_tokens"):
-        columns[name] = pandas.array([answer and getattr(answer, name) for answer in answers], dtype="Int64")
-    columns["time"] = pandas.array([answer and answer.time for answer in answers], dtype="Float64")
+        columns[name] = pd.array([answer and getattr(answer, name) for answer in answers], dtype="Int64")
+    columns["time"] = pd.array([answer and answer.time for answer in answers], dtype="Float64")
     columns["finish_reason"] = [answer and answer.finish_reason for answer in answers]
     columns["error"] = [outcome if isinstance(outcome, str) else None for _, outcome in finished]
     labels = [task.label for task, _ in finished]
-    index = pandas.MultiIndex.from_tuples(labels) if labels and isinstance(labels[0], tuple) else pandas.Index(labels)
+    index = pd.MultiIndex.from_tuples(labels) if labels and isinstance(labels[0], tuple) else pd.Index(labels)
     index.name = index_name
-    frame: pandas.DataFrame = pandas.DataFrame(columns, index=index)
+    frame: pandas.DataFrame = pd.DataFrame(columns, index=index)
     return frame
 
 
@@ -335,3 +335,9 @@ def work_seconds(metrics: RequestMetrics | None) -> float | None:
     end = metrics.finished_time or metrics.last_token_time
     begin = metrics.scheduled_time or metrics.arrival_time
     return None if end is None else max(0.0, end - begin)
+
+
+def chat_messages(prompt: str, system: str | None) -> list[dict[str, Any]]:
+    """A prompt as the only question of a conversation."""
+    before = [{"role": "system", "content": system}] if system is not None else []
+    return [*before, {"role": "user", "content": prompt}]

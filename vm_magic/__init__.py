@@ -4,16 +4,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.llm import LLM
+    from vm_magic.remote.llm import RemoteLLM
 
 __all__ = ["current", "load_ipython_extension", "unload_ipython_extension"]
 
 
-def current() -> "LLM | None":
-    """The notebook's model, or None: cells, magics and the port share this one engine."""
+def current() -> "LLM | RemoteLLM | None":
+    """The notebook's model, or None: cells, magics and the port share this one engine.
+
+    After ``%vllm_metal connect`` it is the :class:`vm_magic.remote.llm.RemoteLLM` (``map``, ``settings``,
+    ``models()``, ``submit_chat``), until ``connect --close``.
+    """
     from vm_magic.session import peek_session
 
     session = peek_session()
-    return None if session is None else session.loaded
+    return None if session is None else session.remote or session.loaded
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -11,6 +11,7 @@ from engine.outputs import Reply, RequestOutput, Usage
 from vm_magic.conversation import Conversation, Message
 from vm_magic.display import ReplyView
 from vm_magic.errors import Interrupted
+from vm_magic.remote.wire import RemoteOutput
 from vm_magic.reply_reader import ReplyReader, ReplyText
 from vm_magic.session import Session
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from engine.constraints import Constraints
     from engine.llm import LLM, RequestStream
     from engine.text.output_parser import OutputParser
+    from vm_magic.remote.stream import RemoteStream
 
 DRAIN_SECONDS = 0.05
 ABORT_SECONDS = 5.0
@@ -119,13 +121,15 @@ class Generation:
 
 
 def _usage(output: RequestOutput, shown: ReplyText) -> Usage:
+    if isinstance(output, RemoteOutput):
+        return output.usage if output.usage.reasoning_tokens else output.counted(shown.num_reasoning_tokens)
     num_tokens = len(output.outputs[0].token_ids)
     return Usage(len(output.prompt_token_ids), num_tokens, output.num_cached_tokens, shown.num_reasoning_tokens)
 
 
 def start_chat(session: Session, text: str, options: ChatOptions) -> Generation:
     """Submit ``text`` as the next message of its conversation."""
-    llm = session.require()
+    llm = session.require() if session.remote is None else None
     conversation = session.conversation(options.conversation)
     if conversation.busy:
         raise RequestError(f"conversation {conversation.name!r} has a detached reply under way; wait, or use -c NAME")
@@ -133,6 +137,8 @@ def start_chat(session: Session, text: str, options: ChatOptions) -> Generation:
         raise RequestError("no message: write it after the flags, or in the cell's body", param="messages")
     earlier = Conversation(conversation.name) if options.new else conversation
     messages = earlier.with_turn(text, options.system)
+    if llm is None:
+        return Generation(session, remote_chat(session, messages, options), messages, conversation)
     prompt = llm.render_chat(messages, chat_template_kwargs=_thinking(llm, options.think))
     parser = llm.output_parser(prompt=prompt)
     try:
@@ -148,10 +154,28 @@ def start_chat(session: Session, text: str, options: ChatOptions) -> Generation:
 
 def start_completion(session: Session, text: str, options: ChatOptions) -> Generation:
     """Submit ``text`` as a raw prompt: no chat template, no conversation, no parser."""
-    llm = session.require()
+    llm = session.require() if session.remote is None else None
     if not text:
         raise RequestError("no prompt: write it after the flags, or in the cell's body", param="prompt")
+    if llm is None:
+        return Generation(session, remote_completion(session, text, options), [], None)
     return Generation(session, _submit(llm, text, options, None), [], None)
+
+
+def remote_chat(session: Session, messages: list[Message], options: ChatOptions) -> "RemoteStream":
+    """The same request to the server that the session is connected to; template and parser are the server's."""
+    return session.remote_llm().submit_chat(
+        messages,
+        options.sampling,
+        think=options.think,
+        thinking_token_budget=options.thinking_token_budget,
+        schema=options.schema,
+    )
+
+
+def remote_completion(session: Session, text: str, options: ChatOptions) -> "RemoteStream":
+    """A raw prompt for that server."""
+    return session.remote_llm().submit_completion(text, options.sampling, schema=options.schema)
 
 
 def _submit(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.outputs import CompletionDelta
+from engine.token_picture import ScoredToken, scored_tokens
+from vm_magic.tool_cards import ToolOutcome, call_line
 
 if TYPE_CHECKING:
     from engine.text.output_parser import OutputParser, ParsedDelta
@@ -13,17 +15,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReplyText:
-    """What there is to show of a reply. ``num_reasoning_tokens`` counts the tokens of the thought."""
+    """What there is to show of a reply.
+
+    ``num_reasoning_tokens`` counts the tokens of the thought. ``outcomes`` are those of the first
+    ``tool_calls``. ``tokens`` are there where log-probabilities were asked for; the answer begins behind the
+    first ``num_tokens_before_answer``. ``earlier`` are the model's turns before this one in the same cell.
+    """
 
     text: str = ""
     reasoning: str = ""
     num_reasoning_tokens: int = 0
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+    outcomes: tuple[ToolOutcome, ...] = ()
+    tokens: tuple[ScoredToken, ...] = ()
+    num_tokens_before_answer: int = 0
+    earlier: "tuple[ReplyText, ...]" = ()
+
+    def calls(self) -> list[tuple[Mapping[str, Any], ToolOutcome | None]]:
+        """Each tool call with its outcome, None while there is none."""
+        missing = [None] * (len(self.tool_calls) - len(self.outcomes))
+        return list(zip(self.tool_calls, [*self.outcomes, *missing], strict=True))
 
     def whole(self) -> str:
-        """The answer, and tool calls as ``name({"argument": 1})`` below it."""
-        calls = [f"{call['function']['name']}({call['function']['arguments']})" for call in self.tool_calls]
-        return "\n".join([*([self.text] if self.text else []), *calls])
+        """The answer, and tool calls as ``name(argument=1) → result`` below it; earlier turns first."""
+        lines = [call_line(call, outcome) for call, outcome in self.calls()]
+        parts = [turn.whole() for turn in self.earlier] + ([self.text] if self.text else []) + lines
+        return "\n".join(part for part in parts if part)
 
 
 class ReplyReader:
@@ -34,15 +51,24 @@ class ReplyReader:
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._tool_calls: list[dict[str, Any]] = []
+        self._tokens: list[ScoredToken] = []
+        self._num_tokens = 0
         self._num_reasoning_tokens = 0
         self._num_open_tokens = 0
+        self._answer_begins: int | None = None
         self.finish_reason: str | None = None
 
     @property
     def shown(self) -> ReplyText:
         """Everything so far."""
-        text, reasoning = "".join(self._text), "".join(self._reasoning)
-        return ReplyText(text, reasoning, self._num_reasoning_tokens, tuple(self._tool_calls))
+        return ReplyText(
+            "".join(self._text),
+            "".join(self._reasoning),
+            self._num_reasoning_tokens,
+            tuple(self._tool_calls),
+            tokens=tuple(self._tokens),
+            num_tokens_before_answer=self._num_tokens if self._answer_begins is None else self._answer_begins,
+        )
 
     @property
     def tool_calls(self) -> list[dict[str, Any]]:
@@ -54,7 +80,10 @@ class ReplyReader:
         for delta in deltas:
             if delta.index or self.finish_reason is not None:
                 continue
+            self._tokens += scored_tokens(delta.logprobs or ())
+            self._num_tokens += len(delta.token_ids)
             if self._parser is None:
+                self._answer_begins = 0
                 self._text.append(delta.text)
                 self.finish_reason = delta.finish_reason
                 continue
@@ -67,6 +96,8 @@ class ReplyReader:
         self._num_open_tokens += num_tokens
         if parsed.reasoning:
             self._num_reasoning_tokens += self._num_open_tokens
+        elif self._answer_begins is None and (parsed.content or parsed.tool_calls):
+            self._answer_begins = self._num_tokens - self._num_open_tokens
         if parsed.reasoning or parsed.content or parsed.tool_calls:
             self._num_open_tokens = 0
         self._text.append(parsed.content)

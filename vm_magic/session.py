@@ -19,6 +19,7 @@ from vm_magic.conversation import DEFAULT_CONVERSATION, Conversation
 if TYPE_CHECKING:
     from engine.hub import CachedModel
     from engine.llm import LLM
+    from vm_magic.remote.llm import RemoteLLM
 
 DEFAULT_PORT = 8000
 Progress = Callable[[str, int, int], None]
@@ -83,6 +84,8 @@ class Session:
 
     def __init__(self) -> None:
         self.llm: LLM | None = None
+        self.remote: RemoteLLM | None = None
+        """The server that chats, completions, maps and settings go to; a loaded model stays beside it."""
         self.server: NotebookServer | None = None
         self.conversations: dict[str, Conversation] = {}
         self.last_reply: Reply | None = None
@@ -97,6 +100,27 @@ class Session:
         """The model, or None (also after somebody closed it)."""
         return None if self.llm is None or self.llm.closed else self.llm
 
+    def remote_llm(self) -> "RemoteLLM":
+        """The connected server's model; only where :attr:`remote` is not None."""
+        assert self.remote is not None, "not connected"
+        return self.remote
+
+    def connect(self, remote: "RemoteLLM") -> None:
+        """Send what can be remote to ``remote`` from now on; an earlier connection ends, settings go along."""
+        settings = self.settings
+        self.disconnect()
+        remote.settings.adopt(settings)
+        self.remote = remote
+
+    def disconnect(self) -> bool:
+        """Go back to the model of this kernel; settings stay. Returns False if there was no connection."""
+        remote, self.remote = self.remote, None
+        if remote is None:
+            return False
+        self.settings.adopt(remote.settings)
+        remote.close()
+        return True
+
     def require(self) -> "LLM":
         """The model; raises EngineClosedError when none is loaded, or it is closed."""
         llm = self.loaded
@@ -109,7 +133,9 @@ class Session:
 
     @property
     def settings(self) -> Settings:
-        """The live settings: the model's, or those that the next model will get."""
+        """The live settings: the remote model's, the loaded one's, or those that the next model will get."""
+        if self.remote is not None:
+            return self.remote.settings
         llm = self.loaded
         return self._settings if llm is None else llm.settings
 
@@ -174,6 +200,7 @@ class Session:
     def unload(self) -> bool:
         """Close port and model; settings and conversations stay. Returns False if nothing was loaded."""
         self.stop()
+        self.disconnect()
         llm, self.llm, self._args = self.llm, None, None
         if llm is None:
             return False

@@ -180,7 +180,7 @@ def test_missing_values_are_undefined_and_any_column_is_in_row() -> None:
     prompts = Prompts(["{{ row['b c'] }} {{ a | default('none') }}"])
     first, second = prompts.tasks(read_table(frame), [{}])
     assert (first.prompt, first.error) == ("x 1.5", None)
-    assert "undefined in this row" in (second.error or "")
+    assert "has no attribute 'b c' in this row" in (second.error or "")
     named = pandas.Series(["u"], name="title")
     assert next(Prompts(["{{ title }}{{ mark }}"], {"mark": "!"}).tasks(read_table(named), [{}])).prompt == "u!"
 
