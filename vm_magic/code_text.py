@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vm_magic.display import fenced
+from vm_magic.reply_bundle import fenced
 
 
 @dataclass(frozen=True)

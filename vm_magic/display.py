@@ -1,23 +1,23 @@
 """Where a reply appears while it is generated: a display handle, a terminal, or nowhere."""
 
-import html
-import json
-import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from IPython.core.displaypub import DisplayPublisher
 
+from engine.token_picture import unlikely_text
+from vm_magic.reply_bundle import Bundle, Format, growing_bundle, reply_bundle
 from vm_magic.reply_reader import ReplyText
+from vm_magic.tool_cards import call_line
 
-Format = Literal["markdown", "text", "code", "json"]
-Bundle = dict[str, Any]
 WAITING = ReplyText("…")
 """What a handle shows until the first words come."""
 UPDATE_INTERVAL = 1 / 15
 """Seconds between two updates of a display handle: quick enough to read along, light on the browser."""
+PICTURE_INTERVAL = 1 / 4
+"""The same where each token is a coloured span: several hundred bytes each."""
 
 
 def can_update(shell: Any) -> bool:
@@ -64,7 +64,8 @@ class NotebookView:
     def refresh(self, reply: ReplyText) -> None:
         """Show ``reply`` if it changed and the last update is long enough ago."""
         now = time.monotonic()
-        if self._stream and reply != self._shown and now - self._last_update >= UPDATE_INTERVAL:
+        interval = PICTURE_INTERVAL if reply.tokens else UPDATE_INTERVAL
+        if self._stream and now - self._last_update >= interval and reply != self._shown:
             self._publish(growing_bundle(reply, self._format))
             self._shown, self._last_update = reply, now
 
@@ -77,87 +78,48 @@ class TerminalView:
     """Writes deltas as they come: a terminal cannot replace what it printed. A thought is only counted."""
 
     def __init__(self) -> None:
-        self._written = 0
-        self._thinking = False
+        self._num_turns = 0
+        self._begin_turn()
 
     def refresh(self, reply: ReplyText) -> None:
-        """Write what is new in the answer, after a line about the thought."""
-        if reply.reasoning and not self._thinking:
-            self._thinking = True
-            sys.stdout.write("thinking …")
-        text = reply.whole() if reply.tool_calls else reply.text
-        if text and not self._written and self._thinking:
-            sys.stdout.write(f" {reply.num_reasoning_tokens} tokens\n\n")
-        if not reply.tool_calls:
-            sys.stdout.write(text[self._written :])
-            self._written = len(text)
+        """Write what is new: of the turns that ended meanwhile, then of this one."""
+        for turn in reply.earlier[self._num_turns :]:
+            self._write(turn)
+            sys.stdout.write("\n")
+            self._num_turns += 1
+            self._begin_turn()
+        self._write(reply)
         sys.stdout.flush()
 
     def finish(self, reply: ReplyText, mark: str = "") -> None:
-        """Write the rest, the mark and a line end."""
+        """Write the rest, calls without an outcome too, the mark and a line end."""
         self.refresh(reply)
-        sys.stdout.write(reply.whole()[self._written :] if reply.tool_calls else "")
+        for call, outcome in reply.calls()[self._num_calls :]:
+            sys.stdout.write(f"\n{call_line(call, outcome)}")
+        tokens = [token for turn in (*reply.earlier, reply) for token in turn.tokens]
         sys.stdout.write(f" {mark}\n" if mark else "\n")
+        if unlikely := unlikely_text(tokens):
+            sys.stdout.write(f"\n{unlikely}\n")
 
+    def _begin_turn(self) -> None:
+        self._written = 0
+        self._num_calls = 0
+        self._thought: Literal["none", "open", "over"] = "none"
 
-def growing_bundle(reply: ReplyText, format: Format) -> Bundle:
-    """The bundle of an unfinished reply: JSON is shown as text until it is whole."""
-    return reply_bundle(reply, "code" if format == "json" else format, growing=True)
-
-
-def reply_bundle(reply: ReplyText, format: Format, *, mark: str = "", growing: bool = False) -> Bundle:
-    """Mime types for ``reply``, with ``mark`` after it. In Markdown the model's thinking is folded away.
-
-    The plain form is the answer alone; while there is none, it says that the model thinks.
-    """
-    text = reply.whole()
-    thinking = growing and reply.reasoning != "" and not text
-    marked = f"{text} {mark}" if mark else f"thinking … {reply.num_reasoning_tokens} tokens" if thinking else text
-    if format == "text":
-        return {"text/plain": marked}
-    fold = folded(reply, growing=thinking)
-    if format == "json":
-        bundle = _json_bundle(text, mark)
-        return {**bundle, "text/markdown": fold + bundle["text/markdown"]}
-    if format == "code":
-        body = "" if thinking else fenced(text)
-        return {"text/plain": marked, "text/markdown": fold + body + (f"\n\n{mark}" if mark else "")}
-    answer = "\n\n".join([*([reply.text] if reply.text else []), *map(_call_markdown, reply.tool_calls)])
-    return {"text/plain": marked, "text/markdown": fold + (f"{answer}\n\n*{mark}*" if mark else answer)}
-
-
-def _call_markdown(call: Mapping[str, Any]) -> str:
-    function = call["function"]
-    return f"**{function['name']}**\n\n{fenced(function['arguments'], 'json')}"
-
-
-def fenced(text: str, language: str = "") -> str:
-    """``text`` as a Markdown code block, with a fence longer than any in it."""
-    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
-    fence = "`" * (longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def folded(reply: ReplyText, *, growing: bool = False) -> str:
-    """A closed ``<details>`` with the model's thinking and its length, or nothing."""
-    if not reply.reasoning:
-        return ""
-    title = f"thinking{' …' if growing else ''} ({reply.num_reasoning_tokens} tokens)"
-    return f"<details><summary>{title}</summary>\n\n{html.escape(reply.reasoning.strip())}\n\n</details>\n\n"
-
-
-def _json_bundle(text: str, mark: str) -> Bundle:
-    body = re.sub(r"\A\s*```(?:json)?\s*\n(.*?)\n?```\s*\Z", r"\1", text, flags=re.DOTALL)
-    try:
-        value = json.loads(body)
-    except ValueError:
-        note = mark or "(not JSON)"
-        return {"text/plain": f"{text} {note}", "text/markdown": f"{fenced(text)}\n\n*{note}*"}
-    pretty = json.dumps(value, indent=2, ensure_ascii=False)
-    bundle: Bundle = {"text/plain": pretty, "text/markdown": fenced(pretty, "json")}
-    if isinstance(value, dict | list):
-        bundle["application/json"] = value
-    return bundle
+    def _write(self, turn: ReplyText) -> None:
+        if turn.reasoning and self._thought == "none":
+            self._thought = "open"
+            sys.stdout.write("thinking …")
+        if (turn.text or turn.tool_calls) and self._thought == "open":
+            self._thought = "over"
+            sys.stdout.write(f" {turn.num_reasoning_tokens} tokens\n\n")
+        sys.stdout.write(turn.text[self._written :])
+        self._written = len(turn.text)
+        for call, outcome in turn.calls()[self._num_calls :]:
+            if outcome is None or outcome.running:
+                break
+            sys.stdout.write(f"{chr(10) if self._written or self._num_calls else ''}{call_line(call, outcome)}")
+            self._num_calls += 1
 
 
 def open_handle(shell: Any, bundle: Bundle) -> Callable[[Bundle], None]:

@@ -133,7 +133,7 @@ def test_stats_are_shown_when_asked_for(shell: Any, loaded: fakes.FakeLLM, capsy
         ("json", ['```json\n{"a": 1}\n```'], "application/json", {"a": 1}),
         ("json", ["no json"], "text/plain", "no json (not JSON)"),
         ("markdown", ["*a*"], "text/markdown", "*a*"),
-        ("markdown", ["<think>a</think>b"], "text/markdown", "<think>a</think>b"),
+        ("markdown", ["<think>a</think>b"], "text/markdown", "&lt;think>a&lt;/think>b"),
     ],
 )
 def test_the_format_decides_how_the_reply_is_shown(

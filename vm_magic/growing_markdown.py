@@ -1,0 +1,53 @@
+"""Markdown that is still being written, without what may yet change its kind: what is shown does not jump."""
+
+import re
+
+from engine.safe_markdown import open_fence
+
+_UNDECIDED = re.compile(r"^\s*(?:[-=*+_#>|:~` ]+|\d+[.)]?\s*|[-*+]\s*\[[ xX]?\]?\s*)$")
+"""A last line that may become a heading's underline, a list, a rule, a fence or a table."""
+_DELIMITER_ROW = re.compile(r"^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$")
+_FENCE_LINE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})")
+
+
+def steady(text: str) -> str:
+    """``text`` without an end that the next words would turn into something else, and with open marks closed."""
+    *lines, last = text.split("\n")
+    before = "\n".join(lines)
+    fence = open_fence(before)
+    if fence is not None:
+        closing = bool(last.strip()) and not last.strip().strip(fence[0])
+        return before if closing and open_fence(text) is not None else text
+    if open_fence(text) is not None:
+        return before  # the fence's own line: its language is not complete yet
+    if _UNDECIDED.match(last):
+        last = ""
+    return _with_closed_marks(_without_half_table([*lines, last]))
+
+
+def _without_half_table(lines: list[str]) -> list[str]:
+    """Hold a table's head back until the row below it is complete: before that it is a paragraph of bars."""
+    end = len(lines) - (lines[-1] == "")
+    start = end
+    while start and "|" in lines[start - 1]:
+        start -= 1
+    block = lines[start:end]
+    if not block or not block[0].lstrip().startswith("|") or len(block) > 2:
+        return lines
+    complete = len(block) == 2 and end < len(lines) and _DELIMITER_ROW.match(block[1])
+    return lines if complete else lines[:start]
+
+
+def _with_closed_marks(lines: list[str]) -> str:
+    """Close bold text and a code span of the last paragraph."""
+    start = len(lines)
+    while start and lines[start - 1].strip() and not _FENCE_LINE.match(lines[start - 1]):
+        start -= 1
+    paragraph = "\n".join(lines[start:])
+    plain = re.sub(r"`[^`]*`", "", paragraph)
+    if plain.count("`") % 2:
+        paragraph = paragraph[:-1] if paragraph.endswith("`") else f"{paragraph}`"
+    elif plain.count("**") % 2:
+        paragraph = paragraph.removesuffix("*")
+        paragraph = paragraph[:-1] if paragraph.endswith("*") else f"{paragraph.rstrip()}**"
+    return "\n".join([*lines[:start], paragraph]) if start < len(lines) else "\n".join(lines)
