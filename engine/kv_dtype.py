@@ -7,14 +7,9 @@ from engine.errors import ConfigError, UnsupportedOptionError
 QUANTIZED_BITS = {"int8": 8, "int4": 4}
 """Quantized pages: integers of so many bits, with a scale and a bias for each group of elements."""
 KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", *QUANTIZED_BITS)
-_ALIASES = {
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "int8_per_token_head": "int8",
-    "int4_per_token_head": "int4",
-}
-"""Short names, and vLLM's for integer pages (one scale per token and head; ours are as fine or finer)."""
+VLLM_NAMES = {"int8": "int8_per_token_head", "int4": "int4_per_token_head"}
+"""What vLLM calls integer pages. It has one scale for each token and head; ours are as fine or finer."""
+_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"} | {theirs: x for x, theirs in VLLM_NAMES.items()}
 _INSTEAD = {"fp8": "int8", "mxfp8": "int8", "nvfp4": "int4", "mxfp4": "int4", "turboquant": "int4"}
 """Beginnings of vLLM's other values, and the nearest here."""
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

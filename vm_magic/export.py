@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config import ENGINE_FLAGS, EngineArgs, Flag
+from engine.kv_dtype import VLLM_NAMES
 from engine.sampling_defaults import GENERATION_CONFIG_NAMES
 
 HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -83,6 +84,8 @@ def _engine_flags(served: Served) -> Iterator[str]:
         if flag.field in served.parsers and value is None:
             value = served.parsers[flag.field]
         from_environment = flag.field == "gpu_memory_utilization" and args.memory_knob == flag.env
+        if flag.field == "kv_cache_dtype":
+            value = VLLM_NAMES.get(value, value)
         if value is not None and value != default and not from_environment:
             yield _flag_text(flag, value)
     if "tool_call_parser" in served.parsers and not args.enable_auto_tool_choice:
