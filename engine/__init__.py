@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from engine.llm import LLM
     from engine.memory import MemoryPlan
     from engine.outputs import CompletionDelta, CompletionOutput, Reply, RequestOutput
-    from engine.planning import plan
+    from engine.planning import plan, plan_table
     from engine.replay import parse_output
     from engine.sampling_params import SamplingParams
 
@@ -23,6 +23,7 @@ _HOMES = {
     "MemoryPlan": "engine.memory",
     "parse_output": "engine.replay",
     "plan": "engine.planning",
+    "plan_table": "engine.planning",
     "SamplingParams": "engine.sampling_params",
     "CompletionDelta": "engine.outputs",
     "CompletionOutput": "engine.outputs",
@@ -40,6 +41,7 @@ __all__ = [
     "SamplingParams",
     "parse_output",
     "plan",
+    "plan_table",
 ]
 
 

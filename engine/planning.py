@@ -1,18 +1,22 @@
 """``engine.plan``: the memory plan from a config alone, without weights and without running anything."""
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Self
 
 from engine.config import EngineArgs, ModelConfig
 from engine.errors import ConfigError
 from engine.hub import resolve
 from engine.memory import KVGroupSpec, MemoryPlan, plan_memory
 from engine.model_files import read_model_config
-from engine.runner.devices import describe_device, prepare_backend
+from engine.plan_table import PlanTable
+from engine.plan_table import plan_table as tabulate
+from engine.runner.devices import Device, describe_device, prepare_backend
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-_CHUNK = 2048
 
 
 def bytes_of(size: str | float, name: str = "device_memory") -> int:
@@ -43,52 +47,131 @@ def plan(
     21.64GB) replace what the headers of the weights say and what is estimated. Raises
     MemoryPlanError if it would not fit.
     """
-    if fraction is not None:
-        options["memory_fraction"] = fraction
-    args = EngineArgs.from_options(model, options)
-    prepare_backend()
-    from engine.runner.skeleton import build_skeleton, weight_bytes
-
-    resolved = resolve(args.model, args.revision, part="config")
-    config = read_model_config(resolved, args)
-    device = describe_device()
-    # Only this CPU computes in float32; another device takes the checkpoint's own element type.
-    on_this_cpu = device.kind == "cpu" and device_memory is None
-    dtype = "float32" if on_this_cpu and args.dtype == "auto" else args.dtype
-    skeleton = build_skeleton(config, dtype)
-    weights = weight_bytes(resolved, skeleton, converted=dtype != "auto" and "quantization" not in config.hf_config)
-    return plan_memory(
-        groups=_groups(skeleton, args, min(args.max_num_batched_tokens or _CHUNK, config.context_length)),
-        device_limit=device.memory_limit if device_memory is None else bytes_of(device_memory),
-        fraction=args.memory_fraction,
-        model_memory=weights if model_memory is None else bytes_of(model_memory, "model_memory"),
-        overhead=estimated_overhead(config, args) if overhead is None else bytes_of(overhead, "overhead"),
-        block_size=args.block_size,
-        context_length=config.context_length,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        kv_cache_dtype=args.kv_cache_dtype,
-        knob=args.memory_knob,
-    )
+    given = {"device_memory": device_memory, "model_memory": model_memory, "overhead": overhead}
+    return _Planner(model).plan(_Sizes.of(given), _with_fraction(options, fraction))
 
 
-def _groups(skeleton: Any, args: EngineArgs, chunk: int) -> list[KVGroupSpec]:
-    """The cache groups of a model without weights, ``chunk`` tokens of which run ahead of a window."""
-    from engine.runner import kv_spec
+def plan_table(
+    model: str,
+    *,
+    model_memory: str | float | None = None,
+    overhead: str | float | None = None,
+    **settings: Any,
+) -> PlanTable:
+    """:func:`plan` for every combination of ``settings``, of which lists are tried one by one; also what does not fit.
 
-    try:
-        leaves = kv_spec.flatten(kv_spec.probe_caches(skeleton))
-    except kv_spec.UnsupportedCacheError:
-        return [kv_spec.contiguous_group(skeleton, args.block_size)]
-    return [
-        kv_spec.group_spec(group, args.block_size, chunk, args.kv_cache_dtype) for group in kv_spec.group_leaves(leaves)
-    ]
+    >>> engine.plan_table("org/model", max_model_len=["32K", "128K"], fraction=[0.6, 0.75, 0.9])
+    """
+    planner = _Planner(model)
+
+    def make(fraction: Any = None, device_memory: Any = None, **options: Any) -> MemoryPlan:
+        given = {"device_memory": device_memory, "model_memory": model_memory, "overhead": overhead}
+        return planner.plan(_Sizes.of(given), _with_fraction(options, fraction))
+
+    tried = {name: value for name, value in settings.items() if isinstance(value, list | tuple)}
+    fixed = {name: value for name, value in settings.items() if name not in tried}
+    return tabulate(partial(make, **fixed), tried)
 
 
-def estimated_overhead(config: ModelConfig, args: EngineArgs) -> int:
-    """A guess at a step's activations, before it can be measured: a few rows of everything a layer makes."""
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Bytes that the user gave instead of what is found out."""
+
+    device_memory: int | None
+    model_memory: int | None
+    overhead: int | None
+
+    @classmethod
+    def of(cls, given: Mapping[str, str | float | None]) -> Self:
+        return cls(**{name: None if size is None else bytes_of(size, name) for name, size in given.items()})
+
+    def device(self) -> Device:
+        """This device, or one of that much memory: taken for a GPU, where checkpoints stay as they are."""
+        if self.device_memory is None:
+            return describe_device()
+        return Device("metal", "another device", self.device_memory)
+
+
+def _with_fraction(options: Mapping[str, Any], fraction: float | str | None) -> dict[str, Any]:
+    return dict(options) if fraction is None else {**options, "memory_fraction": fraction}
+
+
+class _Planner:
+    """One model's shapes, asked for once, for any number of plans."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._shapes: dict[tuple[str, Device], _Shapes] = {}
+
+    def plan(self, sizes: _Sizes, options: Mapping[str, Any]) -> MemoryPlan:
+        args = EngineArgs.from_options(self._model, options)
+        prepare_backend()
+        device = sizes.device()
+        key = (args.dtype, device)
+        shapes = self._shapes.get(key) or _Shapes.of(args, device)
+        self._shapes[key] = shapes
+        context = shapes.config.context_length
+        batched_tokens = args.batched_tokens(device.chunk_size)
+        chunk = min(batched_tokens, args.max_model_len if isinstance(args.max_model_len, int) else context)
+        estimate = estimated_overhead(shapes.config, chunk) if sizes.overhead is None else sizes.overhead
+        return plan_memory(
+            groups=shapes.groups(args, chunk),
+            device_limit=device.memory_limit,
+            fraction=args.memory_fraction,
+            model_memory=shapes.model_memory if sizes.model_memory is None else sizes.model_memory,
+            overhead=estimate,
+            block_size=args.block_size,
+            context_length=context,
+            max_model_len=args.max_model_len,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=batched_tokens,
+            kv_cache_dtype=args.kv_cache_dtype,
+            knob=args.memory_knob,
+        )
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """What a plan must know of a model: its config, its caches, its weights' bytes."""
+
+    config: ModelConfig
+    model: Any
+    model_memory: int
+
+    @classmethod
+    def of(cls, args: EngineArgs, device: Device) -> Self:
+        from engine.runner.skeleton import skeleton_as_loaded
+
+        resolved = resolve(args.model, args.revision, part="config")
+        config = read_model_config(resolved, args)
+        skeleton = skeleton_as_loaded(resolved, config, args, device)
+        return cls(config, skeleton.model, skeleton.num_bytes)
+
+    def groups(self, args: EngineArgs, chunk: int) -> list[KVGroupSpec]:
+        """The cache groups, ``chunk`` tokens of which run ahead of a window."""
+        from engine.runner import kv_spec
+
+        try:
+            leaves = self._leaves if args.use_paged_attention else None
+        except kv_spec.UnsupportedCacheError:
+            leaves = None
+        if leaves is None:
+            return [kv_spec.contiguous_group(self.model, args.block_size)]
+        return [
+            kv_spec.group_spec(group, args.block_size, chunk, args.kv_cache_dtype)
+            for group in kv_spec.group_leaves(leaves)
+        ]
+
+    @cached_property
+    def _leaves(self) -> Any:
+        from engine.runner import kv_spec
+
+        return kv_spec.flatten(kv_spec.probe_caches(self.model))
+
+
+def estimated_overhead(config: ModelConfig, rows: int) -> int:
+    """A guess at a step's activations, before it can be measured: ``rows`` of everything a layer makes."""
     text = {**config.hf_config, **(config.hf_config.get("text_config") or {})}
     hidden = int(text.get("hidden_size") or 4096)
     widest = int(text.get("intermediate_size") or 4 * hidden)
-    rows = args.max_num_batched_tokens or _CHUNK
     return rows * (8 * hidden + 3 * widest) * 4 + int(text.get("vocab_size") or config.vocab_size) * 4 * 64

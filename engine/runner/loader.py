@@ -5,15 +5,13 @@ belong to their thread.
 """
 
 import importlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from engine.config import EngineArgs, ModelConfig
 from engine.errors import ModelLoadError
@@ -22,14 +20,12 @@ from engine.hub import ResolvedModel
 from engine.memory import KVGroupSpec, plan_memory
 from engine.model_files import read_model_config
 from engine.runner.devices import Device, describe_device, prepare_backend
-from engine.runner.gguf import PACKED_BITS, load_gguf
+from engine.runner.gguf import load_gguf
+from engine.runner.weight_types import DTYPES, choose_for_file, convert
 
 Progress = Callable[[str, int, int], None]
 """``progress(stage, done_bytes, total_bytes)``; raising in it cancels the load and leaves nothing behind."""
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-_EASY_SHARE = 0.5
-"""Packed weights are unpacked on a CPU where the result takes at most this share of its memory."""
 _CACHE_BYTES = 1 << 28
 """Buffers freed by conversions are given back when they reach this size."""
 
@@ -71,48 +67,32 @@ def load_model(resolved: ResolvedModel, args: EngineArgs, progress: Progress | N
 def _load_file(
     file: GGUFFile, config: ModelConfig, args: EngineArgs, device: Device, report: Progress
 ) -> tuple[nn.Module, str]:
-    dtype = _file_dtype(file, args, device)
-    packed = [info for info in file.tensors.values() if info.type in PACKED_BITS]
-    unpacked_bytes = sum(math.prod(info.shape) for info in file.tensors.values()) * dtype.size
-    keep = bool(packed) and (device.runs_packed_weights_fast or unpacked_bytes > _EASY_SHARE * device.memory_limit)
+    choice = choose_for_file(file, args, device)
     total = sum(info.num_bytes for info in file.tensors.values())
     check_architecture(config)
-    _check_room(total if keep else unpacked_bytes, config, args, device)
+    _check_room(choice.num_bytes, config, args, device)
     model = load_gguf(
-        file, dict(config.hf_config), dtype=dtype, keep_packed=keep, report=lambda done: report("load", done, total)
+        file,
+        dict(config.hf_config),
+        dtype=choice.dtype,
+        keep_packed=choice.keep_packed,
+        report=lambda done: report("load", done, total),
     )
     kinds = {info.type.name for info in file.tensors.values()} - {"F32"}
-    return model, _describe(dtype, sorted(kinds), keep)
-
-
-def _file_dtype(file: GGUFFile, args: EngineArgs, device: Device) -> mx.Dtype:
-    """float32 on CPUs; elsewhere the type in which the file's scales or values are exact."""
-    if args.dtype != "auto":
-        return DTYPES[args.dtype]
-    if device.kind == "cpu":
-        return mx.float32
-    return mx.bfloat16 if any(info.type.name == "BF16" for info in file.tensors.values()) else mx.float16
+    return model, _describe(choice.dtype, sorted(kinds), choice.keep_packed)
 
 
 def _load_folder(
     resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device, report: Progress
 ) -> tuple[nn.Module, str]:
     check_architecture(config)
-    model = _lazy_model(resolved, config, args)
-    dtype = DTYPES[args.dtype] if args.dtype != "auto" else (mx.float32 if device.kind == "cpu" else None)
-    packed = _packed_modules(model)
-    keep = bool(packed) and (device.runs_packed_weights_fast or not _unpacks_easily(model, packed, dtype, device))
-    if dtype is not None:
-        _cast(model, dtype)
-    if packed and not keep:
-        from mlx_lm.utils import dequantize_model
-
-        model = dequantize_model(model)
-        _cast(model, dtype or mx.float32)
-    _check_room(sum(value.nbytes for _, value in tree_flatten(model.parameters())), config, args, device)
+    converted = convert(_lazy_model(resolved, config, args), args, device)
+    model = converted.model
+    _check_room(converted.num_bytes, config, args, device)
     _materialise(model, report)
-    bits = sorted({f"{module.bits}-bit" for module in packed})
-    return model, _describe(dtype or _main_dtype([v for _, v in tree_flatten(model.parameters())]), bits, keep)
+    bits = [f"{bits}-bit" for bits in converted.bits]
+    dtype = converted.dtype or _main_dtype([value for _, value in tree_flatten(model.parameters())])
+    return model, _describe(dtype, bits, converted.keep_packed)
 
 
 def _check_room(num_bytes: int, config: ModelConfig, args: EngineArgs, device: Device) -> None:
@@ -122,7 +102,7 @@ def _check_room(num_bytes: int, config: ModelConfig, args: EngineArgs, device: D
     from engine.runner.kv_spec import contiguous_bytes_per_token
     from engine.runner.skeleton import build_skeleton
 
-    skeleton = build_skeleton(config, args.dtype)
+    skeleton = build_skeleton(config, DTYPES.get(args.dtype))
     layers = tuple(range(len(skeleton.layers)))
     plan_memory(
         groups=[KVGroupSpec("full", layers, contiguous_bytes_per_token(skeleton), block_size=args.block_size)],
@@ -172,26 +152,6 @@ def check_architecture(config: ModelConfig) -> None:
             f"{config.name}: model_type {config.model_type!r} is not supported by mlx-lm "
             f"{metadata.version('mlx-lm')}; a newer mlx-lm may have it"
         ) from None
-
-
-def _packed_modules(model: nn.Module) -> list[Any]:
-    """Modules with quantized weights."""
-    return [module for _, module in model.named_modules() if hasattr(module, "bits") and "scales" in module]
-
-
-def _unpacks_easily(model: nn.Module, packed: list[Any], dtype: mx.Dtype | None, device: Device) -> bool:
-    """Whether the model, unpacked, takes a modest part of memory (and mlx-lm can unpack it)."""
-    if any("global_scale" in module for module in packed):
-        return False
-    width = (dtype or mx.float32).size
-    size = sum(value.size for _, value in tree_flatten(model.parameters()) if value.dtype != mx.uint32)
-    size += sum(module.weight.size * 32 // module.bits for module in packed)
-    return int(size) * int(width) <= _EASY_SHARE * device.memory_limit
-
-
-def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Make all floating parameters ``dtype``; scales of packed weights included."""
-    model.update(tree_map(lambda v: v.astype(dtype) if mx.issubdtype(v.dtype, mx.floating) else v, model.parameters()))
 
 
 def _materialise(model: nn.Module, report: Progress) -> None:

@@ -14,6 +14,7 @@ from engine.model_files import context_length, read_model_config
 from engine.runner import loader
 from engine.runner.devices import Device
 from engine.runner.loader import LoadedModel, load_model
+from engine.runner.weight_types import packed_modules
 
 mx = pytest.importorskip("mlx.core")
 GPU = Device("cuda", "a GPU", 80 << 30)
@@ -84,7 +85,7 @@ def test_on_a_cpu_weights_become_float32_and_the_note_says_so(
     on(monkeypatch, CPU)
     loaded = load(quantized_dir)
     assert loaded.dtype == mx.float32
-    assert not loader._packed_modules(loaded.model)
+    assert not packed_modules(loaded.model)
     assert loaded.notes == ["a CPU, float32 (4-bit weights unpacked exactly)"]
 
 
@@ -93,7 +94,7 @@ def test_on_a_small_cpu_weights_stay_packed_with_float32_scales(
 ) -> None:
     on(monkeypatch, SMALL_CPU)
     loaded = load(quantized_dir)
-    packed = loader._packed_modules(loaded.model)
+    packed = packed_modules(loaded.model)
     assert packed
     assert all(module.scales.dtype == mx.float32 for module in packed)
     assert "kept packed" in loaded.notes[0]
@@ -105,7 +106,7 @@ def test_on_a_gpu_a_checkpoint_stays_as_it_is(quantized_dir: Path, monkeypatch: 
     on(monkeypatch, GPU)
     loaded = load(quantized_dir)
     assert loaded.dtype == mx.bfloat16
-    assert loader._packed_modules(loaded.model)
+    assert packed_modules(loaded.model)
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
