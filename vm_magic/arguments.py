@@ -14,6 +14,8 @@ from IPython.core.magic_arguments import MagicArgumentParser
 from engine.config import ENGINE_FLAGS, REFUSED_FLAGS, Flag, human_int, refuse_flag
 from engine.errors import ConfigError, UnsupportedOptionError
 from vm_magic.errors import HelpShown
+from vm_magic.grid import add_grid_flags
+from vm_magic.remote.connect import add_connect_flags
 
 FORMATS = ("markdown", "text", "code", "json")
 COMMANDS: dict[str, str] = {
@@ -23,9 +25,12 @@ COMMANDS: dict[str, str] = {
     "stop": "close the port, keep the model",
     "unload": "free the model and its memory",
     "plan": "the memory plan of a model, without loading it",
+    "panel": "memory, sampling, activity and the port as widgets",
     "set": "sampling defaults: temperature=0.2 top_p=0.9 …",
     "chat": "send a message (cell form: the cell's body, streamed)",
     "complete": "continue a raw prompt (cell form: the cell's body, streamed)",
+    "grid": "prompts times parameters as a DataFrame (cell form: the cell's body is the template)",
+    "connect": "chat, complete, grid and map against a remote server instead",
     "reset": "forget a conversation",
     "history": "show a conversation",
     "models": "models on this machine",
@@ -35,9 +40,14 @@ COMMANDS: dict[str, str] = {
     "logs": "the latest lines of the engine's and server's log",
     "metrics": "the engine's Prometheus metrics as a table",
 }
-LATER_COMMANDS = frozenset({"panel", "bench", "connect", "tools"})
+LATER_COMMANDS = frozenset({"bench", "tools"})
 CLIENT_NAMES = ("openai", "anthropic", "llm", "curl", "codex")
-CELL_COMMANDS = ("serve", "chat", "complete")
+CELL_COMMANDS = ("serve", "chat", "complete", "grid")
+FLAGS_OF: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "grid": lambda parser: add_grid_flags(parser, SAMPLING_FLAGS),
+    "connect": add_connect_flags,
+}
+"""What gives a command its flags, for those with a module of their own."""
 
 
 class CommandParser(MagicArgumentParser):  # type: ignore[misc]
@@ -135,7 +145,7 @@ def _json_or_text(text: str) -> Any:
 @cache
 def command_parser(command: str) -> CommandParser:
     """The parser of ``command``, one of :data:`COMMANDS`."""
-    parser = CommandParser(command, cell=command in ("chat", "complete"))
+    parser = CommandParser(command, cell=command in ("chat", "complete", "grid"))
     if command in ("load", "plan", "serve"):
         parser.add_argument(
             "model",
@@ -154,10 +164,14 @@ def command_parser(command: str) -> CommandParser:
             )
     elif command in ("chat", "complete"):
         _add_chat_flags(parser, chat=command == "chat")
+    elif command in FLAGS_OF:
+        FLAGS_OF[command](parser)
     elif command in ("reset", "history"):
         parser.add_argument("name", nargs="?", metavar="NAME", help="which conversation")
     elif command == "set":
         parser.add_argument("values", nargs=argparse.REMAINDER, metavar="KEY=VALUE")
+    elif command == "panel":
+        parser.add_argument("--close", action="store_true", help="take the panel away")
     elif command == "logs":
         parser.add_argument("count", nargs="?", type=int, default=50, metavar="N", help="how many lines (50)")
     elif command == "explain":

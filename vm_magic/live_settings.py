@@ -20,7 +20,7 @@ def change_settings(session: "Session", values: Mapping[str, Any]) -> None:
     Raises RequestError for a thinking switch or budget that the loaded model has no use for.
     """
     llm = session.loaded
-    if llm is not None:
+    if llm is not None and session.remote is None:
         if values.get("enable_thinking") is not None and not can_switch_thinking(llm):
             raise RequestError(
                 "enable_thinking: this model's chat template has no switch for thinking", param="enable_thinking"

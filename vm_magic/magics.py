@@ -9,6 +9,7 @@ from typing import Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
+from IPython.display import display
 from traitlets import Bool
 
 from engine.config import ENGINE_FLAGS, NOT_YET
@@ -41,8 +42,11 @@ from vm_magic.display import (
     reply_bundle,
 )
 from vm_magic.errors import HelpShown, Interrupted, short_error
+from vm_magic.live_settings import LiveTraits, change_settings
+from vm_magic.panel import close_panel, open_panel, panel_bundle, panel_line
 from vm_magic.progress import LoadProgress, size_text
 from vm_magic.references import release_references
+from vm_magic.remote.cards import refuse_remote, remote_card, remote_metrics, remote_models
 from vm_magic.session import NotebookServer, Session, environment
 from vm_magic.settings_text import read_settings
 from vm_magic.shell_text import read_shell_text
@@ -52,7 +56,7 @@ _ENGINE_OPTIONS = tuple(flag.field for flag in ENGINE_FLAGS)
 
 
 @magics_class
-class VLLMMetal(Magics):  # type: ignore[misc]
+class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
     """A language model inside this kernel. Its name is what ``%config VLLMMetal.…`` says."""
 
     short_errors = Bool(True, help="Show errors as one line; False shows tracebacks.").tag(config=True)
@@ -108,8 +112,11 @@ class VLLMMetal(Magics):  # type: ignore[misc]
             raise UsageError(
                 f"no command {name!r}; " + (f"did you mean {close[0]}?" if close else "see %vllm_metal --help")
             )
+        refuse_remote(self.session, name, rest)
         if name in ("chat", "complete"):
             return self._talk(name, rest, cell)
+        if name == "grid":
+            return self._grid(rest, cell)
         if name == "set":
             return self._set(rest, cell)
         parsed = command_parser(name).read(split_words(rest)) if cell is None or name != "serve" else None
@@ -180,6 +187,8 @@ class VLLMMetal(Magics):  # type: ignore[misc]
         print("the port is closed; the model stays loaded" if self.session.stop() else "no port is open")
 
     def _unload(self, _: argparse.Namespace) -> None:
+        if self.session.disconnect():
+            print("the connection is closed")
         if self.session.loaded is None:
             self.session.unload()
             print("nothing is loaded")
@@ -196,19 +205,34 @@ class VLLMMetal(Magics):  # type: ignore[misc]
         return sessions.new_plan(parsed.model, **pick(parsed, _ENGINE_OPTIONS), **sizes)
 
     def _models(self, _: argparse.Namespace) -> Table:
+        if self.session.remote is not None:
+            return remote_models(self.session.remote)
         return models_table(sessions.cached_models())
 
     # -- state -------------------------------------------------------------------------------------
 
+    def _connect(self, parsed: argparse.Namespace) -> None:
+        from vm_magic.remote.connect import connect
+
+        print(connect(self.session, parsed))
+
     def _status(self, _: argparse.Namespace) -> StatusCard:
-        return status_card(self.session)
+        return status_card(self.session) if self.session.remote is None else remote_card(self.session)
+
+    def _panel(self, parsed: argparse.Namespace) -> None:
+        if parsed.close:
+            print("the panel is closed" if close_panel() else "no panel is open")
+        elif can_update(self.shell):
+            display(panel_bundle(open_panel(), self.session), raw=True)
+        else:
+            print(panel_line(self.session))
 
     def _set(self, text: str, cell: str | None) -> None:
         if cell is not None:
             raise UsageError("%%vllm_metal set takes no cell; write %vllm_metal set")
         if text.strip() in ("-h", "--help"):
             raise HelpShown(command_parser("set").format_help())
-        self.session.settings.update(**read_settings(text))
+        change_settings(self.session, read_settings(text))
         print(settings_text(self.session.settings) or "nothing is set: the model's own defaults hold")
 
     def _reset(self, parsed: argparse.Namespace) -> None:
@@ -247,6 +271,8 @@ class VLLMMetal(Magics):  # type: ignore[misc]
         print("\n".join(lines) or "no log lines yet")
 
     def _metrics(self, _: argparse.Namespace) -> Table:
+        if self.session.remote is not None:
+            return remote_metrics(self.session.remote)
         return metrics_table(self.session.require().metrics.registry)
 
     # -- chat and complete -------------------------------------------------------------------------
@@ -271,6 +297,17 @@ class VLLMMetal(Magics):  # type: ignore[misc]
         if cell is None:
             return self._followed(generation, parsed, SilentView(), returned=True)
         return self._followed(generation, parsed, self._view(parsed), returned=False)
+
+    def _grid(self, line: str, cell: str | None) -> Any:
+        """Both forms: a cell shows its table and files the DataFrame, a line returns it."""
+        from vm_magic.grid_command import run_grid_command
+
+        parser = command_parser("grid")
+        words, text = split_text(parser, line)
+        parsed = parser.read(words)
+        if cell is not None and text:
+            raise UsageError(f"{text!r} is no flag; the prompt goes into the cell's body")
+        return run_grid_command(self.session, self.shell, parsed, text if cell is None else cell, returned=cell is None)
 
     def _followed(self, generation: Generation, parsed: argparse.Namespace, view: ReplyView, *, returned: bool) -> Any:
         reply = generation.follow(view)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.outputs import CompletionDelta
 from engine.token_picture import ScoredToken, scored_tokens
+from vm_magic.remote.wire import RemoteDelta
 from vm_magic.tool_cards import ToolOutcome, call_line
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ class ReplyReader:
                 continue
             self._tokens += scored_tokens(delta.logprobs or ())
             self._num_tokens += len(delta.token_ids)
+            if isinstance(delta, RemoteDelta) and delta.parsed is not None:
+                self._add(delta.parsed, len(delta.token_ids))
+                self.finish_reason = delta.finish_reason
+                continue
             if self._parser is None:
                 self._answer_begins = 0
                 self._text.append(delta.text)

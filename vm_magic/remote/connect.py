@@ -1,0 +1,50 @@
+"""``%vllm_metal connect``: its flags, and what it does."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from engine.errors import ConfigError
+from vm_magic.remote.cards import connected_text
+
+if TYPE_CHECKING:
+    from vm_magic.session import Session
+
+EXAMPLES = """\
+%vllm_metal connect http://127.0.0.1:8000     chat, complete, grid, map, set, status, models and metrics go there
+%vllm_metal connect https://HOST/v1 -m NAME   one of several models; the key comes from VLLM_API_KEY or OPENAI_API_KEY
+%vllm_metal connect --close                   back to the model of this kernel, which stays loaded meanwhile
+
+Prompts and, if there is one, the key go to the address that you give, and are not sent on by a redirect."""
+
+
+def add_connect_flags(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the flags of ``connect``."""
+    parser.epilog = EXAMPLES
+    parser.add_argument("url", nargs="?", metavar="URL", help="http(s) address of an OpenAI-compatible server")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="key to send (VLLM_API_KEY, OPENAI_API_KEY: a notebook should not hold it)"
+    )
+    parser.add_argument("-m", "--model", metavar="NAME", help="which of the served models (default: the only one)")
+    parser.add_argument("--close", action="store_true", help="end the connection")
+
+
+def connect(session: "Session", parsed: argparse.Namespace) -> str:
+    """Connect, end the connection, or say what it is; gives the text to print."""
+    if parsed.close:
+        if parsed.url or parsed.model or parsed.api_key:
+            raise ConfigError("connect --close takes nothing else", flag="close")
+        return _closed(session) if session.disconnect() else "not connected"
+    if parsed.url is None:
+        if parsed.model or parsed.api_key:
+            raise ConfigError("connect to which server? Write %vllm_metal connect http://HOST:PORT", flag="url")
+        return connected_text(session)
+    from vm_magic.remote.llm import RemoteLLM
+
+    session.connect(RemoteLLM(parsed.url, api_key=parsed.api_key, model=parsed.model))
+    return connected_text(session)
+
+
+def _closed(session: "Session") -> str:
+    local = session.loaded
+    after = f"back to {local.args.names[0]} in this kernel" if local is not None else "no model is loaded here"
+    return f"the connection is closed; {after}"
