@@ -1,8 +1,10 @@
 # Every target sets up what it needs: a Python 3.11 or newer is enough to begin with.
 #   make PYTHON=/path/to/python3.12 …   another Python        make EXTRA=cpu|cuda12|cuda13|none …   another MLX build
+#   make JOBS=1 test                    test processes (as many as processors, at most 4, if not given)
 VENV := .venv
 PY := $(VENV)/bin/python
 EXTRA ?=
+JOBS ?= logical
 export PYTHON
 
 .PHONY: help demo lab test lint format types bench setup clean
@@ -17,7 +19,7 @@ lab: setup ## open the quickstart notebook in JupyterLab
 	@$(PY) -m jupyterlab notebooks/quickstart.ipynb
 
 test: lint types ## all checks: lint, types and every test
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## ruff: rules and format
 	@$(PY) -m ruff check .

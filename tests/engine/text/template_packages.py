@@ -45,9 +45,11 @@ def template_source(package: TemplatePackage, name: str) -> str:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             _fetch(package, Path(work))
-            found = Path(work) / "templates"
-            if not folder.is_dir():
-                found.rename(folder)
+            try:
+                (Path(work) / "templates").rename(folder)
+            except OSError:  # another test process was quicker
+                if not folder.is_dir():
+                    raise
     return (folder / f"{name}.jinja").read_text(encoding="utf-8")
 
 
