@@ -85,7 +85,9 @@ class ReplyReader:
             self._num_tokens += len(delta.token_ids)
             if isinstance(delta, RemoteDelta) and delta.parsed is not None:
                 self._add(delta.parsed, len(delta.token_ids))
-                self.finish_reason = delta.finish_reason
+                # A call that the server was told to make ends with "stop" in vLLM.
+                called = delta.finish_reason == "stop" and self._tool_calls
+                self.finish_reason = "tool_calls" if called else delta.finish_reason
                 continue
             if self._parser is None:
                 self._answer_begins = 0
