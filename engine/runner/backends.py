@@ -54,13 +54,17 @@ def join_rows(logits: Mapping[int, mx.array], wanted: Sequence[Int32]) -> mx.arr
 
 
 class ContiguousBackend:
-    """mlx-lm's own caches: one set per request while it prefills, merged for the requests that decode."""
+    """mlx-lm's own caches: one set per request while it prefills, merged for the requests that decode.
+
+    ``batches`` False keeps them apart: some models take no batch of different lengths.
+    """
 
     paged = False
     block_size = 16
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.batches = True
         self._own: dict[Request, list[Any]] = {}
         self._batch: list[Request] = []
         self._batch_caches: list[Any] = []
@@ -112,7 +116,7 @@ class ContiguousBackend:
 
     def _decodes(self, request: Request, num_tokens: int) -> bool:
         mergeable = request in self._batch or (
-            request in self._own and all(hasattr(cache, "merge") for cache in self._own[request])
+            self.batches and request in self._own and all(hasattr(cache, "merge") for cache in self._own[request])
         )
         return num_tokens == 1 and mergeable
 

@@ -6,7 +6,7 @@ anything, so this works before the weights are read, for any architecture that m
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -46,7 +46,7 @@ class LayerShape:
 class CacheLeaf:
     """One cache of one layer: its kind, and what a token (keys and values) or a sequence (state) needs.
 
-    ``states`` are shapes, without the batch axis, and element types.
+    ``states`` are shapes, without the batch axis, and element types; ``place`` tells a layer's own caches apart.
     """
 
     kind: LeafKind
@@ -54,6 +54,7 @@ class CacheLeaf:
     shape: LayerShape | None = None
     window: int | None = None
     states: tuple[tuple[tuple[int, ...], mx.Dtype], ...] = ()
+    place: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -162,7 +163,8 @@ def _recorder(cache: Any) -> Any:
 
 def _leaves(layer: int, cache: Any, recorder: Any) -> CacheLeaf | tuple[CacheLeaf, ...]:
     if type(cache) is CacheList:
-        return tuple(_leaf(layer, inner, record) for inner, record in zip(cache.caches, recorder.caches, strict=True))
+        pairs = zip(cache.caches, recorder.caches, strict=True)
+        return tuple(replace(_leaf(layer, *pair), place=place) for place, pair in enumerate(pairs))
     return _leaf(layer, cache, recorder)
 
 

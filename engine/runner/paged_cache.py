@@ -7,6 +7,7 @@ caches give back what was read, as mlx-lm's own do.
 """
 
 import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache
 
 from engine.runner.kv_pool import KVPool, StatePool
 from engine.runner.kv_spec import UnsupportedCacheError
@@ -80,17 +81,15 @@ class PagedLayerCache:
         return self.layout
 
 
-class StateLayerCache:
+class StateLayerCache(ArraysCache):  # type: ignore[misc]
     """The recurrent state of one layer, for the sequences of a rectangular call.
 
-    Indexed as mlx-lm's ``ArraysCache``: an entry is None for a sequence that begins. Lengths and
-    padding are never needed, since every call holds whole rows.
+    To a model mlx-lm's ``ArraysCache`` (some look at the type): an entry is None for a sequence that
+    begins. Lengths and padding are never needed, since every call holds whole rows.
     """
 
-    lengths: mx.array | None = None
-    left_padding: mx.array | None = None
-
     def __init__(self, pool: StatePool, index: int) -> None:
+        super().__init__(size=0)
         self._pool = pool
         self._index = index
         self._reads: mx.array | None = None
@@ -106,6 +105,8 @@ class StateLayerCache:
         self._reads, self._writes, self._begins, self._written = reads, writes, begins, set()
 
     def __getitem__(self, entry: int) -> mx.array | None:
+        if entry >= len(self._pool.arrays[self._index]):
+            raise IndexError(entry)  # models unpack their states
         if self._begins and entry not in self._written:
             return None
         slots = self._writes if entry in self._written else self._reads

@@ -1,11 +1,13 @@
 """First steps of a loaded model: that paging changes nothing, and what a step needs besides weights and pages."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from engine.request import Request
@@ -38,12 +40,14 @@ def choose_backend(
     One flat call per step over pages; else rectangular calls over pages and state slots; else
     mlx-lm's own contiguous caches. Each is tried on a few short sequences.
     """
+    exact = device == "cpu"
     if not paged:
-        return ContiguousBackend(model), "VLLM_METAL_USE_PAGED_ATTENTION=0: contiguous KV caches, no prefix cache"
+        line = "VLLM_METAL_USE_PAGED_ATTENTION=0: contiguous KV caches, no prefix cache"
+        return _contiguous(model, vocab_size, line, exact=exact)
     try:
         tree = probe_caches(model)
     except UnsupportedCacheError as error:
-        return ContiguousBackend(model), _fallback_line(f"its cache is {error}")
+        return _contiguous(model, vocab_size, _fallback_line(f"its cache is {error}"), exact=exact)
     has_state = any(leaf.kind == "state" for leaf in flatten(tree))
     reason = ""
     ways: tuple[Calls, ...] = ("flat", "rectangles", "sequences")
@@ -52,22 +56,41 @@ def choose_backend(
             model, tree, block_size, calls=calls, kv_cache_dtype=kv_cache_dtype, prefer_views=device == "cpu",
             max_rows=_MAX_ROWS_ON_CUDA if device == "cuda" else None,
         )  # fmt: skip
-        problem = _problem(backend, model, vocab_size, exact=device == "cpu")
+        problem = _problem(backend, model, vocab_size, exact=exact)
         if problem is None:
             return backend, None
         backend.close()
         reason = problem
-    return ContiguousBackend(model), _fallback_line(reason)
+    return _contiguous(model, vocab_size, _fallback_line(reason), exact=exact)
 
 
-def _problem(backend: PagedBackend, model: nn.Module, vocab_size: int, *, exact: bool) -> str | None:
+def _contiguous(model: nn.Module, vocab_size: int, line: str, *, exact: bool) -> tuple[Backend, str]:
+    """mlx-lm's own caches; a call for each request where the model gives other logits to a batch."""
+    backend = ContiguousBackend(model)
+    problem = _problem(backend, model, vocab_size, exact=exact)
+    backend.reset()
+    if problem is None:
+        return backend, line
+    backend.batches = False
+    return backend, f"{line}; a call for each request (in a batch: {problem})"
+
+
+def _problem(
+    backend: PagedBackend | ContiguousBackend, model: nn.Module, vocab_size: int, *, exact: bool
+) -> str | None:
     """Why this backend does not give the model's own logits, or None."""
     try:
         difference = paging_difference(backend, model, vocab_size)
     except Exception as error:  # noqa: BLE001  (an architecture may object in any way; it still runs contiguously)
         return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-    kinds = {leaf.shape.dtype for leaves in backend.groups for leaf in leaves if leaf.shape is not None}
-    exact = exact and backend.kv_cache_dtype in ("auto", "float32") and kinds <= {mx.float32}
+    if isinstance(backend, PagedBackend):
+        kinds = {leaf.shape.dtype for leaves in backend.groups for leaf in leaves if leaf.shape is not None}
+        exact = exact and backend.kv_cache_dtype in ("auto", "float32")
+    else:
+        kinds = {
+            value.dtype for _, value in tree_flatten(model.parameters()) if mx.issubdtype(value.dtype, mx.floating)
+        }
+    exact = exact and kinds <= {mx.float32}
     if difference <= (_TOLERANCE if exact else _LOOSE_TOLERANCE):
         return None
     return f"its logits differ by {difference:.2g}"
@@ -77,8 +100,8 @@ def _fallback_line(reason: str) -> str:
     return f"contiguous KV caches for this architecture, no prefix cache ({reason})"
 
 
-def paging_difference(backend: PagedBackend, model: nn.Module, vocab_size: int) -> float:
-    """Largest difference between paged and contiguous logits, relative to their spread.
+def paging_difference(backend: PagedBackend | ContiguousBackend, model: nn.Module, vocab_size: int) -> float:
+    """Largest difference between a backend's logits and those of single sequences, relative to their spread.
 
     Several sequences prefill together and then decode together, so that positions, masks, scattered
     writes and gathered reads all take part. Where pages are quantized, the contiguous caches hold the
@@ -86,15 +109,17 @@ def paging_difference(backend: PagedBackend, model: nn.Module, vocab_size: int) 
     """
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, vocab_size, size).tolist() for size in _CHECK_LENGTHS]
-    caches = [rounded(make_prompt_cache(model), backend.kv_cache_dtype) for _ in prompts]
+    kv_cache_dtype = backend.kv_cache_dtype if isinstance(backend, PagedBackend) else "auto"
+    caches = [rounded(make_prompt_cache(model), kv_cache_dtype) for _ in prompts]
     expected = mx.stack([model(mx.array([p]), cache=cache)[0, -1] for p, cache in zip(prompts, caches, strict=True)])
-    found = _run_paged(backend, prompts)
-    difference = mx.abs(found.astype(mx.float32) - expected.astype(mx.float32)).max()
-    spread = mx.maximum(mx.std(expected.astype(mx.float32)), 1e-6)
-    return float(np.array(difference / spread))
+    wanted, found = (np.array(rows.astype(mx.float32)) for rows in (expected, _run_batched(backend, prompts)))
+    finite = np.isfinite(wanted)  # some models rule tokens out with -inf
+    if (finite != np.isfinite(found)).any():
+        return math.inf
+    return float(np.abs(found[finite] - wanted[finite]).max() / max(wanted[finite].std(), 1e-6))
 
 
-def _run_paged(backend: PagedBackend, prompts: Sequence[list[int]]) -> mx.array:
+def _run_batched(backend: Backend, prompts: Sequence[list[int]]) -> mx.array:
     """Last logits of ``prompts``: all but the last token in one step, the last ones in another."""
     shares, first = [], 0
     for number, prompt in enumerate(prompts):
@@ -104,7 +129,7 @@ def _run_paged(backend: PagedBackend, prompts: Sequence[list[int]]) -> mx.array:
     for single in (False, True):
         step = [_share(request, tables, single) for request, tables in shares]
         batch = StepBatch.build(step)
-        backend.make_room(batch, [max(first, len(prompts))] * len(backend.pools))
+        backend.make_room(batch, [max(first, len(prompts))] * len(shares[0][1]))
         wanted = [np.array([share.num_tokens - 1], dtype=np.int32) for share in batch.shares]
         logits = backend.forward(batch, mx.array(batch.token_ids), wanted)
         backend.settle()

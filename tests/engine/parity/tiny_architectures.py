@@ -1,10 +1,10 @@
 """Tiny random models of mlx-lm's architectures: a configuration each, weights made on the spot."""
 
-import importlib
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import _get_classes
 
 VOCAB = 199
 _BASE: dict[str, Any] = {
@@ -81,10 +81,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(name: str, seed: int = 0) -> Any:
-    """The mlx-lm model of a configuration with seeded float32 weights, large enough that greedy text varies."""
-    config = {"model_type": name, **_BASE, **CONFIGS[name]}
-    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    model = module.Model(module.ModelArgs.from_dict(config))
+    """The model of a configuration above."""
+    return build({"model_type": name, **_BASE, **CONFIGS[name]}, seed)
+
+
+def build(config: dict[str, Any], seed: int = 0, limit: int = 1 << 25) -> Any:
+    """mlx-lm's model of ``config`` with seeded float32 weights, large enough that greedy text varies.
+
+    At most ``limit`` parameters: a size that the configuration leaves out is a real model's.
+    """
+    kind, arguments = _get_classes(dict(config))
+    model = kind(arguments.from_dict(config))
+    size = sum(value.size for _, value in tree_flatten(model.parameters()))
+    if size > limit:
+        raise ValueError(f"no tiny configuration: it has {size:,} parameters")
     key, weights = mx.random.key(seed), []
     for path, value in sorted(tree_flatten(model.parameters())):
         key, mine = mx.random.split(key)
