@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 
 from IPython.core.magic_arguments import MagicArgumentParser
 
-from engine.config import ENGINE_FLAGS, REFUSED_FLAGS, Flag, human_int, refuse_flag
+from engine.config import ENGINE_FLAGS, REFUSED_FLAGS, Flag, refuse_flag
 from engine.errors import ConfigError, UnsupportedOptionError
+from vm_magic.chat_flags import SAMPLING_FLAGS, add_chat_flags
 from vm_magic.errors import HelpShown
 from vm_magic.grid import add_grid_flags
 from vm_magic.remote.connect import add_connect_flags
 
-FORMATS = ("markdown", "text", "code", "json")
 COMMANDS: dict[str, str] = {
     "status": "what is loaded, its memory, the port, the last reply's speed",
     "load": "load a model into this kernel",
@@ -40,7 +40,7 @@ COMMANDS: dict[str, str] = {
     "logs": "the latest lines of the engine's and server's log",
     "metrics": "the engine's Prometheus metrics as a table",
 }
-LATER_COMMANDS = frozenset({"bench", "tools"})
+LATER_COMMANDS = frozenset({"bench"})
 CLIENT_NAMES = ("openai", "anthropic", "llm", "curl", "codex")
 CELL_COMMANDS = ("serve", "chat", "complete", "grid")
 FLAGS_OF: dict[str, Callable[[argparse.ArgumentParser], None]] = {
@@ -96,9 +96,14 @@ class CommandParser(MagicArgumentParser):  # type: ignore[misc]
         return [*result, *(word for flag, value in objects.items() for word in (flag, json.dumps(value)))]
 
     def takes_value(self, flag: str) -> bool:
-        """Whether ``flag`` is followed by a value."""
+        """Whether ``flag`` must be followed by a value."""
         action = self._option_string_actions.get(flag)
-        return action is not None and action.nargs != 0
+        return action is not None and action.nargs not in (0, "?")
+
+    def takes_number(self, flag: str) -> bool:
+        """Whether ``flag`` may be followed by a number, or by none."""
+        action = self._option_string_actions.get(flag)
+        return action is not None and action.nargs == "?" and action.type is int
 
     def flags(self) -> dict[str, tuple[str, ...]]:
         """All long flags, with the values they allow (empty where any)."""
@@ -163,7 +168,7 @@ def command_parser(command: str) -> CommandParser:
                 flag, metavar="BYTES", default=argparse.SUPPRESS, help="a size such as 51.54GB, as given"
             )
     elif command in ("chat", "complete"):
-        _add_chat_flags(parser, chat=command == "chat")
+        add_chat_flags(parser, chat=command == "chat")
     elif command in FLAGS_OF:
         FLAGS_OF[command](parser)
     elif command in ("reset", "history"):
@@ -256,62 +261,6 @@ SERVER_OPTIONS = (
     "host", "port", "api_key", "no_api_key", "allowed_origins", "allowed_hosts", "root_path",
     "trust_request_chat_template", "enable_request_id_headers", "enable_log_requests",
 )  # fmt: skip
-SAMPLING_FLAGS: tuple[tuple[tuple[str, ...], str, Any, str], ...] = (
-    (("-t", "--temperature"), "temperature", float, "0 always takes the likeliest token"),
-    (("--top-p",), "top_p", float, "keep the likeliest tokens up to this probability"),
-    (("--top-k",), "top_k", int, "keep the k likeliest tokens"),
-    (("--min-p",), "min_p", float, "drop tokens below this share of the likeliest one"),
-    (("--presence-penalty",), "presence_penalty", float, "-2 to 2"),
-    (("--frequency-penalty",), "frequency_penalty", float, "-2 to 2"),
-    (("--repetition-penalty",), "repetition_penalty", float, "above 1 discourages repeats"),
-    (("--max-tokens",), "max_tokens", human_int, "most tokens of the reply (default: to the end of the context)"),
-    (("--seed",), "seed", int, "the same seed gives the same reply"),
-)
-
-
-def _add_chat_flags(parser: CommandParser, *, chat: bool) -> None:
-    for names, dest, kind, text in SAMPLING_FLAGS:
-        parser.add_argument(*names, dest=dest, type=kind, metavar="N", help=text, default=argparse.SUPPRESS)
-    parser.add_argument(
-        "--stop",
-        action="append",
-        type=unescape,
-        metavar="TEXT",
-        default=argparse.SUPPRESS,
-        help=r"stop before TEXT (\n is a line end); may be repeated",
-    )
-    if chat:
-        parser.add_argument("-s", "--system", metavar="TEXT", help="system message of the conversation")
-        parser.add_argument("-n", "--new", action="store_true", help="start the conversation anew")
-        parser.add_argument("-c", "--conversation", metavar="NAME", help="which conversation")
-        parser.add_argument(
-            "--think",
-            action=argparse.BooleanOptionalAction,
-            default=None,
-            help="turns thinking on or off in the chat template (enable_thinking)",
-        )
-        parser.add_argument(
-            "--thinking-token-budget",
-            type=int,
-            metavar="N",
-            default=None,
-            help="most tokens of thought, then the answer begins; -1: no limit",
-        )
-    parser.add_argument(
-        "--json",
-        dest="schema",
-        metavar="SCHEMA",
-        help="the reply is JSON of this schema: JSON text, a variable (dict or pydantic model), a file, or: object",
-    )
-    parser.add_argument(
-        "-o", "--out", metavar="NAME", type=variable_name, help="store the reply in this variable and show nothing"
-    )
-    parser.add_argument("--raw", action="store_true", help="take {{ }} as typed")
-    parser.add_argument("--no-stream", action="store_true", help="show the reply when it is complete")
-    parser.add_argument("--detach", action="store_true", help="return at once; the output goes on filling")
-    parser.add_argument("--stats", action="store_true", help="show tokens and speed under the reply")
-    parser.add_argument("-f", "--format", choices=FORMATS, help="how to show the reply (markdown; json with --json)")
-    parser.add_argument("text", nargs="?", help="the message, in the line form (after the flags)")
 
 
 def split_text(parser: CommandParser, line: str) -> tuple[list[str], str]:
@@ -324,9 +273,9 @@ def split_text(parser: CommandParser, line: str) -> tuple[list[str], str]:
         if found[1] == "--":
             break
         words += shlex.split(found[1])
-        if "=" not in found[1] and parser.takes_value(_dashes(found[1])):
-            value = token.match(line, position)
-            if value:
+        if "=" not in found[1]:
+            flag, value = _dashes(found[1]), token.match(line, position)
+            if value and (parser.takes_value(flag) or (parser.takes_number(flag) and value[1].isdigit())):
                 words += shlex.split(value[1])
                 position = value.end()
     text = line[position:].strip()
@@ -358,18 +307,6 @@ def name_list(text: str) -> list[str]:
         return [str(part) for part in json.loads(text)]
     except ValueError:
         raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list such as ["*"]') from None
-
-
-def variable_name(text: str) -> str:
-    """A Python identifier."""
-    if not text.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a variable name")
-    return text
-
-
-def unescape(text: str) -> str:
-    r"""``\n`` and ``\t`` typed in a magic's line as the characters they mean."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def pick(namespace: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """One chat or completion in the notebook: submit, follow the stream, build the Reply."""
 
-import threading
-from collections.abc import Callable, Mapping
-from contextvars import copy_context
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from engine.errors import ContextLengthError, RequestError
 from engine.outputs import Reply, RequestOutput, Usage
@@ -18,19 +16,24 @@ from vm_magic.session import Session
 if TYPE_CHECKING:
     from engine.constraints import Constraints
     from engine.llm import LLM, RequestStream
-    from engine.text.output_parser import OutputParser
+    from engine.text.output_parser import OutputParser, ToolChoice
     from vm_magic.remote.stream import RemoteStream
+    from vm_magic.tools import NotebookTool
 
 DRAIN_SECONDS = 0.05
 ABORT_SECONDS = 5.0
 INTERRUPTED = "⏹ interrupted"
+FAILED = "⚠ failed"
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 """What chat templates call it."""
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What the flags of one message say. ``schema`` is a JSON schema, or True for any JSON object."""
+    """What the flags of one message say. ``schema`` is a JSON schema, or True for any JSON object.
+
+    ``fork`` names the conversation whose copy this one begins with; ``tool_choice`` is OpenAI's.
+    """
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
     conversation: str | None = None
@@ -39,6 +42,18 @@ class ChatOptions:
     think: bool | None = None
     thinking_token_budget: int | None = None
     schema: Mapping[str, Any] | bool | None = None
+    fork: str | None = None
+    tools: "tuple[NotebookTool, ...]" = ()
+    tool_choice: "ToolChoice" = None
+
+    @property
+    def tool_schemas(self) -> list[Mapping[str, Any]]:
+        """OpenAI's tool objects."""
+        return [tool.schema for tool in self.tools]
+
+    def after_first_call(self) -> Self:
+        """The options of the turns after a call: what was demanded is done, and the model decides."""
+        return self if self.tool_choice == "none" else replace(self, tool_choice=None)
 
 
 class Generation:
@@ -51,47 +66,60 @@ class Generation:
         messages: list[Message],
         conversation: Conversation | None,
         parser: "OutputParser | None" = None,
+        earlier: tuple[ReplyText, ...] = (),
     ) -> None:
         self.stream = stream
         self.session = session
+        self._earlier = earlier
         self._messages = messages
         self.conversation = conversation
         self._reader = ReplyReader(parser)
+
+    @property
+    def shown(self) -> ReplyText:
+        """What there is so far, behind the turns that came before in the same cell."""
+        return replace(self._reader.shown, earlier=self._earlier)
 
     def follow(self, view: ReplyView) -> Reply:
         """Show the reply in ``view`` until it ends. ■ aborts this request alone and raises Interrupted.
 
         The partial text stays on screen and, with the question, in the conversation.
         """
+        reply = self.run(view)
+        view.finish(self.shown, INTERRUPTED if reply.finish_reason == "abort" else "")
+        return reply
+
+    def run(self, view: ReplyView) -> Reply:
+        """:meth:`follow`, but an end that is as it should be is left for the caller to show.
+
+        A reply that calls tools does not join the conversation yet: its calls want answers first.
+        """
         try:
             self._drain(view)
-            reply = self._keep()
+            return self._keep()
         except KeyboardInterrupt:
-            reply = self._abort(view)
-            tokens = reply.usage.completion_tokens
+            tokens = self._abort(view).usage.completion_tokens
             raise Interrupted(
                 f"stopped after {tokens} tokens; the model stays loaded, the partial reply is kept"
             ) from None
         except BaseException:
             self.stream.abort()
-            view.finish(self._reader.shown, "⚠ failed")
+            view.finish(self.shown, FAILED)
             raise
-        view.finish(self._reader.shown, INTERRUPTED if reply.finish_reason == "abort" else "")
-        return reply
 
     def _drain(self, view: ReplyView) -> None:
         while True:
             over = self.stream.finished
             deltas = self.stream.drain(DRAIN_SECONDS)
             self._reader.read(deltas)
-            view.refresh(self._reader.shown)
+            view.refresh(self.shown)
             if any(delta.finish_reason for delta in deltas) or (over and not deltas):
                 return
 
     def _abort(self, view: ReplyView) -> Reply:
         self.stream.abort()
         reply = self._keep()
-        view.finish(self._reader.shown, INTERRUPTED)
+        view.finish(self.shown, INTERRUPTED)
         return reply
 
     def _keep(self) -> Reply:
@@ -102,19 +130,21 @@ class Generation:
         answer: Message = {"role": "assistant", "content": shown.text}
         if shown.reasoning:
             answer["reasoning"] = shown.reasoning
-        if shown.tool_calls:
+        finish_reason = self._reader.finish_reason or completion.finish_reason
+        calls = finish_reason == "tool_calls"  # calls that were cut off are not made
+        if calls:
             answer["tool_calls"] = self._reader.tool_calls
         reply = Reply(
             shown.text,
             reasoning=shown.reasoning or None,
             tool_calls=self._reader.tool_calls,
-            finish_reason=self._reader.finish_reason or completion.finish_reason,
+            finish_reason=finish_reason,
             usage=_usage(output, shown),
             metrics=output.metrics,
             logprobs=completion.logprobs,
             messages=[*self._messages, answer],
         )
-        if self.conversation is not None and (shown.text or shown.tool_calls):
+        if self.conversation is not None and shown.text and not calls:
             self.conversation.messages = list(reply.messages)
         self.session.last_reply = reply
         return reply
@@ -129,27 +159,48 @@ def _usage(output: RequestOutput, shown: ReplyText) -> Usage:
 
 def start_chat(session: Session, text: str, options: ChatOptions) -> Generation:
     """Submit ``text`` as the next message of its conversation."""
-    llm = session.require() if session.remote is None else None
     conversation = session.conversation(options.conversation)
     if conversation.busy:
         raise RequestError(f"conversation {conversation.name!r} has a detached reply under way; wait, or use -c NAME")
     if not text.strip():
         raise RequestError("no message: write it after the flags, or in the cell's body", param="messages")
     earlier = Conversation(conversation.name) if options.new else conversation
-    messages = earlier.with_turn(text, options.system)
-    if llm is None:
-        return Generation(session, remote_chat(session, messages, options), messages, conversation)
-    prompt = llm.render_chat(messages, chat_template_kwargs=_thinking(llm, options.think))
-    parser = llm.output_parser(prompt=prompt)
+    if options.fork is not None:
+        earlier = session.forked(options.fork, earlier)
+    return ask(session, earlier.with_turn(text, options.system), conversation, options)
+
+
+def ask(
+    session: Session,
+    messages: list[Message],
+    conversation: Conversation,
+    options: ChatOptions,
+    earlier: tuple[ReplyText, ...] = (),
+) -> Generation:
+    """Submit ``messages``; ``earlier`` are the turns that the same cell shows already."""
+    if session.remote is not None:
+        return Generation(session, remote_chat(session, messages, options), messages, conversation, earlier=earlier)
+    llm = session.require()
+    if options.tools and not llm.takes_tools:
+        raise RequestError(
+            "--tools: this model's chat template has no form for tools that is known here; take a model that calls "
+            "functions (Qwen3, Gemma 4, Llama 3.1 …), or load with --chat-template FILE and --tool-call-parser NAME",
+            param="tools",
+        )
+    tools: dict[str, Any] = {"tools": options.tool_schemas} if options.tools else {}
+    prompt = llm.render_chat(messages, chat_template_kwargs=_thinking(llm, options.think), **tools)
+    if tools:
+        tools["tool_choice"] = options.tool_choice
+    parser = llm.output_parser(prompt=prompt, **tools)
     try:
         stream = _submit(llm, llm.tokenize(prompt, add_special_tokens=False), options, parser)
     except ContextLengthError as error:
-        if "max_tokens" in options.sampling or not earlier.messages:
+        if "max_tokens" in options.sampling or len(messages) < 3:
             raise
         fix = "Start the conversation anew with --new, or load the model with a larger --max-model-len."
         raise ContextLengthError(f"{error} {fix}", param=error.param) from None
-    stream.parsing = {"prompt": prompt}
-    return Generation(session, stream, messages, conversation, parser)
+    stream.parsing = {"prompt": prompt, **tools}
+    return Generation(session, stream, messages, conversation, parser, earlier)
 
 
 def start_completion(session: Session, text: str, options: ChatOptions) -> Generation:
@@ -170,6 +221,8 @@ def remote_chat(session: Session, messages: list[Message], options: ChatOptions)
         think=options.think,
         thinking_token_budget=options.thinking_token_budget,
         schema=options.schema,
+        tools=options.tool_schemas or None,
+        tool_choice=options.tool_choice,
     )
 
 
@@ -188,13 +241,16 @@ def _submit(
 
 
 def _constraints(options: ChatOptions) -> "Constraints | None":
-    if options.schema is None and options.thinking_token_budget is None:
-        return None
     from engine.constraints import Constraints
 
     any_object, schema = {"json_object": True}, {"json": options.schema}
     structured = None if options.schema is None else any_object if options.schema is True else schema
-    return Constraints.from_request(structured_outputs=structured, thinking_token_budget=options.thinking_token_budget)
+    return Constraints.from_request(
+        structured_outputs=structured,
+        thinking_token_budget=options.thinking_token_budget,
+        tools=options.tool_schemas,
+        tool_choice=options.tool_choice,
+    )
 
 
 def _thinking(llm: "LLM", think: bool | None) -> dict[str, Any]:
@@ -208,48 +264,3 @@ def _thinking(llm: "LLM", think: bool | None) -> dict[str, Any]:
             param="think",
         )
     return dict.fromkeys(names, think)
-
-
-class PendingReply:
-    """A detached reply: its cell's output goes on filling while other cells run."""
-
-    def __init__(self, generation: Generation, view: ReplyView, done: Callable[[Reply], None]) -> None:
-        self._generation = generation
-        self._view = view
-        self._done = done
-        self._reply: Reply | None = None
-        self._failure: Exception | None = None
-        if generation.conversation is not None:
-            generation.conversation.busy = True
-        context = copy_context()
-        self._thread = threading.Thread(target=context.run, args=(self._run,), name="vm-detached-reply", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._reply = self._generation.follow(self._view)
-            self._done(self._reply)
-        except Exception as error:  # noqa: BLE001 - the thread ends here; wait() raises it
-            self._failure = error
-        finally:
-            if self._generation.conversation is not None:
-                self._generation.conversation.busy = False
-
-    @property
-    def done(self) -> bool:
-        """Whether the reply is over."""
-        return not self._thread.is_alive()
-
-    def wait(self, timeout: float | None = None) -> Reply | None:
-        """The Reply once it is there; None if ``timeout`` seconds pass first. Raises what went wrong."""
-        self._thread.join(timeout)
-        if self._failure is not None:
-            raise self._failure
-        return self._reply
-
-    def cancel(self) -> None:
-        """Stop generating; the partial text is kept."""
-        self._generation.stream.abort()
-
-    def __repr__(self) -> str:
-        return f"PendingReply({'done' if self.done else 'under way; .wait() for it, .cancel() stops it'})"

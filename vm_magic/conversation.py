@@ -12,15 +12,20 @@ Message = dict[str, Any]
 
 @dataclass
 class Conversation:
-    """Messages in OpenAI's form. ``busy`` while a detached reply is on its way."""
+    """Messages in OpenAI's form. ``busy`` while a detached reply is on its way.
+
+    ``forked_from`` is the name of the conversation that this one began as a copy of.
+    """
 
     name: str
     messages: list[Message] = field(default_factory=list)
     busy: bool = False
+    forked_from: str | None = None
 
     def clear(self) -> None:
         """Forget all messages, the system message too."""
         self.messages = []
+        self.forked_from = None
 
     def with_turn(self, text: str, system: str | None) -> list[Message]:
         """A copy of the messages that ends with the user's ``text``; ``system`` replaces the first message."""

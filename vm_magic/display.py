@@ -28,8 +28,8 @@ def can_update(shell: Any) -> bool:
 class ReplyView(Protocol):
     """Shows a growing reply. ``refresh`` is called often; ``finish`` once, with a mark if it was cut short."""
 
-    def refresh(self, reply: ReplyText) -> None:
-        """Show ``reply``, the whole of it so far."""
+    def refresh(self, reply: ReplyText, *, at_once: bool = False) -> None:
+        """Show ``reply``, the whole of it so far; ``at_once`` before something that takes long."""
         ...
 
     def finish(self, reply: ReplyText, mark: str = "") -> None:
@@ -40,7 +40,7 @@ class ReplyView(Protocol):
 class SilentView:
     """Shows nothing."""
 
-    def refresh(self, reply: ReplyText) -> None:
+    def refresh(self, reply: ReplyText, *, at_once: bool = False) -> None:
         """Nothing."""
 
     def finish(self, reply: ReplyText, mark: str = "") -> None:
@@ -61,11 +61,12 @@ class NotebookView:
         self._shown = ReplyText()
         self._last_update = float("-inf")
 
-    def refresh(self, reply: ReplyText) -> None:
+    def refresh(self, reply: ReplyText, *, at_once: bool = False) -> None:
         """Show ``reply`` if it changed and the last update is long enough ago."""
         now = time.monotonic()
         interval = PICTURE_INTERVAL if reply.tokens else UPDATE_INTERVAL
-        if self._stream and now - self._last_update >= interval and reply != self._shown:
+        due = at_once or now - self._last_update >= interval
+        if self._stream and due and reply != self._shown:
             self._publish(growing_bundle(reply, self._format))
             self._shown, self._last_update = reply, now
 
@@ -81,7 +82,7 @@ class TerminalView:
         self._num_turns = 0
         self._begin_turn()
 
-    def refresh(self, reply: ReplyText) -> None:
+    def refresh(self, reply: ReplyText, *, at_once: bool = False) -> None:  # noqa: ARG002 - always at once
         """Write what is new: of the turns that ended meanwhile, then of this one."""
         for turn in reply.earlier[self._num_turns :]:
             self._write(turn)

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from engine.many import MapInterrupted
-from vm_magic.arguments import SAMPLING_FLAGS
+from vm_magic.chat_flags import SAMPLING_FLAGS
 from vm_magic.errors import Interrupted
 from vm_magic.grid import GridView, run_grid
 from vm_magic.session import Session

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from IPython.core.error import UsageError
@@ -14,7 +14,6 @@ from traitlets import Bool
 
 from engine.config import ENGINE_FLAGS, NOT_YET
 from engine.errors import ConfigError, UnsupportedOptionError
-from engine.outputs import Reply
 from engine.ring_log import RingLog
 from vm_magic import arguments
 from vm_magic import session as sessions
@@ -26,21 +25,9 @@ from vm_magic.cards import (
     metrics_table,
     models_table,
     settings_text,
-    speed_text,
     status_card,
 )
-from vm_magic.chat import ChatOptions, Generation, PendingReply, start_chat, start_completion
-from vm_magic.conversation import render_prompt
-from vm_magic.display import (
-    WAITING,
-    NotebookView,
-    ReplyView,
-    SilentView,
-    TerminalView,
-    can_update,
-    open_handle,
-    reply_bundle,
-)
+from vm_magic.display import can_update
 from vm_magic.errors import HelpShown, Interrupted, short_error
 from vm_magic.live_settings import LiveTraits, change_settings
 from vm_magic.panel import close_panel, open_panel, panel_bundle, panel_line
@@ -50,6 +37,7 @@ from vm_magic.remote.cards import refuse_remote, remote_card, remote_metrics, re
 from vm_magic.session import NotebookServer, Session, environment
 from vm_magic.settings_text import read_settings
 from vm_magic.shell_text import read_shell_text
+from vm_magic.talking import talk
 
 _log = logging.getLogger(__name__)
 _ENGINE_OPTIONS = tuple(flag.field for flag in ENGINE_FLAGS)
@@ -114,7 +102,7 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
             )
         refuse_remote(self.session, name, rest)
         if name in ("chat", "complete"):
-            return self._talk(name, rest, cell)
+            return talk(self.session, self.shell, name, rest, cell)
         if name == "grid":
             return self._grid(rest, cell)
         if name == "set":
@@ -277,27 +265,6 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
 
     # -- chat and complete -------------------------------------------------------------------------
 
-    def _talk(self, command: str, line: str, cell: str | None) -> Any:
-        """Both forms: a cell streams and files its Reply, a line returns it."""
-        parser = command_parser(command)
-        words, text = split_text(parser, line)
-        parsed = parser.read(words)
-        if cell is not None:
-            if text:
-                raise UsageError(f"{text!r} is no flag; the message goes into the cell's body")
-            text = cell.strip("\n") if command == "chat" else cell.removesuffix("\n")
-        if not parsed.raw:
-            text = render_prompt(text, self.shell.user_ns)
-        if parsed.detach and not parsed.out and not can_update(self.shell):
-            raise UsageError("--detach needs a notebook; in a terminal add --out NAME")
-        start = start_chat if command == "chat" else start_completion
-        generation = start(self.session, text, _chat_options(parsed, self.shell.user_ns))
-        if parsed.detach:
-            return self._detached(generation, parsed)
-        if cell is None:
-            return self._followed(generation, parsed, SilentView(), returned=True)
-        return self._followed(generation, parsed, self._view(parsed), returned=False)
-
     def _grid(self, line: str, cell: str | None) -> Any:
         """Both forms: a cell shows its table and files the DataFrame, a line returns it."""
         from vm_magic.grid_command import run_grid_command
@@ -308,70 +275,6 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
         if cell is not None and text:
             raise UsageError(f"{text!r} is no flag; the prompt goes into the cell's body")
         return run_grid_command(self.session, self.shell, parsed, text if cell is None else cell, returned=cell is None)
-
-    def _followed(self, generation: Generation, parsed: argparse.Namespace, view: ReplyView, *, returned: bool) -> Any:
-        reply = generation.follow(view)
-        if parsed.out:
-            self.shell.user_ns[parsed.out] = reply
-            return None
-        self._say_how_it_ended(reply, generation, parsed)
-        if returned:
-            return reply
-        self.shell.displayhook.update_user_ns(reply)
-        self.shell.displayhook.fill_exec_result(reply)
-        return None
-
-    def _detached(self, generation: Generation, parsed: argparse.Namespace) -> PendingReply | None:
-        def store(reply: Reply) -> None:
-            if parsed.out:
-                self.shell.user_ns[parsed.out] = reply
-
-        pending = PendingReply(generation, self._view(parsed), store)
-        if not parsed.out:
-            self.shell.displayhook.update_user_ns(pending)
-        return None
-
-    def _view(self, parsed: argparse.Namespace) -> ReplyView:
-        if parsed.out:
-            return SilentView()
-        if can_update(self.shell):
-            return NotebookView(
-                open_handle(self.shell, reply_bundle(WAITING, "markdown")),
-                parsed.format or ("json" if parsed.schema else "markdown"),
-                stream=not parsed.no_stream,
-            )
-        return TerminalView()
-
-    def _say_how_it_ended(self, reply: Reply, generation: Generation, parsed: argparse.Namespace) -> None:
-        if reply.finish_reason == "length":
-            limit = generation.stream.params.max_tokens
-            full = limit is None or reply.usage.completion_tokens < limit
-            context = "the context is full: start anew with --new, or reload with a larger --max-model-len"
-            print(context if full else f"cut off after {limit} tokens: a larger --max-tokens gives more")
-        if parsed.stats:
-            print(speed_text(reply))
-
-
-def _chat_options(parsed: argparse.Namespace, namespace: Mapping[str, Any]) -> ChatOptions:
-    given = vars(parsed)
-    sampling = {dest: given[dest] for _, dest, _, _ in arguments.SAMPLING_FLAGS if dest in given}
-    if "stop" in given:
-        sampling["stop"] = given["stop"]
-    return ChatOptions(
-        sampling=sampling,
-        conversation=given.get("conversation"),
-        new=given.get("new", False),
-        system=given.get("system"),
-        think=given.get("think"),
-        thinking_token_budget=given.get("thinking_token_budget"),
-        schema=None if parsed.schema is None else _schema(parsed.schema, namespace),
-    )
-
-
-def _schema(text: str, namespace: Mapping[str, Any]) -> Mapping[str, Any] | bool:
-    from vm_magic.schemas import read_schema
-
-    return read_schema(text, namespace)
 
 
 def overview() -> str:

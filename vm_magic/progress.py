@@ -5,7 +5,8 @@ import threading
 import time
 from typing import Any
 
-from vm_magic.display import Bundle, can_update, open_handle
+from vm_magic.display import can_update, open_handle
+from vm_magic.reply_bundle import Bundle
 
 _INTERVAL = 0.1
 

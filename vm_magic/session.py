@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineArgs
-from engine.errors import EngineClosedError
+from engine.errors import EngineClosedError, RequestError
 from engine.outputs import Reply
 from engine.settings import Settings
 from vm_magic.conversation import DEFAULT_CONVERSATION, Conversation
@@ -143,6 +143,23 @@ class Session:
         """The conversation of that name, made if it is new."""
         name = name or DEFAULT_CONVERSATION
         return self.conversations.setdefault(name, Conversation(name))
+
+    def forked(self, source: str, earlier: Conversation) -> Conversation:
+        """A copy of conversation ``source`` to go on with as ``earlier``, which must have no messages of its own.
+
+        Raises RequestError where there is nothing to copy, or something in the way.
+        """
+        name = earlier.name
+        if source == name:
+            raise RequestError(f"--fork {source}: give the copy another name with -c NAME", param="fork")
+        if source not in self.conversations or not self.conversations[source].messages:
+            known = ", ".join(one.name for one in self.conversations.values() if one.messages) or "none yet"
+            raise RequestError(f"--fork {source}: no such conversation; there are: {known}", param="fork")
+        if earlier.messages:
+            fix = "take another -c NAME, or add --new to replace it"
+            raise RequestError(f"--fork {source}: conversation {name!r} has messages already; {fix}", param="fork")
+        self.conversation(name).forked_from = source
+        return Conversation(name, list(self.conversations[source].messages))
 
     def load(self, model: str, options: Mapping[str, Any], progress: Callable[[], Progress]) -> bool:
         """Load ``model`` with engine ``options``; another one that is loaded goes first, once this one is found.

@@ -113,8 +113,10 @@ def _arguments_model(
         raise _refusal(f"--tools {name}: its type hints cannot be read: {error}") from None
     fields: dict[str, Any] = {}
     for i, parameter in enumerate(parameters):
-        described = {"description": about[parameter.name]} if parameter.name in about else {}
-        made = Field(alias=parameter.name, **_default(parameter), **described)
+        settings = {**_default(parameter), "alias": parameter.name}
+        if parameter.name in about:
+            settings["description"] = about[parameter.name]
+        made = Field(**settings)
         fields[f"argument_{i}"] = (hints.get(parameter.name, Any), made)
     try:
         return create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
