@@ -112,14 +112,17 @@ class _Planner:
         self._shapes[key] = shapes
         context = shapes.config.context_length
         batched_tokens = args.batched_tokens(device.chunk_size)
-        chunk = min(batched_tokens, args.max_model_len if isinstance(args.max_model_len, int) else context)
-        estimate = estimated_overhead(shapes.config, chunk) if sizes.overhead is None else sizes.overhead
+        length = args.max_model_len if isinstance(args.max_model_len, int) else context
+        chunk = min(batched_tokens, length)
+        overhead = sizes.overhead
+        if overhead is None:
+            overhead = estimated_overhead(shapes.config, chunk, length if device.kind == "cpu" else 0)
         return plan_memory(
             groups=shapes.groups(args, chunk),
             device_limit=device.memory_limit,
             fraction=args.memory_fraction,
             model_memory=shapes.model_memory if sizes.model_memory is None else sizes.model_memory,
-            overhead=estimate,
+            overhead=overhead,
             block_size=args.block_size,
             context_length=context,
             max_model_len=args.max_model_len,
@@ -169,9 +172,14 @@ class _Shapes:
         return kv_spec.flatten(kv_spec.probe_caches(self.model))
 
 
-def estimated_overhead(config: ModelConfig, rows: int) -> int:
-    """A guess at a step's activations, before it can be measured: ``rows`` of everything a layer makes."""
+def estimated_overhead(config: ModelConfig, rows: int, scored: int = 0) -> int:
+    """A guess at a step's activations, before it can be measured: ``rows`` of everything a layer makes.
+
+    ``scored``: tokens whose attention scores are held at once, where attention is not fused (CPUs).
+    """
     text = {**config.hf_config, **(config.hf_config.get("text_config") or {})}
     hidden = int(text.get("hidden_size") or 4096)
     widest = int(text.get("intermediate_size") or 4 * hidden)
-    return rows * (8 * hidden + 3 * widest) * 4 + int(text.get("vocab_size") or config.vocab_size) * 4 * 64
+    heads = int(text.get("num_attention_heads") or 32)
+    logits = int(text.get("vocab_size") or config.vocab_size) * 64
+    return 4 * (rows * (8 * hidden + 3 * widest + scored * heads) + logits)

@@ -1,0 +1,145 @@
+"""The plan's bytes of weights are those that loading takes: from headers alone, on every kind of device."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import engine
+from engine.config import EngineArgs
+from engine.hub import resolve
+from engine.runner.devices import Device
+from tests.tiny_models import tiny_config
+
+mx = pytest.importorskip("mlx.core")
+gguf = pytest.importorskip("gguf")
+
+DEVICES = {
+    "cpu": Device("cpu", "a CPU", 16 << 30),
+    "full cpu": Device("cpu", "a CPU with no room for unpacked weights", 16 << 30),
+    "gpu": Device("metal", "a GPU", 16 << 30),
+}
+
+
+def loaded_bytes(path: Path) -> int:
+    from engine.runner.loader import load_model
+
+    return load_model(resolve(str(path)), EngineArgs(str(path))).num_bytes
+
+
+def planned_bytes(path: Path, **options: Any) -> int:
+    return engine.plan(str(path), overhead=0, max_model_len=256, **options).model_memory
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """This process takes itself for a machine of that kind."""
+    found = DEVICES[request.param]
+    if request.param == "full cpu":
+        monkeypatch.setattr("engine.runner.weight_types._EASY_SHARE", 0)
+    for module in ("engine.planning", "engine.runner.loader"):
+        monkeypatch.setattr(f"{module}.describe_device", lambda: found)
+    monkeypatch.setattr("engine.runner.loader._check_room", lambda *_: None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One tiny model as mlx-lm's tools write it: float32, bfloat16, 4-bit, and with a vision tower."""
+    from mlx.utils import tree_flatten, tree_map
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    def half(model: Any) -> Any:
+        model.update(tree_map(lambda value: value.astype(mx.bfloat16), model.parameters()))
+        return model
+
+    root = tmp_path_factory.mktemp("plan")
+    source = tiny_model_dir("llama")
+    model, config = load_model(source)
+    bf16, packed, seeing = root / "bf16", root / "packed", root / "seeing"
+    save_model(bf16, half(model))
+    save_config({**config, "torch_dtype": "float32"}, bf16 / "config.json")  # the files are right, not the config
+    model, config = quantize_model(half(model), config, 32, 4)
+    save_model(packed, model)
+    save_config(config, packed / "config.json")
+
+    text = tiny_config("gemma3_text")
+    seeing.mkdir()
+    (seeing / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "text_config": text, "vocab_size": text["vocab_size"]})
+    )
+    inner = dict(tree_flatten(load_model(tiny_model_dir("gemma3_text"))[0].parameters()))
+    weights = {f"language_model.{name}": value for name, value in inner.items()}
+    weights |= {"vision_tower.patches": mx.zeros((512, 512)), "multi_modal_projector.weight": mx.zeros((64, 512))}
+    mx.save_safetensors(str(seeing / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return {"float32": source, "bf16": bf16, "packed": packed, "seeing": seeing}
+
+
+@pytest.mark.parametrize("kind", ["float32", "bf16", "packed", "seeing"])
+def test_a_folder_takes_what_was_planned(folders: dict[str, Path], kind: str, device: Device) -> None:
+    assert planned_bytes(folders[kind]) == pytest.approx(loaded_bytes(folders[kind]), rel=0.001)
+
+
+def test_packed_weights_are_billed_unpacked_only_where_they_are_unpacked(
+    folders: dict[str, Path], device: Device
+) -> None:
+    bits = 32 if device is DEVICES["cpu"] else 4 + 2 * (32 if device.kind == "cpu" else 16) / 32
+    unpacked = engine.plan(str(folders["float32"]), overhead=0, max_model_len=256, dtype="float32").model_memory
+    assert planned_bytes(folders["packed"]) == pytest.approx(unpacked * bits / 32, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q6_K", "F16"])
+def test_a_gguf_file_takes_what_was_planned(tmp_path: Path, kind: str, device: Device) -> None:
+    from tests.engine.runner.test_gguf import write_gguf
+
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", gguf.GGMLQuantizationType[kind], tied=False)
+    assert planned_bytes(path) == pytest.approx(loaded_bytes(path), rel=0.001)
+
+
+def test_another_device_takes_the_checkpoint_as_it_is(folders: dict[str, Path]) -> None:
+    assert planned_bytes(folders["bf16"], device_memory="8GB") == pytest.approx(
+        planned_bytes(folders["bf16"], dtype="bfloat16"), rel=0.001
+    )
+
+
+def hub_entry(root: Path, source: Path) -> Path:
+    """``org/tiny`` in a Hugging Face cache: config.json only."""
+    entry = root / "models--org--tiny"
+    snapshot = entry / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text("abc")
+    shutil.copy(source / "config.json", snapshot)
+    return snapshot
+
+
+def test_a_hub_id_is_planned_offline_from_its_config_alone_and_from_its_index(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    snapshot = hub_entry(tmp_path, folders["float32"])
+    given: dict[str, Any] = {"device_memory": "8GB", "max_model_len": 256}
+    from_config = engine.plan("org/tiny", **given).model_memory
+    assert from_config == loaded_bytes(folders["float32"])
+    index = {"metadata": {"total_size": 3_000_000}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert engine.plan("org/tiny", **given).model_memory == 3_000_000
+
+
+def test_a_window_holds_the_chunk_of_the_device_that_is_planned_for(tmp_path: Path) -> None:
+    config = tiny_config("gemma3_text", max_position_embeddings=32768)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def window(**options: Any) -> int | None:
+        plan = engine.plan(str(tmp_path), **options)
+        return next(group.window for group in plan.groups if group.kind == "sliding")
+
+    from engine.runner.devices import describe_device
+
+    assert window(device_memory="16GB") == 32 + 2048
+    assert window() == 32 + describe_device().chunk_size
+    assert window(max_num_batched_tokens=64) == 32 + 64
+    assert window(max_model_len=128) == 32 + 128
