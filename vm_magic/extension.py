@@ -12,6 +12,7 @@ from engine.ring_log import RingLog
 from vm_magic.completion import Matcher, make_matcher
 from vm_magic.formatters import add_formatters, remove_formatters
 from vm_magic.magics import VLLMMetal
+from vm_magic.panel import close_panel
 from vm_magic.question_marks import keep_questions
 from vm_magic.references import release_references
 from vm_magic.session import close_session, peek_session
@@ -60,6 +61,7 @@ def uninstall(shell: Any) -> None:
         return
     _installed.remove(entry)
     entry.logs.detach()
+    close_panel()
     remove_formatters(shell)
     tables = shell.magics_manager.magics
     for kind in ("line", "cell"):

@@ -1,0 +1,50 @@
+"""``%vllm_metal panel``: memory, sampling, activity and the port as widgets. Imports ipywidgets only when opened."""
+
+from typing import TYPE_CHECKING, Any
+
+from vm_magic.cards import settings_text
+from vm_magic.session import Session, current_session
+
+if TYPE_CHECKING:
+    from vm_magic.panel.panel import Panel
+
+_open: "Panel | None" = None
+
+
+def open_panel() -> "Panel":
+    """The kernel's panel, made on first use; opened again it shows the same state."""
+    global _open
+    if _open is None or _open.closed:
+        from vm_magic.panel.panel import Panel
+
+        _open = Panel(current_session)
+    return _open
+
+
+def close_panel() -> bool:
+    """Close the panel: its widgets, its thread and everything that it observes. Says whether there was one."""
+    global _open
+    panel, _open = _open, None
+    if panel is None or panel.closed:
+        return False
+    panel.close()
+    return True
+
+
+def panel_line(session: Session) -> str:
+    """What the panel would show, in one line: for a terminal, and wherever widgets cannot be drawn."""
+    llm = session.loaded
+    settings = settings_text(session.settings) or "the model's own sampling values"
+    if llm is None:
+        return f"panel: no model is loaded; {settings}"
+    plan = llm.plan
+    port = repr(session.server) if session.server else "port closed"
+    return (
+        f"panel: {llm.args.names[0]}; memory_fraction={plan.fraction:.2f} max_model_len={plan.max_model_len} "
+        f"max_num_seqs={plan.max_num_seqs}; {settings}; {port}"
+    )
+
+
+def panel_bundle(panel: "Panel", session: Session) -> dict[str, Any]:
+    """The display data of ``panel``: the widget where there is a front end for it, else the line."""
+    return {**panel.widget._repr_mimebundle_(), "text/plain": panel_line(session)}

@@ -1,0 +1,134 @@
+"""The panel's activity section: requests with a cancel button each, the map of blocks, throughput."""
+
+import html
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import ipywidgets as widgets
+
+from engine.activity import Activity, RequestActivity
+from vm_magic.panel.pictures import Palette, block_map_svg, short_id, throughput_svg
+from vm_magic.panel.seen import NO_MODEL, Seen
+from vm_magic.panel.style import faint, swatch
+
+MOST_ROWS = 12
+"""Requests with a row of their own; the others are counted."""
+_NOTEBOOK_PREFIX = "req-"
+_HEADER = ("request", "state", "prompt", "tokens", "speed", "first token", "temp.")
+
+
+class RequestRow:
+    """One row of the table, used for one request after another."""
+
+    def __init__(self, cancel: Callable[[str], None]) -> None:
+        self._cancel = cancel
+        self._request_id: str | None = None
+        self.text = widgets.HTML(layout=widgets.Layout(flex="1 1 auto", min_width="0"))
+        self.button = widgets.Button(description="Cancel", layout=widgets.Layout(width="74px", height="24px"))
+        self.widget = widgets.HBox(
+            [self.text, self.button], layout=widgets.Layout(align_items="center", display="none")
+        )
+        self.button.on_click(self._clicked)
+
+    def show(self, request: RequestActivity | None, palette: Palette) -> None:
+        """Show ``request``, or nothing."""
+        wanted = None if request is None else request.request_id
+        if wanted != self._request_id:
+            self._request_id = wanted
+            self.widget.layout.display = "none" if request is None else "flex"
+            self.button.disabled = False
+            self.button.tooltip = "" if wanted is None else f"end {wanted}"
+        if request is not None:
+            self.text.value = row_html(request, palette)
+
+    def _clicked(self, _: Any) -> None:
+        if self._request_id is not None:
+            self.button.disabled = True
+            self._cancel(self._request_id)
+
+
+class ActivitySection:
+    """Who runs, who waits, whose blocks are where."""
+
+    title = "Activity"
+    wants_blocks = True
+
+    def __init__(self, lock: AbstractContextManager[Any], wake: Callable[[], None]) -> None:
+        self._lock = lock
+        self._wake = wake
+        self._llm: Any = None
+        self.palette = Palette()
+        self.header = widgets.HTML()
+        self.rows = [RequestRow(self._cancel) for _ in range(MOST_ROWS)]
+        self.more = widgets.HTML()
+        self.blocks = widgets.HTML()
+        self.throughput = widgets.HTML()
+        self.widget = widgets.VBox(
+            [self.header, *(row.widget for row in self.rows), self.more, self.blocks, self.throughput]
+        )
+
+    def refresh(self, seen: Seen) -> None:
+        """Show the requests, the blocks and the speed as they are."""
+        self._llm = seen.llm
+        activity = seen.activity
+        if activity is None:
+            self._show_nothing()
+            return
+        if seen.blocks is not None:
+            self.palette.assign(seen.blocks.request_ids)
+            self.blocks.value = f"<h4>KV blocks</h4>{block_map_svg(seen.blocks, self.palette)}"
+        self._show_requests(activity)
+        self.throughput.value = f"<h4>Generated tokens per second</h4>{throughput_svg(activity)}"
+
+    def _show_nothing(self) -> None:
+        self.header.value = faint(NO_MODEL)
+        for row in self.rows:
+            row.show(None, self.palette)
+        self.more.value = self.blocks.value = self.throughput.value = ""
+
+    def _show_requests(self, activity: Activity) -> None:
+        requests = activity.requests
+        self.header.value = header_html() if requests else faint("no requests; a cell or a client brings one")
+        for index, row in enumerate(self.rows):
+            row.show(requests[index] if index < len(requests) else None, self.palette)
+        others = len(requests) - len(self.rows)
+        self.more.value = faint(f"and {others} more") if others > 0 else ""
+
+    def _cancel(self, request_id: str) -> None:
+        with self._lock:
+            llm = self._llm
+        if llm is not None:
+            llm.abort(request_id)
+            self._wake()
+
+
+def header_html() -> str:
+    """The table's header."""
+    cells = "".join(f'<span class="vmp-faint">{name}</span>' for name in _HEADER)
+    return f'<div class="vmp-req" style="padding-right:80px">{cells}</div>'
+
+
+def row_html(request: RequestActivity, palette: Palette) -> str:
+    """A request as the cells of a row."""
+    door = "notebook" if request.request_id.startswith(_NOTEBOOK_PREFIX) else "port"
+    state = "thinking" if request.thinking and request.state == "running" else request.state
+    share = request.cached_share
+    prompt = f"{request.num_prompt_tokens}" + ("" if not share else f", {share:.0%} cached")
+    if request.state == "running" and request.prompt_share < 1:
+        prompt = f"{request.prompt_share:.0%} of {request.num_prompt_tokens}"
+    speed = "" if request.tokens_per_second is None else f"{request.tokens_per_second:.1f} tok/s"
+    first = request.time_to_first_token
+    cells = (
+        f"{swatch(palette.colour(request.request_id))}<code>{html.escape(short_id(request.request_id))}</code> "
+        f"{faint(door)}",
+        state,
+        prompt,
+        str(request.num_output_tokens),
+        speed,
+        f"{request.age:.0f} s so far" if first is None else f"{first:.2f} s",
+        f"{request.params.temperature:g}",
+    )
+    title = html.escape(request.request_id)
+    spans = "".join(f'<span class="vmp-num">{cell}</span>' for cell in cells)
+    return f'<div class="vmp-req" title="{title}" data-request="{title}">{spans}</div>'

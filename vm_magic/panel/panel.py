@@ -1,0 +1,149 @@
+"""The panel: sections over one lock, refreshed by a thread of its own while cells run."""
+
+import html
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import copy_context
+from typing import Any
+
+import ipywidgets as widgets
+
+from vm_magic.panel.activity import ActivitySection
+from vm_magic.panel.memory import MemorySection
+from vm_magic.panel.sampling import SamplingSection
+from vm_magic.panel.seen import NO_MODEL, Section, Seen, look
+from vm_magic.panel.server import ServerSection
+from vm_magic.panel.style import ROOT_CLASS, SHEET, bad, faint
+from vm_magic.session import Session
+
+logger = logging.getLogger(__name__)
+REFRESH_SECONDS = 0.5
+
+
+class Panel:
+    """A window on the session that :paramref:`get_session` gives.
+
+    The kernel's own loop stands still while a cell runs, so a thread of the panel's refreshes it, at most
+    every :data:`REFRESH_SECONDS`; it looks at the engine through snapshots and sends only what changed.
+    Front-end events come on the main thread or on a subshell's. One lock orders them all. Nothing of
+    the engine's or the port's threads comes here.
+    """
+
+    def __init__(self, get_session: Callable[[], Session], *, refresh_seconds: float | None = REFRESH_SECONDS) -> None:
+        self._get_session = get_session
+        self._lock = threading.RLock()
+        self._wake = threading.Event()
+        self.closed = False
+        self.activity = ActivitySection(self._lock, self._wake.set)
+        self.sampling = SamplingSection(self._lock, self._wake.set)
+        self.memory = MemorySection(self._lock, self._wake.set)
+        self.server = ServerSection(self._lock, self._wake.set)
+        self.sections: list[Section] = [self.activity, self.sampling, self.memory, self.server]
+        self.head = widgets.HTML()
+        self.close_button = widgets.Button(icon="times", tooltip="close the panel", layout=widgets.Layout(width="32px"))
+        self.tabs = widgets.Tab(children=[section.widget for section in self.sections])
+        for index, section in enumerate(self.sections):
+            self.tabs.set_title(index, section.title)
+        self.tabs.selected_index = 0
+        head = widgets.HBox([self.head, self.close_button], layout=widgets.Layout(justify_content="space-between"))
+        self.widget = widgets.VBox([widgets.HTML(SHEET, layout=widgets.Layout(display="none")), head, self.tabs])
+        self.widget.add_class(ROOT_CLASS)
+        self.tabs.observe(lambda _: self._wake.set(), "selected_index")
+        self.close_button.on_click(lambda _: self.close())
+        for widget in widgets_below(self.widget):
+            answer_on_any_subshell(widget)
+        self.refresh()
+        self._thread: threading.Thread | None = None
+        if refresh_seconds is not None:
+            self._start(refresh_seconds)
+
+    def refresh(self) -> None:
+        """Look at the session once and show what changed, the section in front alone."""
+        section = self.sections[self.tabs.selected_index or 0]
+        seen = look(self._get_session, with_blocks=section.wants_blocks)
+        with self._lock:
+            if not self.closed:
+                self.head.value = head_html(seen)
+                section.refresh(seen)
+
+    def close(self) -> None:
+        """Take the widgets, their observers and the thread away. Safe to repeat."""
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+            self._wake.set()
+            for widget in widgets_below(self.widget):
+                widget.unobserve_all()
+                widget.close()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _start(self, seconds: float) -> None:
+        # With the context of the cell that opened the panel, its messages carry that cell's header.
+        run = copy_context().run
+        self._thread = threading.Thread(target=run, args=(self._run, seconds), name="vm-panel", daemon=True)
+        self._thread.start()
+
+    def _run(self, seconds: float) -> None:
+        pause = threading.Event()
+        while True:
+            self._wake.wait(seconds)
+            self._wake.clear()
+            if self.closed:
+                return
+            try:
+                self.refresh()
+            except Exception as error:
+                # The thread ends here: it says so in the log and in the panel, which else would stand still.
+                logger.exception("the panel stopped")
+                with self._lock:
+                    self.head.value = bad(f"the panel stopped ({error}); %vllm_metal logs says more")
+                return
+            pause.wait(0.05)  # a hand on a slider wakes the thread often
+
+
+def head_html(seen: Seen) -> str:
+    """The panel's first line: the model, requests, speed, blocks, port."""
+    if seen.llm is None or seen.activity is None:
+        return f'<div class="vmp-head"><b>vllm_metal</b>{faint(NO_MODEL)}</div>'
+    activity = seen.activity
+    rates = [request.tokens_per_second for request in activity.requests if request.state == "running"]
+    speed = sum(rate for rate in rates if rate is not None)
+    port = seen.session.server
+    parts = [
+        f"{activity.num_running} running, {activity.num_waiting} waiting",
+        f"{speed:.1f} tokens/s" if speed else "idle" if not activity.requests else "prefill",
+        f"{activity.num_used_blocks} of {activity.num_blocks} blocks used",
+        f"port {port.port}" if port is not None else "port closed",
+    ]
+    name = html.escape(seen.llm.args.names[0])
+    spans = "".join(f'<span class="vmp-num">{part}</span>' for part in parts)
+    return f'<div class="vmp-head"><b>{name}</b>{spans}</div>'
+
+
+def widgets_below(widget: widgets.Widget) -> Iterator[widgets.Widget]:
+    """``widget`` and all widgets in it, their layouts and styles included."""
+    seen: set[int] = set()
+    left: list[Any] = [widget]
+    while left:
+        one = left.pop()
+        if not isinstance(one, widgets.Widget) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        left += [getattr(one, name) for name in one.keys if name in ("layout", "style")]
+        left += getattr(one, "children", ())
+
+
+def answer_on_any_subshell(widget: widgets.Widget) -> None:
+    """Let events of ``widget`` arrive while a cell runs.
+
+    ipykernel 7.4 answers a widget on the subshell that last wrote to it, which is the busy one;
+    other versions have no such hook and are left alone.
+    """
+    comm = widget.comm
+    if comm is not None and hasattr(comm, "_reply_subshell_for"):
+        comm._reply_subshell_for = lambda _data, default: default

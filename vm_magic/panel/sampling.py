@@ -1,0 +1,269 @@
+"""The panel's sampling section: every live setting, presets, thinking. Changes reach requests that run already."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets as widgets
+
+from engine.errors import VMMagicError
+from engine.live_values import LIVE_NAMES
+from engine.presets import MODEL_PRESET, PRESETS
+from engine.sampling_defaults import SamplingDefaults
+from engine.settings import THINKING_NAMES
+from vm_magic.live_settings import can_switch_thinking, change_settings
+from vm_magic.panel.seen import Seen
+from vm_magic.panel.style import bad, faint
+from vm_magic.settings_text import SETTABLE, read_settings
+
+_OWN, _ON, _OFF = "model's own", "on", "off"
+_SWITCH: Mapping[str, bool | None] = {_OWN: None, _ON: True, _OFF: False}
+
+
+@dataclass(frozen=True)
+class SliderSpec:
+    """A parameter with a slider."""
+
+    name: str
+    low: float
+    high: float
+    step: float
+    whole: bool = False
+
+
+SLIDERS = (
+    SliderSpec("temperature", 0, 2, 0.05),
+    SliderSpec("top_p", 0.01, 1, 0.01),
+    SliderSpec("top_k", 0, 200, 1, whole=True),
+    SliderSpec("min_p", 0, 1, 0.01),
+    SliderSpec("presence_penalty", -2, 2, 0.05),
+    SliderSpec("frequency_penalty", -2, 2, 0.05),
+    SliderSpec("repetition_penalty", 0.5, 2, 0.01),
+)
+FIELDS = tuple(name for name in SETTABLE if name not in (*(spec.name for spec in SLIDERS), "preset", *THINKING_NAMES))
+"""Names with a text field, read as ``%vllm_metal set`` reads them."""
+
+
+class Parameter:
+    """A slider or field for one name: its value in force, where that comes from, and a button that forgets it."""
+
+    def __init__(self, name: str, control: widgets.Widget, forget: Callable[[str], None]) -> None:
+        self.name = name
+        self.control = control
+        self.source = widgets.HTML(layout=widgets.Layout(width="150px"))
+        self.undo = widgets.Button(
+            icon="undo",
+            tooltip=f"forget {name}: the model's own value holds again",
+            layout=widgets.Layout(width="30px", height="24px", visibility="hidden"),
+        )
+        self.undo.on_click(lambda _: forget(name))
+        self.widget = widgets.HBox([control, self.undo, self.source], layout=widgets.Layout(align_items="center"))
+
+    def show(self, value: Any, source: str, is_set: bool) -> None:
+        """Show ``value`` and its source; sliders widen where a value lies beyond them."""
+        control = self.control
+        if isinstance(control, widgets.Text):
+            control.value = field_text(value) if is_set else ""
+            control.placeholder = field_text(value)
+        else:
+            control.max, control.min = max(control.max, value), min(control.min, value)
+            control.value = value
+        self.source.value = faint(source)
+        self.undo.layout.visibility = "visible" if is_set else "hidden"
+
+
+class SamplingSection:
+    """Two-way with ``%vllm_metal set`` and ``%config VLLMMetal.…``: all change the session's live settings."""
+
+    title = "Sampling"
+    wants_blocks = False
+
+    def __init__(self, lock: AbstractContextManager[Any], wake: Callable[[], None]) -> None:
+        self._lock = lock
+        self._wake = wake
+        self._seen: Seen | None = None
+        self._shown: Any = None
+        self._syncing = False
+        self.message = widgets.HTML()
+        self.preset = widgets.Dropdown(
+            options=[MODEL_PRESET, *PRESETS], description="preset", layout=widgets.Layout(width="260px")
+        )
+        self.forget_all = widgets.Button(
+            description="Forget all", tooltip="the model's own values hold again", layout=widgets.Layout(width="100px")
+        )
+        self.switch = widgets.Dropdown(
+            options=list(_SWITCH), description="thinking", layout=widgets.Layout(width="260px")
+        )
+        self.budget = widgets.Text(
+            description="budget",
+            placeholder="no limit",
+            continuous_update=False,
+            tooltip="most tokens of thought",
+            layout=widgets.Layout(width="190px"),
+        )
+        self.finish = widgets.Button(
+            description="Finish thinking now",
+            icon="forward",
+            layout=widgets.Layout(width="170px"),
+            tooltip="ends the thoughts of all requests that think; their answers follow",
+        )
+        for widget in (self.preset, self.switch, self.budget):
+            widget.style.description_width = "60px"
+        self.parameters = {name: Parameter(name, control, self._forget) for name, control in _controls().items()}
+        self.widget = self._layout()
+        self._listen()
+
+    def refresh(self, seen: Seen) -> None:
+        """Follow what was set elsewhere; the user's own hand on a slider is never pushed back."""
+        self._seen = seen
+        state = self._state(seen)
+        if state != self._shown:
+            self._shown = state
+            self._show(seen)
+        thinks = seen.activity is not None and any(request.thinking for request in seen.activity.requests)
+        self.finish.disabled = not thinks
+
+    def _layout(self) -> widgets.Widget:
+        sliders = widgets.VBox([self.parameters[spec.name].widget for spec in SLIDERS])
+        fields = widgets.VBox([self.parameters[name].widget for name in FIELDS])
+        more = widgets.Accordion(children=[fields], selected_index=None)
+        more.set_title(0, "more: limits, stops, seed, tokens")
+        live = ", ".join(name for name in LIVE_NAMES if name in FIELDS)
+        note = faint(
+            "Changes hold for all requests that do not say otherwise, from cells and clients, also for those that run "
+            f"(sliders, thinking, {live}; the other fields from the next request on)."
+        )
+        wrap = widgets.Layout(flex_flow="row wrap", align_items="center")
+        return widgets.VBox(
+            [
+                widgets.HBox([self.preset, self.forget_all, self.message], layout=wrap),
+                widgets.HBox([self.switch, self.budget, self.finish], layout=wrap),
+                sliders,
+                more,
+                widgets.HTML(f"<div>{note}</div>"),
+            ]
+        )
+
+    def _listen(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.control.observe(self._changer(name), "value")
+        self.preset.observe(lambda change: self._change({"preset": change["new"]}), "value")
+        self.switch.observe(lambda change: self._change({"enable_thinking": _SWITCH[change["new"]]}), "value")
+        self.budget.observe(lambda change: self._change_text("thinking_token_budget", change["new"]), "value")
+        self.forget_all.on_click(self._forget_all)
+        self.finish.on_click(self._finish_thinking)
+
+    def _changer(self, name: str) -> Callable[[Any], None]:
+        if isinstance(self.parameters[name].control, widgets.Text):
+            return lambda change: self._change_text(name, change["new"])
+        return lambda change: self._change({name: change["new"]})
+
+    def _change_text(self, name: str, text: str) -> None:
+        with self._lock:
+            if self._syncing:
+                return
+            try:
+                values = read_settings(f"{name}={text.strip()}")
+            except VMMagicError as error:
+                self.message.value = bad(str(error))
+                return
+            self._change(values)
+
+    def _change(self, values: Mapping[str, Any]) -> None:
+        with self._lock:
+            if self._syncing or self._seen is None:
+                return
+            try:
+                change_settings(self._seen.session, values)
+            except VMMagicError as error:
+                self.message.value = bad(str(error))
+                return
+            self.message.value = ""
+            self._shown = self._state(self._seen)
+            # What moved is left alone, so that a slider under the user's hand does not jump.
+            self._show(self._seen, but=frozenset(values))
+
+    def _forget(self, name: str) -> None:
+        self._change({name: None})
+        self._wake_after_forgetting()
+
+    def _forget_all(self, _: Any) -> None:
+        with self._lock:
+            if self._seen is not None:
+                self._seen.session.settings.reset()
+                self.message.value = ""
+                self._wake_after_forgetting()
+
+    def _wake_after_forgetting(self) -> None:
+        with self._lock:
+            self._shown = None
+        self._wake()
+
+    def _finish_thinking(self, _: Any) -> None:
+        with self._lock:
+            llm = None if self._seen is None else self._seen.llm
+        if llm is not None:
+            llm.finish_thinking()
+            self._wake()
+
+    def _state(self, seen: Seen) -> Any:
+        return seen.llm, dict(seen.session.settings.everything())
+
+    def _show(self, seen: Seen, but: frozenset[str] = frozenset()) -> None:
+        settings = seen.session.settings
+        defaults = SamplingDefaults({}, {}, settings) if seen.llm is None else seen.llm.defaults
+        everything = settings.everything()
+        resolved = defaults.resolve({})
+        self._syncing = True
+        try:
+            for name, parameter in self.parameters.items():
+                source = _words(resolved.sources[name])
+                if name in but:
+                    parameter.source.value = faint(source)
+                    parameter.undo.layout.visibility = "visible" if everything.get(name) is not None else "hidden"
+                else:
+                    parameter.show(getattr(resolved.params, name), source, resolved.sources[name] == "set")
+            self._show_thinking(seen, everything)
+            self.preset.value = settings.preset or MODEL_PRESET
+            self.forget_all.disabled = not everything
+        finally:
+            self._syncing = False
+
+    def _show_thinking(self, seen: Seen, everything: Mapping[str, Any]) -> None:
+        switch, budget = (everything.get(name) for name in THINKING_NAMES)
+        self.switch.value = next(name for name, value in _SWITCH.items() if value is switch)
+        self.budget.value = "" if budget is None else str(budget)
+        self.switch.disabled = seen.llm is not None and not can_switch_thinking(seen.llm)
+        self.budget.disabled = seen.llm is not None and not seen.llm.reasoning_parser
+
+
+def _controls() -> dict[str, widgets.Widget]:
+    wide, style = widgets.Layout(width="440px"), {"description_width": "150px"}
+    controls: dict[str, widgets.Widget] = {}
+    for spec in SLIDERS:
+        kind = widgets.IntSlider if spec.whole else widgets.FloatSlider
+        controls[spec.name] = kind(
+            min=spec.low, max=spec.high, step=spec.step, description=spec.name, style=style, layout=wide
+        )
+    for name in FIELDS:
+        controls[name] = widgets.Text(
+            description=name,
+            style={"description_width": "220px"},
+            continuous_update=False,
+            layout=widgets.Layout(width="440px"),
+        )
+    return controls
+
+
+def field_text(value: Any) -> str:
+    """A value as ``set`` would read it again."""
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return str(list(value)) if value else "[]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _words(source: str) -> str:
+    return {"default": "vLLM's default", "generation_config.json": "the model's own"}.get(source, source)

@@ -1,0 +1,127 @@
+"""The panel's server section: open and close the port, where it is, the key when asked, what clients need."""
+
+import html
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import ipywidgets as widgets
+
+from engine.errors import VMMagicError
+from vm_magic.clients import CLIENTS, Port, snippets
+from vm_magic.panel.seen import NO_MODEL, Seen
+from vm_magic.panel.style import bad, faint
+from vm_magic.session import NotebookServer, Session
+
+
+class ServerSection:
+    """The port. The key is sent to the front end only while it is asked for."""
+
+    title = "Server"
+    wants_blocks = False
+
+    def __init__(self, lock: AbstractContextManager[Any], wake: Callable[[], None]) -> None:
+        self._lock = lock
+        self._wake = wake
+        self._session: Session | None = None
+        self._shown: Any = None
+        self.start = widgets.Button(description="Start", button_style="primary", layout=widgets.Layout(width="90px"))
+        self.stop = widgets.Button(description="Stop", layout=widgets.Layout(width="90px"))
+        self.show_key = widgets.ToggleButton(description="Show key", icon="eye", layout=widgets.Layout(width="120px"))
+        self.message = widgets.HTML()
+        self.address = widgets.HTML()
+        self.client = widgets.Dropdown(
+            options=list(CLIENTS), description="client", layout=widgets.Layout(width="220px")
+        )
+        self.client.style.description_width = "50px"
+        self.snippet = widgets.HTML(layout=widgets.Layout(max_width="940px"))
+        self.widget = widgets.VBox(
+            [
+                widgets.HBox(
+                    [self.start, self.stop, self.show_key, self.message], layout=widgets.Layout(align_items="center")
+                ),
+                self.address,
+                self.client,
+                self.snippet,
+            ]
+        )
+        self.start.on_click(self._start)
+        self.stop.on_click(self._stop)
+        self.show_key.observe(self._redraw, "value")
+        self.client.observe(self._redraw, "value")
+
+    def refresh(self, seen: Seen) -> None:
+        """Follow the port, whoever opened or closed it."""
+        self._session = seen.session
+        server = seen.session.server if _is_open(seen) else None
+        state = (seen.llm is None, server, self.show_key.value, self.client.value)
+        if state == self._shown:
+            return
+        self._shown = state
+        self.start.disabled = seen.llm is None or server is not None
+        self.stop.disabled = self.show_key.disabled = self.client.disabled = server is None
+        if server is None:
+            self.show_key.value = False
+            self.address.value = faint(NO_MODEL if seen.llm is None else "the port is closed")
+            self.snippet.value = ""
+            return
+        self.address.value = address_html(server, show_key=self.show_key.value)
+        code = snippets(Port.of(server, show_key=self.show_key.value))[self.client.value]
+        note = f"<div>{faint(code.note)}</div>" if code.note else ""
+        self.snippet.value = f"<pre>{html.escape(code.text.rstrip())}</pre>{note}"
+
+    def _start(self, _: Any) -> None:
+        self._act(lambda session: session.serve({}))
+
+    def _stop(self, _: Any) -> None:
+        self._act(lambda session: session.stop())
+
+    def _act(self, action: Callable[[Session], Any]) -> None:
+        with self._lock:
+            session = self._session
+            self.start.disabled = self.stop.disabled = True
+            self._shown = None
+        if session is not None:
+            message = ""
+            try:
+                action(session)
+            except (VMMagicError, OSError) as error:
+                message = bad(str(error))
+            with self._lock:
+                self.message.value = message
+        self._wake()
+
+    def _redraw(self, _: Any) -> None:
+        self._wake()
+
+
+def _is_open(seen: Seen) -> bool:
+    server = None if seen.llm is None else seen.llm.server
+    return seen.session.server is not None and server is not None and server.running
+
+
+def address_html(server: NotebookServer, *, show_key: bool) -> str:
+    """Where clients connect: the address, the hub's one where there is a hub, and the key or that there is one."""
+    rows = [("base_url", server.base_url), ("model", server.model)]
+    proxied = proxied_url(server.port)
+    if proxied is not None:
+        rows.insert(1, ("through the hub", proxied))
+    rows.append(("api_key", (server.api_key if show_key else "•" * 12) if server.api_key else "none is asked for"))
+    cells = "".join(
+        f'<span class="vmp-faint">{name}</span><code style="user-select:all" data-name="{name}">'
+        f"{html.escape(value or '')}</code>"
+        for name, value in rows
+    )
+    return f'<div style="display:grid;grid-template-columns:max-content 1fr;gap:1px 14px;margin:6px 0">{cells}</div>'
+
+
+def proxied_url(port: int) -> str | None:
+    """The port's address through JupyterHub (jupyter-server-proxy); a path alone where the hub's name is not known."""
+    prefix = os.environ.get("JUPYTERHUB_SERVICE_PREFIX")
+    if prefix is None:
+        return None
+    host = os.environ.get("JUPYTERHUB_PUBLIC_URL") or os.environ.get("JUPYTERHUB_HOST") or ""
+    path = f"/{prefix.strip('/')}/proxy/{port}/v1"
+    # JUPYTERHUB_PUBLIC_URL is that of this server and ends in the prefix; JUPYTERHUB_HOST is the hub's alone.
+    return f"{host.rstrip('/').removesuffix('/' + prefix.strip('/'))}{path}"

@@ -1,0 +1,62 @@
+"""The panel's look: one style sheet over the theme's own variables, so that light and dark both read well."""
+
+import html
+
+ROOT_CLASS = "vm-panel"
+COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#14b8a6", "#f97316", "#84cc16")
+"""Of requests, in order of arrival; readable on white and on black."""
+SHARED_COLOUR = "#64748b"
+
+_TEXT = "var(--jp-ui-font-color1, inherit)"
+_FAINT = "var(--jp-ui-font-color2, gray)"
+_LINE = "var(--jp-border-color2, rgba(128,128,128,.35))"
+SHEET = f"""<style>
+.{ROOT_CLASS} {{ border: 1px solid {_LINE}; border-radius: 8px; padding: 10px 12px; max-width: 980px;
+  color: {_TEXT}; font-size: 13px; overflow: visible; }}
+.{ROOT_CLASS} .widget-html-content, .{ROOT_CLASS} .jupyter-widgets-html-content {{ line-height: 1.45; color: {_TEXT}; }}
+.{ROOT_CLASS} .vmp-head {{ display: flex; flex-wrap: wrap; gap: 4px 18px; align-items: baseline; }}
+.{ROOT_CLASS} .vmp-head b {{ font-size: 15px; }}
+.{ROOT_CLASS} .vmp-faint {{ color: {_FAINT}; }}
+.{ROOT_CLASS} .vmp-num {{ font-variant-numeric: tabular-nums; white-space: nowrap; }}
+.{ROOT_CLASS} .vmp-chain {{ display: flex; flex-wrap: wrap; gap: 4px; align-items: stretch; margin: 2px 0 10px; }}
+.{ROOT_CLASS} .vmp-chain > div {{ border: 1px solid {_LINE}; border-radius: 6px; padding: 3px 8px; min-width: 64px; }}
+.{ROOT_CLASS} .vmp-chain .vmp-k {{ color: {_FAINT}; font-size: 11px; }}
+.{ROOT_CLASS} .vmp-chain .vmp-v {{ font-variant-numeric: tabular-nums; font-weight: 600; white-space: nowrap; }}
+.{ROOT_CLASS} .vmp-chain .vmp-was {{ color: {_FAINT}; font-size: 11px; font-weight: 400; }}
+.{ROOT_CLASS} .vmp-chain .vmp-op {{ border: none; padding: 0; min-width: 0; align-self: center; color: {_FAINT}; }}
+.{ROOT_CLASS} .vmp-bad {{ color: var(--jp-error-color1, #d32f2f); }}
+.{ROOT_CLASS} .vmp-good {{ color: var(--jp-success-color1, #388e3c); }}
+.{ROOT_CLASS} .vmp-swatch {{ display: inline-block; width: 10px; height: 10px; border-radius: 2px;
+  margin-right: 5px; }}
+.{ROOT_CLASS} .vmp-legend {{ display: flex; flex-wrap: wrap; gap: 2px 14px; margin-top: 4px; }}
+.{ROOT_CLASS} .vmp-req {{ display: grid; gap: 0 10px; align-items: baseline;
+  grid-template-columns: minmax(150px, 2fr) 84px 116px 82px 92px 92px minmax(60px, 1fr); }}
+.{ROOT_CLASS} .vmp-req > * {{ overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }}
+.{ROOT_CLASS} pre {{ margin: 0; padding: 8px 10px; user-select: all; white-space: pre-wrap; overflow-wrap: anywhere;
+  color: {_TEXT}; background: var(--jp-cell-editor-background, rgba(128,128,128,.1)); border: 1px solid {_LINE};
+  border-radius: 6px; font-family: var(--jp-code-font-family, monospace); font-size: 12px; line-height: 1.4; }}
+.{ROOT_CLASS} code {{ color: {_TEXT}; background: transparent; font-family: var(--jp-code-font-family, monospace); }}
+.{ROOT_CLASS} h4 {{ margin: 12px 0 4px; font-size: 13px; }}
+.{ROOT_CLASS} .lm-TabBar-tab, .{ROOT_CLASS} .p-TabBar-tab {{ flex: 0 1 110px !important; min-width: 70px; }}
+.{ROOT_CLASS} .widget-tab > .widget-tab-contents {{ padding: 10px 4px 2px; overflow: visible; }}
+</style>"""
+
+
+def faint(text: str) -> str:
+    """``text`` as an aside, escaped."""
+    return f'<span class="vmp-faint">{html.escape(text)}</span>'
+
+
+def bad(text: str) -> str:
+    """``text`` as a refusal, escaped."""
+    return f'<span class="vmp-bad" role="alert">{html.escape(text)}</span>'
+
+
+def good(text: str) -> str:
+    """``text`` as what went well, escaped."""
+    return f'<span class="vmp-good" role="status">{html.escape(text)}</span>'
+
+
+def swatch(colour: str) -> str:
+    """A small square of ``colour``."""
+    return f'<span class="vmp-swatch" style="background:{colour}"></span>'
