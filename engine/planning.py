@@ -11,9 +11,8 @@ from engine.errors import ConfigError
 from engine.hub import resolve
 from engine.memory import KVGroupSpec, MemoryPlan, plan_memory
 from engine.model_files import read_model_config
-from engine.plan_table import PlanTable
-from engine.plan_table import plan_table as tabulate
 from engine.runner.devices import Device, describe_device, prepare_backend
+from engine.side_by_side import PlanTable, tabulate
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_PLAN, _TABLE = "engine.memory.MemoryPlan", "engine.plan_table.PlanTable"
+_PLAN, _TABLE = "engine.memory.MemoryPlan", "engine.side_by_side.PlanTable"
 
 
 def add_formatters(shell: Any) -> None:

@@ -8,7 +8,7 @@ from engine.plan_text import Part, gb, size
 
 if TYPE_CHECKING:
     from engine.memory import MemoryPlan
-    from engine.plan_table import PlanTable
+    from engine.side_by_side import PlanTable
 
 _COLOURS: dict[plan_text.PartKind, str] = {
     "weights": "#3d6aad", "overhead": "#75589f", "windows": "#a8511d", "states": "#a03a6b", "kv": "#2a7857",

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from engine.memory import KVGroupSpec, KVVectors, MemoryPlan, plan_memory, what_if
-from engine.plan_table import plan_table
 from engine.plan_text import parts
+from engine.side_by_side import tabulate
 from vm_magic.plan_view import plan_html, plan_picture_html, plan_table_html
 
 GROUPS = [
@@ -95,7 +95,7 @@ def test_names_in_a_plan_cannot_become_markup() -> None:
 
 def test_plans_side_by_side_say_what_does_not_fit_and_by_how_much() -> None:
     plan = a_plan()
-    table = plan_table(
+    table = tabulate(
         lambda **given: what_if(plan, **given), {"fraction": [0.5, 0.75], "max_model_len": [32768, 262144]}
     )
     assert [row.fits for row in table.rows] == [True, False, True, True]
@@ -112,7 +112,7 @@ def test_plans_side_by_side_say_what_does_not_fit_and_by_how_much() -> None:
 
 def test_a_notebook_shows_html_while_the_extension_is_loaded_and_text_after(shell: Any) -> None:
     plan = a_plan()
-    table = plan_table(lambda **given: what_if(plan, **given), {"fraction": [0.75]})
+    table = tabulate(lambda **given: what_if(plan, **given), {"fraction": [0.75]})
     for _ in range(2):
         shell.display_formatter.active_types = ["text/plain", "text/html"]
         assert "<table" in shell.display_formatter.format(plan)[0]["text/html"]

@@ -78,7 +78,7 @@ class PlanTable:
         printer.text(str(self))
 
 
-def plan_table(make: Callable[..., MemoryPlan], settings: Mapping[str, Sequence[Any]]) -> PlanTable:
+def tabulate(make: Callable[..., MemoryPlan], settings: Mapping[str, Sequence[Any]]) -> PlanTable:
     """``make(**combination)`` for every combination of ``settings``; the last one changes fastest.
 
     What does not fit is a row too; other errors are raised.
