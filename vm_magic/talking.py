@@ -11,12 +11,13 @@ from vm_magic.arguments import command_parser, split_text
 from vm_magic.cards import speed_text
 from vm_magic.chat import ChatOptions, Generation, ask, start_chat, start_completion
 from vm_magic.chat_flags import SAMPLING_FLAGS
-from vm_magic.conversation import render_prompt
+from vm_magic.conversation import Message, render_prompt
 from vm_magic.display import WAITING, NotebookView, ReplyView, SilentView, TerminalView, can_update, open_handle
 from vm_magic.pending_reply import PendingReply
 from vm_magic.reply_bundle import reply_bundle
+from vm_magic.reply_reader import ReplyText
 from vm_magic.session import Session
-from vm_magic.tool_loop import ToolLoop, read_tool_choice
+from vm_magic.tool_loop import MAX_RESULT_LENGTH, ToolLoop, read_tool_choice
 
 if TYPE_CHECKING:
     from vm_magic.tools import NotebookTool
@@ -68,12 +69,14 @@ def _with_tools(first: Generation, options: ChatOptions, parsed: argparse.Namesp
     assert first.conversation is not None, "a chat has a conversation"
     conversation, session = first.conversation, first.session
     later = options.after_first_call()
-    return ToolLoop(
-        first,
-        lambda messages, earlier: ask(session, messages, conversation, later, earlier),
-        options.tools,
-        parsed.max_tool_rounds,
-    )
+
+    def ask_again(messages: list[Message], earlier: tuple[ReplyText, ...]) -> Generation:
+        return ask(session, messages, conversation, later, earlier)
+
+    # a character is at most about a token, so that a result always leaves room for an answer
+    limit = session.require().plan.max_model_len if session.remote is None else MAX_RESULT_LENGTH
+    longest = min(MAX_RESULT_LENGTH, limit // 2)
+    return ToolLoop(first, ask_again, options.tools, parsed.max_tool_rounds, longest)
 
 
 def _followed(under_way: Talk, parsed: argparse.Namespace, shell: Any, view: ReplyView, *, returned: bool) -> Any:

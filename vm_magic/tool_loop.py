@@ -12,7 +12,7 @@ from vm_magic.display import ReplyView
 from vm_magic.errors import Interrupted
 from vm_magic.reply_reader import ReplyText
 from vm_magic.tool_cards import ToolOutcome
-from vm_magic.tools import NotebookTool, arguments_text
+from vm_magic.tools import MAX_RESULT_LENGTH, NotebookTool, arguments_text
 
 Ask = Callable[[list[Message], tuple[ReplyText, ...]], Generation]
 """(messages, the turns shown so far) -> the model's next turn, under way."""
@@ -25,12 +25,20 @@ class ToolLoop:
     that is not in ``tools``.
     """
 
-    def __init__(self, first: Generation, ask: Ask, tools: Sequence[NotebookTool], max_rounds: int) -> None:
+    def __init__(
+        self,
+        first: Generation,
+        ask: Ask,
+        tools: Sequence[NotebookTool],
+        max_rounds: int,
+        longest: int = MAX_RESULT_LENGTH,
+    ) -> None:
         assert first.conversation is not None, "tools are for chats"
         self._generation = first
         self._ask = ask
         self._tools = {tool.name: tool for tool in tools}
         self._max_rounds = max_rounds
+        self._longest = longest
         self.conversation: Conversation = first.conversation
         self.stopped_at_limit = False
 
@@ -86,7 +94,7 @@ class ToolLoop:
             return ToolOutcome(f"there is no function {function['name']!r}; there are: {names}", failed=True)
         if self.stopped_at_limit:
             return ToolOutcome(f"not called: the limit of {self._max_rounds} rounds was reached", failed=True)
-        return tool.call(function["arguments"])
+        return tool.call(function["arguments"], self._longest)
 
     def _keep(self, reply: Reply, outcomes: Sequence[ToolOutcome]) -> None:
         *earlier, answer = reply.messages

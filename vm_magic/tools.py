@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 MAX_RESULT_LENGTH = 8000
-"""Most characters of a result that the model is given."""
+"""Most characters of a result that the model is given, and fewer where its context is short."""
 CANCEL_SECONDS = 5.0
 
 
@@ -33,14 +33,17 @@ class NotebookTool:
     _arguments: "type[BaseModel]" = field(repr=False)
     _parameters: tuple[inspect.Parameter, ...] = field(repr=False)
 
-    def call(self, arguments: str) -> ToolOutcome:
-        """Check ``arguments`` (JSON) and call the function. What goes wrong is the outcome; ■ goes through."""
+    def call(self, arguments: str, longest: int = MAX_RESULT_LENGTH) -> ToolOutcome:
+        """Check ``arguments`` (JSON) and call the function; a result of over ``longest`` characters is cut.
+
+        What goes wrong is the outcome; ■ goes through.
+        """
         started = time.monotonic()
         try:
             text, failed = _result_text(self._run(self._checked(arguments))), False
         except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001 - told to the model
             text, failed = _error_text(error), True
-        return ToolOutcome(_bounded(text), failed, time.monotonic() - started)
+        return ToolOutcome(_bounded(text, longest), failed, time.monotonic() - started)
 
     def _checked(self, arguments: str) -> dict[str, Any]:
         from pydantic import ValidationError
@@ -182,10 +185,10 @@ def _result_text(result: Any) -> str:
         return str(result)
 
 
-def _bounded(text: str) -> str:
-    if len(text) <= MAX_RESULT_LENGTH:
+def _bounded(text: str, longest: int) -> str:
+    if len(text) <= longest:
         return text
-    return f"{text[:MAX_RESULT_LENGTH]}\n… ({len(text) - MAX_RESULT_LENGTH} of {len(text)} characters left out)"
+    return f"{text[:longest]}\n… ({len(text) - longest} of {len(text)} characters left out)"
 
 
 def _awaited(awaitable: Awaitable[Any]) -> Any:

@@ -142,6 +142,7 @@ class FakeLLM:
         self.server: FakeServer | None = None
         self.reasoning_parser: str | None = None
         self.tool_call_parser: str | None = None
+        self.takes_tools = True
         self.template_variables = frozenset({"enable_thinking"})
         self.prompt_end = ""
         self.constraints: list[Constraints | None] = []
