@@ -21,6 +21,10 @@ _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
 _ROPE = {"rope_type": "default", "type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25,
          "mrope_section": [2, 1, 1]}  # fmt: skip
 _GEMMA = {"rms_norm_eps": 1e-6, "query_pre_attn_scalar": 16, "sliding_window": 24}
+_GEMMA4 = {"num_key_value_heads": 2, "global_head_dim": 32, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
+           "sliding_window": 24, "sliding_window_pattern": 2}  # fmt: skip
+_SLIDING_FULL = ["sliding_attention", "full_attention"] * 2
+_MINISTRAL = {"rope_theta": 10000.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4096}
 _MLA = {"kv_lora_rank": 32, "q_lora_rank": 48, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 
 _YARN = {"type": "yarn", "factor": 1.0, "mscale_all_dim": 0, "original_max_position_embeddings": 4096}
@@ -28,9 +32,9 @@ _MAMBA = {"mamba_d_conv": 4, "mamba_d_state": 16, "mamba_expand": 2, "mamba_n_gr
           "mamba_proj_bias": False}  # fmt: skip
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral3": {"model_type": "mistral3", "text_config": {"model_type": "ministral3", **_BASE, "rope_parameters": {
-        "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4096}}},
+    "llama": {}, "mistral": {}, "qwen": {"num_key_value_heads": 4, "kv_channels": 16, "intermediate_size": 192},
+    "ministral3": {"rope_parameters": _MINISTRAL, "layer_types": _SLIDING_FULL, "sliding_window": 24},
+    "mistral3": {"text_config": {"model_type": "ministral3", **_BASE, "rope_parameters": _MINISTRAL}},
     "qwen2": {}, "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 32},
     "qwen3": {}, "qwen3_moe": {**_MOE},
     "qwen3_next": {**_GDN, **_MOE, "shared_expert_intermediate_size": 32, "partial_rotary_factor": 0.25},
@@ -43,8 +47,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma4_text": {"num_hidden_layers": 6, "num_key_value_heads": 1, "global_head_dim": 32, "num_kv_shared_layers": 2,
                     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "sliding_window": 24,
                     "sliding_window_pattern": 3},
+    "gemma4_text dense": {**_GEMMA4},
+    "gemma4_text k_eq_v": {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    "gemma4_text moe": {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+                        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "gemma3n": {"text_config": {"model_type": "gemma3n_text", **_BASE, "num_hidden_layers": 6,
+                                "layer_types": [*_SLIDING_FULL, *_SLIDING_FULL[:2]], "num_kv_shared_layers": 2,
+                                "sliding_window": 24, "rope_local_base_freq": 10000.0,
+                                "vocab_size_per_layer_input": VOCAB, "final_logit_softcapping": 30.0,
+                                "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0, 0.0], "laurel_rank": 16,
+                                "hidden_size_per_layer_input": 8, "altup_num_inputs": 2, "altup_active_idx": 0,
+                                "altup_coef_clip": 120.0, "altup_correct_scale": True}},
+    "llama4": {"text_config": {**_BASE, "attention_chunk_size": 24, "interleave_moe_layer_step": 2,
+                               "intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1,
+                               "attention_bias": False, "use_qk_norm": True, "rope_scaling": None,
+                               "model_type": "llama4_text"}},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24,
-                "layer_types": ["sliding_attention", "full_attention"] * 2, "rope_scaling": None},
+                "layer_types": _SLIDING_FULL, "rope_scaling": None},
     "phi3": {}, "smollm3": {"no_rope_layer_interval": 4}, "olmo3": {"sliding_window": 24},
     "granite": {"logits_scaling": 8.0, "attention_multiplier": 0.25, "embedding_multiplier": 2.0,
                 "residual_multiplier": 0.5, "attention_bias": False, "mlp_bias": False},
@@ -78,11 +97,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
                "layer_norm_epsilon": 1e-5, "conv_kernel": 4, "n_groups": 1, "use_bias": False, "use_conv_bias": True,
                "time_step_limit": [0.0, 1e9], "time_step_rank": "auto"},
 }  # fmt: skip
+"""Model type (and a variant's name) -> entries over the common ones."""
 
 
 def tiny_model(name: str, seed: int = 0) -> Any:
     """The model of a configuration above."""
-    return build({"model_type": name, **_BASE, **CONFIGS[name]}, seed)
+    return build({"model_type": name.split()[0], **_BASE, **CONFIGS[name]}, seed)
 
 
 def build(config: dict[str, Any], seed: int = 0, limit: int = 1 << 25) -> Any:
