@@ -20,7 +20,7 @@ from engine.runner.kv_spec import contiguous_group, group_spec, num_logits
 from engine.runner.loader import LoadedModel, load_model
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
-from engine.runner.warm_up import choose_backend, measure_overhead
+from engine.runner.warm_up import Overhead, choose_backend, measure_overhead
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
 
@@ -59,11 +59,11 @@ def build_engine(
         vocab_size=vocab_size,
     )
     try:
-        plan = _plan(loaded, backend, args, device, vocab_size)
+        plan, overhead = _plan(loaded, backend, args, device, vocab_size)
     except BaseException:
         backend.close()
         raise
-    engine = _assemble(backend, plan, args, device, tokenizer, metrics, vocab_size)
+    engine = _assemble(backend, plan, overhead, args, device, tokenizer, metrics, vocab_size)
     metrics.set_cache_config(
         block_size=plan.block_size,
         num_gpu_blocks=plan.num_blocks,
@@ -78,21 +78,22 @@ def build_engine(
     return BuiltEngine(engine, loaded.config, plan, notes)
 
 
-def _plan(loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Device, vocab_size: int) -> MemoryPlan:
+def _plan(
+    loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Device, vocab_size: int
+) -> tuple[MemoryPlan, Overhead]:
     context = loaded.config.context_length
     length = args.max_model_len if isinstance(args.max_model_len, int) else context
     batched_tokens = args.batched_tokens(device.chunk_size)
-    chunk = min(batched_tokens, length)
-    overhead = measure_overhead(backend, vocab_size).bytes(chunk, length)
+    overhead = measure_overhead(backend, vocab_size)
     if isinstance(backend, PagedBackend):
         backend.release()
     clear_cache()
-    return plan_memory(
-        groups=_groups(backend, loaded, args, chunk),
+    plan = plan_memory(
+        groups=_groups(backend, loaded, args, min(batched_tokens, context)),
         device_limit=device.memory_limit,
         fraction=args.memory_fraction,
         model_memory=loaded.num_bytes,
-        overhead=overhead,
+        overhead=overhead.bytes(min(batched_tokens, length), length),
         block_size=args.block_size,
         context_length=context,
         max_model_len=args.max_model_len,
@@ -101,6 +102,7 @@ def _plan(loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Devic
         kv_cache_dtype=args.kv_cache_dtype,
         knob=args.memory_knob,
     )
+    return plan, overhead
 
 
 def _groups(backend: Backend, loaded: LoadedModel, args: EngineArgs, chunk: int) -> list[KVGroupSpec]:
@@ -126,6 +128,7 @@ def _cache_group(spec: KVGroupSpec, plan: MemoryPlan, backend: Backend, index: i
 def _assemble(
     backend: Backend,
     plan: MemoryPlan,
+    overhead: Overhead,
     args: EngineArgs,
     device: Device,
     tokenizer: Tokenizer,
@@ -149,4 +152,6 @@ def _assemble(
         tokenizer.token_text,
         metrics,
         submit_first=device.kind != "cpu",
+        overhead=overhead,
+        max_model_len=plan.max_model_len,
     )

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -286,6 +286,15 @@ class EngineArgs:
         """The fraction in force."""
         value = self.gpu_memory_utilization
         return DEFAULT_MEMORY_FRACTION if value == "auto" else float(value)
+
+    def with_memory(
+        self, fraction: float | Auto | None, max_model_len: int | Auto | None, max_num_seqs: int | Auto | None
+    ) -> Self:
+        """The arguments after a live change of memory; None leaves a value as it is."""
+        changed: dict[str, Any] = {
+            "gpu_memory_utilization": fraction, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs
+        }  # fmt: skip
+        return replace(self, **{name: value for name, value in changed.items() if value is not None})
 
     def batched_tokens(self, chunk_size: int) -> int:
         """Most tokens in one step, where a device prefers ``chunk_size``: one at least for each sequence."""

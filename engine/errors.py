@@ -6,6 +6,7 @@ VMMagicError                    one line, names the fix
 ├── ModelNotFoundError          no such model here, and how to get it
 ├── ModelLoadError              the model is here but cannot be used
 ├── MemoryPlanError             the plan does not fit; the numbers are attributes (also a ValueError)
+├── MemoryInUseError            less memory than running requests hold; they are attributes (also a ValueError)
 ├── RequestError                a request that is wrong: HTTP 400 (also a ValueError)
 │   ├── ContextLengthError      prompt and output exceed max_model_len
 │   ├── UnknownModelError       a model name that is not served: HTTP 404
@@ -15,6 +16,7 @@ VMMagicError                    one line, names the fix
 └── ServerError                 the port could not be opened
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -64,6 +66,23 @@ class MemoryPlanError(VMMagicError, ValueError):
             return self.__dict__["numbers"][name]
         except KeyError:
             raise AttributeError(name) from None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldMemory:
+    """What a request under way holds, over its completions."""
+
+    request_id: str
+    num_tokens: int
+    num_blocks: int
+
+
+class MemoryInUseError(VMMagicError, ValueError):
+    """A live change leaves less memory than requests under way hold: :attr:`requests` must end first."""
+
+    def __init__(self, message: str, *, requests: tuple[HeldMemory, ...] = ()) -> None:
+        super().__init__(message)
+        self.requests = requests
 
 
 class RequestError(VMMagicError, ValueError):

@@ -11,7 +11,7 @@ import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.activity import Activity, BlockMap
 from engine.batch import one_prompt, params_of_each, run_all
@@ -40,7 +40,7 @@ from engine.text.tokenizer import Tokenizer, load_tokenizer
 if TYPE_CHECKING:
     import pandas
 
-    from engine.llm_engine import EngineStats
+    from engine.llm_engine import EngineStats, LLMEngine
     from engine.memory import MemoryPlan
     from engine.openai.server import ServerHandle
 
@@ -357,6 +357,31 @@ class LLM:
         from engine.memory import what_if
 
         return what_if(self.plan, **settings)
+
+    def replan(
+        self,
+        *,
+        fraction: float | Literal["auto"] | None = None,
+        max_model_len: int | Literal["auto"] | None = None,
+        max_num_seqs: int | Literal["auto"] | None = None,
+    ) -> "MemoryPlan":
+        """Change the memory plan while the engine runs; gives the new :attr:`plan`. Weights and requests stay.
+
+        Raises ConfigError for values out of range, MemoryPlanError for what does not fit, and
+        MemoryInUseError where requests under way hold more: nothing is changed then.
+        """
+        from engine.replan import replan
+
+        def change(engine: "LLMEngine") -> "MemoryPlan":
+            args = self.args.with_memory(fraction, max_model_len, max_num_seqs)
+            plan = replan(engine, self.plan, fraction=fraction, max_model_len=max_model_len, max_num_seqs=max_num_seqs)
+            self.plan, self.args = plan, args
+            return plan
+
+        plan = self._thread.call(change)
+        self.metrics.set_cache_config(num_gpu_blocks=plan.num_blocks, gpu_memory_utilization=plan.fraction)
+        self._follow_settings()
+        return plan
 
     def activity(self) -> Activity:
         """Requests under way, counters and recent speed; while a step takes long, as of the step before."""

@@ -11,8 +11,9 @@ from engine.errors import GenerationError, VMMagicError
 from engine.live_values import LiveValues
 from engine.metrics import EngineMetrics
 from engine.outputs import CompletionDelta, LogprobsAtPosition
-from engine.request import NewRequest, Request, RequestStatus
+from engine.request import NewRequest, Request, RequestStatus, check_length
 from engine.runner.model_runner import InFlightStep, ModelRunner, PromptLogprobs, SampledToken, StepResult
+from engine.runner.warm_up import Overhead
 from engine.sampling_params import SamplingParams
 from engine.stream import RequestStream
 from engine.text.detokenizer import Detokenizer
@@ -78,6 +79,8 @@ class LLMEngine:
         metrics: EngineMetrics,
         *,
         submit_first: bool,
+        overhead: Overhead,
+        max_model_len: int,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -85,6 +88,8 @@ class LLMEngine:
         self._token_text = token_text
         self._metrics = metrics
         self._submit_first = submit_first
+        self.overhead = overhead
+        self.max_model_len = max_model_len
         self._groups: dict[str, _Group] = {}
         self._group_of: dict[Request, tuple[_Group, _Completion]] = {}
         self._in_flight: InFlightStep | None = None
@@ -113,7 +118,11 @@ class LLMEngine:
         self._observe_state(len(scheduled.preempted))
 
     def add_request(self, new: NewRequest, stream: RequestStream) -> None:
-        """Queue a request; its ``n`` completions share the blocks of the prompt."""
+        """Queue a request; its ``n`` completions share the blocks of the prompt.
+
+        Raises ContextLengthError where ``max_model_len`` became shorter than what the request was made for.
+        """
+        check_length(len(new.prompt_token_ids), new.params.max_tokens, self.max_model_len)
         group = self._groups[new.request_id] = _Group(stream)
         first: Request | None = None
         for index in range(new.params.n):
@@ -172,6 +181,21 @@ class LLMEngine:
         self._in_flight = None
         for group in list(self._groups.values()):
             self._fail(group, error)
+        self.scheduler.kv.reset_prefix_cache()
+        self.runner.recover()
+
+    def drain(self) -> None:
+        """Hand out the step in flight: then every sampled token is known, and nothing is being computed."""
+        last, self._in_flight = self._in_flight, None
+        if last is not None:
+            self._hand_out(last.read(self._token_text))
+
+    def start_over(self) -> None:
+        """Have running requests compute everything again, from empty pages; what they sampled is kept."""
+        self._in_flight = None
+        for request in list(self.scheduler.running):
+            request.num_pending = 0
+            self.scheduler.preempt(request)
         self.scheduler.kv.reset_prefix_cache()
         self.runner.recover()
 

@@ -46,6 +46,8 @@ class EngineMetrics:
     def __init__(self, model_name: str, *, max_model_len: int = 131072) -> None:
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": "0"}
+        self._cache_config: dict[str, str] = {}
+        self._cache_info: Gauge | None = None
         self._make_state()
         self._make_counters()
         self._make_times()
@@ -93,12 +95,17 @@ class EngineMetrics:
         self._step_tokens = histogram("iteration_tokens_total", "Tokens per engine step.", _STEP_BUCKETS)
 
     def set_cache_config(self, **config: object) -> None:
-        """Publish the cache's configuration as labels (``block_size``, ``num_gpu_blocks`` …). Once per engine."""
-        labels = {"engine": "0", **{name: str(value) for name, value in config.items()}}
-        info = Gauge(
-            "vllm:cache_config_info", "Information of the LLMEngine CacheConfig.", list(labels), registry=self.registry
-        )
-        info.labels(**labels).set(1)
+        """Publish the cache's configuration as labels (``block_size``, ``num_gpu_blocks`` …).
+
+        A later call says only what changed.
+        """
+        self._cache_config |= {name: str(value) for name, value in config.items()}
+        labels = {"engine": "0", **self._cache_config}
+        if self._cache_info is None:
+            text = "Information of the LLMEngine CacheConfig."
+            self._cache_info = Gauge("vllm:cache_config_info", text, list(labels), registry=self.registry)
+        self._cache_info.clear()
+        self._cache_info.labels(**labels).set(1)
 
     def set_state(self, running: int, waiting: int, kv_usage: float) -> None:
         """How many requests run and wait, and the used share of the KV cache (0 to 1)."""

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 
 from engine.constraints import MakeGuide, TokenGuide
+from engine.errors import ContextLengthError
 from engine.outputs import RequestMetrics
 from engine.sampling_params import SamplingParams
 
@@ -40,6 +41,19 @@ _FINISH_REASON = {
     RequestStatus.FINISHED_ABORTED: "abort",
     RequestStatus.FINISHED_ERROR: "error",
 }
+
+
+def check_length(num_prompt: int, max_tokens: int | None, limit: int) -> None:
+    """Raise ContextLengthError where a prompt and ``max_tokens`` (None: one token) exceed ``limit`` tokens."""
+    asked = max_tokens or 1
+    if num_prompt + asked > limit:
+        raise ContextLengthError(
+            f"This model's maximum context length is {limit} tokens. However, you requested {asked} output "
+            f"tokens and your prompt contains at least {num_prompt} input tokens, for a total of at least "
+            f"{num_prompt + asked} tokens. Please reduce the length of the input prompt or the number of "
+            "requested output tokens.",
+            param="max_tokens" if num_prompt < limit else "prompt",
+        )
 
 
 @dataclass(frozen=True, slots=True)

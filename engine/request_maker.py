@@ -6,8 +6,8 @@ from typing import Self
 
 from engine.config import EngineArgs, ModelConfig
 from engine.constraints import Constraints
-from engine.errors import ContextLengthError, RequestError
-from engine.request import NewRequest
+from engine.errors import RequestError
+from engine.request import NewRequest, check_length
 from engine.runner.sampling_metadata import check_token_ids
 from engine.sampling_params import SamplingParams
 from engine.text.guides import Guides
@@ -70,11 +70,12 @@ class RequestMaker:
         if max(token_ids) >= self.vocab_size or min(token_ids) < 0:
             raise RequestError(f"Token id {max(token_ids)} is out of vocabulary ({self.vocab_size}).", param="prompt")
         check_token_ids(params, self.vocab_size)
+        check_length(len(token_ids), params.max_tokens, max_model_len)
         return NewRequest(
             request_id=request_id,
             prompt_token_ids=token_ids,
             params=params,
-            max_tokens=_max_tokens(len(token_ids), params.max_tokens, max_model_len),
+            max_tokens=params.max_tokens or max_model_len - len(token_ids),
             eos_token_ids=self.eos_token_ids,
             seed=self._seed(params),
             bad_words_token_ids=self._bad_words(params),
@@ -100,15 +101,3 @@ class RequestMaker:
             if spaced[0] != plain[0] and len(spaced) == len(plain):
                 found.append(spaced)
         return tuple(found)
-
-
-def _max_tokens(num_prompt: int, asked: int | None, limit: int) -> int:
-    if num_prompt + (asked or 1) > limit:
-        raise ContextLengthError(
-            f"This model's maximum context length is {limit} tokens. However, you requested {asked or 1} output "
-            f"tokens and your prompt contains at least {num_prompt} input tokens, for a total of at least "
-            f"{num_prompt + (asked or 1)} tokens. Please reduce the length of the input prompt or the number of "
-            "requested output tokens.",
-            param="max_tokens" if num_prompt < limit else "prompt",
-        )
-    return asked or limit - num_prompt

@@ -28,6 +28,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "stats_log": frozenset({*_MIDDLE, "llm_engine"}),
     "engine_thread": frozenset({*_MIDDLE, "llm_engine", "builder", "stats_log"}),
     "engine_view": frozenset({*_MIDDLE, "llm_engine"}),
+    "replan": frozenset({*_MIDDLE, "llm_engine"}),
     "planning": frozenset(_MIDDLE),
     "replay": frozenset(_MIDDLE),
     "request_maker": frozenset(_MIDDLE),

@@ -10,7 +10,7 @@ reserved so that others start elsewhere; when memory is short reserved blocks ar
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -129,10 +129,30 @@ class BlockPool:
         return range(first, end)
 
     def release(self, reserved: range) -> None:
-        """Undo :meth:`reserve`."""
+        """Undo :meth:`reserve`; what a smaller pool no longer has does not matter."""
         for block_id in reserved:
-            if self._state[block_id] == _RESERVED:
+            if block_id < self.num_blocks and self._state[block_id] == _RESERVED:
                 self._state[block_id] = _AVAILABLE
+
+    def resize(self, num_blocks: int) -> dict[int, int]:
+        """Become a pool of ``num_blocks``; gives {old: new} numbers of the held blocks that moved.
+
+        Holders keep their :class:`Block` objects, which have new numbers then. What is cached in the
+        part given up is forgotten, and more of it where held blocks need the room.
+        """
+        assert num_blocks >= len(self._held), f"{num_blocks} blocks are too few for {len(self._held)} that are held"
+        self._state += bytearray([_AVAILABLE]) * (num_blocks - self.num_blocks)
+        for block_id in [block_id for block_id in self._evictable if block_id >= num_blocks]:
+            self._forget(self._evictable.pop(block_id))
+        leaving = [self._held.pop(block_id) for block_id in sorted(self._held) if block_id >= num_blocks]
+        del self._state[num_blocks:]
+        self.num_blocks = num_blocks
+        moves: dict[int, int] = {}
+        for run in _runs(leaving):  # neighbours stay neighbours where there is room
+            for block, fresh in zip(run, self.allocate(len(run)), strict=True):
+                moves[block.block_id] = block.block_id = fresh.block_id
+                self._held[block.block_id] = block
+        return moves
 
     def is_cached(self, block_hash: BlockHash) -> bool:
         """Whether some block is cached under this hash; :meth:`find_cached` verifies its content."""
@@ -192,6 +212,21 @@ class BlockPool:
 
     def _evict(self) -> int:
         block_id, block = self._evictable.popitem(last=False)
-        assert block.block_hash is not None, f"block {block_id} is evictable but has no content"
-        del self._cached[block.block_hash]
+        self._forget(block)
         return block_id
+
+    def _forget(self, block: Block) -> None:
+        assert block.block_hash is not None, f"block {block.block_id} is evictable but has no content"
+        del self._cached[block.block_hash]
+
+
+def _runs(blocks: Sequence[Block]) -> Iterator[list[Block]]:
+    """Blocks in order of their numbers, cut where a number is missing."""
+    run: list[Block] = []
+    for block in blocks:
+        if run and block.block_id != run[-1].block_id + 1:
+            yield run
+            run = []
+        run.append(block)
+    if run:
+        yield run

@@ -87,6 +87,16 @@ class Scheduler:
             del self._forks[child]
         self.kv.free(request)
 
+    def preempt(self, request: Request) -> None:
+        """Take a running request's blocks; it waits, and computes its tokens again."""
+        self.kv.free(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.metrics.num_preemptions += 1
+        self.num_preemptions += 1
+        self.running.remove(request)
+        self._enqueue(request)
+
     def _num_missing(self, request: Request) -> int:
         return request.num_tokens - request.num_computed_tokens
 
@@ -99,7 +109,7 @@ class Scheduler:
         missing = self._to_chunk_end(request, self._fair_share(request, missing))
         while not self.kv.allocate(request, request.num_computed_tokens + missing):
             victim = self._victim(shares)
-            self._preempt(victim)
+            self.preempt(victim)
             preempted.append(victim)
             if victim is request:
                 return 0
@@ -189,15 +199,6 @@ class Scheduler:
         chosen = {share.request for share in shares}
         candidates = [request for request in self.running if request not in chosen]
         return max(candidates, key=lambda r: (r.priority, r.arrival_time, r.index))
-
-    def _preempt(self, request: Request) -> None:
-        self.kv.free(request)
-        request.status = RequestStatus.PREEMPTED
-        request.num_computed_tokens = 0
-        request.metrics.num_preemptions += 1
-        self.num_preemptions += 1
-        self.running.remove(request)
-        self._enqueue(request)
 
     def _enqueue(self, request: Request) -> None:
         """Keep the waiting ones in order of priority and arrival."""

@@ -31,6 +31,9 @@ class Backend(Protocol):
     def make_room(self, batch: StepBatch, limits: Sequence[int]) -> None:
         """Have memory for the blocks of ``batch``; ``limits`` are the planned blocks, by group."""
 
+    def resize(self, limits: Sequence[int], moves: Sequence[Mapping[int, int]]) -> None:
+        """Have no more than ``limits`` blocks, by group, after moving {old: new}; nothing may be in flight."""
+
     def barrier(self) -> list[mx.array]:
         """Arrays that are known once the last :meth:`forward` has written its memory."""
 
@@ -93,6 +96,9 @@ class ContiguousBackend:
 
     def make_room(self, batch: StepBatch, limits: Sequence[int]) -> None:
         """mlx-lm's caches grow by themselves."""
+
+    def resize(self, limits: Sequence[int], moves: Sequence[Mapping[int, int]]) -> None:
+        """Blocks are bookkeeping here."""
 
     def barrier(self) -> list[mx.array]:
         """Chunks are computed as they come: nothing to wait for."""

@@ -74,6 +74,12 @@ class Pages:
                 self.arrays[i] = mx.concatenate([self.arrays[i], room], axis=2)
             mx.eval(self.arrays[i])
 
+    def keep(self, slots: mx.array) -> None:
+        """Have only ``slots``, in their order, array by array; the others' memory is given back."""
+        for i, array in enumerate(self.arrays):
+            self.arrays[i] = mx.take(array, slots, axis=2)
+            mx.eval(self.arrays[i])
+
     def encode(self, rows: mx.array) -> list[mx.array]:
         """Rows [1, heads, T, dim] as the arrays keep them."""
         return [rows.astype(self._kinds[0][1])] if self.packing is None else self.packing.pack(rows)

@@ -1,9 +1,11 @@
 """The memory of one cache group: pages for layers that keep tokens, slots for layers that keep a state."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.runner.kv_pages import Pages
 from engine.runner.kv_spec import CacheLeaf, LayerShape
@@ -35,6 +37,14 @@ class KVPool:
             return
         for pages in self.pages:
             pages.grow(num_blocks * self.block_size)
+        self.num_blocks = num_blocks
+
+    def shrink(self, num_blocks: int, moves: Mapping[int, int]) -> None:
+        """Keep ``num_blocks`` blocks, after moving {old: new}; array by array, so that only one is held twice."""
+        blocks = _sources(num_blocks, moves)
+        slots = mx.array((blocks[:, None] * self.block_size + np.arange(self.block_size, dtype=np.int32)).reshape(-1))
+        for pages in self.pages:
+            pages.keep(slots)
         self.num_blocks = num_blocks
 
     def snapshot(self) -> object:
@@ -84,6 +94,14 @@ class StatePool:
             mx.eval(self.arrays[i])
         self.num_blocks = num_blocks
 
+    def shrink(self, num_blocks: int, moves: Mapping[int, int]) -> None:
+        """As :meth:`KVPool.shrink`, of slots."""
+        slots = mx.array(_sources(num_blocks, moves))
+        for states in self.arrays:
+            states[:] = [mx.take(array, slots, axis=0) for array in states]
+            mx.eval(states)
+        self.num_blocks = num_blocks
+
     def snapshot(self) -> object:
         """As :meth:`KVPool.snapshot`."""
         return [[copy(array) for array in states] for states in self.arrays]
@@ -100,3 +118,11 @@ class StatePool:
     def release(self) -> None:
         """Give all slots back."""
         self.arrays, self.num_blocks = [], 0
+
+
+def _sources(num_blocks: int, moves: Mapping[int, int]) -> NDArray[np.int32]:
+    """The old block in the place of each block of a smaller pool, given {old: new}."""
+    blocks = np.arange(num_blocks, dtype=np.int32)
+    for old, new in moves.items():
+        blocks[new] = old
+    return blocks

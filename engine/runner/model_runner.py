@@ -5,7 +5,7 @@ read later, after the next step was submitted. That next step takes its input to
 arrays of this one, on the device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -140,6 +140,12 @@ class ModelRunner:
             return False
         self._last = None
         return True
+
+    def resize(self, max_blocks: Sequence[int], moves: Sequence[Mapping[int, int]]) -> None:
+        """Hold at most ``max_blocks`` blocks, by group, after moving {old: new}. No step may be in flight."""
+        self._last = None
+        self.max_blocks = tuple(max_blocks)
+        self.backend.resize(self.max_blocks, moves)
 
     def recover(self) -> None:
         """After a step that failed: forget it and start from empty pages."""

@@ -1,6 +1,6 @@
 """Steps over pages and slots: in one flat call where the model allows it, else in rectangles."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ from engine.request import Request
 from engine.runner import attention_seam
 from engine.runner.attention_seam import RowSelector
 from engine.runner.backends import join_rows
+from engine.runner.devices import clear_cache
 from engine.runner.kv_pool import KVPool, StatePool
 from engine.runner.kv_spec import CacheLeaf, CacheTree, flatten, group_leaves
 from engine.runner.paged_cache import LayerCache, PagedLayerCache, StateLayerCache
@@ -63,6 +64,14 @@ class PagedBackend:
             highest = max(max(share.block_tables[group], default=-1) for share in batch.shares)
             if highest >= pool.num_blocks:
                 pool.grow(next_pool_size(pool.num_blocks, highest + 1, limit))
+
+    def resize(self, limits: Sequence[int], moves: Sequence[Mapping[int, int]]) -> None:
+        """See :class:`engine.runner.backends.Backend`."""
+        self._before = None
+        for pool, limit, moved in zip(self.pools, limits, moves, strict=True):
+            if pool.num_blocks > limit:
+                pool.shrink(limit, moved)
+        clear_cache()
 
     def forward(self, batch: StepBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
         """See :class:`engine.runner.backends.Backend`. Blocks must be within the pools."""

@@ -1,0 +1,83 @@
+"""A block pool that becomes larger or smaller while sequences hold blocks: the books, without a model."""
+
+import random
+
+import pytest
+
+from engine.core.block_pool import BlockPool, hash_block
+
+
+def contents(blocks):
+    return [block.token_ids for block in blocks]
+
+
+def fill(pool, count, start=0):
+    """Held blocks with known contents."""
+    blocks = pool.allocate(count)
+    for i, block in enumerate(blocks, start):
+        pool.cache(block, hash_block(None, [i]), [i])
+    return blocks
+
+
+def test_held_blocks_move_into_the_part_that_stays_and_neighbours_stay_neighbours():
+    pool = BlockPool(40)
+    front, back = fill(pool, 20), fill(pool, 8, start=100)
+    pool.free(front[:12])
+    pool.share(back[:2])
+    moves = pool.resize(20)
+    pool.check()
+    assert sorted(moves) == list(range(20, 28))
+    numbers = [block.block_id for block in back]
+    assert numbers == [moves[i] for i in range(20, 28)] == list(range(numbers[0], numbers[0] + 8))
+    assert [block.ref_count for block in back] == [2, 2] + [1] * 6
+    assert contents(back) == [(i,) for i in range(100, 108)]
+    assert pool.find_cached(hash_block(None, [103]), [103]) is back[3]
+    assert pool.num_free_blocks == 20 - 16
+
+
+def test_a_pool_that_grew_has_empty_blocks_and_forgets_nothing():
+    pool = BlockPool(4)
+    blocks = fill(pool, 4)
+    pool.free(blocks)
+    assert pool.resize(9) == {}
+    pool.check()
+    assert (pool.num_free_blocks, pool.num_free_cached) == (9, 4)
+    assert [block.block_id for block in pool.allocate(5)] == [4, 5, 6, 7, 8]
+
+
+def test_fewer_blocks_than_are_held_is_our_mistake():
+    pool = BlockPool(8)
+    fill(pool, 5)
+    with pytest.raises(AssertionError, match="4 blocks are too few for 5"):
+        pool.resize(4)
+
+
+def test_room_that_was_reserved_in_the_part_given_up_can_still_be_released():
+    pool = BlockPool(16)
+    reserved = pool.reserve(2, 12)
+    pool.resize(5)
+    pool.release(reserved)
+    assert len(pool.allocate(5)) == 5
+    pool.check()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_after_any_history_of_sizes_the_books_hold(seed):
+    rng = random.Random(seed)
+    pool, held, number = BlockPool(30), [], 0
+    for _ in range(60):
+        action = rng.choice(["take", "free", "resize"])
+        if action == "take" and pool.num_free_blocks:
+            count = rng.randint(1, pool.num_free_blocks)
+            held.append(fill(pool, count, start=number))
+            number += count
+        elif action == "free" and held:
+            pool.free(held.pop(rng.randrange(len(held))))
+        elif action == "resize":
+            before = [contents(blocks) for blocks in held]
+            pool.resize(rng.randint(max(1, pool.num_held_blocks), 60))
+            assert [contents(blocks) for blocks in held] == before
+        pool.check()
+        numbers = [block.block_id for blocks in held for block in blocks]
+        assert len(set(numbers)) == len(numbers) == pool.num_held_blocks
+        assert all(number < pool.num_blocks for number in numbers)
