@@ -16,6 +16,7 @@ from engine.errors import ConfigError, UnsupportedOptionError
 from vm_magic.chat_flags import SAMPLING_FLAGS, add_chat_flags
 from vm_magic.errors import HelpShown
 from vm_magic.grid import add_grid_flags
+from vm_magic.plan_command import Listed, add_plan_flags
 from vm_magic.remote.connect import add_connect_flags
 
 COMMANDS: dict[str, str] = {
@@ -46,6 +47,7 @@ CELL_COMMANDS = ("serve", "chat", "complete", "grid")
 FLAGS_OF: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "grid": lambda parser: add_grid_flags(parser, SAMPLING_FLAGS),
     "connect": add_connect_flags,
+    "plan": add_plan_flags,
 }
 """What gives a command its flags, for those with a module of their own."""
 
@@ -158,15 +160,9 @@ def command_parser(command: str) -> CommandParser:
             metavar="MODEL",
             help="smollm2, a folder, a hub id or a .gguf file",
         )
-        _add_engine_flags(parser)
+        _add_engine_flags(parser, lists=command == "plan")
     if command == "serve":
         _add_server_flags(parser)
-    elif command == "plan":
-        for name in PLAN_SIZES:
-            flag = f"--{name.replace('_', '-')}"
-            parser.add_argument(
-                flag, metavar="BYTES", default=argparse.SUPPRESS, help="a size such as 51.54GB, as given"
-            )
     elif command in ("chat", "complete"):
         add_chat_flags(parser, chat=command == "chat")
     elif command in FLAGS_OF:
@@ -199,31 +195,32 @@ def _add_client_flags(parser: CommandParser, *, export: bool) -> None:
     parser.add_argument("--model-id", metavar="NAME", help="what llm -m takes (default: the model's name)")
 
 
-def _add_engine_flags(parser: CommandParser) -> None:
+def _add_engine_flags(parser: CommandParser, *, lists: bool) -> None:
     group = parser.add_argument_group("engine flags")
     for flag in ENGINE_FLAGS:
         names = [f"--{flag.name}", *(f"--{alias}" for alias in flag.aliases)]
-        _add_flag(group, flag, names)
+        _add_flag(group, flag, names, lists=lists)
 
 
-def _add_flag(group: Any, flag: Flag, names: list[str]) -> None:
+def _add_flag(group: Any, flag: Flag, names: list[str], *, lists: bool) -> None:
     common: dict[str, Any] = {"help": flag.help.replace("%", "%%"), "default": argparse.SUPPRESS}
     if flag.kind == "switch":
         group.add_argument(*names, dest=flag.field, action=argparse.BooleanOptionalAction, **common)
     elif flag.kind == "list":
         group.add_argument(*names, dest=flag.field, action="extend", nargs="+", metavar=flag.metavar, **common)
     elif flag.choices:
-        group.add_argument(*names, dest=flag.field, type=_one_of(flag), choices=flag.choices, **common)
+        choices = Listed(flag.choices) if lists else flag.choices
+        group.add_argument(*names, dest=flag.field, type=_one_of(flag, lists=lists), choices=choices, **common)
     else:
         group.add_argument(*names, dest=flag.field, metavar=flag.metavar or None, **common)
 
 
-def _one_of(flag: Flag) -> Callable[[str], Any]:
+def _one_of(flag: Flag, *, lists: bool) -> Callable[[str], Any]:
     """Reads another name of a choice as the choice, and refuses others in the engine's words."""
 
     def read(text: str) -> Any:
         try:
-            return flag.parse(text)
+            return ",".join(flag.parse(part.strip()) for part in text.split(",")) if lists else flag.parse(text)
         except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error).removeprefix(f"--{flag.name} ")) from None
 
@@ -256,7 +253,6 @@ def _add_server_flags(parser: CommandParser) -> None:
         group.add_argument(name, action="store_true", help=text, **absent)
 
 
-PLAN_SIZES = ("device_memory", "model_memory", "overhead")
 SERVER_OPTIONS = (
     "host", "port", "api_key", "no_api_key", "allowed_origins", "allowed_hosts", "root_path",
     "trust_request_chat_template", "enable_request_id_headers", "enable_log_requests",

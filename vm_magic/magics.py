@@ -187,10 +187,9 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
         print(f"memory in use: {size_text(before)} before, {size_text(sessions.memory_in_use())} after")
 
     def _plan(self, parsed: argparse.Namespace) -> Any:
-        if parsed.model is None:
-            return self.session.require().plan
-        sizes = pick(parsed, arguments.PLAN_SIZES)
-        return sessions.new_plan(parsed.model, **pick(parsed, _ENGINE_OPTIONS), **sizes)
+        from vm_magic.plan_command import make_plan
+
+        return make_plan(self.session, parsed)
 
     def _models(self, _: argparse.Namespace) -> Table:
         if self.session.remote is not None:

@@ -53,6 +53,13 @@ def new_plan(model: str, **options: Any) -> Any:
     return engine.plan(model, **options)
 
 
+def new_plan_table(model: str, **settings: Any) -> Any:
+    """Plans of ``model`` for every combination of the lists in ``settings``."""
+    import engine
+
+    return engine.plan_table(model, **settings)
+
+
 def cached_models() -> "list[CachedModel]":
     """Models on this machine."""
     from engine import hub

@@ -238,6 +238,7 @@ def replacements() -> Iterator[tuple[str, Any]]:
     yield "find_model", fake_find
     yield "memory_in_use", lambda: MEMORY["bytes"]
     yield "new_plan", fake_plan
+    yield "new_plan_table", fake_plan
     yield "cached_models", fake_models
 
 
