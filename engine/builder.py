@@ -101,6 +101,7 @@ def _plan(
         max_num_batched_tokens=batched_tokens,
         kv_cache_dtype=args.kv_cache_dtype,
         knob=args.memory_knob,
+        prefix_caching=args.enable_prefix_caching,
     )
     return plan, overhead
 
@@ -114,7 +115,7 @@ def _groups(backend: Backend, loaded: LoadedModel, args: EngineArgs, chunk: int)
 def _cache_group(spec: KVGroupSpec, plan: MemoryPlan, backend: Backend, index: int, *, caching: bool) -> KVCacheGroup:
     """The bookkeeping of one planned group."""
     if spec.kind == "state":
-        return StateGroup(BlockPool(plan.max_num_seqs, enable_caching=False), spec.block_size)
+        return StateGroup(BlockPool(plan.num_blocks_of(spec), enable_caching=caching), spec.block_size)
     if spec.kind == "sliding":
         assert isinstance(backend, PagedBackend)
         window = backend.groups[index][0].window

@@ -1,7 +1,7 @@
 """The memory plan: bytes in, blocks out. Pure arithmetic, so it can be made before a weight is loaded.
 
     usable     = device_limit x fraction
-    kv_budget  = usable - model_memory - overhead - max_num_seqs x state_bytes_per_seq
+    kv_budget  = usable - model_memory - overhead - max_num_seqs x state_bytes_per_seq - checkpoints
     num_blocks = kv_budget // per_block_bytes
 
 A cache group either grows with the sequence (``full``, ``latent``: they share the blocks counted
@@ -25,6 +25,8 @@ MIN_BLOCKS = 16
 """Fewer blocks than this are refused (vllm-metal's PAGED_ATTENTION_MIN_BLOCKS)."""
 TYPICAL_SEQUENCE_LENGTH = 2048
 """Tokens that a sequence is taken to hold when ``max_num_seqs`` is found out."""
+_SEQUENCES_PER_CHECKPOINT = 8
+"""Slots that no sequence uses hold checkpoints too: these are for the time when all run."""
 MIN_POOL_BLOCKS = 64
 """Blocks of the smallest pool."""
 _VLLM_HELP = "https://docs.vllm.ai/en/latest/configuration/conserving_memory/"
@@ -114,6 +116,7 @@ class PlanInputs:
     max_num_batched_tokens: int | None = None
     kv_cache_dtype: str = "auto"
     knob: str = "gpu_memory_utilization"
+    prefix_caching: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,7 @@ class MemoryPlan:
     ``state_bytes_per_seq`` is what a sequence needs however short it is (state slots and sliding
     windows). ``kv_bytes_at_max_len`` is one sequence of ``max_model_len`` tokens with that
     included. ``max_model_len_that_fits`` is the longest such sequence, up to the model's context.
+    ``num_checkpoints``: states that the prefix cache may keep when all sequences run.
     """
 
     device_limit: int
@@ -142,11 +146,13 @@ class MemoryPlan:
     max_model_len_that_fits: int
     groups: tuple[KVGroupSpec, ...]
     inputs: PlanInputs
+    num_checkpoints: int = 0
 
     @property
     def state_memory(self) -> int:
-        """Bytes set aside for ``max_num_seqs`` sequences before any of them has grown."""
-        return self.max_num_seqs * self.state_bytes_per_seq
+        """Bytes set aside before any sequence has grown: for ``max_num_seqs`` of them, and for checkpoints."""
+        states = sum(group.state_bytes for group in self.groups)
+        return self.max_num_seqs * self.state_bytes_per_seq + self.num_checkpoints * states
 
     @property
     def max_concurrency(self) -> float:
@@ -162,6 +168,8 @@ class MemoryPlan:
         """Blocks (of states: slots) that ``group`` may come to hold."""
         if group.grows:
             return self.num_blocks
+        if group.kind == "state":
+            return self.max_num_seqs + self.num_checkpoints
         return self.max_num_seqs * group.blocks_per_sequence(self.max_model_len)
 
     def bytes_of(self, group: KVGroupSpec) -> int:
@@ -199,6 +207,7 @@ def plan_memory(
     max_num_batched_tokens: int | None = None,
     kv_cache_dtype: str = "auto",
     knob: str = "gpu_memory_utilization",
+    prefix_caching: bool = True,
 ) -> MemoryPlan:
     """Divide ``device_limit`` bytes. Raises :class:`MemoryPlanError` if nothing useful fits.
 
@@ -229,7 +238,8 @@ def plan_memory(
         num_seqs = min(need.most_sequences(available, length), max_num_batched_tokens or MAX_NUM_SEQS_LIMIT)
     else:
         num_seqs = max_num_seqs
-    kv_budget = available - num_seqs * need.fixed(length)
+    num_checkpoints = need.num_checkpoints(available, length, num_seqs) if prefix_caching else 0
+    kv_budget = available - num_seqs * need.fixed(length) - num_checkpoints * need.state
     num_blocks = need.num_blocks(kv_budget, length, num_seqs)
     plan = MemoryPlan(
         device_limit=device_limit,
@@ -248,7 +258,10 @@ def plan_memory(
         kv_bytes_at_max_len=need.growing(length) + need.fixed(length),
         max_model_len_that_fits=fits,
         groups=need.groups,
-        inputs=PlanInputs(context_length, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_dtype, knob),
+        inputs=PlanInputs(
+            context_length, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_dtype, knob, prefix_caching
+        ),
+        num_checkpoints=num_checkpoints,
     )
     _refuse_what_does_not_fit(plan, _Shortage(plan, need, available))
     return plan
@@ -286,6 +299,7 @@ def what_if(
         max_num_batched_tokens=asked.max_num_batched_tokens,
         kv_cache_dtype=dtype,
         knob=asked.knob if fraction is None else "memory_fraction",
+        prefix_caching=asked.prefix_caching,
     )
 
 
@@ -329,6 +343,18 @@ class _Need:
 
     def fixed(self, length: int) -> int:
         return sum(group.bytes_per_sequence(length) for group in self.groups if not group.grows)
+
+    @property
+    def state(self) -> int:
+        return sum(group.state_bytes for group in self.groups)
+
+    def num_checkpoints(self, available: int, length: int, num_seqs: int) -> int:
+        """States to keep besides those of ``num_seqs`` sequences: a few, and none where they would cost a sequence."""
+        if not self.state:
+            return 0
+        blocks = max(self.growing(length), MIN_BLOCKS * self.per_block_bytes)
+        left = available - num_seqs * self.fixed(length) - blocks
+        return max(0, min(1 + num_seqs // _SEQUENCES_PER_CHECKPOINT, left // self.state))
 
     def longest(self, available: int, context_length: int, num_seqs: int) -> int:
         """Most tokens, up to ``context_length``, of one sequence among ``num_seqs`` that have slots; 0 for none."""

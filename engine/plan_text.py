@@ -62,8 +62,12 @@ def parts(plan: "MemoryPlan") -> list[Part]:
     for kind, groups in (("windows", fixed["windows"]), ("states", fixed["states"])):
         each = sum(group.bytes_per_sequence(plan.max_model_len) for group in groups)
         if each:
-            remark = f"{plan.max_num_seqs} sequences × {size(each)}"
-            found.append(Part("windows" if kind == "windows" else "states", plan.max_num_seqs * each, remark))
+            kept = plan.num_checkpoints if kind == "states" else 0
+            number = (
+                f"({plan.max_num_seqs} sequences + {kept} checkpoints)" if kept else f"{plan.max_num_seqs} sequences"
+            )
+            remark = f"{number} × {size(each)}"
+            found.append(Part("windows" if kind == "windows" else "states", (plan.max_num_seqs + kept) * each, remark))
     found.append(Part("kv", plan.kv_budget, _blocks(plan)))
     outside = f"{1 - plan.fraction:.0%} of the device, for everything else"
     return [*found, Part("outside", plan.device_limit - plan.usable, outside)]

@@ -129,6 +129,7 @@ class _Planner:
             max_num_batched_tokens=batched_tokens,
             kv_cache_dtype=args.kv_cache_dtype,
             knob=args.memory_knob,
+            prefix_caching=args.enable_prefix_caching,
         )
 
 

@@ -17,6 +17,7 @@ from engine.llm import LLM
 from engine.runner.loader import load_model
 from engine.sampling_params import SamplingParams
 from tests.benchmarks.harness import Case, Measure
+from tests.benchmarks.hybrid_cases import hybrid_cases
 from tests.benchmarks.kv_dtype_cases import kv_dtype_cases
 from tests.benchmarks.notebook_cases import notebook_cases
 
@@ -87,6 +88,7 @@ def all_cases() -> Iterator[Case]:
         target=5.0,
     )
     setup.llm.close()
+    yield from hybrid_cases()
     yield from kv_dtype_cases(MODEL)
     yield from notebook_cases(MODEL)
 

@@ -177,7 +177,24 @@ def test_qwen_3_6s_states_are_set_aside_for_the_sequences_that_fit_not_for_256(m
         seed_plan(**given, max_num_seqs=256, max_model_len=32_768)
     plan = seed_plan(**given, max_model_len=32_768)
     assert plan.max_num_seqs > 10
-    assert plan.kv_budget == plan.usable - plan.model_memory - plan.overhead - plan.max_num_seqs * state
+    assert plan.num_checkpoints == 1 + plan.max_num_seqs // 8
+    slots = plan.max_num_seqs + plan.num_checkpoints
+    assert plan.kv_budget == plan.usable - plan.model_memory - plan.overhead - slots * state
+    assert slots * state == plan.state_memory == plan.bytes_of(groups[1])
+    without = seed_plan(**given, max_model_len=32_768, prefix_caching=False)
+    assert (without.num_checkpoints, without.state_memory) == (0, without.max_num_seqs * state)
+
+
+def test_checkpoints_never_cost_the_one_sequence_that_fits():
+    """A budget of one state and one sequence's blocks, and 0 to 2 states more."""
+    groups = [KVGroupSpec("full", (3,), bytes_per_token=1000), KVGroupSpec("state", (0,), state_bytes=10**6)]
+    for spare in range(3):
+        budget = 16 * 16 * 1000 + (1 + spare) * 10**6
+        plan = plan_memory(
+            groups=groups, device_limit=budget, fraction=1.0, model_memory=0, overhead=0, block_size=16,
+            context_length=256, max_num_seqs=1,
+        )  # fmt: skip
+        assert (plan.max_num_seqs, plan.num_checkpoints) == (1, min(spare, 1))
 
 
 def test_shared_layers_cost_nothing_and_latent_ones_grow_like_full_ones():
@@ -217,7 +234,7 @@ def test_the_text_for_people_shows_every_part_and_every_group():
     assert table[1][3] == "4096B"
     assert table[2][-2] == str(plan.num_sliding_blocks(SLIDING))
     assert "4 (0-2, 5)" in text
-    assert f"{plan.max_num_seqs} slots" in text
+    assert f"{plan.max_num_seqs + plan.num_checkpoints} slots" in text
 
 
 def test_the_bar_has_one_cell_at_least_for_every_part_and_always_its_width():
@@ -237,7 +254,7 @@ def test_groups_and_parts_say_the_same_bytes():
     plan = seed_plan(groups=[FULL, SLIDING, state, KVGroupSpec("shared", (7,), bytes_per_token=4)], max_num_seqs=9)
     sizes = {part.kind: part.num_bytes for part in plan_text.parts(plan)}
     assert plan.bytes_of(SLIDING) == sizes["windows"] == 9 * 65 * 16 * 8192
-    assert plan.bytes_of(state) == sizes["states"] == 9 * 10**6
+    assert plan.bytes_of(state) == sizes["states"] == (9 + 2) * 10**6
     assert 0 <= sizes["kv"] - plan.bytes_of(FULL) < plan.per_block_bytes
     assert plan.bytes_of(plan.groups[3]) == plan.num_blocks_of(plan.groups[3]) == 0
 
