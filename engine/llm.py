@@ -24,9 +24,10 @@ from engine.hub import resolve
 from engine.live_values import LiveValues
 from engine.metrics import EngineMetrics
 from engine.outputs import CompletionDelta, RequestOutput
+from engine.request import TRACELESS
 from engine.request_log import RequestLog
 from engine.request_maker import RequestMaker
-from engine.runner.devices import active_memory, prepare_backend
+from engine.runner.devices import active_memory, describe_device, prepare_backend
 from engine.sampling_defaults import Resolved, SamplingDefaults
 from engine.sampling_params import SamplingParams
 from engine.score import Score, score_text
@@ -40,6 +41,7 @@ from engine.text.tokenizer import Tokenizer, load_tokenizer
 if TYPE_CHECKING:
     import pandas
 
+    from engine.bench import Bench
     from engine.llm_engine import EngineStats, LLMEngine
     from engine.memory import MemoryPlan
     from engine.openai.server import ServerHandle
@@ -219,7 +221,8 @@ class LLM:
             lambda: thread.finish_thinking(request_id),
         )
         self._thread.submit(request, stream)
-        self.request_log.add(stream, max_tokens=request.max_tokens, cache_salt=cache_salt, constraints=constraints)
+        if cache_salt != TRACELESS:
+            self.request_log.add(stream, max_tokens=request.max_tokens, cache_salt=cache_salt, constraints=constraints)
         return stream
 
     def generate(
@@ -382,6 +385,13 @@ class LLM:
         self.metrics.set_cache_config(num_gpu_blocks=plan.num_blocks, gpu_memory_utilization=plan.fraction)
         self._follow_settings()
         return plan
+
+    def bench(self, **options: Any) -> "Bench":
+        """A measurement of this model's speed (see :class:`engine.bench.Bench`): ``llm.bench(seconds=20).run()``."""
+        from engine.bench import Bench
+
+        device = self._thread.call(lambda _: describe_device())
+        return Bench(self, f"{device.name} ({device.kind})", self._requests.vocab_size, **options)
 
     def activity(self) -> Activity:
         """Requests under way, counters and recent speed; while a step takes long, as of the step before."""

@@ -9,6 +9,9 @@ from engine.errors import ContextLengthError
 from engine.outputs import RequestMetrics
 from engine.sampling_params import SamplingParams
 
+TRACELESS = "\0traceless"
+"""Cache salt of requests that neither read nor fill the prefix cache and are not remembered for ``explain``."""
+
 
 class RequestStatus(enum.Enum):
     """Where a request stands. The last five are final."""

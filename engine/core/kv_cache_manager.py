@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from engine.core.cache_groups import KVCacheGroup
 from engine.core.state_group import StateGroup
-from engine.request import Request
+from engine.request import TRACELESS, Request
 
 
 class KVCacheManager:
@@ -19,7 +19,7 @@ class KVCacheManager:
 
         Groups of states then know where to take checkpoints while ``request`` runs.
         """
-        if request.params.prompt_logprobs is not None:
+        if request.params.prompt_logprobs is not None or request.cache_salt == TRACELESS:
             return 0
         limit = request.num_tokens - 1  # the last token is always left to compute
         shared = self._common_prefix(request, limit, [group for group in self.groups if group not in self._states])
@@ -67,6 +67,8 @@ class KVCacheManager:
 
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
         """Make computed full blocks findable."""
+        if request.cache_salt == TRACELESS:
+            return
         for group in self.groups:
             group.cache_blocks(request, num_tokens)
 

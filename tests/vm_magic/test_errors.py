@@ -5,15 +5,9 @@ from typing import Any
 import pytest
 from IPython.core.error import UsageError
 
-from engine.errors import ConfigError, UnsupportedOptionError
+from engine.errors import ConfigError
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import Capture, cell, line
-
-
-@pytest.mark.parametrize("command", ["panel", "bench", "connect"])
-def test_commands_of_later_versions_are_refused_by_name(shell: Any, command: str) -> None:
-    with pytest.raises(UnsupportedOptionError, match=f"{command}: not in this version"):
-        line(shell, command)
 
 
 def test_an_unknown_command_names_the_nearest(shell: Any) -> None:
