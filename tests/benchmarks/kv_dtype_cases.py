@@ -16,7 +16,7 @@ CONTEXTS = (64, 1024)
 
 
 def kv_dtype_cases(model: str) -> Iterator[Case]:
-    """One stream at two context lengths, each quantized type against ``auto``; engines are loaded when first measured."""
+    """One stream at two context lengths, each quantized type against ``auto``; engines load when first measured."""
     engines: dict[str, LLM] = {}
 
     def decode(dtype: str, context: int) -> float:
