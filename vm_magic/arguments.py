@@ -13,11 +13,12 @@ from IPython.core.magic_arguments import MagicArgumentParser
 
 from engine.config import ENGINE_FLAGS, REFUSED_FLAGS, Flag, refuse_flag
 from engine.errors import ConfigError, UnsupportedOptionError
-from vm_magic.chat_flags import SAMPLING_FLAGS, add_chat_flags
+from vm_magic.chat_flags import SAMPLING_FLAGS, add_chat_flags, add_conversation_name
 from vm_magic.errors import HelpShown
 from vm_magic.grid import add_grid_flags
 from vm_magic.plan_command import Listed, add_plan_flags
 from vm_magic.remote.connect import add_connect_flags
+from vm_magic.score_command import add_score_flags
 
 COMMANDS: dict[str, str] = {
     "status": "what is loaded, its memory, the port, the last reply's speed",
@@ -35,6 +36,7 @@ COMMANDS: dict[str, str] = {
     "reset": "forget a conversation",
     "history": "show a conversation",
     "models": "models on this machine",
+    "score": "a text's perplexity and the probability of each token (cell form: the cell's body)",
     "explain": "the last request: prompt, values and their sources, cache hit, raw and parsed output",
     "export": "the same as a vllm serve command, or what a client needs (--client)",
     "llm": "write or show the llm command-line tool's entry for the open port",
@@ -43,8 +45,11 @@ COMMANDS: dict[str, str] = {
 }
 LATER_COMMANDS = frozenset({"bench"})
 CLIENT_NAMES = ("openai", "anthropic", "llm", "curl", "codex")
-CELL_COMMANDS = ("serve", "chat", "complete", "grid")
+CELL_COMMANDS = ("serve", "chat", "complete", "grid", "score")
 FLAGS_OF: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "history": lambda parser: add_conversation_name(parser, "--list", "all conversations in a table"),
+    "reset": lambda parser: add_conversation_name(parser, "--all", "every conversation"),
+    "score": add_score_flags,
     "grid": lambda parser: add_grid_flags(parser, SAMPLING_FLAGS),
     "connect": add_connect_flags,
     "plan": add_plan_flags,
@@ -152,7 +157,7 @@ def _json_or_text(text: str) -> Any:
 @cache
 def command_parser(command: str) -> CommandParser:
     """The parser of ``command``, one of :data:`COMMANDS`."""
-    parser = CommandParser(command, cell=command in ("chat", "complete", "grid"))
+    parser = CommandParser(command, cell=command in CELL_COMMANDS[1:])
     if command in ("load", "plan", "serve"):
         parser.add_argument(
             "model",
@@ -167,8 +172,6 @@ def command_parser(command: str) -> CommandParser:
         add_chat_flags(parser, chat=command == "chat")
     elif command in FLAGS_OF:
         FLAGS_OF[command](parser)
-    elif command in ("reset", "history"):
-        parser.add_argument("name", nargs="?", metavar="NAME", help="which conversation")
     elif command == "set":
         parser.add_argument("values", nargs=argparse.REMAINDER, metavar="KEY=VALUE")
     elif command == "panel":

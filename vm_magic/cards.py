@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from engine.outputs import Reply
 from engine.settings import Settings
-from vm_magic.conversation import Message
 from vm_magic.progress import size_text
 
 if TYPE_CHECKING:
@@ -90,25 +89,6 @@ class StatusCard:
             return ""
         fill = f"width:{self.usage * 100:.1f}%;height:100%;display:block;background:var(--jp-brand-color1,#1976d2)"
         return f'<span style="{_BAR_STYLE}"><span style="{fill}"></span></span>'
-
-
-@dataclass(frozen=True)
-class HistoryView:
-    """A conversation's messages, as text and as Markdown."""
-
-    name: str
-    messages: tuple[Message, ...]
-    others: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        return "\n\n".join(f"{m['role']}: {m['content']}" for m in self.messages) or self._empty()
-
-    def _repr_markdown_(self) -> str:
-        return "\n\n".join(f"**{m['role']}**\n\n{m['content']}" for m in self.messages) or self._empty()
-
-    def _empty(self) -> str:
-        others = f"; there are: {', '.join(self.others)}" if self.others else ""
-        return f"no messages in conversation {self.name!r} yet{others}"
 
 
 def status_card(session: "Session") -> StatusCard:

@@ -6,6 +6,7 @@ from typing import Any
 from engine.config import human_int
 
 FORMATS = ("markdown", "text", "code", "json")
+TOOL_CHOICES = ("auto", "none", "required")
 DEFAULT_TOOL_ROUNDS = 5
 DEFAULT_ALTERNATIVES = 5
 SAMPLING_FLAGS: tuple[tuple[tuple[str, ...], str, Any, str], ...] = (
@@ -107,6 +108,12 @@ def _add_tool_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"how often the model may call before it must stop ({DEFAULT_TOOL_ROUNDS})",
     )
+
+
+def add_conversation_name(parser: argparse.ArgumentParser, flag: str, about: str) -> None:
+    """Give ``parser`` a conversation's name, and a ``flag`` for all of them."""
+    parser.add_argument("name", nargs="?", metavar="NAME", help="which conversation")
+    parser.add_argument(flag, action="store_true", help=about)
 
 
 def tool_names(text: str) -> list[str]:

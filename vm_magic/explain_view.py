@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.explain import Explanation, Output
+from engine.token_picture import escaped
 from vm_magic.cards import CARD_STYLE
+from vm_magic.explain_picture import prompt_html, time_bar_html, time_bar_text
 
 _TOKENS_SHOWN = 40
 """Tokens of the prompt's end that the text form shows."""
-_TOKENS_IN_HTML = 2000
-_PRE = "white-space:pre-wrap;word-break:break-word;margin:2px 0;max-height:20em;overflow:auto;font-size:12px"
-_PART_COLOURS = ("rgba(67,160,71,.22)", "rgba(251,192,45,.28)", "transparent")
-_PART_NAMES = ("from the cache", "known, but computed again", "new")
+_PRE = "white-space:pre-wrap;overflow-wrap:break-word;margin:2px 0;max-height:20em;overflow:auto;font-size:12px"
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,10 @@ class ExplainView:
             ("constraints", list(told.constraints)),
             ("prefix cache", self._cache()),
             ("prompt", told.prompt.splitlines()),
-            (f"prompt tokens ({len(told.tokens)})", [self._last_tokens()]),
+            (f"prompt tokens ({len(told.tokens)}; ▸ is the first that was not in the cache)", [self._last_tokens()]),
             *(section for output in told.outputs for section in _output_sections(output)),
         ]
-        lines = [self.headline, *([told.timing()] if told.timing() else [])]
+        lines = [self.headline, *time_bar_text(told)]
         for title, body in sections:
             if body:
                 lines += ["", title, *(f"  {line}" for line in body)]
@@ -58,9 +57,12 @@ class ExplainView:
         return lines
 
     def _last_tokens(self) -> str:
-        shown = self.explanation.tokens[-_TOKENS_SHOWN:]
-        more = "…|" if len(shown) < len(self.explanation.tokens) else ""
-        return more + "|".join(json.dumps(token, ensure_ascii=False)[1:-1] for token in shown)
+        tokens, cached = self.explanation.tokens, self.explanation.cache.num_cached_tokens
+        start = max(0, len(tokens) - _TOKENS_SHOWN)
+        texts = [json.dumps(token, ensure_ascii=False)[1:-1] for token in tokens[start:]]
+        if start <= cached < len(tokens):
+            texts[cached - start] = f"▸{texts[cached - start]}"
+        return ("…|" if start else "") + "|".join(texts)
 
     def _repr_html_(self) -> str:
         told = self.explanation
@@ -71,33 +73,16 @@ class ExplainView:
         constraints = "".join(f"<div>{html.escape(line)}</div>" for line in told.constraints)
         return (
             f'<div style="{CARD_STYLE};max-width:100%"><b>{html.escape(self.headline)}</b>'
-            f'<div style="opacity:.7">{html.escape(told.timing())}</div>'
+            + time_bar_html(told)
             + _details("sampling values and their sources", f'<table style="border:none">{rows}</table>{constraints}')
             + _details(self._cache()[0], self._cache_html(), is_open=True)
-            + _details(f"prompt tokens ({len(told.tokens)})", self._tokens_html())
             + "".join(_output_html(output) for output in told.outputs)
             + "</div>"
         )
 
     def _cache_html(self) -> str:
-        parts = zip(self.explanation.prompt_parts, _PART_COLOURS, _PART_NAMES, strict=True)
-        prompt = "".join(
-            f'<span style="background:{colour}" title="{name}">{html.escape(text)}</span>'
-            for text, colour, name in parts
-        )
-        parted = "".join(f"<div><code>{html.escape(line)}</code></div>" for line in self._cache()[1:])
-        return f'{parted}<pre style="{_PRE}">{prompt}</pre>'
-
-    def _tokens_html(self) -> str:
-        told = self.explanation
-        left_out = max(0, len(told.tokens) - _TOKENS_IN_HTML)
-        pairs = zip(told.tokens[left_out:], told.prompt_token_ids[left_out:], strict=True)
-        spans = "".join(
-            f'<span title="{token_id}" style="border-right:1px solid rgba(128,128,128,.5)">{html.escape(text)}</span>'
-            for text, token_id in pairs
-        )
-        before = f"<div>{left_out} tokens before these are left out</div>" if left_out else ""
-        return f'{before}<pre style="{_PRE}">{spans}</pre>'
+        parted = "".join(f"<div><code>{escaped(line)}</code></div>" for line in self._cache()[1:])
+        return parted + prompt_html(self.explanation)
 
 
 def _output_sections(output: Output) -> Iterator[tuple[str, list[str]]]:

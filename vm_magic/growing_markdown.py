@@ -26,16 +26,18 @@ def steady(text: str) -> str:
 
 
 def _without_half_table(lines: list[str]) -> list[str]:
-    """Hold a table's head back until the row below it is complete: before that it is a paragraph of bars."""
+    """Hold back a table's head until the row below it is complete, and each row until it is: bars are no text."""
     end = len(lines) - (lines[-1] == "")
     start = end
     while start and "|" in lines[start - 1]:
         start -= 1
     block = lines[start:end]
-    if not block or not block[0].lstrip().startswith("|") or len(block) > 2:
+    if not block or not block[0].lstrip().startswith("|"):
         return lines
-    complete = len(block) == 2 and end < len(lines) and _DELIMITER_ROW.match(block[1])
-    return lines if complete else lines[:start]
+    whole_rows = block if end < len(lines) else block[:-1]
+    if len(whole_rows) < 2:
+        return lines[:start]
+    return [*lines[: start + len(whole_rows)], ""] if _DELIMITER_ROW.match(whole_rows[1]) else lines
 
 
 def _with_closed_marks(lines: list[str]) -> str:

@@ -19,7 +19,6 @@ from vm_magic import arguments
 from vm_magic import session as sessions
 from vm_magic.arguments import COMMANDS, LATER_COMMANDS, command_parser, pick, split_text, split_words
 from vm_magic.cards import (
-    HistoryView,
     StatusCard,
     Table,
     metrics_table,
@@ -29,11 +28,13 @@ from vm_magic.cards import (
 )
 from vm_magic.display import can_update
 from vm_magic.errors import HelpShown, Interrupted, short_error
+from vm_magic.history_view import HistoryView, conversations_table, history_view
 from vm_magic.live_settings import LiveTraits, change_settings
 from vm_magic.panel import close_panel, open_panel, panel_bundle, panel_line
 from vm_magic.progress import LoadProgress, size_text
 from vm_magic.references import release_references
 from vm_magic.remote.cards import refuse_remote, remote_card, remote_metrics, remote_models
+from vm_magic.score_command import score_command
 from vm_magic.session import NotebookServer, Session, environment
 from vm_magic.settings_text import read_settings
 from vm_magic.shell_text import read_shell_text
@@ -105,6 +106,9 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
             return talk(self.session, self.shell, name, rest, cell)
         if name == "grid":
             return self._grid(rest, cell)
+        if name == "score":
+            words, text = split_text(command_parser(name), rest)
+            return score_command(self.session, self.shell, command_parser(name).read(words), text, cell)
         if name == "set":
             return self._set(rest, cell)
         parsed = command_parser(name).read(split_words(rest)) if cell is None or name != "serve" else None
@@ -223,15 +227,16 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
         print(settings_text(self.session.settings) or "nothing is set: the model's own defaults hold")
 
     def _reset(self, parsed: argparse.Namespace) -> None:
-        conversation = self.session.conversation(parsed.name)
-        count = len(conversation.messages)
-        conversation.clear()
-        print(f"conversation {conversation.name!r}: {count} messages forgotten")
+        named = [self.session.conversation(parsed.name)]
+        for conversation in self.session.conversations.values() if parsed.all else named:
+            count = len(conversation.messages)
+            conversation.clear()
+            print(f"conversation {conversation.name!r}: {count} messages forgotten")
 
-    def _history(self, parsed: argparse.Namespace) -> HistoryView:
-        conversation = self.session.conversation(parsed.name)
-        others = (name for name, other in self.session.conversations.items() if other.messages)
-        return HistoryView(conversation.name, tuple(conversation.messages), tuple(others))
+    def _history(self, parsed: argparse.Namespace) -> HistoryView | Table:
+        if parsed.list:
+            return conversations_table(self.session.conversations)
+        return history_view(self.session.conversation(parsed.name), self.session.conversations)
 
     def _explain(self, parsed: argparse.Namespace) -> Any:
         from vm_magic.explain_view import ExplainView

@@ -17,7 +17,8 @@ from vm_magic.pending_reply import PendingReply
 from vm_magic.reply_bundle import reply_bundle
 from vm_magic.reply_reader import ReplyText
 from vm_magic.session import Session
-from vm_magic.tool_loop import MAX_RESULT_LENGTH, ToolLoop, read_tool_choice
+from vm_magic.tool_loop import ToolLoop, read_tool_choice
+from vm_magic.tools import MAX_RESULT_LENGTH
 
 if TYPE_CHECKING:
     from vm_magic.tools import NotebookTool

@@ -7,6 +7,7 @@ from typing import Any
 from engine.errors import RequestError
 from engine.outputs import Reply
 from vm_magic.chat import FAILED, INTERRUPTED, Generation
+from vm_magic.chat_flags import TOOL_CHOICES
 from vm_magic.conversation import Conversation, Message
 from vm_magic.display import ReplyView
 from vm_magic.errors import Interrupted
@@ -117,7 +118,7 @@ class ToolLoop:
 
 def read_tool_choice(choice: str | None, tools: Sequence[NotebookTool]) -> str | dict[str, Any] | None:
     """OpenAI's ``tool_choice`` for a flag's value. Raises RequestError for a name that is not among ``tools``."""
-    if choice is None or choice in ("auto", "none", "required"):
+    if choice is None or choice in TOOL_CHOICES:
         if choice is not None and not tools:
             raise RequestError("--tool-choice goes with --tools: name the functions there", param="tool_choice")
         return choice

@@ -316,3 +316,44 @@ def test_a_detached_reply_can_be_cancelled_or_stored(shell: Any, loaded: fakes.F
     while "later" not in shell.user_ns and time.monotonic() < deadline:
         time.sleep(0.02)
     assert str(shell.user_ns["later"]) == " ".join(fakes.WORDS)
+
+
+def test_a_conversation_is_forked_and_the_old_one_stays(shell: Any, loaded: fakes.FakeLLM) -> None:
+    cell(shell, "chat -s Terse.", "one")
+    cell(shell, "chat -c second --fork default", "two")
+    answer = " ".join(fakes.WORDS)
+    assert loaded.prompts[-1] == f"<system>Terse.<user>one<assistant>{answer}<user>two<assistant>"
+    assert len(line(shell, "history").messages) == 3
+    assert len(line(shell, "history second").messages) == 5
+    for flags, told in (
+        ("-c second --fork default", "has messages already"),
+        ("-c third --fork nowhere", "there are: default, second"),
+        ("--fork default", "another name with -c"),
+    ):
+        with pytest.raises(RequestError, match=told):
+            cell(shell, f"chat {flags}", "three")
+    cell(shell, "chat -c second --new --fork default", "three")
+    assert len(line(shell, "history second").messages) == 5
+
+
+def test_conversations_are_listed_and_forgotten_together(shell: Any, loaded: fakes.FakeLLM) -> None:
+    assert "no conversations yet" in repr(line(shell, "history --list"))
+    cell(shell, "chat", "one")
+    cell(shell, "chat -c side --fork default", "two")
+    assert line(shell, "history --list").rows == (
+        ("default", "2", "", " ".join(fakes.WORDS)),
+        ("side", "4", "default", " ".join(fakes.WORDS)),
+    )
+    line(shell, "reset --all")
+    assert line(shell, "history side").messages == ()
+    assert line(shell, "history --list").rows == ()
+
+
+def test_nothing_that_a_model_writes_runs_in_the_page(shell: Any, loaded: fakes.FakeLLM) -> None:
+    loaded.reasoning_parser = "qwen3"
+    loaded.words = ["<think><script>1</script></think><img src=x onerror=alert(1)> ![x](http://a/b.png)"]
+    cell(shell, "chat", "hi")
+    for page in (shown(shell)["text/markdown"], line(shell, "history")._repr_markdown_()):
+        assert "<script" not in page
+        assert "<img" not in page
+        assert "![" not in page

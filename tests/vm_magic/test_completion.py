@@ -30,11 +30,22 @@ def completions(shell: Any, code: str, position: int | None = None) -> list[str]
         ("%%chat -c si", {"side"}),
         ("%vllm_metal history si", {"side"}),
         ("%%vllm_metal co", {"complete"}),
+        ("%vllm_metal sc", {"score"}),
+        ("%%vllm_metal sc", {"score"}),
+        ("%%vllm_metal score --l", {"--logprobs"}),
+        ("%vllm_metal history --l", {"--list"}),
+        ("%%chat -c new --fork si", {"side"}),
+        ("%%chat --to", {"--tools", "--tool-choice", "--top-p", "--top-k"}),
+        ("%%chat --tools my_f", {"my_function"}),
+        ("%%chat --tools one,my_f", {"one,my_function"}),
+        ("%%chat --tools my_function --tool-choice m", {"my_function"}),
+        ("%%chat --tool-choice re", {"required"}),
         ("%%vllm_metal chat --no-s", {"--no-stream"}),
     ],
 )
 def test_commands_flags_values_models_and_conversations(shell: Any, code: str, found: set[str]) -> None:
     line(shell, "reset side")
+    shell.run_cell("def my_function(): ...").raise_error()
     assert set(completions(shell, code)) == found
 
 

@@ -1,5 +1,6 @@
 """``%vllm_metal explain`` over the real engine on a tiny model."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_a_cell_is_explained_with_prompt_values_cache_and_output(shell: Any, rea
     reply = cell(shell, f"chat {GREEDY} --top-p 0.5", "What is <b>?")
     text = repr(line(shell, "explain"))
     assert text.startswith("request 1 (req-")
-    assert "queue 0." in text
+    assert re.search(r"queue  +0\.", text)
     assert "  temperature         0.0   flag\n" in text
     assert "  top_p               0.5   flag\n" in text
     assert "  max_tokens          3     flag\n" in text
@@ -63,10 +64,38 @@ def test_the_page_escapes_what_the_user_wrote_and_marks_the_cached_part(shell: A
         cell(shell, f"chat {GREEDY} --new", "What is <script>alert(1)</script>, and why is it written like that?")
     page = line(shell, "explain")._repr_html_()
     assert "<script>" not in page
-    assert "&lt;script&gt;alert(1)" in page
-    cached = page.split('title="from the cache">')[1].split("</span>")[0]
-    assert cached.startswith("&lt;|im_start|&gt;")
-    assert page.count("<details") == page.count("</details>") == 4
+    assert "&lt;" in page
+    spans = page.split("<pre")[1].split("</pre>")[0].split("<span")[1:]
+    cached = [span for span in spans if "from the cache" in span]
+    assert len(cached) == line(shell, "explain").explanation.cache.num_cached_tokens == 48
+    assert "first miss" in spans[48]
+    assert "&lt;&#124;im&#95;start&#124;&gt;" in cached[0]
+    assert page.count("<details") == page.count("</details>") == 3
+
+
+def test_the_time_is_a_bar_of_its_parts(shell: Any, real: LLM) -> None:
+    cell(shell, f"chat {GREEDY} --new", "What is it?")
+    view = line(shell, "explain")
+    widths = [float(width) for width in re.findall(r"width:([\d.]+)%;height:14px", view._repr_html_())]
+    assert len(widths) == 3
+    assert sum(widths) == pytest.approx(100, abs=0.1)
+    bar, *parts = repr(view).splitlines()[1:5]
+    assert len(bar.split()[0]) == 48
+    assert [part.split()[1] for part in parts] == ["queue", "prefill", "decode"]
+    assert "tokens computed" in parts[1]
+    assert "2 more tokens" in parts[2]
+
+
+def test_the_text_marks_the_first_token_that_was_not_in_memory(shell: Any, real: LLM) -> None:
+    for animal in ("dogs", "cats"):
+        cell(shell, f"chat {GREEDY} --new", f"Tell me all about foxes, and then some more about {animal}, if any")
+    told = line(shell, "explain").explanation
+    shown = next(
+        row for row in repr(line(shell, "explain")).splitlines() if "▸" in row and "|" in row and "first" not in row
+    )
+    before = told.tokens[: told.cache.num_cached_tokens]
+    assert shown.split("▸")[0].removeprefix("  ").removeprefix("…|").count("|") <= len(before)
+    assert shown.split("▸")[1].split("|")[0] == told.tokens[told.cache.num_cached_tokens]
 
 
 def test_a_request_from_python_is_explained_too(shell: Any, real: LLM) -> None:
