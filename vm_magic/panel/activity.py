@@ -75,8 +75,10 @@ class ActivitySection:
         if activity is None:
             self._show_nothing()
             return
+        names = [request.request_id for request in activity.requests]
+        drawn = () if seen.blocks is None else seen.blocks.request_ids
+        self.palette.assign(list(dict.fromkeys([*drawn, *names])))
         if seen.blocks is not None:
-            self.palette.assign(seen.blocks.request_ids)
             self.blocks.value = f"<h4>KV blocks</h4>{block_map_svg(seen.blocks, self.palette)}"
         self._show_requests(activity)
         self.throughput.value = f"<h4>Generated tokens per second</h4>{throughput_svg(activity)}"

@@ -1,5 +1,6 @@
 """The panel's sampling section: every live setting, presets, thinking. Changes reach requests that run already."""
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -223,7 +224,8 @@ class SamplingSection:
                     parameter.source.value = faint(source)
                     parameter.undo.layout.visibility = "visible" if everything.get(name) is not None else "hidden"
                 else:
-                    parameter.show(getattr(resolved.params, name), source, resolved.sources[name] == "set")
+                    is_set = resolved.sources[name] == "set"
+                    parameter.show(everything[name] if is_set else getattr(resolved.params, name), source, is_set)
             self._show_thinking(seen, everything)
             self.preset.value = settings.preset or MODEL_PRESET
             self.forget_all.disabled = not everything
@@ -260,9 +262,7 @@ def field_text(value: Any) -> str:
     """A value as ``set`` would read it again."""
     if value is None:
         return ""
-    if isinstance(value, tuple):
-        return str(list(value)) if value else "[]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _words(source: str) -> str:

@@ -1,0 +1,182 @@
+"""The panel as a user has it: sliders moved, buttons pressed, the engine's answer seen."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.conftest import PATIENCE, Lab, Notebook
+from tests.browser.http_stream import HttpStream
+from tests.scripted_model import SUFFIX
+
+COUNTING = " ".join(str(number) for number in range(1200))
+PROMPT = f"Count!{SUFFIX}"
+LOAD = "%load_ext vm_magic\nfrom tests.scripted_model import install; install()\n%vllm_metal load {folder} {flags}"
+FLAGS = "--max-model-len 3000 --gpu-memory-utilization 0.02 --served-model-name scripted"
+
+
+def expect(locator: Any) -> Any:
+    from playwright.sync_api import expect as playwright_expect
+
+    return playwright_expect(locator)
+
+
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE / 1000
+    while not true():
+        assert time.monotonic() < deadline, f"it never happened: {what}"
+        time.sleep(0.05)
+
+
+class PanelPage:
+    """The panel's parts on a page."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.root = page.locator(".vm-panel").first
+        self.head = self.root.locator(".vmp-head")
+        self.requests = self.root.locator(".vmp-req[data-request]:visible")
+
+    def tab(self, name: str) -> None:
+        self.root.locator(".lm-TabBar-tab", has_text=name).click()
+
+    def slider(self, name: str) -> Any:
+        """The handle of a slider: Home and End, arrows."""
+        return self.root.locator(".widget-hslider", has_text=name).locator(".noUi-handle")
+
+    def figure(self, name: str) -> Any:
+        """A figure of the memory plan's identity."""
+        return self.root.locator(f'[data-name="{name}"] .vmp-v')
+
+    def button(self, name: str) -> Any:
+        return self.root.get_by_role("button", name=name, exact=True)
+
+
+@pytest.fixture
+def scripted(lab: Lab, open_notebook: Callable[[str], Notebook], script_folder: Callable[..., Path]) -> Any:
+    """Opens a notebook whose first cell loads a model that counts, slowly."""
+
+    def make(name: str, *cells: str, step_seconds: float = 0.05) -> Notebook:
+        folder = script_folder(name, COUNTING, step_seconds=step_seconds)
+        lab.write(f"{name}.ipynb", [LOAD.format(folder=folder, flags=FLAGS), *cells])
+        return open_notebook(f"{name}.ipynb")
+
+    return make
+
+
+@pytest.fixture
+def streams() -> Iterator[list[HttpStream]]:
+    made: list[HttpStream] = []
+    yield made
+    for stream in made:
+        stream.close()
+
+
+def port_of(notebook: Notebook, number: int) -> tuple[str, str]:
+    """(base URL, key) that a cell printed."""
+    expect(notebook.output(number)).to_contain_text("sk-", timeout=PATIENCE)
+    found = re.search(r"(http://\S+/v1) (sk-\S+)", notebook.output(number).inner_text())
+    assert found is not None
+    return found[1], found[2]
+
+
+def test_the_panel_steers_requests_that_run(scripted: Any, streams: list[HttpStream]) -> None:
+    notebook = scripted(
+        "steering",
+        "server = %vllm_metal serve --port 0\nprint(server.base_url, server.api_key)",
+        "%vllm_metal set temperature=1000 ignore_eos=true\n%vllm_metal panel",
+    )
+    notebook.run_all()
+    panel = PanelPage(notebook.page)
+    panel.root.wait_for()
+    url, key = port_of(notebook, 1)
+    streams += [HttpStream(url, key, PROMPT, max_tokens=2900) for _ in range(2)]
+    expect(panel.requests).to_have_count(2, timeout=PATIENCE)
+    expect(panel.requests.first).to_contain_text("tok/s", timeout=PATIENCE)
+    panel.root.locator('.vmp-blocks [data-kind="1"]').first.wait_for()
+    notebook.shot("panel-activity", panel.root)
+
+    # lower the temperature of the streams under way
+    wait_until(lambda: len(streams[0].text) > 30, "words of the first stream")
+    assert "10 11 12" not in streams[0].text
+    panel.tab("Sampling")
+    panel.slider("temperature").press("Home")
+    wait_until(lambda: re.search(r"(\d+) \d+ \d+ \d+ \d+", streams[0].text) is not None, "the script, in order")
+    notebook.shot("panel-sampling", panel.root)
+
+    # cancel the second one; the first goes on
+    panel.tab("Activity")
+    expect(panel.requests).to_have_count(2, timeout=PATIENCE)
+    expect(panel.requests.first).to_contain_text(re.compile(r"s\s*0$"), timeout=PATIENCE)
+    panel.button("Cancel").last.click()
+    wait_until(lambda: streams[1].finished, "the cancelled stream ends")
+    assert streams[1].error is not None
+    assert "aborted" in streams[1].error
+    expect(panel.requests).to_have_count(1, timeout=PATIENCE)
+    assert not streams[0].finished
+
+
+def test_memory_is_planned_while_the_slider_moves_and_replanned_under_a_request(
+    scripted: Any, streams: list[HttpStream]
+) -> None:
+    notebook = scripted(
+        "memory",
+        "server = %vllm_metal serve --port 0\nprint(server.base_url, server.api_key)",
+        "%vllm_metal panel",
+        "import vm_magic; print('blocks', vm_magic.current().stats().num_blocks)",
+    )
+    notebook.run_all()
+    panel = PanelPage(notebook.page)
+    url, key = port_of(notebook, 1)
+    streams.append(HttpStream(url, key, PROMPT, max_tokens=2900, temperature=0))
+    expect(panel.requests).to_have_count(1, timeout=PATIENCE)
+    panel.tab("Memory")
+    before = panel.figure("blocks").inner_text()
+    expect(notebook.output(3)).to_contain_text(f"blocks {before}", timeout=PATIENCE)
+    panel.slider("fraction").press("ArrowRight")
+    expect(panel.figure("blocks")).not_to_have_text(before, timeout=PATIENCE)
+    planned = panel.figure("blocks").inner_text()
+    assert int(planned) > int(before)
+    notebook.run(3)
+    expect(notebook.output(3)).to_contain_text(f"blocks {before}", timeout=PATIENCE)
+    notebook.shot("panel-memory", panel.root)
+    panel.button("Apply").click()
+    expect(panel.root.get_by_role("status")).to_contain_text("in force", timeout=PATIENCE)
+    expect(panel.head).to_contain_text(f"of {planned} blocks", timeout=PATIENCE)
+    text = len(streams[0].text)
+    wait_until(lambda: len(streams[0].text) > text, "the request runs on")
+    panel.root.locator(".widget-text", has_text="max_model_len").locator("input").fill("9999")
+    expect(panel.root.get_by_role("alert")).to_contain_text("max_model_len", timeout=PATIENCE)
+    notebook.command("apputils:toggle-header")
+    notebook.page.evaluate(
+        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
+    )
+    expect(notebook.page.locator("body[data-jp-theme-light='false']")).to_have_count(1, timeout=PATIENCE)
+    notebook.shot("panel-memory-dark", panel.root)
+    notebook.page.evaluate(
+        "() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})"
+    )
+
+
+def test_in_a_streaming_cell_the_panel_moves_and_listens_and_stop_keeps_the_words(scripted: Any) -> None:
+    notebook = scripted("stopping", "%vllm_metal panel", "%%chat -t 0\nCount!", "print('the next cell ran')")
+    notebook.run_all()
+    panel = PanelPage(notebook.page)
+    expect(notebook.output(2)).to_contain_text("10 11 12", timeout=PATIENCE)
+    expect(panel.requests).to_contain_text("notebook", timeout=PATIENCE)
+    told = panel.requests.inner_text()
+    expect(panel.requests).not_to_have_text(told, timeout=PATIENCE)
+    panel.tab("Sampling")
+    panel.slider("top_p").press("ArrowLeft")
+    row = panel.root.locator(".widget-hbox", has=panel.page.locator(".widget-hslider", has_text="top_p"))
+    expect(row.last).to_contain_text("set", timeout=PATIENCE)
+    expect(notebook.cell(2).locator(".jp-InputPrompt")).to_have_text("[*]:")
+    notebook.page.locator('[data-jp-item-name="interrupt"] button, [data-jp-item-name="interrupt"]').first.click()
+    expect(notebook.output(2)).to_contain_text("interrupted", timeout=PATIENCE)
+    expect(notebook.output(2)).to_contain_text("0 1 2 3 4 5 6 7 8 9 10 11 12")
+    expect(notebook.cell(3).locator(".jp-InputPrompt")).to_have_text("[ ]:", timeout=PATIENCE)
+    assert notebook.output(3).inner_text() == ""
+    notebook.shot("chat-stopped")
