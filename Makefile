@@ -7,7 +7,7 @@ EXTRA ?=
 JOBS ?= logical
 export PYTHON
 
-.PHONY: help demo lab test lint format types bench setup clean
+.PHONY: help demo lab test lint format types bench manual setup clean
 
 help: ## what can be made
 	@awk -F ":.*## " '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ types: setup ## mypy, strict
 
 bench: setup ## speed side by side with mlx-lm: a table, and JSON in bench-results/
 	@$(PY) -m tests.benchmarks
+
+manual: setup ## the manual as web pages in build/manual: lessons, reference, the figures of make bench
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e ".[manual]"
+	@$(PY) notebooks/build_manual.py
 
 setup: ## the virtual environment, made once
 	@bash .ci/setup $(VENV) $(EXTRA)

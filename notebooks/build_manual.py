@@ -1,0 +1,180 @@
+"""Build the manual: the pages and notebooks of this folder, and reference pages made from the code, as a Jupyter Book.
+
+python notebooks/build_manual.py [OUTPUT]
+
+Command help comes from the commands' own parsers, flags from the engine's table, speed from what ``make bench`` wrote
+to ``bench-results``. These pages are made anew by each build and kept nowhere else. Notebooks are shown as saved.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "bench-results"
+HELP_COLUMNS = "86"
+ENVIRONMENT = {
+    "VLLM_METAL_MEMORY_FRACTION": "as `--gpu-memory-utilization`: `auto` (0.90) or a number in (0, 1]",
+    "VLLM_METAL_USE_PAGED_ATTENTION": "`0` takes mlx-lm's own contiguous caches instead of pages",
+    "VLLM_API_KEY": "the port's key, where no `--api-key` is given",
+    "HF_HOME": "folder of Hugging Face files; models are in its `hub`",
+    "HF_HUB_CACHE": "folder of Hugging Face models",
+    "HF_HUB_OFFLINE": "`1`: no network, only models that are here",
+    "TRANSFORMERS_OFFLINE": "as `HF_HUB_OFFLINE`",
+    "HF_DATASETS_OFFLINE": "as `HF_HUB_OFFLINE`",
+    "XDG_CACHE_HOME": "where `smollm2` and, without `HF_HOME`, Hugging Face files are kept (`~/.cache`)",
+    "XDG_CONFIG_HOME": "where the `llm` tool keeps its settings (`~/.config`)",
+    "LLM_USER_PATH": "the `llm` tool's folder, where that is somewhere else",
+    "OPENBLAS_DIR": "folder of an OpenBLAS to use on a Linux CPU before the system's",
+    "JUPYTERHUB_SERVICE_PREFIX": "set by JupyterHub: `serve` shows the address through its proxy too",
+    "JUPYTERHUB_PUBLIC_URL": "set by JupyterHub: the address that others see",
+    "JUPYTERHUB_HOST": "set by JupyterHub: the address that others see",
+}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; pipes and line ends in cells are made harmless."""
+    lines = [header, ["---"] * len(header), *rows]
+    cells = ([" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
+
+
+def commands_page() -> str:
+    """``--help`` of every command."""
+    from vm_magic.arguments import CELL_COMMANDS, COMMANDS, command_parser
+
+    os.environ["COLUMNS"] = HELP_COLUMNS
+    parts = [
+        "# Commands",
+        "`%vllm_metal COMMAND` runs a command in a line. "
+        + ", ".join(f"`%%vllm_metal {name}`" for name in CELL_COMMANDS)
+        + " take a whole cell, and `%%chat` is short for `%%vllm_metal chat`. `--help` prints what is here, Tab "
+        "completes commands, flags and models.",
+    ]
+    parts += [f"## {name}\n\n```text\n{command_parser(name).format_help()}```" for name in COMMANDS]
+    return "\n\n".join(parts) + "\n"
+
+
+def options_page() -> str:
+    """The engine's flags, environment variables, settings of a running model, and what is refused."""
+    from engine.config import ENGINE_FLAGS, REFUSED_FLAGS
+    from vm_magic.settings_text import SETTABLE
+
+    flags = [
+        (f"`--{flag.name}`", f"`{flag.metavar or ' '.join(flag.choices) or 'on, off'}`", escaped(flag.help))
+        for flag in ENGINE_FLAGS
+    ]
+    return "\n".join(
+        [
+            "# Flags and environment\n",
+            "Names and values are those of `vllm serve`; underscores do as well as dashes. As keywords of "
+            "`engine.LLM` they have underscores. The port's own flags are in the help of [serve](commands.md#serve).\n",
+            "## Engine flags\n",
+            table(("flag", "value", "means"), flags),
+            "## Environment\n",
+            table(("variable", "means"), [(f"`{name}`", text) for name, text in ENVIRONMENT.items()]),
+            "A flag goes before a variable, and both before the default.\n",
+            "## Settings of a running model\n",
+            "`%vllm_metal set NAME=VALUE` changes these while requests run, for all that do not say otherwise:",
+            ", ".join(f"`{name}`" for name in SETTABLE) + ".\n",
+            "## Flags of vLLM that are refused\n",
+            "They are refused by name, never ignored.\n",
+            table(("flag", "instead"), [(f"`--{name}`", escaped(text)) for name, text in REFUSED_FLAGS.items()]),
+        ]
+    )
+
+
+def escaped(text: str) -> str:
+    """Help text as Markdown: nothing in it is markup."""
+    return "".join(f"\\{char}" if char in "<>*_`[]$" else char for char in text)
+
+
+def benchmarks_page(results: Path = RESULTS) -> str:
+    """The latest run of ``make bench``: machine, versions, settings and a table."""
+    intro = (
+        "# Speed, measured\n\n`make bench` runs this engine and mlx-lm on the same weights, element type and BLAS, "
+        "taking turns in one process, so that whatever else the machine does hits both alike.\n\n"
+    )
+    runs = sorted(results.glob("*.json"))
+    if not runs:
+        return intro + "This copy of the manual was built where nothing had been measured yet: run `make bench`, then "\
+            "`make manual`.\n"  # fmt: skip
+    return intro + "\n".join(run_text(json.loads(runs[-1].read_text(encoding="utf-8"))))
+
+
+def run_text(run: dict[str, Any]) -> Iterator[str]:
+    """One run as Markdown."""
+    machine = run["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    yield table(
+        ("measured", ""),
+        [
+            ("on", f"{machine['date']}, commit `{machine['commit'][:12]}`"),
+            ("machine", f"{machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB"),
+            ("GPU", machine["gpu"] or "none"),
+            ("system", f"{machine['system']}, Python {machine['python']}"),
+            ("versions", versions),
+            ("samples", f"{run['settings']['repeats']} of each, after {run['settings']['warmup']} unmeasured"),
+        ],
+    )
+    rows = []
+    for case in run["cases"]:
+        for place, (name, samples) in enumerate(case["samples"].items()):
+            first = place == 0
+            ratio = f"{case['ratio']:.2f}" if first and case["ratio"] is not None else ""
+            numbers = [f"{value:.4g}" for value in (case["median"][name], min(samples), max(samples))]
+            rows.append([case["name"] if first else "", name, *numbers, case["unit"], ratio])
+    yield table(("case", "variant", "median", "least", "most", "unit", "times better"), rows)
+    yield "*Times better* compares the medians of a case's first two variants; above 1 the first is better.\n"
+
+
+GENERATED = {"commands": commands_page, "options": options_page, "benchmarks": benchmarks_page}
+"""Pages made by each build, by their name in ``_toc.yml``."""
+
+
+def for_the_book(notebook: dict[str, Any]) -> dict[str, Any]:
+    """The notebook with what Sphinx needs: the lexer that knows magics, and outputs of kinds that a page can show."""
+    notebook["metadata"]["language_info"]["pygments_lexer"] = "ipython3"
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("application/json", None)
+    return notebook
+
+
+def write_source(folder: Path) -> None:
+    """All that the book is built from, in a new ``folder``."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in [*HERE.glob("_*.yml"), *HERE.glob("*.md")]:
+        shutil.copy(path, folder)
+    for path in HERE.glob("*.ipynb"):
+        notebook = for_the_book(json.loads(path.read_text(encoding="utf-8")))
+        (folder / path.name).write_text(json.dumps(notebook), encoding="utf-8")
+    if (HERE / "images").is_dir():
+        shutil.copytree(HERE / "images", folder / "images")
+    for name, make in GENERATED.items():
+        (folder / f"{name}.md").write_text(make(), encoding="utf-8")
+
+
+def main() -> int:
+    """The command line. Any warning fails the build."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, nargs="?", default=HERE.parent / "build" / "manual")
+    output = parser.parse_args().output.resolve()
+    source = output / "source"
+    write_source(source)
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", "-W", "-n", "--keep-going", "--all", "-q"]
+    done = subprocess.run([*command, "--path-output", str(output), str(source)], check=False).returncode
+    if done == 0:
+        print(f"The manual: {output / '_build' / 'html' / 'index.html'}")
+    return done
+
+
+if __name__ == "__main__":
+    sys.exit(main())
