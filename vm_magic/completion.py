@@ -12,7 +12,7 @@ from engine.presets import MODEL_PRESET, PRESETS
 from vm_magic import session as sessions
 from vm_magic.arguments import CELL_COMMANDS, COMMANDS, command_parser
 from vm_magic.chat_flags import TOOL_CHOICES
-from vm_magic.settings_text import SETTABLE
+from vm_magic.settings_text import MEMORY_NAMES, SETTABLE
 
 MATCHER_ID = "vm_magic"
 _OURS = re.compile(r"(?:^|.*[\s=(])(%%?)(vllm_metal|chat)[ \t](.*)$", re.DOTALL)
@@ -62,7 +62,9 @@ def candidates(before: list[str], fragment: str, *, cell: bool = False) -> Itera
     if fragment.startswith("-"):
         return flags
     if command == "set":
-        return [f"preset={name}" for name in (*PRESETS, MODEL_PRESET)] + [f"{name}=" for name in SETTABLE]
+        return [f"preset={name}" for name in (*PRESETS, MODEL_PRESET)] + [
+            f"{name}=" for name in (*SETTABLE, *MEMORY_NAMES)
+        ]
     if command in ("load", "serve", "plan"):
         return [model.name for model in sessions.cached_models()]
     return _conversation_names() if command in ("reset", "history") else ()

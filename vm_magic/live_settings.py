@@ -5,20 +5,47 @@ from typing import TYPE_CHECKING, Any
 
 from traitlets import HasTraits, TraitType
 
-from engine.errors import RequestError
-from engine.settings import THINKING_SWITCHES
+from engine.errors import ConfigError, RequestError
+from engine.settings import THINKING_SWITCHES, Settings
 from vm_magic.session import current_session
-from vm_magic.settings_text import SETTABLE, check_setting
+from vm_magic.settings_text import MEMORY_NAMES, SETTABLE, check_setting
 
 if TYPE_CHECKING:
     from vm_magic.session import Session
 
 
 def change_settings(session: "Session", values: Mapping[str, Any]) -> None:
-    """Set ``values`` (None removes one) for the requests that run and those to come.
+    """Set ``values`` (None removes one) for the requests that run and those to come; all of them or none.
 
-    Raises RequestError for a thinking switch or budget that the loaded model has no use for.
+    :data:`MEMORY_NAMES` change the loaded model's memory plan. Raises RequestError for a thinking switch or
+    budget that the loaded model has no use for, and what ``LLM.replan`` raises.
     """
+    memory = {name: value for name, value in values.items() if name in MEMORY_NAMES}
+    values = {name: value for name, value in values.items() if name not in MEMORY_NAMES}
+    _check_thinking(session, values)
+    if memory:
+        _check(session.settings, values)
+        _change_memory(session, memory)
+    if values:
+        session.settings.update(**values)
+
+
+def _check(settings: Settings, values: Mapping[str, Any]) -> None:
+    """Raise what ``settings.update`` would."""
+    trial = Settings()
+    trial.adopt(settings)
+    trial.update(**values)
+
+
+def _change_memory(session: "Session", memory: Mapping[str, Any]) -> None:
+    if session.remote is not None:
+        names = ", ".join(memory)
+        raise ConfigError(f"{names}: memory is the remote server's to plan; %vllm_metal connect --close comes back")
+    changes = {"fraction" if name == "memory_fraction" else name: value for name, value in memory.items()}
+    session.require().replan(**changes)
+
+
+def _check_thinking(session: "Session", values: Mapping[str, Any]) -> None:
     llm = session.loaded
     if llm is not None and session.remote is None:
         if values.get("enable_thinking") is not None and not can_switch_thinking(llm):
@@ -30,7 +57,6 @@ def change_settings(session: "Session", values: Mapping[str, Any]) -> None:
                 "thinking_token_budget needs a model that thinks: load it with --reasoning-parser NAME",
                 param="thinking_token_budget",
             )
-    session.settings.update(**values)
 
 
 def can_switch_thinking(llm: Any) -> bool:

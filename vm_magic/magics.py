@@ -36,7 +36,7 @@ from vm_magic.references import release_references
 from vm_magic.remote.cards import refuse_remote, remote_card, remote_metrics, remote_models
 from vm_magic.score_command import score_command
 from vm_magic.session import NotebookServer, Session, environment
-from vm_magic.settings_text import read_settings
+from vm_magic.settings_text import MEMORY_NAMES, read_settings
 from vm_magic.shell_text import read_shell_text
 from vm_magic.talking import talk
 
@@ -223,8 +223,12 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
             raise UsageError("%%vllm_metal set takes no cell; write %vllm_metal set")
         if text.strip() in ("-h", "--help"):
             raise HelpShown(command_parser("set").format_help())
-        change_settings(self.session, read_settings(text))
-        print(settings_text(self.session.settings) or "nothing is set: the model's own defaults hold")
+        values = read_settings(text)
+        change_settings(self.session, values)
+        if any(name in MEMORY_NAMES for name in values):
+            print(self.session.require().plan.log_line())
+        if set(values) - set(MEMORY_NAMES) or not values:
+            print(settings_text(self.session.settings) or "nothing is set: the model's own defaults hold")
 
     def _reset(self, parsed: argparse.Namespace) -> None:
         named = [self.session.conversation(parsed.name)]

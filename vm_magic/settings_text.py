@@ -6,21 +6,22 @@ import json
 import re
 from typing import Any
 
+from engine.config import EngineArgs
 from engine.errors import ConfigError, RequestError
 from engine.presets import MODEL_PRESET, preset_values
 from engine.sampling_params import SamplingParams
 from engine.settings import THINKING_NAMES
 
 _KEY = re.compile(r"\s*([A-Za-z_][\w-]*)\s*=(?:\s+(?=\S)(?![A-Za-z_][\w-]*\s*=))?")
-_RELOAD = {
-    "memory_fraction": "--gpu-memory-utilization",
-    "gpu_memory_utilization": "--gpu-memory-utilization",
-    "max_model_len": "--max-model-len",
-    "max_num_seqs": "--max-num-seqs",
-}
+MEMORY_NAMES = ("memory_fraction", "max_model_len", "max_num_seqs")
+"""Names that ``set`` takes for a loaded model's memory plan."""
 _PER_REQUEST = ("n", "detokenize", "prompt_logprobs", "sources")
 _WHOLE = ("seed", "logprobs", "max_tokens")
-SETTABLE = ("preset", *(f.name for f in dataclasses.fields(SamplingParams) if f.name not in _PER_REQUEST), *THINKING_NAMES)
+SETTABLE = (
+    "preset",
+    *(f.name for f in dataclasses.fields(SamplingParams) if f.name not in _PER_REQUEST),
+    *THINKING_NAMES,
+)
 """Names that ``set`` takes: a preset's, those of sampling values, and two about thinking."""
 
 
@@ -38,6 +39,7 @@ def read_settings(text: str) -> dict[str, Any]:
                 f"set {text[position:].strip()!r}: expected KEY=VALUE, such as temperature=0.2", flag="set"
             )
         name = found[1].replace("-", "_")
+        name = "memory_fraction" if name == "gpu_memory_utilization" else name
         value, position = _read_value(text, found.end())
         values[name] = check_setting(name, value)
     return values
@@ -79,13 +81,10 @@ def _quoted_value(text: str) -> tuple[Any, int] | None:
 
 def check_setting(name: str, value: Any) -> Any:
     """``value`` if setting ``name`` can have it (None removes it). Raises ConfigError or RequestError."""
-    if name in _RELOAD:
-        raise ConfigError(
-            f"{name} cannot change while a model is loaded (not in this version); reload with {_RELOAD[name]}",
-            flag=name,
-        )
+    if name in MEMORY_NAMES:
+        return _memory_value(name, value)
     if name not in SETTABLE:
-        raise ConfigError(f"{name} is not a setting; there are: {', '.join(SETTABLE)}", flag=name)
+        raise ConfigError(f"{name} is not a setting; there are: {', '.join((*SETTABLE, *MEMORY_NAMES))}", flag=name)
     if name == "preset":
         preset_values(str(value or MODEL_PRESET))
         return str(value or MODEL_PRESET)
@@ -96,6 +95,14 @@ def check_setting(name: str, value: Any) -> Any:
     if must:
         raise RequestError(f"{name} must be {must}, got {value!r}.", param=name)
     return value
+
+
+def _memory_value(name: str, value: Any) -> Any:
+    """The value of an engine flag, read and checked as ``load`` would."""
+    if value is None:
+        raise ConfigError(f"{name} needs a value, such as {name}=auto", flag=name)
+    args = EngineArgs.from_options("set", {name: str(value)}, env={})
+    return args.gpu_memory_utilization if name == "memory_fraction" else getattr(args, name)
 
 
 def _type_fault(name: str, default: object, value: object) -> str:

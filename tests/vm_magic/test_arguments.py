@@ -130,9 +130,10 @@ def test_settings_are_typed(text: str, values: dict[str, Any]) -> None:
         ("temprature=1", "temprature is not a setting"),
         ("n=2", "n is not a setting"),
         ("just words", "expected KEY=VALUE"),
-        ("memory_fraction=0.5", "reload with --gpu-memory-utilization"),
-        ("max_model_len=4K", "reload with --max-model-len"),
-        ("max_num_seqs=4", "reload with --max-num-seqs"),
+        ("memory_fraction=1.5", "gpu-memory-utilization 1.5: must be|memory.fraction"),
+        ("max_model_len=long", "max-model-len: 'long' is not a whole number"),
+        ("max_num_seqs=0", "max-num-seqs 0: must be"),
+        ("max_num_seqs=", "max_num_seqs needs a value"),
     ],
 )
 def test_a_bad_setting_names_the_fix(text: str, words: str) -> None:

@@ -21,7 +21,7 @@ def fill(pool, count, start=0):
 
 def test_held_blocks_move_into_the_part_that_stays_and_neighbours_stay_neighbours():
     pool = BlockPool(40)
-    front, back = fill(pool, 20), fill(pool, 8, start=100)
+    front, back = pool.allocate(20), fill(pool, 8, start=100)
     pool.free(front[:12])
     pool.share(back[:2])
     moves = pool.resize(20)
