@@ -269,7 +269,7 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         variables: Mapping[str, Any] | None = None,
         resume: "pandas.DataFrame | None" = None,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
         **params: Any,
     ) -> "pandas.DataFrame":
         """Answer ``template`` (Jinja2) for every row of ``rows``: ``llm.map(df, "Summarise: {{ text }}")``.

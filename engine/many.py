@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 END_SECONDS = 5.0
 """How long an interrupted map waits for the requests that it ended."""
 _WAIT_SLICE = 0.2
+UseTqdm = bool | Callable[..., Any]
+"""As in vLLM: whether to show a progress bar, or what makes one."""
 
 
 class MapInterrupted(KeyboardInterrupt):
@@ -245,7 +247,7 @@ class MapRequest:
 
 
 def map_prompts(
-    door: Door, source: Any, request: MapRequest, *, keep: Callable[["pandas.DataFrame"], None], use_tqdm: bool
+    door: Door, source: Any, request: MapRequest, *, keep: Callable[["pandas.DataFrame"], None], use_tqdm: UseTqdm
 ) -> "pandas.DataFrame":
     """Run ``request`` over the rows of ``source``; the DataFrame, also handed to ``keep`` however this ends.
 
@@ -299,17 +301,19 @@ def to_frame(rows: Rows, names: Sequence[str], index_name: Any = None) -> "panda
 
 
 class _ProgressBar:
-    """tqdm with tokens per second and the number of failures."""
+    """A bar with tokens per second and the number of failures."""
 
-    def __init__(self, total: int | None, *, shown: bool) -> None:
+    def __init__(self, total: int | None, *, shown: UseTqdm) -> None:
         self.total = total
         self._counts: Counter[str] = Counter()
         self._started = time.monotonic()
         self._bar: Any = None
-        if shown:
+        if shown is True:
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=total, desc="prompts", unit="prompt", mininterval=0.2)
+            shown = tqdm
+        if shown:
+            self._bar = shown(total=total, desc="prompts", unit="prompt", mininterval=0.2)
 
     def add(self, outcome: Answer | str) -> None:
         """Count one more."""

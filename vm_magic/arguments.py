@@ -13,6 +13,7 @@ from IPython.core.magic_arguments import MagicArgumentParser
 
 from engine.config import ENGINE_FLAGS, REFUSED_FLAGS, Flag, refuse_flag
 from engine.errors import ConfigError, UnsupportedOptionError
+from vm_magic.bench_view import add_bench_flags
 from vm_magic.chat_flags import SAMPLING_FLAGS, add_chat_flags, add_conversation_name
 from vm_magic.errors import HelpShown
 from vm_magic.grid import add_grid_flags
@@ -40,10 +41,10 @@ COMMANDS: dict[str, str] = {
     "explain": "the last request: prompt, values and their sources, cache hit, raw and parsed output",
     "export": "the same as a vllm serve command, or what a client needs (--client)",
     "llm": "write or show the llm command-line tool's entry for the open port",
+    "bench": "speed of the loaded model, as one table",
     "logs": "the latest lines of the engine's and server's log",
     "metrics": "the engine's Prometheus metrics as a table",
 }
-LATER_COMMANDS = frozenset({"bench"})
 CLIENT_NAMES = ("openai", "anthropic", "llm", "curl", "codex")
 CELL_COMMANDS = ("serve", "chat", "complete", "grid", "score")
 FLAGS_OF: dict[str, Callable[[argparse.ArgumentParser], None]] = {
@@ -52,6 +53,7 @@ FLAGS_OF: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "score": add_score_flags,
     "grid": lambda parser: add_grid_flags(parser, SAMPLING_FLAGS),
     "connect": add_connect_flags,
+    "bench": add_bench_flags,
     "plan": add_plan_flags,
 }
 """What gives a command its flags, for those with a module of their own."""

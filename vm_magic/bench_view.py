@@ -1,10 +1,12 @@
 """``%vllm_metal bench``: its flags, and the table it gives."""
 
 import argparse
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vm_magic.cards import Table
+from vm_magic.display_bar import bar_for
 from vm_magic.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -64,14 +66,20 @@ def _cells(row: "BenchRow") -> tuple[str, ...]:
 
 def run_bench(llm: "LLM", parsed: argparse.Namespace, shell: Any) -> BenchTable:
     """Measure and give the table; ■ shows the table so far and raises Interrupted."""
-    from tqdm.auto import tqdm
-
     bench = llm.bench(seconds=parsed.seconds, batch_sizes=parsed.batch)
+    bar, began = bar_for(shell, "bench"), time.monotonic()
     try:
-        for _ in tqdm(bench.run(), desc="bench", unit="case", leave=False):
-            pass
+        for row in bench.run():
+            if bar is not None:
+                bar.set_postfix_str(" ".join(_cells(row)[:3]), refresh=False)
+                bar.update()
     except KeyboardInterrupt:
         table = BenchTable.of(bench.result)
-        shell.display_pub.publish({"text/plain": repr(table), "text/html": table._repr_html_()}, {})
+        if bar is None:
+            print(table)
+        else:
+            bar.replace({"text/plain": repr(table), "text/html": table._repr_html_()})
         raise Interrupted("stopped; the table has what was measured") from None
+    if bar is not None:
+        bar.replace({"text/plain": f"bench: {len(bench.result.rows)} cases in {time.monotonic() - began:.1f} s"})
     return BenchTable.of(bench.result)

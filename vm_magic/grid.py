@@ -102,6 +102,7 @@ def run_grid(
     namespace: Mapping[str, Any],
     sampling: Sequence[str],
     schema: Mapping[str, Any] | bool | None,
+    use_tqdm: Any = True,
 ) -> "pandas.DataFrame":
     """Run the grid that ``parsed`` says. Raises RequestError, or MapInterrupted with what is done."""
     from engine.many import MapInterrupted
@@ -119,6 +120,7 @@ def run_grid(
         "chat_template_kwargs": _thinking(llm, parsed.think),
         "variables": {name: value for name, value in namespace.items() if name not in ("In", "Out")},
         "resume": llm.last_map if parsed.resume else None,
+        "use_tqdm": use_tqdm,
     }
     try:
         return _with_lists(llm.map(rows, template, **run, **params), rows, lists)
@@ -218,6 +220,10 @@ class GridView:
         widths = [max(map(len, column)) for column in zip(*short, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in short]
         return "\n".join([self.caption, *lines, *([self.note] if self.note else [])])
+
+    def bundle(self) -> dict[str, Any]:
+        """Both forms, for a display."""
+        return {"text/plain": repr(self), "text/html": self._repr_html_()}
 
     def _repr_html_(self) -> str:
         head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in self.header)

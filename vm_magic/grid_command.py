@@ -5,6 +5,7 @@ from typing import Any
 
 from engine.many import MapInterrupted
 from vm_magic.chat_flags import SAMPLING_FLAGS
+from vm_magic.display_bar import DisplayBar, bar_for
 from vm_magic.errors import Interrupted
 from vm_magic.grid import GridView, run_grid
 from vm_magic.session import Session
@@ -22,24 +23,33 @@ def run_grid_command(session: Session, shell: Any, parsed: argparse.Namespace, t
         from vm_magic.schemas import read_schema
 
         schema = read_schema(parsed.schema, shell.user_ns)
+    bar = bar_for(shell, "prompts")
     try:
-        frame = run_grid(llm, template.strip("\n"), parsed, shell.user_ns, sampling, schema)
+        frame = run_grid(llm, template.strip("\n"), parsed, shell.user_ns, sampling, schema, use_tqdm=bar or True)
     except MapInterrupted as stopped:
-        _file(shell, stopped.result, parsed, returned=False)
+        _file(shell, stopped.result, parsed, bar, returned=False)
         raise Interrupted(
             f"{str(stopped).partition(',')[0]}: they are in {parsed.out or '_'}, --resume goes on"
         ) from None
-    return _file(shell, frame, parsed, returned=returned)
+    except BaseException:
+        if bar is not None:
+            bar.replace({"text/plain": "no prompt was sent to its end"})
+        raise
+    return _file(shell, frame, parsed, bar, returned=returned)
 
 
-def _file(shell: Any, frame: Any, parsed: argparse.Namespace, *, returned: bool) -> Any:
+def _file(shell: Any, frame: Any, parsed: argparse.Namespace, bar: DisplayBar | None, *, returned: bool) -> Any:
+    """Put the picture in the bar's place, or its first line where the DataFrame is shown or stored elsewhere."""
+    view = GridView.of(frame)
+    if bar is not None:
+        bar.replace({"text/plain": view.caption} if parsed.out or returned else view.bundle())
     if parsed.out:
         shell.user_ns[parsed.out] = frame
         return None
     if returned:
         return frame
-    view = GridView.of(frame)
-    shell.display_pub.publish({"text/plain": repr(view), "text/html": view._repr_html_()}, {})
+    if bar is None:
+        print(repr(view))
     shell.displayhook.update_user_ns(frame)
     shell.displayhook.fill_exec_result(frame)
     return None

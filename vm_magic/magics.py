@@ -12,12 +12,12 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 from IPython.display import display
 from traitlets import Bool
 
-from engine.config import ENGINE_FLAGS, NOT_YET
-from engine.errors import ConfigError, UnsupportedOptionError
+from engine.config import ENGINE_FLAGS
+from engine.errors import ConfigError
 from engine.ring_log import RingLog
 from vm_magic import arguments
 from vm_magic import session as sessions
-from vm_magic.arguments import COMMANDS, LATER_COMMANDS, command_parser, pick, split_text, split_words
+from vm_magic.arguments import COMMANDS, command_parser, pick, split_text, split_words
 from vm_magic.cards import (
     StatusCard,
     Table,
@@ -94,8 +94,6 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
             print(overview())
             return None
         name = name or "status"
-        if name in LATER_COMMANDS:
-            raise UnsupportedOptionError(f"%vllm_metal {name}: {NOT_YET.split(';')[0]}", flag=name)
         if name not in COMMANDS:
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             raise UsageError(
@@ -261,6 +259,11 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
             return client_commands.show_llm_entry(self.session, parsed.model_id)
         print(client_commands.write_llm_entry(self.session, parsed.model_id))
         return None
+
+    def _bench(self, parsed: argparse.Namespace) -> Table:
+        from vm_magic.bench_view import run_bench
+
+        return run_bench(self.session.require(), parsed, self.shell)
 
     def _logs(self, parsed: argparse.Namespace) -> None:
         lines = self.logs.lines[-parsed.count :]

@@ -11,7 +11,7 @@ from engine import LLM
 from engine.errors import ConfigError, EngineClosedError, RequestError
 from engine.many import MapInterrupted
 from tests import scripted_model
-from tests.vm_magic.helpers import Capture, cell, line, shown
+from tests.vm_magic.helpers import cell, line, shown
 from vm_magic.arguments import command_parser
 from vm_magic.completion import candidates
 from vm_magic.errors import Interrupted, MagicUsageError
@@ -35,7 +35,7 @@ def llm(shell: Any, scripted: LLM) -> Iterator[LLM]:
     current_session().llm = None
 
 
-def test_a_cell_runs_every_combination_and_files_a_dataframe(shell: Any, llm: LLM, capsys: Capture) -> None:
+def test_a_cell_runs_every_combination_and_files_a_dataframe(shell: Any, llm: LLM) -> None:
     shell.user_ns["city"] = ["Ulm", "Bonn"]
     shell.user_ns["mood"] = "short"
     found = cell(shell, "vllm_metal grid -t 0,0.5 --top-p 0.9 --over city -s Brief", "A {{ mood }} line on {{ city }}.")
@@ -51,7 +51,9 @@ def test_a_cell_runs_every_combination_and_files_a_dataframe(shell: Any, llm: LL
     assert "4 prompts done" in bundle["text/plain"]
     assert "top_p=0.9" in bundle["text/plain"]
     assert "Fine &lt;b&gt;weather&lt;/b&gt;." in bundle["text/html"]
-    assert "prompts: 100%" in capsys.readouterr().err
+    first = shell.display_pub.outputs[0]
+    assert "<progress" in first["data"]["text/html"], "the bar, whose place the table takes"
+    assert first["transient"]["display_id"] == shell.display_pub.outputs[-1]["transient"]["display_id"]
 
 
 def test_rows_of_a_dataframe_keep_their_index_and_failures_are_shown(shell: Any, llm: LLM) -> None:
@@ -71,7 +73,8 @@ def test_the_line_form_returns_the_dataframe_and_out_stores_it(shell: Any, llm: 
     shell.display_pub.outputs.clear()
     assert cell(shell, "vllm_metal grid -o result --seed 1,2,3", "Hello") is None
     assert list(shell.user_ns["result"].seed) == [1, 2, 3]
-    assert not shell.display_pub.outputs
+    assert shown(shell)["text/plain"].startswith("3 prompts done")
+    assert "text/html" not in shown(shell)
 
 
 def test_json_and_resume(shell: Any, llm: LLM) -> None:

@@ -162,7 +162,7 @@ class RemoteLLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         variables: Mapping[str, Any] | None = None,
         resume: "pandas.DataFrame | None" = None,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
         **params: Any,
     ) -> "pandas.DataFrame":
         """:meth:`engine.llm.LLM.map`, with up to :data:`MAP_CONCURRENCY` prompts at the server at a time."""
