@@ -25,6 +25,8 @@ _LENGTH_KEYS = (
 )
 _DEFAULT_CONTEXT_LENGTH = 2048
 """vLLM's, where a model says nothing."""
+_USUAL_LENGTHS = {"gemma3": 131072}
+"""Of model types whose published files leave their length out."""
 _ALREADY_SCALED = ("su", "longrope", "llama3")
 """RoPE scalings whose model says its length after scaling."""
 
@@ -56,7 +58,8 @@ def context_length(config: Mapping[str, Any], limit: float = math.inf) -> int:
     """Most tokens of a sequence, as vLLM derives it: the least length named, times the RoPE scaling."""
     text = {**config, **(config.get("text_config") or {})}
     named = [text[key] for key in _LENGTH_KEYS if isinstance(text.get(key), int | float)]
-    length = float(min(named, default=_DEFAULT_CONTEXT_LENGTH))
+    usual = _USUAL_LENGTHS.get(str(config.get("model_type")), _DEFAULT_CONTEXT_LENGTH)
+    length = float(min(named, default=usual))
     if "gemma3" not in str(config.get("model_type")):  # its length is after scaling
         for scaling in _rope_scalings(text):
             kind = scaling.get("rope_type") or scaling.get("type") or "default"

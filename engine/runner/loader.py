@@ -61,7 +61,14 @@ def load_model(resolved: ResolvedModel, args: EngineArgs, progress: Progress | N
     mx.clear_cache()
     parameters = [value for _, value in tree_flatten(model.parameters())]
     line = ", ".join(part for part in (backend or device.name, choice) if part)
-    return LoadedModel(model, config, sum(value.nbytes for value in parameters), _main_dtype(parameters), [line])
+    notes = [line, *([text_only] if (text_only := _text_only_line(config)) else [])]
+    return LoadedModel(model, config, sum(value.nbytes for value in parameters), _main_dtype(parameters), notes)
+
+
+def _text_only_line(config: ModelConfig) -> str | None:
+    """A line for checkpoints that see or hear: mlx-lm's models drop those weights."""
+    parts = [name for name in ("vision", "audio") if config.hf_config.get(f"{name}_config")]
+    return f"only the text part is loaded, not {' and '.join(parts)}: this engine serves text" if parts else None
 
 
 def _load_file(

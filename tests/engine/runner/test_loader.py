@@ -254,6 +254,7 @@ def test_sampling_defaults_are_the_models_none_or_a_folders(tiny_model_dir: Any,
             },
             131072,
         ),
+        ({"model_type": "gemma3", "text_config": {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}}, 131072),
         ({"max_position_embeddings": 4096, "rope_parameters": {"full": {"rope_type": "linear", "factor": 2}}}, 8192),
     ],
 )
