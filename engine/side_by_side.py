@@ -11,7 +11,16 @@ from engine.plan_text import size
 
 MOST_PLANS = 200
 """More rows than this are refused: nobody reads them."""
-_FIGURES = ("fits", "max_model_len", "longest that fits", "max_num_seqs", "at full length", "cache each", "KV tokens")
+MEANINGS = {
+    "fits": "whether one request of max_model_len fits, and else the bytes that are missing",
+    "max_model_len": "tokens of the longest request",
+    "longest": "tokens of the longest request that would fit",
+    "max_num_seqs": "requests that run at once",
+    "full length": "requests of max_model_len that fit at once",
+    "each": "cache that one of them needs",
+    "KV tokens": "tokens that the growing part of the cache holds",
+}
+"""Columns of a table of plans, after the settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +53,7 @@ class PlanTable:
     @property
     def header(self) -> tuple[str, ...]:
         """Names of the columns: the settings first."""
-        return (*self._given, *(name for name in _FIGURES if name not in self._given))
+        return (*self._given, *(name for name in MEANINGS if name not in self._given))
 
     def cells(self) -> list[tuple[str, ...]]:
         """The rows as text, as the header names them."""
@@ -59,10 +68,10 @@ class PlanTable:
         found = {
             "fits": f"no, {size(row.error.short_by)} short" if row.error else "yes",
             "max_model_len": str(numbers.max_model_len),
-            "longest that fits": str(numbers.max_model_len_that_fits or "none"),
+            "longest": str(numbers.max_model_len_that_fits or "none"),
             "max_num_seqs": str(numbers.max_num_seqs),
-            "at full length": f"{row.plan.max_concurrency:.2f} requests" if row.plan else "–",
-            "cache each": size(numbers.kv_bytes_at_max_len),
+            "full length": f"× {row.plan.max_concurrency:.2f}" if row.plan else "–",
+            "each": size(numbers.kv_bytes_at_max_len),
             "KV tokens": str(row.plan.max_tokens_cached) if row.plan else "–",
         }
         return tuple(str(row.settings.get(name, found.get(name))) for name in self.header)

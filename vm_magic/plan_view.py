@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from engine import plan_text
 from engine.plan_text import Part, gb, size
+from engine.side_by_side import MEANINGS
 
 if TYPE_CHECKING:
     from engine.memory import MemoryPlan
@@ -12,13 +13,14 @@ if TYPE_CHECKING:
 
 _COLOURS: dict[plan_text.PartKind, str] = {
     "weights": "#3d6aad", "overhead": "#75589f", "windows": "#a8511d", "states": "#a03a6b", "kv": "#2a7857",
-    "outside": "repeating-linear-gradient(45deg,rgba(128,128,128,.28) 0 5px,transparent 5px 10px)",
+    "outside": "rgba(128,128,128,.16)",
 }  # fmt: skip
-"""Dark enough for white letters, light enough for a dark theme."""
-_LINE = "var(--jp-border-color2,rgba(128,128,128,.5))"
-_FRAME = (
-    "max-width:880px;padding:4px 0;font-family:var(--jp-ui-font-family,sans-serif);"
-    "font-size:var(--jp-ui-font-size1,13px);color:var(--jp-ui-font-color1,inherit);line-height:1.45"
+"""Dark enough for white letters, light enough for a dark theme; plain colours pass JupyterLab's sanitizer."""
+_HATCH = ";background-image:repeating-linear-gradient(45deg,rgba(128,128,128,.22) 0 5px,transparent 5px 10px)"
+_LINE = "rgba(128,128,128,.45)"
+_FONT = (
+    "padding:4px 0;font-family:var(--jp-ui-font-family,sans-serif);font-size:var(--jp-ui-font-size1,13px);"
+    "color:var(--jp-ui-font-color1,inherit);line-height:1.45"
 )
 _BAR = f"display:flex;gap:1px;height:36px;border-radius:6px;overflow:hidden;border:1px solid {_LINE}"
 _CELL = "padding:2px 12px 2px 0;text-align:right;white-space:nowrap;border:none"
@@ -35,7 +37,7 @@ def plan_html(plan: "MemoryPlan") -> str:
         f'<code style="white-space:pre-wrap">{html.escape(plan.log_line())}</code></details>'
     )
     return (
-        f'<div style="{_FRAME}">{_headline(plan)}{plan_picture_html(plan)}'
+        f'<div style="max-width:880px;{_FONT}">{_headline(plan)}{plan_picture_html(plan)}'
         f'<div style="margin-top:8px">{meaning}</div>{_groups(plan)}{line}</div>'
     )
 
@@ -56,7 +58,11 @@ def plan_picture_html(plan: "MemoryPlan") -> str:
 
 def plan_table_html(table: "PlanTable") -> str:
     """Plans side by side; what does not fit says how much is missing."""
-    head = "".join(f'<th scope="col" style="{_CELL};font-weight:600">{html.escape(cell)}</th>' for cell in table.header)
+    head = "".join(
+        f'<th scope="col" title="{html.escape(MEANINGS.get(cell, ""))}" style="{_CELL};font-weight:600">'
+        f"{html.escape(cell)}</th>"
+        for cell in table.header
+    )
     body = "".join(
         f'<tr style="background:none;{"" if row.fits else "opacity:.65"}">'
         + "".join(f'<td style="{_CELL}">{html.escape(cell)}</td>' for cell in cells)
@@ -64,7 +70,7 @@ def plan_table_html(table: "PlanTable") -> str:
         for row, cells in zip(table.rows, table.cells(), strict=True)
     )
     return (
-        f'<div style="{_FRAME}"><table style="{_GRID}">'
+        f'<div style="{_FONT};overflow-x:auto"><table style="{_GRID}">'
         f'<thead><tr style="border-bottom:1px solid {_LINE}">{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
@@ -84,15 +90,19 @@ def _piece(part: Part, share: float) -> str:
     title = html.escape(f"{part.name}: {size(part.num_bytes)}, {part.remark}")
     return (
         f'<div title="{title}" style="flex:{share:.6f} 1 0;'
-        f"min-width:3px;background:{_COLOURS[part.kind]};color:{colour};display:flex;align-items:center;"
+        f"min-width:3px;background-color:{_colour(part)};color:{colour};display:flex;align-items:center;"
         f'justify-content:center;overflow:hidden;white-space:nowrap;font-size:12px">{text}</div>'
     )
+
+
+def _colour(part: Part) -> str:
+    return _COLOURS[part.kind] + (_HATCH if part.kind == "outside" else "")
 
 
 def _legend(part: Part) -> str:
     swatch = (
         f"display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:6px;vertical-align:-1px;"
-        f"background:{_COLOURS[part.kind]};border:1px solid {_LINE if part.kind == 'outside' else 'transparent'}"
+        f"background-color:{_colour(part)};border:1px solid {_LINE if part.kind == 'outside' else 'transparent'}"
     )
     return (
         f'<span><span style="{swatch}"></span>{part.name}</span>'
