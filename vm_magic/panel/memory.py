@@ -188,8 +188,8 @@ def identity_html(plan: "MemoryPlan", in_force: "MemoryPlan") -> str:
 
 def _step(operator: str, name: str, value: str, was: str) -> str:
     before = f'<div class="vmp-was">was {html.escape(was)}</div>' if was != value else ""
-    sign = f'<div class="vmp-op">{operator}</div>' if operator else ""
+    sign = f"<span>{operator}</span>" if operator else ""
     return (
-        f'{sign}<div data-name="{name}"><div class="vmp-k">{name}</div>'
-        f'<div class="vmp-v">{html.escape(value)}</div>{before}</div>'
+        f'<div>{sign}<div class="vmp-box" data-name="{name}"><div class="vmp-k">{name}</div>'
+        f'<div class="vmp-v">{html.escape(value)}</div>{before}</div></div>'
     )

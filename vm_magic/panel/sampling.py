@@ -56,7 +56,7 @@ class Parameter:
         self.undo = widgets.Button(
             icon="undo",
             tooltip=f"forget {name}: the model's own value holds again",
-            layout=widgets.Layout(width="30px", height="24px", visibility="hidden"),
+            layout=widgets.Layout(width="30px", height="24px", padding="0", visibility="hidden"),
         )
         self.undo.on_click(lambda _: forget(name))
         self.widget = widgets.HBox([control, self.undo, self.source], layout=widgets.Layout(align_items="center"))

@@ -18,12 +18,13 @@ SHEET = f"""<style>
 .{ROOT_CLASS} .vmp-head b {{ font-size: 15px; }}
 .{ROOT_CLASS} .vmp-faint {{ color: {_FAINT}; }}
 .{ROOT_CLASS} .vmp-num {{ font-variant-numeric: tabular-nums; white-space: nowrap; }}
-.{ROOT_CLASS} .vmp-chain {{ display: flex; flex-wrap: wrap; gap: 4px; align-items: stretch; margin: 2px 0 10px; }}
-.{ROOT_CLASS} .vmp-chain > div {{ border: 1px solid {_LINE}; border-radius: 6px; padding: 3px 8px; min-width: 64px; }}
+.{ROOT_CLASS} .vmp-chain {{ display: flex; flex-wrap: wrap; gap: 4px 3px; margin: 2px 0 10px; }}
+.{ROOT_CLASS} .vmp-chain > div {{ display: flex; gap: 3px; align-items: center; color: {_FAINT}; }}
+.{ROOT_CLASS} .vmp-chain .vmp-box {{ border: 1px solid {_LINE}; border-radius: 6px; padding: 2px 7px; min-width: 52px;
+  color: {_TEXT}; align-self: stretch; }}
 .{ROOT_CLASS} .vmp-chain .vmp-k {{ color: {_FAINT}; font-size: 11px; }}
 .{ROOT_CLASS} .vmp-chain .vmp-v {{ font-variant-numeric: tabular-nums; font-weight: 600; white-space: nowrap; }}
 .{ROOT_CLASS} .vmp-chain .vmp-was {{ color: {_FAINT}; font-size: 11px; font-weight: 400; }}
-.{ROOT_CLASS} .vmp-chain .vmp-op {{ border: none; padding: 0; min-width: 0; align-self: center; color: {_FAINT}; }}
 .{ROOT_CLASS} .vmp-bad {{ color: var(--jp-error-color1, #d32f2f); }}
 .{ROOT_CLASS} .vmp-good {{ color: var(--jp-success-color1, #388e3c); }}
 .{ROOT_CLASS} .vmp-swatch {{ display: inline-block; width: 10px; height: 10px; border-radius: 2px;
