@@ -23,8 +23,9 @@ from tests.engine.parity.oracle import mixed_prompts
 from tests.engine.parity.tiny_architectures import CONFIGS, VOCAB, build, tiny_model
 
 NUM_TOKENS = 8
-TIE = 0.02
-"""Of the logits' spread: TF32 rounds to 1e-3, and a few layers of it stay well below this."""
+TIE = 0.05
+"""Of the logits' spread. Rounding alone stays well below it; where it turns a router of experts, 0.024 was the most
+seen. A wrong mask or position gives more than 1."""
 GREEDY = SamplingParams(temperature=0)
 HYBRID: dict[str, Any] = {
     "model_type": "qwen3_5", "text_config": {
@@ -68,7 +69,11 @@ def _compare(model: Any, prompt: list[int], theirs: list[int], ours: list[int]) 
 
 
 def pools() -> dict[str, float]:
-    """Largest relative difference of a pool's bytes from the plan's, over all architectures, by page type."""
+    """Largest relative difference of a pool's bytes from the plan's, over all architectures, by page type.
+
+    Both what the arrays say and what the device's memory in use grew by; of some size, since a device rounds up.
+    """
+    num_blocks = 4096 if describe_device().kind == "cpu" else 1 << 16
     worst = dict.fromkeys(("auto", "bfloat16", "int8", "int4"), 0.0)
     for name in CONFIGS:
         model = tiny_model(name)
@@ -84,17 +89,19 @@ def pools() -> dict[str, float]:
                 spec = group_spec(leaves, engine.backend.block_size, 512, dtype)
                 pool.release()
                 before = mx.get_active_memory()
-                pool.grow(4096)
+                pool.grow(num_blocks)
                 size = spec.state_bytes or spec.bytes_per_token * spec.block_size
                 taken = mx.get_active_memory() - before
-                worst[dtype] = max(worst[dtype], abs(pool.nbytes / (4096 * size) - 1), abs(taken / (4096 * size) - 1))
+                worst[dtype] = max(
+                    worst[dtype], abs(pool.nbytes / (num_blocks * size) - 1), abs(taken / (num_blocks * size) - 1)
+                )
                 pool.release()
             engine.backend.close()
     return worst
 
 
 def hybrid() -> dict[str, Any]:
-    """Seconds to the first token of 4096 + 64 tokens: cold with the prefix cache off and on, and behind a hit."""
+    """Seconds to the first token of 512 + 32 tokens: cold with the prefix cache off and on, and behind a hit."""
     model = build(HYBRID, limit=1 << 30)
     model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
@@ -102,7 +109,7 @@ def hybrid() -> dict[str, Any]:
     times: dict[str, list[float]] = {"cold, cache off": [], "cold, cache on": [], "hit": []}
     rng = np.random.default_rng(0)
     for turn in range(6):
-        shared, question = (rng.integers(10, 32000, size).tolist() for size in (4096, 64))
+        shared, question = (rng.integers(10, 32000, size).tolist() for size in (512, 32))
         _start(engine, caching=False)
         cold = _timed(engine, [*shared, *question])
         _start(engine, caching=True)
