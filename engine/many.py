@@ -261,15 +261,21 @@ def map_prompts(
     names = list(request.grid[0])
     bar = _ProgressBar(None if table.total is None else table.total * per_row, shown=use_tqdm)
     run = ManyRun(door, bar.add)
+
+    def finish() -> "pandas.DataFrame":
+        bar.close()
+        frame = to_frame(run.rows, names, table.index_name)
+        keep(frame)
+        return frame
+
     try:
         run.run(request.prompts.tasks(table, request.grid), Earlier(request.resume, names))
     except KeyboardInterrupt:
-        frame = to_frame(run.rows, names, table.index_name)
-        raise MapInterrupted(_interrupted_text(run.rows, bar.total), frame) from None
-    finally:
-        bar.close()
-        keep(to_frame(run.rows, names, table.index_name))
-    return to_frame(run.rows, names, table.index_name)
+        raise MapInterrupted(_interrupted_text(run.rows, bar.total), finish()) from None
+    except BaseException:
+        finish()
+        raise
+    return finish()
 
 
 def _interrupted_text(rows: Rows, total: int | None) -> str:

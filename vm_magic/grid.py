@@ -202,7 +202,7 @@ class GridView:
         before = [name for name in frame.columns if name not in _RESULT_COLUMNS]
         varied = [name for name in before if frame[name].astype(str).nunique() > 1]
         same = [f"{name}={frame[name].iloc[0]}" for name in before if name not in varied and len(frame)]
-        if frame["prompt"].nunique() > 1 and not any(frame[name].dtype == object for name in varied):
+        if frame["prompt"].nunique() > 1 and all(frame[name].dtype.kind in "biuf" for name in varied):
             varied.append("prompt")
         failed = int(frame["error"].notna().sum())
         parts = [

@@ -203,7 +203,7 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
     def _connect(self, parsed: argparse.Namespace) -> None:
         from vm_magic.remote.connect import connect
 
-        print(connect(self.session, parsed))
+        print(connect(self.session, parsed, self.shell.user_ns))
 
     def _status(self, _: argparse.Namespace) -> StatusCard:
         return status_card(self.session) if self.session.remote is None else remote_card(self.session)

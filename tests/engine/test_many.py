@@ -201,13 +201,21 @@ class FakeJob:
 
     def __init__(self, answer: Answer | Exception) -> None:
         self._answer = answer
-        self.callbacks: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._over = False
+        self._callbacks: list[Callable[[], None]] = []
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
-        self.callbacks.append(callback)
+        with self._lock:
+            if not self._over:
+                self._callbacks.append(callback)
+                return
+        callback()
 
     def end(self) -> None:
-        for callback in self.callbacks:
+        with self._lock:
+            self._over, callbacks, self._callbacks = True, self._callbacks, []
+        for callback in callbacks:
             callback()
 
     def answer(self) -> Answer:

@@ -18,7 +18,7 @@ from vm_magic.arguments import COMMANDS
 from vm_magic.errors import Interrupted
 from vm_magic.remote.cards import LOCAL_ONLY
 from vm_magic.remote.llm import RemoteLLM
-from vm_magic.session import current_session
+from vm_magic.session import NotebookServer, current_session
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,16 @@ def test_connecting_says_what_is_there_and_closing_goes_back(
     assert vm_magic.current() is loaded
     assert not loaded.closed
     assert "not connected" in said(shell, capsys, "connect --close")
+
+
+def test_the_address_may_be_a_variable_or_the_handle_of_a_port(shell: Any, server: FakeVLLM, capsys: Capture) -> None:
+    shell.user_ns["cluster"] = server.url
+    assert f"connected to {server.url}/v1: tiny" in said(shell, capsys, "connect cluster")
+    shell.user_ns["handle"] = NotebookServer("tiny", f"{server.url}/v1", 1, "k3y", lambda: None)
+    assert "k3y" not in said(shell, capsys, "connect handle")
+    assert server.keys[-1] == "Bearer k3y"
+    with pytest.raises(ConfigError, match="give an http or https address, such as http://nothing"):
+        line(shell, "connect nothing")
 
 
 def said(shell: Any, capsys: Capture, text: str) -> str:

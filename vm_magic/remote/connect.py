@@ -1,7 +1,8 @@
 """``%vllm_metal connect``: its flags, and what it does."""
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
 from vm_magic.remote.cards import connected_text
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 %vllm_metal connect http://127.0.0.1:8000     chat, complete, grid, map, set, status, models and metrics go there
 %vllm_metal connect https://HOST/v1 -m NAME   one of several models; the key comes from VLLM_API_KEY or OPENAI_API_KEY
+%vllm_metal connect server                    a variable: an address as text, or the handle of another serve
 %vllm_metal connect --close                   back to the model of this kernel, which stays loaded meanwhile
 
 Prompts and, if there is one, the key go to the address that you give, and are not sent on by a redirect."""
@@ -20,7 +22,9 @@ Prompts and, if there is one, the key go to the address that you give, and are n
 def add_connect_flags(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the flags of ``connect``."""
     parser.epilog = EXAMPLES
-    parser.add_argument("url", nargs="?", metavar="URL", help="http(s) address of an OpenAI-compatible server")
+    parser.add_argument(
+        "url", nargs="?", metavar="URL", help="http(s) address of an OpenAI-compatible server, or a variable"
+    )
     parser.add_argument(
         "--api-key", metavar="KEY", help="key to send (VLLM_API_KEY, OPENAI_API_KEY: a notebook should not hold it)"
     )
@@ -28,8 +32,11 @@ def add_connect_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--close", action="store_true", help="end the connection")
 
 
-def connect(session: "Session", parsed: argparse.Namespace) -> str:
-    """Connect, end the connection, or say what it is; gives the text to print."""
+def connect(session: "Session", parsed: argparse.Namespace, namespace: Mapping[str, Any]) -> str:
+    """Connect, end the connection, or say what it is; gives the text to print.
+
+    The address may be a variable of ``namespace``: a text, or the handle that ``serve`` returns, key and all.
+    """
     if parsed.close:
         if parsed.url or parsed.model or parsed.api_key:
             raise ConfigError("connect --close takes nothing else", flag="close")
@@ -40,7 +47,10 @@ def connect(session: "Session", parsed: argparse.Namespace) -> str:
         return connected_text(session)
     from vm_magic.remote.llm import RemoteLLM
 
-    session.connect(RemoteLLM(parsed.url, api_key=parsed.api_key, model=parsed.model))
+    named = namespace.get(parsed.url)
+    url = named if isinstance(named, str) else getattr(named, "base_url", parsed.url)
+    key = parsed.api_key or getattr(named, "api_key", None)
+    session.connect(RemoteLLM(str(url), api_key=key, model=parsed.model))
     return connected_text(session)
 
 
