@@ -16,7 +16,7 @@ from engine.memory import KVGroupSpec, MemoryPlan, pages_note, plan_memory
 from engine.metrics import EngineMetrics
 from engine.runner.backends import Backend
 from engine.runner.devices import Device, clear_cache, describe_device
-from engine.runner.kv_spec import contiguous_group, group_spec, num_logits
+from engine.runner.kv_spec import contiguous_group, group_spec, num_logits, shared_layers
 from engine.runner.loader import LoadedModel, load_model
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
@@ -102,6 +102,7 @@ def _plan(
         kv_cache_dtype=args.kv_cache_dtype,
         knob=args.memory_knob,
         prefix_caching=args.enable_prefix_caching,
+        shared_layers=shared_layers(loaded.model),
     )
     return plan, overhead
 

@@ -108,7 +108,10 @@ class KVGroupSpec:
 
 @dataclass(frozen=True, slots=True)
 class PlanInputs:
-    """What was asked of a plan, kept so that :func:`what_if` can ask otherwise."""
+    """What was asked of a plan, kept so that :func:`what_if` can ask otherwise.
+
+    ``shared_layers`` read other layers' pages and need nothing: named so that none seems forgotten.
+    """
 
     context_length: int
     max_model_len: int | Auto | None = None
@@ -117,6 +120,25 @@ class PlanInputs:
     kv_cache_dtype: str = "auto"
     knob: str = "gpu_memory_utilization"
     prefix_caching: bool = True
+    shared_layers: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Refuse what no amount of memory allows. Raises :class:`ConfigError`."""
+        length, context = self.max_model_len, self.context_length
+        if isinstance(length, int) and length > context:
+            raise ConfigError(
+                f"User-specified max_model_len ({length}) is greater than the derived max_model_len "
+                f"({context}, the model's context length): use {context} or less, or auto",
+                flag="max_model_len",
+                value=length,
+                allowed=f"[1, {context}]",
+            )
+        check_batch(self.max_num_seqs, self.max_num_batched_tokens)
+
+    @property
+    def fewest_seqs(self) -> int:
+        """Sequences that must have their windows and states."""
+        return 1 if self.max_num_seqs == "auto" else self.max_num_seqs
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,40 +230,41 @@ def plan_memory(
     kv_cache_dtype: str = "auto",
     knob: str = "gpu_memory_utilization",
     prefix_caching: bool = True,
+    shared_layers: tuple[int, ...] = (),
 ) -> MemoryPlan:
     """Divide ``device_limit`` bytes. Raises :class:`MemoryPlanError` if nothing useful fits.
 
     ``max_model_len`` None is the model's ``context_length``; "auto" the longest that fits.
     ``max_num_seqs`` "auto" is the largest number, up to 256, that the budget carries at
     2048 tokens each and a step of ``max_num_batched_tokens`` takes, and never an error while one
-    sequence fits. ``groups`` are in ``kv_cache_dtype`` already. ``knob`` is the name under which the
-    user set the fraction; errors name it.
+    sequence fits. ``knob`` is the name under which the user set the fraction; errors name it.
     """
-    groups = _billed_in(groups, kv_cache_dtype)
-    device_limit, model_memory, overhead = int(device_limit), int(model_memory), int(overhead)
-    if isinstance(max_model_len, int) and max_model_len > context_length:
-        raise ConfigError(
-            f"User-specified max_model_len ({max_model_len}) is greater than the derived max_model_len "
-            f"({context_length}, the model's context length): use {context_length} or less, or auto",
-            flag="max_model_len",
-            value=max_model_len,
-            allowed=f"[1, {context_length}]",
-        )
-    check_batch(max_num_seqs, max_num_batched_tokens)
-    need = _Need(tuple(groups), block_size)
+    asked = PlanInputs(
+        context_length, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_dtype, knob, prefix_caching,
+        shared_layers,
+    )  # fmt: skip
+    asked.check()
+    need = _Need(tuple(_billed_in(groups, kv_cache_dtype)), block_size)
+    plan = _divide(need, asked, int(device_limit), fraction, int(model_memory), int(overhead))
+    _refuse_what_does_not_fit(plan, _Shortage(plan, need, plan.usable - plan.model_memory - plan.overhead))
+    return plan
+
+
+def _divide(
+    need: "_Need", asked: PlanInputs, device_limit: int, fraction: float, model_memory: int, overhead: int
+) -> MemoryPlan:
+    """The plan, whether it is of use or not."""
     usable = int(device_limit * fraction)
     available = usable - model_memory - overhead
-    fewest = 1 if max_num_seqs == "auto" else max_num_seqs
-    fits = need.longest(available, context_length, fewest)
-    length = max(fits, 1) if max_model_len == "auto" else max_model_len or context_length
-    if max_num_seqs == "auto":
-        num_seqs = min(need.most_sequences(available, length), max_num_batched_tokens or MAX_NUM_SEQS_LIMIT)
-    else:
-        num_seqs = max_num_seqs
-    num_checkpoints = need.num_checkpoints(available, length, num_seqs) if prefix_caching else 0
+    fits = need.longest(available, asked.context_length, asked.fewest_seqs)
+    length = max(fits, 1) if asked.max_model_len == "auto" else asked.max_model_len or asked.context_length
+    num_seqs = asked.fewest_seqs
+    if asked.max_num_seqs == "auto":
+        num_seqs = min(need.most_sequences(available, length), asked.max_num_batched_tokens or MAX_NUM_SEQS_LIMIT)
+    num_checkpoints = need.num_checkpoints(available, length, num_seqs) if asked.prefix_caching else 0
     kv_budget = available - num_seqs * need.fixed(length) - num_checkpoints * need.state
     num_blocks = need.num_blocks(kv_budget, length, num_seqs)
-    plan = MemoryPlan(
+    return MemoryPlan(
         device_limit=device_limit,
         fraction=fraction,
         usable=usable,
@@ -249,22 +272,18 @@ def plan_memory(
         overhead=overhead,
         kv_budget=kv_budget,
         per_block_bytes=need.per_block_bytes,
-        block_size=block_size,
+        block_size=need.block_size,
         num_blocks=num_blocks,
-        max_tokens_cached=num_blocks * block_size,
+        max_tokens_cached=num_blocks * need.block_size,
         state_bytes_per_seq=need.fixed(length),
         max_num_seqs=num_seqs,
         max_model_len=length,
         kv_bytes_at_max_len=need.growing(length) + need.fixed(length),
         max_model_len_that_fits=fits,
         groups=need.groups,
-        inputs=PlanInputs(
-            context_length, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_dtype, knob, prefix_caching
-        ),
+        inputs=asked,
         num_checkpoints=num_checkpoints,
     )
-    _refuse_what_does_not_fit(plan, _Shortage(plan, need, available))
-    return plan
 
 
 def what_if(
@@ -300,6 +319,7 @@ def what_if(
         kv_cache_dtype=dtype,
         knob=asked.knob if fraction is None else "memory_fraction",
         prefix_caching=asked.prefix_caching,
+        shared_layers=asked.shared_layers,
     )
 
 

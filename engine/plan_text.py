@@ -109,8 +109,11 @@ def summary(plan: "MemoryPlan") -> list[str]:
 
 
 def group_rows(plan: "MemoryPlan") -> list[GroupRow]:
-    """The plan's cache groups, in its order."""
-    return [_group_row(plan, group) for group in plan.groups]
+    """The plan's cache groups, in its order, and last the layers that need nothing."""
+    rows = [_group_row(plan, group) for group in plan.groups]
+    if shared := plan.inputs.shared_layers:
+        rows.append(GroupRow("shared", _layers(shared), "–", "0B", "–", "–", "0", "0B"))
+    return rows
 
 
 def bar(plan: "MemoryPlan", width: int = BAR_WIDTH) -> str:
@@ -173,12 +176,9 @@ def _blocks(plan: "MemoryPlan") -> str:
 
 
 def _group_row(plan: "MemoryPlan", group: "KVGroupSpec") -> GroupRow:
-    ranges = layer_ranges(group.layers)
-    if len(ranges) > _MOST_RANGES:
-        ranges = ranges[:_MOST_RANGES].rpartition(",")[0] + ", …"
     return GroupRow(
         group.kind,
-        f"{len(group.layers)} ({ranges})",
+        _layers(group.layers),
         f"{group.bytes_per_token}B" if group.bytes_per_token else "–",
         size(group.bytes_per_sequence(plan.max_model_len)),
         f"{group.window} tokens" if group.window else "all" if group.grows else "–",
@@ -186,6 +186,13 @@ def _group_row(plan: "MemoryPlan", group: "KVGroupSpec") -> GroupRow:
         str(plan.num_blocks_of(group)) + (" slots" if group.kind == "state" else ""),
         size(plan.bytes_of(group)),
     )
+
+
+def _layers(layers: Sequence[int]) -> str:
+    ranges = layer_ranges(layers)
+    if len(ranges) > _MOST_RANGES:
+        ranges = ranges[:_MOST_RANGES].rpartition(",")[0] + ", …"
+    return f"{len(layers)} ({ranges})"
 
 
 def _aligned(rows: Sequence[GroupRow]) -> list[str]:

@@ -112,12 +112,12 @@ class _Planner:
         context = shapes.config.context_length
         batched_tokens = args.batched_tokens(device.chunk_size)
         length = args.max_model_len if isinstance(args.max_model_len, int) else context
-        chunk = min(batched_tokens, length)
         overhead = sizes.overhead
         if overhead is None:
-            overhead = estimated_overhead(shapes.config, chunk, length if device.kind == "cpu" else 0)
+            scored = length if device.kind == "cpu" else 0
+            overhead = estimated_overhead(shapes.config, min(batched_tokens, length), scored)
         return plan_memory(
-            groups=shapes.groups(args, chunk),
+            groups=shapes.groups(args, min(batched_tokens, context)),
             device_limit=device.memory_limit,
             fraction=args.memory_fraction,
             model_memory=shapes.model_memory if sizes.model_memory is None else sizes.model_memory,
@@ -129,6 +129,7 @@ class _Planner:
             max_num_batched_tokens=batched_tokens,
             kv_cache_dtype=args.kv_cache_dtype,
             knob=args.memory_knob,
+            shared_layers=shapes.shared_layers,
             prefix_caching=args.enable_prefix_caching,
         )
 
@@ -164,6 +165,13 @@ class _Shapes:
             kv_spec.group_spec(group, args.block_size, chunk, args.kv_cache_dtype)
             for group in kv_spec.group_leaves(leaves)
         ]
+
+    @cached_property
+    def shared_layers(self) -> tuple[int, ...]:
+        """Layers that need nothing."""
+        from engine.runner.kv_spec import shared_layers
+
+        return shared_layers(self.model)
 
     @cached_property
     def _leaves(self) -> Any:

@@ -118,10 +118,12 @@ def _groups(plan: "MemoryPlan") -> str:
         for i, name in enumerate(plan_text.GROUP_HEADER)
     )
     rows = []
-    for group, row in zip(plan.groups, plan_text.group_rows(plan), strict=True):
+    layers_of = [*(group.layers for group in plan.groups), plan.inputs.shared_layers]
+    for row, layers in zip(plan_text.group_rows(plan), layers_of, strict=False):
         cells = [f'<td style="{left if i < 2 else _CELL}">{html.escape(cell)}</td>' for i, cell in enumerate(row)]
-        layers = html.escape(plan_text.layer_ranges(group.layers))
-        rows.append(f'<tr title="layers {layers}" style="background:none">{"".join(cells)}</tr>')
+        rows.append(
+            f'<tr title="layers {plan_text.layer_ranges(layers)}" style="background:none">{"".join(cells)}</tr>'
+        )
     return (
         f'<table style="{_GRID}">'
         f'<thead><tr style="border-bottom:1px solid {_LINE}">{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'

@@ -57,6 +57,14 @@ class CacheLeaf:
     place: int = 0
 
     @property
+    def is_latent(self) -> bool:
+        """Whether all heads share one latent vector and one of positions (MLA), as in DeepSeek."""
+        shape = self.shape
+        if self.kind != "full" or shape is None:
+            return False
+        return shape.num_kv_heads == shape.num_value_heads == 1 and shape.key_dim != shape.value_dim
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of one sequence's state."""
         return sum(math.prod(shape) * dtype.size for shape, dtype in self.states)
@@ -119,13 +127,20 @@ def group_spec(leaves: Sequence[CacheLeaf], block_size: int, chunk: int, kv_cach
     vectors = [vector for leaf in leaves if leaf.shape is not None for vector in leaf.shape.vectors]
     window = None if first.window is None else first.window + chunk
     return KVGroupSpec(
-        first.kind,
+        "latent" if all(leaf.is_latent for leaf in leaves) else first.kind,
         layers,
         sum(vector.num_bytes(kv_cache_dtype) for vector in vectors),
         window=window,
         block_size=block_size,
         vectors=tuple(vectors),
     )
+
+
+def shared_layers(model: nn.Module) -> tuple[int, ...]:
+    """Layers that keep nothing, since they read the keys and values of layers before them (Gemma 3n, Gemma 4)."""
+    configs = [getattr(module, name, None) for module in model.modules() for name in ("config", "args")]
+    shared = max((int(getattr(config, "num_kv_shared_layers", 0) or 0) for config in configs), default=0)
+    return tuple(range(len(model.layers)))[-shared:] if shared else ()
 
 
 def contiguous_group(model: nn.Module, block_size: int) -> KVGroupSpec:

@@ -142,4 +142,37 @@ def test_a_window_holds_the_chunk_of_the_device_that_is_planned_for(tmp_path: Pa
     assert window(device_memory="16GB") == 32 + 2048
     assert window() == 32 + describe_device().chunk_size
     assert window(max_num_batched_tokens=64) == 32 + 64
-    assert window(max_model_len=128) == 32 + 128
+    assert window(max_model_len=128) == 32 + describe_device().chunk_size  # a longer request may come, live
+
+
+SPECIAL = {
+    "gemma3n": {"kinds": ["full", "sliding"], "shared": (4, 5)},
+    "gemma4_text": {"kinds": ["full", "sliding"], "shared": (4, 5)},
+    "deepseek_v3": {"kinds": ["latent"], "shared": ()},
+    "qwen3_5": {"kinds": ["full", "state"], "shared": ()},
+    "mamba2": {"kinds": ["state"], "shared": ()},
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_the_groups_say_which_layers_keep_what(name: str, tmp_path: Path) -> None:
+    from tests.engine.parity.tiny_architectures import config_of
+
+    (tmp_path / "config.json").write_text(json.dumps(config_of(name)))
+    plan = engine.plan(str(tmp_path), device_memory="2GB")
+    assert [group.kind for group in plan.groups] == SPECIAL[name]["kinds"]
+    assert plan.inputs.shared_layers == SPECIAL[name]["shared"]
+    rows = [line.split()[0] for line in str(plan).splitlines()[-1 - len(plan.groups) :]]
+    shared = ["shared"] if SPECIAL[name]["shared"] else ["group"]
+    assert sorted(rows) == sorted([*SPECIAL[name]["kinds"], *shared])
+
+
+@pytest.mark.parametrize(("architecture", "options"), [("gemma3_text", {}), ("llama", {"kv_cache_dtype": "float16"})])
+def test_a_loaded_models_plan_is_the_one_made_before_but_for_the_measured_overhead(
+    tiny_model_dir: Any, architecture: str, options: dict[str, Any]
+) -> None:
+    path = str(tiny_model_dir(architecture))
+    with engine.LLM(path, max_model_len=512, gpu_memory_utilization=0.2, **options) as llm:
+        found = llm.plan
+    given = {"max_model_len": 512, "gpu_memory_utilization": 0.2, "overhead": found.overhead, **options}
+    assert engine.plan(path, **given) == found

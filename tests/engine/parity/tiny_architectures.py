@@ -100,9 +100,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """Model type (and a variant's name) -> entries over the common ones."""
 
 
+def config_of(name: str) -> dict[str, Any]:
+    """``config.json`` of a configuration above."""
+    return {"model_type": name.split()[0], **_BASE, **CONFIGS[name]}
+
+
 def tiny_model(name: str, seed: int = 0) -> Any:
     """The model of a configuration above."""
-    return build({"model_type": name.split()[0], **_BASE, **CONFIGS[name]}, seed)
+    return build(config_of(name), seed)
 
 
 def build(config: dict[str, Any], seed: int = 0, limit: int = 1 << 25) -> Any:
