@@ -30,8 +30,9 @@ class Packing:
             return mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits)
         # The same arithmetic; mx.dequantize takes two to three times as long on CPUs.
         integers = packed.view(mx.uint8)
-        if self.bits == 4:
-            integers = mx.stack([integers & 15, integers >> 4], axis=-1).flatten(-2)
+        if self.bits == 4:  # the two halves of a byte become bytes
+            pairs = integers.astype(mx.uint16)
+            integers = ((pairs | (pairs << 4)) & 0x0F0F).view(mx.uint8)
         groups = integers.astype(scales.dtype).reshape(*scales.shape, self.group_size)
         return (groups * scales[..., None] + biases[..., None]).reshape(integers.shape)
 
@@ -94,11 +95,8 @@ class Pages:
 
 
 def rounded(caches: list[Any], kv_cache_dtype: str) -> list[Any]:
-    """mlx-lm's ``caches`` (as ``make_prompt_cache`` gives them), which now keep what quantized pages would give back.
-
-    Unchanged where ``kv_cache_dtype`` is not a quantized one.
-    """
-    for cache in caches if kv_cache_dtype in QUANTIZED_BITS else []:
+    """mlx-lm's ``caches`` (as ``make_prompt_cache`` gives them), which now keep what pages would give back."""
+    for cache in caches if kv_cache_dtype != "auto" else []:
         if isinstance(cache, CacheList):
             rounded(list(cache.caches), kv_cache_dtype)
         elif hasattr(cache, "update_and_fetch"):
@@ -108,7 +106,7 @@ def rounded(caches: list[Any], kv_cache_dtype: str) -> list[Any]:
 
 def _rounding(keep: Callable[..., Any], kv_cache_dtype: str) -> Callable[[mx.array, mx.array], Any]:
     def there_and_back(rows: mx.array) -> mx.array:
-        way = packing(rows.shape[-1], kv_cache_dtype)
-        return rows if way is None else way.unpack(way.pack(rows))
+        pages = Pages(rows.shape[1], rows.shape[-1], rows.dtype, kv_cache_dtype)
+        return pages.decode(pages.encode(rows)).astype(rows.dtype)
 
     return lambda keys, values: keep(there_and_back(keys), there_and_back(values))

@@ -104,8 +104,8 @@ def paging_difference(backend: PagedBackend | ContiguousBackend, model: nn.Modul
     """Largest difference between a backend's logits and those of single sequences, relative to their spread.
 
     Several sequences prefill together and then decode together, so that positions, masks, scattered
-    writes and gathered reads all take part. Where pages are quantized, the contiguous caches hold the
-    same rounded values, so that only what paging itself changes is seen.
+    writes and gathered reads all take part. Where pages round what they keep, the contiguous caches hold
+    the same rounded values, so that only what paging itself changes is seen.
     """
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, vocab_size, size).tolist() for size in _CHECK_LENGTHS]

@@ -31,6 +31,8 @@ CASES = {
     ("gemma4_text", "int8"): "rectangles",  # layers that read others' keys
     ("deepseek_v3", "int4"): "rectangles",  # latent attention: keys of 64 elements, values of 32
     ("qwen3_5", "int8"): "rectangles",  # states beside pages
+    ("qwen3", "bfloat16"): "flat",
+    ("gemma3_text", "float16"): "flat",
 }
 PACKABLE = {
     "gemma4_text": {"head_dim": 32, "global_head_dim": 64},
