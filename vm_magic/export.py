@@ -12,7 +12,7 @@ from engine.config import ENGINE_FLAGS, EngineArgs, Flag
 from engine.kv_dtype import VLLM_NAMES
 from engine.sampling_defaults import GENERATION_CONFIG_NAMES
 
-HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3-270m": "google/gemma-3-270m"}
 """Our short names, and the same model on the hub."""
 HUB_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "HF_HUB_CACHE")
 OURS_ALONE = ("no_api_key", "allowed_hosts")

