@@ -1,5 +1,6 @@
 """KV memory of sequences: prefix hits and one admission decision over all groups of layers."""
 
+import math
 from collections.abc import Sequence
 
 from engine.core.cache_groups import KVCacheGroup
@@ -12,6 +13,7 @@ class KVCacheManager:
 
     def __init__(self, groups: Sequence[KVCacheGroup]) -> None:
         self.groups = tuple(groups)
+        self._boundary = math.lcm(*(group.block_size for group in self.groups))
         self._states = [group for group in self.groups if isinstance(group, StateGroup)]
 
     def num_cached_tokens(self, request: Request) -> int:
@@ -25,7 +27,7 @@ class KVCacheManager:
         shared = self._common_prefix(request, limit, [group for group in self.groups if group not in self._states])
         cached = self._common_prefix(request, shared, self.groups) if self._states else shared
         for group in self._states:
-            group.aim(request, cached, shared)
+            group.aim(request, cached, shared, self._boundary)
         return cached
 
     @staticmethod
@@ -57,8 +59,7 @@ class KVCacheManager:
 
     def fork(self, parent: Request, child: Request) -> int:
         """Share the parent's prompt with ``child``, but for its last token; gives the tokens shared."""
-        size = max(group.block_size for group in self.groups)
-        num_tokens = (child.num_prompt_tokens - 1) // size * size
+        num_tokens = (child.num_prompt_tokens - 1) // self._boundary * self._boundary
         if not all(group.can_fork(parent, num_tokens) for group in self.groups):
             return 0
         for group in self.groups:

@@ -51,14 +51,14 @@ class StateGroup:
                 return count * self.block_size
         return 0
 
-    def aim(self, request: Request, num_cached: int, num_shared: int) -> None:
+    def aim(self, request: Request, num_cached: int, num_shared: int, boundary: int) -> None:
         """Choose checkpoints for a request that starts from ``num_cached`` tokens.
 
-        ``num_shared``: leading tokens that all other groups have.
+        ``num_shared``: leading tokens that all other groups have. Every ``boundary`` tokens, blocks of all groups end.
         """
         if not self.pool.enable_caching:
             return
-        end = (request.num_prompt_tokens - GENERATION_PROMPT_TOKENS) // self.block_size * self.block_size
+        end = (request.num_prompt_tokens - GENERATION_PROMPT_TOKENS) // boundary * boundary
         wanted = set()
         if end - num_cached >= self.min_tokens:
             wanted.add(end)

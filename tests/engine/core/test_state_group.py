@@ -1,7 +1,7 @@
 """Slots and checkpoints of recurrent states, as bookkeeping: which slot is read, written, kept, found again."""
 
 from engine.core.block_pool import BlockPool
-from engine.core.cache_groups import FullAttentionGroup
+from engine.core.cache_groups import FullAttentionGroup, SlidingWindowGroup
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
 from engine.core.state_group import GENERATION_PROMPT_TOKENS, StateGroup
@@ -128,3 +128,23 @@ def test_many_requests_over_few_slots_end_with_clean_books():
     requests = [make_request(str(i), [*range(40), *range(i * 97, i * 97 + 7 * i)], max_tokens=5) for i in range(12)]
     run(scheduler, *requests)
     assert all(len(request.output_token_ids) == 5 for request in requests)
+
+
+def test_groups_of_different_block_sizes_agree_on_a_prefix():
+    """Pages of 16 tokens, windows in pages of 8, states in steps of 12: all of them end every 48 tokens."""
+    groups = [
+        FullAttentionGroup(BlockPool(40), 16),
+        SlidingWindowGroup(BlockPool(40), 8, window=20),
+        StateGroup(BlockPool(6), 12, min_tokens=8),
+    ]
+    scheduler = Scheduler(KVCacheManager(groups), max_num_seqs=2, max_num_batched_tokens=64)
+    first = make_request("first", 190)
+    run(scheduler, first)
+    second = make_request("second", [*first.all_token_ids, *range(500, 520)])
+    driver = run(scheduler, second)
+    assert second.num_cached_tokens == 144 == (190 - GENERATION_PROMPT_TOKENS) // 48 * 48
+    lengths = {len(table) for step in driver.steps for share in step.scheduled for table in share.block_tables}
+    assert len(lengths) > 2
+    other = make_request("other", [*range(140), *range(900, 950)])
+    run(scheduler, other)
+    assert other.num_cached_tokens == 0
