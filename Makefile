@@ -19,6 +19,7 @@ lab: setup ## open the quickstart notebook in JupyterLab
 	@$(PY) -m jupyterlab notebooks/quickstart.ipynb
 
 test: lint types ## all checks: lint, types and every test
+	@bash .ci/browser
 	@$(PY) -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## ruff: rules and format
