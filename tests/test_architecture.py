@@ -18,7 +18,9 @@ _BELOW = ("shared", "memory")
 _MIDDLE = (*_BELOW, "core", "runner", "text", "metrics")
 ALLOWED: dict[str, frozenset[str]] = {
     "shared": frozenset({"shared"}),
-    "memory": frozenset({"shared"}),
+    "plan_text": frozenset({"shared"}),
+    "memory": frozenset({"shared", "plan_text"}),
+    "side_by_side": frozenset({"shared", "plan_text", "memory"}),
     "core": frozenset({"core", *_BELOW}),
     "runner": frozenset({"runner", *_BELOW}),
     "text": frozenset({"text", *_BELOW}),
@@ -29,23 +31,34 @@ ALLOWED: dict[str, frozenset[str]] = {
     "engine_thread": frozenset({*_MIDDLE, "llm_engine", "builder", "stats_log"}),
     "engine_view": frozenset({*_MIDDLE, "llm_engine"}),
     "replan": frozenset({*_MIDDLE, "llm_engine"}),
-    "planning": frozenset(_MIDDLE),
+    "planning": frozenset({*_MIDDLE, "side_by_side"}),
     "replay": frozenset(_MIDDLE),
     "request_maker": frozenset(_MIDDLE),
     "explaining": frozenset({*_MIDDLE, "replay"}),
     "local_door": frozenset({*_MIDDLE, "replay"}),
     "llm": frozenset(
-        {*_MIDDLE, "local_door", "request_maker", "explaining", "llm_engine", "engine_view", "builder", "engine_thread"}
+        {
+            *_MIDDLE,
+            "local_door",
+            "request_maker",
+            "explaining",
+            "llm_engine",
+            "engine_view",
+            "replan",
+            "builder",
+            "engine_thread",
+        }
     ),
     "openai": frozenset({"openai", *_MIDDLE, "llm_engine", "engine_thread", "llm"}),
     "engine": frozenset({*_MIDDLE, "planning", "replay", "llm"}),
-    "vm_magic": frozenset({"vm_magic", "engine", *_BELOW, "metrics", "llm", "openai"}),
+    "vm_magic": frozenset({"vm_magic", "engine", *_BELOW, "plan_text", "side_by_side", "metrics", "llm", "openai"}),
 }
 """Room -> rooms it may import. "engine" is the package's __init__, which only re-exports; "shared" is every module
 directly in engine/ that has no row of its own (types, finding models, reading their headers): it knows only itself."""
 
-ALLOWED_LAZILY = {("llm", "openai"), ("vm_magic", "text")}
-"""Inside a function or for types only. Against the order: ``LLM.serve`` is the door from the Python API to the port.
+ALLOWED_LAZILY = {("llm", "openai"), ("vm_magic", "text"), ("plan_text", "memory")}
+"""Inside a function or for types only. Against the order: ``LLM.serve`` is the door from the Python API to the port, and
+a plan's text names the plan's type.
 Past a room: the notebook reads replies with the parser that ``LLM.output_parser`` hands out, and names its type."""
 
 MLX = {"mlx", "mlx_lm"}
