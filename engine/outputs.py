@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.safe_markdown import safe_markdown
+
 FinishReason = str
 """``"stop"``, ``"length"``, ``"abort"`` or ``"error"`` (later also ``"tool_calls"`` at the chat doors)."""
 
@@ -136,7 +138,7 @@ class Reply:
         return self.text
 
     def _repr_markdown_(self) -> str:
-        return self.text
+        return safe_markdown(self.text)
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         """What a prompt shows: the text, and calls of tools below it. ``repr()`` stays that of the fields."""

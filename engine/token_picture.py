@@ -13,7 +13,7 @@ from engine.outputs import Logprob, LogprobsAtPosition
 
 PRE_STYLE = (
     "white-space:pre-wrap;overflow-wrap:break-word;margin:2px 0;padding:2px 0;line-height:1.7;font-size:13px;"
-    "background:transparent"
+    "background:transparent;word-break:normal"
 )
 _STEPS = ((0.9, ""), (0.5, "#fb8c0026"), (0.2, "#fb8c0059"), (0.05, "#f4511e80"), (0.0, "#d81b6099"))
 """Least probability and colour: pale where the token was expected, strong where it surprised."""

@@ -12,13 +12,11 @@ from vm_magic.progress import size_text
 if TYPE_CHECKING:
     from vm_magic.session import Session
 
-CARD_STYLE = (
-    "display:inline-block;padding:8px 14px;border:1px solid var(--jp-border-color2,#bbb);border-radius:6px;"
-    "background:var(--jp-layout-color1,transparent);color:var(--jp-ui-font-color1,inherit);font-size:13px"
-)
+CARD_STYLE = "display:inline-block;padding:8px 14px;border:1px solid #80808059;border-radius:6px;font-size:13px"
+"""Half transparent and without variables: reads on every theme, and a notebook that is not trusted keeps it."""
 _BAR_STYLE = (
     "display:inline-block;width:160px;height:8px;border-radius:4px;overflow:hidden;vertical-align:middle;"
-    "margin-right:8px;background:var(--jp-layout-color3,#ddd)"
+    "margin-right:8px;background-color:#80808040"
 )
 
 
@@ -87,7 +85,7 @@ class StatusCard:
     def _bar(self, name: str) -> str:
         if name != "KV blocks" or self.usage is None:
             return ""
-        fill = f"width:{self.usage * 100:.1f}%;height:100%;display:block;background:var(--jp-brand-color1,#1976d2)"
+        fill = f"width:{self.usage * 100:.1f}%;height:100%;display:block;background-color:#1976d2"
         return f'<span style="{_BAR_STYLE}"><span style="{fill}"></span></span>'
 
 

@@ -9,10 +9,14 @@ from engine.explain import Explanation, Output
 from engine.token_picture import escaped
 from vm_magic.cards import CARD_STYLE
 from vm_magic.explain_picture import prompt_html, time_bar_html, time_bar_text
+from vm_magic.tool_cards import call_text
 
 _TOKENS_SHOWN = 40
 """Tokens of the prompt's end that the text form shows."""
-_PRE = "white-space:pre-wrap;overflow-wrap:break-word;margin:2px 0;max-height:20em;overflow:auto;font-size:12px"
+_PRE = (
+    "white-space:pre-wrap;overflow-wrap:break-word;word-break:normal;margin:2px 0;max-height:20em;overflow:auto;"
+    "font-size:12px"
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def _parsed(output: Output) -> Iterator[tuple[str, str]]:
         yield "reasoning", output.reasoning
     yield "content", output.content
     for call in output.tool_calls:
-        yield "tool call", json.dumps(call, ensure_ascii=False)
+        yield "tool call", call_text({"function": call})
 
 
 def _details(title: str, body: str, *, is_open: bool = False) -> str:

@@ -13,7 +13,7 @@ _CARD = (
 )
 _PRE = (
     "white-space:pre-wrap;overflow-wrap:break-word;margin:2px 0 0;padding:0;max-height:12em;overflow:auto;"
-    "font-size:12px;background:transparent"
+    "font-size:12px;background:transparent;word-break:normal"
 )
 _BLUE, _RED, _GREY = "#1e88e5", "#e53935", "#80808080"
 _LONGEST_ARGUMENT = 200

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from engine.outputs import Reply
 from engine.safe_markdown import open_fence, safe_markdown
 
 PIECES = [
@@ -114,3 +115,7 @@ def test_code_with_tags_is_readable_as_code() -> None:
 )
 def test_the_fence_that_is_open_at_the_end(text: str, fence: str | None) -> None:
     assert open_fence(text) == fence
+
+
+def test_a_reply_that_a_notebook_shows_is_safe_too() -> None:
+    assert Reply("<img src=x> and **bold**")._repr_markdown_() == "&lt;img src=x> and **bold**"

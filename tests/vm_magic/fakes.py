@@ -156,7 +156,9 @@ class FakeLLM:
         MEMORY["bytes"] += 145_000_000
         MADE.append(self)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, chat_template_kwargs: Any = None) -> str:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, chat_template_kwargs: Any = None, tools: Any = None
+    ) -> str:
         self.template_kwargs.append(chat_template_kwargs or {})
         return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
 
@@ -172,9 +174,13 @@ class FakeLLM:
     def sampling_params(self, **given: Any) -> SamplingParams:
         return self.resolve_sampling(source="flag", **given).params
 
-    def output_parser(self, *, prompt: str) -> OutputParser:
+    def output_parser(self, *, prompt: str, tools: Any = None, tool_choice: Any = None) -> OutputParser:
         return make_output_parser(
-            reasoning_parser=self.reasoning_parser, tool_call_parser=None, prompt_suffix=prompt + self.prompt_end
+            reasoning_parser=self.reasoning_parser,
+            tool_call_parser=self.tool_call_parser,
+            tools=tools,
+            tool_choice=tool_choice,
+            prompt_suffix=prompt + self.prompt_end,
         )
 
     def submit(

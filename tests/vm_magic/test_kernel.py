@@ -124,6 +124,29 @@ def test_interrupt_keeps_the_partial_text_and_stops_run_all(ready: Kernel) -> No
     assert reply["status"] == "ok"
 
 
+TOOL = """
+llm.tool_call_parser, llm.delay = "hermes", 0
+llm.words = ['<tool_call>\\n{"name": "wait", "arguments": {}}\\n</tool_call>']
+def wait():
+    "Waits for long."
+    import time
+    time.sleep(600)
+"""
+
+
+def test_interrupt_ends_a_function_that_the_model_called(ready: Kernel) -> None:
+    assert ready.run(TOOL)[0]["status"] == "ok"
+    asked = ready.client.execute("%%chat --tools wait\nhello")
+    messages = drain(ready, asked, lambda message: "running …" in str(message["content"].get("data", "")))
+    ready.manager.interrupt_kernel()
+    reply = ready.client.get_shell_msg(timeout=60)["content"]
+    assert (reply["ename"], reply["evalue"].split(";")[0]) == ("Interrupted", "stopped in wait")
+    shown = show_as_a_notebook([*messages, *drain(ready, asked)])
+    assert shown == ["wait() → ⚠ interrupted by the user ⏹ interrupted"]
+    roles = "print([m['role'] for m in get_ipython().run_line_magic('vllm_metal', 'history').messages])"
+    assert ready.text(roles) == "['user', 'assistant', 'tool']\n"
+
+
 def test_interrupting_a_load_leaves_nothing_loaded(ready: Kernel) -> None:
     first = ready.client.execute("%vllm_metal load slow")
     messages = drain(ready, first, lambda message: message["msg_type"] == "display_data")
