@@ -14,8 +14,10 @@ from engine.hub import ResolvedModel
 from engine.llm_engine import LLMEngine
 from engine.memory import KVGroupSpec, MemoryPlan, pages_note, plan_memory
 from engine.metrics import EngineMetrics
+from engine.preflight import Preflight
 from engine.runner.backends import Backend
 from engine.runner.devices import Device, clear_cache, describe_device
+from engine.runner.free_memory import FreeMemory
 from engine.runner.kv_spec import contiguous_group, group_spec, num_logits, shared_layers
 from engine.runner.loader import LoadedModel, load_model
 from engine.runner.model_runner import ModelRunner
@@ -141,8 +143,13 @@ def _assemble(
     kv = KVCacheManager(
         [_cache_group(spec, plan, backend, index, caching=caching) for index, spec in enumerate(plan.groups)]
     )
+    free = FreeMemory(device)
+    if isinstance(backend, PagedBackend):
+        backend.free_memory = free
+    preflight = Preflight(overhead, plan.per_block_bytes // plan.block_size, free)
     scheduler = Scheduler(
         kv,
+        memory=preflight,
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=args.batched_tokens(device.chunk_size),
     )
@@ -154,6 +161,6 @@ def _assemble(
         tokenizer.token_text,
         metrics,
         submit_first=device.kind != "cpu",
-        overhead=overhead,
+        preflight=preflight,
         max_model_len=plan.max_model_len,
     )

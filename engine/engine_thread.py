@@ -10,12 +10,12 @@ from typing import TypeVar
 
 from engine.builder import BuiltEngine, build_engine
 from engine.config import EngineArgs
-from engine.errors import EngineClosedError, GenerationError, VMMagicError
+from engine.errors import EngineClosedError, GenerationError, OutOfMemoryError, VMMagicError
 from engine.hub import ResolvedModel
-from engine.llm_engine import LLMEngine
+from engine.llm_engine import MEMORY_HELP, LLMEngine
 from engine.metrics import EngineMetrics
 from engine.request import NewRequest
-from engine.runner.devices import leave_thread
+from engine.runner.devices import is_out_of_memory, leave_thread
 from engine.stats_log import StatsLog
 from engine.stream import RequestStream
 from engine.text.tokenizer import Tokenizer
@@ -23,6 +23,8 @@ from engine.text.tokenizer import Tokenizer
 T = TypeVar("T")
 _Command = Callable[[LLMEngine], None]
 _POLL = 0.1
+_STUCK = 0.05
+"""Seconds between looks for memory while there is none."""
 logger = logging.getLogger("engine")
 
 
@@ -173,16 +175,16 @@ class EngineThread:
             try:
                 engine.step()
                 log.tick(idle=not engine.has_work)
-            except Exception as error:  # noqa: BLE001  (a failing model: all requests are told, the engine goes on)
-                engine.fail_all(_failure("the model failed", error))
+            except Exception as error:  # noqa: BLE001  (a failing step: its requests are told, the engine goes on)
+                engine.fail_step(_failure("the model failed", error))
             self._forget_finished()
 
     def _take_commands(self, engine: LLMEngine) -> bool:
         """Run what others asked for; waits while there is no work. False: close."""
-        block = not engine.has_work
+        block, timeout = not engine.has_work or engine.stuck, _STUCK if engine.stuck else None
         while True:
             try:
-                command = self._commands.get(block=block)
+                command = self._commands.get(block=block, timeout=timeout)
             except queue.Empty:
                 return True
             if command is None:
@@ -232,7 +234,10 @@ def _failure(what: str, error: Exception) -> VMMagicError:
     logger.error("%s: %s", what, _one_line(error))
     if isinstance(error, VMMagicError):
         return error
-    failure = GenerationError(f"{what}: {_one_line(error)}; the engine goes on without this request")
+    if is_out_of_memory(error):
+        failure: VMMagicError = OutOfMemoryError(f"out of memory in this step ({_one_line(error)}); {MEMORY_HELP}")
+    else:
+        failure = GenerationError(f"{what}: {_one_line(error)}; the engine goes on without this request")
     failure.__cause__ = error.with_traceback(None)  # its frames hold the weights
     return failure
 

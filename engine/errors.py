@@ -12,6 +12,7 @@ VMMagicError                    one line, names the fix
 │   ├── UnknownModelError       a model name that is not served: HTTP 404
 │   └── UnknownResponseError    a response that is not stored (any more): HTTP 404
 ├── GenerationError             one request failed while running; the engine goes on
+│   └── OutOfMemoryError        there was not enough memory for it
 ├── EngineClosedError           the engine was closed or its thread failed
 └── ServerError                 the port could not be opened
 """
@@ -116,6 +117,10 @@ class UnknownResponseError(RequestError):
 
 class GenerationError(VMMagicError):
     """One request failed while it ran; the engine goes on serving others."""
+
+
+class OutOfMemoryError(GenerationError):
+    """One request needs more memory than there is, now that it runs; the engine goes on serving others."""
 
 
 class EngineClosedError(VMMagicError):

@@ -2,23 +2,27 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from engine.activity import Throughput
 from engine.core.scheduler import Scheduler
-from engine.errors import GenerationError, VMMagicError
+from engine.errors import GenerationError, OutOfMemoryError, VMMagicError
 from engine.live_values import LiveValues
 from engine.metrics import EngineMetrics
 from engine.outputs import CompletionDelta, LogprobsAtPosition
+from engine.preflight import Preflight
 from engine.request import NewRequest, Request, RequestStatus, check_length
 from engine.runner.model_runner import InFlightStep, ModelRunner, PromptLogprobs, SampledToken, StepResult
-from engine.runner.warm_up import Overhead
 from engine.sampling_params import SamplingParams
+from engine.step import ScheduledRequest
 from engine.stream import RequestStream
 from engine.text.detokenizer import Detokenizer
 
 logger = logging.getLogger("engine")
+PATIENCE = 5.0
+"""Seconds that a request waits for memory while nothing else runs; then it ends with an error."""
+MEMORY_HELP = "free memory on this device, lower max_num_seqs, or load a smaller model"
 MakeDetokenizer = Callable[[list[int], SamplingParams], Detokenizer]
 
 
@@ -79,7 +83,7 @@ class LLMEngine:
         metrics: EngineMetrics,
         *,
         submit_first: bool,
-        overhead: Overhead,
+        preflight: Preflight,
         max_model_len: int,
     ) -> None:
         self.scheduler = scheduler
@@ -88,11 +92,14 @@ class LLMEngine:
         self._token_text = token_text
         self._metrics = metrics
         self._submit_first = submit_first
-        self.overhead = overhead
+        self.preflight = preflight
+        self.patience = PATIENCE
         self.max_model_len = max_model_len
         self._groups: dict[str, _Group] = {}
         self._group_of: dict[Request, tuple[_Group, _Completion]] = {}
         self._in_flight: InFlightStep | None = None
+        self._suspects: Sequence[ScheduledRequest] = ()
+        self._stuck_since: float | None = None
         self._counts = EngineStats()
         self._live: LiveValues | None = None
         self.throughput = Throughput()
@@ -103,17 +110,24 @@ class LLMEngine:
         """Whether :meth:`step` has anything to do."""
         return self.scheduler.has_work or self._in_flight is not None
 
+    @property
+    def stuck(self) -> bool:
+        """Whether the last :meth:`step` found memory for nothing."""
+        return self._stuck_since is not None and self.has_work
+
     def step(self) -> None:
-        """Schedule a step, run it, and hand out what the step before it sampled."""
+        """Schedule a step, run it, and hand out what the step before it sampled. See :meth:`fail_step`."""
+        self._suspects = ()
         scheduled = self.scheduler.schedule()
-        last, following = self._in_flight, None
+        self._suspects, following = scheduled.scheduled, None
         if scheduled.scheduled:
             following = self.runner.execute(scheduled)
-        at_once = self._submit_first or last is None
+        at_once = self._submit_first or self._in_flight is None
         if following is not None and at_once:
             following.submit()
-        if last is not None:
-            self._hand_out(last.read(self._token_text))
+        self._end_starved(waits=following is None and self._in_flight is None)
+        self.drain()
+        self._suspects = scheduled.scheduled
         self._in_flight = following if at_once else self._submit_if_wanted(following)
         self._observe_state(len(scheduled.preempted))
 
@@ -122,8 +136,8 @@ class LLMEngine:
 
         Raises ContextLengthError where ``max_model_len`` became shorter than what the request was made for.
         """
-        check_length(len(new.prompt_token_ids), new.params.max_tokens, self.max_model_len)
         group = self._groups[new.request_id] = _Group(stream)
+        check_length(len(new.prompt_token_ids), new.params.max_tokens, self.max_model_len)
         first: Request | None = None
         for index in range(new.params.n):
             request = self._completion_request(new, index, stream.metrics.arrival_time)
@@ -177,7 +191,7 @@ class LLMEngine:
             self._fail(group, error)
 
     def fail_all(self, error: VMMagicError) -> None:
-        """Tell everyone that waits, and start again from empty pages: after a step that raised."""
+        """Tell everyone that waits, and start again from empty pages."""
         self._in_flight = None
         for group in list(self._groups.values()):
             self._fail(group, error)
@@ -188,7 +202,27 @@ class LLMEngine:
         """Hand out the step in flight: then every sampled token is known, and nothing is being computed."""
         last, self._in_flight = self._in_flight, None
         if last is not None:
+            self._suspects = last.shares
             self._hand_out(last.read(self._token_text))
+
+    def fail_step(self, error: VMMagicError) -> None:
+        """After :meth:`step` or :meth:`drain` raised: end the requests of the step that failed, and only those.
+
+        The others compute their tokens again, since the pages are lost.
+        """
+        suspects, last = self._suspects, self._in_flight
+        if not suspects:
+            self.fail_all(error)
+            return
+        failed = {share.request for share in suspects}
+        try:
+            self.drain()  # the step before it may be as good as any
+        except Exception as other:  # noqa: BLE001  (then its requests end as well)
+            logger.error("the step before failed too: %s", other)
+            failed |= {share.request for share in last.shares} if last is not None else set()
+        for group, _ in [self._group_of[request] for request in failed if request in self._group_of]:
+            self._fail(group, error)
+        self.start_over()
 
     def start_over(self) -> None:
         """Have running requests compute everything again, from empty pages; what they sampled is kept."""
@@ -218,6 +252,21 @@ class LLMEngine:
         """Give all memory back."""
         self._in_flight = None
         self.runner.close()
+
+    def _end_starved(self, *, waits: bool) -> None:
+        """Where ``waits`` for memory is all that the engine does, end the first request that it waits for, in time."""
+        starved = self.scheduler.starved
+        if not waits or not starved:
+            self._stuck_since = None
+            return
+        now = time.monotonic()
+        self._stuck_since = self._stuck_since or now
+        if now - self._stuck_since >= self.patience:
+            self._stuck_since = None
+            request = starved[0]
+            missing = request.num_tokens - request.num_computed_tokens
+            why = self.preflight.shortage(missing, request.num_computed_tokens)
+            self._fail(self._group_of[request][0], OutOfMemoryError(f"{why}; {MEMORY_HELP}"))
 
     def _submit_if_wanted(self, following: InFlightStep | None) -> InFlightStep | None:
         """Submit the next step unless all its requests ended meanwhile.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from engine.config import Auto
 from engine.core.resize import must_end
-from engine.errors import HeldMemory, MemoryInUseError
+from engine.errors import GenerationError, HeldMemory, MemoryInUseError
 from engine.llm_engine import LLMEngine
 from engine.memory import MemoryPlan, what_if
 from engine.request import Request
@@ -29,15 +29,22 @@ def replan(
     """
     asked = plan.inputs.max_model_len if max_model_len is None else max_model_len
     length = asked if isinstance(asked, int) else plan.inputs.context_length
-    overhead = engine.overhead.bytes(min(engine.scheduler.max_num_batched_tokens, length), length)
+    overhead = engine.preflight.overhead.bytes(min(engine.scheduler.max_num_batched_tokens, length), length)
     new = what_if(
         replace(plan, overhead=overhead), fraction=fraction, max_model_len=max_model_len, max_num_seqs=max_num_seqs
     )
-    engine.drain()
+    _drain(engine)
     _refuse_if_in_use(engine, new)
     _resize(engine, new)
     logger.info("Paged attention memory breakdown: %s", new.log_line())
     return new
+
+
+def _drain(engine: LLMEngine) -> None:
+    try:
+        engine.drain()
+    except Exception as error:  # noqa: BLE001  (the step's requests are told; the plan can change all the same)
+        engine.fail_step(GenerationError(f"the model failed: {error}; the engine goes on without this request"))
 
 
 def _refuse_if_in_use(engine: LLMEngine, plan: MemoryPlan) -> None:

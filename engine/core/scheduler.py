@@ -9,11 +9,22 @@ still on the device (``Request.num_pending``).
 import bisect
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 from engine.constraints import COMPLETE
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.request import Request, RequestStatus
 from engine.step import ScheduledRequest, SchedulerOutput
+
+
+class StepMemory(Protocol):
+    """What a step may use of the device's memory (:class:`engine.preflight.Preflight`)."""
+
+    def begin(self) -> None:
+        """A step is being put together."""
+
+    def affordable(self, num_tokens: int, start: int) -> int:
+        """How many of ``num_tokens`` prompt tokens from position ``start`` there is memory for."""
 
 
 class Scheduler:
@@ -24,12 +35,17 @@ class Scheduler:
     long one has its first token within two steps.
     """
 
-    def __init__(self, kv: KVCacheManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, kv: KVCacheManager, *, max_num_seqs: int, max_num_batched_tokens: int, memory: StepMemory | None = None
+    ) -> None:
         self.kv = kv
+        self.memory = memory
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Request] = []
         self.waiting: list[Request] = []
+        self.starved: list[Request] = []
+        """Requests that the last step had no memory for; they wait."""
         self.num_preemptions = 0
         self._forks: dict[Request, Request] = {}
 
@@ -49,11 +65,14 @@ class Scheduler:
         shares: list[ScheduledRequest] = []
         preempted: list[Request] = []
         budget = self.max_num_batched_tokens
+        self.starved = []
+        if self.memory is not None:
+            self.memory.begin()
         for request in sorted(self.running, key=lambda r: self._num_missing(r) > 1):
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for one before it
             budget -= self._schedule_running(request, budget, shares, preempted)
-        if not preempted:
+        if not preempted and not self.starved:
             self._admit(budget, shares)
         return SchedulerOutput(shares, preempted)
 
@@ -106,7 +125,9 @@ class Scheduler:
         missing = min(self._num_missing(request), budget)
         if missing <= 0 or request.awaits_last_token or self._awaits_its_last_token(request):
             return 0
-        missing = self._to_chunk_end(request, self._fair_share(request, missing))
+        missing = self._chunk(request, self._fair_share(request, missing))
+        if not missing:
+            return 0
         while not self.kv.allocate(request, request.num_computed_tokens + missing):
             victim = self._victim(shares)
             self.preempt(victim)
@@ -149,8 +170,8 @@ class Scheduler:
             cached = self.kv.fork(parent, request)
         cached = cached or self.kv.num_cached_tokens(request)
         request.num_computed_tokens = cached
-        num_tokens = self._to_chunk_end(request, self._first_chunk(request, budget))
-        if not self.kv.allocate(request, cached + num_tokens, cached):
+        num_tokens = self._chunk(request, self._first_chunk(request, budget))
+        if not num_tokens or not self.kv.allocate(request, cached + num_tokens, cached):
             request.num_computed_tokens = 0
             if parent is not None:
                 self.kv.free(request)
@@ -170,9 +191,16 @@ class Scheduler:
             return min(missing, max(1, self.max_num_batched_tokens // 2))
         return missing
 
-    def _to_chunk_end(self, request: Request, num_tokens: int) -> int:
+    def _chunk(self, request: Request, num_tokens: int) -> int:
+        """At most ``num_tokens``: up to where a group wants to keep what is there, and as memory allows."""
         start = request.num_computed_tokens
-        return self.kv.chunk_end(request, start + num_tokens) - start
+        num_tokens = self.kv.chunk_end(request, start + num_tokens) - start
+        if num_tokens <= 1 or self.memory is None:
+            return num_tokens
+        affordable = self.memory.affordable(num_tokens, start)
+        if not affordable:
+            self.starved.append(request)
+        return affordable
 
     def _prompt_is_computed(self, parent: Request) -> bool:
         return parent.finished or parent.num_computed_tokens >= parent.num_prompt_tokens

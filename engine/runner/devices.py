@@ -164,6 +164,13 @@ def _read_limit(file: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether MLX (or Python) could not allocate memory."""
+    text = str(error).lower()
+    words = ("bad_alloc", "malloc", "unable to allocate", "failed to allocate", "out of memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in text for word in words))
+
+
 def active_memory() -> int:
     """Bytes of MLX arrays alive."""
     import mlx.core as mx

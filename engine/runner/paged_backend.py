@@ -1,6 +1,6 @@
 """Steps over pages and slots: in one flat call where the model allows it, else in rectangles."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import mlx.core as mx
@@ -57,13 +57,23 @@ class PagedBackend:
         self._selector = RowSelector(model)
         self._modules = attention_seam.install(model) if calls == "flat" else ()
         self._before: list[object] | None = None
+        self.free_memory: Callable[[], int] | None = None
+        """Bytes that pools may grow by; None: as much as they like."""
 
     def make_room(self, batch: StepBatch, limits: Sequence[int]) -> None:
         """Grow the pools so that the blocks of ``batch`` exist; never over ``limits`` (blocks, by group)."""
         for group, (pool, limit) in enumerate(zip(self.pools, limits, strict=True)):
             highest = max(max(share.block_tables[group], default=-1) for share in batch.shares)
             if highest >= pool.num_blocks:
-                pool.grow(next_pool_size(pool.num_blocks, highest + 1, limit))
+                pool.grow(self._new_size(pool, highest + 1, limit))
+
+    def _new_size(self, pool: KVPool | StatePool, needed: int, limit: int) -> int:
+        """Blocks to grow ``pool`` to: some more than ``needed``, if there is memory for them."""
+        size = next_pool_size(pool.num_blocks, needed, limit)
+        if self.free_memory is None or not pool.num_blocks:
+            return size
+        per_block = pool.nbytes // pool.num_blocks
+        return size if (size - pool.num_blocks) * per_block <= self.free_memory() // 2 else needed
 
     def resize(self, limits: Sequence[int], moves: Sequence[Mapping[int, int]]) -> None:
         """See :class:`engine.runner.backends.Backend`."""
@@ -108,12 +118,9 @@ class PagedBackend:
         return True
 
     def reset(self) -> None:
-        """Empty pools of the same size."""
-        self._before = None
-        for pool in self.pools:
-            num_blocks = pool.num_blocks
-            pool.release()
-            pool.grow(num_blocks)
+        """Empty pools, which grow again when used."""
+        self.release()
+        clear_cache()
 
     def barrier(self) -> list[mx.array]:
         """Arrays that are known once the last call has written its memory."""

@@ -39,7 +39,7 @@ def fraction_for(llm: LLM, num_blocks: int, **changes: int) -> float:
     """The fraction that leaves ``num_blocks`` blocks after ``changes`` of length and number of sequences."""
     plan = llm.what_if(**changes)
     length = plan.max_model_len
-    overhead = llm._thread.call(lambda engine: engine.overhead.bytes(min(32, length), length))
+    overhead = llm._thread.call(lambda engine: engine.preflight.overhead.bytes(min(32, length), length))
     return (
         plan.model_memory + overhead + plan.state_memory + (num_blocks + 0.5) * plan.per_block_bytes
     ) / plan.device_limit
