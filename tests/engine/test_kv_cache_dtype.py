@@ -96,6 +96,18 @@ def test_an_engine_on_small_pages_plans_them_and_answers_the_same_twice(tiny_mod
     assert [size for _, size in pools] == [blocks * planned.per_block_bytes for blocks, _ in pools]
 
 
+def test_latent_vectors_are_quantized_and_short_rotary_keys_stay(tiny_model_dir):
+    """A row of DeepSeek: a latent vector of 64 elements (72 bytes in int8) and a rotary key of 8 (32 bytes)."""
+    latent = {"kv_lora_rank": 64, "q_lora_rank": 48, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    experts = {"moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+               "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
+    folder = str(tiny_model_dir("deepseek_v3", **latent, **experts))
+    with LLM(folder, kv_cache_dtype="int8", max_model_len=512, gpu_memory_utilization=0.2) as llm:
+        assert any("head dimension 8 is no multiple of 32" in note for note in llm.notes)
+        assert llm.plan.per_block_bytes == 16 * 4 * (72 + 32)
+        assert len(llm.generate([[5, 6, 7]], GREEDY)[0].outputs[0].token_ids) == 6
+
+
 def test_the_exported_command_has_vllms_name():
     text = serve_command(Served(EngineArgs("org/m", kv_cache_dtype="int8")))
     assert "--kv-cache-dtype int8_per_token_head" in text
