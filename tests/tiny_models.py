@@ -40,10 +40,69 @@ _MORE: dict[str, dict[str, Any]] = {
     },
 }
 
+_FAMILY_BASE = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma4_text": {
+        **_FAMILY_BASE,
+        "num_hidden_layers": 6,
+        "intermediate_size": 128,
+        "global_head_dim": 32,
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "sliding_window": 64,
+        "sliding_window_pattern": 3,
+    },
+    "qwen3_5_moe": {
+        "vocab_size": VOCAB_SIZE,
+        "text_config": {
+            **_FAMILY_BASE,
+            "model_type": "qwen3_5_moe_text",
+            "num_hidden_layers": 4,
+            "intermediate_size": 128,
+            "num_key_value_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_conv_kernel_dim": 4,
+            "full_attention_interval": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [2, 1, 1],
+            },
+        },
+    },
+}
+"""Models of the families that the recipes in use are for: sliding windows and shared layers, states and experts."""
+
 
 def tiny_config(architecture: str, **changes: Any) -> dict[str, Any]:
     """``config.json`` of a tiny model; ``changes`` replace entries."""
     return {"model_type": architecture, **_BASE, **_MORE.get(architecture, {}), **changes}
+
+
+def family_config(architecture: str) -> dict[str, Any]:
+    """``config.json`` of one of :data:`FAMILIES`."""
+    return {"model_type": architecture, "bos_token_id": 1, "eos_token_id": 2, **FAMILIES[architecture]}
 
 
 def build_model(config: dict[str, Any], seed: int = 0) -> Any:

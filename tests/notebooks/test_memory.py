@@ -7,7 +7,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests.notebooks.test_quickstart import code_cells
+from tests.notebooks.test_saved_outputs import code_cells
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "memory.ipynb"
 

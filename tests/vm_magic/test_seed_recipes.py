@@ -89,58 +89,6 @@ GEMMA_SCRIPT = (
     "<|channel>thought\nThey ask about Köln.<channel|>"
     '<|tool_call>call:get_weather{city:<|"|>Köln<|"|>,days:3}<tool_call|>'
 )
-BASE = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "vocab_size": tiny_models.VOCAB_SIZE,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-    "rms_norm_eps": 1e-6,
-}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "gemma4_text": {
-        **BASE,
-        "num_hidden_layers": 6,
-        "intermediate_size": 128,
-        "global_head_dim": 32,
-        "num_key_value_heads": 1,
-        "num_kv_shared_layers": 2,
-        "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": tiny_models.VOCAB_SIZE,
-        "sliding_window": 64,
-        "sliding_window_pattern": 3,
-    },
-    "qwen3_5_moe": {
-        "vocab_size": tiny_models.VOCAB_SIZE,
-        "text_config": {
-            **BASE,
-            "model_type": "qwen3_5_moe_text",
-            "num_hidden_layers": 4,
-            "intermediate_size": 128,
-            "num_key_value_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "linear_conv_kernel_dim": 4,
-            "full_attention_interval": 4,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
-            "decoder_sparse_step": 1,
-            "norm_topk_prob": True,
-            "rope_parameters": {
-                "rope_type": "default",
-                "type": "default",
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 0.25,
-                "mrope_section": [2, 1, 1],
-            },
-        },
-    },
-}
 
 
 @pytest.fixture
@@ -168,8 +116,7 @@ def filled_in(recipe: str, model: Path, port: int) -> str:
 
 def random_model(folder: Path, gguf: Path, architecture: str) -> Path:
     folder.mkdir()
-    config = {"model_type": architecture, "bos_token_id": 1, "eos_token_id": 2, **ARCHITECTURES[architecture]}
-    tiny_models.write_weights(folder, config)
+    tiny_models.write_weights(folder, tiny_models.family_config(architecture))
     tiny_models.write_tokenizer(folder, gguf)
     if architecture.startswith("qwen"):
         (folder / "chat_template.jinja").write_text(template_source(TRL, "qwen3_6"), encoding="utf-8")
