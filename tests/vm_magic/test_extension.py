@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import vm_magic
+from engine.ring_log import RingLog
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import line
 from vm_magic.session import close_session, current_session, peek_session
@@ -24,13 +25,15 @@ def traces(shell: Any) -> list[str]:
     found += [type(c).__name__ for c in shell.configurables if type(c).__name__ == "VLLMMetal"]
     found += ["matcher" for m in shell.Completer.custom_matchers if "vm_magic" in m.__module__]
     found += ["transform" for t in shell.input_transformer_manager.line_transforms if "vm_magic" in t.__module__]
-    found += ["log" for h in logging.getLogger("engine").handlers if "vm_magic" in type(h).__module__]
+    found += ["log" for h in logging.getLogger("engine").handlers if isinstance(h, RingLog)]
+    html = shell.display_formatter.formatters["text/html"]
+    found += ["formatter" for maker in html.deferred_printers.values() if "vm_magic" in maker.__module__]
     return found
 
 
 def test_unloading_leaves_nothing_behind(shell: Any) -> None:
     level = logging.getLogger("engine").level
-    assert len(traces(shell)) == 8
+    assert len(traces(shell)) == 10
     line(shell, "serve smollm2 --port 0")
     llm = fakes.MADE[-1]
     shell.run_line_magic("unload_ext", "vm_magic")
