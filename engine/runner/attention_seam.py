@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
 
-from engine.runner.paged_cache import PagedLayerCache
+from engine.runner.paged_cache import PagedLayerCache, owner
 
 _NAME = "scaled_dot_product_attention"
 _original: Callable[..., mx.array] = base.scaled_dot_product_attention
@@ -29,6 +29,7 @@ def _attend(
     mask: mx.array | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
+    cache = owner(keys) if cache is None else cache
     if isinstance(cache, PagedLayerCache) and cache.flat:
         return cache.attend(queries, scale, sinks)
     return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)

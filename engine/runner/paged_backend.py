@@ -158,7 +158,7 @@ class PagedBackend:
             self._selector.pick = None
             for view in self._views.values():
                 if isinstance(view, PagedLayerCache):
-                    view.layout = None
+                    view.finish()
         logits = logits.reshape(-1, logits.shape[-1])
         return logits if pick is None or logits.shape[0] == len(pick) else logits[pick]
 

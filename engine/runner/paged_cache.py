@@ -14,6 +14,15 @@ from engine.runner.kv_spec import UnsupportedCacheError
 from engine.runner.step_layout import RowsRead, SequenceRead, StepLayout
 
 
+_lent: dict[int, "PagedLayerCache"] = {}
+"""Id of the keys that a flat call was handed -> their cache, while the call is built (the cache holds them as long)."""
+
+
+def owner(keys: mx.array) -> "PagedLayerCache | None":
+    """The cache of the layer whose keys another layer attends to in a flat call."""
+    return _lent.get(id(keys))
+
+
 class PagedLayerCache:
     """Keys and values of one layer in pages."""
 
@@ -22,6 +31,7 @@ class PagedLayerCache:
         self._index = index
         self._window = window
         self._dtype = mx.float32
+        self._new: tuple[mx.array, mx.array] | None = None
         self.layout: StepLayout | None = None
         self.flat = False
 
@@ -37,15 +47,32 @@ class PagedLayerCache:
         pool.keys[index] = step.write(pool.keys[index], keys)
         pool.values[index] = step.write(pool.values[index], values)
         self._dtype = keys.dtype
-        return (keys, values) if self.flat else self.keys_and_values()
+        if self.flat:
+            self._forget_new()
+            self._new = keys, values
+            _lent[id(keys)] = self
+        return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """What the call attends to, for this layer and those that share its keys; flat rows read pages themselves."""
+        """What the call attends to, for this layer and those that share its keys.
+
+        Flat rows get their own new ones back: attention finds the pages by them.
+        """
+        if self._new is not None:
+            return self._new
         pages = self._pool.keys[self._index], self._pool.values[self._index]
-        if self.flat:
-            return pages[0].arrays[0], pages[1].arrays[0]
         keys, values = (self._step.read(self._step.parts[0], some).astype(self._dtype) for some in pages)
         return keys, values
+
+    def finish(self) -> None:
+        """The call is built: forget what it was about."""
+        self._forget_new()
+        self.layout = None
+
+    def _forget_new(self) -> None:
+        if self._new is not None:
+            _lent.pop(id(self._new[0]), None)
+            self._new = None
 
     @property
     def start_position(self) -> int:

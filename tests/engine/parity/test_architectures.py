@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from engine.runner import paged_cache
 from engine.runner.paged_backend import PagedBackend
 from tests.engine.parity.bare_engine import BLOCK_SIZE, BareEngine, greedy
 from tests.engine.parity.oracle import mixed_prompts
@@ -58,6 +59,15 @@ def test_kinds_of_memory_are_found_out_from_the_model():
         "gemma3n": {"full", "sliding"},
         "llama4": {"full", "sliding"},  # attention in chunks needs no more than a window of a chunk's size
     }
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma3n"])
+def test_layers_that_read_others_keys_take_one_call_a_step(name):
+    engine = BareEngine(tiny_model(name))
+    assert engine.backend.calls == "flat"
+    engine.generate(mixed_prompts(2, VOCAB, 30), 2)
+    assert not paged_cache._lent
+    engine.backend.close()
 
 
 def test_a_partial_prefix_behind_a_window_is_reused():

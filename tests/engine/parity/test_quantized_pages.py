@@ -28,7 +28,7 @@ CASES = {
     ("llama", "int4"): "flat",
     ("gemma3_text", "int8"): "flat",  # pages behind a window
     ("gpt_oss", "int4"): "flat",  # windows and sinks
-    ("gemma4_text", "int8"): "rectangles",  # layers that read others' keys
+    ("gemma4_text", "int8"): "flat",  # layers that read others' keys
     ("deepseek_v3", "int4"): "rectangles",  # latent attention: keys of 64 elements, values of 32
     ("qwen3_5", "int8"): "rectangles",  # states beside pages
     ("qwen3", "bfloat16"): "flat",
