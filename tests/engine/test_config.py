@@ -29,3 +29,13 @@ def test_a_bad_fraction_is_refused_under_the_name_it_was_given_by(options, varia
         EngineArgs.from_options("smollm2", options, variables)
     assert str(refused.value).startswith(said)
     assert refused.value.flag == flag
+
+
+def test_a_step_has_a_token_for_every_sequence_or_is_refused_in_vllms_words():
+    with pytest.raises(
+        ConfigError, match=r"max_num_batched_tokens \(32\) must be greater than or equal to max_num_seqs"
+    ):
+        EngineArgs("m", max_num_seqs=33, max_num_batched_tokens=32)
+    assert EngineArgs("m", max_num_seqs=32, max_num_batched_tokens=32).batched_tokens(512) == 32
+    assert EngineArgs("m", max_num_seqs=600).batched_tokens(512) == 600
+    assert EngineArgs("m").batched_tokens(512) == 512
