@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ipykernel
 import nbformat
 import pytest
 
@@ -18,6 +19,8 @@ COUNTING = " ".join(str(number) for number in range(1200))
 PROMPT = f"Count!{SUFFIX}"
 LOAD = "%load_ext vm_magic\nfrom tests.scripted_model import install; install()\n%vllm_metal load {folder} {flags}"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+KERNEL_LISTENS = ipykernel.version_info >= (7,)
+"""Whether a widget's events reach the kernel while a cell runs: from ipykernel 7 on, through subshells."""
 FLAGS = "--max-model-len 3000 --gpu-memory-utilization 0.02 --served-model-name scripted"
 
 
@@ -173,10 +176,11 @@ def test_in_a_streaming_cell_the_panel_moves_and_listens_and_stop_keeps_the_word
     expect(panel.requests).to_contain_text("notebook", timeout=PATIENCE)
     told = panel.requests.inner_text()
     expect(panel.requests).not_to_have_text(told, timeout=PATIENCE)
-    panel.tab("Sampling")
-    panel.slider("top_p").press("ArrowLeft")
-    row = panel.root.locator(".widget-hbox", has=panel.page.locator(".widget-hslider", has_text="top_p"))
-    expect(row.last).to_contain_text("set", timeout=PATIENCE)
+    if KERNEL_LISTENS:
+        panel.tab("Sampling")
+        panel.slider("top_p").press("ArrowLeft")
+        row = panel.root.locator(".widget-hbox", has=panel.page.locator(".widget-hslider", has_text="top_p"))
+        expect(row.last).to_contain_text("set", timeout=PATIENCE)
     expect(notebook.cell(2).locator(".jp-InputPrompt")).to_have_text("[*]:")
     notebook.page.locator('[data-jp-item-name="interrupt"] button, [data-jp-item-name="interrupt"]').first.click()
     expect(notebook.output(2)).to_contain_text("interrupted", timeout=PATIENCE)

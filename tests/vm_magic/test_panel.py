@@ -2,7 +2,6 @@
 
 import gc
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -133,9 +132,9 @@ def test_apply_replans_the_engine_while_a_request_runs_on(panel: Panel) -> None:
     (stream,) = running(llm, max_tokens=100)
     show(panel, MEMORY)
     before = llm.plan.num_blocks
-    panel.memory.fraction.value = 0.1
+    panel.memory.fraction.value = 0.01
     panel.memory.apply.click()
-    assert "in force: fraction=0.1" in panel.memory.verdict.value
+    assert "in force: fraction=0.01" in panel.memory.verdict.value
     assert llm.plan.num_blocks < before
     assert llm.plan.num_blocks == llm.stats().num_blocks
     refreshed(panel, lambda: panel.memory.apply.disabled)
@@ -250,7 +249,7 @@ def test_what_a_model_cannot_do_cannot_be_moved(panel: Panel) -> None:
 
 def test_requests_of_cells_and_clients_are_listed_and_cancelled(panel: Panel) -> None:
     llm = current_session().require()
-    one, two = running(llm, 2, max_tokens=200)
+    one, two = running(llm, 2, max_tokens=450)
     section = panel.activity
     refreshed(panel, lambda: sum(row.widget.layout.display == "flex" for row in section.rows) == 2)
     assert one.request_id in section.rows[0].text.value
@@ -265,7 +264,7 @@ def test_requests_of_cells_and_clients_are_listed_and_cancelled(panel: Panel) ->
 
 def test_blocks_are_drawn_by_holder_and_binned_where_they_are_many(panel: Panel) -> None:
     llm = current_session().require()
-    (stream,) = running(llm, max_tokens=200)
+    (stream,) = running(llm, max_tokens=450)
     refreshed(panel, lambda: 'data-kind="0"' in panel.activity.blocks.value)
     drawn = panel.activity.blocks.value
     assert f"{llm.plan.num_blocks} blocks of 16 tokens" in drawn
@@ -277,7 +276,7 @@ def test_blocks_are_drawn_by_holder_and_binned_where_they_are_many(panel: Panel)
 
 def test_more_requests_than_rows_are_counted(panel: Panel) -> None:
     llm = current_session().require()
-    streams = [llm.submit(PROMPT, SamplingParams(temperature=0, max_tokens=200)) for _ in range(14)]
+    streams = [llm.submit(PROMPT, SamplingParams(temperature=0, max_tokens=450)) for _ in range(14)]
     refreshed(panel, lambda: "and 2 more" in panel.activity.more.value)
     for stream in streams:
         stream.abort()
@@ -320,12 +319,16 @@ def test_the_panel_moves_by_itself_while_a_cell_runs(engine_shell: Any, loaded_l
     llm = loaded_llm(step_seconds=SLOW)
     line(engine_shell, "panel")
     panel = open_panel()
-    (stream,) = running(llm, max_tokens=200)
-    seen = set()
-    while not stream.finished:  # this thread is busy, as with a cell
+    (stream,) = running(llm, max_tokens=450)
+    seen: set[str] = set()
+
+    def moved() -> bool:  # this thread is busy, as with a cell
         seen.add(panel.activity.rows[0].text.value)
-        time.sleep(0.01)
-    assert len(seen) > 3
+        return len(seen) > 3
+
+    wait_until(moved)
+    assert not stream.finished
+    stream.abort()
 
 
 def test_nothing_is_sent_when_nothing_changed(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +361,7 @@ def test_a_line_says_what_is_set_where_there_is_no_front_end(
     capsys.readouterr()
     line(engine_shell, "panel")
     assert capsys.readouterr().out == (
-        f"panel: scripted; memory_fraction=0.20 max_model_len=512 max_num_seqs={llm.plan.max_num_seqs}; "
+        f"panel: scripted; memory_fraction=0.02 max_model_len=512 max_num_seqs={llm.plan.max_num_seqs}; "
         "temperature=0.2; port closed\n"
     )
 
