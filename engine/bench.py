@@ -143,6 +143,8 @@ class Bench:
                 MAX_DECODE_TOKENS, self._room // batch - DECODE_PROMPT, self._llm.plan.max_model_len - DECODE_PROMPT
             )
             until = begin + left * number / len(self._batches)
+            if number == 1:  # one reader's speed is worth running over
+                until = max(until, begin + 0.25 * self._seconds)
             if tokens < 8:
                 self.result.notes.append(f"batches from {batch} on are left out: no free blocks for them")
                 return

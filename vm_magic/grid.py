@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import RequestError
 from engine.settings import THINKING_SWITCHES
+from vm_magic.chat_flags import unescape, variable_name
 
 if TYPE_CHECKING:
     import pandas
@@ -44,7 +45,7 @@ def add_grid_flags(parser: argparse.ArgumentParser, sampling: Sequence[SamplingF
     parser.add_argument(
         "--stop",
         action="append",
-        type=lambda text: text.replace("\\n", "\n").replace("\\t", "\t"),
+        type=unescape,
         metavar="TEXT",
         default=argparse.SUPPRESS,
         help=r"stop before TEXT (\n is a line end); may be repeated",
@@ -78,7 +79,9 @@ def add_grid_flags(parser: argparse.ArgumentParser, sampling: Sequence[SamplingF
         help="replies are JSON of this schema: JSON text, a variable (dict or pydantic model), a file, or: object",
     )
     parser.add_argument("--resume", action="store_true", help="take what the last map or grid has done from there")
-    parser.add_argument("-o", "--out", metavar="NAME", help="store the DataFrame in this variable and show nothing")
+    parser.add_argument(
+        "-o", "--out", metavar="NAME", type=variable_name, help="store the DataFrame in this variable and show nothing"
+    )
     parser.add_argument("text", nargs="?", help="the prompt template, in the line form (after the flags)")
 
 

@@ -57,7 +57,9 @@ def test_the_address_may_be_a_variable_or_the_handle_of_a_port(shell: Any, serve
     shell.user_ns["cluster"] = server.url
     assert f"connected to {server.url}/v1: tiny" in said(shell, capsys, "connect cluster")
     shell.user_ns["handle"] = NotebookServer("tiny", f"{server.url}/v1", 1, "k3y", lambda: None)
-    assert "k3y" not in said(shell, capsys, "connect handle")
+    text = said(shell, capsys, "connect handle")
+    assert "key from handle.api_key" in text
+    assert "k3y" not in text
     assert server.keys[-1] == "Bearer k3y"
     with pytest.raises(ConfigError, match="give an http or https address, such as http://nothing"):
         line(shell, "connect nothing")

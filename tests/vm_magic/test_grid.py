@@ -119,6 +119,7 @@ def test_an_interrupted_map_in_a_cell_is_one_line(shell: Any) -> None:
 
 def test_mistakes_are_one_line(shell: Any, llm: LLM) -> None:
     for text, kind, message in (
+        ("grid -o 1x Hi", MagicUsageError, "'1x' is not a variable name"),
         ("grid -t 0,x Hi", MagicUsageError, "'0,x' is no list such as 0,0.7"),
         ("grid --over nothing Hi", RequestError, "--over nothing: no such variable"),
         ("grid --over shown Hi", RequestError, "a DataFrame, a Series or a list is wanted, not str"),

@@ -32,7 +32,14 @@ class Address:
     key_source: str = ""
 
     @classmethod
-    def of(cls, url: str, key: str | None = None, environment: Mapping[str, str] | None = None) -> "Address":
+    def of(
+        cls,
+        url: str,
+        key: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        *,
+        key_source: str = "--api-key",
+    ) -> "Address":
         """Read a URL as a user types it, ``/v1`` added where there is no path; the key from a variable if not given.
 
         Raises ConfigError for anything but http(s), and for user names or keys inside the URL.
@@ -48,7 +55,7 @@ class Address:
             path = path.removesuffix(ending)
         base_url = f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
         if key:
-            return cls(base_url, key, "--api-key")
+            return cls(base_url, key, key_source)
         environment = os.environ if environment is None else environment
         name = next((name for name in KEY_VARIABLES if environment.get(name)), None)
         return cls(base_url, environment[name], name) if name else cls(base_url)

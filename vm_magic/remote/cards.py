@@ -18,10 +18,8 @@ LOCAL_ONLY = {
     "score": "needs the engine of this kernel",
     "bench": "measures the model in this kernel (vllm bench serve measures a server)",
     "panel": "steers the engine of this kernel",
-    "export": "is about the model in this kernel",
-    "llm": "is about the port of this kernel",
 }
-"""Commands that need a model in this kernel, and why."""
+"""Commands that need the engine of this kernel, and why. (``export`` and ``llm`` stay about a model loaded here.)"""
 
 
 def refuse_remote(session: "Session", command: str, words: str) -> None:

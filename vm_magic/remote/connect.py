@@ -49,8 +49,10 @@ def connect(session: "Session", parsed: argparse.Namespace, namespace: Mapping[s
 
     named = namespace.get(parsed.url)
     url = named if isinstance(named, str) else getattr(named, "base_url", parsed.url)
-    key = parsed.api_key or getattr(named, "api_key", None)
-    session.connect(RemoteLLM(str(url), api_key=key, model=parsed.model))
+    key, source = parsed.api_key, "--api-key"
+    if key is None and (held := getattr(named, "api_key", None)):
+        key, source = str(held), f"{parsed.url}.api_key"
+    session.connect(RemoteLLM(str(url), api_key=key, model=parsed.model, key_source=source))
     return connected_text(session)
 
 

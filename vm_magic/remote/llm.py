@@ -41,16 +41,18 @@ class ServerState:
 class RemoteLLM:
     """A model behind an OpenAI-compatible server, for chat, completions and maps.
 
-    ``url`` is http or https (``/v1`` is added where there is no path); ``api_key`` None takes
-    ``VLLM_API_KEY`` or ``OPENAI_API_KEY``. ``model`` None takes the only model that is served. Raises
-    ConfigError and RemoteConnectionError. Nothing is known here of templates, tokens or memory: those are
-    the server's.
+    ``url`` is http or https (``/v1`` is added where there is no path). ``api_key`` None takes ``VLLM_API_KEY``
+    or ``OPENAI_API_KEY``; ``key_source`` is what messages call its origin. ``model`` None takes the only model
+    that is served. Raises ConfigError and RemoteConnectionError. Nothing is known here of templates, tokens or
+    memory: those are the server's.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, model: str | None = None) -> None:
+    def __init__(
+        self, url: str, *, api_key: str | None = None, model: str | None = None, key_source: str = "--api-key"
+    ) -> None:
         from vm_magic.remote.client import RemoteClient
 
-        self.address = Address.of(url, api_key)
+        self.address = Address.of(url, api_key, key_source=key_source)
         self.settings = Settings()
         self.last_map: pandas.DataFrame | None = None
         self._client = RemoteClient(self.address)
@@ -107,7 +109,8 @@ class RemoteLLM:
             found = self._client.get("/version", root=True).json()
         except (RequestError, ValueError):
             return None
-        return str(found["version"]) if isinstance(found, Mapping) and found.get("version") else None
+        version = found.get("version") if isinstance(found, Mapping) else None
+        return None if version in (None, "unknown") else str(version)
 
     def submit_chat(
         self,
