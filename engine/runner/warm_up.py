@@ -28,8 +28,8 @@ does an element of a quantized page that falls to the other side of a step; a wr
 gave 4)."""
 _MAX_ROWS_ON_CUDA = 96
 """MLX 0.32.4's CUDA RoPE with an offset per row fails from 128 rows on."""
-_NUM_SAMPLES = ((16, 16), (64, 64), (64, 1024))
-"""(rows, context) of the measured steps."""
+_SAMPLES = ((16, 16), (64, 64), (64, 1024), (16, 1024))
+"""(rows, context) of the measured steps; the last one over pages only, where reading may copy or unpack."""
 
 
 def choose_backend(
@@ -158,23 +158,28 @@ def _share(request: Request, tables: tuple[list[int], ...], single: bool) -> Sch
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """Bytes of a step beyond weights and pages: ``base + per_row x rows + per_pair x rows x context``."""
+    """Bytes of a step beyond weights and pages.
+
+    ``base + per_row x rows + per_pair x rows x context + per_position x context``
+    """
 
     base: float
     per_row: float
     per_pair: float
+    per_position: float = 0.0
 
     def bytes(self, rows: int, context: int) -> int:
         """What a step of ``rows`` tokens attending over ``context`` tokens needs."""
-        return round(max(0.0, self.base + self.per_row * rows + self.per_pair * rows * context))
+        by_context = (self.per_pair * rows + self.per_position) * context
+        return round(max(0.0, self.base + self.per_row * rows + by_context))
 
 
 def measure_overhead(backend: Backend, vocab_size: int) -> Overhead:
-    """Run three small steps and read MLX's peak memory; larger steps follow by proportion."""
-    peaks = [_peak(backend, rows, context, vocab_size) for rows, context in _NUM_SAMPLES]
-    matrix = np.array([[1.0, rows, rows * context] for rows, context in _NUM_SAMPLES])
-    base, per_row, per_pair = np.linalg.solve(matrix, np.array(peaks, dtype=float))
-    return Overhead(max(0.0, base), max(0.0, per_row), max(0.0, per_pair))
+    """Run a few small steps and read MLX's peak memory; larger steps follow by proportion."""
+    samples = _SAMPLES if isinstance(backend, PagedBackend) else _SAMPLES[:3]
+    peaks = [_peak(backend, rows, context, vocab_size) for rows, context in samples]
+    terms = np.array([[1.0, rows, rows * context, context] for rows, context in samples])[:, : len(samples)]
+    return Overhead(*(max(0.0, float(term)) for term in np.linalg.solve(terms, np.array(peaks, dtype=float))))
 
 
 def _peak(backend: Backend, rows: int, context: int, vocab_size: int) -> int:
