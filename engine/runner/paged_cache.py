@@ -13,7 +13,6 @@ from engine.runner.kv_pool import KVPool, StatePool
 from engine.runner.kv_spec import UnsupportedCacheError
 from engine.runner.step_layout import RowsRead, SequenceRead, StepLayout
 
-
 _lent: dict[int, "PagedLayerCache"] = {}
 """Id of the keys that a flat call was handed -> their cache, while the call is built (the cache holds them as long)."""
 

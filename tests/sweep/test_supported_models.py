@@ -9,6 +9,7 @@ from tests.sweep.configurations import tiny_config
 from tests.sweep.models import Row, model_files, run, sweep
 from tests.sweep.table import COMMAND, TABLE, render, written_names, written_version
 
+pytestmark = pytest.mark.timeout(1200)  # a minute on an idle machine
 WRITTEN = TABLE.read_text(encoding="utf-8")
 
 
