@@ -94,6 +94,7 @@ class LLM:
         weakref.finalize(self, self._thread.close)
         self.model_config: ModelConfig = built.config
         self.plan: MemoryPlan = built.plan
+        self._overhead = built.engine.preflight.overhead
         self.defaults = SamplingDefaults(
             built.config.generation_config, self.args.override_generation_config, self.settings
         )
@@ -357,9 +358,9 @@ class LLM:
 
     def what_if(self, **settings: Any) -> "MemoryPlan":
         """The plan in force with other ``settings`` (see :func:`engine.memory.what_if`); changes nothing."""
-        from engine.memory import what_if
+        from engine.replan import live_what_if
 
-        return what_if(self.plan, **settings)
+        return live_what_if(self.plan, self._overhead, **settings)
 
     def replan(
         self,

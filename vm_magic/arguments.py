@@ -29,7 +29,7 @@ COMMANDS: dict[str, str] = {
     "unload": "free the model and its memory",
     "plan": "the memory plan of a model, without loading it",
     "panel": "memory, sampling, activity and the port as widgets",
-    "set": "sampling defaults: temperature=0.2 top_p=0.9 …",
+    "set": "sampling defaults and memory: temperature=0.2 max_model_len=4096 …",
     "chat": "send a message (cell form: the cell's body, streamed)",
     "complete": "continue a raw prompt (cell form: the cell's body, streamed)",
     "grid": "prompts times parameters as a DataFrame (cell form: the cell's body is the template)",

@@ -38,11 +38,8 @@ def plain(tiny_model_dir) -> Iterator[LLM]:
 def fraction_for(llm: LLM, num_blocks: int, **changes: int) -> float:
     """The fraction that leaves ``num_blocks`` blocks after ``changes`` of length and number of sequences."""
     plan = llm.what_if(**changes)
-    length = plan.max_model_len
-    overhead = llm._thread.call(lambda engine: engine.preflight.overhead.bytes(min(32, length), length))
-    return (
-        plan.model_memory + overhead + plan.state_memory + (num_blocks + 0.5) * plan.per_block_bytes
-    ) / plan.device_limit
+    size = plan.model_memory + plan.overhead + plan.state_memory + (num_blocks + 0.5) * plan.per_block_bytes
+    return size / plan.device_limit
 
 
 def tokens_of(outputs) -> list[list[int]]:
@@ -97,7 +94,10 @@ def test_pages_and_slots_that_are_given_up_are_freed(llm):
     few = GREEDY.replace(max_tokens=4)
     expected = tokens_of(llm.generate(prompts, few, use_tqdm=False))
     before = llm.stats().num_cached_blocks
-    plan = llm.replan(fraction=fraction_for(llm, 40, max_num_seqs=2), max_num_seqs=2)
+    changes = {"fraction": fraction_for(llm, 40, max_num_seqs=2), "max_num_seqs": 2}
+    previewed = llm.what_if(**changes)
+    plan = llm.replan(**changes)
+    assert plan == previewed == llm.plan
     sizes = [plan.num_blocks_of(spec) for spec in plan.groups]
     pools = llm._thread.call(lambda engine: list(getattr(engine.runner.backend, "pools", [])))
     for pool, spec, size in zip(pools, plan.groups, sizes, strict=False):
