@@ -15,11 +15,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-THROUGH = {"starlette": "fastapi", "traitlets": "ipython", "transformers": "mlx-lm"}
+THROUGH = {"starlette": "fastapi", "traitlets": "ipython", "transformers": "mlx-lm", "pydantic-core": "pydantic"}
 """Imported distributions that another, declared one brings and speaks in terms of."""
+OPTIONAL = {"pandas"}
+"""Imported only where a user works with it; without it an error says how to get it."""
 NOT_IMPORTED = {"ipywidgets"}
 """Dependencies that act unseen: tqdm draws its bars with ipywidgets in a notebook."""
-HEAVY = ("mlx", "mlx_lm", "transformers", "fastapi", "uvicorn", "pydantic", "huggingface_hub", "numpy", "ipywidgets")
+HEAVY = (
+    "mlx",
+    "mlx_lm",
+    "transformers",
+    "fastapi",
+    "uvicorn",
+    "pydantic",
+    "huggingface_hub",
+    "numpy",
+    "ipywidgets",
+    "pandas",
+    "httpx",
+)
 
 
 def names_of(requirements: list[str]) -> set[str]:
@@ -66,7 +80,8 @@ def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
 
 
 def test_every_import_is_of_a_declared_dependency() -> None:
-    declared = names_of(PROJECT["dependencies"])
+    assert names_of(PROJECT["optional-dependencies"]["test"]) >= OPTIONAL
+    declared = names_of(PROJECT["dependencies"]) | OPTIONAL
     distributions = packages_distributions()
     undeclared = set()
     for path in (path for top in ("engine", "vm_magic") for path in (ROOT / top).rglob("*.py")):
