@@ -74,6 +74,24 @@ class PagedLayerCache:
             self._new = None
 
     @property
+    def keys(self) -> mx.array:
+        """The pages of the keys: what some models make later arrays wait for."""
+        return self._pool.keys[self._index].arrays[0]
+
+    @keys.setter
+    def keys(self, pages: mx.array) -> None:
+        self._pool.keys[self._index].arrays[0] = pages
+
+    @property
+    def values(self) -> mx.array:
+        """The pages of the values, as :attr:`keys`."""
+        return self._pool.values[self._index].arrays[0]
+
+    @values.setter
+    def values(self, blank: mx.array) -> None:
+        """A model that never reads these values blanks them so that they are never computed; pages stay as written."""
+
+    @property
     def start_position(self) -> int:
         """First position that a call of one sequence reads: chunked attention masks from there."""
         part = self._step.parts[0]

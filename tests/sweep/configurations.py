@@ -44,6 +44,7 @@ _BY_NAME: tuple[tuple[str, float], ...] = (
     (r".*(rope_theta|rotary_emb_base|base_freq)", 10000.0),
     (r".*(rotary_factor|rotary_pct)", 0.5),
     (r".*(multiplier|scaling|factor|scale|scale_emb|scale_depth)", 1.0),
+    (r"index_topk", 16),
     (r".*soft_?cap(ping)?", 30.0),
 )
 """Pattern of a name -> value; the first that matches. Numbers with a point only where a field has no default."""
