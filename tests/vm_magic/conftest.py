@@ -56,7 +56,7 @@ class Kernel:
         self.manager = manager
         self.client = client
 
-    def run(self, code: str, timeout: float = 30) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def run(self, code: str, timeout: float = 120) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         messages: list[dict[str, Any]] = []
         reply = self.client.execute_interactive(code, timeout=timeout, output_hook=messages.append, store_history=True)
         return reply["content"], messages
@@ -73,7 +73,7 @@ def kernel() -> Iterator[Kernel]:
 
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     manager, client = start_new_kernel(
-        kernel_name="python3", startup_timeout=60, env={**os.environ, "PYTHONPATH": path}
+        kernel_name="python3", startup_timeout=120, env={**os.environ, "PYTHONPATH": path}
     )
     running = Kernel(manager, client)
     running.run("from tests.vm_magic import fakes; fakes.install()")

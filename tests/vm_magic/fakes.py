@@ -133,7 +133,7 @@ class FakeLLM:
             if progress:
                 threading.Thread(target=progress, args=("weights", done, 100)).run()
             if model == "slow":
-                time.sleep(0.5)
+                time.sleep(5)
         self.args = EngineArgs.from_options(model, options)
         self.plan = FakePlan()
         self.settings = Settings()

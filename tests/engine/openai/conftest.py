@@ -45,7 +45,7 @@ def server(serve: Serve) -> ServerHandle:
 def http_client(server: ServerHandle, **options: Any) -> httpx.Client:
     headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
     return httpx.Client(
-        base_url=server.base_url.removesuffix("/v1"), headers=headers, timeout=20, trust_env=False, **options
+        base_url=server.base_url.removesuffix("/v1"), headers=headers, timeout=60, trust_env=False, **options
     )
 
 
@@ -61,6 +61,6 @@ def client(server: ServerHandle) -> Iterator[openai.OpenAI]:
         base_url=server.base_url,
         api_key=server.api_key,
         max_retries=0,
-        http_client=httpx.Client(timeout=20, trust_env=False),
+        http_client=httpx.Client(timeout=60, trust_env=False),
     ) as made:
         yield made

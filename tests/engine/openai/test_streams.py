@@ -22,7 +22,7 @@ BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 PATHS = ((CHAT, BODY), ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 50}))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -42,17 +42,16 @@ def raw_request(server: ServerHandle, path: str, body: dict[str, Any]) -> Iterat
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(head.encode() + content)
         yield connection
 
 
 def test_headers_and_comments_come_while_a_long_prefill_runs(serve: Serve, llm: FakeLLM) -> None:
-    llm.prefill_seconds = 0.5
+    llm.prefill_seconds = 1
     server = serve(keep_alive_seconds=0.1)
-    begin = time.monotonic()
     with http_client(server) as http, http.stream("POST", CHAT, json={**BODY, "stream": True}) as response:
-        assert time.monotonic() - begin < 0.4
+        assert not llm.submitted[0].finished
         assert response.headers["cache-control"] == "no-cache"
         chunks, num_comments = strict.events(response.read().decode())
     assert num_comments >= 3
@@ -95,12 +94,10 @@ def test_a_client_that_leaves_frees_its_requests(
     if phase == "prefill":
         llm.prefill_seconds = 60
     else:
-        llm.token_seconds = 5
+        llm.token_seconds = 60
     with raw_request(server, path, {**body, "stream": streamed}):
         wait_until(lambda: load(server) == 1)
-    begin = time.monotonic()
     wait_until(lambda: all(stream.finished for stream in llm.submitted))
-    assert time.monotonic() - begin < 2
     wait_until(lambda: load(server) == 0)
 
 
@@ -145,10 +142,9 @@ def test_a_stop_ends_open_streams_with_an_error_event(
     thread = threading.Thread(target=read)
     thread.start()
     wait_until(lambda: load(server) == 1)
-    time.sleep(0.2)
     begin = time.monotonic()
     server.stop()
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 15, "the stream alone would have taken 20 s"
     thread.join()
     chunks, _ = strict.events(received[0])
     assert chunks[-1]["error"]["code"] == 503
@@ -181,14 +177,14 @@ def test_a_stop_is_not_held_up_by_a_client_that_does_not_read(server: ServerHand
         wait_until(lambda: load(server) == 1)
         begin = time.monotonic()
         server.stop()
-        assert time.monotonic() - begin < 4
+        assert time.monotonic() - begin < 15
     assert not server.running
 
 
 def test_many_streams_at_once_keep_their_texts_apart(server: ServerHandle, llm: FakeLLM) -> None:
     async def all_at_once() -> list[str]:
         headers = {"x-api-key": KEY}
-        async with httpx.AsyncClient(base_url=server.base_url, headers=headers, timeout=20, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=server.base_url, headers=headers, timeout=60, trust_env=False) as http:
             bodies = [{"prompt": f"<{number}>", "echo": True, "stream": True} for number in range(16)]
             replies = await asyncio.gather(*(http.post("/completions", json=body) for body in bodies))
         return ["".join(c["choices"][0]["text"] for c in strict.events(reply.text)[0]) for reply in replies]

@@ -34,16 +34,23 @@ def server(llm: LLM) -> Iterator[ServerHandle]:
     handle.stop()
 
 
-def leave_early(server: ServerHandle, body: dict[str, Any]) -> None:
+def leave_early(server: ServerHandle, body: dict[str, Any], leave: threading.Event) -> None:
     content = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nx-api-key: {KEY}\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        time.sleep(0.2)
+        leave.wait(60)
+
+
+def wait_for(llm: LLM, num_requests: int) -> None:
+    deadline = time.monotonic() + 60
+    while (stats := llm.stats()).num_running + stats.num_waiting < num_requests:
+        assert time.monotonic() < deadline, stats
+        time.sleep(0.01)
 
 
 def wait_for_rest(llm: LLM) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (stats := llm.stats()).num_running or stats.num_waiting:
         assert time.monotonic() < deadline, stats
         time.sleep(0.02)
@@ -69,10 +76,15 @@ def test_eight_clients_get_pythons_tokens_while_others_leave(llm: LLM, server: S
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(PROMPTS))]
     long = {"prompt": "x " * 900, "max_tokens": 800, "ignore_eos": True}
-    threads += [threading.Thread(target=leave_early, args=(server, {**long, "stream": s})) for s in (True, False)]
+    leave = threading.Event()
+    leaving = [threading.Thread(target=leave_early, args=(server, {**long, "stream": s}, leave)) for s in (True, False)]
+    for thread in leaving:
+        thread.start()
+    wait_for(llm, 2)
     for thread in threads:
         thread.start()
-    for thread in threads:
+    leave.set()
+    for thread in [*threads, *leaving]:
         thread.join()
     assert [found[number] for number in range(len(PROMPTS))] == expected
     wait_for_rest(llm)
