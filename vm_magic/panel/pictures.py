@@ -145,13 +145,15 @@ def short_id(request_id: str) -> str:
 def rates_per_second(activity: Activity) -> list[float]:
     """Generated tokens per second over :data:`WINDOW_SECONDS`, one value per :data:`BUCKET_SECONDS`, oldest first."""
     end = activity.second // BUCKET_SECONDS + 1
-    tokens = [0] * (WINDOW_SECONDS // BUCKET_SECONDS)
+    tokens = [0] * (WINDOW_SECONDS // BUCKET_SECONDS + 1)
     for rate in activity.rates:
         place = rate.second // BUCKET_SECONDS - end + len(tokens)
         if 0 <= place < len(tokens):
             tokens[place] += rate.generation_tokens
-    under_way = activity.second % BUCKET_SECONDS + 1
-    return [*(count / BUCKET_SECONDS for count in tokens[:-1]), tokens[-1] / under_way]
+    *whole, under_way = tokens
+    if any(whole):
+        return [count / BUCKET_SECONDS for count in whole]
+    return [*([0.0] * (len(whole) - 1)), under_way / (activity.second % BUCKET_SECONDS + 1)]
 
 
 def throughput_svg(activity: Activity) -> str:

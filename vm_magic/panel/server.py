@@ -9,7 +9,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from engine.errors import VMMagicError
-from vm_magic.clients import CLIENTS, Port, snippets
+from vm_magic.clients import CLIENTS, KEY_VARIABLE, Port, snippets
 from vm_magic.panel.seen import NO_MODEL, Seen
 from vm_magic.panel.style import bad, faint
 from vm_magic.session import NotebookServer, Session
@@ -67,8 +67,10 @@ class ServerSection:
             self.snippet.value = ""
             return
         self.address.value = address_html(server, show_key=self.show_key.value)
-        code = snippets(Port.of(server, show_key=self.show_key.value))[self.client.value]
-        note = f"<div>{faint(code.note)}</div>" if code.note else ""
+        port = Port.of(server, show_key=self.show_key.value)
+        code = snippets(port)[self.client.value]
+        by_key = f"Set {KEY_VARIABLE} to the key, which Show key shows here and in the text."
+        note = f"<div>{faint(by_key if code.note == port.note() else code.note)}</div>" if code.note else ""
         self.snippet.value = f"<pre>{html.escape(code.text.rstrip())}</pre>{note}"
 
     def _start(self, _: Any) -> None:
