@@ -254,6 +254,10 @@ def test_our_own_port_behaves_as_the_engine_itself(shell: Any, two_engines: tupl
     assert list(found.text) == ["I am there."] * 3
     assert list(found.reasoning) == ["One two three."] * 3
     assert (found.tokens == reply.usage.completion_tokens).all()
+    coloured = cell(shell, "chat -t 0 --logprobs 2 -n", "Who?")
+    assert coloured.logprobs is not None
+    assert "".join(next(iter(one.values())).decoded_token for one in coloured.logprobs).count("I am there.") == 1
+    assert all(1 <= len(one) <= 3 for one in coloured.logprobs)
     assert here.stats().prompt_tokens == 0, "the model of this kernel was not asked"
     line(shell, "connect --close")
     assert cell(shell, "chat -t 0 -n", "Who?").text == "I am here."
