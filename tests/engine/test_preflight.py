@@ -170,7 +170,8 @@ def test_an_allocation_that_fails_ends_the_requests_of_its_step_and_no_others(ll
     llm._thread.call(lambda _: monkeypatch.undo())
 
 
-def test_a_step_that_fails_leaves_those_that_were_not_in_it_running(llm, model, monkeypatch):
+@pytest.mark.parametrize("submit_first", [False, True])
+def test_a_step_that_fails_leaves_those_that_were_not_in_it_running(llm, model, monkeypatch, submit_first):
     """A request whose first chunk is in the next step only, when the step before it fails to be read."""
     engine = llm._thread.call(lambda engine: engine)
     hand_out, failed = engine._hand_out, []
@@ -182,6 +183,7 @@ def test_a_step_that_fails_leaves_those_that_were_not_in_it_running(llm, model, 
         hand_out(result)
 
     llm._thread.call(lambda _: monkeypatch.setattr(engine, "_hand_out", fail_once))
+    llm._thread.call(lambda _: monkeypatch.setattr(engine, "_submit_first", submit_first))  # True: as on a GPU
     first = llm.submit([5, 6], GREEDY.replace(max_tokens=400))
     next(first)
     second = llm.submit(PROMPT[:40], GREEDY)
