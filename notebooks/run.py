@@ -55,6 +55,7 @@ def run(source: Path, target: Path) -> None:
         timeout=CELL_TIMEOUT,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,
         extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(source.resolve().parent)}},
         on_cell_start=show_start,
