@@ -58,8 +58,8 @@ ALLOWED: dict[str, frozenset[str]] = {
 directly in engine/ that has no row of its own (types, finding models, reading their headers): it knows only itself."""
 
 ALLOWED_LAZILY = {("llm", "openai"), ("vm_magic", "text"), ("plan_text", "memory")}
-"""Inside a function or for types only. Against the order: ``LLM.serve`` is the door from the Python API to the port, and
-a plan's text names the plan's type.
+"""Inside a function or for types only. Against the order: ``LLM.serve`` is the door from the Python API to the port,
+and a plan's text names the plan's type.
 Past a room: the notebook reads replies with the parser that ``LLM.output_parser`` hands out, and names its type."""
 
 MLX = {"mlx", "mlx_lm"}

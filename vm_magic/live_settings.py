@@ -69,11 +69,11 @@ class LiveSetting(TraitType[Any, Any]):  # type: ignore[misc]
 
     info_text = "a value as %vllm_metal set takes it; None: not set"
 
-    def get(self, obj: HasTraits, cls: type | None = None) -> Any:
+    def get(self, obj: HasTraits, cls: type | None = None) -> Any:  # noqa: ARG002 - traitlets' signature
         """What is set now, None if nothing is."""
         return current_session().settings.everything().get(self.name)
 
-    def set(self, obj: HasTraits, value: Any) -> None:
+    def set(self, obj: HasTraits, value: Any) -> None:  # noqa: ARG002 - traitlets' signature
         """Set it for all requests that do not say otherwise."""
         name = str(self.name)
         change_settings(current_session(), {name: check_setting(name, value)})
