@@ -18,6 +18,8 @@ PRE_STYLE = (
 _STEPS = ((0.9, ""), (0.5, "#fb8c0026"), (0.2, "#fb8c0059"), (0.05, "#f4511e80"), (0.0, "#d81b6099"))
 """Least probability and colour: pale where the token was expected, strong where it surprised."""
 _UNLIKELY_SHOWN = 10
+_MOST_ALTERNATIVES = 21
+"""The 20 that a request may ask for, and the token itself; the whole vocabulary is no tooltip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ def scored_tokens(positions: Iterable[LogprobsAtPosition]) -> tuple[ScoredToken,
 
 def scored_token(chosen: Logprob, all_of_them: Iterable[Logprob]) -> ScoredToken:
     """One position."""
-    ranked = sorted((one for one in all_of_them), key=lambda one: -one.logprob)
+    ranked = sorted(all_of_them, key=lambda one: -one.logprob)[:_MOST_ALTERNATIVES]
     return ScoredToken(
         chosen.decoded_token or "",
         chosen.logprob,

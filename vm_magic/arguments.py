@@ -35,7 +35,7 @@ COMMANDS: dict[str, str] = {
     "grid": "prompts times parameters as a DataFrame (cell form: the cell's body is the template)",
     "connect": "chat, complete, grid and map against a remote server instead",
     "reset": "forget a conversation",
-    "history": "show a conversation",
+    "history": "show a conversation, or list them all",
     "models": "models on this machine",
     "score": "a text's perplexity and the probability of each token (cell form: the cell's body)",
     "explain": "the last request: prompt, values and their sources, cache hit, raw and parsed output",
@@ -112,7 +112,7 @@ class CommandParser(MagicArgumentParser):  # type: ignore[misc]
     def takes_number(self, flag: str) -> bool:
         """Whether ``flag`` may be followed by a number, or by none."""
         action = self._option_string_actions.get(flag)
-        return action is not None and action.nargs == "?" and action.type is int
+        return action is not None and action.nargs == "?"
 
     def flags(self) -> dict[str, tuple[str, ...]]:
         """All long flags, with the values they allow (empty where any)."""

@@ -59,6 +59,9 @@ class ChatOptions:
 class Generation:
     """One request under way, and the conversation that its reply will join (None: a raw completion)."""
 
+    stopped_at_limit = False
+    """Whether a limit of tool calls ended it; without tools none does."""
+
     def __init__(
         self,
         session: Session,

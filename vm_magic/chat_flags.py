@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from engine.config import human_int
+from engine.sampling_params import MAX_LOGPROBS
 
 FORMATS = ("markdown", "text", "code", "json")
 TOOL_CHOICES = ("auto", "none", "required")
@@ -49,7 +50,7 @@ def add_chat_flags(parser: argparse.ArgumentParser, *, chat: bool) -> None:
     parser.add_argument(
         "--logprobs",
         nargs="?",
-        type=int,
+        type=alternatives,
         const=DEFAULT_ALTERNATIVES,
         metavar="N",
         default=argparse.SUPPRESS,
@@ -122,6 +123,13 @@ def tool_names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError("name at least one function of the notebook")
     return [variable_name(name) for name in names]
+
+
+def alternatives(text: str) -> int:
+    """A whole number from 0 to 20."""
+    if not text.isdigit() or int(text) > MAX_LOGPROBS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {MAX_LOGPROBS}")
+    return int(text)
 
 
 def positive(text: str) -> int:

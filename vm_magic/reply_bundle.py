@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from engine.safe_markdown import safe_markdown
-from engine.token_picture import ScoredToken, legend_html, tokens_html, unlikely_html, unlikely_text
+from engine.token_picture import ScoredToken, escaped, legend_html, tokens_html, unlikely_html, unlikely_text
 from vm_magic.growing_markdown import steady
 from vm_magic.reply_reader import ReplyText
 from vm_magic.tool_cards import call_card
 
 Format = Literal["markdown", "text", "code", "json"]
 Bundle = dict[str, Any]
+LATEST_WORDS = 80
+"""Characters of a growing thought that its folded title shows."""
 
 
 def growing_bundle(reply: ReplyText, format: Format) -> Bundle:
@@ -62,6 +64,9 @@ def folded(reply: ReplyText, *, growing: bool = False) -> str:
     if not reply.reasoning:
         return ""
     title = _thinking_title(reply, growing)
+    if growing:
+        latest = " ".join(reply.reasoning[-LATEST_WORDS:].split())
+        title += f' <span style="opacity:0.6">{escaped(latest)}</span>'
     return f"<details><summary>{title}</summary>\n\n{safe_markdown(reply.reasoning.strip())}\n\n</details>\n\n"
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 
-from vm_magic.chat_flags import DEFAULT_ALTERNATIVES, variable_name
+from vm_magic.chat_flags import DEFAULT_ALTERNATIVES, alternatives, variable_name
 from vm_magic.conversation import render_prompt
 from vm_magic.session import Session
 
@@ -17,7 +17,7 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the flags of ``score``."""
     parser.add_argument(
         "--logprobs",
-        type=int,
+        type=alternatives,
         default=DEFAULT_ALTERNATIVES,
         metavar="N",
         help=f"how many of the likeliest tokens to keep at each place ({DEFAULT_ALTERNATIVES}, at most 20)",

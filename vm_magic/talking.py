@@ -1,30 +1,30 @@
 """The ``chat`` and ``complete`` commands: from a line and a cell's body to a reply that is shown, filed or stored."""
 
 import argparse
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Union
 
 from IPython.core.error import UsageError
 
+from engine.errors import RequestError
 from engine.outputs import Reply
 from vm_magic.arguments import command_parser, split_text
 from vm_magic.cards import speed_text
 from vm_magic.chat import ChatOptions, Generation, ask, start_chat, start_completion
-from vm_magic.chat_flags import SAMPLING_FLAGS
+from vm_magic.chat_flags import SAMPLING_FLAGS, TOOL_CHOICES
 from vm_magic.conversation import Message, render_prompt
 from vm_magic.display import WAITING, NotebookView, ReplyView, SilentView, TerminalView, can_update, open_handle
 from vm_magic.pending_reply import PendingReply
 from vm_magic.reply_bundle import reply_bundle
 from vm_magic.reply_reader import ReplyText
 from vm_magic.session import Session
-from vm_magic.tool_loop import ToolLoop, read_tool_choice
-from vm_magic.tools import MAX_RESULT_LENGTH
 
 if TYPE_CHECKING:
+    from vm_magic.tool_loop import ToolLoop
     from vm_magic.tools import NotebookTool
 
 _SAMPLING = (*(dest for _, dest, _, _ in SAMPLING_FLAGS), "stop", "logprobs")
-Talk = Generation | ToolLoop
+Talk = Union[Generation, "ToolLoop"]
 
 
 def talk(session: Session, shell: Any, command: str, line: str, cell: str | None) -> Any:
@@ -67,6 +67,9 @@ def _check(parsed: argparse.Namespace, shell: Any) -> None:
 def _with_tools(first: Generation, options: ChatOptions, parsed: argparse.Namespace) -> Talk:
     if not options.tools:
         return first
+    from vm_magic.tool_loop import ToolLoop
+    from vm_magic.tools import MAX_RESULT_LENGTH
+
     assert first.conversation is not None, "a chat has a conversation"
     conversation, session = first.conversation, first.session
     later = options.after_first_call()
@@ -121,7 +124,7 @@ def _say_how_it_ended(reply: Reply, under_way: Talk, parsed: argparse.Namespace)
         full = limit is None or reply.usage.completion_tokens < limit
         context = "the context is full: start anew with --new, or reload with a larger --max-model-len"
         print(context if full else f"cut off after {limit} tokens: a larger --max-tokens gives more")
-    if isinstance(under_way, ToolLoop) and under_way.stopped_at_limit:
+    if under_way.stopped_at_limit:
         rounds = f"{parsed.max_tool_rounds} round{'s' * (parsed.max_tool_rounds > 1)}"
         print(f"stopped after {rounds} of tool calls: a larger --max-tool-rounds lets the model go on")
     if parsed.stats:
@@ -154,3 +157,18 @@ def _schema(text: str, namespace: Mapping[str, Any]) -> Mapping[str, Any] | bool
     from vm_magic.schemas import read_schema
 
     return read_schema(text, namespace)
+
+
+def read_tool_choice(choice: str | None, tools: "Sequence[NotebookTool]") -> str | dict[str, Any] | None:
+    """OpenAI's ``tool_choice`` for a flag's value. Raises RequestError for a name that is not among ``tools``."""
+    if choice is None or choice in TOOL_CHOICES:
+        if choice is not None and not tools:
+            raise RequestError("--tool-choice goes with --tools: name the functions there", param="tool_choice")
+        return choice
+    names = [tool.name for tool in tools]
+    if choice not in names:
+        raise RequestError(
+            f"--tool-choice {choice}: auto, none, required or one of --tools ({', '.join(names) or 'none given'})",
+            param="tool_choice",
+        )
+    return {"type": "function", "function": {"name": choice}}

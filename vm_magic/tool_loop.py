@@ -4,10 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from engine.errors import RequestError
 from engine.outputs import Reply
 from vm_magic.chat import FAILED, INTERRUPTED, Generation
-from vm_magic.chat_flags import TOOL_CHOICES
 from vm_magic.conversation import Conversation, Message
 from vm_magic.display import ReplyView
 from vm_magic.errors import Interrupted
@@ -77,8 +75,8 @@ class ToolLoop:
                 view.refresh(replace(shown, outcomes=(*outcomes, running)), at_once=True)
                 outcomes.append(self._call(call["function"]))
         except KeyboardInterrupt:
-            name = reply.tool_calls[len(outcomes)]["function"]["name"]
             missing = len(reply.tool_calls) - len(outcomes)
+            name = reply.tool_calls[-max(missing, 1)]["function"]["name"]
             outcomes += [ToolOutcome("interrupted by the user", failed=True)] * missing
             self._keep(reply, outcomes)
             view.finish(replace(shown, outcomes=tuple(outcomes)), INTERRUPTED)
@@ -114,18 +112,3 @@ class ToolLoop:
         ]
         reply.messages = [*earlier, {**answer, "tool_calls": calls}, *results]
         self.conversation.messages = list(reply.messages)
-
-
-def read_tool_choice(choice: str | None, tools: Sequence[NotebookTool]) -> str | dict[str, Any] | None:
-    """OpenAI's ``tool_choice`` for a flag's value. Raises RequestError for a name that is not among ``tools``."""
-    if choice is None or choice in TOOL_CHOICES:
-        if choice is not None and not tools:
-            raise RequestError("--tool-choice goes with --tools: name the functions there", param="tool_choice")
-        return choice
-    names = [tool.name for tool in tools]
-    if choice not in names:
-        raise RequestError(
-            f"--tool-choice {choice}: auto, none, required or one of --tools ({', '.join(names) or 'none given'})",
-            param="tool_choice",
-        )
-    return {"type": "function", "function": {"name": choice}}
