@@ -19,6 +19,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "bench-results"
 HELP_COLUMNS = "86"
+STYLE = "div.cell_output pre { white-space: pre-wrap; }\n"
+"""Long lines of output wrap, as in JupyterLab."""
 ENVIRONMENT = {
     "VLLM_METAL_MEMORY_FRACTION": "as `--gpu-memory-utilization`: `auto` (0.90) or a number in (0, 1]",
     "VLLM_METAL_USE_PAGED_ATTENTION": "`0` takes mlx-lm's own contiguous caches instead of pages",
@@ -158,6 +160,8 @@ def write_source(folder: Path) -> None:
         (folder / path.name).write_text(json.dumps(notebook), encoding="utf-8")
     if (HERE / "images").is_dir():
         shutil.copytree(HERE / "images", folder / "images")
+    (folder / "_static").mkdir()
+    (folder / "_static" / "outputs.css").write_text(STYLE, encoding="utf-8")
     for name, make in GENERATED.items():
         (folder / f"{name}.md").write_text(make(), encoding="utf-8")
 
