@@ -1,0 +1,52 @@
+"""What a model writes, as JupyterLab shows it: cards for its calls, colours for its tokens, and nothing that runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.browser.conftest import Lab, Notebook
+from tests.browser.test_lab import FLAGS, LOAD, expect
+from tests.vm_magic.test_tools import TEMPLATE, WEATHER
+
+HOSTILE = (
+    "It **rains** in Köln. <script>document.title = 'hacked'</script>"
+    "<img src=x onerror=\"document.title = 'hacked'\">\n\n"
+    "| day | rain |\n|---|---|\n| one | yes |"
+)
+TOOL = '''
+def get_weather(city: str, days: int = 1) -> dict:
+    """The weather in a city."""
+    return {"city": city, "rain": [True] * days, "next": "<|script_1|>"}
+'''
+
+
+def test_calls_are_cards_tokens_have_colours_and_nothing_of_a_reply_runs(
+    lab: Lab, open_notebook: Callable[[str], Notebook], script_folder: Callable[..., Path]
+) -> None:
+    folder = script_folder("hostile", f"Let me look.\n{WEATHER}", HOSTILE, chat_template=TEMPLATE)
+    cells = [
+        LOAD.format(folder=folder, flags=f"{FLAGS} --tool-call-parser hermes") + TOOL,
+        "%%chat -t 0 --tools get_weather\nHow is the weather?",
+        "%%chat -t 0 --new --logprobs 3\nSay it <|script_1|>",
+        "%vllm_metal explain",
+        "%vllm_metal history",
+    ]
+    lab.write("hostile.ipynb", cells)
+    notebook = open_notebook("hostile.ipynb")
+    notebook.run_all()
+    notebook.wait_run(4)
+    reply: Any = notebook.output(1)
+    expect(reply.locator("code", has_text="get_weather(city='Köln', days=3)")).to_be_visible()
+    expect(reply.locator("pre", has_text='"rain":[true,true,true]')).to_be_visible()
+    expect(reply.locator("strong", has_text="rains")).to_be_visible()
+    expect(reply.locator("td", has_text="yes")).to_be_visible()
+    for number in (1, 2, 3, 4):
+        expect(notebook.output(number)).to_contain_text("<script>document.title")
+        assert notebook.output(number).locator("script, img").count() == 0
+    assert "hacked" not in notebook.page.title()
+    rains = notebook.output(2).locator("pre span", has_text="rains").first
+    assert "100%" in rains.get_attribute("title")
+    expect(notebook.output(3).get_by_text("first miss")).to_be_visible()
+    for number, name in ((1, "tools-in-a-cell"), (2, "probabilities"), (3, "explain")):
+        notebook.cell(number).scroll_into_view_if_needed()
+        notebook.shot(name, notebook.cell(number))
