@@ -6,6 +6,7 @@ float32, seeded, so the same call always writes the same weights. Text from them
 
 import importlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,13 @@ def write_weights(folder: Path, config: dict[str, Any], seed: int = 0) -> None:
 
 def write_tokenizer(folder: Path, gguf: Path) -> None:
     """The tokenizer of a GGUF file as ``tokenizer.json`` and ``tokenizer_config.json``."""
+    for name, text in _tokenizer_files(gguf).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+@cache
+def _tokenizer_files(gguf: Path) -> dict[str, str]:
     metadata = open_gguf(gguf).metadata
-    build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # a model's own class would drop the splitting of digits
         "bos_token": special_token(metadata, "bos"),
@@ -144,7 +150,10 @@ def write_tokenizer(folder: Path, gguf: Path) -> None:
         "chat_template": metadata["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    return {
+        "tokenizer.json": build_tokenizer(metadata).to_str(),
+        "tokenizer_config.json": json.dumps(settings, indent=1),
+    }
 
 
 def write_model(folder: Path, architecture: str, gguf: Path, seed: int = 0, **changes: Any) -> Path:
