@@ -77,7 +77,7 @@ def test_every_block_has_its_holder_and_blocks_of_several_are_shared(scripted_ll
 
 
 def test_a_long_step_keeps_nobody_waiting(scripted_llm: Callable[..., LLM]) -> None:
-    llm = scripted_llm(COUNTING, step_seconds=1.0)
+    llm = scripted_llm(COUNTING, step_seconds=0.5)
     llm.activity()
     stream = llm.submit(PROMPT, SamplingParams(temperature=0, max_tokens=100))
     wait_until(lambda: llm.stats().num_running == 1)
