@@ -130,7 +130,8 @@ class SetUp:
         self.log = folder / "log"
         self.log.touch()
         (folder / "pyproject.toml").write_text("[project]\n", encoding="utf-8")
-        shutil.copy(ROOT / ".ci" / "setup", folder / "setup")
+        for name in ("setup", "apt"):
+            shutil.copy(ROOT / ".ci" / name, folder)
 
     def script(self, name: str, text: str) -> None:
         path = self.bin / name
