@@ -91,10 +91,15 @@ def test_chunks_of_sixteen_tokens(fresh, prompts, expected, num_some):
     assert tokens_of(fresh.generate(prompts[:num_some], GREEDY, use_tqdm=False)) == expected[:num_some]
 
 
-def test_requests_that_were_preempted(fresh, prompts, expected, num_some):
-    shrink_pool(fresh, 5 if num_some < 12 else 12)
+def test_requests_that_were_preempted(fresh, prompts, expected):
+    """The pool holds the prompts and no more, and each grows into another block while it generates."""
+    blocks = [-(-len(prompt) // 16) for prompt in prompts]
+    growing = [i for i, prompt in enumerate(prompts) if len(prompt) + NUM_TOKENS - 1 > 16 * blocks[i]]
+    assert len(growing) > 3
+    shrink_pool(fresh, sum(blocks[i] for i in growing))
     before = fresh.stats().num_preemptions
-    assert tokens_of(fresh.generate(prompts[:num_some], GREEDY, use_tqdm=False)) == expected[:num_some]
+    outputs = fresh.generate([prompts[i] for i in growing], GREEDY, use_tqdm=False)
+    assert tokens_of(outputs) == [expected[i] for i in growing]
     assert fresh.stats().num_preemptions > before
 
 
