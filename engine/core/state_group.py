@@ -42,12 +42,15 @@ class StateGroup:
         self._wanted: dict[Request, set[int]] = {}
 
     def num_cached_tokens(self, request: Request, limit: int) -> int:
-        """The last checkpoint within ``limit`` tokens."""
+        """The last checkpoint within ``limit`` tokens, of those that leave a slot to go on in."""
         if not self.pool.enable_caching:
             return 0
         hashes = block_hashes(request, self.block_size, limit // self.block_size)
         for count in range(limit // self.block_size, 0, -1):
-            if self.pool.is_cached(hashes[count - 1]) and self._checkpoint(request, count * self.block_size):
+            if not self.pool.is_cached(hashes[count - 1]):
+                continue
+            found = self._checkpoint(request, count * self.block_size)
+            if found is not None and (found.ref_count or self.pool.can_allocate(2)):
                 return count * self.block_size
         return 0
 

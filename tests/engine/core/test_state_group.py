@@ -100,6 +100,26 @@ def test_without_a_free_slot_the_state_is_not_kept_and_nothing_waits():
     assert states.pool.num_free_cached == 0
 
 
+def test_the_last_slot_is_taken_although_it_keeps_the_requests_own_checkpoint():
+    """Nobody waits for a second slot: none where the pool has but one, none while another sequence runs."""
+    scheduler, states = make_hybrid(num_slots=2, max_num_seqs=2)
+    first = make_request("first", 50)
+    run(scheduler, first)
+    assert states.pool.num_free_cached == 1
+    long, again = make_request("long", range(3000, 3004), max_tokens=40), make_request("again", 50)
+    driver = run(scheduler, long, again)
+    steps = [[share.request for share in step.scheduled] for step in driver.steps]
+    assert again in steps[0]
+    assert again.num_cached_tokens == 0
+
+    scheduler, states = make_hybrid(num_slots=2, max_num_seqs=2)
+    run(scheduler, make_request("first", 50))
+    states.pool.resize(1)
+    again = make_request("again", 50)
+    run(scheduler, again)
+    assert len(again.output_token_ids) == 4
+
+
 def test_checkpoints_give_way_to_sequences_the_oldest_first():
     scheduler, states = make_hybrid(num_slots=4, max_num_seqs=2)
     for i in range(6):
