@@ -277,8 +277,9 @@ class EngineArgs:
 
     def _outside(self, name: str, value: object, allowed: str) -> ConfigError:
         said = f"--{name.replace('_', '-')} {value}"
-        if name == "gpu_memory_utilization" and self.memory_knob.isupper():
-            name, said = self.memory_knob, f"{self.memory_knob}={value}"  # a variable, not a flag, was set
+        if name == "gpu_memory_utilization":  # said as the user said it: another flag, or a variable
+            name = self.memory_knob
+            said = f"{name}={value}" if name.isupper() else f"--{name.replace('_', '-')} {value}"
         return ConfigError(f"{said}: must be {allowed}", flag=name, value=value, allowed=allowed)
 
     @property
@@ -291,10 +292,11 @@ class EngineArgs:
         self, fraction: float | Auto | None, max_model_len: int | Auto | None, max_num_seqs: int | Auto | None
     ) -> Self:
         """The arguments after a live change of memory; None leaves a value as it is."""
-        changed: dict[str, Any] = {
-            "gpu_memory_utilization": fraction, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs
-        }  # fmt: skip
-        return replace(self, **{name: value for name, value in changed.items() if value is not None})
+        given = {"gpu_memory_utilization": fraction, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
+        changed = {name: option_value(name, value) for name, value in given.items() if value is not None}
+        if fraction is not None:
+            changed["memory_knob"] = "memory_fraction"
+        return replace(self, **changed)
 
     def batched_tokens(self, chunk_size: int) -> int:
         """Most tokens in one step, where a device prefers ``chunk_size``: one at least for each sequence."""
@@ -315,7 +317,6 @@ class EngineArgs:
         """
         env = os.environ if env is None else env
         known = {f.name for f in fields(cls)}
-        by_field = {flag.field: flag for flag in ENGINE_FLAGS}
         values: dict[str, Any] = _from_environment(env)
         for name, value in options.items():
             key = name.replace("-", "_")
@@ -325,7 +326,7 @@ class EngineArgs:
                 values["memory_knob"] = key
             if key not in known or key in ("model", "memory_knob"):
                 raise refuse_flag(name)
-            values[key] = _parsed(by_field[key], value) if key in by_field else value
+            values[key] = option_value(key, value)
         return cls(model=model, **values)
 
 
@@ -342,8 +343,10 @@ def check_batch(max_num_seqs: int | Auto, max_num_batched_tokens: int | None) ->
     )
 
 
-def _parsed(flag: Flag, value: Any) -> Any:
-    if value is None or flag.kind != "value":
+def option_value(name: str, value: Any) -> Any:
+    """The value of an :class:`EngineArgs` field, from its flag's text or as it is. Raises ConfigError."""
+    flag = next((flag for flag in ENGINE_FLAGS if flag.field == name), None)
+    if value is None or flag is None or flag.kind != "value":
         return value
     try:
         return flag.parse(value)

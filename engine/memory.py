@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
 from engine import plan_text
-from engine.config import DEFAULT_MEMORY_FRACTION, MAX_NUM_SEQS_LIMIT, Auto, check_batch
+from engine.config import DEFAULT_MEMORY_FRACTION, MAX_NUM_SEQS_LIMIT, Auto, check_batch, option_value
 from engine.errors import ConfigError, MemoryPlanError
 from engine.kv_dtype import kv_cache_dtype as known_kv_cache_dtype
 from engine.kv_dtype import unquantized_note, vector_bytes
@@ -302,6 +302,11 @@ def what_if(
     """
     asked = plan.inputs
     dtype = asked.kv_cache_dtype if kv_cache_dtype is None else known_kv_cache_dtype(kv_cache_dtype)
+    fraction = option_value("gpu_memory_utilization", fraction)
+    max_model_len, max_num_seqs = (
+        option_value("max_model_len", max_model_len),
+        option_value("max_num_seqs", max_num_seqs),
+    )
     share = DEFAULT_MEMORY_FRACTION if fraction == "auto" else plan.fraction if fraction is None else float(fraction)
     _check_settings(share, max_model_len, max_num_seqs)
     same_pages = dtype == asked.kv_cache_dtype

@@ -297,6 +297,14 @@ def test_what_if_changes_one_setting_and_plans_as_if_asked_for_at_once():
     assert what_if(what_if(plan, fraction=0.5), fraction="auto").fraction == 0.90
 
 
+def test_what_if_takes_the_flags_texts_and_refuses_what_is_no_number():
+    plan = seed_plan(max_model_len=65_536)
+    assert what_if(plan, max_model_len="4K", fraction="0.5") == what_if(plan, max_model_len=4096, fraction=0.5)
+    for wrong in ({"fraction": "much"}, {"max_model_len": "long"}, {"max_num_seqs": 2.5}):
+        with pytest.raises(ConfigError, match=str(*wrong.values())):
+            what_if(plan, **wrong)
+
+
 def test_what_if_keeps_auto_auto_and_what_was_asked_for_as_it_is():
     plan = seed_plan(max_model_len=65_536)
     assert what_if(plan, fraction=0.8).max_num_seqs < plan.max_num_seqs

@@ -144,8 +144,10 @@ def test_a_plan_that_does_not_fit_or_makes_no_sense_changes_nothing(plain):
     before = plain.plan, plain.args
     with pytest.raises(MemoryPlanError):
         plain.replan(fraction=fraction_for(plain, 20))
-    with pytest.raises(ConfigError, match="must be"):
+    with pytest.raises(ConfigError, match=r"--memory-fraction 1\.5: must be"):
         plain.replan(fraction=1.5)
+    with pytest.raises(ConfigError, match=r"2\.5"):
+        plain.replan(max_num_seqs=2.5)
     with pytest.raises(ConfigError, match="context length"):
         plain.replan(max_model_len=10**6)
     assert (plain.plan, plain.args) == before
