@@ -15,7 +15,6 @@ from vm_magic.magics import VLLMMetal
 from vm_magic.panel import close_panel
 from vm_magic.question_marks import keep_questions
 from vm_magic.references import release_references
-from vm_magic.session import close_session, peek_session
 
 _LOGGERS = ("engine", "vm_magic", "uvicorn")
 
@@ -51,7 +50,7 @@ def install(shell: Any) -> None:
     shell.Completer.custom_matchers.append(matcher)
     shell.input_transformer_manager.line_transforms.append(keep_questions)
     _installed.append(_Installed(shell, magics, matcher, owns_chat, logs))
-    atexit.register(close_session)
+    atexit.register(_close_session)
 
 
 def uninstall(shell: Any) -> None:
@@ -75,10 +74,20 @@ def uninstall(shell: Any) -> None:
     transforms = shell.input_transformer_manager.line_transforms
     transforms[:] = [t for t in transforms if t is not keep_questions]
     if not _reloading(sys._getframe()):
-        if peek_session() is not None:
-            close_session()
+        if _close_session():
             release_references(shell)
-        atexit.unregister(close_session)
+        atexit.unregister(_close_session)
+
+
+def _close_session() -> bool:
+    """Free the model and forget the session. Says whether there was one: until a command ran, there is none."""
+    if "vm_magic.session" not in sys.modules:
+        return False
+    from vm_magic.session import close_session, peek_session
+
+    existed = peek_session() is not None
+    close_session()
+    return existed
 
 
 def _reloading(frame: FrameType | None) -> bool:

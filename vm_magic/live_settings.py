@@ -7,7 +7,6 @@ from traitlets import HasTraits, TraitType
 
 from engine.errors import ConfigError, RequestError
 from engine.settings import THINKING_SWITCHES, Settings
-from vm_magic.session import current_session
 from vm_magic.settings_text import MEMORY_NAMES, SETTABLE, check_setting
 
 if TYPE_CHECKING:
@@ -71,10 +70,14 @@ class LiveSetting(TraitType[Any, Any]):  # type: ignore[misc]
 
     def get(self, obj: HasTraits, cls: type | None = None) -> Any:  # noqa: ARG002 - traitlets' signature
         """What is set now, None if nothing is."""
+        from vm_magic.session import current_session
+
         return current_session().settings.everything().get(self.name)
 
     def set(self, obj: HasTraits, value: Any) -> None:  # noqa: ARG002 - traitlets' signature
         """Set it for all requests that do not say otherwise."""
+        from vm_magic.session import current_session
+
         name = str(self.name)
         change_settings(current_session(), {name: check_setting(name, value)})
 

@@ -6,7 +6,6 @@ import json
 import re
 from typing import Any
 
-from engine.config import EngineArgs
 from engine.errors import ConfigError, RequestError
 from engine.presets import MODEL_PRESET, preset_values
 from engine.sampling_params import SamplingParams
@@ -101,6 +100,8 @@ def _memory_value(name: str, value: Any) -> Any:
     """The value of an engine flag, read and checked as ``load`` would."""
     if value is None:
         raise ConfigError(f"{name} needs a value, such as {name}=auto", flag=name)
+    from engine.config import EngineArgs
+
     args = EngineArgs.from_options("set", {name: str(value)}, env={})
     return args.gpu_memory_utilization if name == "memory_fraction" else getattr(args, name)
 

@@ -12,7 +12,7 @@ import vm_magic
 from engine.ring_log import RingLog
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import line
-from vm_magic.session import close_session, current_session, peek_session
+from vm_magic.session import current_session, peek_session
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,12 +80,16 @@ def test_unloading_after_a_reload_still_frees_the_model(shell: Any) -> None:
 
 
 def test_no_exit_hook_is_left(shell: Any, monkeypatch: Any) -> None:
-    removed: list[Any] = []
-    monkeypatch.setattr(atexit, "unregister", removed.append)
     shell.run_line_magic("unload_ext", "vm_magic")
-    assert removed == [close_session]
-    monkeypatch.undo()
-    atexit.unregister(close_session)
+    added: list[Any] = []
+    removed: list[Any] = []
+    monkeypatch.setattr(atexit, "register", added.append)
+    monkeypatch.setattr(atexit, "unregister", removed.append)
+    shell.run_line_magic("load_ext", "vm_magic")
+    shell.run_line_magic("unload_ext", "vm_magic")
+    assert len(added) == 1
+    assert removed == added
+    monkeypatch.undo()  # the fixture takes its own hook away
 
 
 def test_twenty_cycles_leave_memory_where_it_was(shell: Any) -> None:
@@ -137,7 +141,9 @@ def test_loading_the_extension_imports_no_model_code() -> None:
     heavy = run_python(SHELL + "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))")
     for name in ("mlx", "mlx_lm", "transformers", "fastapi", "uvicorn", "tokenizers", "jinja2", "huggingface_hub"):
         assert f"'{name}'" not in heavy
-    assert "engine.llm" not in run_python(SHELL + "print([m for m in sys.modules if m.startswith('engine')])")
+    ours = run_python(SHELL + "print([m for m in sys.modules if m.startswith(('engine', 'vm_magic'))])")
+    for name in ("engine.llm", "engine.config", "vm_magic.commands", "vm_magic.arguments", "vm_magic.session"):
+        assert f"'{name}'" not in ours  # the first command imports them
 
 
 def test_loading_the_extension_takes_less_than_150_ms_and_says_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from engine.many import MapInterrupted
 from tests import scripted_model
 from tests.vm_magic.helpers import cell, line, shown
 from vm_magic.arguments import command_parser
-from vm_magic.completion import candidates
+from vm_magic.candidates import candidates
 from vm_magic.errors import Interrupted, MagicUsageError
 from vm_magic.grid import MAX_ROWS, GridView, read_over
 from vm_magic.session import current_session

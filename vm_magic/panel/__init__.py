@@ -2,11 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vm_magic.cards import settings_text
-from vm_magic.session import Session, current_session
-
 if TYPE_CHECKING:
     from vm_magic.panel.panel import Panel
+    from vm_magic.session import Session
 
 _open: "Panel | None" = None
 
@@ -16,6 +14,7 @@ def open_panel() -> "Panel":
     global _open
     if _open is None or _open.closed:
         from vm_magic.panel.panel import Panel
+        from vm_magic.session import current_session
 
         _open = Panel(current_session)
     return _open
@@ -31,8 +30,10 @@ def close_panel() -> bool:
     return True
 
 
-def panel_line(session: Session) -> str:
+def panel_line(session: "Session") -> str:
     """What the panel would show, in one line: for a terminal, and wherever widgets cannot be drawn."""
+    from vm_magic.cards import settings_text
+
     llm = session.loaded
     settings = settings_text(session.settings) or "the model's own sampling values"
     if llm is None:
@@ -45,6 +46,6 @@ def panel_line(session: Session) -> str:
     )
 
 
-def panel_bundle(panel: "Panel", session: Session) -> dict[str, Any]:
+def panel_bundle(panel: "Panel", session: "Session") -> dict[str, Any]:
     """The display data of ``panel``: the widget where there is a front end for it, else the line."""
     return {**panel.widget._repr_mimebundle_(), "text/plain": panel_line(session)}
