@@ -117,16 +117,15 @@ def _groups(backend: Backend, loaded: LoadedModel, args: EngineArgs, chunk: int)
 
 def _cache_group(spec: KVGroupSpec, plan: MemoryPlan, backend: Backend, index: int, *, caching: bool) -> KVCacheGroup:
     """The bookkeeping of one planned group."""
+    pool = BlockPool(plan.num_blocks_of(spec), enable_caching=caching)
     if spec.kind == "state":
-        return StateGroup(BlockPool(plan.num_blocks_of(spec), enable_caching=caching), spec.block_size)
+        return StateGroup(pool, spec.block_size)
     if spec.kind == "sliding":
         assert isinstance(backend, PagedBackend)
         window = backend.groups[index][0].window
         assert window is not None
-        return SlidingWindowGroup(
-            BlockPool(plan.num_sliding_blocks(spec), enable_caching=caching), spec.block_size, window
-        )
-    return FullAttentionGroup(BlockPool(plan.num_blocks, enable_caching=caching), spec.block_size)
+        return SlidingWindowGroup(pool, spec.block_size, window)
+    return FullAttentionGroup(pool, spec.block_size)
 
 
 def _assemble(

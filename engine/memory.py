@@ -181,11 +181,6 @@ class MemoryPlan:
         """How many requests of ``max_model_len`` tokens fit at once."""
         return min(self.max_tokens_cached / self.max_model_len, self.max_num_seqs)
 
-    def num_sliding_blocks(self, group: KVGroupSpec) -> int:
-        """Blocks of a sliding group: what ``max_num_seqs`` sequences keep of their windows."""
-        assert group.window is not None, f"a {group.kind} group has no window"
-        return self.max_num_seqs * group.blocks_per_sequence(self.max_model_len)
-
     def num_blocks_of(self, group: KVGroupSpec) -> int:
         """Blocks (of states: slots) that ``group`` may come to hold."""
         if group.grows:

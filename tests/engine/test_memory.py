@@ -232,7 +232,7 @@ def test_the_text_for_people_shows_every_part_and_every_group():
     table = [line.split() for line in text.splitlines()[-4:]]
     assert [row[0] for row in table] == ["group", "full", "sliding", "state"]
     assert table[1][3] == "4096B"
-    assert table[2][-2] == str(plan.num_sliding_blocks(SLIDING))
+    assert table[2][-2] == str(plan.num_blocks_of(SLIDING))
     assert "4 (0-2, 5)" in text
     assert f"{plan.max_num_seqs + plan.num_checkpoints} slots" in text
 
