@@ -64,8 +64,13 @@ def _refuse_if_in_use(engine: LLMEngine, plan: MemoryPlan) -> None:
             group.leave_behind(request)
     sizes = [plan.num_blocks_of(spec) for spec in plan.groups]
     ending = must_end(scheduler.running, scheduler.kv.groups, sizes, plan.max_num_seqs)
+    if ending and len(scheduler.running) > plan.max_num_seqs:
+        raise _in_use(engine, ending, f"max_num_seqs={plan.max_num_seqs} is less than the requests that run")
     if ending:
-        room = f"{plan.max_num_seqs} sequences and {sizes[0]} KV blocks"
+        names = {"state": "state slots", "sliding": "window blocks"}
+        room = " and ".join(
+            f"{size} {names.get(spec.kind, 'KV blocks')}" for spec, size in zip(plan.groups, sizes, strict=True)
+        )
         raise _in_use(engine, ending, f"memory_fraction={plan.fraction:g} with {room} is less than what is in use")
 
 

@@ -115,7 +115,7 @@ def test_pages_and_slots_that_are_given_up_are_freed(llm):
     ("change", "words"),
     [
         (lambda llm: {"fraction": fraction_for(llm, 34)}, "34 KV blocks is less than what is in use"),
-        (lambda _: {"max_num_seqs": 1}, "1 sequences"),
+        (lambda _: {"max_num_seqs": 1}, "max_num_seqs=1 is less than the requests that run"),
         (lambda _: {"max_model_len": 300}, "max_model_len=300 is less than requests under way need"),
     ],
 )
