@@ -18,7 +18,7 @@ class RingLog(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
         self._loggers = tuple(loggers)
         self._kept: deque[str] = deque(maxlen=CAPACITY)
-        self._raised: list[logging.Logger] = []
+        self._raised: list[tuple[logging.Logger, _Upward]] = []
 
     @property
     def lines(self) -> list[str]:
@@ -30,18 +30,45 @@ class RingLog(logging.Handler):
         self._kept.append(self.format(record))
 
     def attach(self) -> None:
-        """Listen; a logger without a level of its own is set to INFO meanwhile."""
+        """Listen; a logger without a level of its own is set to INFO meanwhile, which handlers above it do not see."""
         for name in self._loggers:
             logger = logging.getLogger(name)
             logger.addHandler(self)
             if logger.level == logging.NOTSET:
                 logger.setLevel(logging.INFO)
-                self._raised.append(logger)
+                upward = _Upward(logger)
+                logger.addHandler(upward)
+                self._raised.append((logger, upward))
 
     def detach(self) -> None:
         """Leave the loggers as they were; the lines stay. Safe to repeat."""
         for name in self._loggers:
             logging.getLogger(name).removeHandler(self)
-        for logger in self._raised:
+        for logger, upward in self._raised:
+            logger.removeHandler(upward)
+            logger.propagate = upward.propagated
             logger.setLevel(logging.NOTSET)
         self._raised.clear()
+
+
+class _Upward(logging.Handler):
+    """Hands records of ``logger`` up as if its level had not been raised.
+
+    Levels of the loggers above do not stop a record on its way to their handlers: one ``logging.basicConfig``
+    in a notebook, which IPython calls by itself, would print the engine's every line below whatever cell runs.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__()
+        self._logger = logger
+        self.propagated, logger.propagate = logger.propagate, False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand ``record`` up if it would have come there; a level that the user set meanwhile is kept to."""
+        above = self._logger.parent
+        assert above is not None, "not the root"
+        changed = self._logger.level != logging.INFO
+        if not self.propagated:
+            return
+        if (changed or record.levelno >= above.getEffectiveLevel()) and above.hasHandlers():
+            above.callHandlers(record)
