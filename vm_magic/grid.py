@@ -208,8 +208,11 @@ class GridView:
         if frame["prompt"].nunique() > 1 and all(frame[name].dtype.kind in "biuf" for name in varied):
             varied.append("prompt")
         failed = int(frame["error"].notna().sum())
+        cut = int((frame["finish_reason"] == "abort").sum())
         parts = [
-            f"{len(frame) - failed} prompts done" + (f", {failed} failed" if failed else ""),
+            f"{len(frame) - failed - cut} prompts done"
+            + (f", {failed} failed" if failed else "")
+            + (f", {cut} cut off" if cut else ""),
             f"{int(frame['tokens'].fillna(0).sum())} tokens",
             *same,
         ]

@@ -166,6 +166,8 @@ def test_a_long_table_shows_its_beginning() -> None:
     assert max(len(row) for row in repr(view).splitlines()) < 200
     empty = GridView.of(frame.head(0))
     assert "0 prompts done" in repr(empty)
+    frame.loc[:6, "finish_reason"] = "abort"
+    assert GridView.of(frame).caption.startswith("93 prompts done, 7 cut off")
 
 
 def test_help_and_completion_know_the_flags() -> None:
