@@ -33,10 +33,16 @@ def new_llm(model: str, progress: Progress | None, **options: Any) -> "LLM":
 
 
 def find_model(args: EngineArgs, progress: Progress) -> None:
-    """Download ``args.model`` unless it is here; raises ModelNotFoundError."""
-    from engine.hub import resolve
+    """Download ``args.model`` unless it is here, and look at its configuration.
 
-    resolve(args.model, args.revision, progress=progress)
+    Raises ModelNotFoundError, ModelLoadError where it is no language model, ConfigError for too long a length.
+    """
+    from engine.hub import resolve
+    from engine.memory import PlanInputs
+    from engine.model_files import read_model_config
+
+    config = read_model_config(resolve(args.model, args.revision, progress=progress), args)
+    PlanInputs(config.context_length, args.max_model_len).check()
 
 
 def memory_in_use() -> int:

@@ -93,6 +93,18 @@ def test_the_cell_and_the_port_give_the_same_greedy_text(served: Kernel) -> None
     assert of_type(messages, "error") == []
 
 
+def test_a_load_that_its_configuration_forbids_leaves_the_loaded_model_alone(
+    served: Kernel, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").symlink_to(model / "model.safetensors")
+    for wrong in (f"{model} --max-model-len 999999", str(tmp_path)):
+        reply, _ = served.run(f"%vllm_metal load {wrong}")
+        assert reply["ename"] in ("ConfigError", "ModelLoadError"), reply
+        _, messages = served.run("print(vm_magic.current().closed, handle.base_url)")
+        assert "False" in "".join(content["text"] for content in of_type(messages, "stream"))
+
+
 def test_memory_is_flat_over_twenty_load_and_unload_cycles(served: Kernel, model: Path) -> None:
     code = f"""
 from engine.llm import memory_in_use
