@@ -9,6 +9,7 @@ from engine.outputs import Reply, RequestOutput, Usage
 from vm_magic.conversation import Conversation, Message
 from vm_magic.display import ReplyView
 from vm_magic.errors import Interrupted
+from vm_magic.live_settings import thinking_kwargs
 from vm_magic.remote.wire import RemoteOutput
 from vm_magic.reply_reader import ReplyReader, ReplyText
 from vm_magic.session import Session
@@ -24,8 +25,6 @@ DRAIN_SECONDS = 0.05
 ABORT_SECONDS = 5.0
 INTERRUPTED = "⏹ interrupted"
 FAILED = "⚠ failed"
-THINKING_SWITCHES = ("enable_thinking", "thinking")
-"""What chat templates call it."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ def ask(
             param="tools",
         )
     tools: dict[str, Any] = {"tools": options.tool_schemas} if options.tools else {}
-    prompt = llm.render_chat(messages, chat_template_kwargs=_thinking(llm, options.think), **tools)
+    prompt = llm.render_chat(messages, chat_template_kwargs=thinking_kwargs(llm, options.think), **tools)
     if tools:
         tools["tool_choice"] = options.tool_choice
     parser = llm.output_parser(prompt=prompt, **tools)
@@ -254,16 +253,3 @@ def _constraints(options: ChatOptions) -> "Constraints | None":
         tools=options.tool_schemas,
         tool_choice=options.tool_choice,
     )
-
-
-def _thinking(llm: "LLM", think: bool | None) -> dict[str, Any]:
-    """The chat template's variable for ``--think``. Raises RequestError if it has none to turn thinking on."""
-    if think is None:
-        return {}
-    names = [name for name in THINKING_SWITCHES if name in llm.template_variables]
-    if think and not names:
-        raise RequestError(
-            "--think: this model's chat template has no switch for thinking (enable_thinking); leave the flag out",
-            param="think",
-        )
-    return dict.fromkeys(names, think)

@@ -118,10 +118,8 @@ def _details(title: str, body: str, *, is_open: bool = False) -> str:
     return f"<details{' open' if is_open else ''}><summary>{html.escape(title)}</summary>{body}</details>"
 
 
-def _cell(text: str, *, faint: bool = False) -> str:
-    return (
-        f'<td style="text-align:left;padding:1px 12px 1px 0{";opacity:.7" if faint else ""}">{html.escape(text)}</td>'
-    )
+def _cell(text: str) -> str:
+    return f'<td style="text-align:left;padding:1px 12px 1px 0">{html.escape(text)}</td>'
 
 
 def _short(value: object) -> str:

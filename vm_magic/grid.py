@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import RequestError
-from engine.settings import THINKING_SWITCHES
 from vm_magic.chat_flags import unescape, variable_name
+from vm_magic.live_settings import thinking_kwargs
 
 if TYPE_CHECKING:
     import pandas
@@ -120,7 +120,7 @@ def run_grid(
     run = {
         "raw": parsed.complete,
         "schema": schema,
-        "chat_template_kwargs": _thinking(llm, parsed.think),
+        "chat_template_kwargs": thinking_kwargs(llm, parsed.think),
         "variables": {name: value for name, value in namespace.items() if name not in ("In", "Out")},
         "resume": llm.last_map if parsed.resume else None,
         "use_tqdm": use_tqdm,
@@ -178,16 +178,6 @@ def _with_lists(frame: "pandas.DataFrame", rows: Any, lists: Sequence[str]) -> "
     for name in reversed(lists):
         frame.insert(0, name, [labels[label][name] for label in frame.index])
     return frame
-
-
-def _thinking(llm: "LLM | RemoteLLM", think: bool | None) -> dict[str, Any]:
-    known = getattr(llm, "template_variables", frozenset(THINKING_SWITCHES))
-    names = [name for name in THINKING_SWITCHES if name in known]
-    if think and not names:
-        raise RequestError(
-            "--think: this model's chat template has no switch for thinking; leave it out", param="think"
-        )
-    return {} if think is None else dict.fromkeys(names, think)
 
 
 @dataclass(frozen=True)

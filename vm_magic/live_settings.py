@@ -63,6 +63,23 @@ def can_switch_thinking(llm: Any) -> bool:
     return any(name in llm.template_variables for name in THINKING_SWITCHES)
 
 
+def thinking_kwargs(llm: Any, think: bool | None) -> dict[str, Any]:
+    """The chat template's variable for ``--think``. Raises RequestError if it has none to turn thinking on.
+
+    A remote server's template is not known here: it gets every name for the switch.
+    """
+    if think is None:
+        return {}
+    known = getattr(llm, "template_variables", THINKING_SWITCHES)
+    names = [name for name in THINKING_SWITCHES if name in known]
+    if think and not names:
+        raise RequestError(
+            "--think: this model's chat template has no switch for thinking (enable_thinking); leave the flag out",
+            param="think",
+        )
+    return dict.fromkeys(names, think)
+
+
 class LiveSetting(TraitType[Any, Any]):  # type: ignore[misc]
     """A trait that holds no value of its own: reading and writing go to the session's live settings."""
 
