@@ -28,7 +28,7 @@ COMMANDS: dict[str, str] = {
     "stop": "close the port, keep the model",
     "unload": "free the model and its memory",
     "plan": "the memory plan of a model, without loading it",
-    "panel": "memory, sampling, activity and the port as widgets",
+    "panel": "memory, sampling, activity and the port as widgets; while connected: the server's",
     "set": "sampling defaults and memory: temperature=0.2 max_model_len=4096 …",
     "chat": "send a message (cell form: the cell's body, streamed)",
     "complete": "continue a raw prompt (cell form: the cell's body, streamed)",

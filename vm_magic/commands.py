@@ -27,7 +27,7 @@ from vm_magic.display import can_update
 from vm_magic.errors import HelpShown, Interrupted
 from vm_magic.history_view import HistoryView, conversations_table, history_view
 from vm_magic.live_settings import change_settings
-from vm_magic.panel import close_panel, open_panel, panel_bundle, panel_line
+from vm_magic.panel import close_left_panel, close_panel, open_panel, panel_bundle, panel_line
 from vm_magic.progress import LoadProgress, size_text
 from vm_magic.references import release_references
 from vm_magic.remote.cards import refuse_remote, remote_card, remote_metrics, remote_models
@@ -145,6 +145,7 @@ class Commands:
     def _unload(self, _: argparse.Namespace) -> None:
         if self.session.disconnect():
             print("the connection is closed")
+            self._leave_panel()
         if self.session.loaded is None:
             self.session.unload()
             print("nothing is loaded")
@@ -170,6 +171,7 @@ class Commands:
         from vm_magic.remote.connect import connect
 
         print(connect(self.session, parsed, self.shell.user_ns))
+        self._leave_panel()
 
     def _status(self, _: argparse.Namespace) -> StatusCard:
         return status_card(self.session) if self.session.remote is None else remote_card(self.session)
@@ -181,6 +183,10 @@ class Commands:
             display(panel_bundle(open_panel(), self.session), raw=True)
         else:
             print(panel_line(self.session))
+
+    def _leave_panel(self) -> None:
+        if close_left_panel():
+            print("the panel is closed with what it showed; %vllm_metal panel opens the one of what is asked now")
 
     def _set(self, text: str, cell: str | None) -> None:
         if cell is not None:

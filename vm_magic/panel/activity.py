@@ -1,28 +1,38 @@
 """The panel's activity section: requests with a cancel button each, the map of blocks, throughput."""
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import ipywidgets as widgets
 
-from engine.activity import Activity, RequestActivity
+from engine.activity import RequestActivity
 from vm_magic.panel.pictures import Palette, block_map_svg, short_id, throughput_svg
-from vm_magic.panel.seen import NO_MODEL, Seen
+from vm_magic.panel.seen import NO_MODEL, Seen, Source
 from vm_magic.panel.style import faint, swatch
 
 MOST_ROWS = 12
 """Requests with a row of their own; the others are counted."""
-_NOTEBOOK_PREFIX = "req-"
-_HEADER = ("request", "state", "prompt", "tokens", "speed", "first token", "temp.")
+_NOTEBOOK_PREFIXES = ("req-", "remote-")
+COLUMNS = ("request", "state", "prompt", "tokens", "speed", "first token", "temp.")
+_WIDTHS: Mapping[str, str] = {
+    "request": "minmax(150px, 2fr)",
+    "state": "84px",
+    "prompt": "116px",
+    "tokens": "82px",
+    "speed": "92px",
+    "first token": "92px",
+    "temp.": "minmax(60px, 1fr)",
+}
 
 
 class RequestRow:
     """One row of the table, used for one request after another."""
 
-    def __init__(self, cancel: Callable[[str], None]) -> None:
+    def __init__(self, cancel: Callable[[str], None], columns: Sequence[str]) -> None:
         self._cancel = cancel
+        self._columns = columns
         self._request_id: str | None = None
         self.text = widgets.HTML(layout=widgets.Layout(flex="1 1 auto", min_width="0"))
         self.button = widgets.Button(description="Cancel", layout=widgets.Layout(width="74px", height="24px"))
@@ -40,7 +50,7 @@ class RequestRow:
             self.button.disabled = False
             self.button.tooltip = "" if wanted is None else f"end {wanted}"
         if request is not None:
-            self.text.value = row_html(request, palette)
+            self.text.value = row_html(request, palette, self._columns)
 
     def _clicked(self, _: Any) -> None:
         if self._request_id is not None:
@@ -53,14 +63,15 @@ class ActivitySection:
 
     title = "Activity"
     wants_blocks = True
+    columns: tuple[str, ...] = COLUMNS
 
     def __init__(self, lock: AbstractContextManager[Any], wake: Callable[[], None]) -> None:
         self._lock = lock
         self._wake = wake
-        self._llm: Any = None
+        self._source: Source | None = None
         self.palette = Palette()
         self.header = widgets.HTML()
-        self.rows = [RequestRow(self._cancel) for _ in range(MOST_ROWS)]
+        self.rows = [RequestRow(self._cancel, self.columns) for _ in range(MOST_ROWS)]
         self.more = widgets.HTML()
         self.blocks = widgets.HTML()
         self.throughput = widgets.HTML()
@@ -70,7 +81,7 @@ class ActivitySection:
 
     def refresh(self, seen: Seen) -> None:
         """Show the requests, the blocks and the speed as they are."""
-        self._llm = seen.llm
+        self._source = seen.source
         activity = seen.activity
         if activity is None:
             self._show_nothing()
@@ -80,7 +91,7 @@ class ActivitySection:
         self.palette.assign(list(dict.fromkeys([*drawn, *names])))
         if seen.blocks is not None:
             self.blocks.value = f"<h4>KV blocks</h4>{block_map_svg(seen.blocks, self.palette)}"
-        self._show_requests(activity)
+        self._show_requests(activity.requests)
         self.throughput.value = f"<h4>Generated tokens per second</h4>{throughput_svg(activity)}"
 
     def _show_nothing(self) -> None:
@@ -89,9 +100,10 @@ class ActivitySection:
             row.show(None, self.palette)
         self.more.value = self.blocks.value = self.throughput.value = ""
 
-    def _show_requests(self, activity: Activity) -> None:
-        requests = activity.requests
-        self.header.value = header_html() if requests else faint("no requests; a cell or a client brings one")
+    def _show_requests(
+        self, requests: Sequence[RequestActivity], none: str = "no requests; a cell or a client brings one"
+    ) -> None:
+        self.header.value = header_html(self.columns) if requests else faint(none)
         for index, row in enumerate(self.rows):
             row.show(requests[index] if index < len(requests) else None, self.palette)
         others = len(requests) - len(self.rows)
@@ -99,38 +111,44 @@ class ActivitySection:
 
     def _cancel(self, request_id: str) -> None:
         with self._lock:
-            llm = self._llm
-        if llm is not None:
-            llm.abort(request_id)
+            source = self._source
+        if source is not None:
+            source.abort(request_id)
             self._wake()
 
 
-def header_html() -> str:
+def header_html(columns: Sequence[str]) -> str:
     """The table's header."""
-    cells = "".join(f'<span class="vmp-faint">{name}</span>' for name in _HEADER)
-    return f'<div class="vmp-req" style="padding-right:80px">{cells}</div>'
+    cells = "".join(f'<span class="vmp-faint">{name}</span>' for name in columns)
+    return f'<div class="vmp-req" style="padding-right:80px;{_grid(columns)}">{cells}</div>'
 
 
-def row_html(request: RequestActivity, palette: Palette) -> str:
+def row_html(request: RequestActivity, palette: Palette, columns: Sequence[str] = COLUMNS) -> str:
     """A request as the cells of a row."""
-    door = "notebook" if request.request_id.startswith(_NOTEBOOK_PREFIX) else "port"
-    state = "thinking" if request.thinking and request.state == "running" else request.state
-    share = request.cached_share
-    prompt = f"{request.num_prompt_tokens}" + ("" if not share else f", {share:.0%} cached")
-    if request.state == "running" and request.prompt_share < 1:
-        prompt = f"{request.prompt_share:.0%} of {request.num_prompt_tokens}"
+    door = "notebook" if request.request_id.startswith(_NOTEBOOK_PREFIXES) else "port"
     speed = "" if request.tokens_per_second is None else f"{request.tokens_per_second:.1f} tok/s"
     first = request.time_to_first_token
-    cells = (
-        f"{swatch(palette.colour(request.request_id))}<code>{html.escape(short_id(request.request_id))}</code> "
-        f"{faint(door)}",
-        state,
-        prompt,
-        str(request.num_output_tokens),
-        speed,
-        f"{request.age:.0f} s so far" if first is None else f"{first:.2f} s",
-        f"{request.params.temperature:g}",
-    )
+    cells = {
+        "request": f"{swatch(palette.colour(request.request_id))}"
+        f"<code>{html.escape(short_id(request.request_id))}</code> {faint(door)}",
+        "state": "thinking" if request.thinking and request.state == "running" else request.state,
+        "prompt": _prompt_text(request) if "prompt" in columns else "",
+        "tokens": str(request.num_output_tokens),
+        "speed": speed,
+        "first token": f"{request.age:.0f} s so far" if first is None else f"{first:.2f} s",
+        "temp.": f"{request.params.temperature:g}",
+    }
     title = html.escape(request.request_id)
-    spans = "".join(f'<span class="vmp-num">{cell}</span>' for cell in cells)
-    return f'<div class="vmp-req" title="{title}" data-request="{title}">{spans}</div>'
+    spans = "".join(f'<span class="vmp-num">{cells[name]}</span>' for name in columns)
+    return f'<div class="vmp-req" style="{_grid(columns)}" title="{title}" data-request="{title}">{spans}</div>'
+
+
+def _prompt_text(request: RequestActivity) -> str:
+    if request.state == "running" and request.prompt_share < 1:
+        return f"{request.prompt_share:.0%} of {request.num_prompt_tokens}"
+    share = request.cached_share
+    return f"{request.num_prompt_tokens}" + ("" if not share else f", {share:.0%} cached")
+
+
+def _grid(columns: Sequence[str]) -> str:
+    return f"grid-template-columns:{' '.join(_WIDTHS[name] for name in columns)}"

@@ -11,18 +11,21 @@ import ipywidgets as widgets
 
 from vm_magic.panel.activity import ActivitySection
 from vm_magic.panel.memory import MemorySection
+from vm_magic.panel.remote import RemoteActivitySection, RemoteServerSection, remote_head_parts
 from vm_magic.panel.sampling import SamplingSection
-from vm_magic.panel.seen import NO_MODEL, Section, Seen, look
+from vm_magic.panel.seen import NO_MODEL, Looker, Section, Seen
 from vm_magic.panel.server import ServerSection
 from vm_magic.panel.style import ROOT_CLASS, SHEET, bad, faint
 from vm_magic.session import Session
 
 logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 0.5
+MOVED = "the notebook asks another model now; %vllm_metal panel opens its panel"
 
 
 class Panel:
-    """A window on the session that :paramref:`get_session` gives.
+    """A window on the session that :paramref:`get_session` gives: on the model of this kernel, or, where it is
+    connected as the panel is made, on the remote server.
 
     The kernel's own loop stands still while a cell runs, so a thread of the panel's refreshes it, at most
     every :data:`REFRESH_SECONDS`; it looks at the engine through snapshots and sends only what changed.
@@ -31,15 +34,22 @@ class Panel:
     """
 
     def __init__(self, get_session: Callable[[], Session], *, refresh_seconds: float | None = REFRESH_SECONDS) -> None:
-        self._get_session = get_session
+        self._looker = Looker(get_session)
+        self.remote = get_session().remote is not None
         self._lock = threading.RLock()
         self._wake = threading.Event()
         self.closed = False
-        self.activity = ActivitySection(self._lock, self._wake.set)
-        self.sampling = SamplingSection(self._lock, self._wake.set)
-        self.memory = MemorySection(self._lock, self._wake.set)
-        self.server = ServerSection(self._lock, self._wake.set)
-        self.sections: list[Section] = [self.activity, self.sampling, self.memory, self.server]
+        self.activity: ActivitySection = (RemoteActivitySection if self.remote else ActivitySection)(
+            self._lock, self._wake.set
+        )
+        self.sampling = SamplingSection(self._lock, self._wake.set, remote=self.remote)
+        self.sections: list[Section] = [self.activity, self.sampling]
+        if self.remote:
+            self.sections.append(RemoteServerSection(self._wake.set))
+        else:
+            self.memory = MemorySection(self._lock, self._wake.set)
+            self.server = ServerSection(self._lock, self._wake.set)
+            self.sections += [self.memory, self.server]
         self.head = widgets.HTML()
         self.close_button = widgets.Button(icon="times", tooltip="close the panel", layout=widgets.Layout(width="32px"))
         self.tabs = widgets.Tab(children=[section.widget for section in self.sections])
@@ -61,9 +71,13 @@ class Panel:
     def refresh(self) -> None:
         """Look at the session once and show what changed, the section in front alone."""
         section = self.sections[self.tabs.selected_index or 0]
-        seen = look(self._get_session, with_blocks=section.wants_blocks)
+        seen = self._looker.look(with_blocks=section.wants_blocks)
         with self._lock:
-            if not self.closed:
+            if self.closed:
+                return
+            if (seen.remote is not None) != self.remote:
+                self.head.value = faint(MOVED)
+            else:
                 self.head.value = head_html(seen)
                 section.refresh(seen)
 
@@ -95,6 +109,7 @@ class Panel:
             if self.closed:
                 return
             try:
+                self._looker.poll()
                 self.refresh()
             except Exception as error:
                 # The thread ends here: it says so in the log and in the panel, which else would stand still.
@@ -107,6 +122,8 @@ class Panel:
 
 def head_html(seen: Seen) -> str:
     """The panel's first line: the model, requests, speed, blocks, port."""
+    if seen.remote is not None and seen.server is not None:
+        return _head(seen.remote.model, [html.escape(seen.remote.base_url), *remote_head_parts(seen.server)])
     if seen.llm is None or seen.activity is None:
         return f'<div class="vmp-head"><b>vllm_metal</b>{faint(NO_MODEL)}</div>'
     activity = seen.activity
@@ -119,9 +136,12 @@ def head_html(seen: Seen) -> str:
         f"{activity.num_used_blocks} of {activity.num_blocks} blocks used",
         f"port {port.port}" if port is not None else "port closed",
     ]
-    name = html.escape(seen.llm.args.names[0])
+    return _head(seen.llm.args.names[0], parts)
+
+
+def _head(name: str, parts: list[str]) -> str:
     spans = "".join(f'<span class="vmp-num">{part}</span>' for part in parts)
-    return f'<div class="vmp-head"><b>{name}</b>{spans}</div>'
+    return f'<div class="vmp-head"><b>{html.escape(name)}</b>{spans}</div>'
 
 
 def widgets_below(widget: widgets.Widget) -> Iterator[widgets.Widget]:

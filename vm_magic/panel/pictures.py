@@ -2,11 +2,12 @@
 
 import html
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.activity import CACHED, FREE, SHARED, Activity, BlockMap
+from engine.activity import CACHED, FREE, SHARED, BlockMap, Rate
 from vm_magic.panel.style import COLOURS, SHARED_COLOUR, faint, swatch
 
 COLUMNS = 80
@@ -15,6 +16,18 @@ CELL, GAP = 10, 2
 WINDOW_SECONDS, BUCKET_SECONDS = 180, 3
 _WIDTH, _HEIGHT = 480, 64
 _FREE, _CACHED, _SHARED = "free", "cached", "shared"
+
+
+class Rates(Protocol):
+    """Tokens per second of the last minutes: the engine's activity, or a remote server's."""
+
+    @property
+    def rates(self) -> tuple[Rate, ...]:
+        """An entry per second with tokens, oldest first."""
+
+    @property
+    def second(self) -> int:
+        """The clock's now."""
 
 
 class Palette:
@@ -142,7 +155,7 @@ def short_id(request_id: str) -> str:
     return request_id if len(request_id) <= 16 else f"{request_id[:15]}…"
 
 
-def rates_per_second(activity: Activity) -> list[float]:
+def rates_per_second(activity: Rates) -> list[float]:
     """Generated tokens per second over :data:`WINDOW_SECONDS`, one value per :data:`BUCKET_SECONDS`, oldest first."""
     end = activity.second // BUCKET_SECONDS + 1
     tokens = [0] * (WINDOW_SECONDS // BUCKET_SECONDS + 1)
@@ -156,7 +169,7 @@ def rates_per_second(activity: Activity) -> list[float]:
     return [*([0.0] * (len(whole) - 1)), under_way / (activity.second % BUCKET_SECONDS + 1)]
 
 
-def throughput_svg(activity: Activity) -> str:
+def throughput_svg(activity: Rates) -> str:
     """Tokens per second over the last minutes: an area under a line, the peak named."""
     values = rates_per_second(activity)
     peak = max(values)

@@ -44,6 +44,17 @@ SLIDERS = (
 )
 FIELDS = tuple(name for name in SETTABLE if name not in (*(spec.name for spec in SLIDERS), "preset", *THINKING_NAMES))
 """Names with a text field, read as ``%vllm_metal set`` reads them."""
+_LOCAL_NOTE = (
+    "Changes hold for all requests that do not say otherwise, from cells and clients, also for those that run "
+    f"(sliders, thinking, {', '.join(name for name in LIVE_NAMES if name in FIELDS)}; "
+    "the other fields from the next request on)."
+)
+_REMOTE_NOTE = (
+    "Changes are sent with this notebook's requests that do not say otherwise, from the next one on. "
+    "What is not set here is the server's own, which it does not tell: vLLM's default stands in its place."
+)
+_LOCAL_WORDS = {"default": "vLLM's default", "generation_config.json": "the model's own"}
+_REMOTE_WORDS = {"default": "the server's own"}
 
 
 class Parameter:
@@ -80,9 +91,11 @@ class SamplingSection:
     title = "Sampling"
     wants_blocks = False
 
-    def __init__(self, lock: AbstractContextManager[Any], wake: Callable[[], None]) -> None:
+    def __init__(self, lock: AbstractContextManager[Any], wake: Callable[[], None], *, remote: bool = False) -> None:
         self._lock = lock
         self._wake = wake
+        self._words = _REMOTE_WORDS if remote else _LOCAL_WORDS
+        self._remote = remote
         self._seen: Seen | None = None
         self._shown: Any = None
         self._syncing = False
@@ -103,12 +116,13 @@ class SamplingSection:
             tooltip="most tokens of thought",
             layout=widgets.Layout(width="190px"),
         )
-        self.finish = widgets.Button(
-            description="Finish thinking now",
-            icon="forward",
-            layout=widgets.Layout(width="170px"),
-            tooltip="ends the thoughts of all requests that think; their answers follow",
-        )
+        if not remote:  # no server offers it
+            self.finish = widgets.Button(
+                description="Finish thinking now",
+                icon="forward",
+                layout=widgets.Layout(width="170px"),
+                tooltip="ends the thoughts of all requests that think; their answers follow",
+            )
         for widget in (self.preset, self.switch, self.budget):
             widget.style.description_width = "60px"
         self.parameters = {name: Parameter(name, control, self._forget) for name, control in _controls().items()}
@@ -122,6 +136,8 @@ class SamplingSection:
         if state != self._shown:
             self._shown = state
             self._show(seen)
+        if self._remote:
+            return
         thinks = seen.activity is not None and any(request.thinking for request in seen.activity.requests)
         self.finish.disabled = not thinks
 
@@ -130,16 +146,13 @@ class SamplingSection:
         fields = widgets.VBox([self.parameters[name].widget for name in FIELDS])
         more = widgets.Accordion(children=[fields], selected_index=None)
         more.set_title(0, "more: limits, stops, seed, tokens")
-        live = ", ".join(name for name in LIVE_NAMES if name in FIELDS)
-        note = faint(
-            "Changes hold for all requests that do not say otherwise, from cells and clients, also for those that run "
-            f"(sliders, thinking, {live}; the other fields from the next request on)."
-        )
+        note = faint(_REMOTE_NOTE if self._remote else _LOCAL_NOTE)
+        thinking = [self.switch, self.budget] if self._remote else [self.switch, self.budget, self.finish]
         wrap = widgets.Layout(flex_flow="row wrap", align_items="center")
         return widgets.VBox(
             [
                 widgets.HBox([self.preset, self.forget_all, self.message], layout=wrap),
-                widgets.HBox([self.switch, self.budget, self.finish], layout=wrap),
+                widgets.HBox(thinking, layout=wrap),
                 sliders,
                 more,
                 widgets.HTML(f"<div>{note}</div>"),
@@ -153,7 +166,8 @@ class SamplingSection:
         self.switch.observe(lambda change: self._change({"enable_thinking": _SWITCH[change["new"]]}), "value")
         self.budget.observe(lambda change: self._change_text("thinking_token_budget", change["new"]), "value")
         self.forget_all.on_click(self._forget_all)
-        self.finish.on_click(self._finish_thinking)
+        if not self._remote:
+            self.finish.on_click(self._finish_thinking)
 
     def _changer(self, name: str) -> Callable[[Any], None]:
         if isinstance(self.parameters[name].control, widgets.Text):
@@ -209,17 +223,17 @@ class SamplingSection:
             self._wake()
 
     def _state(self, seen: Seen) -> Any:
-        return seen.llm, dict(seen.session.settings.everything())
+        return seen.source, dict(seen.session.settings.everything())
 
     def _show(self, seen: Seen, but: frozenset[str] = frozenset()) -> None:
         settings = seen.session.settings
-        defaults = SamplingDefaults({}, {}, settings) if seen.llm is None else seen.llm.defaults
+        defaults = SamplingDefaults({}, {}, settings) if seen.source is None else seen.source.defaults
         everything = settings.everything()
         resolved = defaults.resolve({})
         self._syncing = True
         try:
             for name, parameter in self.parameters.items():
-                source = _words(resolved.sources[name])
+                source = self._words.get(resolved.sources[name], resolved.sources[name])
                 if name in but:
                     parameter.source.value = faint(source)
                     parameter.undo.layout.visibility = "visible" if everything.get(name) is not None else "hidden"
@@ -263,7 +277,3 @@ def field_text(value: Any) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _words(source: str) -> str:
-    return {"default": "vLLM's default", "generation_config.json": "the model's own"}.get(source, source)

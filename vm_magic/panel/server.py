@@ -2,7 +2,7 @@
 
 import html
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,35 +12,51 @@ from engine.errors import VMMagicError
 from vm_magic.clients import CLIENTS, KEY_VARIABLE, Port, snippets
 from vm_magic.panel.seen import NO_MODEL, Seen
 from vm_magic.panel.style import bad, faint
-from vm_magic.session import NotebookServer, Session
+from vm_magic.session import Session
 
 
-class ServerSection:
+class ClientsPart:
+    """An address, its key while that is asked for, and what clients need to connect there."""
+
+    def __init__(self, redraw: Callable[[], None], clients: Sequence[str]) -> None:
+        self.show_key = widgets.ToggleButton(description="Show key", icon="eye", layout=widgets.Layout(width="120px"))
+        self.address = widgets.HTML()
+        self.client = widgets.Dropdown(
+            options=list(clients), description="client", layout=widgets.Layout(width="220px")
+        )
+        self.client.style.description_width = "50px"
+        self.snippet = widgets.HTML(layout=widgets.Layout(max_width="940px"))
+        for widget in (self.show_key, self.client):
+            widget.observe(lambda _: redraw(), "value")
+
+    def show(self, port: Port, proxied: str | None = None) -> None:
+        """Show where ``port`` is (``proxied``: through the hub) and the chosen client's snippet."""
+        self.address.value = address_html(port, proxied)
+        code = snippets(port)[self.client.value]
+        by_key = f"Set {KEY_VARIABLE} to the key, which Show key shows here and in the text."
+        note = f"<div>{faint(by_key if code.note == port.note() else code.note)}</div>" if code.note else ""
+        self.snippet.value = f"<pre>{html.escape(code.text.rstrip())}</pre>{note}"
+
+
+class ServerSection(ClientsPart):
     """The port. The key is sent to the front end only while it is asked for."""
 
     title = "Server"
     wants_blocks = False
 
     def __init__(self, lock: AbstractContextManager[Any], wake: Callable[[], None]) -> None:
+        super().__init__(wake, tuple(CLIENTS))
         self._lock = lock
         self._wake = wake
         self._session: Session | None = None
         self._shown: Any = None
         self.start = widgets.Button(description="Start", button_style="primary", layout=widgets.Layout(width="90px"))
         self.stop = widgets.Button(description="Stop", layout=widgets.Layout(width="90px"))
-        self.show_key = widgets.ToggleButton(description="Show key", icon="eye", layout=widgets.Layout(width="120px"))
         self.message = widgets.HTML()
-        self.address = widgets.HTML()
-        self.client = widgets.Dropdown(
-            options=list(CLIENTS), description="client", layout=widgets.Layout(width="220px")
-        )
-        self.client.style.description_width = "50px"
-        self.snippet = widgets.HTML(layout=widgets.Layout(max_width="940px"))
+        buttons = [self.start, self.stop, self.show_key, self.message]
         self.widget = widgets.VBox(
             [
-                widgets.HBox(
-                    [self.start, self.stop, self.show_key, self.message], layout=widgets.Layout(align_items="center")
-                ),
+                widgets.HBox(buttons, layout=widgets.Layout(align_items="center")),
                 self.address,
                 self.client,
                 self.snippet,
@@ -48,8 +64,6 @@ class ServerSection:
         )
         self.start.on_click(self._start)
         self.stop.on_click(self._stop)
-        self.show_key.observe(self._redraw, "value")
-        self.client.observe(self._redraw, "value")
 
     def refresh(self, seen: Seen) -> None:
         """Follow the port, whoever opened or closed it."""
@@ -66,12 +80,7 @@ class ServerSection:
             self.address.value = faint(NO_MODEL if seen.llm is None else "the port is closed")
             self.snippet.value = ""
             return
-        self.address.value = address_html(server, show_key=self.show_key.value)
-        port = Port.of(server, show_key=self.show_key.value)
-        code = snippets(port)[self.client.value]
-        by_key = f"Set {KEY_VARIABLE} to the key, which Show key shows here and in the text."
-        note = f"<div>{faint(by_key if code.note == port.note() else code.note)}</div>" if code.note else ""
-        self.snippet.value = f"<pre>{html.escape(code.text.rstrip())}</pre>{note}"
+        self.show(Port.of(server, show_key=self.show_key.value), proxied_url(server.port))
 
     def _start(self, _: Any) -> None:
         self._act(lambda session: session.serve({}))
@@ -94,25 +103,21 @@ class ServerSection:
                 self.message.value = message
         self._wake()
 
-    def _redraw(self, _: Any) -> None:
-        self._wake()
-
 
 def _is_open(seen: Seen) -> bool:
     server = None if seen.llm is None else seen.llm.server
     return seen.session.server is not None and server is not None and server.running
 
 
-def address_html(server: NotebookServer, *, show_key: bool) -> str:
+def address_html(port: Port, proxied: str | None = None) -> str:
     """Where clients connect: the address, the hub's one where there is a hub, and the key or that there is one."""
-    rows = [("base_url", server.base_url), ("model", server.model)]
-    proxied = proxied_url(server.port)
+    rows = [("base_url", port.base_url), ("model", port.model)]
     if proxied is not None:
         rows.insert(1, ("through the hub", proxied))
-    rows.append(("api_key", (server.api_key if show_key else "•" * 12) if server.api_key else "none is asked for"))
+    rows.append(("api_key", (port.api_key or "•" * 12) if port.needs_key else "none is asked for"))
     cells = "".join(
         f'<span class="vmp-faint">{name}</span><code style="user-select:all" data-name="{name}">'
-        f"{html.escape(value or '')}</code>"
+        f"{html.escape(value)}</code>"
         for name, value in rows
     )
     return f'<div style="display:grid;grid-template-columns:max-content 1fr;gap:1px 14px;margin:6px 0">{cells}</div>'

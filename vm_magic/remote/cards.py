@@ -17,7 +17,6 @@ LOCAL_ONLY = {
     "explain": "looks into the engine of this kernel",
     "score": "needs the engine of this kernel",
     "bench": "measures the model in this kernel (vllm bench serve measures a server)",
-    "panel": "steers the engine of this kernel",
 }
 """Commands that need the engine of this kernel, and why. (``export`` and ``llm`` stay about a model loaded here.)"""
 

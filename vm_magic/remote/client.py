@@ -48,7 +48,7 @@ class RemoteClient:
         """Whether :meth:`close` was called."""
         return self._closed
 
-    def begin(self, work: Coroutine[Any, Any, None]) -> concurrent.futures.Future[None]:
+    def begin(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Run ``work`` on the loop; cancelling the future cancels it there."""
         with self._lock:
             if self._closed:
@@ -61,26 +61,28 @@ class RemoteClient:
 
         Raises RemoteConnectionError, or the error that the status means.
         """
-        url = (self.address.root if root else self.address.base_url) + path
-        answer: list[httpx.Response] = []
-
-        async def work() -> None:
-            answer.append(await self._http.get(url, timeout=timeout))
-
-        future = self.begin(work())
+        future = self.ask(path, root=root, timeout=timeout)
         while True:
             try:
-                future.result(timeout=_WAIT_SLICE)
-                break
+                return future.result(timeout=_WAIT_SLICE)
             except concurrent.futures.TimeoutError:
                 if future.done():
                     raise
-            except httpx.HTTPError as error:
-                raise self.address.unreachable(error) from None
             except BaseException:
                 future.cancel()
                 raise
-        response = answer[0]
+
+    def ask(
+        self, path: str, *, root: bool = False, timeout: float = CONNECT_SECONDS
+    ) -> concurrent.futures.Future[httpx.Response]:
+        """:meth:`get` for those who do not wait: returns at once, and the future raises what ``get`` does."""
+        return self.begin(self._answer((self.address.root if root else self.address.base_url) + path, timeout))
+
+    async def _answer(self, url: str, timeout: float) -> httpx.Response:
+        try:
+            response = await self._http.get(url, timeout=timeout)
+        except httpx.HTTPError as error:
+            raise self.address.unreachable(error) from None
         if response.status_code != 200:
             raise self.address.refusal(
                 response.status_code, body_of(response), location=response.headers.get("location")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vm_magic.session import Session
 
 EXAMPLES = """\
-%vllm_metal connect http://127.0.0.1:8000     chat, complete, grid, map, set, status, models and metrics go there
+%vllm_metal connect http://127.0.0.1:8000     chat, complete, grid, map, set, panel, status, models, metrics go there
 %vllm_metal connect https://HOST/v1 -m NAME   one of several models; the key comes from VLLM_API_KEY or OPENAI_API_KEY
 %vllm_metal connect server                    a variable: an address as text, or the handle of another serve
 %vllm_metal connect --close                   back to the model of this kernel, which stays loaded meanwhile

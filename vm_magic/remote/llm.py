@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, RequestError
 from engine.many import Answer, MapRequest, chat_messages, map_prompts, work_seconds
+from engine.sampling_defaults import SamplingDefaults
 from engine.sampling_params import SamplingParams
 from engine.settings import THINKING_SWITCHES, Settings
 from vm_magic.remote.address import Address, RemoteConnectionError
@@ -13,6 +14,9 @@ from vm_magic.remote.stream import RemoteStream
 from vm_magic.remote.wire import request_body, response_format
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    import httpx
     import pandas
 
 Message = Mapping[str, Any]
@@ -31,11 +35,22 @@ class RemoteModel:
 
 @dataclass(frozen=True)
 class ServerState:
-    """What a vLLM server's ``/metrics`` say now; None where it does not tell."""
+    """What a vLLM server's ``/metrics`` say now; None where it does not tell. ``generation_tokens`` and ``prefix_*``
+    (tokens looked up in the prefix cache, and found there) count since the server started."""
 
     num_running: int | None = None
     num_waiting: int | None = None
     kv_cache_usage: float | None = None
+    generation_tokens: float | None = None
+    prefix_queries: float | None = None
+    prefix_hits: float | None = None
+
+    @property
+    def prefix_hit_share(self) -> float | None:
+        """Share of the prompts' tokens that the prefix cache had, 0 to 1."""
+        if self.prefix_hits is None or not self.prefix_queries:
+            return None
+        return self.prefix_hits / self.prefix_queries
 
 
 class RemoteLLM:
@@ -55,6 +70,7 @@ class RemoteLLM:
         self.address = Address.of(url, api_key, key_source=key_source)
         self.settings = Settings()
         self.last_map: pandas.DataFrame | None = None
+        self._streams: dict[str, RemoteStream] = {}
         self._client = RemoteClient(self.address)
         try:
             self.served = self._choose(model)
@@ -71,6 +87,11 @@ class RemoteLLM:
     def model(self) -> str:
         """The model's name on the server."""
         return self.served.name
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """Where sampling values come from, as far as it is decided here: the server has its own below."""
+        return SamplingDefaults({}, {}, self.settings)
 
     @property
     def closed(self) -> bool:
@@ -93,6 +114,10 @@ class RemoteLLM:
     def metrics_text(self) -> str:
         """The server's Prometheus metrics. Raises RequestError where it shows none."""
         return self._client.get("/metrics", root=True).text
+
+    def ask_metrics(self, timeout: float) -> "Future[httpx.Response]":
+        """:meth:`metrics_text` for those who do not wait: a response to come, or its error."""
+        return self._client.ask("/metrics", root=True, timeout=timeout)
 
     def state(self) -> ServerState:
         """Requests and KV cache on the server, as far as it tells."""
@@ -143,7 +168,7 @@ class RemoteLLM:
             "tool_choice": tool_choice if tools else None,
         }
         body |= {name: value for name, value in optional.items() if value is not None}
-        return RemoteStream(None, params).start(self._client, "/chat/completions", body)
+        return self._send(RemoteStream(None, params), "/chat/completions", body)
 
     def submit_completion(
         self, prompt: str, sampling: Mapping[str, Any], *, schema: Mapping[str, Any] | bool | None = None
@@ -153,7 +178,17 @@ class RemoteLLM:
         body = request_body(self.model, values, chat=False) | {"prompt": prompt}
         if schema is not None:
             body["response_format"] = response_format(schema)
-        return RemoteStream(prompt, params).start(self._client, "/completions", body)
+        return self._send(RemoteStream(prompt, params), "/completions", body)
+
+    def requests(self) -> list[RemoteStream]:
+        """This notebook's requests that are under way at the server, the oldest first."""
+        return list(self._streams.values())
+
+    def abort(self, request_id: str) -> None:
+        """Close the stream of one of :meth:`requests`, upon which the server ends it; others are left alone."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.abort()
 
     def map(
         self,
@@ -182,6 +217,15 @@ class RemoteLLM:
     def check(self, sampling: Mapping[str, Any]) -> None:
         """Raise RequestError for sampling values out of range and unknown names."""
         self._sampling(sampling)
+
+    def _send(self, stream: RemoteStream, path: str, body: dict[str, Any]) -> RemoteStream:
+        stream.start(self._client, path, body)
+        self._streams[stream.request_id] = stream
+        stream.add_done_callback(lambda: self._forget(stream.request_id))
+        return stream
+
+    def _forget(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
 
     def _sampling(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], SamplingParams]:
         """Values to send, and the same for us, ``max_tokens`` None where the server decides."""

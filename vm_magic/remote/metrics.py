@@ -9,6 +9,10 @@ from vm_magic.remote.llm import ServerState
 
 RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
 KV_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
+GENERATED = "vllm:generation_tokens_total"
+PREFIX_QUERIES = ("vllm:prefix_cache_queries_total", "vllm:gpu_prefix_cache_queries_total")
+PREFIX_HITS = ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total")
+_STATE_NAMES = (RUNNING, WAITING, *KV_USAGE, GENERATED, *PREFIX_QUERIES, *PREFIX_HITS)
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,18 @@ class RemoteMetrics:
 
 
 def read_state(text: str, model: str) -> ServerState:
-    """Running and waiting requests and KV usage: sums over the engines of ``model``, the fullest cache."""
+    """Requests, KV usage and counters: sums over the engines of ``model``, the fullest cache."""
+    # Histograms are most of the text, and reading them costs as much: only the lines asked for are parsed.
+    lines = [line for line in text.splitlines() if line.startswith(_STATE_NAMES)]
     values: dict[str, list[float]] = {}
-    for family in RemoteMetrics(text).collect():
+    for family in RemoteMetrics("\n".join([*lines, ""])).collect():
         for sample in family.samples:
             if sample.labels.get("model_name", model) == model:
                 values.setdefault(sample.name, []).append(sample.value)
+
+    def total(*names: str) -> float | None:
+        return next((sum(values[name]) for name in names if name in values), None)
+
     usage = next((max(values[name]) for name in KV_USAGE if name in values), None)
-    running, waiting = (int(sum(values[name])) if name in values else None for name in (RUNNING, WAITING))
-    return ServerState(running, waiting, usage)
+    running, waiting = (None if (found := total(name)) is None else int(found) for name in (RUNNING, WAITING))
+    return ServerState(running, waiting, usage, total(GENERATED), total(*PREFIX_QUERIES), total(*PREFIX_HITS))

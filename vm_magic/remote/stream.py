@@ -27,9 +27,16 @@ class RemoteStream(RequestStream):
     def __init__(self, prompt: str | None, params: SamplingParams) -> None:
         super().__init__(f"remote-{uuid.uuid4().hex}", prompt, [], params, self._cancel)
         self.usage: Usage | None = None
+        self.thinking = False
+        """Whether the news that came last were of a thought."""
         self._future: Future[None] | None = None
         self._num_tokens = 0
         self._reason: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, counted as they come: all completions together."""
+        return self._num_tokens
 
     def start(self, client: "RemoteClient", path: str, body: dict[str, Any]) -> "RemoteStream":
         """Send the request; returns at once."""
@@ -87,6 +94,8 @@ class RemoteStream(RequestStream):
             self.num_cached_tokens = self.usage.cached_tokens
         for choice in event.get("choices") or ():
             delta = read(choice)
+            if delta.parsed is not None and delta.token_ids:
+                self.thinking = bool(delta.parsed.reasoning) and not delta.parsed.content
             if delta.token_ids:
                 self._time_tokens(len(delta.token_ids))
             if delta.finish_reason is not None:
