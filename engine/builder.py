@@ -145,7 +145,8 @@ def _assemble(
     free = FreeMemory(device)
     if isinstance(backend, PagedBackend):
         backend.free_memory = free
-    preflight = Preflight(overhead, plan.per_block_bytes // plan.block_size, free)
+    per_token = sum(group.bytes_per_token for group in plan.groups if group.kind != "shared")
+    preflight = Preflight(overhead, per_token, free)
     scheduler = Scheduler(
         kv,
         memory=preflight,

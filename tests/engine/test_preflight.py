@@ -235,3 +235,11 @@ def test_free_memory_reads_the_older_control_groups(tmp_path):
         memory__stat="total_inactive_file 500\n",
     )
     assert FreeMemory(Device("cpu", "test", 10**15), proc, tmp_path / "cgroup")() == 1500
+
+
+def test_pages_behind_a_window_count_as_well(tiny_model_dir):
+    with LLM(str(tiny_model_dir("gemma3_text")), max_model_len=512, gpu_memory_utilization=0.05) as llm:
+        groups = llm.plan.groups
+        assert {group.kind for group in groups} == {"full", "sliding"}
+        found = llm._thread.call(lambda engine: engine.preflight.bytes_per_token)
+        assert found == sum(group.bytes_per_token for group in groups) > llm.plan.per_block_bytes // llm.plan.block_size
