@@ -23,10 +23,8 @@ SAMPLING_FLAGS: tuple[tuple[tuple[str, ...], str, Any, str], ...] = (
 )
 
 
-def add_chat_flags(parser: argparse.ArgumentParser, *, chat: bool) -> None:
-    """Give ``parser`` the flags of ``complete``, and with ``chat`` those of a conversation too."""
-    for names, dest, kind, text in SAMPLING_FLAGS:
-        parser.add_argument(*names, dest=dest, type=kind, metavar="N", help=text, default=argparse.SUPPRESS)
+def add_stop_flag(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the flag that every generating command has: ``--stop``, as often as wanted."""
     parser.add_argument(
         "--stop",
         action="append",
@@ -35,6 +33,13 @@ def add_chat_flags(parser: argparse.ArgumentParser, *, chat: bool) -> None:
         default=argparse.SUPPRESS,
         help=r"stop before TEXT (\n is a line end); may be repeated",
     )
+
+
+def add_chat_flags(parser: argparse.ArgumentParser, *, chat: bool) -> None:
+    """Give ``parser`` the flags of ``complete``, and with ``chat`` those of a conversation too."""
+    for names, dest, kind, text in SAMPLING_FLAGS:
+        parser.add_argument(*names, dest=dest, type=kind, metavar="N", help=text, default=argparse.SUPPRESS)
+    add_stop_flag(parser)
     if chat:
         _add_conversation_flags(parser)
         _add_tool_flags(parser)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import RequestError
-from vm_magic.chat_flags import unescape, variable_name
+from vm_magic.chat_flags import add_stop_flag, variable_name
 from vm_magic.live_settings import thinking_kwargs
 
 if TYPE_CHECKING:
@@ -42,14 +42,7 @@ def add_grid_flags(parser: argparse.ArgumentParser, sampling: Sequence[SamplingF
             *names, dest=dest, type=comma_list(kind), metavar="N,N", help=f"{text}; several with commas",
             default=argparse.SUPPRESS,
         )  # fmt: skip
-    parser.add_argument(
-        "--stop",
-        action="append",
-        type=unescape,
-        metavar="TEXT",
-        default=argparse.SUPPRESS,
-        help=r"stop before TEXT (\n is a line end); may be repeated",
-    )
+    add_stop_flag(parser)
     parser.add_argument(
         "-s",
         "--system",
