@@ -155,6 +155,20 @@ def test_a_slider_changes_the_live_settings_and_reaches_running_requests(panel: 
     stream.abort()
 
 
+def test_a_tab_that_was_never_in_front_shows_what_holds_and_takes_the_first_touch(
+    panel: Panel, engine_shell: Any
+) -> None:
+    llm = current_session().require()
+    parameters = panel.sampling.parameters
+    assert (parameters["temperature"].control.value, parameters["top_p"].control.value) == (1.0, 1.0)
+    assert panel.memory.fraction.value == llm.plan.fraction
+    line(engine_shell, "set top_k=7")
+    panel.refresh()
+    assert parameters["top_k"].control.value == 7
+    parameters["top_p"].control.value = 0.6
+    assert llm.settings.snapshot() == {"top_k": 7, "top_p": 0.6}
+
+
 def test_set_config_and_the_panel_show_the_same(panel: Panel, engine_shell: Any, capsys: Any) -> None:
     show(panel, SAMPLING)
     parameters = panel.sampling.parameters

@@ -69,9 +69,12 @@ class Panel:
             self._start(refresh_seconds)
 
     def refresh(self) -> None:
-        """Look at the session once and show what changed, the section in front alone."""
-        section = self.sections[self.tabs.selected_index or 0]
-        seen = self._looker.look(with_blocks=section.wants_blocks)
+        """Look at the session once and show what changed; requests and blocks only while they are in front.
+
+        What a hand can move is always shown as it is: a tab that comes to the front takes the first touch.
+        """
+        front = self.sections[self.tabs.selected_index or 0]
+        seen = self._looker.look(with_blocks=front.wants_blocks)
         with self._lock:
             if self.closed:
                 return
@@ -79,7 +82,9 @@ class Panel:
                 self.head.value = faint(MOVED)
             else:
                 self.head.value = head_html(seen)
-                section.refresh(seen)
+                for section in self.sections:
+                    if section is front or section is not self.activity:
+                        section.refresh(seen)
 
     def close(self) -> None:
         """Take the widgets, their observers and the thread away. Safe to repeat."""

@@ -48,7 +48,7 @@ def raw_request(server: ServerHandle, path: str, body: dict[str, Any]) -> Iterat
 
 
 def test_headers_and_comments_come_while_a_long_prefill_runs(serve: Serve, llm: FakeLLM) -> None:
-    llm.prefill_seconds = 1
+    llm.prefill_seconds = 2
     server = serve(keep_alive_seconds=0.1)
     with http_client(server) as http, http.stream("POST", CHAT, json={**BODY, "stream": True}) as response:
         assert not llm.submitted[0].finished
@@ -64,7 +64,7 @@ def test_a_quick_stream_has_no_comments(server: ServerHandle) -> None:
 
 
 def test_comments_come_between_slow_tokens_too(serve: Serve, llm: FakeLLM) -> None:
-    llm.token_seconds = 0.25
+    llm.token_seconds = 1
     with http_client(serve(keep_alive_seconds=0.1)) as http:
         text = http.post(CHAT, json={**BODY, "stream": True, "max_tokens": 3}).text
     chunks, num_comments = strict.events(text)
