@@ -96,7 +96,10 @@ class LLM:
         self.plan: MemoryPlan = built.plan
         self._overhead = built.engine.preflight.overhead
         self.defaults = SamplingDefaults(
-            built.config.generation_config, self.args.override_generation_config, self.settings
+            built.config.generation_config,
+            self.args.override_generation_config,
+            self.settings,
+            self.args.generation_config,
         )
         self.notes = [*built.notes, *filter(None, [self._parsers.note, self.defaults.log_line()])]
         self._requests = RequestMaker.of_model(

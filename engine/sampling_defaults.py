@@ -13,16 +13,16 @@ from engine.sampling_params import SamplingParams
 from engine.settings import Settings
 
 GENERATION_CONFIG_NAMES = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
     "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty",
     "max_new_tokens": "max_tokens",
 }
-"""What is read of a generation config, and its name here."""
+"""What is read of a generation config, and its name here; in the order of vLLM's log line."""
 
 _DEFAULT_SOURCES = ("default", "generation_config.json", "--override-generation-config", "set")
 
@@ -48,23 +48,28 @@ class Resolved:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """The layers below a request. ``generation_config`` and ``override`` are in Hugging Face's names."""
+    """The layers below a request. ``generation_config`` and ``override`` are in Hugging Face's names.
+
+    ``choice`` is what ``--generation-config`` says: ``auto``, ``vllm`` or a folder.
+    """
 
     generation_config: Mapping[str, Any]
     override: Mapping[str, Any]
     settings: Settings
+    choice: str = "auto"
 
     def model_values(self) -> dict[str, Any]:
         """What the model's authors (or the override) recommend, in sampling names."""
-        return {**_translate(self.generation_config), **_translate(self.override)}
+        return _translate({**self.generation_config, **self.override})
 
     def log_line(self) -> str | None:
-        """vLLM's line that says the defaults were overridden, or None if they were not."""
+        """vLLM's line that says the defaults were overridden, or None if they were not or were to be vLLM's."""
         values = self.model_values()
-        if not values:
+        if not values or self.choice == "vllm":
             return None
+        origin = "the model's `generation_config.json`" if self.choice == "auto" else self.choice
         return (
-            "Default vLLM sampling parameters have been overridden by the model's `generation_config.json`: "
+            f"Default vLLM sampling parameters have been overridden by {origin}: "
             f"`{values}`. If this is not intended, please relaunch vLLM instance with `--generation-config vllm`."
         )
 

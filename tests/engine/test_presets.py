@@ -66,3 +66,17 @@ def test_a_changed_copy_tells_what_was_changed_and_sources_do_not_make_values_di
     assert params == type(params)(top_k=3, max_tokens=None)
     with pytest.raises(RequestError, match="sources"):
         params.replace(sources={})
+
+
+def test_the_line_about_the_models_defaults_is_vllms() -> None:
+    own = {"temperature": 1.0, "top_p": 0.95, "top_k": 64}
+    assert SamplingDefaults(own, {}, Settings()).log_line() == (  # as in the seed
+        "Default vLLM sampling parameters have been overridden by the model's `generation_config.json`: "
+        "`{'temperature': 1.0, 'top_k': 64, 'top_p': 0.95}`. If this is not intended, please relaunch vLLM instance "
+        "with `--generation-config vllm`."
+    )
+    said = SamplingDefaults(own, {"top_k": 5}, Settings(), "/some/folder").log_line()
+    assert said is not None
+    assert "overridden by /some/folder: `{'temperature': 1.0, 'top_k': 5, 'top_p': 0.95}`" in said
+    assert SamplingDefaults({}, {"temperature": 0.3}, Settings(), "vllm").log_line() is None
+    assert SamplingDefaults({}, {}, Settings()).log_line() is None
