@@ -19,7 +19,7 @@ class NamedCalls:
 
     ``raw_quote`` delimits strings without escapes. ``lead`` are texts before the name and ``tail`` those
     behind the object, all of which may be missing. A name ``functions.f:0`` is f's, and the call's id;
-    so is what follows ``id_mark`` in a name.
+    so is what follows ``id_mark`` in a name. ``more_strays`` mean nothing behind a call either.
     """
 
     start: str
@@ -31,6 +31,7 @@ class NamedCalls:
     end: str = ""
     raw_quote: str = ""
     id_mark: str = ""
+    more_strays: tuple[str, ...] = ()
 
     @property
     def starts(self) -> tuple[str, ...]:
@@ -39,8 +40,8 @@ class NamedCalls:
 
     @property
     def strays(self) -> tuple[str, ...]:
-        """Marks within a section."""
-        return tuple(filter(None, (self.section_end, self.begin, self.end)))
+        """Marks within a section, and those that follow one."""
+        return (*filter(None, (self.section_end, self.begin, self.end)), *self.more_strays)
 
     @property
     def bare(self) -> str:
@@ -118,8 +119,16 @@ class MistralCalls:
 _MISTRAL_LIST = JsonCalls(("[TOOL_CALLS]",))
 _MISTRAL_NAMED = NamedCalls("[TOOL_CALLS]", arguments="[ARGS]", id_mark="[CALL_ID]")
 MISTRAL = MistralCalls()
-GEMMA4 = NamedCalls("<|tool_call>", lead=("call:",), end="<tool_call|>", raw_quote='<|"|>')
-FUNCTION_GEMMA = NamedCalls("<start_function_call>", lead=("call:",), end="<end_function_call>", raw_quote="<escape>")
+GEMMA4 = NamedCalls(
+    "<|tool_call>", lead=("call:",), end="<tool_call|>", raw_quote='<|"|>', more_strays=("<|tool_response>",)
+)
+FUNCTION_GEMMA = NamedCalls(
+    "<start_function_call>",
+    lead=("call:",),
+    end="<end_function_call>",
+    raw_quote="<escape>",
+    more_strays=("<start_function_response>",),
+)
 KIMI_K2 = NamedCalls(
     "<|tool_calls_section_begin|>",
     "<|tool_calls_section_end|>",

@@ -108,6 +108,18 @@ def test_gemma4_thinks_again_in_the_middle_of_an_answer() -> None:
     assert (reply.reasoning, reply.text) == ("One.\nTwo.", "First. Second.")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("gemma4", "<|tool_call>call:f{}<tool_call|><|tool_response>"),
+        ("function_gemma", "<start_function_call>call:f{}<end_function_call><start_function_response>"),
+    ],
+)
+def test_the_mark_that_hands_over_to_the_tool_is_no_answer(name: str, text: str) -> None:
+    reply = parse_output(text, tool_call_parser=name, tools=TOOLS)
+    assert (reply.text, len(reply.tool_calls)) == ("", 1)
+
+
 def test_an_empty_thought_is_none() -> None:
     reply = parse_output("<|channel>thought\n<channel|>Hi", reasoning_parser="gemma4")
     assert (reply.reasoning, reply.text) == (None, "Hi")

@@ -48,7 +48,7 @@ TOOLS = [
     for name in ("get_weather", "run_code")
 ]
 ENDS = (
-    r"(?:\s|<\|im_end\|>|<turn\|>|<\|tool_response>|<\|eot_id\|>|</s>|<\|return\|>|\[e~\[|<seed:eos>|<eos>"
+    r"(?:\s|<\|im_end\|>|<turn\|>|<\|eot_id\|>|</s>|<\|return\|>|\[e~\[|<seed:eos>|<eos>"
     r"|<｜end▁of▁sentence｜>|<\|END_OF_TURN_TOKEN\|>|<\|START_OF_TURN_TOKEN\|>|<\|CHATBOT_TOKEN\|>"
     r"|<\|START_THINKING\|><\|END_THINKING\|>|<\|end_of_text\|>|</assistant>)*\Z"
 )
