@@ -185,7 +185,8 @@ class RepetitionDetection:
     """Ends what repeats: a pattern of ``min_pattern_size`` to ``max_pattern_size`` tokens, ``min_count`` times.
 
     The names and checks are vLLM's; ``max_pattern_size`` 0 turns detection off. Inside a thought the
-    thought is ended and the answer follows, elsewhere the reply ends.
+    thought is ended and the answer follows (``thinking_cut`` says so), elsewhere the reply ends with
+    ``finish_reason`` ``repetition``.
     """
 
     max_pattern_size: int = 0

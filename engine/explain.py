@@ -55,7 +55,10 @@ class CacheHit:
 
 @dataclass(frozen=True)
 class Output:
-    """One completion: the text as generated (special tokens visible) beside what the parsers made of it."""
+    """One completion: the text as generated (special tokens visible) beside what the parsers made of it.
+
+    ``thinking_cut`` as in :class:`engine.outputs.CompletionOutput`.
+    """
 
     raw: str
     content: str
@@ -64,6 +67,7 @@ class Output:
     num_tokens: int
     finish_reason: str | None
     stop: str
+    thinking_cut: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,7 @@ class Explainer:
             len(completion.token_ids),
             completion.finish_reason,
             self._why_it_stopped(record, index),
+            completion.thinking_cut,
         )
 
     def _why_it_stopped(self, record: RequestRecord, index: int) -> str:
@@ -193,6 +198,8 @@ class Explainer:
             return f"max_tokens={record.max_tokens} tokens were generated"
         if reason == "abort":
             return "it was stopped: ■, a client that left, or abort()"
+        if reason == "repetition":
+            return "it repeated itself (repetition_detection)"
         if isinstance(stop, int):
             return f"the stop token {self.token_text(stop)!r} ({stop}) of stop_token_ids"
         if stop is not None:

@@ -10,7 +10,7 @@ from engine.core.scheduler import Scheduler
 from engine.errors import GenerationError, OutOfMemoryError, VMMagicError
 from engine.live_values import LiveValues
 from engine.metrics import EngineMetrics
-from engine.outputs import CompletionDelta, LogprobsAtPosition
+from engine.outputs import THINKING_CUTS, CompletionDelta, LogprobsAtPosition
 from engine.preflight import Preflight
 from engine.request import NewRequest, Request, RequestStatus, check_length
 from engine.runner.model_runner import InFlightStep, ModelRunner, PromptLogprobs, SampledToken, StepResult
@@ -388,6 +388,7 @@ class LLMEngine:
         request = completion.request
         if status is not None:
             delta.finish_reason, delta.stop_reason = status.finish_reason, request.stop_reason
+            _log_cut_thought(request)
             self.runner.forget(request)
             del self._group_of[request]
             self._metrics.observe_finished(
@@ -431,6 +432,13 @@ class LLMEngine:
         self._metrics.set_state(len(scheduler.running), len(scheduler.waiting), scheduler.kv.usage)
         for _ in range(num_preempted):
             self._metrics.observe_preemption()
+
+
+def _log_cut_thought(request: Request) -> None:
+    """Say of a completion that ended if its thought was ended for it."""
+    cut = None if request.guide is None else request.guide.thinking_cut
+    if cut is not None:
+        logger.info("Request %s: thinking %s.", request.request_id, THINKING_CUTS[cut])
 
 
 def _no_token(request: Request) -> str:

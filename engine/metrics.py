@@ -11,7 +11,7 @@ from engine.outputs import RequestMetrics
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Content type of :meth:`EngineMetrics.render`."""
 
-FINISH_REASONS = ("stop", "length", "abort", "error")
+FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 _FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),

@@ -1,12 +1,20 @@
 """What requests give back: vLLM's ``RequestOutput`` family, stream deltas and the notebook's ``Reply``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine.safe_markdown import safe_markdown
 
 FinishReason = str
-"""``"stop"``, ``"length"``, ``"abort"`` or ``"error"`` (later also ``"tool_calls"`` at the chat doors)."""
+"""``"stop"``, ``"length"``, ``"abort"``, ``"error"`` or ``"repetition"``; at the chat doors also ``"tool_calls"``."""
+
+THINKING_CUTS: Mapping[str, str] = {
+    "budget": "ended at its budget",
+    "repetition": "ended: it repeated itself",
+    "request": "ended by hand",
+}
+"""What ``thinking_cut`` says of a thought, in words."""
 
 
 @dataclass(slots=True)

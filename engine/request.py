@@ -14,14 +14,16 @@ TRACELESS = "\0traceless"
 
 
 class RequestStatus(enum.Enum):
-    """Where a request stands. The last five are final."""
+    """Where a request stands. The last six are final."""
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
     PREEMPTED = enum.auto()
     FINISHED_STOPPED = enum.auto()
     FINISHED_BY_GUIDE = enum.auto()
-    """Nothing more may follow, or the reply repeats itself: unlike a stop token, the last token is text."""
+    """Nothing more may follow: unlike a stop token, the last token is text."""
+    FINISHED_REPETITION = enum.auto()
+    """The reply repeats itself; its last token is text too."""
     FINISHED_LENGTH = enum.auto()
     FINISHED_ABORTED = enum.auto()
     FINISHED_ERROR = enum.auto()
@@ -33,13 +35,14 @@ class RequestStatus(enum.Enum):
 
     @property
     def finish_reason(self) -> str | None:
-        """OpenAI's word for a final status."""
+        """OpenAI's or vLLM's word for a final status."""
         return _FINISH_REASON.get(self)
 
 
 _FINISH_REASON = {
     RequestStatus.FINISHED_STOPPED: "stop",
     RequestStatus.FINISHED_BY_GUIDE: "stop",
+    RequestStatus.FINISHED_REPETITION: "repetition",
     RequestStatus.FINISHED_LENGTH: "length",
     RequestStatus.FINISHED_ABORTED: "abort",
     RequestStatus.FINISHED_ERROR: "error",

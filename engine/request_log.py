@@ -28,6 +28,7 @@ class FinishedCompletion:
     token_ids: "array[int]"
     finish_reason: str | None
     stop_reason: int | str | None
+    thinking_cut: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 def _outcome(output: RequestOutput, finished: bool, error: BaseException | None) -> Outcome:
     completions = tuple(
-        FinishedCompletion(one.text, array("i", one.token_ids), one.finish_reason, one.stop_reason)
+        FinishedCompletion(one.text, array("i", one.token_ids), one.finish_reason, one.stop_reason, one.thinking_cut)
         for one in output.outputs
     )
     metrics = output.metrics or RequestMetrics()

@@ -113,7 +113,7 @@ class TerminalView:
             sys.stdout.write("thinking …")
         if (turn.text or turn.tool_calls) and self._thought == "open":
             self._thought = "over"
-            sys.stdout.write(f" {turn.num_reasoning_tokens} tokens\n\n")
+            sys.stdout.write(f" {turn.thought_size()}\n\n")
         sys.stdout.write(turn.text[self._written :])
         self._written = len(turn.text)
         for call, outcome in turn.calls()[self._num_calls :]:

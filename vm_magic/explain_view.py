@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.explain import Explanation, Output
+from engine.outputs import THINKING_CUTS
 from engine.token_picture import escaped
 from vm_magic.cards import CARD_STYLE
 from vm_magic.explain_picture import prompt_html, time_bar_html, time_bar_text
@@ -90,19 +91,24 @@ class ExplainView:
 
 
 def _output_sections(output: Output) -> Iterator[tuple[str, list[str]]]:
-    yield f"output as generated ({output.num_tokens} tokens)", output.raw.splitlines()
+    yield f"output {_as_generated(output)}", output.raw.splitlines()
     for title, text in _parsed(output):
         yield f"parsed {title}", text.splitlines()
 
 
 def _output_html(output: Output) -> str:
-    columns = [(f"as generated ({output.num_tokens} tokens)", output.raw), *_parsed(output)]
+    columns = [(_as_generated(output), output.raw), *_parsed(output)]
     cells = "".join(
         f'<div style="flex:1 1 16em;min-width:0"><div style="opacity:.7">{html.escape(title)}</div>'
         f'<pre style="{_PRE}">{html.escape(text)}</pre></div>'
         for title, text in columns
     )
     return _details("output", f'<div style="display:flex;flex-wrap:wrap;gap:12px">{cells}</div>', is_open=True)
+
+
+def _as_generated(output: Output) -> str:
+    cut = f"; thinking {THINKING_CUTS[output.thinking_cut]}" if output.thinking_cut else ""
+    return f"as generated ({output.num_tokens} tokens{cut})"
 
 
 def _parsed(output: Output) -> Iterator[tuple[str, str]]:

@@ -71,7 +71,7 @@ def folded(reply: ReplyText, *, growing: bool = False) -> str:
 
 
 def _thinking_title(reply: ReplyText, growing: bool) -> str:
-    return f"thinking{' …' if growing else ''} ({reply.num_reasoning_tokens} tokens)"
+    return f"thinking{' …' if growing else ''} ({reply.thought_size()})"
 
 
 def _turn(reply: ReplyText, *, growing: bool) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.outputs import CompletionDelta
+from engine.outputs import THINKING_CUTS, CompletionDelta
 from engine.token_picture import ScoredToken, scored_tokens
 from vm_magic.remote.wire import RemoteDelta
 from vm_magic.tool_cards import ToolOutcome, call_line
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class ReplyText:
     """What there is to show of a reply.
 
-    ``num_reasoning_tokens`` counts the tokens of the thought. ``outcomes`` are those of the first
+    ``num_reasoning_tokens`` counts the tokens of the thought, ``thinking_cut`` says why it was ended for the model, if
+    it was. ``outcomes`` are those of the first
     ``tool_calls``. ``tokens`` are there where log-probabilities were asked for; the answer begins behind the
     first ``num_tokens_before_answer``. ``earlier`` are the model's turns before this one in the same cell.
     """
@@ -31,6 +32,12 @@ class ReplyText:
     tokens: tuple[ScoredToken, ...] = ()
     num_tokens_before_answer: int = 0
     earlier: "tuple[ReplyText, ...]" = ()
+    thinking_cut: str | None = None
+
+    def thought_size(self) -> str:
+        """The thought's length, and how it ended if the model did not end it: ``134 tokens, ended by hand``."""
+        size = f"{self.num_reasoning_tokens} tokens"
+        return f"{size}, {THINKING_CUTS[self.thinking_cut]}" if self.thinking_cut else size
 
     def calls(self) -> list[tuple[Mapping[str, Any], ToolOutcome | None]]:
         """Each tool call with its outcome, None while there is none."""
@@ -57,6 +64,7 @@ class ReplyReader:
         self._num_reasoning_tokens = 0
         self._num_open_tokens = 0
         self._answer_begins: int | None = None
+        self._thinking_cut: str | None = None
         self.finish_reason: str | None = None
 
     @property
@@ -69,6 +77,7 @@ class ReplyReader:
             tuple(self._tool_calls),
             tokens=tuple(self._tokens),
             num_tokens_before_answer=self._num_tokens if self._answer_begins is None else self._answer_begins,
+            thinking_cut=self._thinking_cut,
         )
 
     @property
@@ -81,6 +90,7 @@ class ReplyReader:
         for delta in deltas:
             if delta.index or self.finish_reason is not None:
                 continue
+            self._thinking_cut = delta.thinking_cut or self._thinking_cut
             self._tokens += scored_tokens(delta.logprobs or ())
             self._num_tokens += len(delta.token_ids)
             if isinstance(delta, RemoteDelta) and delta.parsed is not None:

@@ -124,6 +124,8 @@ def _say_how_it_ended(reply: Reply, under_way: Talk, parsed: argparse.Namespace)
         full = limit is None or reply.usage.completion_tokens < limit
         context = "the context is full: start anew with --new, or reload with a larger --max-model-len"
         print(context if full else f"cut off after {limit} tokens: a larger --max-tokens gives more")
+    if reply.finish_reason == "repetition":
+        print("ended: it repeated itself")
     if under_way.stopped_at_limit:
         rounds = f"{parsed.max_tool_rounds} round{'s' * (parsed.max_tool_rounds > 1)}"
         print(f"stopped after {rounds} of tool calls: a larger --max-tool-rounds lets the model go on")

@@ -249,7 +249,7 @@ def _stop_status(request: Request, token_id: int) -> RequestStatus | None:
             return RequestStatus.FINISHED_STOPPED
     if request.guide is not None and (why := request.guide.advance(token_id)) is not None:
         request.stop_reason = None if why == COMPLETE else why
-        return RequestStatus.FINISHED_BY_GUIDE
+        return RequestStatus.FINISHED_BY_GUIDE if why == COMPLETE else RequestStatus.FINISHED_REPETITION
     if len(request.output_token_ids) >= request.max_tokens:
         return RequestStatus.FINISHED_LENGTH
     return None

@@ -84,12 +84,13 @@ def _choice(chat: ChatJob, body: ChatFields, reply: Reply, echo: str) -> dict[st
     choice, message = reply.choice, reply.message()
     if echo:
         message["content"] = echo + (message["content"] or "")
-    result = {
+    result: dict[str, Any] = {
         "index": choice.index,
         "message": message,
         "logprobs": None,
         "finish_reason": reply.finish_reason,
         "stop_reason": choice.stop_reason,
+        **choice.cut(),
     }
     if body.logprobs:
         num_top = body.top_logprobs or 0
@@ -130,7 +131,7 @@ def _delta_choice(
         "finish_reason": reply.finish_reason,
     }
     if delta.finish_reason is not None:
-        result["stop_reason"] = delta.stop_reason
+        result |= {"stop_reason": delta.stop_reason, **reply.choice.cut()}
     if body.logprobs and delta.token_ids:
         num_top = body.top_logprobs or 0
         result["logprobs"] = chat_logprobs(delta.token_ids, delta.logprobs or [], num_top, chat.job.names)

@@ -75,6 +75,7 @@ class Choice:
     logprobs: list[LogprobsAtPosition] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    thinking_cut: str | None = None
     parts: list[str] = field(default_factory=list)
 
     @property
@@ -95,6 +96,11 @@ class Choice:
         self.logprobs += delta.logprobs or ()
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
+        self.thinking_cut = delta.thinking_cut or self.thinking_cut
+
+    def cut(self) -> dict[str, str]:
+        """``thinking_cut`` for the choice's JSON: why its thought was ended for the model; nothing if it was not."""
+        return {"thinking_cut": self.thinking_cut} if self.thinking_cut else {}
 
 
 @dataclass

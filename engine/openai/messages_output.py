@@ -40,7 +40,7 @@ def ending(reply: Reply) -> JsonObject:
         return {"stop_reason": "tool_use", "stop_sequence": None}
     if reply.finish_reason == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
-    if isinstance(sequence, str):
+    if isinstance(sequence, str) and reply.finish_reason == "stop":
         return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
     return {"stop_reason": "end_turn", "stop_sequence": None}
 

@@ -74,7 +74,12 @@ class SamplingFields(RequestBody):
     spaces_between_special_tokens: bool | None = None
 
     structured_outputs: JsonObject | None = None
-    repetition_detection: JsonObject | None = None
+    repetition_detection: JsonObject | None = Field(
+        None,
+        description="max_pattern_size, min_pattern_size and min_count. A reply that repeats itself ends with "
+        "finish_reason `repetition`; inside a thought only the thought is ended (the choice's `thinking_cut` says so), "
+        "and the answer follows.",
+    )
     thinking_token_budget: int | None = Field(
         None, validation_alias=AliasChoices("thinking_token_budget", "thinking_budget", "reasoning_max_tokens")
     )

@@ -258,9 +258,12 @@ def test_a_reply_that_repeats_itself_ends_where_that_is_asked_for(scripted_llm: 
     llm = scripted_llm("Start. " + "no no no no " * 40)
     fields = {"repetition_detection": {"max_pattern_size": 3, "min_count": 4}}
     output = run(llm, GREEDY.replace(max_tokens=100), **fields)
-    assert (output.finish_reason, output.stop_reason) == ("stop", "repetition_detected")
+    assert (output.finish_reason, output.stop_reason) == ("repetition", "repetition_detected")
     assert output.text.startswith("Start. no no no")
     assert len(output.token_ids) <= 8
+    assert llm.explain().outputs[0].stop == "it repeated itself (repetition_detection)"
+    ended = {row.labels: row.value for row in llm.metrics.rows() if row.name == "vllm:request_success_total"}
+    assert (ended["finished_reason=repetition"], ended["finished_reason=stop"]) == (1, 0)
     assert run(llm, GREEDY.replace(max_tokens=100)).finish_reason == "length"
 
 

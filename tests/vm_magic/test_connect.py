@@ -112,6 +112,13 @@ def test_chat_and_complete_go_to_the_server_with_history_settings_and_usage(shel
     assert dict(current_session().settings.snapshot()) == {"temperature": 0.5}
 
 
+def test_a_cell_says_that_the_server_ended_a_repeating_reply(shell: Any, server: FakeVLLM, capsys: Capture) -> None:
+    line(shell, f"connect {server.url}")
+    server.events = [chunk("repetition", content="no no no"), USAGE]
+    assert cell(shell, "chat -n", "Well?").finish_reason == "repetition"
+    assert capsys.readouterr().out.endswith("ended: it repeated itself\n")
+
+
 def test_status_models_and_metrics_are_the_servers(shell: Any, server: FakeVLLM) -> None:
     line(shell, f"connect {server.url} --api-key k3y")
     card = line(shell, "status")
@@ -259,6 +266,8 @@ def test_our_own_port_behaves_as_the_engine_itself(shell: Any, two_engines: tupl
     assert "".join(next(iter(one.values())).decoded_token for one in coloured.logprobs).count("I am there.") == 1
     assert all(1 <= len(one) <= 3 for one in coloured.logprobs)
     assert here.stats().prompt_tokens == 0, "the model of this kernel was not asked"
+    cell(shell, "chat -t 0 -n --thinking-token-budget 2", "Who?")
+    assert " tokens, ended at its budget)</summary>" in shown(shell)["text/markdown"]
     line(shell, "connect --close")
     assert cell(shell, "chat -t 0 -n", "Who?").text == "I am here."
 

@@ -12,6 +12,8 @@ import pytest
 from engine import LLM
 from engine.errors import RequestError
 from tests.vm_magic.helpers import cell, line, shown
+from vm_magic.display import TerminalView
+from vm_magic.reply_reader import ReplyText
 from vm_magic.session import current_session
 
 TEMPLATE = """\
@@ -81,6 +83,26 @@ def test_a_budget_ends_the_thought_and_the_answer_follows(shell: Any, talk: Call
     assert len(str(reply.reasoning)) < len(THOUGHT)
     assert reply.usage.reasoning_tokens < 10
     assert any("max_tokens=4" in row for row in line(shell, "explain").explanation.constraints)
+
+
+def test_a_thought_that_was_ended_says_so_in_the_cell_the_log_and_explain(
+    shell: Any, talk: Callable[..., LLM], capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk("<think>\n" + "Wait, let me think again. " * 100 + "</think>\n\nFine.")
+    for flags, how in (("--thinking-token-budget 4", "ended at its budget"), ("", "ended: it repeated itself")):
+        reply = cell(shell, f"chat -t 0 --max-tokens 400 --new {flags}", "Why?")
+        title = f"thinking ({reply.usage.reasoning_tokens} tokens, {how})"
+        assert f"<summary>{title}</summary>" in shown(shell)["text/markdown"]
+        told = line(shell, "explain")
+        assert f"tokens; thinking {how})" in repr(told)
+        assert f"tokens; thinking {how})" in told._repr_html_()
+        line(shell, "logs")
+        assert f": thinking {how}.\n" in capsys.readouterr().out
+        view = TerminalView()
+        view.finish(ReplyText("Fine.", "Wait", 7, thinking_cut="budget"))
+        assert capsys.readouterr().out.endswith("thinking … 7 tokens, ended at its budget\n\nFine.\n")
+    cell(shell, "chat -t 0 --max-tokens 30 --new", "Why?")
+    assert "thinking ended" not in repr(line(shell, "explain")) + shown(shell)["text/markdown"]
 
 
 def test_json_with_a_schema_comes_after_the_thought_and_is_valid(shell: Any, talk: Callable[..., LLM]) -> None:

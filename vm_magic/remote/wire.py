@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from engine.outputs import CompletionDelta, Logprob, LogprobsAtPosition, RequestOutput, Usage
+from engine.outputs import THINKING_CUTS, CompletionDelta, Logprob, LogprobsAtPosition, RequestOutput, Usage
 
 if TYPE_CHECKING:
     from engine.text.output_parser import ParsedDelta
@@ -104,7 +104,7 @@ def read_text_choice(choice: Mapping[str, Any]) -> RemoteDelta:
 
 
 def _delta(choice: Mapping[str, Any], text: str, news: bool, parsed: "ParsedDelta | None") -> RemoteDelta:
-    logprobs = read_logprobs(choice.get("logprobs"))
+    logprobs, cut = read_logprobs(choice.get("logprobs")), str(choice.get("thinking_cut"))
     count = len(logprobs) if logprobs else int(news)  # servers send a chunk per token, unless they say otherwise
     return RemoteDelta(
         int(choice.get("index") or 0),
@@ -113,6 +113,7 @@ def _delta(choice: Mapping[str, Any], text: str, news: bool, parsed: "ParsedDelt
         logprobs,
         choice.get("finish_reason"),
         choice.get("stop_reason"),
+        cut if cut in THINKING_CUTS else None,
         parsed=parsed,
     )
 

@@ -36,6 +36,7 @@ SCRIPTS = (
     f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}",
     f"<think>\n{THOUGHT}\n</think>\n\n{CALL}",
     f"<think>\n{THOUGHT}\n</think>\n\nnothing of the kind",
+    f"<think>\n{THOUGHT}\n</think>\n\n" + "Hello, hello. " * 20,
 )
 PARAMETERS = {
     "type": "object",
@@ -43,7 +44,7 @@ PARAMETERS = {
     "required": ["city"],
 }
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}]
-CALLING, ANYTHING = "<|script_1|>", "<|script_2|>"
+CALLING, ANYTHING, REPEATING = "<|script_1|>", "<|script_2|>", "<|script_3|>"
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,29 @@ def test_a_thinking_budget_ends_the_thought_and_an_answer_follows(server: Server
     assert message["content"] == ANSWER
     assert THOUGHT.startswith(message["reasoning"])
     assert len(message["reasoning"]) < len(THOUGHT)
+
+
+def test_a_choice_says_that_its_thought_was_ended_and_no_other_choice_has_the_key(client: openai.OpenAI) -> None:
+    for more, expected in (({"thinking_token_budget": 3}, "budget"), ({}, None)):
+        asked: dict[str, Any] = {"model": "scripted", "messages": user("Hi"), "extra_body": more}
+        plain = client.chat.completions.create(**asked).choices[0]
+        *earlier, last = client.chat.completions.create(**asked, stream=True)
+        extras = [(one.choices[0].model_extra or {}).get("thinking_cut") for one in (*earlier, last)]
+        assert (plain.model_extra or {}).get("thinking_cut") == expected
+        assert extras == [None] * len(earlier) + [expected]
+        assert ("thinking_cut" in plain.model_dump_json()) == (expected is not None)
+
+
+def test_a_reply_that_repeats_itself_ends_in_the_words_of_every_api(server: ServerHandle) -> None:
+    asked = {"repetition_detection": {"max_pattern_size": 8, "min_count": 3}}
+    with http_client(server) as http:
+        chat = http.post("/v1/chat/completions", json={"messages": user(REPEATING), **asked}).json()
+        response = http.post("/v1/responses", json={"input": REPEATING, **asked}).json()
+        message = http.post("/v1/messages", json={"messages": user(REPEATING), "max_tokens": 200, **asked}).json()
+    choice = chat["choices"][0]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("repetition", "repetition_detected")
+    assert (response["status"], response["incomplete_details"]) == ("completed", None)
+    assert (message["stop_reason"], message["stop_sequence"]) == ("end_turn", None)
 
 
 def test_thinking_is_switched_off_through_every_api(server: ServerHandle, claude: anthropic.Anthropic) -> None:
