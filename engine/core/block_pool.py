@@ -107,9 +107,12 @@ class BlockPool:
                 self._held[block.block_id] = self._evictable.pop(block.block_id)
             block.ref_count += 1
 
-    def free(self, blocks: Sequence[Block]) -> None:
-        """Let go of ``blocks`` (a sequence's, in order). Its end is evicted before its beginning."""
-        for block in reversed(blocks):
+    def free(self, blocks: Sequence[Block], *, evict_first: bool = False) -> None:
+        """Let go of ``blocks`` (a sequence's, in order). Its end is evicted before its beginning.
+
+        ``evict_first``: and all of them before whatever else is cached.
+        """
+        for block in blocks if evict_first else reversed(blocks):
             assert block.ref_count > 0, f"block {block.block_id} freed twice"
             block.ref_count -= 1
             if block.ref_count:
@@ -117,6 +120,7 @@ class BlockPool:
             del self._held[block.block_id]
             if block.block_hash is not None:
                 self._evictable[block.block_id] = block
+                self._evictable.move_to_end(block.block_id, last=not evict_first)
             else:
                 self._state[block.block_id] = _AVAILABLE
 

@@ -13,6 +13,9 @@ from engine.request import Request
 
 RUN_ROOM_TOKENS = 512
 """How much room to grow a new sequence looks for, so that its blocks stay in one run."""
+GENERATION_PROMPT_TOKENS = 8
+"""The last tokens of a prompt open the reply, often with a thought that later turns leave out: the next turn of a
+chat shares what lies before them."""
 
 
 class KVCacheGroup(Protocol):
@@ -99,15 +102,23 @@ class FullAttentionGroup:
             self._extend(request, sequence, missing)
 
     def leave_behind(self, request: Request) -> None:
-        """Free the blocks that lie wholly before the window of the next token to compute."""
+        """Free the blocks that lie wholly before the window of the next token to compute.
+
+        A long sequence leaves many that nobody may come back to: they go before what else is cached, except
+        for the window before the prompt's end, where the next turn of a chat begins.
+        """
         sequence = self._sequences.get(request)
         if sequence is None:
             return
         first = min(self._first_block(request.num_computed_tokens), len(sequence.blocks))
-        behind = [block for block in sequence.blocks[:first] if block is not None]
-        if behind:
-            self.pool.free(behind)
-            sequence.blocks[:first] = [None] * first
+        if first == 0 or sequence.blocks[first - 1] is None:
+            return
+        turn = max(0, request.num_prompt_tokens - GENERATION_PROMPT_TOKENS - self.block_size)
+        window = range(self._first_block(turn), request.num_prompt_tokens // self.block_size)
+        behind = [(i in window, block) for i, block in enumerate(sequence.blocks[:first]) if block is not None]
+        self.pool.free([block for kept, block in behind if kept])
+        self.pool.free([block for kept, block in behind if not kept], evict_first=True)
+        sequence.blocks[:first] = [None] * first
 
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
         """Register full blocks of known tokens under their chained hashes."""

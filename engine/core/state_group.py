@@ -8,12 +8,8 @@ reads it once more and writes to another.
 from dataclasses import dataclass
 
 from engine.core.block_pool import Block, BlockHash, BlockPool
-from engine.core.cache_groups import block_hashes
+from engine.core.cache_groups import GENERATION_PROMPT_TOKENS, block_hashes
 from engine.request import Request
-
-GENERATION_PROMPT_TOKENS = 8
-"""The last tokens of a prompt open the reply, often with a thought that later turns leave out: a checkpoint for
-the next turn lies before them."""
 
 
 @dataclass(slots=True)

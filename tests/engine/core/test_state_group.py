@@ -1,10 +1,10 @@
 """Slots and checkpoints of recurrent states, as bookkeeping: which slot is read, written, kept, found again."""
 
 from engine.core.block_pool import BlockPool
-from engine.core.cache_groups import FullAttentionGroup, SlidingWindowGroup
+from engine.core.cache_groups import GENERATION_PROMPT_TOKENS, FullAttentionGroup, SlidingWindowGroup
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
-from engine.core.state_group import GENERATION_PROMPT_TOKENS, StateGroup
+from engine.core.state_group import StateGroup
 from engine.request import Request
 from tests.engine.core.test_scheduler import Driver, make_request
 
