@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from engine.outputs import CompletionDelta, CompletionOutput, Reply, RequestOutput
     from engine.planning import plan, plan_table
     from engine.replay import parse_output
-    from engine.sampling_params import SamplingParams
+    from engine.sampling_params import SamplingParams, StructuredOutputsParams
 
 _HOMES = {
     "LLM": "engine.llm",
@@ -25,6 +25,7 @@ _HOMES = {
     "plan": "engine.planning",
     "plan_table": "engine.planning",
     "SamplingParams": "engine.sampling_params",
+    "StructuredOutputsParams": "engine.sampling_params",
     "CompletionDelta": "engine.outputs",
     "CompletionOutput": "engine.outputs",
     "Reply": "engine.outputs",
@@ -39,6 +40,7 @@ __all__ = [
     "Reply",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "parse_output",
     "plan",
     "plan_table",

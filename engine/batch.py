@@ -2,7 +2,8 @@
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from engine.errors import RequestError
 from engine.outputs import RequestOutput
@@ -11,6 +12,32 @@ from engine.stream import RequestStream
 
 DEFAULT_MAX_TOKENS = 16
 """vLLM's number of tokens for ``LLM.generate`` without sampling values."""
+CHAT_OPTIONS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs")
+"""Keywords of a chat: how messages become a prompt."""
+_REFUSED = {
+    "lora_request": "LoRA adapters are not in this version; leave it out",
+    "mm_processor_kwargs": "this engine serves text only; leave it out",
+    "chat_template_content_format": "the template itself says whether it reads texts or parts; leave it out",
+    "tokenization_kwargs": "leave it out, or tokenize yourself and give token ids to generate()",
+    "priority": "llm.submit(prompt, params, priority=…) takes it",
+}
+"""Keywords of vLLM's ``LLM.chat`` that are refused, with what to do instead."""
+_Prompt = TypeVar("_Prompt")
+
+
+def chat_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` without what is None. Raises RequestError, with the place where it belongs, for what no chat takes."""
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in options:
+        if name not in CHAT_OPTIONS:
+            raise RequestError(f"{name}: {_REFUSED.get(name) or _belongs(name)}", param=name)
+    return options
+
+
+def _belongs(name: str) -> str:
+    if name in {field.name for field in fields(SamplingParams)}:
+        return f"give it as SamplingParams({name}=…)"
+    return f"not known here; a chat takes sampling_params, {', '.join(CHAT_OPTIONS)}"
 
 
 def one_prompt(prompt: Any) -> str | list[int]:
@@ -42,8 +69,8 @@ def params_of_each(
 
 
 def run_all(
-    submit: Callable[[str | Sequence[int], SamplingParams], RequestStream],
-    requests: Iterable[tuple[str | Sequence[int], SamplingParams]],
+    submit: Callable[[_Prompt, SamplingParams], RequestStream],
+    requests: Iterable[tuple[_Prompt, SamplingParams]],
     *,
     use_tqdm: bool,
 ) -> list[RequestOutput]:

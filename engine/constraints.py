@@ -120,8 +120,12 @@ class StructuredOutput:
         return next(name for name in _KINDS if getattr(self, name) is not None)
 
     @classmethod
-    def from_structured_outputs(cls, value: Mapping[str, Any]) -> Self:
-        """vLLM's request field. Unknown keys are refused."""
+    def from_structured_outputs(cls, value: Self | Mapping[str, Any]) -> Self:
+        """vLLM's request field, or what was made of one already. Unknown keys are refused."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise RequestError(f"structured_outputs must be an object, got {value!r}.", param="structured_outputs")
         known = {f.name for f in fields(cls)} - {"tool_calls"}
         for name in value:
             if name not in known:
@@ -206,10 +210,12 @@ class RepetitionDetection:
             raise RequestError("repetition_detection: min_count must be at least 2.", param="repetition_detection")
 
     @classmethod
-    def from_request(cls, value: Mapping[str, Any] | None) -> Self | None:
-        """vLLM's request field. Unknown keys are refused."""
-        if value is None:
-            return None
+    def from_request(cls, value: Self | Mapping[str, Any] | None) -> Self | None:
+        """vLLM's request field, or what was made of one already; None says nothing. Unknown keys are refused."""
+        if value is None or isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise RequestError(f"repetition_detection must be an object, got {value!r}.", param="repetition_detection")
         for name in value:
             if name not in ("max_pattern_size", "min_pattern_size", "min_count"):
                 raise RequestError(f"repetition_detection: {name!r} is not known.", param="repetition_detection")
@@ -233,13 +239,13 @@ class Constraints:
     def from_request(
         cls,
         *,
-        structured_outputs: Mapping[str, Any] | None = None,
+        structured_outputs: StructuredOutput | Mapping[str, Any] | None = None,
         response_format: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
         thinking_token_budget: int | None = None,
-        repetition_detection: Mapping[str, Any] | None = None,
+        repetition_detection: RepetitionDetection | Mapping[str, Any] | None = None,
     ) -> Self | None:
         """From request fields as they come; None if nothing is constrained. Raises RequestError."""
         formats = [

@@ -8,7 +8,7 @@ from typing import Any
 from engine.constraints import Constraints
 from engine.errors import RequestError
 from engine.request_log import RequestLog, RequestRecord, common_prefix
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import CONSTRAINTS, SamplingParams
 
 ALWAYS_SHOWN = (
     "temperature",
@@ -257,10 +257,10 @@ class Explainer:
 
 
 def sampling_values(params: SamplingParams, max_tokens: int) -> list[SamplingValue]:
-    """The values in force: the common ones always, others where they are not the default."""
+    """The values in force: the common ones always, others where they are not the default; constraints apart."""
     result = []
     for field in dataclasses.fields(params):
-        if field.name == "sources":
+        if field.name in ("sources", *CONSTRAINTS):
             continue
         value = getattr(params, field.name)
         plain = _is_default(field, value)

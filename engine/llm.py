@@ -14,7 +14,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.activity import Activity, BlockMap
-from engine.batch import one_prompt, params_of_each, run_all
+from engine.batch import chat_options, one_prompt, params_of_each, run_all
 from engine.config import EngineArgs, ModelConfig
 from engine.constraints import Constraints
 from engine.errors import RequestError
@@ -200,9 +200,10 @@ class LLM:
         """Queue a request and return at once. ``prompt`` is text or token ids.
 
         ``constraints``: a grammar, a thinking budget, repetition detection (``Constraints.from_request``
-        takes the fields of a request). Raises ContextLengthError or another RequestError for what
-        can never be served, and EngineClosedError.
+        takes the fields of a request), if ``params`` ask for none. Raises ContextLengthError or another
+        RequestError for what can never be served, and EngineClosedError.
         """
+        constraints = params.constraints(constraints)
         text = prompt if isinstance(prompt, str) else None
         token_ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         request_id = request_id or f"req-{uuid.uuid4().hex}"
@@ -257,9 +258,10 @@ class LLM:
         **template: Any,
     ) -> list[RequestOutput]:
         """Reply to one conversation or many. ``template`` takes what :meth:`render_chat` takes."""
+        options = chat_options(template)
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Sequence[Message]] = [messages] if single else messages  # type: ignore[assignment,list-item]
-        prompts = [self._chat_tokens(conversation, template) for conversation in conversations]
+        prompts = [self._chat_tokens(conversation, options) for conversation in conversations]
         each = params_of_each(sampling_params, len(prompts), self.sampling_params)
         return run_all(self.submit, zip(prompts, each, strict=True), use_tqdm=use_tqdm)
 
@@ -459,12 +461,12 @@ class LLM:
         params: SamplingParams | None,
         template: Mapping[str, Any],
     ) -> RequestStream:
-        params = params or self.sampling_params()
+        params, options = params or self.sampling_params(), chat_options(template)
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            return self.submit(self._chat_tokens(prompt, template), params)  # type: ignore[arg-type]
-        if template:
-            raise RequestError(f"{', '.join(template)}: only for a conversation (a list of messages)")
+            return self.submit(self._chat_tokens(prompt, options), params)  # type: ignore[arg-type]
+        if options:
+            raise RequestError(f"{', '.join(options)}: only for a conversation (a list of messages)")
         return self.submit(prompt, params)  # type: ignore[arg-type]
 
-    def _chat_tokens(self, messages: Sequence[Message], template: Mapping[str, Any]) -> list[int]:
-        return self.tokenize(self.render_chat(messages, **template), add_special_tokens=False)
+    def _chat_tokens(self, messages: Sequence[Message], options: Mapping[str, Any]) -> list[int]:
+        return self.tokenize(self.render_chat(messages, **options), add_special_tokens=False)

@@ -4,7 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
+from engine.constraints import Constraints, RepetitionDetection, StructuredOutput, ThinkingBudget
 from engine.errors import RequestError
+
+StructuredOutputsParams = StructuredOutput
+"""vLLM's name for it."""
 
 SAMPLING_EPS = 1e-5
 """Below this temperature sampling is greedy (vLLM's constant)."""
@@ -12,6 +16,8 @@ MAX_LOGPROBS = 20
 """Most alternatives per position (vLLM's ``--max-logprobs`` default)."""
 MAX_COMPLETIONS = 16384
 """Most completions of one request (vLLM's ``VLLM_MAX_N_SEQUENCES`` default)."""
+CONSTRAINTS = ("structured_outputs", "thinking_token_budget", "repetition_detection")
+"""Fields that constrain one request's output (:meth:`SamplingParams.constraints`); no settings hold them."""
 _SEED_RANGE = (-(2**63), 2**63 - 1)
 
 
@@ -27,7 +33,9 @@ class SamplingParams:
     repeatable whatever else shares its batch. ``stop`` is matched on text, ``stop_token_ids`` on
     tokens. ``logprobs=k`` returns the k most likely tokens beside the sampled one, from the raw
     logits (before penalties and temperature), as vLLM's default does; -1 means the whole
-    vocabulary. Raises :class:`RequestError` naming the field and its range.
+    vocabulary. ``structured_outputs`` (a :class:`StructuredOutput` or a mapping of its fields),
+    ``thinking_token_budget`` and ``repetition_detection`` constrain the output. Raises
+    :class:`RequestError` naming the field and its range.
     """
 
     n: int = 1
@@ -53,6 +61,9 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: Sequence[int] | None = None
+    structured_outputs: StructuredOutput | Mapping[str, Any] | None = None
+    thinking_token_budget: int | None = None
+    repetition_detection: RepetitionDetection | Mapping[str, Any] | None = None
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Per name, where its value came from; empty where nobody resolved defaults."""
 
@@ -69,6 +80,9 @@ class SamplingParams:
         put(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
         if self.allowed_token_ids is not None:
             put(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if self.structured_outputs is not None:
+            put(self, "structured_outputs", StructuredOutput.from_structured_outputs(self.structured_outputs))
+        put(self, "repetition_detection", RepetitionDetection.from_request(self.repetition_detection))
         if 0 < self.temperature < SAMPLING_EPS:
             put(self, "temperature", 0.0)
         if self.top_k == -1:
@@ -77,6 +91,7 @@ class SamplingParams:
     def _check(self) -> None:
         self._check_filters()
         self._check_lengths()
+        ThinkingBudget.from_request(self.thinking_token_budget)
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None and not -1 <= value <= MAX_LOGPROBS:
@@ -124,6 +139,14 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature < SAMPLING_EPS
+
+    def constraints(self, given: Constraints | None = None) -> Constraints | None:
+        """What :data:`CONSTRAINTS` ask for, else ``given``. Raises RequestError where both ask for something."""
+        own = Constraints.from_request(**{name: getattr(self, name) for name in CONSTRAINTS})
+        if own is not None and given is not None:
+            names = ", ".join(name for name in CONSTRAINTS if getattr(self, name) is not None)
+            raise RequestError(f"{names} in SamplingParams and constraints exclude each other: give one.", param=names)
+        return given if own is None else own
 
     def replace(self, **changes: Any) -> Self:
         """A checked copy with ``changes``; unknown names are refused."""

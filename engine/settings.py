@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.errors import RequestError
 from engine.presets import MODEL_PRESET, PRESET_FIELDS, preset_values
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import CONSTRAINTS, SamplingParams
 
 THINKING_NAMES = ("enable_thinking", "thinking_token_budget")
 """Settings beside the sampling values."""
@@ -45,6 +45,8 @@ class Settings:
             chosen = self._preset if preset is None else preset
             chosen = None if chosen == MODEL_PRESET else chosen
             kept = self._values if preset is None else _without(self._values, PRESET_FIELDS)
+            for name in set(CONSTRAINTS).intersection(values):
+                raise RequestError(f"{name} is a request's own, not a setting.", param=name)
             merged = {name: value for name, value in {**kept, **values}.items() if value is not None}
             SamplingParams().replace(**{**preset_values(chosen or MODEL_PRESET), **merged})
             thinking = _checked_thinking(thinking)

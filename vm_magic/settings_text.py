@@ -8,13 +8,13 @@ from typing import Any
 
 from engine.errors import ConfigError, RequestError
 from engine.presets import MODEL_PRESET, preset_values
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import CONSTRAINTS, SamplingParams
 from engine.settings import THINKING_NAMES
 
 _KEY = re.compile(r"\s*([A-Za-z_][\w-]*)\s*=(?:\s+(?=\S)(?![A-Za-z_][\w-]*\s*=))?")
 MEMORY_NAMES = ("memory_fraction", "max_model_len", "max_num_seqs")
 """Names that ``set`` takes for a loaded model's memory plan."""
-_PER_REQUEST = ("n", "detokenize", "prompt_logprobs", "sources")
+_PER_REQUEST = ("n", "detokenize", "prompt_logprobs", "sources", *CONSTRAINTS)
 _WHOLE = ("seed", "logprobs", "max_tokens")
 SETTABLE = (
     "preset",

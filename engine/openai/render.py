@@ -13,10 +13,11 @@ from engine.openai.conversations import prepare_chat
 from engine.openai.generation import Prompt, port_of
 from engine.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
 from engine.openai.support import check_generation
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import CONSTRAINTS, SamplingParams
 
 router = APIRouter(tags=["OpenAI"])
-_SHOWN = tuple(field.name for field in fields(SamplingParams) if field.name != "sources")
+_SHOWN = tuple(field.name for field in fields(SamplingParams) if field.name not in ("sources", *CONSTRAINTS))
+"""The port keeps what constrains a request apart from its sampling values."""
 
 
 @router.post("/v1/chat/completions/render", response_model=None)

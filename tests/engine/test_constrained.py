@@ -1,5 +1,7 @@
 """Grammars, thinking budgets and repetition detection through the whole engine, on a scripted model."""
 
+import asyncio
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -8,10 +10,12 @@ from typing import Any
 
 import pytest
 
+import engine
 from engine import LLM, SamplingParams
 from engine.constraints import Constraints
 from engine.errors import GenerationError, RequestError
 from engine.outputs import CompletionOutput
+from engine.sampling_params import StructuredOutputsParams
 from engine.stream import RequestStream
 from tests.engine.parity.oracle import assert_nothing_is_held, shrink_pool
 from tests.scripted_model import SUFFIX, THINK_END, install, write_scripted_model
@@ -25,6 +29,7 @@ SCHEMA = {
     "required": ["a", "b"],
     "additionalProperties": False,
 }
+HELLO = [{"role": "user", "content": "Hello"}]
 ScriptedLLM = Callable[..., LLM]
 
 
@@ -117,6 +122,69 @@ def test_what_cannot_be_is_refused_when_it_comes_in(scripted_llm: ScriptedLLM) -
         submit(llm, GREEDY.replace(allowed_token_ids=[5]), structured_outputs={"regex": "a"})
     assert llm.stats().prompt_tokens == 0
     assert run(llm).text.startswith("text")
+
+
+DOORS: dict[str, Callable[[LLM, SamplingParams], str]] = {
+    "generate": lambda llm, params: llm.generate(SUFFIX, params)[0].outputs[0].text,
+    "chat": lambda llm, params: llm.chat(HELLO, params)[0].outputs[0].text,
+    "stream": lambda llm, params: "".join(delta.text for delta in llm.stream(HELLO, params)),
+    "astream": lambda llm, params: asyncio.run(collected(llm, params)),
+    "achat": lambda llm, params: asyncio.run(llm.achat(HELLO, params)).outputs[0].text,
+    "submit": lambda llm, params: llm.submit(SUFFIX, params).result().outputs[0].text,
+}
+
+
+async def collected(llm: LLM, params: SamplingParams) -> str:
+    return "".join([delta.text async for delta in llm.astream(HELLO, params)])
+
+
+def test_sampling_params_constrain_the_reply_through_every_door(scripted_llm: ScriptedLLM) -> None:
+    llm = scripted_llm(THOUGHT + "no no no no no no no no", reasoning_parser="qwen3")
+    cut = {"thinking_token_budget": 3, "structured_outputs": StructuredOutputsParams(choice=["yes", "no"])}
+    assert engine.StructuredOutputsParams is StructuredOutputsParams
+    for name, door in DOORS.items():
+        thought, _, answer = door(llm, GREEDY.replace(**cut)).partition(THINK_END)
+        assert (len(llm.tokenize(thought)) <= 5, answer) == (True, "no"), name
+        repeats = GREEDY.replace(repetition_detection={"max_pattern_size": 2, "min_count": 3})
+        assert len(door(llm, repeats)) < len(door(llm, GREEDY)), name
+    assert llm.generate(SUFFIX, llm.sampling_params(temperature=0, **cut))[0].outputs[0].thinking_cut == "budget"
+
+
+def test_constraints_in_sampling_params_are_checked_when_made_and_come_from_one_place(
+    scripted_llm: ScriptedLLM,
+) -> None:
+    for field, value in (("structured_outputs", {}), ("structured_outputs", "json"), ("structured_outputs", {"xml": 1}),
+                         ("thinking_token_budget", -2), ("repetition_detection", {"max_pattern_size": 4}),
+                         ("repetition_detection", 3)):  # fmt: skip
+        with pytest.raises(RequestError, match=field):
+            SamplingParams(**{field: value})
+    llm = scripted_llm("text")
+    with pytest.raises(RequestError, match="structured_outputs in SamplingParams and constraints exclude each other"):
+        submit(llm, GREEDY.replace(structured_outputs={"regex": "a"}), structured_outputs={"regex": "a"})
+    with pytest.raises(RequestError, match="structured_outputs is a request's own"):
+        llm.settings.update(structured_outputs={"regex": "a"})
+
+
+@pytest.mark.parametrize(
+    ("keyword", "advice"),
+    [
+        ("structured_outputs", r"give it as SamplingParams\(structured_outputs=…\)"),
+        ("lora_request", "LoRA adapters are not in this version"),
+        ("enable_thinking", "not known here; a chat takes sampling_params, tools, .*chat_template_kwargs"),
+    ],
+)
+def test_a_keyword_that_no_chat_takes_is_refused_with_the_place_where_it_belongs(
+    scripted_llm: ScriptedLLM, keyword: str, advice: str
+) -> None:
+    llm = scripted_llm("text")
+    for door in (llm.chat, llm.stream, llm.achat):
+        with pytest.raises(RequestError, match=f"{keyword}: {advice}"):
+            ended(door(HELLO, GREEDY, **{keyword: {"a": 1}}))
+    assert llm.chat(HELLO, GREEDY, **{keyword: None})[0].outputs[0].text == "text"
+
+
+def ended(answer: Any) -> None:
+    asyncio.run(answer) if inspect.isawaitable(answer) else list(answer)
 
 
 def test_a_grammar_leaves_the_rows_beside_it_as_they_are(scripted_llm: ScriptedLLM) -> None:

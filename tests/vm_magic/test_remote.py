@@ -11,11 +11,12 @@ import pytest
 
 from engine.errors import ConfigError, EngineClosedError, RequestError, UnknownModelError, VMMagicError
 from engine.outputs import Usage
+from engine.sampling_params import StructuredOutputsParams
 from tests.vm_magic.fake_vllm import USAGE, FakeVLLM, chunk
 from vm_magic.remote.address import Address, RemoteConnectionError, RemoteReplyError
 from vm_magic.remote.llm import RemoteLLM
 from vm_magic.remote.stream import RemoteStream
-from vm_magic.remote.wire import NO_ID, EventReader, read_logprobs
+from vm_magic.remote.wire import NO_ID, EventReader, read_logprobs, request_body
 from vm_magic.reply_reader import ReplyReader
 
 ASK = [{"role": "user", "content": "Hi"}]
@@ -317,6 +318,12 @@ def test_logprobs_of_both_routes_are_read() -> None:
     assert plain is not None
     assert plain[0][NO_ID].decoded_token == "x"
     assert read_logprobs(None) is None
+
+
+def test_constraints_go_over_the_wire_as_a_request_writes_them() -> None:
+    schema = {"type": "object"}
+    body = request_body("m", {"structured_outputs": StructuredOutputsParams(json=schema)}, chat=True)
+    assert body["structured_outputs"] == {"json": schema}
 
 
 def test_a_map_goes_over_the_wire_with_bounded_concurrency_and_marks_failures(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from engine.outputs import THINKING_CUTS, CompletionDelta, Logprob, LogprobsAtPosition, RequestOutput, Usage
@@ -65,6 +65,9 @@ def request_body(model: str, sampling: Mapping[str, Any], *, chat: bool) -> dict
             body |= {"logprobs": True, "top_logprobs": value}
         elif name == "logit_bias":
             body[name] = {str(token): bias for token, bias in value.items()}
+        elif is_dataclass(value):  # structured_outputs and the like: what is set of them
+            set_fields = ((field.name, getattr(value, field.name)) for field in fields(value))
+            body[name] = {field: one for field, one in set_fields if one not in (None, False)}
         else:
             body[name] = list(value) if isinstance(value, tuple) else value
     return body
