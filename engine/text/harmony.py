@@ -78,16 +78,22 @@ class HarmonyReader:
 
     def _forced_calls(self, forced: ToolParser) -> Steps[None]:
         yield from self.scanner.skip_space()
+        self.scanner.at_end = False
         try:
             yield from self.scanner.attempt(forced.read(self.scanner, self.sink, self.schemas, ""))
         except MarkupError:
-            return  # what is no call is content
+            self._drop_what_was_cut()  # what is no call is content
 
     def _arguments(self, name: str) -> Steps[None]:
         emit = self.sink.call(name)
+        self.scanner.at_end = False
         try:
             yield from LenientJson(self.scanner, _ENDS).value(emit)
         except MarkupError:
-            return  # closed; what is left of the message becomes content
+            self._drop_what_was_cut()  # closed; what is left of the message becomes content
         finally:
             self.sink.boundary()
+
+    def _drop_what_was_cut(self) -> None:
+        if self.scanner.at_end and not self.scanner.holds(_ENDS):
+            self.scanner.take_rest()

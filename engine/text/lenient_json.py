@@ -87,6 +87,9 @@ class LenientJson:
             parts: list[str] = []
             yield from self.string(quote, parts.append, lambda: self._ends_here(":"))
             name = str(json.loads('"' + "".join(parts) + '"'))
+            if self.cut and quote in name:  # a quote that should have ended it: not cut off but malformed
+                self._scanner.at_end = False
+                raise MarkupError("key")
         else:
             name = (yield from self._scanner.word(":,{}[]\"'\n")).strip()
             if not name:

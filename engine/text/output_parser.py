@@ -3,6 +3,7 @@
 ``OutputParser.feed`` takes text as it comes (with special tokens shown where
 ``needs_special_tokens`` says so) and gives what is certain; the concatenated deltas are the same
 however the text was cut. Nothing is lost: what turns out not to be a thought or a call is content.
+Only what the output's end cut off inside a call is neither: half a call is no answer.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -159,10 +160,20 @@ class _MarkedReader:
         while True:
             if self.sink.fresh and self.calls and self.calls.bare:
                 yield from self._bare_calls(self.calls)
-            mark = yield from self.scanner.until(markers, self.sink.content)
+            mark = yield from self.scanner.until(markers, self.sink.content, self._cut_mark)
             if mark is None:
                 return
             yield from self._marked(mark)
+
+    def _cut_mark(self, text: str) -> None:
+        """The beginning of a mark, cut off: text, but behind a call or where there must be calls."""
+        around_calls = self.calls and any(m.startswith(text) for m in (*self.calls.starts, *self.calls.strays))
+        if not (around_calls and (self.sink.num_seen or self._forced)):
+            self.sink.content(text)
+
+    @property
+    def _forced(self) -> bool:
+        return isinstance(self.calls, ForcedCalls)
 
     def _marked(self, mark: str) -> Steps[None]:
         reasoning, calls = self.reasoning, self.calls
@@ -200,18 +211,24 @@ class _MarkedReader:
         space = yield from self.scanner.skip_space()
         self.sink.content(space)
         first = yield from self.scanner.peek()
-        if first and first in calls.bare and not (yield from self._calls(calls, "")):
+        bare = first and first in calls.bare and not (yield from self.scanner.at(calls.starts))
+        if bare and not (yield from self._calls(calls, "")):
             self.sink.content(self.scanner.take())
 
     def _calls(self, calls: ToolParser, start: str) -> Steps[bool]:
-        """Try to read calls. False, and nothing read, if the text is none."""
+        """Try to read calls. False, and nothing read, if the text is none; what the end cuts off is dropped."""
         mark = self.scanner.mark()
         seen = self.sink.num_seen
+        self.scanner.at_end = False
         try:
             yield from calls.read(self.scanner, self.sink, self.schemas, start)
         except MarkupError:
-            if self.sink.num_seen == seen:
+            begun = self.sink.num_seen > seen
+            if not begun:
                 self.scanner.rewind(mark)
+            if self.scanner.at_end and (begun or start or self._forced) and not self.scanner.holds(calls.ends):
+                self.scanner.take_rest()
+            elif not begun:
                 return False
         finally:
             self.scanner.release(mark)

@@ -30,12 +30,12 @@ class Markers:
     def find(self, text: str, begin: int, *, final: bool) -> tuple[int, str | None]:
         """Where the text stops being plain, and the mark there; None while the mark may still be growing."""
         match = self._pattern.search(text, begin)
-        partial = len(text) if final else self._partial(text, begin)
+        partial = len(text) if final else self.partial(text, begin)
         if match is not None and match.start() < partial:
             return match.start(), match.group()
         return partial, None
 
-    def _partial(self, text: str, begin: int) -> int:
+    def partial(self, text: str, begin: int) -> int:
         """Where a mark begins that the text's end cuts off (the end of the text if none does)."""
         for index in range(max(begin, len(text) - self._longest + 1), len(text)):
             if text[index] in self._first:
@@ -46,10 +46,14 @@ class Markers:
 
 
 class Scanner:
-    """The text so far and how far it was read. A parser asks for text with ``yield from``."""
+    """The text so far and how far it was read. A parser asks for text with ``yield from``.
+
+    ``at_end``: whether a parser wanted more than there is, so that what it then misses was cut off.
+    """
 
     def __init__(self) -> None:
         self.closed = False
+        self.at_end = False
         self._text = ""
         self._position = 0
         self._forgotten = 0
@@ -99,7 +103,10 @@ class Scanner:
 
     def peek(self) -> Steps[str]:
         """The next character, left in place; empty at the end."""
-        while self._position >= len(self._text) and not self.closed:
+        while self._position >= len(self._text):
+            if self.closed:
+                self.at_end = True
+                break
             yield
         return self._text[self._position : self._position + 1]
 
@@ -115,6 +122,16 @@ class Scanner:
     def rest(self) -> str:
         """What there is behind this place."""
         return self._text[self._position :]
+
+    def holds(self, marks: Sequence[str]) -> bool:
+        """Whether one of ``marks`` stands somewhere behind this place."""
+        return any(mark in self.rest() for mark in marks)
+
+    def take_rest(self) -> str:
+        """Read what there is."""
+        rest = self.rest()
+        self._position = len(self._text)
+        return rest
 
     def look(self, size: int) -> Steps[str]:
         """The next ``size`` characters, left in place; fewer at the end."""
@@ -144,8 +161,9 @@ class Scanner:
         """Which of ``marks`` comes next (the longest), left in place. Reads no further than needed to know."""
         while True:
             rest = self._text[self._position : self._position + max(map(len, marks), default=0)]
-            growing = not self.closed and any(len(m) > len(rest) and m.startswith(rest) for m in marks)
-            if not growing:
+            growing = any(len(m) > len(rest) and m.startswith(rest) for m in marks)
+            if not growing or self.closed:
+                self.at_end |= growing
                 return max((m for m in marks if rest.startswith(m)), key=len, default=None)
             yield
 
@@ -163,10 +181,15 @@ class Scanner:
             raise MarkupError(marks)
         return found
 
-    def until(self, markers: Markers, emit: Emit) -> Steps[str | None]:
-        """Emit text up to the first marker, read over it and return it; None when the text ended."""
+    def until(self, markers: Markers, emit: Emit, emit_cut: Emit | None = None) -> Steps[str | None]:
+        """Emit text up to the first marker, read over it and return it; None when the text ended.
+
+        The beginning of a marker that the end cuts off goes to ``emit_cut``, if there is one.
+        """
         while True:
             stop, found = markers.find(self._text, self._position, final=self.closed)
+            if found is None and self.closed and emit_cut:
+                stop = markers.partial(self._text, self._position)
             if stop > self._position:
                 emit(self._text[self._position : stop])
                 self._position = stop
@@ -174,6 +197,9 @@ class Scanner:
                 self._position += len(found)
                 return found
             if self.closed:
+                self.at_end = True
+                if emit_cut:
+                    emit_cut(self.take_rest())
                 return None
             yield
 

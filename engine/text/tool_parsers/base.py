@@ -82,14 +82,18 @@ def function_name(text: object, declared: frozenset[str] | None = None) -> str:
 class ToolParser(Protocol):
     """One way to write tool calls.
 
-    ``starts`` are the marks that a call begins with. ``bare`` holds characters that, at the beginning
-    of an answer, may begin a call without a mark. ``strays`` are marks that mean nothing by themselves
-    behind a call.
+    ``starts`` are the marks that a call begins with, ``ends`` those that it ends with. ``bare`` holds
+    characters that, at the beginning of an answer, may begin a call without a mark. ``strays`` are marks
+    that mean nothing by themselves behind a call, ends among them.
     """
 
     @property
     def starts(self) -> tuple[str, ...]:
         """Marks that begin calls."""
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Marks that end calls: what stands before one was not cut off."""
 
     @property
     def strays(self) -> tuple[str, ...]:

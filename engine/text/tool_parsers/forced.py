@@ -27,6 +27,11 @@ class ForcedCalls:
         return self.native.starts if self.native else ()
 
     @property
+    def ends(self) -> tuple[str, ...]:
+        """The native ends."""
+        return self.native.ends if self.native else ()
+
+    @property
     def strays(self) -> tuple[str, ...]:
         """The native strays."""
         return self.native.strays if self.native else ()

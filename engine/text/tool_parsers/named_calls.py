@@ -39,9 +39,14 @@ class NamedCalls:
         return (self.start,)
 
     @property
+    def ends(self) -> tuple[str, ...]:
+        """A call's and the section's."""
+        return tuple(filter(None, (self.end, self.section_end)))
+
+    @property
     def strays(self) -> tuple[str, ...]:
         """Marks within a section, and those that follow one."""
-        return (*filter(None, (self.section_end, self.begin, self.end)), *self.more_strays)
+        return (*self.ends, *filter(None, (self.begin,)), *self.more_strays)
 
     @property
     def bare(self) -> str:
@@ -66,15 +71,17 @@ class NamedCalls:
         if (yield from scanner.after_space(["{"])) != "{":
             raise MarkupError("arguments")
         scanner.commit()
-        stops = tuple(filter(None, (self.end, self.section_end)))
-        yield from LenientJson(scanner, stops, self.raw_quote).value(sink.call(name, call_id))
+        yield from LenientJson(scanner, self.ends, self.raw_quote).value(sink.call(name, call_id))
         for text in (*self.tail, self.end):
             yield from self._skip(scanner, text)
 
     def _skip(self, scanner: Scanner, text: str) -> Steps[None]:
-        if text and (yield from scanner.after_space([text])):
+        found = (yield from scanner.after_space([text])) if text else ""
+        if found:
             yield from scanner.skip_space()
             yield from scanner.accept(text)
+        elif found is None and scanner.at_end:
+            raise MarkupError(text)  # its beginning is there
 
     def _name(self, scanner: Scanner) -> Steps[str]:
         """The text before the arguments, whose mark is read over; the brace is not."""
@@ -106,6 +113,7 @@ class MistralCalls:
     """``[TOOL_CALLS]`` before a JSON list of calls, or before each ``name[ARGS]{…}``."""
 
     starts: tuple[str, ...] = ("[TOOL_CALLS]",)
+    ends: tuple[str, ...] = ()
     strays: tuple[str, ...] = ()
     bare: str = ""
 

@@ -13,8 +13,13 @@ class PythonicCalls:
     """A list of calls with keyword arguments, between ``starts`` and ``ends`` or bare (then of declared functions)."""
 
     starts: tuple[str, ...] = ("<|tool_call_start|>",)
-    strays: tuple[str, ...] = ("<|tool_call_end|>",)
+    ends: tuple[str, ...] = ("<|tool_call_end|>",)
     bare: str = "["
+
+    @property
+    def strays(self) -> tuple[str, ...]:
+        """The ends."""
+        return self.ends
 
     def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
         """The calls of one list; models leave the brackets of a single call out."""

@@ -45,9 +45,14 @@ class XmlCalls:
         return tuple(filter(None, (self.start, self.open)))
 
     @property
-    def strays(self) -> tuple[str, ...]:
+    def ends(self) -> tuple[str, ...]:
         """Closing tags."""
         return tuple(filter(None, (self.end, self.close)))
+
+    @property
+    def strays(self) -> tuple[str, ...]:
+        """The ends."""
+        return self.ends
 
     @property
     def bare(self) -> str:
