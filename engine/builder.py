@@ -11,18 +11,20 @@ from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
 from engine.core.state_group import StateGroup
 from engine.hub import ResolvedModel
+from engine.kv_group import KVGroupSpec
 from engine.llm_engine import LLMEngine
-from engine.memory import KVGroupSpec, MemoryPlan, pages_note, plan_memory
+from engine.memory import MemoryPlan, pages_note, plan_memory
 from engine.metrics import EngineMetrics
+from engine.overhead import Overhead
 from engine.preflight import Preflight
 from engine.runner.backends import Backend
 from engine.runner.devices import Device, clear_cache, describe_device
 from engine.runner.free_memory import FreeMemory
-from engine.runner.kv_spec import contiguous_group, group_spec, num_logits, shared_layers
+from engine.runner.kv_spec import contiguous_groups, group_spec, num_logits, shared_layers
 from engine.runner.loader import LoadedModel, load_model
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
-from engine.runner.warm_up import Overhead, choose_backend, measure_overhead
+from engine.runner.warm_up import choose_backend, measure_overhead
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
 
@@ -84,7 +86,6 @@ def _plan(
     loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Device, vocab_size: int
 ) -> tuple[MemoryPlan, Overhead]:
     context = loaded.config.context_length
-    length = args.max_model_len if isinstance(args.max_model_len, int) else context
     batched_tokens = args.batched_tokens(device.chunk_size)
     overhead = measure_overhead(backend, vocab_size)
     if isinstance(backend, PagedBackend):
@@ -95,7 +96,7 @@ def _plan(
         device_limit=device.memory_limit,
         fraction=args.memory_fraction,
         model_memory=loaded.num_bytes,
-        overhead=overhead.bytes(min(batched_tokens, length), length),
+        overhead=overhead,
         block_size=args.block_size,
         context_length=context,
         max_model_len=args.max_model_len,
@@ -112,19 +113,16 @@ def _plan(
 def _groups(backend: Backend, loaded: LoadedModel, args: EngineArgs, chunk: int) -> list[KVGroupSpec]:
     if isinstance(backend, PagedBackend):
         return [group_spec(leaves, args.block_size, chunk, args.kv_cache_dtype) for leaves in backend.groups]
-    return [contiguous_group(loaded.model, args.block_size)]
+    return contiguous_groups(loaded.model, args.block_size, chunk)
 
 
-def _cache_group(spec: KVGroupSpec, plan: MemoryPlan, backend: Backend, index: int, *, caching: bool) -> KVCacheGroup:
+def _cache_group(spec: KVGroupSpec, plan: MemoryPlan, *, caching: bool) -> KVCacheGroup:
     """The bookkeeping of one planned group."""
     pool = BlockPool(plan.num_blocks_of(spec), enable_caching=caching)
     if spec.kind == "state":
         return StateGroup(pool, spec.block_size)
-    if spec.kind == "sliding":
-        assert isinstance(backend, PagedBackend)
-        window = backend.groups[index][0].window
-        assert window is not None
-        return SlidingWindowGroup(pool, spec.block_size, window)
+    if spec.window is not None:
+        return SlidingWindowGroup(pool, spec.block_size, spec.window)
     return FullAttentionGroup(pool, spec.block_size)
 
 
@@ -139,9 +137,7 @@ def _assemble(
     vocab_size: int,
 ) -> LLMEngine:
     caching = args.enable_prefix_caching and backend.paged
-    kv = KVCacheManager(
-        [_cache_group(spec, plan, backend, index, caching=caching) for index, spec in enumerate(plan.groups)]
-    )
+    kv = KVCacheManager([_cache_group(spec, plan, caching=caching) for spec in plan.groups])
     free = FreeMemory(device)
     if isinstance(backend, PagedBackend):
         backend.free_memory = free

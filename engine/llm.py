@@ -10,6 +10,7 @@ import time
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,7 +95,6 @@ class LLM:
         weakref.finalize(self, self._thread.close)
         self.model_config: ModelConfig = built.config
         self.plan: MemoryPlan = built.plan
-        self._overhead = built.engine.preflight.overhead
         self.defaults = SamplingDefaults(
             built.config.generation_config,
             self.args.override_generation_config,
@@ -227,7 +227,13 @@ class LLM:
         )
         self._thread.submit(request, stream)
         if cache_salt != TRACELESS:
-            self.request_log.add(stream, max_tokens=request.max_tokens, cache_salt=cache_salt, constraints=constraints)
+            self.request_log.add(
+                stream,
+                max_tokens=request.max_tokens,
+                cache_salt=cache_salt,
+                constraints=constraints,
+                set_kwargs=self.settings.template_kwargs(self.template_variables),
+            )
         return stream
 
     def generate(
@@ -261,9 +267,9 @@ class LLM:
         options = chat_options(template)
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Sequence[Message]] = [messages] if single else messages  # type: ignore[assignment,list-item]
-        prompts = [self._chat_tokens(conversation, options) for conversation in conversations]
-        each = params_of_each(sampling_params, len(prompts), self.sampling_params)
-        return run_all(self.submit, zip(prompts, each, strict=True), use_tqdm=use_tqdm)
+        each = params_of_each(sampling_params, len(conversations), self.sampling_params)
+        submit = partial(self._submit_chat, options=options)
+        return run_all(submit, zip(conversations, each, strict=True), use_tqdm=use_tqdm)
 
     def map(
         self,
@@ -363,9 +369,9 @@ class LLM:
 
     def what_if(self, **settings: Any) -> "MemoryPlan":
         """The plan in force with other ``settings`` (see :func:`engine.memory.what_if`); changes nothing."""
-        from engine.replan import live_what_if
+        from engine.memory import what_if
 
-        return live_what_if(self.plan, self._overhead, **settings)
+        return what_if(self.plan, **settings)
 
     def replan(
         self,
@@ -428,6 +434,7 @@ class LLM:
             block_size=self.plan.block_size,
             caching_wanted=self.args.enable_prefix_caching,
             reuses_prefixes=self._reuses_prefixes,
+            default_kwargs=self.args.default_chat_template_kwargs,
         )
         return explainer.explain_latest(count)
 
@@ -463,10 +470,15 @@ class LLM:
     ) -> RequestStream:
         params, options = params or self.sampling_params(), chat_options(template)
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            return self.submit(self._chat_tokens(prompt, options), params)  # type: ignore[arg-type]
+            return self._submit_chat(prompt, params, options)  # type: ignore[arg-type]
         if options:
             raise RequestError(f"{', '.join(options)}: only for a conversation (a list of messages)")
         return self.submit(prompt, params)  # type: ignore[arg-type]
 
-    def _chat_tokens(self, messages: Sequence[Message], options: Mapping[str, Any]) -> list[int]:
-        return self.tokenize(self.render_chat(messages, **options), add_special_tokens=False)
+    def _submit_chat(
+        self, messages: Sequence[Message], params: SamplingParams, options: Mapping[str, Any]
+    ) -> RequestStream:
+        prompt = self.tokenize(self.render_chat(messages, **options), add_special_tokens=False)
+        stream = self.submit(prompt, params)
+        stream.template_kwargs = options.get("chat_template_kwargs", {})
+        return stream

@@ -1,24 +1,27 @@
 """The memory plan: bytes in, blocks out. Pure arithmetic, so it can be made before a weight is loaded.
 
     usable     = device_limit x fraction
-    kv_budget  = usable - model_memory - overhead - max_num_seqs x state_bytes_per_seq - checkpoints
+    kv_budget  = usable - model_memory - overhead - state_memory
     num_blocks = kv_budget // per_block_bytes
 
 A cache group either grows with the sequence (``full``, ``latent``: they share the blocks counted
 here), or needs the same however long the sequence gets (``sliding``: the pages of its window;
-``state``: one slot), or needs nothing (``shared``: it reads another group's pages).
+``state``: one slot), or needs nothing (``shared``: it reads another group's pages). The overhead
+of a step follows ``max_model_len``, so a shorter length leaves more for the cache.
 """
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, Self
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from engine import plan_text
 from engine.config import DEFAULT_MEMORY_FRACTION, MAX_NUM_SEQS_LIMIT, Auto, check_batch, option_value
 from engine.errors import ConfigError, MemoryPlanError
 from engine.kv_dtype import kv_cache_dtype as known_kv_cache_dtype
-from engine.kv_dtype import unquantized_note, vector_bytes
+from engine.kv_dtype import unquantized_note
+from engine.kv_group import KVGroupSpec
+from engine.overhead import Overhead
 from engine.plan_text import gib
 
 MIN_BLOCKS = 16
@@ -31,86 +34,13 @@ MIN_POOL_BLOCKS = 64
 """Blocks of the smallest pool."""
 _VLLM_HELP = "https://docs.vllm.ai/en/latest/configuration/conserving_memory/"
 
-GroupKind = Literal["full", "sliding", "state", "shared", "latent"]
-
-
-class KVVectors(NamedTuple):
-    """``number`` key or value vectors of ``length`` elements, each of ``element_bytes`` in the model's own type."""
-
-    number: int
-    length: int
-    element_bytes: int
-
-    def num_bytes(self, kv_cache_dtype: str) -> int:
-        """Bytes of these vectors in pages of ``kv_cache_dtype``; ``auto`` is the model's own type."""
-        return self.number * vector_bytes(self.length, self.element_bytes, kv_cache_dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class KVGroupSpec:
-    """Layers whose cache has one kind.
-
-    ``bytes_per_token``: keys and values of one token over all the group's layers. ``window``
-    (sliding): tokens that a sequence keeps, which is the attention window and the chunk that
-    runs ahead of it. ``state_bytes`` (state): one sequence's slot over all the group's layers.
-    ``vectors``: what a token adds, whatever the pages' element type; empty where that cannot be chosen.
-    """
-
-    kind: GroupKind
-    layers: tuple[int, ...]
-    bytes_per_token: int = 0
-    window: int | None = None
-    state_bytes: int = 0
-    block_size: int = 16
-    vectors: tuple[KVVectors, ...] = ()
-
-    def __post_init__(self) -> None:
-        assert self.kind != "sliding" or self.window, "a sliding group needs its window"
-        assert self.bytes_per_token or not self.grows, f"a {self.kind} group needs its bytes per token"
-
-    @property
-    def grows(self) -> bool:
-        """Whether each further token of a sequence needs memory."""
-        return self.kind in ("full", "latent")
-
-    def with_kv_cache_dtype(self, kv_cache_dtype: str) -> Self:
-        """The same layers with pages of another element type. Raises ConfigError where there is no choice."""
-        if not self.bytes_per_token:
-            return self
-        if not self.vectors:
-            raise ConfigError(
-                f"--kv-cache-dtype {kv_cache_dtype}: this model runs on mlx-lm's contiguous caches, "
-                "which keep the model's own element type; leave the flag out",
-                flag="kv_cache_dtype",
-                value=kv_cache_dtype,
-                allowed="auto",
-            )
-        return replace(self, bytes_per_token=sum(some.num_bytes(kv_cache_dtype) for some in self.vectors))
-
-    def bytes_per_sequence(self, num_tokens: int) -> int:
-        """What a sequence of ``num_tokens`` needs in this group, in whole blocks."""
-        if self.kind == "shared":
-            return 0
-        if self.kind == "state":
-            return self.state_bytes
-        return self.blocks_per_sequence(num_tokens) * self.block_size * self.bytes_per_token
-
-    def blocks_per_sequence(self, num_tokens: int) -> int:
-        """Blocks (of a state: slots) that a sequence of ``num_tokens`` holds at most."""
-        if self.kind in ("state", "shared"):
-            return 1 if self.kind == "state" else 0
-        num_blocks = _ceil_div(num_tokens, self.block_size)
-        if self.window is None:
-            return num_blocks
-        # A window that begins inside a block touches one block more.
-        return min(num_blocks, _ceil_div(self.window, self.block_size) + 1)
-
 
 @dataclass(frozen=True, slots=True)
 class PlanInputs:
     """What was asked of a plan, kept so that :func:`what_if` can ask otherwise.
 
     ``shared_layers`` read other layers' pages and need nothing: named so that none seems forgotten.
+    ``step_overhead`` gives a plan's overhead by its length.
     """
 
     context_length: int
@@ -121,6 +51,7 @@ class PlanInputs:
     knob: str = "gpu_memory_utilization"
     prefix_caching: bool = True
     shared_layers: tuple[int, ...] = ()
+    step_overhead: Overhead = field(default=Overhead(0.0), compare=False)
 
     def check(self) -> None:
         """Refuse what no amount of memory allows. Raises :class:`ConfigError`."""
@@ -135,6 +66,10 @@ class PlanInputs:
             )
         check_batch(self.max_num_seqs, self.max_num_batched_tokens)
 
+    def overhead(self, max_model_len: int) -> int:
+        """Bytes of the largest step where sequences have at most ``max_model_len`` tokens."""
+        return self.step_overhead.bytes(min(self.max_num_batched_tokens or max_model_len, max_model_len), max_model_len)
+
     @property
     def fewest_seqs(self) -> int:
         """Sequences that must have their windows and states."""
@@ -146,8 +81,8 @@ class MemoryPlan:
     """How a device's memory is divided: bytes and counts.
 
     ``state_bytes_per_seq`` is what a sequence needs however short it is (state slots and sliding
-    windows). ``kv_bytes_at_max_len`` is one sequence of ``max_model_len`` tokens with that
-    included. ``max_model_len_that_fits`` is the longest such sequence, up to the model's context.
+    windows). ``kv_bytes_at_max_len`` is one sequence of ``max_model_len`` tokens with that included.
+    ``max_model_len_that_fits`` is the longest such sequence, up to the model's context.
     ``num_checkpoints``: states that the prefix cache may keep when all sequences run.
     """
 
@@ -173,8 +108,7 @@ class MemoryPlan:
     @property
     def state_memory(self) -> int:
         """Bytes set aside before any sequence has grown: for ``max_num_seqs`` of them, and for checkpoints."""
-        states = sum(group.state_bytes for group in self.groups)
-        return self.max_num_seqs * self.state_bytes_per_seq + self.num_checkpoints * states
+        return sum(self.bytes_of(group) for group in self.groups if not group.grows)
 
     @property
     def max_concurrency(self) -> float:
@@ -185,15 +119,12 @@ class MemoryPlan:
         """Blocks (of states: slots) that ``group`` may come to hold."""
         if group.grows:
             return self.num_blocks
-        if group.kind == "state":
-            return self.max_num_seqs + self.num_checkpoints
-        return self.max_num_seqs * group.blocks_per_sequence(self.max_model_len)
+        checkpoints = self.num_checkpoints if group.kind == "state" else 0
+        return group.blocks_of(self.max_num_seqs, self.max_model_len) + checkpoints
 
     def bytes_of(self, group: KVGroupSpec) -> int:
         """Bytes that ``group`` may come to hold."""
-        if group.kind == "state":
-            return self.num_blocks_of(group) * group.state_bytes
-        return self.num_blocks_of(group) * group.block_size * group.bytes_per_token
+        return self.num_blocks_of(group) * group.bytes_per_block
 
     def log_line(self) -> str:
         """The plan in vllm-metal's words and order (GB = 1e9 bytes), the same on every device."""
@@ -216,7 +147,7 @@ def plan_memory(
     device_limit: int,
     fraction: float,
     model_memory: int,
-    overhead: int,
+    overhead: int | Overhead,
     block_size: int,
     context_length: int,
     max_model_len: int | Auto | None = None,
@@ -229,35 +160,40 @@ def plan_memory(
 ) -> MemoryPlan:
     """Divide ``device_limit`` bytes. Raises :class:`MemoryPlanError` if nothing useful fits.
 
-    ``max_model_len`` None is the model's ``context_length``; "auto" the longest that fits.
+    ``overhead`` is that of a step, by its rows and context, or bytes. ``max_model_len`` None is the model's
+    ``context_length``; "auto" the longest that fits, and where states are kept one checkpoint with it.
     ``max_num_seqs`` "auto" is the largest number, up to 256, that the budget carries at
     2048 tokens each and a step of ``max_num_batched_tokens`` takes, and never an error while one
     sequence fits. ``knob`` is the name under which the user set the fraction; errors name it.
     """
+    step_overhead = overhead if isinstance(overhead, Overhead) else Overhead(int(overhead))
     asked = PlanInputs(
         context_length, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_dtype, knob, prefix_caching,
-        shared_layers,
+        shared_layers, step_overhead,
     )  # fmt: skip
     asked.check()
-    need = _Need(tuple(_billed_in(groups, kv_cache_dtype)), block_size)
-    plan = _divide(need, asked, int(device_limit), fraction, int(model_memory), int(overhead))
+    need = _Need(tuple(_billed_in(groups, kv_cache_dtype)), block_size, asked)
+    plan = _divide(need, int(device_limit), fraction, int(model_memory))
     _refuse_what_does_not_fit(plan, _Shortage(plan, need, plan.usable - plan.model_memory - plan.overhead))
     return plan
 
 
-def _divide(
-    need: "_Need", asked: PlanInputs, device_limit: int, fraction: float, model_memory: int, overhead: int
-) -> MemoryPlan:
+def _divide(need: "_Need", device_limit: int, fraction: float, model_memory: int) -> MemoryPlan:
     """The plan, whether it is of use or not."""
-    usable = int(device_limit * fraction)
-    available = usable - model_memory - overhead
-    fits = need.longest(available, asked.context_length, asked.fewest_seqs)
-    length = max(fits, 1) if asked.max_model_len == "auto" else asked.max_model_len or asked.context_length
+    asked, usable = need.asked, int(device_limit * fraction)
+    room = usable - model_memory
+    fits = need.longest(room)
+    if asked.max_model_len == "auto":
+        length = max(need.longest_with_checkpoint(room), 1)
+    else:
+        length = asked.max_model_len or asked.context_length
+    overhead = asked.overhead(length)
+    available = room - overhead
     num_seqs = asked.fewest_seqs
     if asked.max_num_seqs == "auto":
         num_seqs = min(need.most_sequences(available, length), asked.max_num_batched_tokens or MAX_NUM_SEQS_LIMIT)
     num_checkpoints = need.num_checkpoints(available, length, num_seqs) if asked.prefix_caching else 0
-    kv_budget = available - num_seqs * need.fixed(length) - num_checkpoints * need.state
+    kv_budget = available - need.fixed(length, num_seqs) - num_checkpoints * need.state
     num_blocks = need.num_blocks(kv_budget, length, num_seqs)
     return MemoryPlan(
         device_limit=device_limit,
@@ -270,10 +206,10 @@ def _divide(
         block_size=need.block_size,
         num_blocks=num_blocks,
         max_tokens_cached=num_blocks * need.block_size,
-        state_bytes_per_seq=need.fixed(length),
+        state_bytes_per_seq=need.each(length),
         max_num_seqs=num_seqs,
         max_model_len=length,
-        kv_bytes_at_max_len=need.growing(length) + need.fixed(length),
+        kv_bytes_at_max_len=need.growing(length) + need.each(length),
         max_model_len_that_fits=fits,
         groups=need.groups,
         inputs=asked,
@@ -291,7 +227,7 @@ def what_if(
 ) -> MemoryPlan:
     """``plan`` as it would be with other settings; what is not given stays as it was asked for.
 
-    Arithmetic only: weights, overhead and the device stay those of ``plan``. Raises
+    Arithmetic only: weights, the overhead of a step and the device stay those of ``plan``. Raises
     :class:`MemoryPlanError`, with the longest sequence that would fit, if the result does not fit, and
     :class:`ConfigError` for values out of range.
     """
@@ -310,7 +246,7 @@ def what_if(
         device_limit=plan.device_limit,
         fraction=share,
         model_memory=plan.model_memory,
-        overhead=plan.overhead,
+        overhead=asked.step_overhead,
         block_size=plan.block_size,
         context_length=asked.context_length,
         max_model_len=asked.max_model_len if max_model_len is None else max_model_len,
@@ -353,6 +289,7 @@ class _Need:
 
     groups: tuple[KVGroupSpec, ...]
     block_size: int
+    asked: PlanInputs
 
     @property
     def per_block_bytes(self) -> int:
@@ -361,8 +298,15 @@ class _Need:
     def growing(self, length: int) -> int:
         return _ceil_div(length, self.block_size) * self.per_block_bytes
 
-    def fixed(self, length: int) -> int:
+    def each(self, length: int) -> int:
+        """Bytes of one sequence's windows and states."""
         return sum(group.bytes_per_sequence(length) for group in self.groups if not group.grows)
+
+    def fixed(self, length: int, num_seqs: int) -> int:
+        """Bytes of the windows and states of ``num_seqs`` sequences, and of what a step runs ahead of them."""
+        return sum(
+            group.blocks_of(num_seqs, length) * group.bytes_per_block for group in self.groups if not group.grows
+        )
 
     @property
     def state(self) -> int:
@@ -372,26 +316,28 @@ class _Need:
         """States to keep besides those of ``num_seqs`` sequences: a few, and none where they would cost a sequence."""
         if not self.state:
             return 0
-        blocks = max(self.growing(length), MIN_BLOCKS * self.per_block_bytes)
-        left = available - num_seqs * self.fixed(length) - blocks
+        left = available - self.fixed(length, num_seqs) - self.blocks_of_one(length)
         return max(0, min(1 + num_seqs // _SEQUENCES_PER_CHECKPOINT, left // self.state))
 
-    def longest(self, available: int, context_length: int, num_seqs: int) -> int:
-        """Most tokens, up to ``context_length``, of one sequence among ``num_seqs`` that have slots; 0 for none."""
-        lengths = range(1, context_length + 1)
+    def longest(self, room: int) -> int:
+        """Most tokens of one sequence, where all that must have slots have them; 0 for none."""
+        lengths, num_seqs = range(1, self.asked.context_length + 1), self.asked.fewest_seqs
         return bisect.bisect_right(
-            lengths, available, key=lambda length: self.growing(length) + num_seqs * self.fixed(length)
+            lengths, room, key=lambda n: self.blocks_of_one(n) + self.fixed(n, num_seqs) + self.asked.overhead(n)
         )
+
+    def longest_with_checkpoint(self, room: int) -> int:
+        """:meth:`longest` beside a state for the prefix cache, unless nothing fits there."""
+        kept = self.state if self.asked.prefix_caching else 0
+        return self.longest(room - kept) or self.longest(room)
 
     def most_sequences(self, available: int, length: int) -> int:
         """Most sequences of typical length that fit, one of ``length`` tokens included; at least 1."""
-        typical, fixed = self.growing(min(length, TYPICAL_SEQUENCE_LENGTH)), self.fixed(length)
-        if typical + fixed == 0:
-            return MAX_NUM_SEQS_LIMIT
-        number = available // (typical + fixed)
-        if fixed:
-            number = min(number, (available - self.blocks_of_one(length)) // fixed)
-        return max(1, min(number, MAX_NUM_SEQS_LIMIT))
+        typical, one = self.growing(min(length, TYPICAL_SEQUENCE_LENGTH)), self.blocks_of_one(length)
+        numbers = range(1, MAX_NUM_SEQS_LIMIT + 1)
+        return max(
+            1, bisect.bisect_right(numbers, available, key=lambda n: self.fixed(length, n) + max(n * typical, one))
+        )
 
     def blocks_of_one(self, length: int) -> int:
         """Bytes of the least blocks with which a sequence of ``length`` tokens can run."""
@@ -415,9 +361,12 @@ class _Shortage:
     @property
     def num_seqs_that_fit(self) -> int:
         """Sequences that have their windows and states while one of them grows to ``max_model_len``."""
-        room = self.available - self.need.blocks_of_one(self.plan.max_model_len)
-        each = self.plan.state_bytes_per_seq
-        return max(0, room // each) if each else int(room >= 0)
+        length = self.plan.max_model_len
+        room = self.available - self.need.blocks_of_one(length)
+        if not self.plan.state_bytes_per_seq:
+            return int(room >= 0)
+        numbers = range(1, MAX_NUM_SEQS_LIMIT + 1)
+        return bisect.bisect_right(numbers, room, key=lambda n: self.need.fixed(length, n))
 
     @property
     def fewer_seqs(self) -> str:
@@ -451,6 +400,8 @@ def _check_settings(fraction: float, max_model_len: int | Auto | None, max_num_s
 def _refuse_what_does_not_fit(plan: MemoryPlan, shortage: _Shortage) -> None:
     knob, figures = plan.inputs.knob, plan_text.breakdown(plan)
     fewer = f"decrease {shortage.fewer_seqs}, " if shortage.fewer_seqs else ""
+    if 0 < plan.max_model_len_that_fits < plan.max_model_len:
+        fewer = f"decrease max_model_len to {plan.max_model_len_that_fits} or less, {fewer}"
     mitigations = f"Mitigations: increase {knob}, {fewer}use a smaller or more quantized model."
     if plan.kv_budget < 0 or (plan.kv_budget == 0 and plan.per_block_bytes):
         raise shortage.error(f"Paged attention: not enough Metal memory for KV cache. {figures}. {mitigations}")

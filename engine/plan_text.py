@@ -5,7 +5,8 @@ from decimal import ROUND_HALF_DOWN, Decimal
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from engine.memory import KVGroupSpec, MemoryPlan
+    from engine.kv_group import KVGroupSpec
+    from engine.memory import MemoryPlan
 
 PartKind = Literal["weights", "overhead", "windows", "states", "kv", "outside"]
 BAR_WIDTH = 64
@@ -51,26 +52,29 @@ GROUP_HEADER = GroupRow("group", "layers", "per token", "per sequence", "window"
 
 def parts(plan: "MemoryPlan") -> list[Part]:
     """The whole device, piece by piece: the sizes add up to its limit."""
-    fixed = {
-        "windows": [group for group in plan.groups if group.kind == "sliding"],
-        "states": [group for group in plan.groups if group.kind == "state"],
-    }
     found = [
         Part("weights", plan.model_memory, "the model"),
         Part("overhead", plan.overhead, "activations and buffers of a step"),
     ]
-    for kind, groups in (("windows", fixed["windows"]), ("states", fixed["states"])):
-        each = sum(group.bytes_per_sequence(plan.max_model_len) for group in groups)
-        if each:
-            kept = plan.num_checkpoints if kind == "states" else 0
-            number = (
-                f"({plan.max_num_seqs} sequences + {kept} checkpoints)" if kept else f"{plan.max_num_seqs} sequences"
-            )
-            remark = f"{number} × {size(each)}"
-            found.append(Part("windows" if kind == "windows" else "states", (plan.max_num_seqs + kept) * each, remark))
+    kinds: tuple[tuple[PartKind, str], ...] = (("windows", "sliding"), ("states", "state"))
+    for part, kind in kinds:
+        groups = [group for group in plan.groups if group.kind == kind]
+        if any(group.bytes_per_block for group in groups):
+            found.append(Part(part, sum(map(plan.bytes_of, groups)), _per_sequence(plan, groups)))
     found.append(Part("kv", plan.kv_budget, _blocks(plan)))
     outside = f"{1 - plan.fraction:.0%} of the device, for everything else"
     return [*found, Part("outside", plan.device_limit - plan.usable, outside)]
+
+
+def _per_sequence(plan: "MemoryPlan", groups: "Sequence[KVGroupSpec]") -> str:
+    """How the bytes of windows or states come about."""
+    each = sum(group.bytes_per_sequence(plan.max_model_len) for group in groups)
+    if groups[0].kind == "state":
+        kept = plan.num_checkpoints
+        number = f"({plan.max_num_seqs} sequences + {kept} checkpoints)" if kept else f"{plan.max_num_seqs} sequences"
+        return f"{number} × {size(each)}"
+    ahead = sum(map(plan.bytes_of, groups)) - plan.max_num_seqs * each
+    return f"{plan.max_num_seqs} sequences × {size(each)}" + (f" + {size(ahead)} for a step's tokens" if ahead else "")
 
 
 def log_line(plan: "MemoryPlan") -> str:

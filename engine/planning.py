@@ -9,8 +9,10 @@ from typing import Any, Self
 from engine.config import EngineArgs, ModelConfig
 from engine.errors import ConfigError
 from engine.hub import resolve
-from engine.memory import KVGroupSpec, MemoryPlan, plan_memory
+from engine.kv_group import KVGroupSpec
+from engine.memory import MemoryPlan, plan_memory
 from engine.model_files import read_model_config
+from engine.overhead import Overhead
 from engine.runner.devices import Device, describe_device, prepare_backend
 from engine.side_by_side import PlanTable, tabulate
 
@@ -111,11 +113,8 @@ class _Planner:
         self._shapes[key] = shapes
         context = shapes.config.context_length
         batched_tokens = args.batched_tokens(device.chunk_size)
-        length = args.max_model_len if isinstance(args.max_model_len, int) else context
-        overhead = sizes.overhead
-        if overhead is None:
-            scored = length if device.kind == "cpu" else 0
-            overhead = estimated_overhead(shapes.config, min(batched_tokens, length), scored)
+        fused = device.kind != "cpu"
+        overhead = estimated_overhead(shapes.config, fused) if sizes.overhead is None else sizes.overhead
         return plan_memory(
             groups=shapes.groups(args, min(batched_tokens, context)),
             device_limit=device.memory_limit,
@@ -160,7 +159,7 @@ class _Shapes:
         except kv_spec.UnsupportedCacheError:
             leaves = None
         if leaves is None:
-            return [kv_spec.contiguous_group(self.model, args.block_size)]
+            return kv_spec.contiguous_groups(self.model, args.block_size, chunk)
         return [
             kv_spec.group_spec(group, args.block_size, chunk, args.kv_cache_dtype)
             for group in kv_spec.group_leaves(leaves)
@@ -180,14 +179,14 @@ class _Shapes:
         return kv_spec.flatten(kv_spec.probe_caches(self.model))
 
 
-def estimated_overhead(config: ModelConfig, rows: int, scored: int = 0) -> int:
-    """A guess at a step's activations, before it can be measured: ``rows`` of everything a layer makes.
+def estimated_overhead(config: ModelConfig, fused: bool) -> Overhead:
+    """A guess at a step's activations, before they can be measured: rows of everything that a layer makes.
 
-    ``scored``: tokens whose attention scores are held at once, where attention is not fused (CPUs).
+    Where attention is not ``fused`` (CPUs), the scores of every row over its whole context are held at once.
     """
     text = {**config.hf_config, **(config.hf_config.get("text_config") or {})}
     hidden = int(text.get("hidden_size") or 4096)
     widest = int(text.get("intermediate_size") or 4 * hidden)
     heads = int(text.get("num_attention_heads") or 32)
     logits = int(text.get("vocab_size") or config.vocab_size) * 64
-    return 4 * (rows * (8 * hidden + 3 * widest + scored * heads) + logits)
+    return Overhead(4 * logits, per_row=4 * (8 * hidden + 3 * widest), per_pair=0 if fused else 4 * heads)

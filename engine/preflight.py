@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from engine.runner.warm_up import Overhead
+from engine.overhead import Overhead
 
 SMALLEST_CHUNK = 16
 """Tokens; a prompt is not cut into smaller chunks to save memory."""

@@ -2,8 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 from engine.config import Auto
 from engine.core.resize import must_end
@@ -11,7 +9,6 @@ from engine.errors import GenerationError, HeldMemory, MemoryInUseError
 from engine.llm_engine import LLMEngine
 from engine.memory import MemoryPlan, what_if
 from engine.request import Request
-from engine.runner.warm_up import Overhead
 
 logger = logging.getLogger("engine")
 
@@ -29,22 +26,12 @@ def replan(
     Pools grow up to the new numbers of blocks as they fill. Smaller ones give memory back: cached blocks
     are forgotten, blocks in use move. Raises ConfigError, MemoryPlanError or MemoryInUseError, changing nothing.
     """
-    new = live_what_if(
-        plan, engine.preflight.overhead, fraction=fraction, max_model_len=max_model_len, max_num_seqs=max_num_seqs
-    )
+    new = what_if(plan, fraction=fraction, max_model_len=max_model_len, max_num_seqs=max_num_seqs)
     _drain(engine)
     _refuse_if_in_use(engine, new)
     _resize(engine, new)
     logger.info("Paged attention memory breakdown: %s", new.log_line())
     return new
-
-
-def live_what_if(plan: MemoryPlan, overhead: Overhead, **settings: Any) -> MemoryPlan:
-    """:func:`engine.memory.what_if` where ``overhead`` was measured: it follows the length."""
-    asked = settings.get("max_model_len") or plan.inputs.max_model_len
-    length = min(asked, plan.inputs.context_length) if isinstance(asked, int) else plan.inputs.context_length
-    rows = min(plan.inputs.max_num_batched_tokens or length, length)
-    return what_if(replace(plan, overhead=overhead.bytes(rows, length)), **settings)
 
 
 def _drain(engine: LLMEngine) -> None:
@@ -60,8 +47,7 @@ def _refuse_if_in_use(engine: LLMEngine, plan: MemoryPlan) -> None:
     if long:
         raise _in_use(engine, long, f"max_model_len={plan.max_model_len} is less than requests under way need")
     for request in scheduler.running:
-        for group in scheduler.kv.groups:
-            group.leave_behind(request)
+        scheduler.kv.leave_behind(request)
     sizes = [plan.num_blocks_of(spec) for spec in plan.groups]
     ending = must_end(scheduler.running, scheduler.kv.groups, sizes, plan.max_num_seqs)
     if ending and len(scheduler.running) > plan.max_num_seqs:

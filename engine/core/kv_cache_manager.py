@@ -40,10 +40,13 @@ class KVCacheManager:
                 return found
             limit = found  # a group that could do with less may now find less
 
-    def allocate(self, request: Request, num_tokens: int, num_cached: int = 0) -> bool:
-        """Cover the first ``num_tokens`` tokens in all groups, or change nothing and say False."""
+    def leave_behind(self, request: Request) -> None:
+        """Let go of what the next token of ``request`` needs no more."""
         for group in self.groups:
             group.leave_behind(request)
+
+    def allocate(self, request: Request, num_tokens: int, num_cached: int = 0) -> bool:
+        """Cover the first ``num_tokens`` tokens in all groups, or change nothing and say False."""
         for group in self.groups:
             if not group.pool.can_allocate(group.num_blocks_needed(request, num_tokens, num_cached)):
                 return False

@@ -68,6 +68,8 @@ class Scheduler:
         self.starved = []
         if self.memory is not None:
             self.memory.begin()
+        for request in self.running:  # all of them first: what one leaves behind is another's room
+            self.kv.leave_behind(request)
         for request in sorted(self.running, key=lambda r: self._num_missing(r) > 1):
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for one before it

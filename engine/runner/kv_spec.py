@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
-from engine.memory import KVGroupSpec, KVVectors
+from engine.kv_group import KVGroupSpec, KVVectors
 
 LeafKind = Literal["full", "sliding", "state"]
 
@@ -120,17 +120,17 @@ def group_leaves(leaves: Sequence[CacheLeaf]) -> list[list[CacheLeaf]]:
 
 
 def group_spec(leaves: Sequence[CacheLeaf], block_size: int, chunk: int, kv_cache_dtype: str) -> KVGroupSpec:
-    """One group for the memory plan; ``chunk`` tokens run ahead of a sliding window."""
+    """One group for the memory plan; a step's ``chunk`` tokens run ahead of sliding windows."""
     first, layers = leaves[0], tuple(leaf.layer for leaf in leaves)
     if first.kind == "state":
         return KVGroupSpec("state", layers, state_bytes=sum(leaf.state_bytes for leaf in leaves), block_size=block_size)
     vectors = [vector for leaf in leaves if leaf.shape is not None for vector in leaf.shape.vectors]
-    window = None if first.window is None else first.window + chunk
     return KVGroupSpec(
         "latent" if all(leaf.is_latent for leaf in leaves) else first.kind,
         layers,
         sum(vector.num_bytes(kv_cache_dtype) for vector in vectors),
-        window=window,
+        window=first.window,
+        ahead=0 if first.window is None else chunk,
         block_size=block_size,
         vectors=tuple(vectors),
     )
@@ -143,23 +143,33 @@ def shared_layers(model: nn.Module) -> tuple[int, ...]:
     return tuple(range(len(model.layers)))[-shared:] if shared else ()
 
 
-def contiguous_group(model: nn.Module, block_size: int) -> KVGroupSpec:
-    """The one group of a model on mlx-lm's contiguous caches: blocks are bookkeeping there."""
-    layers = tuple(range(len(model.layers)))
-    return KVGroupSpec("full", layers, contiguous_bytes_per_token(model), block_size=block_size)
+def contiguous_groups(model: nn.Module, block_size: int, chunk: int) -> list[KVGroupSpec]:
+    """What a model on mlx-lm's contiguous caches needs; blocks and slots are bookkeeping there.
+
+    Where a kind of cache is unknown: what grows and what does not, measured on the caches.
+    """
+    try:
+        groups = group_leaves(flatten(probe_caches(model)))
+    except UnsupportedCacheError:
+        return _measured_groups(model, block_size)
+    return [replace(group_spec(leaves, block_size, chunk, "auto"), vectors=()) for leaves in groups]
 
 
-def contiguous_bytes_per_token(model: nn.Module) -> int:
-    """Bytes that one token adds to mlx-lm's own caches, measured lazily over a growing prompt.
+def _measured_groups(model: nn.Module, block_size: int) -> list[KVGroupSpec]:
+    """Sizes of mlx-lm's own caches over a growing prompt, computed lazily.
 
-    Sliding and recurrent layers add nothing once they are full, so for them this is a bound.
+    A window longer than that prompt is billed as if it had no end.
     """
     sizes = []
     for length in (256, 512):
         caches = make_prompt_cache(model)
         model(mx.zeros((1, length), dtype=mx.int32), cache=caches)
         sizes.append(sum(int(cache.nbytes) for cache in caches))
-    return max(1, (sizes[1] - sizes[0]) // 256)
+    per_token, layers = max(1, (sizes[1] - sizes[0]) // 256), tuple(range(len(model.layers)))
+    groups = [KVGroupSpec("full", layers, per_token, block_size=block_size)]
+    if sizes[0] > 256 * per_token:
+        groups.append(KVGroupSpec("state", layers, state_bytes=sizes[0] - 256 * per_token, block_size=block_size))
+    return groups
 
 
 def num_logits(model: nn.Module) -> int:

@@ -17,7 +17,7 @@ from engine.config import EngineArgs, ModelConfig
 from engine.errors import ModelLoadError
 from engine.gguf_file import GGUFFile, open_gguf
 from engine.hub import ResolvedModel
-from engine.memory import KVGroupSpec, plan_memory
+from engine.memory import plan_memory
 from engine.model_files import read_model_config
 from engine.package_model import PACKAGE_MODELS
 from engine.runner.devices import Device, describe_device, prepare_backend
@@ -113,13 +113,12 @@ def _check_room(num_bytes: int, config: ModelConfig, args: EngineArgs, device: D
     """Refuse weights of ``num_bytes`` that leave nothing for a KV cache, before reading them ends the process."""
     if num_bytes < int(device.memory_limit * args.memory_fraction):
         return
-    from engine.runner.kv_spec import contiguous_bytes_per_token
+    from engine.runner.kv_spec import contiguous_groups
     from engine.runner.skeleton import build_skeleton
 
     skeleton = build_skeleton(config, DTYPES.get(args.dtype))
-    layers = tuple(range(len(skeleton.layers)))
     plan_memory(
-        groups=[KVGroupSpec("full", layers, contiguous_bytes_per_token(skeleton), block_size=args.block_size)],
+        groups=contiguous_groups(skeleton, args.block_size, 0),
         device_limit=device.memory_limit,
         fraction=args.memory_fraction,
         model_memory=num_bytes,

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,6 +9,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from engine.overhead import Overhead
 from engine.request import Request
 from engine.runner.backends import Backend, ContiguousBackend
 from engine.runner.devices import DeviceKind, active_memory, clear_cache, peak_memory, reset_peak_memory
@@ -154,24 +154,6 @@ def _request(tokens: list[int]) -> Request:
 def _share(request: Request, tables: tuple[list[int], ...], single: bool) -> ScheduledRequest:
     start, count = (request.num_prompt_tokens, 1) if single else (0, request.num_prompt_tokens)
     return ScheduledRequest(request, start, count, tables, samples=single, pending=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Overhead:
-    """Bytes of a step beyond weights and pages.
-
-    ``base + per_row x rows + per_pair x rows x context + per_position x context``
-    """
-
-    base: float
-    per_row: float
-    per_pair: float
-    per_position: float = 0.0
-
-    def bytes(self, rows: int, context: int) -> int:
-        """What a step of ``rows`` tokens attending over ``context`` tokens needs."""
-        by_context = (self.per_pair * rows + self.per_position) * context
-        return round(max(0.0, self.base + self.per_row * rows + by_context))
 
 
 def measure_overhead(backend: Backend, vocab_size: int) -> Overhead:

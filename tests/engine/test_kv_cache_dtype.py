@@ -6,8 +6,9 @@ import engine
 from engine.config import EngineArgs
 from engine.errors import ConfigError, UnsupportedOptionError
 from engine.kv_dtype import kv_cache_dtype, unquantized_note
+from engine.kv_group import KVGroupSpec
 from engine.llm import LLM
-from engine.memory import KVGroupSpec, plan_memory
+from engine.memory import plan_memory
 from engine.sampling_params import SamplingParams
 from vm_magic.arguments import command_parser
 from vm_magic.export import Served, serve_command

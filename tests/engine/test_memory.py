@@ -5,7 +5,8 @@ import pytest
 
 from engine import plan_text
 from engine.errors import ConfigError, MemoryPlanError
-from engine.memory import MIN_POOL_BLOCKS, KVGroupSpec, KVVectors, MemoryPlan, next_pool_size, plan_memory, what_if
+from engine.kv_group import KVGroupSpec, KVVectors
+from engine.memory import MIN_POOL_BLOCKS, MemoryPlan, next_pool_size, plan_memory, what_if
 
 LIMIT = 51.54e9
 DENSE = KVGroupSpec("full", tuple(range(30)), bytes_per_token=225_280)
@@ -357,10 +358,10 @@ def test_every_refusal_says_how_many_bytes_are_missing():
             seed_plan(**change)
         short = refused.value.short_by
         assert short > 0
-        overhead = 1.13e9 - short
-        assert seed_plan(**change, overhead=overhead).num_blocks >= 16
+        less = change.pop("model_memory", 14.96e9) - short
+        assert seed_plan(**change, model_memory=less).num_blocks >= 16
         with pytest.raises(MemoryPlanError):
-            seed_plan(**change, overhead=overhead + refused.value.per_block_bytes)
+            seed_plan(**change, model_memory=less + refused.value.per_block_bytes)
 
 
 def test_a_step_never_has_fewer_tokens_than_sequences():

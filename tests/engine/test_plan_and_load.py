@@ -9,7 +9,9 @@ import pytest
 
 import engine
 from engine.config import EngineArgs
+from engine.errors import MemoryPlanError
 from engine.hub import resolve
+from engine.memory import what_if
 from engine.runner.devices import Device
 from tests.tiny_models import tiny_config
 
@@ -129,20 +131,22 @@ def test_a_hub_id_is_planned_offline_from_its_config_alone_and_from_its_index(
     assert engine.plan("org/tiny", **given).model_memory == 3_000_000
 
 
-def test_a_window_holds_the_chunk_of_the_device_that_is_planned_for(tmp_path: Path) -> None:
+def test_a_step_runs_ahead_of_windows_by_the_chunk_of_the_device_that_is_planned_for(tmp_path: Path) -> None:
     config = tiny_config("gemma3_text", max_position_embeddings=32768)
     (tmp_path / "config.json").write_text(json.dumps(config))
 
-    def window(**options: Any) -> int | None:
+    def ahead(**options: Any) -> int:
         plan = engine.plan(str(tmp_path), **options)
-        return next(group.window for group in plan.groups if group.kind == "sliding")
+        group = next(group for group in plan.groups if group.kind == "sliding")
+        assert group.window == 32
+        return group.ahead
 
     from engine.runner.devices import describe_device
 
-    assert window(device_memory="16GB") == 32 + 2048
-    assert window() == 32 + describe_device().chunk_size
-    assert window(max_num_batched_tokens=64) == 32 + 64
-    assert window(max_model_len=128) == 32 + describe_device().chunk_size  # a longer request may come, live
+    assert ahead(device_memory="16GB") == 2048
+    assert ahead() == describe_device().chunk_size
+    assert ahead(max_num_batched_tokens=64) == 64
+    assert ahead(max_model_len=128) == describe_device().chunk_size  # a longer request may come, live
 
 
 SPECIAL = {
@@ -176,3 +180,61 @@ def test_a_loaded_models_plan_is_the_one_made_before_but_for_the_measured_overhe
         found = llm.plan
     given = {"max_model_len": 512, "gpu_memory_utilization": 0.2, "overhead": found.overhead, **options}
     assert engine.plan(path, **given) == found
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_5", "gemma3_text"])
+def test_contiguous_caches_are_billed_for_what_they_keep(tiny_model_dir: Any, architecture: str) -> None:
+    """States and windows cost the same there as in pages; only their bytes are mlx-lm's own arrays."""
+    options = {"max_model_len": 512, "gpu_memory_utilization": 0.2}
+    path = str(tiny_model_dir(architecture))
+    paged = engine.plan(path, **options)
+    contiguous = engine.plan(path, **options, use_paged_attention=False)
+    assert contiguous.state_bytes_per_seq == paged.state_bytes_per_seq > 0
+    assert contiguous.per_block_bytes == paged.per_block_bytes
+    with engine.LLM(path, **options, use_paged_attention=False, max_num_seqs=4) as llm:
+        assert llm.plan.state_bytes_per_seq == paged.state_bytes_per_seq
+        prompts = [list(range(11, 11 + length)) for length in (90, 3, 60, 40, 70, 5)]
+        params = engine.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [len(output.outputs[0].token_ids) for output in outputs] == [8] * 6
+        assert llm.stats().num_used_blocks == 0
+        assert llm.replan(max_num_seqs=2).max_num_seqs == 2
+        assert llm.generate(prompts, params, use_tqdm=False)[0].outputs[0].token_ids == outputs[0].outputs[0].token_ids
+
+
+def test_a_cache_of_an_unknown_kind_is_billed_by_its_size(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Any) -> None:
+    from engine.runner import kv_spec
+
+    path, options = str(tiny_model_dir("qwen3_5")), {"max_model_len": 512, "gpu_memory_utilization": 0.2}
+    known = engine.plan(path, **options)
+
+    def refuse(_: Any) -> Any:
+        raise kv_spec.UnsupportedCacheError("new")
+
+    monkeypatch.setattr(kv_spec, "probe_caches", refuse)
+    measured = engine.plan(path, **options)
+    assert [group.kind for group in measured.groups] == ["full", "state"]
+    assert measured.per_block_bytes == known.per_block_bytes
+    assert measured.state_bytes_per_seq == known.state_bytes_per_seq
+
+
+@pytest.mark.parametrize("limit", [8e9, 2e9])
+def test_the_overhead_of_a_step_follows_the_length_that_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
+) -> None:
+    """A CPU's attention holds the scores of a step over the whole context: at 131072 tokens nothing would be left."""
+    from engine import planning
+    from engine.runner.devices import Device
+
+    monkeypatch.setattr(planning, "describe_device", lambda: Device("cpu", "a small machine", int(limit)))
+    config = tiny_config("llama", num_attention_heads=32, num_key_value_heads=2, max_position_embeddings=131072)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    longest = engine.plan(str(tmp_path), max_model_len="auto")
+    assert 16_384 < longest.max_model_len < 131_072
+    with pytest.raises(MemoryPlanError, match=r"decrease max_model_len to \d+ or less") as refused:
+        engine.plan(str(tmp_path))
+    assert refused.value.max_model_len_that_fits == longest.max_model_len
+    assert engine.plan(str(tmp_path), max_model_len=longest.max_model_len).overhead == longest.overhead
+    shorter = what_if(longest, max_model_len=2048)
+    assert shorter.overhead < longest.overhead / 4
+    assert what_if(shorter, max_model_len="auto").max_model_len == longest.max_model_len

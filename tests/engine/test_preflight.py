@@ -8,10 +8,10 @@ import pytest
 
 from engine.errors import OutOfMemoryError
 from engine.llm import LLM
+from engine.overhead import Overhead
 from engine.preflight import Preflight
 from engine.runner.devices import Device
 from engine.runner.free_memory import FreeMemory
-from engine.runner.warm_up import Overhead
 from engine.sampling_params import SamplingParams
 from tests.engine.parity.oracle import assert_nothing_is_held, oracle_tokens
 

@@ -9,7 +9,8 @@ import pytest
 from IPython.core.error import UsageError
 
 from engine.errors import ConfigError, UnsupportedOptionError
-from engine.memory import KVGroupSpec, KVVectors, MemoryPlan, plan_memory
+from engine.kv_group import KVGroupSpec, KVVectors
+from engine.memory import MemoryPlan, plan_memory
 from engine.side_by_side import PlanTable
 from tests.tiny_models import tiny_config
 from tests.vm_magic import fakes

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from engine.memory import KVGroupSpec, KVVectors, MemoryPlan, plan_memory, what_if
+from engine.kv_group import KVGroupSpec, KVVectors
+from engine.memory import MemoryPlan, plan_memory, what_if
 from engine.plan_text import parts
 from engine.side_by_side import tabulate
 from vm_magic.plan_view import plan_html, plan_picture_html, plan_table_html
