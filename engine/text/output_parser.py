@@ -76,10 +76,10 @@ def make_output_parser(
     """The parser for one completion of a request.
 
     ``prompt_suffix`` is the rendered prompt or its end: it tells whether output begins inside a
-    thought; empty where it is not known. Without tools, or with ``tool_choice="none"``, calls are
-    not looked for. A ``required`` or named ``tool_choice`` also takes vLLM's forms (a JSON list of
-    name and parameters; the bare arguments). ``special_tokens`` are the texts of the tokenizer's
-    special tokens. Raises ConfigError for parser names that are not known.
+    thought. Where it is not known (empty), output is held back up to the first mark, which tells.
+    Without tools, or with ``tool_choice="none"``, calls are not looked for. A ``required`` or named
+    ``tool_choice`` also takes vLLM's forms (a JSON list of name and parameters; the bare arguments).
+    ``special_tokens`` are the texts of the tokenizer's special tokens. Raises ConfigError for parser names that are not known.
     """
     reasoning = parser_named(REASONING_PARSERS, reasoning_parser, "reasoning_parser")
     tool = parser_named(TOOL_PARSERS, tool_call_parser, "tool_call_parser")
@@ -100,7 +100,7 @@ def make_output_parser(
     needs = bool(known.intersection(marks)) or any(token in mark for mark in marks for token in known)
     dropped = tuple(known.difference(marks)) if needs else ()
     reader = _MarkedReader(scanner, sink, reasoning, calls, schemas, dropped)
-    inside = reasoning is not None and reasoning.begins_inside(prompt_suffix)
+    inside = reasoning.begins_inside(prompt_suffix) if reasoning is not None else False
     if reasoning is not None and reasoning.begins_behind(prompt_suffix):
         sink.boundary()
     return OutputParser(scanner, sink, reader.read(inside), needs_special_tokens=needs)
@@ -150,10 +150,10 @@ class _MarkedReader:
     schemas: ToolSchemas
     dropped: tuple[str, ...]
 
-    def read(self, inside: bool) -> Steps[None]:
-        """The whole output; ``inside`` says that it begins in a thought."""
+    def read(self, inside: bool | None) -> Steps[None]:
+        """The whole output; ``inside`` says whether it begins in a thought, None that its first mark does."""
         markers = Markers([*_marks(self.reasoning, self.calls), *self.dropped])
-        if inside and self.reasoning:
+        if self.reasoning and (inside or (inside is None and (yield from self._ends_first(self.reasoning)))):
             yield from self.scanner.skip_space()
             yield from self.scanner.accept(self.reasoning.start)  # some models open the thought once more
             yield from self._thought(self.reasoning)
@@ -175,6 +175,15 @@ class _MarkedReader:
     def _forced(self) -> bool:
         return isinstance(self.calls, ForcedCalls)
 
+    def _ends_first(self, reasoning: ReasoningParser) -> Steps[bool]:
+        """Whether a thought ends before one begins: then the prompt, which is not known, began it."""
+        starts = self.calls.starts if self.calls else ()
+        place = self.scanner.mark()
+        found = yield from self.scanner.until(Markers([reasoning.start, reasoning.end, *starts]), lambda _: None)
+        self.scanner.rewind(place)
+        self.scanner.release(place)
+        return found == reasoning.end
+
     def _marked(self, mark: str) -> Steps[None]:
         reasoning, calls = self.reasoning, self.calls
         if mark in self.dropped or (reasoning and mark in reasoning.wrappers):
@@ -185,12 +194,16 @@ class _MarkedReader:
             if not (yield from self._calls(calls, mark)):
                 self.sink.content(mark)
         elif not self._is_stray(mark):
+            self.sink.knows_thoughts |= bool(reasoning and mark == reasoning.start)
             self.sink.content(mark)
 
     def _is_stray(self, mark: str) -> bool:
         if self.calls and mark in self.calls.strays and self.sink.num_seen:
             return True
-        return bool(self.reasoning and mark == self.reasoning.end and (self.reasoning.anywhere or self.sink.fresh))
+        if not self.reasoning or mark != self.reasoning.end:
+            return False
+        unopened = not (self.sink.knows_thoughts or self.reasoning.prose)
+        return self.reasoning.anywhere or self.sink.fresh or unopened
 
     def _thought(self, reasoning: ReasoningParser) -> Steps[None]:
         """Up to the thought's end, which a tool call that begins inside it is too."""

@@ -54,6 +54,8 @@ class OutputSink:
         self.num_seen = 0
         self.fresh = True
         """Whether the answer has only white space since the beginning, the last thought or the last call."""
+        self.knows_thoughts = False
+        """Whether a thought began, or the mark that begins one was quoted: then its end may be a quotation too."""
         self._max_calls = max_calls
         self._make_call_id = make_call_id
         self._delta = ParsedDelta()
@@ -98,7 +100,7 @@ class OutputSink:
     def begin_thought(self) -> None:
         """A thought begins; a second one goes on a line of its own."""
         self._reasoning_space = "\n" if self._reasoning_begun else ""
-        self._thought_opens = True
+        self._thought_opens = self.knows_thoughts = True
         self.boundary()
 
     def boundary(self) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class ReasoningParser:
     """A thought stands between ``start`` and ``end``.
 
-    ``anywhere``: a thought may also begin in the middle of an answer. ``implicit``: without a known
-    prompt, output begins inside the thought. ``wrappers`` are marks around answers, left out of them.
+    ``anywhere``: a thought may also begin in the middle of an answer. ``implicit``: output begins inside
+    the thought unless the prompt says otherwise. ``wrappers`` are marks around answers, left out of them.
+    ``prose``: the marks are words, so an end without a start may be part of an answer.
     """
 
     start: str
@@ -18,28 +19,40 @@ class ReasoningParser:
     anywhere: bool = False
     implicit: bool = False
     wrappers: tuple[str, ...] = ()
+    prose: bool = False
 
     @property
     def marks(self) -> tuple[str, ...]:
         """All marks, as the output holds them."""
         return (self.start, self.end, *self.wrappers)
 
-    def begins_inside(self, prompt_suffix: str) -> bool:
-        """Whether the prompt's end lies inside a thought. Without a prompt, the model's custom."""
+    def begins_inside(self, prompt_suffix: str) -> bool | None:
+        """Whether output begins inside a thought behind this prompt; None where only the output can tell.
+
+        A prompt that marks no thought leaves it to the model's custom, unless it ends in a tool's result.
+        """
         if not prompt_suffix:
-            return self.implicit
-        turn = self._open_turn(prompt_suffix)
-        return turn.rfind(_START) > turn.rfind(_END)
+            return self.implicit or (False if self.prose else None)
+        mark, turn = self._open_turn(prompt_suffix)
+        start, end = turn.rfind(_START), turn.rfind(_END)
+        if start == end:
+            return self.implicit and mark is not None and "tool" not in mark and len(turn.split()) <= _ROLE
+        return start > end
 
     def begins_behind(self, prompt_suffix: str) -> bool:
         """Whether the prompt ends with a thought that is over (thinking switched off)."""
-        return self._open_turn(prompt_suffix).rstrip().endswith(_END)
+        return self._open_turn(prompt_suffix)[1].rstrip().endswith(_END)
 
-    def _open_turn(self, prompt_suffix: str) -> str:
-        return _TURN_MARK.split(prompt_suffix.replace(self.start, _START).replace(self.end, _END))[-1]
+    def _open_turn(self, prompt_suffix: str) -> tuple[str | None, str]:
+        """The last mark of a turn and what stands behind it."""
+        text = prompt_suffix.replace(self.start, _START).replace(self.end, _END)
+        marks = list(_TURN_MARK.finditer(text))
+        return (marks[-1].group(), text[marks[-1].end() :]) if marks else (None, text)
 
 
 _START, _END = "\x00start\x00", "\x00end\x00"
+_ROLE = 1
+"""Words that a turn begins with: the speaker's role. More of them are an answer that is continued."""
 _TURN_MARK = re.compile(
     r"<\|[^|<>\s]{1,40}\|?>|<[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>"
     r"|</?tool_response>|</?seed:(?:bos|eos)>|\]~[!b]?\]|\[e~\["
@@ -59,7 +72,7 @@ REASONING_PARSERS: dict[str, ReasoningParser] = {
     "openai_gptoss": HARMONY,
     "mistral": ReasoningParser("[THINK]", "[/THINK]"),
     "seed_oss": ReasoningParser("<seed:think>", "</seed:think>"),
-    "granite": ReasoningParser("Here is my thought process:", "Here is my response:"),
+    "granite": ReasoningParser("Here is my thought process:", "Here is my response:", prose=True),
     "hunyuan_a13b": ReasoningParser("<think>", "</think>", wrappers=("<answer>", "</answer>")),
     "ernie45": ReasoningParser("<think>", "</think>", wrappers=("<response>", "</response>")),
     "longcat": ReasoningParser("<longcat_think>", "</longcat_think>"),

@@ -88,8 +88,54 @@ def test_a_thought_cut_off_by_max_tokens_is_all_thought() -> None:
 def test_deepseek_r1_begins_inside_the_thought_where_the_prompt_is_not_known() -> None:
     reply = parse_output("Hm.\n</think>\n\nYes.", reasoning_parser="deepseek_r1")
     assert (reply.reasoning, reply.text) == ("Hm.", "Yes.")
-    told = parse_output("Yes.", reasoning_parser="deepseek_r1", prompt_suffix="<｜Assistant｜>")
-    assert (told.reasoning, told.text) == (None, "Yes.")
+
+
+def test_deepseek_r1_begins_inside_the_thought_unless_the_prompt_says_otherwise() -> None:
+    """Its first template leaves the opening mark to the model, which often leaves it out."""
+    for prompt, text in (
+        ("<｜User｜>Hi<｜Assistant｜>", "Hm.\n</think>\n\nYes."),
+        ("<｜User｜>Hi<｜Assistant｜>", "<think>\nHm.\n</think>\n\nYes."),
+        ("<｜User｜>Hi<｜Assistant｜><think>\n", "Hm.\n</think>\n\nYes."),
+    ):
+        reply = parse_output(text, reasoning_parser="deepseek_r1", prompt_suffix=prompt)
+        assert (reply.reasoning, reply.text) == ("Hm.", "Yes.")
+    for prompt in (
+        "<｜User｜>Hi<｜Assistant｜></think>",
+        "<｜tool▁output▁begin｜>4<｜tool▁output▁end｜>",
+        "<｜User｜>Hi<｜Assistant｜>It is so:",
+        "no turns at all",
+    ):
+        reply = parse_output("Yes.", reasoning_parser="deepseek_r1", prompt_suffix=prompt)
+        assert (reply.reasoning, reply.text) == (None, "Yes.")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "glm45", "kimi_k2", "deepseek_r1", "step3", "hunyuan_a13b"])
+def test_an_end_without_a_beginning_makes_what_stands_before_it_thought_where_the_prompt_is_not_known(
+    name: str,
+) -> None:
+    text = "Hm, 2 < 3.\n</think>\n\nYes."
+    for chunks in ([text], list(text)):
+        reply = parse_output(text, reasoning_parser=name, chunks=chunks)
+        assert (reply.reasoning, reply.text) == ("Hm, 2 < 3.", "Yes.")
+
+
+def test_a_call_behind_a_thought_without_a_beginning_is_found() -> None:
+    text = f"Hm.</think>\n{CALL}"
+    for chunks in ([text], list(text)):
+        reply = parse_output(text, reasoning_parser="qwen3", tool_call_parser="hermes", tools=TOOLS, chunks=chunks)
+        assert (reply.reasoning, reply.text, len(reply.tool_calls)) == ("Hm.", "", 1)
+
+
+def test_an_answer_without_marks_stays_an_answer_where_the_prompt_is_not_known() -> None:
+    for text in ("Yes.", "Yes <think>", "Here is my response: yes"):
+        assert parse_output(text, reasoning_parser="qwen3", chunks=list(text)).text == text
+    words = "So. Here is my response: yes"
+    assert parse_output(words, reasoning_parser="granite").text == words
+
+
+def test_an_end_mark_that_nothing_opened_is_no_text() -> None:
+    for prompt in ("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"):
+        assert texts(feed(parser(prompt_suffix=prompt), "Yes.</think> Really.")) == ("", "Yes. Really.")
 
 
 @pytest.mark.parametrize("opened", ["<|channel>thought\n", "<tool_response|><|channel>thought\n"])
