@@ -174,6 +174,18 @@ class BlockPool:
             block.block_hash, block.token_ids = block_hash, tuple(token_ids)
             self._cached[block_hash] = block
 
+    def keeps(self, block: Block) -> bool:
+        """Whether ``block`` can still be found by its content."""
+        return block.block_hash is not None and self._cached.get(block.block_hash) is block
+
+    def uncache(self, block: Block) -> None:
+        """Forget what ``block`` contains: nobody finds it any more, and if nobody holds it it is free."""
+        assert self.keeps(block), f"block {block.block_id} is not cached"
+        self._forget(block)
+        block.block_hash, block.token_ids = None, ()
+        if self._evictable.pop(block.block_id, None) is not None:
+            self._state[block.block_id] = _AVAILABLE
+
     def reset_cache(self) -> None:
         """Forget all cached contents; held blocks stay held."""
         for block in self._cached.values():

@@ -5,7 +5,7 @@ kept. Keeping one costs no copy: the slot that holds it is left alone from then 
 reads it once more and writes to another.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.core.block_pool import Block, BlockHash, BlockPool
 from engine.core.cache_groups import GENERATION_PROMPT_TOKENS, block_hashes
@@ -14,39 +14,65 @@ from engine.request import Request
 
 @dataclass(slots=True)
 class _State:
-    """A sequence's slot, and the checkpoint that the step under way starts from, if it does."""
+    """A sequence's slot; the checkpoint that the step under way starts from, if it does; the last one in its reply."""
 
     current: Block
     source: Block | None = None
+    in_reply: Block | None = None
+
+
+@dataclass(slots=True)
+class _Checkpoint:
+    """How a kept state was used. ``expendable``: it lies in a reply, or a later turn of its chat has overtaken it."""
+
+    last_used: int
+    """How many sequences had begun then."""
+    num_used: int = 0
+    expendable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Aim:
+    """Where a request should leave checkpoints: in its prompt, and at every so many tokens of its reply."""
+
+    start: int
+    shared: int
+    boundary: int
+    positions: set[int] = field(default_factory=set)
 
 
 class StateGroup:
     """One slot per sequence, whatever its length, and as many checkpoints as slots are left.
 
-    A checkpoint is taken at the last block boundary before a prompt's end, where the next turn of a chat
-    comes back to, and where pages of other layers match further than any checkpoint (a prefix that two
-    requests share). A chunk then ends there, which costs one more pass over the weights: only where at least
-    ``min_tokens`` (resp. ``min_shared_tokens``) are saved.
+    In a prompt a checkpoint is taken where the next turn of a chat comes back to (the last block boundary
+    before what opens the reply) and where pages of other layers match ``min_shared_tokens`` further than any
+    checkpoint (a prefix that two requests share: the third finds it). A chunk then ends there, which costs
+    one more small pass over the weights; so while sequences hold most slots, and checkpoints do not last,
+    the next turn's is taken only where it saves ``min_tokens``.
+
+    A reply leaves its state behind at every boundary that it passes, which costs no pass: a turn that repeats
+    it verbatim begins there. Only the last one is kept, and only in a slot that nothing better is in: an empty
+    one, an expendable checkpoint's, or one that nobody came back to while as many sequences began as there
+    are slots. Others find these gone first, too.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, *, min_tokens: int = 64, min_shared_tokens: int = 256) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, *, min_tokens: int = 64, min_shared_tokens: int = 64) -> None:
         self.pool = pool
         self.block_size = block_size
         self.min_tokens = min_tokens
         self.min_shared_tokens = min_shared_tokens
         self._states: dict[Request, _State] = {}
-        self._wanted: dict[Request, set[int]] = {}
+        self._aims: dict[Request, _Aim] = {}
+        self._checkpoints: dict[Block, _Checkpoint] = {}
+        self._num_begun = 0
 
     def num_cached_tokens(self, request: Request, limit: int) -> int:
-        """The last checkpoint within ``limit`` tokens, of those that leave a slot to go on in."""
+        """The last checkpoint within ``limit`` tokens."""
         if not self.pool.enable_caching:
             return 0
         hashes = block_hashes(request, self.block_size, limit // self.block_size)
         for count in range(limit // self.block_size, 0, -1):
-            if not self.pool.is_cached(hashes[count - 1]):
-                continue
-            found = self._checkpoint(request, count * self.block_size)
-            if found is not None and (found.ref_count or self.pool.can_allocate(2)):
+            if self.pool.is_cached(hashes[count - 1]) and self._checkpoint(request, count * self.block_size):
                 return count * self.block_size
         return 0
 
@@ -57,20 +83,21 @@ class StateGroup:
         """
         if not self.pool.enable_caching:
             return
-        end = (request.num_prompt_tokens - GENERATION_PROMPT_TOKENS) // boundary * boundary
-        wanted = set()
-        if end - num_cached >= self.min_tokens:
-            wanted.add(end)
-        if num_shared - num_cached >= self.min_shared_tokens and end - num_shared >= self.min_tokens:
-            wanted.add(num_shared)
-        self._wanted[request] = wanted
+        end = max(0, request.num_prompt_tokens - GENERATION_PROMPT_TOKENS) // boundary * boundary
+        shared = min(num_shared // boundary * boundary, end)
+        aim = self._aims[request] = _Aim(num_cached, shared, boundary)
+        if shared - num_cached >= self.min_shared_tokens:
+            aim.positions.add(shared)
+        lasting = 2 * len(self._states) <= self.pool.num_blocks
+        if end - max(num_cached, *aim.positions, 0) >= (boundary if lasting else self.min_tokens):
+            aim.positions.add(end)
 
     def num_blocks_needed(self, request: Request, num_tokens: int, num_cached: int) -> int:
         """A slot for a sequence that begins, or that leaves its own as a checkpoint; and the checkpoint it wakes."""
         if request in self._states:
             return int(self._leaves_checkpoint(request))
         source = self._checkpoint(request, num_cached) if num_cached else None
-        return 1 + int(source is not None and source.ref_count == 0)
+        return 1 + int(source is not None and source.ref_count == 0 and not self._takes_over(source))
 
     def leave_behind(self, request: Request) -> None:
         """Let go of the checkpoint that the last step started from."""
@@ -83,27 +110,24 @@ class StateGroup:
         """Take a slot for a sequence that begins or that leaves a checkpoint."""
         state = self._states.get(request)
         if state is None:
-            source = self._checkpoint(request, num_cached) if num_cached else None
-            if source is not None:
-                self.pool.share([source])
-            self._states[request] = _State(self.pool.allocate(1)[0], source)
+            self._states[request] = self._begin(request, num_cached)
         elif self._leaves_checkpoint(request):
-            position = request.num_computed_tokens
-            self.pool.cache(state.current, self._hash(request, position), request.all_token_ids[:position])
-            self._wanted[request].discard(position)
-            state.source, state.current = state.current, self.pool.allocate(1)[0]
+            self._leave_checkpoint(request, state)
 
     def chunk_end(self, request: Request, end: int) -> int:
-        """The next wanted checkpoint, if it comes before ``end``."""
-        start = request.num_computed_tokens
-        return min((position for position in self._wanted.get(request, ()) if start < position < end), default=end)
+        """The next checkpoint that is wanted and not there yet, if it comes before ``end``."""
+        aim, start = self._aims.get(request), request.num_computed_tokens
+        if aim is None:
+            return end
+        wanted = (position for position in aim.positions if start < position < end)
+        return min((p for p in wanted if not self.pool.is_cached(self._hash(request, p))), default=end)
 
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
         """States are kept when a sequence moves on from them, not before they are written."""
 
     def free(self, request: Request) -> None:
         """Let go of the slot and of the checkpoint that the last step started from."""
-        self._wanted.pop(request, None)
+        self._aims.pop(request, None)
         state = self._states.pop(request, None)
         if state is not None:
             self.pool.free([block for block in (state.source, state.current) if block is not None])
@@ -124,12 +148,81 @@ class StateGroup:
         """The slots that ``request`` holds now."""
         return sorted(set(self.block_table(request))) if request in self._states else []
 
+    def _begin(self, request: Request, num_cached: int) -> _State:
+        self._num_begun += 1
+        source = self._checkpoint(request, num_cached) if num_cached else None
+        if source is None:
+            return _State(self._take_slot())
+        takes_over = self._takes_over(source)
+        self.pool.share([source])
+        if takes_over:
+            self.pool.uncache(source)
+            return _State(source)
+        used = self._checkpoints[source]
+        used.last_used, used.num_used = self._num_begun, used.num_used + 1
+        self._overtake(request, num_cached)
+        return _State(self._take_slot(), source)
+
+    def _leave_checkpoint(self, request: Request, state: _State) -> None:
+        position, aim = request.num_computed_tokens, self._aims[request]
+        kept, checkpoint = state.current, _Checkpoint(self._num_begun)
+        self.pool.cache(kept, self._hash(request, position), request.all_token_ids[:position])
+        if position in aim.positions:
+            aim.positions.discard(position)
+            checkpoint.num_used = int(position == aim.shared)  # another prompt begins with it, too
+            self._overtake(request, aim.start + 1)
+        else:
+            if state.in_reply is not None and self._can_go(state.in_reply):
+                self.pool.uncache(state.in_reply)
+            checkpoint.expendable = True
+            state.in_reply = kept
+        self._checkpoints = {block: one for block, one in self._checkpoints.items() if self.pool.keeps(block)}
+        self._checkpoints[kept] = checkpoint
+        state.source, state.current = kept, self._take_slot()
+
     def _leaves_checkpoint(self, request: Request) -> bool:
         """Whether the state is where a checkpoint is wanted, none is there yet, and a slot is left to go on in."""
-        position = request.num_computed_tokens
-        if position not in self._wanted.get(request, ()) or not self.pool.can_allocate(1):
+        position, aim = request.num_computed_tokens, self._aims.get(request)
+        if aim is None or position > len(request.all_token_ids) or position % aim.boundary:
             return False
-        return not self.pool.is_cached(self._hash(request, position))
+        if position in aim.positions:
+            room = self.pool.can_allocate(1)
+        else:  # one slot more is left for a sequence that waits
+            room = position >= request.num_prompt_tokens and self.pool.can_allocate(2) and self._has_room()
+        return room and not self.pool.is_cached(self._hash(request, position))
+
+    def _takes_over(self, source: Block) -> bool:
+        """Whether a sequence goes on in its checkpoint's own slot, since there is no other."""
+        return source.ref_count == 0 and not self.pool.can_allocate(2)
+
+    def _take_slot(self) -> Block:
+        if not self._num_empty:
+            block = next(filter(self._can_go, self._checkpoints), None)
+            if block is not None:
+                self.pool.uncache(block)
+        return self.pool.allocate(1)[0]
+
+    def _has_room(self) -> bool:
+        return self._num_empty > 0 or any(map(self._can_go, self._checkpoints))
+
+    @property
+    def _num_empty(self) -> int:
+        return self.pool.num_free_blocks - self.pool.num_free_cached
+
+    def _can_go(self, block: Block) -> bool:
+        """Whether a checkpoint may give way before others that were not used for longer."""
+        if block.ref_count or not self.pool.keeps(block):
+            return False
+        checkpoint = self._checkpoints[block]
+        forgotten = self._num_begun - checkpoint.last_used > self.pool.num_blocks
+        return forgotten or (checkpoint.expendable and checkpoint.num_used < 2)
+
+    def _overtake(self, request: Request, num_tokens: int) -> None:
+        """Checkpoints before ``num_tokens`` of the request's tokens have done their work, unless many used them."""
+        for end in range(self.block_size, num_tokens, self.block_size):
+            block = self._checkpoint(request, end) if self.pool.is_cached(self._hash(request, end)) else None
+            if block is not None:
+                self._checkpoints[block].expendable = True
 
     def _checkpoint(self, request: Request, num_tokens: int) -> Block | None:
         """The state after the request's first ``num_tokens`` tokens, verified."""
