@@ -82,6 +82,8 @@ class Explanation:
     prompt_token_ids: tuple[int, ...]
     tokens: tuple[str, ...]
     sampling: tuple[SamplingValue, ...]
+    thinking: tuple[SamplingValue, ...]
+    """What the chat template was given, such as ``enable_thinking``, and the thinking budget."""
     constraints: tuple[str, ...]
     cache: CacheHit
     outputs: tuple[Output, ...]
@@ -116,7 +118,8 @@ Parse = Callable[[RequestRecord, str], Parsed]
 class Explainer:
     """What is needed of an engine to explain its requests.
 
-    ``decode`` keeps special tokens. ``no_caching`` says why nothing is ever cached, or is empty.
+    ``decode`` keeps special tokens. ``no_caching`` says why nothing is ever cached, or is empty;
+    ``default_kwargs`` are those of ``--default-chat-template-kwargs``.
     """
 
     log: RequestLog
@@ -126,6 +129,7 @@ class Explainer:
     eos_token_ids: frozenset[int]
     block_size: int
     no_caching: str = ""
+    default_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def explain_latest(self, count: int = 1) -> Explanation:
         """The ``count``-th request from the end. Raises RequestError if no such request is remembered."""
@@ -154,6 +158,7 @@ class Explainer:
             prompt_token_ids=tuple(record.prompt_token_ids),
             tokens=tuple(map(self.token_text, record.prompt_token_ids)),
             sampling=tuple(sampling_values(record.params, record.max_tokens)),
+            thinking=tuple(thinking_values(record, self.default_kwargs)),
             constraints=tuple(constraint_lines(record.constraints)),
             cache=cache,
             outputs=tuple(self._output(record, i) for i in range(len(outcome.completions))),
@@ -271,6 +276,30 @@ def sampling_values(params: SamplingParams, max_tokens: int) -> list[SamplingVal
             value, source = max_tokens, "default: the rest of the context"
         result.append(SamplingValue(field.name, value, source))
     return sorted(result, key=lambda one: _place(one.name))
+
+
+def thinking_values(record: RequestRecord, default_kwargs: Mapping[str, Any]) -> list[SamplingValue]:
+    """What the chat template was given, where one was rendered, and the thinking budget."""
+    layers = [
+        ("--default-chat-template-kwargs", default_kwargs),
+        ("set", record.set_kwargs),
+        (record.source, record.template_kwargs or {}),
+    ]
+    found: dict[str, SamplingValue] = {}
+    for source, values in layers if record.template_kwargs is not None else ():
+        found |= {name: SamplingValue(name, value, source) for name, value in values.items()}
+    return [*found.values(), *_budget(record)]
+
+
+def _budget(record: RequestRecord) -> list[SamplingValue]:
+    name = "thinking_token_budget"
+    asked = None if record.constraints is None else record.constraints.thinking
+    if asked is not None:
+        own = record.params.thinking_token_budget is not None
+        source = record.params.sources.get(name, "SamplingParams") if own else record.source
+        return [SamplingValue(name, asked.max_tokens, source)]
+    default = record.default_thinking_budget
+    return [] if default is None else [SamplingValue(name, default, "set")]
 
 
 def constraint_lines(constraints: Constraints | None) -> list[str]:

@@ -1,6 +1,7 @@
 """The explainer of a loaded model: its tokenizer, its parsers and its cache put together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from engine.explain import Explainer, Parsed
 from engine.replay import collect_reply
@@ -18,8 +19,12 @@ def make_explainer(
     block_size: int,
     caching_wanted: bool,
     reuses_prefixes: bool,
+    default_kwargs: Mapping[str, Any],
 ) -> Explainer:
-    """``output_parser`` makes the door's parser anew; ``caching_wanted`` is the flag, ``reuses_prefixes`` what is."""
+    """``output_parser`` makes the door's parser anew; ``caching_wanted`` is the flag, ``reuses_prefixes`` what is.
+
+    ``default_kwargs`` as in :class:`Explainer`.
+    """
     why = "prefix caching is off (--no-enable-prefix-caching)"
     if caching_wanted and not reuses_prefixes:
         why = "this model runs on mlx-lm's contiguous caches, which keep nothing between requests"
@@ -38,4 +43,5 @@ def make_explainer(
         eos_token_ids=eos_token_ids,
         block_size=block_size,
         no_caching="" if reuses_prefixes else why,
+        default_kwargs=default_kwargs,
     )

@@ -232,7 +232,7 @@ class LLM:
                 max_tokens=request.max_tokens,
                 cache_salt=cache_salt,
                 constraints=constraints,
-                set_kwargs=self.settings.template_kwargs(self.template_variables),
+                set_kwargs=self.settings.template_kwargs(self.template_variables) if self.settings.thinking() else {},
             )
         return stream
 

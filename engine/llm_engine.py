@@ -307,6 +307,7 @@ class LLMEngine:
             group.stream.params = request.params = params
             request.max_tokens = live.max_tokens_for(params, request.num_prompt_tokens)
         if request.guide is not None:
+            group.stream.default_thinking_budget = live.thinking_token_budget
             request.guide.set_default_budget(live.thinking_token_budget, in_flight=request.num_pending > 0)
 
     def _hand_out(self, result: StepResult) -> None:

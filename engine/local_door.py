@@ -78,7 +78,7 @@ class LocalDoor:
             sampling = sampling.replace(skip_special_tokens=False)
         token_ids = self.model.tokenize(text, add_special_tokens=False)
         stream = self.model.submit(token_ids, sampling, constraints=schema_constraints(self.schema))
-        stream.parsing = {"prompt": text}
+        stream.parsing, stream.template_kwargs, stream.source = {"prompt": text}, self.chat_template_kwargs, "map"
         return LocalJob(stream, parser)
 
     def _resolve(self, params: Mapping[str, Any]) -> Any:

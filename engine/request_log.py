@@ -7,6 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ class RequestRecord:
 
     ``prompt`` is None where the caller gave tokens. ``max_tokens`` is the limit in force.
     :attr:`parsing` is what :meth:`engine.llm.LLM.output_parser` was asked for; None if nobody parsed.
+    ``set_kwargs`` is what the live settings gave chat templates then; the names below it are the stream's.
     """
 
     number: int
@@ -60,6 +62,10 @@ class RequestRecord:
     stream: RequestStream | None
     constraints: Constraints | None = None
     parsing: Mapping[str, Any] | None = None
+    set_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_kwargs: Mapping[str, Any] | None = None
+    source: str = "request"
+    default_thinking_budget: int | None = None
     submitted: float = field(default_factory=time.time)
     _outcome: Outcome | None = None
 
@@ -70,6 +76,8 @@ class RequestRecord:
         if self._outcome is None and stream is not None:
             # Live settings may have changed the values meanwhile.
             self.parsing, self.params = stream.parsing, stream.params
+            self.template_kwargs, self.source = stream.template_kwargs, stream.source
+            self.default_thinking_budget = stream.default_thinking_budget
             self.max_tokens = stream.params.max_tokens or self.max_tokens
             finished = stream.finished  # before the snapshot, which may grow meanwhile
             outcome = _outcome(stream.snapshot(), finished, stream.error)
@@ -100,6 +108,7 @@ class RequestLog:
         max_tokens: int,
         cache_salt: str | None = None,
         constraints: Constraints | None = None,
+        set_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> RequestRecord:
         """Remember the request behind ``stream``; the oldest one is forgotten when the log is full."""
         with self._lock:
@@ -113,6 +122,7 @@ class RequestLog:
                 cache_salt,
                 stream,
                 constraints,
+                set_kwargs=set_kwargs,
             )
             self._records.append(record)
             finished = [one for one in self._records if one.stream is not None and one.stream.finished]

@@ -41,6 +41,12 @@ class RequestStream:
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
         self.parsing: Mapping[str, Any] | None = None
         """What the chat door asked :meth:`engine.llm.LLM.output_parser` for, so that ``explain`` parses alike."""
+        self.template_kwargs: Mapping[str, Any] | None = None
+        """What the request gave the chat template; None where none was rendered. This too is for ``explain``."""
+        self.source = "request"
+        """What the origin of values that came with the request is called: ``request``, ``flag``, ``map``."""
+        self.default_thinking_budget: int | None = None
+        """The live setting's, for a request that has no budget of its own."""
         self._abort = abort
         self._finish_thinking = finish_thinking
         self._changed = threading.Condition()

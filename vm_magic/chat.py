@@ -190,7 +190,8 @@ def ask(
             param="tools",
         )
     tools: dict[str, Any] = {"tools": options.tool_schemas} if options.tools else {}
-    prompt = llm.render_chat(messages, chat_template_kwargs=thinking_kwargs(llm, options.think), **tools)
+    template_kwargs = thinking_kwargs(llm, options.think)
+    prompt = llm.render_chat(messages, chat_template_kwargs=template_kwargs, **tools)
     if tools:
         tools["tool_choice"] = options.tool_choice
     parser = llm.output_parser(prompt=prompt, **tools)
@@ -201,7 +202,7 @@ def ask(
             raise
         fix = "Start the conversation anew with --new, or load the model with a larger --max-model-len."
         raise ContextLengthError(f"{error} {fix}", param=error.param) from None
-    stream.parsing = {"prompt": prompt, **tools}
+    stream.parsing, stream.template_kwargs = {"prompt": prompt, **tools}, template_kwargs
     return Generation(session, stream, messages, conversation, parser, earlier)
 
 
@@ -239,7 +240,9 @@ def _submit(
     params = llm.resolve_sampling(source="flag", n=1, **options.sampling).params
     if parser is not None and parser.needs_special_tokens:
         params = params.replace(skip_special_tokens=False)
-    return llm.submit(prompt, params, constraints=_constraints(options))
+    stream = llm.submit(prompt, params, constraints=_constraints(options))
+    stream.source = "flag"
+    return stream
 
 
 def _constraints(options: ChatOptions) -> "Constraints | None":

@@ -2,10 +2,10 @@
 
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engine.explain import Explanation, Output
+from engine.explain import Explanation, Output, SamplingValue
 from engine.outputs import THINKING_CUTS
 from engine.token_picture import escaped
 from vm_magic.cards import CARD_STYLE
@@ -36,7 +36,8 @@ class ExplainView:
     def __repr__(self) -> str:
         told = self.explanation
         sections = [
-            ("sampling", self._sampling()),
+            ("sampling", _aligned(told.sampling)),
+            ("chat template and thinking", _aligned(told.thinking)),
             ("constraints", list(told.constraints)),
             ("prefix cache", self._cache()),
             ("prompt", told.prompt.splitlines()),
@@ -48,11 +49,6 @@ class ExplainView:
             if body:
                 lines += ["", title, *(f"  {line}" for line in body)]
         return "\n".join(lines)
-
-    def _sampling(self) -> list[str]:
-        rows = [(value.name, _short(value.value), value.source) for value in self.explanation.sampling]
-        widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-        return [f"{name.ljust(widths[0])}  {value.ljust(widths[1])}  {source}" for name, value, source in rows]
 
     def _cache(self) -> list[str]:
         hit = self.explanation.cache
@@ -73,7 +69,7 @@ class ExplainView:
         told = self.explanation
         rows = "".join(
             f'<tr style="background:none">{_cell(one.name)}{_cell(_short(one.value))}{_cell(one.source)}</tr>'
-            for one in told.sampling
+            for one in (*told.sampling, *told.thinking)
         )
         constraints = "".join(f"<div>{html.escape(line)}</div>" for line in told.constraints)
         return (
@@ -88,6 +84,12 @@ class ExplainView:
     def _cache_html(self) -> str:
         parted = "".join(f"<div><code>{escaped(line)}</code></div>" for line in self._cache()[1:])
         return parted + prompt_html(self.explanation)
+
+
+def _aligned(values: Sequence[SamplingValue]) -> list[str]:
+    rows = [(one.name, _short(one.value), one.source) for one in values]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+    return [f"{name.ljust(widths[0])}  {value.ljust(widths[1])}  {source}" for name, value, source in rows]
 
 
 def _output_sections(output: Output) -> Iterator[tuple[str, list[str]]]:

@@ -14,10 +14,12 @@ from engine.text.output_sink import ParsedDelta
 class ServedStream(Protocol):
     """A request under way, as handed out by ``submit``.
 
-    ``parsing`` is for ``explain``: what the parsers of its completions were asked for.
+    Two are for ``explain``: ``parsing``, what the parsers of its completions were asked for, and
+    ``template_kwargs``, what it gave the chat template.
     """
 
     parsing: Mapping[str, Any] | None
+    template_kwargs: Mapping[str, Any] | None
 
     @property
     def request_id(self) -> str:

@@ -52,7 +52,7 @@ async def start_chat(
         params = params.replace(skip_special_tokens=False)
     job = await start_job(port, prefix, http, body, prepared.prompts, params, prepared.constraints)
     for stream, prompt in zip(job.streams, prepared.prompts, strict=True):
-        stream.parsing = _parsing(body, prompt)
+        stream.parsing, stream.template_kwargs = _parsing(body, prompt), template_kwargs(body)
     replies = [Reply(choice, parser, body.include_reasoning) for choice, parser in zip(job.choices, flat, strict=True)]
     return ChatJob(job, replies)
 

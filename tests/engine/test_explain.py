@@ -184,6 +184,45 @@ def test_constraints_are_told(llm: LLM) -> None:
     assert llm.explain().constraints == ()
 
 
+def thinking_of(llm: LLM) -> dict[str, tuple[Any, str]]:
+    return {one.name: (one.value, one.source) for one in llm.explain().thinking}
+
+
+def test_what_the_template_got_and_the_thinking_budget_are_told_with_their_sources(
+    scripted_llm: Callable[..., LLM],
+) -> None:
+    template = "{{ messages[0].content }}{{ enable_thinking }}{{ style }}<|im_end|>\n<|im_start|>assistant\n"
+    llm = scripted_llm(
+        "<think>one two three four five</think>Yes.",
+        chat_template=template,
+        reasoning_parser="qwen3",
+        default_chat_template_kwargs={"style": "brief", "tone": "warm"},
+    )
+    messages, params = [{"role": "user", "content": "Why?"}], greedy()
+    llm.chat(messages, params)
+    flag = "--default-chat-template-kwargs"
+    assert thinking_of(llm) == {"style": ("brief", flag), "tone": ("warm", flag)}
+    llm.settings.update(enable_thinking=True, thinking_token_budget=3)
+    llm.chat(messages, params, chat_template_kwargs={"style": "long"})
+    assert thinking_of(llm) == {
+        "style": ("long", "request"),
+        "tone": ("warm", flag),
+        "enable_thinking": (True, "set"),
+        "thinking_token_budget": (3, "set"),
+    }
+    llm.map(["Why?"], "{{ text }}", chat_template_kwargs={"enable_thinking": False}, use_tqdm=False)
+    assert thinking_of(llm)["enable_thinking"] == (False, "map")
+    llm.generate("Why?", params.replace(thinking_token_budget=2))
+    assert thinking_of(llm) == {"thinking_token_budget": (2, "SamplingParams")}
+    server = llm.serve(port=0)
+    body = {"messages": messages, "max_tokens": 3, "reasoning_effort": "none", "thinking_token_budget": 4}
+    headers = {"Authorization": f"Bearer {server.api_key}"}
+    httpx.post(f"{server.base_url}/chat/completions", json=body, headers=headers, timeout=60).raise_for_status()
+    told = thinking_of(llm)
+    assert (told["reasoning_effort"], told["enable_thinking"]) == (("none", "request"), (False, "request"))
+    assert told["thinking_token_budget"] == (4, "request")
+
+
 def stream_of(number: int) -> RequestStream:
     stream = RequestStream(f"r{number}", None, [number], SamplingParams(), lambda: None)
     stream.put(CompletionDelta(0, "text", [7]))

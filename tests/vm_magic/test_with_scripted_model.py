@@ -73,6 +73,14 @@ def test_no_think_reaches_the_template_and_the_parser(shell: Any, talk: Callable
     reply = cell(shell, "chat -t 0 --no-think --new", "Why?")
     assert llm.explain().prompt.endswith("</think>\n\n")
     assert (reply.text, reply.reasoning) == ("Yes.", None)
+    line(shell, "set thinking_token_budget=5")
+    cell(shell, "chat -t 0 --no-think --new", "Why?")
+    told = line(shell, "explain")
+    rows = "\n  enable_thinking        False  flag\n  thinking_token_budget  5      set\n"
+    assert f"\nchat template and thinking{rows}" in repr(told)
+    assert ">enable_thinking</td>" in told._repr_html_()
+    cell(shell, "chat -t 0 --new --thinking-token-budget 7", "Why?")
+    assert "\nchat template and thinking\n  thinking_token_budget  7  flag\n" in repr(line(shell, "explain"))
 
 
 def test_a_budget_ends_the_thought_and_the_answer_follows(shell: Any, talk: Callable[..., LLM]) -> None:
