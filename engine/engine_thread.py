@@ -1,6 +1,5 @@
 """The one thread that owns MLX: it loads, steps and frees; everybody else talks to it through a queue."""
 
-import gc
 import logging
 import queue
 import threading
@@ -15,7 +14,7 @@ from engine.hub import ResolvedModel
 from engine.llm_engine import MEMORY_HELP, LLMEngine
 from engine.metrics import EngineMetrics
 from engine.request import NewRequest
-from engine.runner.devices import is_out_of_memory, leave_thread
+from engine.runner.devices import is_out_of_memory, mlx_thread
 from engine.stats_log import StatsLog
 from engine.stream import RequestStream
 from engine.text.tokenizer import Tokenizer
@@ -130,6 +129,11 @@ class EngineThread:
         return error
 
     def _run(self) -> None:
+        with mlx_thread():
+            self._live()
+
+    def _live(self) -> None:
+        """Make the engine, serve until it is closed, free it."""
         engine = self._make()
         if engine is None:
             return
@@ -143,8 +147,6 @@ class EngineThread:
                 self._closing = True
             self._end_streams()
             engine.close()
-            del engine
-            _leave()
 
     def _make(self) -> LLMEngine | None:
         assert self._build is not None, "an engine thread runs once"
@@ -153,8 +155,6 @@ class EngineThread:
         except BaseException as error:  # noqa: BLE001  (start() raises it)
             error.__traceback__ = None  # its frames hold the weights
             self._built.set_exception(error)
-            del error
-            _leave()
             return None
         finally:
             self._build = None
@@ -245,8 +245,3 @@ def _failure(what: str, error: Exception) -> VMMagicError:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text[:200] if isinstance(error, VMMagicError) else f"{type(error).__name__}: {text}"[:200]
-
-
-def _leave() -> None:
-    gc.collect()
-    leave_thread()

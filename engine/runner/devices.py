@@ -3,6 +3,8 @@
 Importing this module imports neither MLX nor a BLAS, so that :func:`choose_blas` can come first.
 """
 
+import ctypes
+import gc
 import importlib
 import os
 import resource
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from engine.errors import VMMagicError
 from engine.runner.blas import use_openblas
@@ -206,6 +208,33 @@ def clear_cache() -> None:
     mx.clear_cache()
 
 
+_spare_streams: list[Any] = []
+"""CPU streams of threads that are over."""
+
+
+@contextmanager
+def mlx_thread() -> Iterator[None]:
+    """What a thread that uses MLX does inside this; at its end, all that was freed goes back to the system.
+
+    MLX never ends the native thread, and with it the heap, behind a CPU stream: threads take over each other's.
+    """
+    import mlx.core as mx
+
+    try:
+        stream = _spare_streams.pop()
+    except IndexError:
+        stream = mx.new_thread_unsafe_stream(mx.cpu)
+    mx.set_default_stream(stream)
+    try:
+        yield
+    finally:
+        gc.collect()
+        mx.synchronize(stream)
+        leave_thread()
+        _spare_streams.append(stream)
+        return_free_memory()
+
+
 def leave_thread() -> None:
     """Finish and destroy the calling thread's streams; a thread that ends without this aborts the process at exit."""
     import mlx.core as mx
@@ -213,6 +242,13 @@ def leave_thread() -> None:
     mx.synchronize()
     mx.clear_cache()
     mx.clear_streams()
+
+
+def return_free_memory() -> None:
+    """Give the C library's free memory back to the system. It keeps it otherwise; nothing happens but with glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def resident_memory(proc: Path = Path("/proc")) -> int:

@@ -105,19 +105,26 @@ def test_a_load_that_its_configuration_forbids_leaves_the_loaded_model_alone(
         assert "False" in "".join(content["text"] for content in of_type(messages, "stream"))
 
 
-def test_memory_is_flat_over_twenty_load_and_unload_cycles(served: Kernel, model: Path) -> None:
+def test_memory_is_flat_over_twenty_load_and_unload_cycles(served: Kernel, tiny_model_dir: Any) -> None:
+    heavier = tiny_model_dir("llama", hidden_size=256)  # 50 MB of weights
     code = f"""
+import psutil
 from engine.llm import memory_in_use
-used = []
+process = psutil.Process()
+used, resident, native_threads = [], [], []
 for cycle in range(20):
-    get_ipython().run_line_magic("vllm_metal", "load {model} --max-model-len 512")
+    get_ipython().run_line_magic("vllm_metal", "load {heavier} --max-model-len 512")
     get_ipython().run_line_magic("vllm_metal", "unload")
     used.append(memory_in_use())
+    resident.append(process.memory_info().rss)
+    native_threads.append(process.num_threads())
 threads_left = [t.name for t in threading.enumerate() if t.name.startswith(("vm-", "openai"))]
 """
     reply, _ = served.run(code, timeout=240)
     assert reply["status"] == "ok", reply
     assert served.text("print(max(used[1:]) - min(used[1:]), threads_left)") == "0 []\n"
+    assert int(served.text("print(max(resident[2:]) - resident[1])")) < 20e6
+    assert int(served.text("print(max(native_threads[2:]) - native_threads[1])")) <= 2
 
 
 def test_a_kernel_restart_frees_the_port(served: Kernel) -> None:

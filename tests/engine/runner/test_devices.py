@@ -123,3 +123,27 @@ thread.join()
 """
     for _ in range(3):
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts native threads in /proc")
+def test_threads_that_use_mlx_one_after_another_share_a_stream_and_leave_no_memory() -> None:
+    code = """
+import os, sys, threading
+from engine.runner.devices import mlx_thread, resident_memory
+def work():
+    import mlx.core as mx
+    with mlx_thread():
+        arrays = [mx.ones((250, 1000)) + number for number in range(50)]
+        mx.eval(arrays)
+        del arrays
+def run():
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return len(os.listdir("/proc/self/task")), resident_memory()
+threads, resident = run()
+later = [run() for _ in range(6)]
+assert all(one[0] <= threads + 1 for one in later), (threads, later)
+assert all(one[1] < resident + 20e6 for one in later), (resident, later)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
