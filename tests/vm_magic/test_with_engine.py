@@ -123,7 +123,7 @@ threads_left = [t.name for t in threading.enumerate() if t.name.startswith(("vm-
     reply, _ = served.run(code, timeout=240)
     assert reply["status"] == "ok", reply
     assert served.text("print(max(used[1:]) - min(used[1:]), threads_left)") == "0 []\n"
-    assert int(served.text("print(max(resident[2:]) - resident[1])")) < 20e6
+    assert int(served.text("print(max(resident[2:]) - resident[1])")) < 40e6
     assert int(served.text("print(max(native_threads[2:]) - native_threads[1])")) <= 2
 
 
