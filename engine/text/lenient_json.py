@@ -52,6 +52,8 @@ class LenientJson:
         self._scanner = scanner
         self.cut = False
         """Whether a string had no end."""
+        self._ran_over = False
+        """Whether it had none although quotes stood in it: then it was not cut off but malformed."""
         self._depth = 0
         self._stops = tuple(stops)
         self._raw_quote = raw_quote
@@ -78,7 +80,13 @@ class LenientJson:
         """The JSON text of a whole value."""
         parts: list[str] = []
         yield from self.value(parts.append)
+        self._refuse_overrun()
         return "".join(parts)
+
+    def _refuse_overrun(self) -> None:
+        if self._ran_over:
+            self._scanner.at_end = False
+            raise MarkupError("quote")
 
     def key(self) -> Steps[str]:
         """An object's key, quoted or bare, with its colon read over."""
@@ -87,9 +95,7 @@ class LenientJson:
             parts: list[str] = []
             yield from self.string(quote, parts.append, lambda: self._ends_here(":"))
             name = str(json.loads('"' + "".join(parts) + '"'))
-            if self.cut and quote in name:  # a quote that should have ended it: not cut off but malformed
-                self._scanner.at_end = False
-                raise MarkupError("key")
+            self._refuse_overrun()
         else:
             name = (yield from self._scanner.word(":,{}[]\"'\n")).strip()
             if not name:
@@ -176,6 +182,7 @@ class LenientJson:
         if quote == self._raw_quote:
             self.cut = (yield from self._scanner.until(self._raw, emit_plain)) is None
             return
+        num_inside = 0
         while (found := (yield from self._scanner.until(self._quotes[quote], emit_plain))) is not None:
             if found == "\\":
                 emit((yield from self._escape()))
@@ -183,7 +190,8 @@ class LenientJson:
                 return
             else:
                 emit_plain(quote)
-        self.cut = True
+                num_inside += 1
+        self.cut, self._ran_over = True, num_inside > 0
 
     def _ends_here(self, followers: str) -> Steps[bool]:
         """Whether what follows a quote is what follows a string: else the quote belongs to it."""

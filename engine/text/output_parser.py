@@ -79,7 +79,8 @@ def make_output_parser(
     thought. Where it is not known (empty), output is held back up to the first mark, which tells.
     Without tools, or with ``tool_choice="none"``, calls are not looked for. A ``required`` or named
     ``tool_choice`` also takes vLLM's forms (a JSON list of name and parameters; the bare arguments).
-    ``special_tokens`` are the texts of the tokenizer's special tokens. Raises ConfigError for parser names that are not known.
+    ``special_tokens`` are the texts of the tokenizer's special tokens. Raises ConfigError for parser
+    names that are not known.
     """
     reasoning = parser_named(REASONING_PARSERS, reasoning_parser, "reasoning_parser")
     tool = parser_named(TOOL_PARSERS, tool_call_parser, "tool_call_parser")

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from engine.text.tool_parsers import json_calls, named_calls, xml_calls
 from engine.text.tool_parsers.base import ToolParser
 from engine.text.tool_parsers.json_calls import JsonCalls
-from engine.text.tool_parsers.pythonic import PYTHONIC
+from engine.text.tool_parsers.pythonic import OLMO3, PYTHONIC
 
 __all__ = ["HARMONY_CALLS", "TOOL_PARSERS", "ToolParser", "detect_tool_parser"]
 
@@ -13,8 +13,10 @@ HARMONY_CALLS = JsonCalls(("<|channel|>commentary to=",))
 """Only a name: :mod:`engine.text.harmony` reads gpt-oss's calls together with its channels."""
 
 TOOL_PARSERS: dict[str, ToolParser] = {
-    **dict.fromkeys(("hermes", "qwen2_5", "json_tools"), json_calls.HERMES),
-    **dict.fromkeys(("qwen3_coder", "qwen3_xml", "nemotron_v3"), xml_calls.QWEN3_CODER),
+    **dict.fromkeys(("hermes", "qwen2_5", "json_tools", "granite4", "ernie45"), json_calls.HERMES),
+    **dict.fromkeys(("jamba", "hunyuan_a13b", "minimax"), json_calls.JAMBA),
+    **dict.fromkeys(("llama3_json", "llama4_json"), json_calls.LLAMA3_JSON),
+    **dict.fromkeys(("qwen3_coder", "qwen3_xml", "nemotron_v3", "step3p5"), xml_calls.QWEN3_CODER),
     **dict.fromkeys(("glm45", "glm47", "laguna"), xml_calls.GLM45),
     **dict.fromkeys(("pythonic", "llama4_pythonic", "lfm2"), PYTHONIC),
     "cohere_command3": json_calls.COHERE,
@@ -22,20 +24,23 @@ TOOL_PARSERS: dict[str, ToolParser] = {
     "deepseek_v31": named_calls.DEEPSEEK_V31,
     "deepseek_v32": xml_calls.DEEPSEEK_V32,
     "deepseek_v4": xml_calls.DEEPSEEK_V4,
-    "function_gemma": named_calls.FUNCTION_GEMMA,
+    **dict.fromkeys(("function_gemma", "functiongemma"), named_calls.FUNCTION_GEMMA),
     "gemma4": named_calls.GEMMA4,
+    "gigachat3": json_calls.GIGACHAT3,
     "granite": json_calls.GRANITE,
+    "granite-20b-fc": json_calls.GRANITE_20B_FC,
     "internlm": json_calls.INTERNLM,
-    "jamba": json_calls.JAMBA,
     "kimi_k2": named_calls.KIMI_K2,
-    "llama3_json": json_calls.LLAMA3_JSON,
+    "kimi_k3": xml_calls.KIMI_K3,
     "longcat": xml_calls.LONGCAT,
     "minicpm5": xml_calls.MINICPM5,
     "minimax_m2": xml_calls.MINIMAX_M2,
     "mistral": named_calls.MISTRAL,
+    "olmo3": OLMO3,
     "openai": HARMONY_CALLS,
     "phi4_mini_json": json_calls.PHI4_MINI,
     "seed_oss": xml_calls.SEED_OSS,
+    "xlam": json_calls.XLAM,
 }
 
 _BY_MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -75,4 +80,6 @@ def detect_tool_parser(template: str | None, vocab: Collection[str] = ()) -> str
     for name, marks in _BY_MARKS:
         if all(mark in template for mark in marks):
             return name
+    if {"<|open|>", "<|close|>", "<|sep|>"} <= set(vocab):
+        return "kimi_k3"
     return "pythonic" if {"<|tool_call_start|>", "<|tool_call_end|>"} <= set(vocab) else None

@@ -145,3 +145,7 @@ PHI4_MINI = JsonCalls(("functools",))
 JAMBA = JsonCalls(("<tool_calls>",), ("</tool_calls>",))
 INTERNLM = JsonCalls(("<|action_start|><|plugin|>", "<|action_start|> <|plugin|>"), ("<|action_end|>",))
 COHERE = JsonCalls(("<|START_ACTION|>",), ("<|END_ACTION|>",))
+XLAM = JsonCalls(("[TOOL_CALLS]", "<tool_call>"), ("</tool_call>",), bare="[")
+GRANITE_20B_FC = JsonCalls(("<function_call>",))
+_GIGACHAT3 = "function call<|role_sep|>\n"
+GIGACHAT3 = JsonCalls((_GIGACHAT3, f"<|message_sep|>\n\n{_GIGACHAT3}", "<|function_call|>"))

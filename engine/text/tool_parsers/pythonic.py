@@ -10,11 +10,15 @@ from engine.text.tool_parsers.base import ToolSchemas, function_name
 
 @dataclass(frozen=True)
 class PythonicCalls:
-    """A list of calls with keyword arguments, between ``starts`` and ``ends`` or bare (then of declared functions)."""
+    """A list of calls with keyword arguments, between ``starts`` and ``ends`` or bare (then of declared functions).
+
+    ``lines``: each call stands on a line of its own, without brackets and commas.
+    """
 
     starts: tuple[str, ...] = ("<|tool_call_start|>",)
     ends: tuple[str, ...] = ("<|tool_call_end|>",)
     bare: str = "["
+    lines: bool = False
 
     @property
     def strays(self) -> tuple[str, ...]:
@@ -31,7 +35,7 @@ class PythonicCalls:
         yield from self._call(scanner, sink, names)
         while True:
             yield from scanner.skip_space()
-            if not (yield from scanner.accept(",")):
+            if not (yield from scanner.accept(",")) and not (self.lines and (yield from self._name_follows(scanner))):
                 break
             yield from scanner.skip_space()
             if (yield from scanner.at(["]"])):
@@ -42,6 +46,10 @@ class PythonicCalls:
         if start and (yield from scanner.after_space(self.strays)):
             yield from scanner.skip_space()
             yield from scanner.accept(*self.strays)
+
+    def _name_follows(self, scanner: Scanner) -> Steps[bool]:
+        char = yield from scanner.peek()
+        return char.isalpha() or char == "_"
 
     def _call(self, scanner: Scanner, sink: OutputSink, names: frozenset[str] | None) -> Steps[None]:
         yield from scanner.skip_space()
@@ -100,7 +108,9 @@ class PythonicCalls:
             ends = (yield from scanner.after_space(["=", ")"])) is not None
         elif char == ")":
             scanner.take()
-            ends = (yield from scanner.after_space(["]", ",", *self.strays])) is not None
+            over = ["\n"] if self.lines else []
+            behind = (yield from scanner.at(over)) or (yield from scanner.after_space(["]", ",", *self.strays]))
+            ends = behind is not None
         else:
             ends = not char
         scanner.rewind(place)
@@ -109,3 +119,4 @@ class PythonicCalls:
 
 
 PYTHONIC = PythonicCalls()
+OLMO3 = PythonicCalls(("<function_calls>",), ("</function_calls>",), bare="", lines=True)

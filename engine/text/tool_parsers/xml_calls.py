@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.text.lenient_json import quoted
+from engine.text.lenient_json import LenientJson, quoted
 from engine.text.output_sink import OutputSink
 from engine.text.scanner import Emit, Markers, MarkupError, Scanner, Steps
 from engine.text.tool_parsers.base import ToolSchemas, function_name
@@ -12,8 +12,12 @@ from engine.text.tool_parsers.values import to_json
 _STATED = {
     'string="true"': frozenset({"string"}),
     'string="false"': frozenset({"object", "array", "number", "boolean"}),
+    **{
+        f'type="{kind}"': frozenset({kind})
+        for kind in ("string", "object", "array", "number", "integer", "boolean", "null")
+    },
 }
-"""DeepSeek's tags say of a value whether it is text."""
+"""DeepSeek's tags say of a value whether it is text, Kimi K3's of what type it is."""
 _NOT_TEXT = frozenset('{["-0123456789tfnTFN')
 """What a JSON value begins with: elsewhere an undeclared value is certainly text."""
 
@@ -25,6 +29,7 @@ class XmlCalls:
     A section (``start`` … ``end``, optional) holds functions: ``open`` name ``name_end`` … ``close``.
     A parameter is ``key`` name ``key_end`` value ``value_end``. ``quoted`` names stand in quotes, with
     other attributes behind them. ``newlines``: a line break on either side of a value is not part of it.
+    ``whole`` and ``whole_end`` stand around all arguments as one JSON object, instead of parameters.
     """
 
     start: str
@@ -38,6 +43,8 @@ class XmlCalls:
     quoted: bool = False
     newlines: bool = False
     cdata: bool = False
+    whole: str = ""
+    whole_end: str = ""
 
     @property
     def starts(self) -> tuple[str, ...]:
@@ -91,11 +98,27 @@ class _XmlReader:
         name = function_name((yield from self._function_name()), self.tools.names if check_name else None)
         self.scanner.commit()
         emit = self.sink.call(name)
+        if self.format.whole and (yield from self.scanner.after_space([self.format.whole])):
+            yield from self._whole(emit)
+            return
         emit("{")
         try:
             yield from self._parameters(name, emit)
         finally:
             emit("}")
+
+    def _whole(self, emit: Emit) -> Steps[None]:
+        """The arguments as one JSON object behind its opening tag, up to and with the function's closing tag."""
+        layout = self.format
+        yield from self.scanner.skip_space()
+        yield from self.scanner.accept(layout.whole)
+        if (yield from self.scanner.after_space(["{"])) != "{":
+            emit("{}")
+            raise MarkupError("{")
+        yield from LenientJson(self.scanner, (layout.whole_end, *layout.ends)).value(emit)
+        for mark in (layout.whole_end, layout.close):
+            yield from self.scanner.skip_space()
+            yield from self.scanner.accept(mark)
 
     def _function_name(self) -> Steps[str]:
         layout = self.format
@@ -104,8 +127,8 @@ class _XmlReader:
         found = yield from self.scanner.at(layout.name_end)
         if found is None:
             raise MarkupError(layout.name_end)
-        if found in (">", "\n"):
-            self.scanner.take()
+        if found not in (layout.key, layout.end):
+            yield from self.scanner.accept(found)
         return _attribute(word) if layout.quoted else word.strip()
 
     def _parameters(self, function: str, emit: Emit) -> Steps[None]:
@@ -258,4 +281,17 @@ LONGCAT = XmlCalls(
     "<longcat_arg_key>",
     ("</longcat_arg_key>", "<longcat_arg_value>"),
     "</longcat_arg_value>",
+)
+KIMI_K3 = XmlCalls(
+    "<|open|>tools<|sep|>",
+    "<|close|>tools<|sep|>",
+    "<|open|>call tool=",
+    ("<|sep|>",),
+    "<|close|>call<|sep|>",
+    "<|open|>argument key=",
+    ("<|sep|>",),
+    "<|close|>argument<|sep|>",
+    quoted=True,
+    whole='<|open|>json type="object"<|sep|>',
+    whole_end="<|close|>json<|sep|>",
 )

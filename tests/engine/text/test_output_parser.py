@@ -382,6 +382,44 @@ def test_values_get_the_type_that_the_tool_declares(name: str, written: str, mea
     ]
 
 
+def test_kimi_k3_states_the_types_or_gives_all_arguments_as_json() -> None:
+    def section(inside: str) -> str:
+        return (
+            f'<|open|>tools<|sep|>\n<|open|>call tool="f" index="1"<|sep|>\n{inside}\n'
+            "<|close|>call<|sep|>\n<|close|>tools<|sep|>"
+        )
+
+    def argument(key: str, kind: str, value: str) -> str:
+        return f'<|open|>argument key="{key}" type="{kind}"<|sep|>{value}<|close|>argument<|sep|>'
+
+    typed = (
+        argument("text", "string", "5") + argument("count", "number", "5") + argument("x", "object", '{"a": [true]}')
+    )
+    assert arguments(section(typed), "kimi_k3") == [{"text": "5", "count": 5, "x": {"a": [True]}}]
+    whole = '<|open|>json type="object"<|sep|>{"text": "say <|x|>", "items": []}<|close|>json<|sep|>'
+    assert arguments(section(whole), "kimi_k3") == [{"text": "say <|x|>", "items": []}]
+    reply = parse_output(
+        f"<|open|>think<|sep|>Hm.<|close|>think<|sep|><|open|>response<|sep|>So.<|close|>response<|sep|>{section(whole)}"
+        "<|close|>message<|sep|>",
+        reasoning_parser="kimi_k3",
+        tool_call_parser="kimi_k3",
+    )
+    assert (reply.reasoning, reply.text, len(reply.tool_calls)) == ("Hm.", "So.", 1)
+    assert detect_tool_parser(None, ("<|open|>", "<|close|>", "<|sep|>")) == "kimi_k3"
+
+
+def test_olmo3_writes_each_call_on_a_line_of_its_own() -> None:
+    text = '<function_calls>\nf(text="a")\nf(text=\'it\'s\', maybe=null, items=[{"a": "b"}])\n</function_calls>'
+    assert arguments(text, "olmo3") == [{"text": "a"}, {"text": "it's", "maybe": None, "items": [{"a": "b"}]}]
+
+
+def test_gigachat3_marks_a_call_by_its_role() -> None:
+    call = '{"name": "f", "arguments": {"text": "a"}}'
+    for lead in ("<|message_sep|>\n\nfunction call<|role_sep|>\n", "<|function_call|>"):
+        reply = parse_output(f"Let me see.{lead}{call}", tool_call_parser="gigachat3", tools=TOOLS)
+        assert (reply.text, len(reply.tool_calls)) == ("Let me see.", 1)
+
+
 def test_a_missing_section_or_closing_tag_is_no_obstacle() -> None:
     assert arguments("<function=f>\n<parameter=text>\na\n</parameter>\n</function>") == [{"text": "a"}]
     assert arguments("<tool_call>\n<function=f>\n<parameter=text>\na\n</function>\n</tool_call>") == [{"text": "a"}]

@@ -45,11 +45,17 @@ SAMPLES = {
     "5</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>",
     "function_gemma": "<start_function_call>call:f{text:<escape>a b<escape>,number:5}<end_function_call>",
     "gemma4": '<|tool_call>call:f{list:[1,{x:<|"|>y<|"|>}],text:<|"|>a b<|"|>}<tool_call|>',
+    "gigachat3": 'function call<|role_sep|>\n{"name": "f", "arguments": {"text": "a b"}}',
     "granite": '<|tool_call|>[{"name": "f", "arguments": {"text": "a"}}]',
+    "granite-20b-fc": '<function_call> {"name": "f", "arguments": {"text": "a"}}<function_call> '
+    '{"name": "f", "arguments": {}}',
     "internlm": '<|action_start|><|plugin|>\n{"name": "f", "parameters": {"text": "a"}}<|action_end|>',
     "jamba": '<tool_calls>[{"name": "f", "arguments": {"text": "a"}}, {"name": "f", "arguments": {}}]</tool_calls>',
     "kimi_k2": '<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"text": "a"}'
     "<|tool_call_end|><|tool_calls_section_end|>",
+    "kimi_k3": '<|open|>tools<|sep|><|open|>call tool="f" index="1"<|sep|><|open|>argument key="text" type="string"'
+    '<|sep|>a b<|close|>argument<|sep|><|open|>argument key="list" type="array"<|sep|>[1]<|close|>argument<|sep|>'
+    "<|close|>call<|sep|><|close|>tools<|sep|>",
     "llama3_json": '{"name": "f", "parameters": {"text": "a b", "number": 5}}',
     "longcat": "<longcat_tool_call>f\n<longcat_arg_key>text</longcat_arg_key>\n<longcat_arg_value>a"
     "</longcat_arg_value>\n</longcat_tool_call>",
@@ -58,15 +64,24 @@ SAMPLES = {
     "minimax_m2": '<minimax:tool_call>\n<invoke name="f">\n<parameter name="text">a</parameter>\n</invoke>\n'
     "</minimax:tool_call>",
     "mistral": '[TOOL_CALLS]f[ARGS]{"text": "a"}[TOOL_CALLS]f[CALL_ID]123456789[ARGS]{}',
+    "olmo3": "<function_calls>\nf(text='a b', list=[1, {\"x\": null}])\nf(number=5)\n</function_calls>",
     "openai": "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.f "
     '<|constrain|>json<|message|>{"text": "a"}<|call|>',
     "phi4_mini_json": 'functools[{"name": "f", "arguments": {"text": "a"}}]',
+    "xlam": '[{"name": "f", "arguments": {"text": "a b"}}, {"name": "f", "arguments": {}}]',
     "seed_oss": "<seed:tool_call><function=f><parameter=text>a</parameter></function></seed:tool_call>",
 }
 """A call to ``f`` in each form."""
 ALIASES = {
     "qwen2_5": "hermes",
     "json_tools": "hermes",
+    "granite4": "hermes",
+    "ernie45": "hermes",
+    "hunyuan_a13b": "jamba",
+    "minimax": "jamba",
+    "llama4_json": "llama3_json",
+    "functiongemma": "function_gemma",
+    "step3p5": "qwen3_coder",
     "qwen3_xml": "qwen3_coder",
     "nemotron_v3": "qwen3_coder",
     "glm47": "glm45",
@@ -85,6 +100,7 @@ THOUGHTS = {
     "seed_oss": "seed_oss",
     "deepseek_v31": "deepseek_r1",
     "granite": "granite",
+    "kimi_k3": "kimi_k3",
 }
 PIECES = re.compile(r"<[^<>\s]+>|\w+|\s+|[^\w\s]")
 
