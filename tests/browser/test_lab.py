@@ -53,12 +53,16 @@ class PanelPage:
         """The handle of a slider: Home and End, arrows."""
         return self.root.locator(".widget-hslider", has_text=name).locator(".noUi-handle")
 
+    def readout(self, name: str) -> Any:
+        """What a slider shows beside it."""
+        return self.root.locator(".widget-hslider", has_text=name).locator(".widget-readout")
+
     def press(self, name: str, key: str, shown: str | None = None) -> None:
         """Press ``key`` on a slider until it shows ``shown`` (None: something else), as a person would.
 
         A slider that is still being drawn anew after its range changed takes no key.
         """
-        readout = self.root.locator(".widget-hslider", has_text=name).locator(".widget-readout")
+        readout = self.readout(name)
         before = readout.inner_text()
 
         def moved() -> bool:
@@ -126,7 +130,7 @@ def test_the_panel_steers_requests_that_run(scripted: Any, streams: list[HttpStr
     wait_until(lambda: len(streams[0].text) > 30, "words of the first stream")
     assert "10 11 12" not in streams[0].text
     panel.tab("Sampling")
-    panel.press("temperature", "Home", "0.00")
+    panel.press("temperature", "Home", "0")
     wait_until(lambda: re.search(r"(\d+) \d+ \d+ \d+ \d+", streams[0].text) is not None, "the script, in order")
     notebook.shot("panel-sampling", panel.root)
 
@@ -141,6 +145,51 @@ def test_the_panel_steers_requests_that_run(scripted: Any, streams: list[HttpStr
     assert cancelled.error is not None
     assert "aborted" in cancelled.error
     assert not other.finished
+
+
+def test_the_sliders_show_what_was_set_and_only_a_hand_changes_it(scripted: Any) -> None:
+    notebook = scripted(
+        "echo",
+        "%vllm_metal panel",
+        "%vllm_metal set temperature=0.333 top_p=0.123 top_k=250 repetition_penalty=3.3",
+        "%vllm_metal set temperature=3.3",
+        "%vllm_metal set preset=qwen-coding",
+        "%vllm_metal set",
+    )
+    notebook.run(0)
+    notebook.wait_run(0)
+    notebook.run(1)
+    panel = PanelPage(notebook.page)
+    panel.root.wait_for()
+    panel.tab("Sampling")
+    panel.slider("temperature").wait_for()
+
+    def set_and_shown(number: int, **shown: str) -> str:
+        """What ``set`` tells after a cell's values stood on the page and a front end had the time to answer."""
+        notebook.run(number)
+        for name, value in shown.items():
+            expect(panel.readout(name)).to_have_text(value, timeout=PATIENCE)
+        notebook.page.wait_for_timeout(1500)
+        before = notebook.cell(5).locator(".jp-InputPrompt").inner_text()
+        notebook.run(5)
+        expect(notebook.cell(5).locator(".jp-InputPrompt")).not_to_have_text(before, timeout=PATIENCE)
+        notebook.wait_run(5)
+        text: str = notebook.output(5).inner_text()
+        return text
+
+    told = set_and_shown(2, temperature="0.333", top_p="0.123", top_k="250", repetition_penalty="3.3")
+    assert all(word in told for word in ("temperature=0.333", "top_p=0.123", "top_k=250", "repetition_penalty=3.3"))
+    told = set_and_shown(3, temperature="3.3", top_p="0.123")
+    assert "temperature=3.3" in told
+    set_and_shown(4, temperature="0.6", top_p="0.95", top_k="20")
+    row = panel.root.locator(".widget-hbox", has=panel.page.locator(".widget-hslider", has_text="top_p")).last
+    expect(row).to_contain_text("preset qwen-coding")
+    notebook.shot("panel-preset", panel.root)
+    panel.press("top_p", "ArrowLeft", "0.94")
+    expect(row).to_contain_text("set", timeout=PATIENCE)
+    assert "top_p=0.94 " in set_and_shown(5, top_p="0.94") + " "
+    panel.press("top_p", "ArrowRight", "0.95")
+    assert "top_p=0.95 " in set_and_shown(5, top_p="0.95") + " "
 
 
 def test_memory_is_planned_while_the_slider_moves_and_replanned_under_a_request(

@@ -3,6 +3,7 @@
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any
 
 import psutil
@@ -70,7 +71,7 @@ def sent_by(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """All state that the panel's widgets send from now on."""
     sent: list[Any] = []
     for widget in widgets_below(panel.widget):
-        monkeypatch.setattr(widget, "send_state", lambda key=None, widget=widget: sent.append((widget, key)))
+        monkeypatch.setattr(widget, "send_state", lambda key=None, widget=widget: sent.append((widget, copy(key))))
     return sent
 
 
@@ -218,6 +219,34 @@ def test_values_beyond_a_slider_widen_it(panel: Panel) -> None:
     current_session().settings.update(temperature=3.5)
     show(panel, SAMPLING)
     assert panel.sampling.parameters["temperature"].control.value == 3.5
+
+
+def test_a_value_and_the_range_that_holds_it_come_in_one_message(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+    show(panel, SAMPLING)
+    slider = panel.sampling.parameters["temperature"].control
+    sent = sent_by(panel, monkeypatch)
+    current_session().settings.update(temperature=3.5)
+    panel.refresh()
+    assert [set(key) for widget, key in sent if widget is slider] == [{"max", "value"}]
+    assert slider.max == 3.5
+    current_session().settings.update(temperature=0.5)
+    panel.refresh()
+    assert slider.max == 2
+
+
+def test_a_front_ends_sums_of_steps_are_no_hand_and_are_rounded(panel: Panel) -> None:
+    show(panel, SAMPLING)
+    section, settings = panel.sampling, current_session().settings
+    section.preset.value = "qwen-coding"
+    slider = section.parameters["top_p"].control
+    slider.set_state({"value": 0.9500000000000002})
+    assert settings.everything()["top_p"] == 0.95
+    assert settings.layers()[-1] == ("set", {})
+    slider.set_state({"value": 0.9400000000000002})
+    assert settings.layers()[-1] == ("set", {"top_p": 0.94})
+    show(panel, MEMORY)
+    panel.memory.fraction.set_state({"value": panel.memory.fraction.value + 0.004})
+    assert panel.memory.apply.disabled
 
 
 def test_a_hand_on_the_slider_is_not_pushed_back(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The panel's memory section: the plan's identity while sliders move, and *Apply*."""
 
 import html
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from engine.memory import MemoryPlan
 
 
+_STEP = 0.01
+"""Of the fraction's slider."""
+
+
 class MemorySection:
     """Fraction, length and number of sequences: what they would mean, at once; the engine only on *Apply*."""
 
@@ -32,10 +37,10 @@ class MemorySection:
         self._plan: MemoryPlan | None = None
         self._syncing = False
         self.fraction = widgets.FloatSlider(
-            min=0.01,
+            min=_STEP,
             max=1.0,
-            step=0.01,
-            readout_format=".2f",
+            step=_STEP,
+            readout_format=".9",
             description="fraction",
             tooltip="share of the device's memory (memory_fraction)",
             layout=widgets.Layout(width="380px"),
@@ -85,7 +90,9 @@ class MemorySection:
         plan = self._plan
         assert plan is not None, "there is a plan once the fields can be changed"
         fraction = round(self.fraction.value, 4)
-        changed: dict[str, Any] = {} if abs(fraction - plan.fraction) < 0.005 else {"fraction": fraction}
+        # A front end moves what it is told to a whole step and sends that back.
+        is_moved = abs(fraction - plan.fraction) > _STEP / 2 + 1e-9
+        changed: dict[str, Any] = {"fraction": fraction} if is_moved else {}
         for field, in_force in ((self.max_model_len, plan.max_model_len), (self.max_num_seqs, plan.max_num_seqs)):
             name = field.description
             try:
@@ -107,7 +114,9 @@ class MemorySection:
         self.identity.value = identity_html(plan, plan)
         self.apply.disabled = self.undo.disabled = True
 
-    def _moved(self, _: Any) -> None:
+    def _moved(self, change: Any) -> None:
+        if change["owner"] is self.fraction and math.isclose(change["old"], change["new"], abs_tol=1e-9):
+            return  # the front end's sum of steps
         with self._lock:
             if not self._syncing and self._llm is not None:
                 self._preview(self._llm)

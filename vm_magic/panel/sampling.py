@@ -1,6 +1,7 @@
 """The panel's sampling section: every live setting, presets, thinking. Changes reach requests that run already."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Parameter:
 
     def __init__(self, name: str, control: widgets.Widget, forget: Callable[[str], None]) -> None:
         self.name = name
+        self._range = None if isinstance(control, widgets.Text) else (control.min, control.max)
         self.control = control
         self.source = widgets.HTML(layout=widgets.Layout(width="150px"))
         self.undo = widgets.Button(
@@ -73,14 +75,17 @@ class Parameter:
         self.widget = widgets.HBox([control, self.undo, self.source], layout=widgets.Layout(align_items="center"))
 
     def show(self, value: Any, source: str, is_set: bool) -> None:
-        """Show ``value`` and its source; sliders widen where a value lies beyond them."""
+        """Show ``value`` and its source; sliders widen while a value lies beyond them."""
         control = self.control
-        if isinstance(control, widgets.Text):
+        if self._range is None:
             control.value = field_text(value) if is_set else ""
             control.placeholder = field_text(value)
         else:
-            control.max, control.min = max(control.max, value), min(control.min, value)
-            control.value = value
+            low, high = min(self._range[0], value), max(self._range[1], value)
+            with control.hold_sync():  # one message: a front end clips a value that comes before its range
+                control.min, control.max = min(control.min, low), max(control.max, high)
+                control.value = value
+                control.min, control.max = low, high
         self.source.value = faint(source)
         self.undo.layout.visibility = "visible" if is_set else "hidden"
 
@@ -172,7 +177,11 @@ class SamplingSection:
     def _changer(self, name: str) -> Callable[[Any], None]:
         if isinstance(self.parameters[name].control, widgets.Text):
             return lambda change: self._change_text(name, change["new"])
-        return lambda change: self._change({name: change["new"]})
+        return lambda change: self._change_number(name, change["old"], change["new"])
+
+    def _change_number(self, name: str, before: float, now: float) -> None:
+        if not math.isclose(before, now, abs_tol=1e-9):  # a front end's sum of steps, 0.9500000000000002, is no hand
+            self._change({name: round(now, 9)})
 
     def _change_text(self, name: str, text: str) -> None:
         with self._lock:
@@ -260,7 +269,15 @@ def _controls() -> dict[str, widgets.Widget]:
     for spec in SLIDERS:
         kind = widgets.IntSlider if spec.whole else widgets.FloatSlider
         controls[spec.name] = kind(
-            min=spec.low, max=spec.high, step=spec.step, description=spec.name, style=style, layout=wide
+            min=spec.low,
+            max=spec.high,
+            step=spec.step,
+            description=spec.name,
+            # While it updates continuously a front end also sends back what it was told, moved to a whole step.
+            continuous_update=False,
+            readout_format="d" if spec.whole else ".9",
+            style=style,
+            layout=wide,
         )
     for name in FIELDS:
         controls[name] = widgets.Text(
