@@ -2,11 +2,14 @@
 
 import atexit
 import sys
+from copy import deepcopy
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from IPython.core.extensions import ExtensionManager
+from traitlets.config import Config
 
 from engine.ring_log import RingLog
 from vm_magic.completion import Matcher, make_matcher
@@ -15,6 +18,7 @@ from vm_magic.magics import VLLMMetal
 from vm_magic.panel import close_panel
 from vm_magic.question_marks import keep_questions
 from vm_magic.references import release_references
+from vm_magic.settings_text import SETTABLE
 
 _LOGGERS = ("engine", "vm_magic", "uvicorn")
 
@@ -31,6 +35,8 @@ class _Installed:
 
 
 _installed: list[_Installed] = []
+_users_config: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""By shell, what its configuration files said of the magics: %config adds to the same place, until we are unloaded."""
 
 
 def install(shell: Any) -> None:
@@ -40,6 +46,7 @@ def install(shell: Any) -> None:
     logs = RingLog(_LOGGERS)
     logs.attach()
     magics = VLLMMetal(shell, logs)
+    _configure(magics, shell)
     shell.register_magics(magics)
     add_formatters(shell)
     cells = shell.magics_manager.magics["cell"]
@@ -74,9 +81,29 @@ def uninstall(shell: Any) -> None:
     transforms = shell.input_transformer_manager.line_transforms
     transforms[:] = [t for t in transforms if t is not keep_questions]
     if not _reloading(sys._getframe()):
+        _forget_config(shell)
         if _close_session():
             release_references(shell)
         atexit.unregister(_close_session)
+
+
+def _configure(magics: VLLMMetal, shell: Any) -> None:
+    """Give the magics what is configured; after a reload, the settings that the session kept hold instead."""
+    name = VLLMMetal.__name__
+    values = dict(shell.config[name]) if name in shell.config else {}
+    if shell in _users_config:
+        values = {name: value for name, value in values.items() if name not in SETTABLE}
+    _users_config.setdefault(shell, deepcopy(values))
+    magics.configure(values)
+
+
+def _forget_config(shell: Any) -> None:
+    """Take what %config set out of the shell's configuration; what its files say stays."""
+    name = VLLMMetal.__name__
+    shell.config.pop(name, None)
+    values = _users_config.pop(shell, {})
+    if values:
+        shell.config[name] = Config(values)
 
 
 def _close_session() -> bool:

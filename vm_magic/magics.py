@@ -1,11 +1,14 @@
 """``%vllm_metal`` and ``%%chat`` in a shell. What they do is imported by the first one that is used."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
-from traitlets import Bool
+from traitlets import Bool, TraitError
+from traitlets.config import Config
 
+from engine.errors import VMMagicError
 from engine.ring_log import RingLog
 from vm_magic.errors import HelpShown, Interrupted, short_error
 from vm_magic.live_settings import LiveTraits
@@ -18,8 +21,16 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
     short_errors = Bool(True, help="Show errors as one line; False shows tracebacks.").tag(config=True)
 
     def __init__(self, shell: Any, logs: RingLog) -> None:
-        super().__init__(shell=shell)
+        super().__init__(shell=shell, config=Config())
         self.logs = logs
+
+    def configure(self, values: Mapping[str, Any]) -> None:
+        """Set ``values`` as a configuration file does. A bad one is said in one line, and the others hold."""
+        for name, value in values.items():
+            try:
+                self.update_config(Config({type(self).__name__: {name: value}}))
+            except (VMMagicError, TraitError) as error:
+                print(f"{type(self).__name__}.{name} is left out: {error}", file=sys.stderr)
 
     @no_var_expand  # type: ignore[untyped-decorator]
     @line_cell_magic  # type: ignore[untyped-decorator]

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from traitlets.config import Config
+
 import vm_magic
 from engine.ring_log import RingLog
 from tests.vm_magic import fakes
@@ -77,6 +79,52 @@ def test_unloading_after_a_reload_still_frees_the_model(shell: Any) -> None:
     shell.run_line_magic("reload_ext", "vm_magic")
     shell.run_line_magic("unload_ext", "vm_magic")
     assert fakes.MADE[-1].closed
+
+
+def test_a_value_that_config_refused_does_not_cost_the_magics(shell: Any, capsys: Any) -> None:
+    before = sorted(traces(shell))
+    for bad in ("temperature = -1", "short_errors = 'perhaps'", "preset = 'none such'"):
+        shell.run_line_magic("config", f"VLLMMetal.{bad}")
+    for command in ("reload_ext", "unload_ext", "load_ext", "reload_ext"):
+        shell.run_line_magic(command, "vm_magic")
+    assert sorted(traces(shell)) == before
+    assert current_session().settings.everything() == {}
+    assert "short_errors is left out" in capsys.readouterr().err
+
+
+def test_a_bad_value_in_a_configuration_file_is_one_line_and_the_others_hold(shell: Any, capsys: Any) -> None:
+    shell.run_line_magic("unload_ext", "vm_magic")
+    shell.config.VLLMMetal = Config(temperature=-1, top_k=9)
+    try:
+        shell.run_line_magic("load_ext", "vm_magic")
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1
+        assert told[0].startswith("VLLMMetal.temperature is left out: temperature must be non-negative")
+        assert current_session().settings.everything() == {"top_k": 9}
+    finally:
+        shell.run_line_magic("unload_ext", "vm_magic")
+        del shell.config["VLLMMetal"]
+
+
+def test_unloading_takes_back_what_config_set_and_keeps_the_files(shell: Any) -> None:
+    shell.run_line_magic("unload_ext", "vm_magic")
+    shell.config.VLLMMetal = Config(temperature=0.4)
+    try:
+        shell.run_line_magic("load_ext", "vm_magic")
+        shell.run_line_magic("config", "VLLMMetal.top_k = 7")
+        shell.run_line_magic("config", "VLLMMetal.temperature = 0.9")
+        shell.run_line_magic("config", "VLLMMetal.short_errors = False")
+        line(shell, "set top_k=8")
+        shell.run_line_magic("reload_ext", "vm_magic")
+        assert current_session().settings.everything() == {"temperature": 0.9, "top_k": 8}
+        assert shell.run_line_magic("config", "VLLMMetal.short_errors") is False
+        shell.run_line_magic("unload_ext", "vm_magic")
+        shell.run_line_magic("load_ext", "vm_magic")
+        assert current_session().settings.everything() == {"temperature": 0.4}
+        assert shell.run_line_magic("config", "VLLMMetal.short_errors") is True
+    finally:
+        shell.run_line_magic("unload_ext", "vm_magic")
+        shell.config.pop("VLLMMetal", None)
 
 
 def test_no_exit_hook_is_left(shell: Any, monkeypatch: Any) -> None:
