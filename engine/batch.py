@@ -17,7 +17,7 @@ CHAT_OPTIONS = ("tools", "add_generation_prompt", "continue_final_message", "cha
 _REFUSED = {
     "lora_request": "LoRA adapters are not in this version; leave it out",
     "mm_processor_kwargs": "this engine serves text only; leave it out",
-    "chat_template_content_format": "the template itself says whether it reads texts or parts; leave it out",
+    "chat_template_content_format": "LLM(model, chat_template_content_format=…) takes it",
     "tokenization_kwargs": "leave it out, or tokenize yourself and give token ids to generate()",
     "priority": "llm.submit(prompt, params, priority=…) takes it",
 }

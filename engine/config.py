@@ -12,13 +12,15 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from engine.errors import ConfigError, UnsupportedOptionError
+from engine.errors import ConfigError
 from engine.kv_dtype import KV_CACHE_DTYPES, kv_cache_dtype
+from engine.vllm_flags import check_vllm_flag, refuse_flag
 
 DEFAULT_MEMORY_FRACTION = 0.90
 DEFAULT_BLOCK_SIZE = 16
 MAX_NUM_SEQS_LIMIT = 256
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+CONTENT_FORMATS = ("auto", "string", "openai")
 _UNITS = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000, "K": 1024, "M": 1024**2, "G": 1024**3}
 
 Auto = Literal["auto"]
@@ -132,6 +134,12 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
     Flag("generation_config", str, "sampling defaults: auto (the model's), vllm (none) or a folder", "auto|vllm|DIR"),
     Flag("override_generation_config", json_object, "sampling defaults set over the model's", "JSON"),
     Flag("chat_template", str, "chat template: a file or the Jinja text itself", "FILE|TEXT"),
+    Flag(
+        "chat_template_content_format",
+        str,
+        "whether the template gets content as a string or as OpenAI's parts: auto tells it from the template",
+        choices=CONTENT_FORMATS,
+    ),
     Flag("default_chat_template_kwargs", json_object, "variables that every chat template gets", "JSON"),
     Flag(
         "reasoning_parser", str, "how thoughts are marked: qwen3, gemma4 … or none (default: from the template)", "NAME"
@@ -143,61 +151,6 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
     ),
     Flag("limit_mm_per_prompt", modality_limits, "image=0,audio=0 (this engine serves text)", "LIMITS"),
 )
-
-NOT_YET = "not in this version of vm-magic yet; leave it out"
-_ONE_DEVICE = "vm-magic runs on one device; for several, %vllm_metal export gives the vLLM command"
-REFUSED_FLAGS: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "tensor-parallel-size",
-            "pipeline-parallel-size",
-            "data-parallel-size",
-            "distributed-executor-backend",
-            "enable-expert-parallel",
-            "nnodes",
-            "node-rank",
-            "master-addr",
-            "decode-context-parallel-size",
-        ),
-        _ONE_DEVICE,
-    ),
-    **dict.fromkeys(
-        (
-            "speculative-config",
-            "enable-lora",
-            "lora-modules",
-            "additional-config",
-            "kv-transfer-config",
-        ),
-        NOT_YET,
-    ),
-    "quantization": "the checkpoint says how it is quantized; leave the flag out",
-    "load-format": "the files say what they are (safetensors or GGUF); leave the flag out",
-    "enforce-eager": "steps are compiled only where that is faster; leave the flag out",
-    "swap-space": "preempted requests are recomputed; leave the flag out",
-    "cpu-offload-gb": "memory is shared on Apple hardware and planned elsewhere; lower --max-model-len instead",
-    "num-gpu-blocks-override": "the memory plan decides; turn --gpu-memory-utilization instead",
-    "async-scheduling": "steps always overlap; leave the flag out",
-    "enable-chunked-prefill": "prefill is always chunked; --max-num-batched-tokens sets the size",
-    "uds": "only TCP on this machine is served; use --host and --port",
-    "ssl-keyfile": "put a TLS proxy in front, or use JupyterHub's",
-    "ssl-certfile": "put a TLS proxy in front, or use JupyterHub's",
-    "middleware": "no foreign code is loaded into the server",
-    "tool-parser-plugin": "no foreign code is loaded into the server",
-    "allow-credentials": "credentials are the API key; leave the flag out",
-    "tokenizer-mode": "the tokenizer's files decide; leave the flag out",
-    "runner": "this engine generates text only",
-    "task": "this engine generates text only",
-    "convert": "this engine generates text only",
-}
-"""Flags of ``vllm serve`` that are refused, with what to do instead."""
-
-
-def refuse_flag(name: str) -> UnsupportedOptionError:
-    """The error for a flag that vLLM has and this engine lacks."""
-    name = name.lstrip("-").replace("_", "-")
-    why = REFUSED_FLAGS.get(name.removeprefix("no-"), "see %vllm_metal serve --help for the flags that are known")
-    return UnsupportedOptionError(f"--{name} is not supported: {why}", flag=name)
 
 
 @dataclass(frozen=True)
@@ -223,6 +176,7 @@ class EngineArgs:
     generation_config: str = "auto"
     override_generation_config: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
+    chat_template_content_format: str = "auto"
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_parser: str | None = None
     """None: chosen from the chat template; "none": no parser. ``tool_call_parser`` likewise."""
@@ -247,6 +201,9 @@ class EngineArgs:
             raise self._outside("block_size", self.block_size, "a power of two from 1 to 256")
         if self.dtype not in DTYPES:
             raise self._outside("dtype", self.dtype, "one of " + ", ".join(DTYPES))
+        if self.chat_template_content_format not in CONTENT_FORMATS:
+            given, allowed = self.chat_template_content_format, "one of " + ", ".join(CONTENT_FORMATS)
+            raise self._outside("chat_template_content_format", given, allowed)
         object.__setattr__(self, "kv_cache_dtype", kv_cache_dtype(self.kv_cache_dtype))
         if self.kv_cache_dtype != "auto" and not self.use_paged_attention:
             raise ConfigError(
@@ -324,8 +281,11 @@ class EngineArgs:
                 key, values["memory_knob"] = "gpu_memory_utilization", "memory_fraction"
             elif key == "gpu_memory_utilization":
                 values["memory_knob"] = key
-            if key not in known or key in ("model", "memory_knob"):
+            if key in ("model", "memory_knob"):
                 raise refuse_flag(name)
+            if key not in known:
+                check_vllm_flag(name, value)
+                continue
             values[key] = option_value(key, value)
         return cls(model=model, **values)
 

@@ -65,7 +65,8 @@ def commands_page() -> str:
 
 def options_page() -> str:
     """The engine's flags, environment variables, settings of a running model, and what is refused."""
-    from engine.config import ENGINE_FLAGS, REFUSED_FLAGS
+    from engine.config import ENGINE_FLAGS
+    from engine.vllm_flags import REFUSED_FLAGS, SO_ANYWAY
     from vm_magic.settings_text import SETTABLE
 
     flags = [
@@ -88,8 +89,16 @@ def options_page() -> str:
             "## Flags of vLLM that are refused\n",
             "They are refused by name, never ignored.\n",
             table(("flag", "instead"), [(f"`--{name}`", escaped(text)) for name, text in REFUSED_FLAGS.items()]),
+            "Some are taken where they say what is so here anyway:\n",
+            table(("flag", "taken as"), [(f"`--{name}`", _taken_as(name, so)) for name, so in SO_ANYWAY.items()]),
         ]
     )
+
+
+def _taken_as(name: str, so: bool | tuple[str, ...]) -> str:
+    if isinstance(so, bool):
+        return f"`--{name}`" if so else f"`--no-{name}`"
+    return ", ".join(f"`{value}`" for value in so)
 
 
 def escaped(text: str) -> str:

@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 from IPython.core.magic_arguments import MagicArgumentParser
 
-from engine.config import ENGINE_FLAGS, REFUSED_FLAGS, Flag, refuse_flag
+from engine.config import ENGINE_FLAGS, Flag
 from engine.errors import ConfigError, UnsupportedOptionError
+from engine.vllm_flags import REFUSED_FLAGS, SO_ANYWAY, check_vllm_flag, refuse_flag
 from vm_magic.bench_view import add_bench_flags
 from vm_magic.chat_flags import SAMPLING_FLAGS, add_chat_flags, add_conversation_name
 from vm_magic.errors import HelpShown
@@ -46,6 +47,8 @@ COMMANDS: dict[str, str] = {
     "metrics": "the engine's Prometheus metrics as a table",
 }
 CLIENT_NAMES = ("openai", "anthropic", "llm", "curl", "codex")
+ENGINE_COMMANDS = ("load", "plan", "serve")
+"""Those that take a model and the engine's flags."""
 CELL_COMMANDS = ("serve", "chat", "complete", "grid", "score")
 FLAGS_OF: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "history": lambda parser: add_conversation_name(parser, "--list", "all conversations in a table"),
@@ -75,13 +78,41 @@ class CommandParser(MagicArgumentParser):  # type: ignore[misc]
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse ``words``. Raises ConfigError for unknown flags, UsageError for what argparse refuses."""
-        words = self._join_dotted([_dashes(word) for word in words])
+        words = self._join_dotted(self._without_what_is_so([_dashes(word) for word in words]))
         for word in words:
             if word == "--":
                 break
             if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
                 raise self._unknown(word.partition("=")[0])
         result: argparse.Namespace = self.parse_args(words)
+        if self.command in ENGINE_COMMANDS:
+            self._choose_model(result)
+        return result
+
+    def _choose_model(self, result: argparse.Namespace) -> None:
+        """MODEL from its place or from ``--model``."""
+        flag = vars(result).pop("model_flag", None)
+        if flag is not None and result.model not in (None, flag):
+            self.error(f"MODEL is {result.model} and --model says {flag}: give one")
+        result.model = result.model or flag
+        if result.model is None and self.command == "load":
+            self.error("the following arguments are required: MODEL")
+
+    def _without_what_is_so(self, words: Sequence[str]) -> list[str]:
+        """``words`` without vLLM's flags that say what is so here anyway. Raises UnsupportedOptionError for others."""
+        if self.command not in ENGINE_COMMANDS:
+            return list(words)
+        result: list[str] = []
+        rest = iter(words)
+        for word in rest:
+            flag, mark, value = word.partition("=")
+            name = flag.removeprefix("--").removeprefix("no-")
+            if not flag.startswith("--") or flag in self._option_string_actions or name not in SO_ANYWAY:
+                result.append(word)
+            elif isinstance(SO_ANYWAY[name], bool):
+                check_vllm_flag(name, not flag.startswith("--no-"))
+            else:
+                check_vllm_flag(name, value if mark else next(rest, ""))
         return result
 
     def _join_dotted(self, words: list[str]) -> list[str]:
@@ -129,7 +160,7 @@ class CommandParser(MagicArgumentParser):  # type: ignore[misc]
 
     def _unknown(self, flag: str) -> UnsupportedOptionError:
         name = flag.lstrip("-")
-        if self.command in ("load", "serve", "plan") and name.removeprefix("no-") in REFUSED_FLAGS:
+        if self.command in ENGINE_COMMANDS and name.removeprefix("no-") in REFUSED_FLAGS:
             return refuse_flag(name)
         close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
         hint = f"did you mean {close[0]}?" if close else f"see {self.prog} --help"
@@ -160,12 +191,10 @@ def _json_or_text(text: str) -> Any:
 def command_parser(command: str) -> CommandParser:
     """The parser of ``command``, one of :data:`COMMANDS`."""
     parser = CommandParser(command, cell=command in CELL_COMMANDS[1:])
-    if command in ("load", "plan", "serve"):
+    if command in ENGINE_COMMANDS:
+        parser.add_argument("model", nargs="?", metavar="MODEL", help="smollm2, a folder, a hub id or a .gguf file")
         parser.add_argument(
-            "model",
-            nargs="?" if command != "load" else None,
-            metavar="MODEL",
-            help="smollm2, a folder, a hub id or a .gguf file",
+            "--model", dest="model_flag", metavar="MODEL", default=argparse.SUPPRESS, help="another way to give MODEL"
         )
         _add_engine_flags(parser, lists=command == "plan")
     if command == "serve":
@@ -250,18 +279,28 @@ def _add_server_flags(parser: CommandParser) -> None:
     for name in ("--allowed-origins", "--allowed-hosts"):
         group.add_argument(name, type=name_list, metavar="LIST", help='JSON list or a,b,c; ["*"] allows all', **absent)
     group.add_argument("--root-path", metavar="PATH", help="path prefix that a proxy strips", **absent)
-    for name, text in (
-        ("--trust-request-chat-template", "let requests bring their own chat template"),
-        ("--enable-request-id-headers", "answer with X-Request-Id"),
-        ("--enable-log-requests", "log each request (%%vllm_metal logs)"),
-    ):
-        group.add_argument(name, action="store_true", help=text, **absent)
+    for name, text in SERVER_SWITCHES.items():
+        group.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=text, **absent)
+    group.add_argument(
+        "--disable-log-requests",
+        dest="enable_log_requests",
+        action="store_false",
+        help="the old name of --no-enable-log-requests",
+        **absent,
+    )
 
 
+SERVER_SWITCHES = {
+    "trust_request_chat_template": "let requests bring their own chat template",
+    "enable_request_id_headers": "answer with X-Request-Id",
+    "enable_log_requests": "log each request (%%vllm_metal logs)",
+    "enable_force_include_usage": "tell usage at the end of every stream, asked for or not",
+    "exclude_tools_when_tool_choice_none": "leave tools out of the prompt of a request with tool_choice none",
+}
 SERVER_OPTIONS = (
-    "host", "port", "api_key", "no_api_key", "allowed_origins", "allowed_hosts", "root_path",
-    "trust_request_chat_template", "enable_request_id_headers", "enable_log_requests",
-)  # fmt: skip
+    *("host", "port", "api_key", "no_api_key", "allowed_origins", "allowed_hosts", "root_path"),
+    *SERVER_SWITCHES,
+)
 
 
 def split_text(parser: CommandParser, line: str) -> tuple[list[str], str]:

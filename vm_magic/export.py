@@ -111,7 +111,7 @@ def _generation_config(served: Served) -> dict[str, Any]:
 def _server_flags(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
-        if name in ("api_key", *OURS_ALONE):
+        if name in ("api_key", *OURS_ALONE) or value is False:
             continue
         if value is True:
             yield flag

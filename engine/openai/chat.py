@@ -10,7 +10,7 @@ from engine.errors import RequestError
 from engine.openai.conversations import Messages, finish_chat, start_chat
 from engine.openai.generation import open_request, port_of, stream_options
 from engine.openai.logprobs import chat_logprobs, prompt_logprobs
-from engine.openai.protocol import BatchChatCompletionRequest, ChatCompletionRequest, ChatFields
+from engine.openai.protocol import BatchChatCompletionRequest, ChatCompletionRequest, ChatFields, StreamOptions
 from engine.openai.replies import ChatJob, Reply, named_reasoning
 from engine.openai.sse import EventStream
 from engine.openai.version import system_fingerprint
@@ -28,7 +28,11 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     echo = _echo(body, body.messages)
     if body.stream:
         work = open_request(port, request, chat.job)
-        return EventStream(_chunks(chat, body, echo), work, keep_alive_seconds=port.options.keep_alive_seconds)
+        return EventStream(
+            _chunks(chat, body, echo, stream_options(port, body)),
+            work,
+            keep_alive_seconds=port.options.keep_alive_seconds,
+        )
     await finish_chat(port, request, chat)
     return JSONResponse(_response(chat, body, [echo]))
 
@@ -100,8 +104,10 @@ def _choice(chat: ChatJob, body: ChatFields, reply: Reply, echo: str) -> dict[st
     return result
 
 
-async def _chunks(chat: ChatJob, body: ChatFields, echo: str) -> AsyncGenerator[dict[str, Any], None]:
-    options, job = stream_options(body), chat.job
+async def _chunks(
+    chat: ChatJob, body: ChatFields, echo: str, options: StreamOptions
+) -> AsyncGenerator[dict[str, Any], None]:
+    job = chat.job
     head = {"id": job.id, "object": "chat.completion.chunk", "created": job.created, "model": job.model}
     head["system_fingerprint"] = system_fingerprint()
     extras = _prompt_extras(chat, body)

@@ -24,7 +24,7 @@ from engine.openai.generation import (
     truncate,
 )
 from engine.openai.logprobs import completion_logprobs, prompt_logprobs
-from engine.openai.protocol import CompletionRequest
+from engine.openai.protocol import CompletionRequest, StreamOptions
 from engine.openai.sse import EventStream
 from engine.openai.support import check_generation
 from engine.openai.version import system_fingerprint
@@ -44,7 +44,9 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     job = await _start(port, body, request)
     if body.stream:
         work = open_request(port, request, job)
-        return EventStream(_chunks(job, body), work, keep_alive_seconds=port.options.keep_alive_seconds)
+        return EventStream(
+            _chunks(job, body, stream_options(port, body)), work, keep_alive_seconds=port.options.keep_alive_seconds
+        )
     await finish_job(port, request, job)
     return JSONResponse(_response(job, body))
 
@@ -159,8 +161,7 @@ def _logprobs(
     return completion_logprobs(token_ids, all_positions, body.logprobs or 0, job.names, text_offset=text_offset)
 
 
-async def _chunks(job: Job, body: CompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
-    options = stream_options(body)
+async def _chunks(job: Job, body: CompletionRequest, options: StreamOptions) -> AsyncGenerator[dict[str, Any], None]:
     head = {"id": job.id, "object": "text_completion", "created": job.created, "model": job.model}
     offsets: dict[int, int] = {}
     async for choice, delta in job.deltas():

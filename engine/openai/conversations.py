@@ -34,8 +34,11 @@ async def prepare_chat(port: Port, body: ChatFields, conversations: Sequence[Mes
     port.check_template(body.chat_template, body.chat_template_kwargs)
     params = _params(port.engine, body)
 
+    hides_tools = port.options.exclude_tools_when_tool_choice_none and body.tool_choice == "none"
+    shown = body.model_copy(update={"tools": []}) if hides_tools else body
+
     def render() -> list[Prompt]:
-        return [_prompt(port.engine, body, messages, params) for messages in conversations]
+        return [_prompt(port.engine, shown, messages, params) for messages in conversations]
 
     return PreparedChat(await asyncio.to_thread(render), params, _constraints(body))
 

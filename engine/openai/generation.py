@@ -239,6 +239,8 @@ def open_request(port: Port, http: Request, job: Job) -> OpenRequest:
     return OpenRequest(port.open_requests, http.receive, job.streams)
 
 
-def stream_options(request: GenerationFields) -> StreamOptions:
-    """The options in force; without any, no usage is told."""
-    return request.stream_options or StreamOptions(include_usage=False)
+def stream_options(port: Port, request: GenerationFields) -> StreamOptions:
+    """The options in force; without any, usage is told only where the port always tells it."""
+    options = request.stream_options or StreamOptions(include_usage=False)
+    forced = options.include_usage or port.options.enable_force_include_usage
+    return options.model_copy(update={"include_usage": forced})

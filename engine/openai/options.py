@@ -29,6 +29,8 @@ class ServerOptions:
     enable_request_id_headers: bool = False
     enable_log_requests: bool = False
     trust_request_chat_template: bool = False
+    enable_force_include_usage: bool = False
+    exclude_tools_when_tool_choice_none: bool = False
     keep_alive_seconds: float = KEEP_ALIVE_SECONDS
     max_body_bytes: int = MAX_BODY_BYTES
 

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
@@ -31,18 +32,22 @@ _BACKLOG = 2048
 
 
 class ServerHandle:
-    """A running server. ``base_url`` ends in ``/v1``; ``api_key`` is None where none is asked for."""
+    """A server, running until :meth:`stop`; a stopped one holds no model.
+
+    ``base_url`` ends in ``/v1``; ``api_key`` is None where none is asked for, and never part of the text.
+    """
 
     def __init__(self, app: FastAPI, listener: socket.socket, options: ServerOptions) -> None:
+        self._port: Port | None = app.state.port
+        self.model: str = self._port.engine.args.names[0]
         self.host = options.host
         self.port: int = listener.getsockname()[1]
         self.api_key = options.api_keys[0] if options.api_keys else None
         self.base_url = f"http://{_reachable(self.host)}:{self.port}/v1"
-        self._port: Port = app.state.port
         self._listener = listener
         self._log = RingLog(_LOGGERS)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._server = uvicorn.Server(
+        self._server: uvicorn.Server | None = uvicorn.Server(
             uvicorn.Config(
                 app,
                 log_config=None,
@@ -61,7 +66,8 @@ class ServerHandle:
     @property
     def running(self) -> bool:
         """Whether the port is open."""
-        return self._thread.is_alive() and bool(self._server.started)
+        server = self._server
+        return server is not None and self._thread.is_alive() and bool(server.started)
 
     @property
     def log_lines(self) -> list[str]:
@@ -70,36 +76,36 @@ class ServerHandle:
 
     def stop(self) -> None:
         """End open streams with an error event, close the port and its thread. Safe to repeat."""
-        self._server.should_exit = True
-        if self._thread.is_alive() and self._loop is not None:
-            self._end_requests(self._loop)
+        server, port, loop = self._server, self._port, self._loop
+        if server is None or port is None:
+            return
+        server.should_exit = True
+        if self._thread.is_alive() and loop is not None:
+            _end_requests(port, loop)
             self._thread.join(_GRACE_SECONDS + 2)
         if self._thread.is_alive():
-            self._server.force_exit = True
+            server.force_exit = True
             self._thread.join(_GRACE_SECONDS + 2)
         self._listener.close()
         self._log.detach()
         atexit.unregister(self.stop)
+        self._server = self._port = self._loop = None
 
     def __repr__(self) -> str:
-        return f"<ServerHandle {self.base_url}{'' if self.running else ', stopped'}>"
+        if not self.running:
+            return f"{self.model} at {self.base_url}, closed"
+        return f"{self.model} at {self.base_url} ({'the key is in .api_key' if self.api_key else 'no key'})"
 
     def _start(self) -> None:
         self._log.attach()
         self._thread.start()
         deadline = time.monotonic() + _START_SECONDS
-        while not self._server.started:
+        while not self.running:
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 self.stop()
                 raise ServerError(f"The server did not start: {'; '.join(self.log_lines[-3:]) or 'no reason given'}")
             time.sleep(0.002)
         atexit.register(self.stop)
-
-    def _end_requests(self, loop: asyncio.AbstractEventLoop) -> None:
-        try:
-            loop.call_soon_threadsafe(self._port.open_requests.close)
-        except RuntimeError:  # the loop closed just now, so nothing is open any more
-            logger.debug("the server's loop was closed already")
 
     def _run(self) -> None:
         try:
@@ -109,17 +115,57 @@ class ServerHandle:
             logger.exception("the server thread failed")
 
     async def _serve(self) -> None:
+        server = self._server
+        assert server is not None, "a server runs once"
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(_log_loop_error)
-        await self._server.serve(sockets=[self._listener])
-        for connection in list(self._server.server_state.connections):
+        await server.serve(sockets=[self._listener])
+        for connection in list(server.server_state.connections):
             # A client that does not read would keep its socket open for ever.
             connection.transport.abort()
         await asyncio.sleep(0)
 
 
-def start_server(
-    llm: ServedEngine,
+@dataclass(frozen=True)
+class Wanted:
+    """A port that may be opened: its options, and the numbers that will do, the first free one of them."""
+
+    options: ServerOptions
+    ports: range
+
+    def bind(self, replaced: ServerHandle | None) -> socket.socket:
+        """A listening socket; ``replaced`` closes first where it has one of these ports and the host is right."""
+        if replaced is not None and replaced.port in self.ports:
+            self.check(replaced)
+            replaced.stop()
+        return _listen(self.options.host, self.ports)
+
+    def check(self, replaced: ServerHandle | None) -> None:
+        """Raise what :meth:`bind` would; keeps nothing and closes nothing."""
+        takes_over = replaced is not None and replaced.port in self.ports
+        _listen(self.options.host, range(1) if takes_over else self.ports).close()
+
+
+def start_server(llm: ServedEngine, *, replaced: ServerHandle | None = None, **wanted: Any) -> ServerHandle:
+    """Serve ``llm`` as ``wanted`` (see :func:`want_server`) until ``stop()``.
+
+    ``replaced``, a server that runs now, closes as soon as the new one can open. Raises ConfigError for bad
+    options, ServerError for a port that cannot be opened; both leave it alone.
+    """
+    port = want_server(**wanted)
+    listener = port.bind(replaced)
+    try:
+        handle = ServerHandle(create_app(llm, port.options), listener, port.options)
+        handle._start()
+    except BaseException:
+        listener.close()
+        raise
+    if replaced is not None:
+        replaced.stop()
+    return handle
+
+
+def want_server(
     *,
     host: str = "127.0.0.1",
     port: int = 0,
@@ -132,14 +178,16 @@ def start_server(
     enable_request_id_headers: bool = False,
     enable_log_requests: bool = False,
     trust_request_chat_template: bool = False,
+    enable_force_include_usage: bool = False,
+    exclude_tools_when_tool_choice_none: bool = False,
     keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
     max_body_bytes: int = MAX_BODY_BYTES,
-) -> ServerHandle:
-    """Serve ``llm`` on ``host:port`` (0: a free one) until ``stop()``.
+) -> Wanted:
+    """Check the options of a server on ``host:port`` (0: a free one). Raises ConfigError for bad ones.
 
     Without ``api_key`` the key is ``VLLM_API_KEY`` or a random one; ``no_api_key`` opens the port,
     on loopback only. ``port_is_default`` says that the user did not choose the port: the next free
-    one is taken. Raises ConfigError for bad options, ServerError for a port that cannot be opened.
+    one is taken.
     """
     options = ServerOptions(
         host=host,
@@ -150,31 +198,33 @@ def start_server(
         enable_request_id_headers=enable_request_id_headers,
         enable_log_requests=enable_log_requests,
         trust_request_chat_template=trust_request_chat_template,
+        enable_force_include_usage=enable_force_include_usage,
+        exclude_tools_when_tool_choice_none=exclude_tools_when_tool_choice_none,
         keep_alive_seconds=keep_alive_seconds,
         max_body_bytes=max_body_bytes,
     )
-    listener = _listen(host, port, try_next=port_is_default)
-    try:
-        handle = ServerHandle(create_app(llm, options), listener, options)
-        handle._start()
-    except BaseException:
-        listener.close()
-        raise
-    return handle
-
-
-def _listen(host: str, port: int, *, try_next: bool) -> socket.socket:
-    """A listening socket, made here so that a taken port is one clear error."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port {port}: must be from 0 to 65535", flag="port", value=port, allowed="0 to 65535")
-    last = min(port + _NUM_NEXT_PORTS, 65535) if try_next and port else port
-    for candidate in range(port, last + 1):
+    last = min(port + _NUM_NEXT_PORTS, 65535) if port_is_default and port else port
+    return Wanted(options, range(port, last + 1))
+
+
+def _end_requests(port: Port, loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.call_soon_threadsafe(port.open_requests.close)
+    except RuntimeError:  # the loop closed just now, so nothing is open any more
+        logger.debug("the server's loop was closed already")
+
+
+def _listen(host: str, ports: range) -> socket.socket:
+    """A listening socket, made here so that a taken port is one clear error."""
+    for port in ports:
         try:
-            return _bind(host, candidate)
+            return _bind(host, port)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE or candidate == last:
-                raise _port_error(host, candidate, error) from None
-    raise AssertionError("the last candidate returns or raises")
+            if error.errno != errno.EADDRINUSE or port == ports[-1]:
+                raise _port_error(host, port, error) from None
+    raise AssertionError("the last port returns or raises")
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -78,21 +78,25 @@ class ChatTemplate:
     """A chat template and the variables that it always gets.
 
     ``source`` may be None: the model has no template and :meth:`render` says how to give one.
+    ``wanted_format`` None: the content's format is told from the template.
     """
 
     source: str | None
     bos_token: str | None = field(default=None, kw_only=True)
     eos_token: str | None = field(default=None, kw_only=True)
     default_kwargs: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    wanted_format: ContentFormat | None = field(default=None, kw_only=True)
 
     @classmethod
     def of_model(cls, args: EngineArgs, tokenizer: Tokenizer) -> Self:
         """The template that ``--chat-template`` names, else the tokenizer's own."""
+        wanted = args.chat_template_content_format
         return cls(
             load_template(args.chat_template, tokenizer.chat_template),
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
             default_kwargs=args.default_chat_template_kwargs,
+            wanted_format=None if wanted == "auto" else wanted,  # type: ignore[arg-type]
         )
 
     def with_source(self, source: str | None) -> Self:
@@ -101,8 +105,8 @@ class ChatTemplate:
 
     @property
     def content_format(self) -> ContentFormat:
-        """Whether the template reads ``content`` as a string or loops over parts."""
-        return self._compiled().content_format
+        """Whether the template gets ``content`` as a string or as parts to loop over."""
+        return self.wanted_format or self._compiled().content_format
 
     @property
     def variables(self) -> frozenset[str]:
@@ -137,7 +141,8 @@ class ChatTemplate:
         for name in RESERVED_VARIABLES.intersection(kwargs):
             raise RequestError(f"chat_template_kwargs cannot set {name!r}.", param="chat_template_kwargs")
         compiled = self._compiled()
-        conversation = normalise_messages(messages, compiled.content_format, strings_as_parts=compiled.strings_as_parts)
+        as_parts = compiled.strings_as_parts if self.wanted_format is None else self.wanted_format == "openai"
+        conversation = normalise_messages(messages, self.content_format, strings_as_parts=as_parts)
         if continue_final_message:
             _mark_end(conversation[-1])
         variables = {

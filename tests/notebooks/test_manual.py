@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from engine.config import ENGINE_FLAGS, REFUSED_FLAGS
+from engine.config import ENGINE_FLAGS
+from engine.vllm_flags import REFUSED_FLAGS, SO_ANYWAY
 from vm_magic.arguments import COMMANDS, command_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +66,9 @@ def test_the_options_page_has_every_flag_and_every_refused_one() -> None:
     page = manual.options_page()
     for name in [*(flag.name for flag in ENGINE_FLAGS), *REFUSED_FLAGS]:
         assert f"| `--{name}` |" in page
+    assert "| `--tensor-parallel-size` | `1` |" in page
+    assert "| `--enforce-eager` | `--no-enforce-eager` |" in page
+    assert page.count("|\n") >= len(ENGINE_FLAGS) + len(REFUSED_FLAGS) + len(SO_ANYWAY)
 
 
 def test_every_environment_variable_that_the_code_reads_is_in_the_table() -> None:

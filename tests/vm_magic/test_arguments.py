@@ -7,7 +7,7 @@ from IPython.core.error import UsageError
 
 from engine.config import ENGINE_FLAGS, EngineArgs
 from engine.errors import ConfigError, RequestError, UnsupportedOptionError
-from vm_magic.arguments import COMMANDS, command_parser, pick, split_text, split_words
+from vm_magic.arguments import COMMANDS, SERVER_OPTIONS, command_parser, pick, split_text, split_words
 from vm_magic.errors import HelpShown
 from vm_magic.settings_text import SETTABLE, read_settings
 
@@ -49,7 +49,18 @@ def test_dotted_flags_are_json_as_in_vllm() -> None:
         ("--tensor-parallel-size 2", "one device"),
         ("--tensor_parallel_size=2", "--tensor-parallel-size"),
         ("--enforce-eager", "leave the flag out"),
-        ("--no-enable-chunked-prefill", "always chunked"),
+        ("--no-enable-chunked-prefill", "--no-enable-chunked-prefill is not supported: prefill is always chunked"),
+        ("--max-log-len 100", "the log holds no prompts"),
+        ("--stream-interval=4", "every token is sent at once"),
+        ("--enable-per-request-metrics", "explain tells a request's times"),
+        ("--mamba-cache-mode align", "--enable-prefix-caching"),
+        ("--uds /tmp/s", "use --host and --port"),
+        ("--swap-space 4", "recomputed"),
+        ("--quantization awq", "how it is quantized"),
+        ("--load-format gguf", "the files say what they are"),
+        ("--distributed-executor-backend ray", "one device"),
+        ("--compilation-config '{}'", "leave the flag out"),
+        ("--hf-overrides '{}'", "--hf-config-path"),
         ("--max-model-le 3", "did you mean --max-model-len?"),
         ("--frobnicate", "not a flag of serve"),
     ],
@@ -57,6 +68,49 @@ def test_dotted_flags_are_json_as_in_vllm() -> None:
 def test_a_flag_that_is_not_ours_is_refused_by_name(flag: str, words: str) -> None:
     with pytest.raises(UnsupportedOptionError, match=words.replace("?", r"\?")):
         options(f"m {flag}")
+
+
+def test_vllms_flags_that_say_what_is_so_here_anyway_are_taken() -> None:
+    said = (
+        "--tensor-parallel-size 1 --pipeline_parallel_size=1 --no-enforce-eager --swap-space 0 --async-scheduling "
+        "--enable-prompt-tokens-details --enable-chunked-prefill --load-format auto --stream-interval 1 --seed 3 "
+        "--distributed-executor-backend uni"
+    )
+    assert options(f"m {said}") == {"seed": "3"}
+    assert EngineArgs.from_options("m", {"tensor_parallel_size": 1, "enforce_eager": False}, {}) == EngineArgs("m")
+    for wrong in ({"tensor_parallel_size": 2}, {"enforce_eager": True}, {"max_log_len": 5}):
+        with pytest.raises(UnsupportedOptionError, match="is not supported: "):
+            EngineArgs.from_options("m", wrong, {})
+    with pytest.raises(UnsupportedOptionError, match="not a flag of bench"):
+        command_parser("bench").read(["--tensor-parallel-size", "1"])
+
+
+@pytest.mark.parametrize("command", ["load", "serve", "plan"])
+def test_the_model_may_be_a_flag(command: str) -> None:
+    read = command_parser(command).read
+    for line in ("--model smollm2", "smollm2 --model=smollm2", "smollm2"):
+        assert vars(read(split_words(line)))["model"] == "smollm2"
+    with pytest.raises(UsageError, match="MODEL is smollm2 and --model says gemma3-270m: give one"):
+        read(["smollm2", "--model", "gemma3-270m"])
+
+
+def test_load_wants_a_model() -> None:
+    with pytest.raises(UsageError, match="required: MODEL"):
+        command_parser("load").read([])
+
+
+@pytest.mark.parametrize(
+    ("line", "given"),
+    [
+        ("--enable-log-requests --enable-force-include-usage", {"enable_log_requests": True,
+                                                                "enable_force_include_usage": True}),
+        ("--no-enable-log-requests", {"enable_log_requests": False}),
+        ("--disable-log-requests", {"enable_log_requests": False}),
+        ("--exclude-tools-when-tool-choice-none", {"exclude_tools_when_tool_choice_none": True}),
+    ],
+)  # fmt: skip
+def test_the_ports_switches_have_both_forms(line: str, given: dict[str, bool]) -> None:
+    assert pick(command_parser("serve").read(["m", *line.split()]), SERVER_OPTIONS) == given
 
 
 def test_abbreviated_flags_are_refused() -> None:

@@ -176,6 +176,22 @@ def test_template_fields_reach_the_template(http: httpx.Client, llm: FakeLLM) ->
     assert llm.submitted[-1].prompt_token_ids == [256, *without]
 
 
+def test_tools_that_may_not_be_called_are_left_out_of_the_prompt_where_the_port_is_told_so(serve: Serve) -> None:
+    asked: dict[str, Any] = {"tools": [{"type": "function", "function": {"name": "f"}}], "return_prompt_text": True}
+    with http_client(serve(exclude_tools_when_tool_choice_none=True)) as http:
+        assert "1 tools" not in post(http, **asked, tool_choice="none")["prompt_text"]
+        assert "1 tools" in post(http, **asked, tool_choice="required")["prompt_text"]
+
+
+def test_usage_ends_every_stream_of_a_port_that_is_told_so(serve: Serve) -> None:
+    with http_client(serve(enable_force_include_usage=True)) as http:
+        for more in ({}, {"stream_options": {"include_usage": False}}):
+            chunks = stream(http, **more)
+            assert [bool(chunk.get("usage")) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        text = http.post("/v1/completions", json={"prompt": "a", "stream": True}).text
+        assert strict.events(text)[0][-1]["usage"]["completion_tokens"] > 0
+
+
 def test_reasoning_effort_switches_thinking_unless_the_request_says_otherwise(
     http: httpx.Client, serve: Serve, llm: FakeLLM
 ) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from engine.config import EngineArgs
 from engine.errors import ConfigError, RequestError
 from engine.text.chat_template import ChatTemplate, load_template
 
@@ -72,6 +73,15 @@ def test_content_set_to_a_variable_first_is_still_seen_as_parts() -> None:
         "{% for part in c | list %}{{ part.text }};{% endfor %}{% endfor %}"
     )
     assert ChatTemplate(source).content_format == "openai"
+
+
+def test_the_contents_format_may_be_said_instead_of_told_from_the_template() -> None:
+    wanted: list[tuple[Any, str]] = [("openai", "[text:Hi]"), ("string", "Hi"), (None, "Hi")]
+    for format, text in wanted:
+        assert ChatTemplate(PARTS, wanted_format=format).render(USER) == text
+    assert EngineArgs.from_options("m", {"chat_template_content_format": "openai"}, {}) != EngineArgs("m")
+    with pytest.raises(ConfigError, match="--chat-template-content-format parts: must be one of auto, string, openai"):
+        EngineArgs("m", chat_template_content_format="parts")
 
 
 def test_no_content_is_an_empty_string_not_the_word_none() -> None:
