@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 from vm_magic.code_text import CodeText
 
 if TYPE_CHECKING:
-    from vm_magic.session import NotebookServer
+    from engine.openai.server import ServerHandle
 
 KEY_VARIABLE = "VLLM_API_KEY"
 _MESSAGES = 'messages = [{"role": "user", "content": "Hello!"}]\n'
@@ -23,7 +23,7 @@ class Port:
     api_key: str | None = None
 
     @classmethod
-    def of(cls, server: "NotebookServer", *, show_key: bool = False) -> Self:
+    def of(cls, server: "ServerHandle", *, show_key: bool = False) -> Self:
         """The port behind a handle; its key only where that may be shown."""
         key = server.api_key if show_key else None
         return cls(server.base_url, server.model, server.api_key is not None, key)
@@ -88,7 +88,7 @@ def _llm(port: Port) -> CodeText:
 
 def _codex(port: Port) -> CodeText:
     text = (
-        f'model = "{port.model}"\nmodel_provider = "vm-magic"\n\n'
+        f'model = "{port.model}"\nmodel_provider = "vm-magic"\nweb_search = "disabled"\n\n'
         f'[model_providers.vm-magic]\nname = "vm-magic"\nbase_url = "{port.base_url}"\n'
         'wire_api = "responses"\n' + (f'env_key = "{KEY_VARIABLE}"\n' if port.needs_key else "")
     )

@@ -14,13 +14,10 @@ from engine.openai.protocol import (
     SamplingFields,
     TemplateFields,
 )
+from engine.openai.support import refuse_kind
 
 _INCLUDABLE = ("reasoning.encrypted_content", "message.output_text.logprobs")
 _OWN_NAMES = {"tools", "tool_choice", "stream", "top_logprobs", "reasoning_effort"}
-_HOSTED = (
-    "{where} is of type {kind!r}: this server runs no tools itself, so only functions can be offered; leave it out "
-    '(Codex: web_search = "disabled" in its config.toml).'
-)
 
 
 class ReasoningOptions(RequestBody):
@@ -103,7 +100,7 @@ def chat_request(body: ResponsesRequest, messages: list[dict[str, Any]]) -> Chat
 
 def _chat_tool(tool: JsonObject, where: str) -> JsonObject:
     if tool.get("type") != "function":
-        raise RequestError(_HOSTED.format(where=where, kind=tool.get("type")), param="tools")
+        raise refuse_kind(where, tool.get("type"), "tools")
     function = tool.get("function", {key: value for key, value in tool.items() if key != "type" and value is not None})
     return {"type": "function", "function": function}
 
@@ -112,7 +109,7 @@ def _chat_tool_choice(choice: str | JsonObject) -> str | JsonObject:
     if isinstance(choice, str) or "function" in choice:
         return choice
     if choice.get("type") != "function":
-        raise RequestError(_HOSTED.format(where="tool_choice", kind=choice.get("type")), param="tool_choice")
+        raise refuse_kind("tool_choice", choice.get("type"), "tool_choice")
     return {"type": "function", "function": {"name": choice.get("name")}}
 
 

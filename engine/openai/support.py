@@ -9,6 +9,8 @@ from typing import Any
 from engine.errors import RequestError
 from engine.openai.backend import ServedEngine
 from engine.openai.protocol import ChatFields, GenerationFields, RequestBody
+from engine.sampling_params import MAX_LOGPROBS
+from engine.text.tool_grammar import check_callable
 
 logger = logging.getLogger("engine.openai")
 
@@ -66,6 +68,23 @@ MESSAGES_REFUSED_FIELDS: dict[str, Refusal] = {
 """More of them, for the Messages API."""
 
 
+KINDS_NOT_CALLED = {
+    "custom": "a tool that takes free text is not supported; offer a function with one parameter of type string",
+    "allowed_tools": "a choice among some of the tools is not supported; send only the tools that may be called",
+}
+"""Types of ``tools`` and of ``tool_choice`` that are neither functions nor run by OpenAI, and what to do instead."""
+_HOSTED = (
+    "this server runs no tools itself, so only functions can be offered; leave it out "
+    '(Codex: web_search = "disabled" in its config.toml)'
+)
+
+
+def refuse_kind(where: str, kind: object, param: str) -> RequestError:
+    """The error for a tool, or a choice, that is no function."""
+    why = KINDS_NOT_CALLED.get(kind, _HOSTED) if isinstance(kind, str) else _HOSTED
+    return RequestError(f"{where} is of type {kind!r}: {why}.", param=param)
+
+
 def check_extra_fields(request: RequestBody, also: Mapping[str, Refusal] = MappingProxyType({})) -> None:
     """Refuse by name what cannot be honoured; log the rest of the unknown fields."""
     ignored = []
@@ -96,6 +115,12 @@ def check_chat(request: ChatFields, engine: ServedEngine) -> None:
             raise RequestError("`top_logprobs` must be a positive value or -1.", param="top_logprobs")
         if request.top_logprobs != 0 and not request.logprobs:
             raise RequestError("when using `top_logprobs`, `logprobs` must be set to true.", param="top_logprobs")
+        if request.top_logprobs > MAX_LOGPROBS:
+            raise RequestError(
+                f"Requested sample logprobs of {request.top_logprobs}, "
+                f"which is greater than max allowed: {MAX_LOGPROBS}",
+                param="top_logprobs",
+            )
     _check_tools(request)
     if request.tools and request.tool_choice in (None, "auto") and engine.tool_call_parser is None:
         raise RequestError(
@@ -120,6 +145,8 @@ def _check_tools(request: ChatFields) -> None:
         return
     if not names:
         raise RequestError("When using `tool_choice`, `tools` must be set.", param="tool_choice")
+    if choice.get("type") in KINDS_NOT_CALLED:
+        raise refuse_kind("tool_choice", choice["type"], "tool_choice")
     function = choice.get("function")
     named = function.get("name") if choice.get("type") == "function" and isinstance(function, dict) else None
     if named is None:
@@ -135,7 +162,9 @@ def _check_tools(request: ChatFields) -> None:
 
 def _tool_name(tool: dict[str, Any], position: int) -> str:
     function = tool.get("function")
-    if tool.get("type", "function") != "function" or not isinstance(function, dict):
+    if tool.get("type", "function") != "function":
+        raise refuse_kind(f"tools[{position}]", tool["type"], "tools")
+    if not isinstance(function, dict):
         raise RequestError(
             f"tools[{position}] must read {{'type': 'function', 'function': {{…}}}}: only functions can be called.",
             param="tools",
@@ -145,4 +174,5 @@ def _tool_name(tool: dict[str, Any], position: int) -> str:
         raise RequestError(f"tools[{position}].function.name must be a text that is not empty.", param="tools")
     if parameters is not None and not isinstance(parameters, dict):
         raise RequestError(f"tools[{position}].function.parameters must be a JSON schema.", param="tools")
+    check_callable(function)
     return name

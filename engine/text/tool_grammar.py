@@ -12,7 +12,9 @@ from typing import Any
 from engine.constraints import ToolCalls
 from engine.errors import RequestError
 from engine.text.grammar import json_grammar, whitespace_options
+from engine.text.tool_parsers.base import is_function_name
 
+_NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 _HERMES = ("hermes", "qwen2_5", "json_tools")
 
 
@@ -46,14 +48,28 @@ def _lark(head: str, calls: ToolCalls, key: str) -> str:
     return "\n".join(rules)
 
 
+def check_callable(function: Mapping[str, Any]) -> None:
+    """Raise RequestError for a function that no reply can call: by its name, or by arguments that are no object."""
+    name, schema = function["name"], function.get("parameters") or {}
+    if not is_function_name(name):
+        raise RequestError(
+            f"tools: the name {name!r} cannot be called; it may have up to 256 letters, digits and _ . : / @ $ + -",
+            param="tools",
+        )
+    if not isinstance(schema, Mapping):
+        raise RequestError(f"tools: the parameters of {name!r} must be a JSON schema.", param="tools")
+    kinds = schema.get("type", "object")
+    if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
+        raise RequestError(
+            f"tools: the parameters of {name!r} must be a schema of type object, got type {kinds!r}.", param="tools"
+        )
+
+
 def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of a function's arguments: always an object."""
-    schema = function.get("parameters") or {}
-    if not isinstance(schema, Mapping):
-        raise RequestError(f"tools: the parameters of {function['name']!r} must be a JSON schema.", param="tools")
-    return (
-        {"type": "object", **schema} if schema else {"type": "object", "properties": {}, "additionalProperties": False}
-    )
+    check_callable(function)
+    schema = function.get("parameters")
+    return {**schema, "type": "object"} if schema else {**_NOTHING}
 
 
 def _list_schema(calls: ToolCalls) -> dict[str, Any]:

@@ -122,6 +122,11 @@ def test_each_client_gets_address_and_model_and_the_key_only_if_given(
     )
 
 
+def test_codex_is_told_to_offer_no_web_search() -> None:
+    config = tomllib.loads(snippets(Port("http://h:1/v1", "m", needs_key=False))["codex"].text)
+    assert config["web_search"] == "disabled"
+
+
 def test_the_anthropic_sdk_gets_the_address_without_v1() -> None:
     assert "base_url='http://h:1'" in snippets(Port("http://h:1/v1", "m", needs_key=False))["anthropic"].text
 

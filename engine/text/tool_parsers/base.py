@@ -71,10 +71,15 @@ def _kind_of(value: Any) -> str:
     return first.get(text[0], "integer" if isinstance(value, int) else "number")
 
 
+def is_function_name(text: str) -> bool:
+    """Whether a call can name a function so."""
+    return bool(_NAME.fullmatch(text))
+
+
 def function_name(text: object, declared: frozenset[str] | None = None) -> str:
     """``text`` as a function's name, one of ``declared`` if given. Raises MarkupError for what is none."""
     name = text.strip() if isinstance(text, str) else ""
-    if not _NAME.fullmatch(name) or (declared is not None and name not in declared):
+    if not is_function_name(name) or (declared is not None and name not in declared):
         raise MarkupError("name")
     return name
 

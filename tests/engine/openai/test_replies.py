@@ -134,6 +134,8 @@ def test_a_model_without_a_tool_parser_refuses_auto_tools_as_vllm_does(http: htt
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools"),
         ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
@@ -151,6 +153,27 @@ def test_what_makes_no_sense_is_refused(http: httpx.Client, agent: FakeLLM, body
     response = http.post(CHAT, json={"messages": MESSAGES, **body})
     assert strict.error(response, 400, "BadRequestError", param)
     assert not agent.submitted
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "runs no tools itself"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "free text"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "send only the tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}], "tool_choice": "required"}, "'a b'"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "listing", "parameters": {"type": "array"}}}]},
+            "'listing'",
+        ),
+    ],
+)
+def test_a_tool_that_cannot_be_called_is_told_apart(
+    http: httpx.Client, agent: FakeLLM, body: dict[str, Any], words: str
+) -> None:
+    response = http.post(CHAT, json={"messages": MESSAGES, **body})
+    param = "tool_choice" if "allowed_tools" in str(body) else "tools"
+    assert words in strict.error(response, 400, "BadRequestError", param)
 
 
 REPETITION = {"max_pattern_size": 8, "min_pattern_size": 2, "min_count": 4}

@@ -322,6 +322,26 @@ def test_what_cannot_be_honoured_is_refused_by_name(http: httpx.Client, body: di
     assert strict.error(response, 400, "BadRequestError", param)
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"tools": [{"type": "web_search"}]}, 'web_search = "disabled"'),
+        ({"tools": [{"type": "custom", "name": "apply_patch"}]}, "free text"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}},
+            "send only the tools",
+        ),
+        ({"tools": [{"type": "function", "name": "a b"}], "tool_choice": "required"}, "'a b'"),
+    ],
+)
+def test_a_tool_that_is_no_function_is_refused_with_what_to_do_instead(
+    http: httpx.Client, body: dict[str, Any], words: str
+) -> None:
+    response = http.post("/v1/responses", json={"input": "Hi", **body})
+    param = "tool_choice" if "allowed_tools" in str(body) else "tools"
+    assert words in strict.error(response, 400, "BadRequestError", param)
+
+
 def test_the_openai_clients_helper_reads_the_stream(client: openai.OpenAI, calling: FakeLLM) -> None:
     with client.responses.stream(model="fake", input="Hi", tools=[TOOL]) as events:  # type: ignore[list-item]
         kinds = {event.type for event in events}
