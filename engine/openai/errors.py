@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from engine.errors import EngineClosedError, GenerationError, RequestError
+from engine.openai.not_offered import not_found
 
 logger = logging.getLogger("engine.openai")
 MESSAGES_PATH = "/v1/messages"
@@ -95,7 +96,11 @@ async def _on_exception(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return plain_error(error.status_code, str(error.detail), path=request.url.path, headers=error.headers)
+    path, message, kind = request.url.path, str(error.detail), None
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        message = not_found(path.removeprefix(request.scope.get("root_path", "")), message)
+        kind = "NotFoundError"
+    return plain_error(error.status_code, message, path=path, type=kind, headers=error.headers)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:

@@ -7,6 +7,7 @@ import httpx
 import openai
 import pytest
 
+from engine.openai.not_offered import NOT_OFFERED
 from engine.openai.server import ServerHandle
 from tests.engine.openai import strict
 from tests.engine.openai.conftest import Serve, http_client
@@ -75,7 +76,7 @@ def test_a_body_that_is_no_json(http: httpx.Client) -> None:
         ({"truncate_prompt_tokens": 100_000}, "truncate_prompt_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": -2}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
         ({"continue_final_message": True}, "continue_final_message"),
@@ -182,6 +183,19 @@ def test_a_closed_engine_says_so(http: httpx.Client, llm: FakeLLM) -> None:
     assert http.get("/health").status_code == 503
 
 
+@pytest.mark.parametrize("path", sorted(NOT_OFFERED))
+def test_a_route_of_vllms_that_is_not_offered_says_so(http: httpx.Client, path: str) -> None:
+    for response in (http.post(path, json={"model": "fake", "input": "x"}), http.get(path)):
+        message = strict.error(response, 404, "NotFoundError")
+        assert message.startswith(f"This server does not offer {path}: ")
+
+
+def test_a_route_that_is_not_offered_asks_for_the_key_too(serve: Serve) -> None:
+    with http_client(serve()) as http:
+        del http.headers["Authorization"]
+        assert http.post("/v1/embeddings", json={}).status_code == 401
+
+
 def test_unknown_paths_and_methods_are_json_errors(http: httpx.Client) -> None:
-    strict.error(http.get("/v1/nothing"), 404, "Not Found")
+    assert "/v1/nothing" in strict.error(http.get("/v1/nothing"), 404, "NotFoundError")
     strict.error(http.get(CHAT), 405, "Method Not Allowed")
