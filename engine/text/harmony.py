@@ -17,7 +17,7 @@ _ENDS = ("<|end|>", "<|return|>", "<|call|>")
 _BETWEEN = Markers([_START, _CHANNEL, _MESSAGE, *_ENDS])
 _IN_HEADER = Markers([_START, _MESSAGE, *_ENDS])
 _IN_BODY = Markers([_START, *_ENDS])
-_RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
+_RECIPIENT = re.compile(r"to=(?:functions\.)?+([^\s<]+)")
 
 
 @dataclass(frozen=True)

@@ -572,6 +572,11 @@ def test_harmony_without_tools_shows_a_message_to_a_function_as_text() -> None:
     assert inside.reasoning == "so."
 
 
+def test_a_message_to_no_function_is_no_call() -> None:
+    text = '<|channel|>commentary to=functions.<|constrain|>json<|message|>{"text": "a"}<|call|>'
+    assert parse_output(text, tool_call_parser="openai", tools=TOOLS).tool_calls == []
+
+
 def test_unknown_parsers_are_refused_with_the_names_that_there_are() -> None:
     with pytest.raises(ConfigError, match=r"--reasoning-parser qwen9: not known; use one of .*qwen3.*, or none"):
         parse_output("", reasoning_parser="qwen9")
