@@ -9,6 +9,7 @@ from engine.constraints import Constraints
 from engine.errors import RequestError
 from engine.request_log import RequestLog, RequestRecord, common_prefix
 from engine.sampling_params import CONSTRAINTS, SamplingParams
+from engine.whole_characters import whole_characters
 
 ALWAYS_SHOWN = (
     "temperature",
@@ -119,7 +120,8 @@ class Explainer:
     """What is needed of an engine to explain its requests.
 
     ``decode`` keeps special tokens. ``no_caching`` says why nothing is ever cached, or is empty;
-    ``default_kwargs`` are those of ``--default-chat-template-kwargs``.
+    ``default_kwargs`` are those of ``--default-chat-template-kwargs``. ``recurrent``: some layers have a state,
+    which is reused only where a checkpoint of it was kept.
     """
 
     log: RequestLog
@@ -129,6 +131,7 @@ class Explainer:
     eos_token_ids: frozenset[int]
     block_size: int
     no_caching: str = ""
+    recurrent: bool = False
     default_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def explain_latest(self, count: int = 1) -> Explanation:
@@ -156,7 +159,7 @@ class Explainer:
             prompt=record.prompt if record.prompt is not None else self.decode(record.prompt_token_ids),
             prompt_parts=self._parts(record, cache),
             prompt_token_ids=tuple(record.prompt_token_ids),
-            tokens=tuple(map(self.token_text, record.prompt_token_ids)),
+            tokens=tuple(whole_characters(record.prompt_token_ids, self.decode)),
             sampling=tuple(sampling_values(record.params, record.max_tokens)),
             thinking=tuple(thinking_values(record, self.default_kwargs)),
             constraints=tuple(constraint_lines(record.constraints)),
@@ -253,6 +256,14 @@ class Explainer:
             return "no earlier request is remembered"
         if hit.num_cached_tokens > known:
             return "the hit comes from a request that is no longer remembered"
+        if hit.num_cached_tokens < known and self.recurrent:
+            cached = hit.num_cached_tokens
+            where = f"the last one within them is after {cached}" if cached else "none is within them"
+            return (
+                f"the first {hit.num_shared_tokens} tokens are those of request {hit.nearest}, but recurrent layers "
+                f"can go on only from a checkpoint, and {where}: checkpoints are kept near the ends of prompts and "
+                "replies, and where two prompts were seen to part, until their slots are needed"
+            )
         if hit.num_cached_tokens < known:
             return (
                 f"the first {hit.num_shared_tokens} tokens are those of request {hit.nearest}, but {blocks} only "

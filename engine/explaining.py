@@ -19,11 +19,12 @@ def make_explainer(
     block_size: int,
     caching_wanted: bool,
     reuses_prefixes: bool,
+    recurrent: bool,
     default_kwargs: Mapping[str, Any],
 ) -> Explainer:
     """``output_parser`` makes the door's parser anew; ``caching_wanted`` is the flag, ``reuses_prefixes`` what is.
 
-    ``default_kwargs`` as in :class:`Explainer`.
+    ``recurrent`` and ``default_kwargs`` as in :class:`Explainer`.
     """
     why = "prefix caching is off (--no-enable-prefix-caching)"
     if caching_wanted and not reuses_prefixes:
@@ -43,5 +44,6 @@ def make_explainer(
         eos_token_ids=eos_token_ids,
         block_size=block_size,
         no_caching="" if reuses_prefixes else why,
+        recurrent=recurrent,
         default_kwargs=default_kwargs,
     )

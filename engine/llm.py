@@ -434,6 +434,7 @@ class LLM:
             block_size=self.plan.block_size,
             caching_wanted=self.args.enable_prefix_caching,
             reuses_prefixes=self._reuses_prefixes,
+            recurrent=any(group.kind == "state" for group in self.plan.groups),
             default_kwargs=self.args.default_chat_template_kwargs,
         )
         return explainer.explain_latest(count)

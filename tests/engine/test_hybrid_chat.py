@@ -77,6 +77,8 @@ def test_short_questions_behind_one_system_prompt_start_where_they_part(llm: LLM
     found = [llm.chat(chat, GREEDY, use_tqdm=False)[0] for chat in chats]
     parted = _common([output.prompt_token_ids for output in found[:2]])
     assert [output.num_cached_tokens for output in found] == [0, 0, *[parted // BLOCK * BLOCK] * 2]
+    assert "go on only from a checkpoint, and none is within them" in llm.explain(3).cache.reason
+    assert "blocks of 16 tokens are reused" in llm.explain(1).cache.reason
     llm.reset_prefix_cache()
     cold = llm.chat(chats[-1], GREEDY, use_tqdm=False)[0]
     assert cold.num_cached_tokens == 0
