@@ -86,7 +86,7 @@ class LLM:
         self.metrics = EngineMetrics(self.args.names[0])
         self.settings = Settings()
         self.request_log = RequestLog()
-        self.server: ServerHandle | None = None
+        self._server: ServerHandle | None = None
         self.last_map: pandas.DataFrame | None = None
         self.created = time.time()
         self._serving = threading.Lock()
@@ -124,6 +124,12 @@ class LLM:
     def closed(self) -> bool:
         """Whether requests are refused: after :meth:`close`, or when the engine failed."""
         return not self._thread.alive
+
+    @property
+    def server(self) -> "ServerHandle | None":
+        """The running server's handle."""
+        server = self._server
+        return server if server is not None and server.running else None
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         """Sampling values in force for a request that says ``given`` (see :mod:`engine.sampling_defaults`).
@@ -354,14 +360,15 @@ class LLM:
         return score_text(self.submit, self.tokenizer, text, num_alternatives)
 
     def serve(self, port: int = 0, **options: Any) -> "ServerHandle":
-        """Open the OpenAI port on a background thread (see ``engine.openai.server.start_server``)."""
+        """Open the OpenAI port on a background thread (options: ``engine.openai.server.want_server``).
+
+        A port that is open already closes once the new one can open.
+        """
         from engine.openai.server import start_server
 
         with self._serving:
-            if self.server is not None and self.server.running:
-                self.server.stop()
-            self.server = start_server(self, port=port, **options)
-            return self.server
+            self._server = start_server(self, replaced=self.server, port=port, **options)
+            return self._server
 
     def stats(self) -> "EngineStats":
         """Requests, blocks and counters now."""
@@ -445,7 +452,7 @@ class LLM:
 
     def close(self) -> None:
         """Close the port, end all requests and give all memory back. Safe to repeat."""
-        server, self.server = self.server, None
+        server, self._server = self._server, None
         if server is not None:
             server.stop()
         self._thread.close()

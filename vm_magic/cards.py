@@ -113,11 +113,12 @@ def status_card(session: "Session") -> StatusCard:
 
 
 def _snippets(session: "Session") -> tuple[tuple[str, str], ...]:
-    if session.server is None:
+    server = session.server
+    if server is None:
         return ()
     from vm_magic.clients import Port, snippets
 
-    return tuple((name, f"{code.text}{code.note}") for name, code in snippets(Port.of(session.server)).items())
+    return tuple((name, f"{code.text}{code.note}") for name, code in snippets(Port.of(server)).items())
 
 
 def settings_text(settings: Settings) -> str:

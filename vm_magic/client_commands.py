@@ -1,13 +1,17 @@
 """What ``export`` and ``llm`` do: the session's state handed to the writers of commands, snippets and entries."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
 from vm_magic.clients import Port, model_id, snippets
 from vm_magic.code_text import CodeText
 from vm_magic.export import Served, serve_command
 from vm_magic.llm_tool import LlmEntry, user_folder, write_entry
-from vm_magic.session import NotebookServer, Session
+from vm_magic.session import Session
+
+if TYPE_CHECKING:
+    from engine.openai.server import ServerHandle
 
 
 def export_server(session: Session, *, show_key: bool) -> CodeText:
@@ -63,8 +67,9 @@ def _entry(session: Session, name: str | None) -> LlmEntry:
     )
 
 
-def _server(session: Session) -> NotebookServer:
+def _server(session: Session) -> "ServerHandle":
     session.require()
-    if session.server is None:
+    server = session.server
+    if server is None:
         raise ConfigError("no port is open for clients; %vllm_metal serve opens it", flag="serve")
-    return session.server
+    return server

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 from IPython.display import display
@@ -32,10 +32,13 @@ from vm_magic.progress import LoadProgress, size_text
 from vm_magic.references import release_references
 from vm_magic.remote.cards import refuse_remote, remote_card, remote_metrics, remote_models
 from vm_magic.score_command import score_command
-from vm_magic.session import NotebookServer, Session, environment
+from vm_magic.session import Session, environment
 from vm_magic.settings_text import MEMORY_NAMES, read_settings
 from vm_magic.shell_text import read_shell_text
 from vm_magic.talking import talk
+
+if TYPE_CHECKING:
+    from engine.openai.server import ServerHandle
 
 _log = logging.getLogger(__name__)
 _ENGINE_OPTIONS = tuple(flag.field for flag in ENGINE_FLAGS)
@@ -116,17 +119,19 @@ class Commands:
         for text in [headline, *lines]:
             _log.info("%s", text)
 
-    def _serve(self, parsed: argparse.Namespace, *, compare: bool = False) -> NotebookServer:
+    def _serve(self, parsed: argparse.Namespace, *, compare: bool = False) -> "ServerHandle":
         """Open the port; a model that is loaded stays, unless flags (or ``compare``: variables) ask for another."""
         options = pick(parsed, _ENGINE_OPTIONS)
         model = parsed.model or self.session.model_name
         if model is None:
             raise ConfigError("serve which model? Nothing is loaded; write %vllm_metal serve smollm2", flag="model")
+        wanted = pick(parsed, arguments.SERVER_OPTIONS)
         if options or compare or model != self.session.model_name:
+            self.session.check_server(wanted)
             self._load_model(model, options)
-        return self.session.serve(pick(parsed, arguments.SERVER_OPTIONS))
+        return self.session.serve(wanted)
 
-    def _serve_pasted(self, line: str, cell: str) -> NotebookServer | None:
+    def _serve_pasted(self, line: str, cell: str) -> "ServerHandle | None":
         pasted = read_shell_text(cell, os.environ)
         for note in pasted.notes:
             print(note)

@@ -7,7 +7,6 @@ outlives a reload. The engine is imported by the first command that needs it.
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineArgs
@@ -19,6 +18,7 @@ from vm_magic.conversation import DEFAULT_CONVERSATION, Conversation
 if TYPE_CHECKING:
     from engine.hub import CachedModel
     from engine.llm import LLM
+    from engine.openai.server import ServerHandle
     from vm_magic.remote.llm import RemoteLLM
 
 DEFAULT_PORT = 8000
@@ -73,25 +73,6 @@ def cached_models() -> "list[CachedModel]":
     return hub.cached_models()
 
 
-@dataclass
-class NotebookServer:
-    """The open port. The key is an attribute and never part of what a notebook saves."""
-
-    model: str
-    base_url: str
-    port: int
-    api_key: str | None = field(repr=False)
-    _stop: Callable[[], None] = field(repr=False)
-
-    def stop(self) -> None:
-        """Close the port; the model stays. Closing twice is safe."""
-        self._stop()
-
-    def __repr__(self) -> str:
-        key = "the key is in .api_key" if self.api_key else "no key"
-        return f"{self.model} at {self.base_url} ({key})"
-
-
 class Session:
     """What the magics share. Thread-safe where a detached reply touches it (plain assignments)."""
 
@@ -99,7 +80,6 @@ class Session:
         self.llm: LLM | None = None
         self.remote: RemoteLLM | None = None
         """The server that chats, completions, maps and settings go to; a loaded model stays beside it."""
-        self.server: NotebookServer | None = None
         self.conversations: dict[str, Conversation] = {}
         self.last_reply: Reply | None = None
         self.pasted_environment: dict[str, str] = {}
@@ -112,6 +92,11 @@ class Session:
     def loaded(self) -> "LLM | None":
         """The model, or None (also after somebody closed it)."""
         return None if self.llm is None or self.llm.closed else self.llm
+
+    @property
+    def server(self) -> "ServerHandle | None":
+        """The open port, whoever opened it."""
+        return None if self.llm is None else self.llm.server
 
     def remote_llm(self) -> "RemoteLLM":
         """The connected server's model; only where :attr:`remote` is not None."""
@@ -196,32 +181,30 @@ class Session:
     @property
     def server_options(self) -> Mapping[str, Any]:
         """What the user asked of the open port."""
-        return dict(self._server_options)
+        return {} if self.server is None else dict(self._server_options)
 
     @property
     def model_name(self) -> str | None:
         """What the user called the loaded model."""
         return self._args.model if self._args is not None and self.loaded is not None else None
 
-    def serve(self, options: Mapping[str, Any]) -> NotebookServer:
+    def check_server(self, options: Mapping[str, Any]) -> None:
+        """Raise what :meth:`serve` would for ``options``, before anything is given up for it."""
+        from engine.openai.server import want_server
+
+        want_server(**_with_default_port(options)).check(self.server)
+
+    def serve(self, options: Mapping[str, Any]) -> "ServerHandle":
         """Open the port with server ``options``; the same call again gives the same handle."""
-        llm = self.require()
-        wanted = dict(options)
-        if self.server is not None and llm.server is not None and llm.server.running:
-            if wanted == self._server_options:
-                return self.server
-            self.stop()
-        default = {} if "port" in wanted else {"port": DEFAULT_PORT, "port_is_default": True}
-        handle = llm.serve(**default, **wanted)
-        name = llm.args.names[0]
-        self.server = NotebookServer(name, handle.base_url, handle.port, handle.api_key, handle.stop)
-        self._server_options = wanted
-        return self.server
+        llm, server = self.require(), self.server
+        if server is None or dict(options) != self._server_options:
+            server = llm.serve(**_with_default_port(options))
+            self._server_options = dict(options)
+        return server
 
     def stop(self) -> bool:
         """Close the port. Returns False if there was none."""
-        server, self.server = self.server, None
-        self._server_options = {}
+        server = self.server
         if server is None:
             return False
         server.stop()
@@ -237,6 +220,11 @@ class Session:
         self._settings.adopt(llm.settings)
         llm.close()
         return True
+
+
+def _with_default_port(options: Mapping[str, Any]) -> dict[str, Any]:
+    default = {} if "port" in options else {"port": DEFAULT_PORT, "port_is_default": True}
+    return {**default, **options}
 
 
 @contextmanager

@@ -45,6 +45,7 @@ class FakeStats:
 
 @dataclass
 class FakeServer:
+    model: str
     port: int
     host: str
     api_key: str | None
@@ -57,6 +58,9 @@ class FakeServer:
 
     def stop(self) -> None:
         self.running = False
+
+    def __repr__(self) -> str:
+        return f"{self.model} at {self.base_url}"
 
 
 class FakeStream:
@@ -139,7 +143,7 @@ class FakeLLM:
         self.settings = Settings()
         self.notes = ["CPU: float32 (fastest here)"]
         self.closed = False
-        self.server: FakeServer | None = None
+        self.servers: list[FakeServer] = []
         self.reasoning_parser: str | None = None
         self.tool_call_parser: str | None = None
         self.takes_tools = True
@@ -200,8 +204,13 @@ class FakeLLM:
         self, port: int = 0, host: str = "127.0.0.1", api_key: Any = None, no_api_key: bool = False, **options: Any
     ) -> FakeServer:
         key = None if no_api_key else api_key[0] if api_key else "random"
-        self.server = FakeServer(port or 54321, host, key, options)
-        return self.server
+        self._stop_servers()
+        self.servers.append(FakeServer(self.args.names[0], port or 54321, host, key, options))
+        return self.servers[-1]
+
+    @property
+    def server(self) -> FakeServer | None:
+        return next((server for server in self.servers if server.running), None)
 
     def stats(self) -> FakeStats:
         return FakeStats()
@@ -210,8 +219,11 @@ class FakeLLM:
         if not self.closed:
             self.closed = True
             MEMORY["bytes"] -= 145_000_000
-            if self.server:
-                self.server.stop()
+            self._stop_servers()
+
+    def _stop_servers(self) -> None:
+        for server in self.servers:
+            server.stop()
 
 
 def fake_find(args: EngineArgs, progress: Any = None) -> None:

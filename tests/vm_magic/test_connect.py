@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from vm_magic.arguments import COMMANDS
 from vm_magic.errors import Interrupted
 from vm_magic.remote.cards import LOCAL_ONLY
 from vm_magic.remote.llm import RemoteLLM
-from vm_magic.session import NotebookServer, current_session
+from vm_magic.session import current_session
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def test_connecting_says_what_is_there_and_closing_goes_back(
 def test_the_address_may_be_a_variable_or_the_handle_of_a_port(shell: Any, server: FakeVLLM, capsys: Capture) -> None:
     shell.user_ns["cluster"] = server.url
     assert f"connected to {server.url}/v1: tiny" in said(shell, capsys, "connect cluster")
-    shell.user_ns["handle"] = NotebookServer("tiny", f"{server.url}/v1", 1, "k3y", lambda: None)
+    shell.user_ns["handle"] = SimpleNamespace(base_url=f"{server.url}/v1", api_key="k3y")
     text = said(shell, capsys, "connect handle")
     assert "key from handle.api_key" in text
     assert "k3y" not in text

@@ -41,8 +41,7 @@ def test_unloading_leaves_nothing_behind(shell: Any) -> None:
     shell.run_line_magic("unload_ext", "vm_magic")
     assert traces(shell) == []
     assert llm.closed
-    assert llm.server is not None
-    assert not llm.server.running
+    assert not any(server.running for server in llm.servers)
     assert peek_session() is None
     assert vm_magic.current() is None
     assert logging.getLogger("engine").level in (logging.NOTSET, level - level)

@@ -1,13 +1,14 @@
 """Loading, serving, stopping and unloading through the magics, with a scripted model."""
 
 import os
+import socket
 import sys
 from typing import Any
 
 import pytest
 
 import vm_magic
-from engine.errors import ConfigError, EngineClosedError, ModelNotFoundError
+from engine.errors import ConfigError, EngineClosedError, ModelNotFoundError, ServerError
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import Capture, cell, line, shown
 
@@ -100,8 +101,8 @@ def test_serve_needs_a_model_name_when_nothing_is_loaded(shell: Any) -> None:
 def test_stop_closes_the_port_and_keeps_the_model(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
     line(shell, "serve")
     line(shell, "stop")
-    assert loaded.server is not None
-    assert not loaded.server.running
+    assert loaded.server is None
+    assert not loaded.servers[0].running
     assert not loaded.closed
     line(shell, "stop")
     assert "no port is open" in capsys.readouterr().out
@@ -114,6 +115,26 @@ def test_the_handle_itself_can_stop_and_serve_opens_anew(shell: Any, loaded: fak
     assert line(shell, "serve --port 0") is not first
     assert loaded.server is not None
     assert loaded.server.running
+
+
+def test_status_knows_that_the_handle_stopped(shell: Any, loaded: fakes.FakeLLM) -> None:
+    handle = line(shell, "serve --port 0")
+    assert handle is loaded.server
+    handle.stop()
+    assert "closed; %vllm_metal serve opens it" in repr(line(shell, "status"))
+
+
+def test_a_serve_that_cannot_be_leaves_model_and_port_alone(shell: Any, loaded: fakes.FakeLLM) -> None:
+    handle = line(shell, "serve --port 0")
+    with pytest.raises(ConfigError, match="--no-api-key with --host"):
+        line(shell, "serve another --no-api-key --host 0.0.0.0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ServerError, match="is in use"):
+            line(shell, f"serve another --port {taken.getsockname()[1]}")
+    assert vm_magic.current() is loaded
+    assert handle.running
 
 
 def test_loading_another_model_says_that_the_port_closed(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:

@@ -157,7 +157,6 @@ def test_the_llm_tool_talks_to_the_notebook_through_its_entry(
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path / "llm"))
     llm = talk("Hello from the notebook.")
     session = current_session()
-    session.server = None
     session.serve({"port": 0})
     line(shell, "llm --model-id here")
     for extra in ([], ["--no-stream"]):

@@ -1,9 +1,11 @@
 """The server's life: start, ports, stop, logs, and what it leaves behind."""
 
+import gc
 import io
 import socket
 import sys
 import threading
+import weakref
 from contextlib import redirect_stderr, redirect_stdout
 
 import httpx
@@ -44,6 +46,42 @@ def test_a_port_nobody_asked_for_moves_to_the_next_free_one(serve: Serve) -> Non
         assert port < server.port <= port + 100
         with http_client(server) as http:
             assert http.get("/health").status_code == 200
+
+
+def test_a_server_that_cannot_take_over_leaves_the_running_one_alone(serve: Serve) -> None:
+    first = serve()
+    with taken_port() as listener, pytest.raises(ServerError, match="is in use"):
+        serve(replaced=first, port=listener.getsockname()[1])
+    with pytest.raises(ConfigError, match="--no-api-key"):
+        serve(replaced=first, port=first.port, host="0.0.0.0", api_key=None, no_api_key=True)
+    with pytest.raises(ServerError, match=r"Cannot listen on 203\.0\.113\.1"):
+        serve(replaced=first, port=first.port, host="203.0.113.1")
+    with http_client(first) as http:
+        assert http.get("/health").status_code == 200
+
+
+def test_a_server_takes_over_from_the_running_one_on_its_port_or_another(serve: Serve) -> None:
+    first = serve()
+    second = serve(replaced=first, port=first.port)
+    third = serve(replaced=second)
+    assert second.port == first.port != third.port
+    assert [server.running for server in (first, second, third)] == [False, False, True]
+    with http_client(third) as http:
+        assert http.get("/health").status_code == 200
+
+
+def test_a_stopped_handle_says_so_and_keeps_no_model() -> None:
+    llm = FakeLLM()
+    held = weakref.ref(llm)
+    server = start_server(llm, api_key=KEY)
+    assert repr(server) == f"fake at {server.base_url} (the key is in .api_key)"
+    with http_client(server) as http:
+        assert http.get("/v1/models").status_code == 200
+    server.stop()
+    del llm
+    gc.collect()
+    assert held() is None
+    assert repr(server) == f"fake at {server.base_url}, closed"
 
 
 def test_hosts_and_ports_that_cannot_be(llm: FakeLLM) -> None:

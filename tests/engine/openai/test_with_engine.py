@@ -27,6 +27,14 @@ def llm(tiny_model_dir: Callable[..., Path]) -> Iterator[LLM]:
         yield made
 
 
+def test_llm_server_is_the_running_servers_handle_or_none(llm: LLM) -> None:
+    assert llm.server is None
+    handle = llm.serve(api_key=KEY)
+    assert llm.server is handle
+    handle.stop()
+    assert llm.server is None
+
+
 @pytest.fixture
 def server(llm: LLM) -> Iterator[ServerHandle]:
     handle = llm.serve(api_key=KEY)
