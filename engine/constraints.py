@@ -84,7 +84,7 @@ class StructuredOutput:
     """A grammar for the answer; exactly one kind is given. Field names are vLLM's ``structured_outputs``.
 
     ``json`` is a schema (object or text), ``choice`` a list of texts, ``grammar`` Lark or GBNF text,
-    ``structural_tag`` an object with ``structures`` and ``triggers``. Raises RequestError.
+    ``structural_tag`` an object with a ``format``, or with ``structures`` and ``triggers``. Raises RequestError.
     """
 
     json: Mapping[str, Any] | str | bool | None = None

@@ -7,7 +7,7 @@ trie (about a third of a second for 49k tokens) are loaded with the first one.
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,8 +125,8 @@ class GrammarCompiler:
             return self._loaded
 
 
-def grammar_text(structured: StructuredOutput, mark: Callable[[str], str]) -> str:
-    """llguidance's grammar of any kind but tool calls. Raises RequestError."""
+def grammar_text(structured: StructuredOutput) -> str:
+    """llguidance's grammar of any kind but tool calls and structural tags. Raises RequestError."""
     from llguidance import LLMatcher, grammar_from
 
     if structured.json_object:
@@ -138,13 +138,11 @@ def grammar_text(structured: StructuredOutput, mark: Callable[[str], str]) -> st
         return str(LLMatcher.grammar_from_regex(structured.regex))
     if structured.choice is not None:
         return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in structured.choice)
-    if structured.grammar is not None:
-        try:
-            return str(grammar_from("grammar", structured.grammar))
-        except ValueError as error:
-            raise RequestError(f"bad grammar: {_one_line(str(error))}", param="structured_outputs") from None
-    assert structured.structural_tag is not None, "tool calls have their own grammar"
-    return _structural_tag(structured.structural_tag, mark)
+    assert structured.grammar is not None, "tool calls and structural tags have their own grammars"
+    try:
+        return str(grammar_from("grammar", structured.grammar))
+    except ValueError as error:
+        raise RequestError(f"bad grammar: {_one_line(str(error))}", param="structured_outputs") from None
 
 
 def json_grammar(schema: Any, structured: StructuredOutput | None = None) -> str:
@@ -180,39 +178,6 @@ def _closed(schema: Any) -> Any:
     if "properties" in closed and "additionalProperties" not in closed:
         closed["additionalProperties"] = False
     return closed
-
-
-def _structural_tag(tag: Mapping[str, Any] | str, mark: Callable[[str], str]) -> str:
-    """Free text with tagged parts: ``{"structures": [{"begin", "schema", "end"}], "triggers": […]}``."""
-    value = parse_json_text(tag, "structural_tag") if isinstance(tag, str) else tag
-    structures, triggers = (
-        value.get(key) if isinstance(value, Mapping) else None for key in ("structures", "triggers")
-    )
-    if not isinstance(structures, list) or not structures or not isinstance(triggers, list):
-        raise RequestError(
-            "structural_tag must have structures (a list of begin, schema, end) and triggers (a list of texts).",
-            param="structured_outputs",
-        )
-    rules = ["TEXT: /(.|\\n)*/", "start: (" + " | ".join(f"tag_{i}" for i in range(len(structures))) + ")* TEXT"]
-    for i, part in enumerate(structures):
-        begin, schema, end = (
-            part.get(key) if isinstance(part, Mapping) else None for key in ("begin", "schema", "end")
-        )
-        known = [trigger for trigger in triggers if isinstance(trigger, str) and trigger]
-        trigger = next((text for text in known if isinstance(begin, str) and begin.startswith(text)), None)
-        if trigger is None or not isinstance(end, str | None):
-            raise RequestError(
-                f"structural_tag: begin and end must be texts, begin one that a trigger begins, got {begin!r}.",
-                param="structured_outputs",
-            )
-        schema = {**schema, "x-guidance": whitespace_options()} if isinstance(schema, Mapping) else {}
-        rest, close = (json.dumps(text, ensure_ascii=False) for text in (str(begin)[len(trigger) :], end or ""))
-        body = f"{rest} %json {json.dumps(schema, ensure_ascii=False)} {close}"
-        if (number := mark(trigger)).startswith("<"):
-            rules.append(f"tag_{i}: TEXT {number} {body}")
-        else:
-            rules.append(f"trigger_{i}[lazy]: TEXT {number}\ntag_{i}: trigger_{i} {body}")
-    return "\n".join(rules)
 
 
 def _one_line(text: str) -> str:

@@ -24,6 +24,7 @@ from engine.errors import RequestError
 from engine.sampling_params import SamplingParams
 from engine.text.grammar import GrammarCompiler, Matcher, grammar_text
 from engine.text.repetition import RepetitionFinder
+from engine.text.structural_tag import structural_tag_grammar
 from engine.text.thoughts import Place, ThoughtMarkers, ThoughtTracker, place_after_prompt, thought_markers
 from engine.text.tokenizer import Tokenizer
 from engine.text.tool_grammar import tool_grammar
@@ -243,13 +244,15 @@ class Guides:
             return None
         if params.allowed_token_ids is not None:
             raise RequestError("allowed_token_ids and structured output exclude each other.", param="allowed_token_ids")
-        calls = structured.tool_calls
+        calls, tag = structured.tool_calls, structured.structural_tag
         param = "structured_outputs" if calls is None else "tools"
         try:
-            if calls is None:
-                grammar = grammar_text(structured, self._compiler.mark)
-            else:
+            if calls is not None:
                 grammar = tool_grammar(self._tool_call_parser, calls, self._compiler.mark)
+            elif tag is not None:
+                grammar = structural_tag_grammar(tag, self._compiler.mark)
+            else:
+                grammar = grammar_text(structured)
             return self._compiler.compile(grammar, param)
         except (RecursionError, UnicodeEncodeError) as error:
             what = "too deeply nested" if isinstance(error, RecursionError) else "not valid Unicode"
