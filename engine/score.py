@@ -17,14 +17,15 @@ from engine.token_picture import (
     unlikely_html,
     unlikely_text,
 )
+from engine.whole_characters import whole_characters
 
 
 @dataclass(frozen=True)
 class Score:
     """A text's tokens and their natural log-probabilities, each given what stands before it.
 
-    ``logprobs[i]`` belongs to ``tokens[i]``; the first is None, since nothing stands before it. A page shows
-    the tokens coloured by probability.
+    ``logprobs[i]`` belongs to ``tokens[i]``; the first is None, since nothing stands before it. A character that
+    several tokens make up is the last one's. A page shows the tokens coloured by probability.
     """
 
     text: str
@@ -34,17 +35,18 @@ class Score:
     scored: tuple[ScoredToken, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, text: str, output: RequestOutput, token_text: Callable[[int], str]) -> "Score":
-        """From a request that asked for ``prompt_logprobs``."""
+    def of(cls, text: str, output: RequestOutput, decode: Callable[[Sequence[int]], str]) -> "Score":
+        """From a request that asked for ``prompt_logprobs``; ``decode`` keeps special tokens."""
         assert output.prompt_logprobs is not None, "scored without prompt_logprobs"
+        token_ids = output.prompt_token_ids
         scored = tuple(
-            ScoredToken(token_text(token_id), None)
-            if position is None
-            else scored_token(position[token_id], position.values())
-            for token_id, position in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+            ScoredToken(text, None) if position is None else scored_token(position[token_id], position.values(), text)
+            for token_id, text, position in zip(
+                token_ids, whole_characters(token_ids, decode), output.prompt_logprobs, strict=True
+            )
         )
         logprobs = tuple(token.logprob for token in scored)
-        return cls(text, tuple(output.prompt_token_ids), tuple(token.text for token in scored), logprobs, scored)
+        return cls(text, tuple(token_ids), tuple(token.text for token in scored), logprobs, scored)
 
     @property
     def total(self) -> float:
@@ -82,8 +84,8 @@ class ScoringTokenizer(Protocol):
         """Token ids."""
         ...
 
-    def token_text(self, token_id: int) -> str:
-        """One token's text."""
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
         ...
 
 
@@ -103,4 +105,4 @@ def score_text(
         output = stream.result()
     finally:
         stream.abort()
-    return Score.of(text, output, tokenizer.token_text)
+    return Score.of(text, output, lambda ids: tokenizer.decode(ids, skip_special_tokens=False))

@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from engine.outputs import Logprob, LogprobsAtPosition
+from engine.outputs import Logprob
+from engine.whole_characters import REPLACEMENT
 
 PRE_STYLE = (
     "white-space:pre-wrap;overflow-wrap:break-word;margin:2px 0;padding:2px 0;line-height:1.7;font-size:13px;"
@@ -17,6 +18,9 @@ PRE_STYLE = (
 )
 _STEPS = ((0.9, ""), (0.5, "#fb8c0026"), (0.2, "#fb8c0059"), (0.05, "#f4511e80"), (0.0, "#d81b6099"))
 """Least probability and colour: pale where the token was expected, strong where it surprised."""
+PART = "(part of a character)"
+SLIVER = "padding:0 2px"
+"""Makes a token seen that has no text of its own."""
 _UNLIKELY_SHOWN = 10
 _MOST_ALTERNATIVES = 21
 """The 20 that a request may ask for, and the token itself; the whole vocabulary is no tooltip."""
@@ -24,7 +28,10 @@ _MOST_ALTERNATIVES = 21
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """A token's text and log-probability (None: nothing came before it), and the likeliest tokens at its place."""
+    """A token's text and log-probability (None: nothing came before it), and the likeliest tokens at its place.
+
+    The text is empty where a character goes on in the tokens that follow; it is theirs.
+    """
 
     text: str
     logprob: float | None
@@ -37,16 +44,11 @@ class ScoredToken:
         return None if self.logprob is None else math.exp(self.logprob)
 
 
-def scored_tokens(positions: Iterable[LogprobsAtPosition]) -> tuple[ScoredToken, ...]:
-    """Tokens with their log-probabilities; at each position the chosen token comes first."""
-    return tuple(scored_token(next(iter(position.values())), position.values()) for position in positions)
-
-
-def scored_token(chosen: Logprob, all_of_them: Iterable[Logprob]) -> ScoredToken:
-    """One position."""
+def scored_token(chosen: Logprob, all_of_them: Iterable[Logprob], text: str | None = None) -> ScoredToken:
+    """One position; ``text`` is the chosen token's where it is another than by itself."""
     ranked = sorted(all_of_them, key=lambda one: -one.logprob)[:_MOST_ALTERNATIVES]
     return ScoredToken(
-        chosen.decoded_token or "",
+        (chosen.decoded_token or "") if text is None else text,
         chosen.logprob,
         chosen.rank,
         tuple((one.decoded_token or "", one.logprob) for one in ranked),
@@ -115,7 +117,9 @@ def percent(logprob: float) -> str:
 def _span(token: ScoredToken) -> str:
     probability = token.probability
     colour = "" if probability is None else next(colour for least, colour in _STEPS if probability >= least)
-    style = f' style="background-color:{colour};border-radius:3px"' if colour else ""
+    styles = [f"background-color:{colour};border-radius:3px"] if colour else []
+    styles += [] if token.text else [SLIVER]
+    style = f' style="{";".join(styles)}"' if styles else ""
     return f'<span{style} title="{escaped(_hover(token))}">{escaped(_visible(token.text))}</span>'
 
 
@@ -124,11 +128,17 @@ def _visible(text: str) -> str:
     return text.replace("\n", "⏎\n")
 
 
+def token_name(text: str) -> str:
+    """A token's text in quotes, as far as it is one."""
+    return PART if not text or REPLACEMENT in text else repr(text)
+
+
 def _hover(token: ScoredToken) -> str:
     if token.logprob is None:
         return "nothing came before this token"
-    lines = [f"{percent(token.logprob)}  (log {token.logprob:.3f}, rank {token.rank})"]
-    return "\n".join([*lines, *(f"{percent(value):>6}  {text!r}" for text, value in token.alternatives)])
+    lines = [PART] if not token.text else []
+    lines += [f"{percent(token.logprob)}  (log {token.logprob:.3f}, rank {token.rank})"]
+    return "\n".join([*lines, *(f"{percent(value):>6}  {token_name(text)}" for text, value in token.alternatives)])
 
 
 def _unlikely_rows(tokens: Sequence[ScoredToken]) -> list[tuple[str, str, str, str]]:
@@ -139,6 +149,8 @@ def _unlikely_rows(tokens: Sequence[ScoredToken]) -> list[tuple[str, str, str, s
     for i in places[:_UNLIKELY_SHOWN]:
         token = tokens[i]
         assert token.logprob is not None
-        likelier = [f"{text!r} {percent(value)}" for text, value in token.alternatives if value > token.logprob][:3]
-        rows.append((str(i), repr(token.text), percent(token.logprob), ", ".join(likelier)))
+        likelier = [
+            f"{token_name(text)} {percent(value)}" for text, value in token.alternatives if value > token.logprob
+        ][:3]
+        rows.append((str(i), token_name(token.text), percent(token.logprob), ", ".join(likelier)))
     return rows

@@ -67,7 +67,7 @@ class Generation:
         stream: "RequestStream",
         messages: list[Message],
         conversation: Conversation | None,
-        parser: "OutputParser | None" = None,
+        reader: ReplyReader,
         earlier: tuple[ReplyText, ...] = (),
     ) -> None:
         self.stream = stream
@@ -75,7 +75,7 @@ class Generation:
         self._earlier = earlier
         self._messages = messages
         self.conversation = conversation
-        self._reader = ReplyReader(parser)
+        self._reader = reader
 
     @property
     def shown(self) -> ReplyText:
@@ -181,7 +181,9 @@ def ask(
 ) -> Generation:
     """Submit ``messages``; ``earlier`` are the turns that the same cell shows already."""
     if session.remote is not None:
-        return Generation(session, remote_chat(session, messages, options), messages, conversation, earlier=earlier)
+        return Generation(
+            session, remote_chat(session, messages, options), messages, conversation, ReplyReader(), earlier
+        )
     llm = session.require()
     if options.tools and not llm.takes_tools:
         raise RequestError(
@@ -203,7 +205,7 @@ def ask(
         fix = "Start the conversation anew with --new, or load the model with a larger --max-model-len."
         raise ContextLengthError(f"{error} {fix}", param=error.param) from None
     stream.parsing, stream.template_kwargs = {"prompt": prompt, **tools}, template_kwargs
-    return Generation(session, stream, messages, conversation, parser, earlier)
+    return Generation(session, stream, messages, conversation, ReplyReader(parser, llm.tokenizer), earlier)
 
 
 def start_completion(session: Session, text: str, options: ChatOptions) -> Generation:
@@ -212,8 +214,8 @@ def start_completion(session: Session, text: str, options: ChatOptions) -> Gener
     if not text:
         raise RequestError("no prompt: write it after the flags, or in the cell's body", param="prompt")
     if llm is None:
-        return Generation(session, remote_completion(session, text, options), [], None)
-    return Generation(session, _submit(llm, text, options, None), [], None)
+        return Generation(session, remote_completion(session, text, options), [], None, ReplyReader())
+    return Generation(session, _submit(llm, text, options, None), [], None, ReplyReader(None, llm.tokenizer))
 
 
 def remote_chat(session: Session, messages: list[Message], options: ChatOptions) -> "RemoteStream":

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from engine.explain import Explanation
-from engine.token_picture import PRE_STYLE, escaped
+from engine.token_picture import PRE_STYLE, SLIVER, escaped
 
 TOKENS_SHOWN = 2000
 """Tokens of the prompt's end that the page shows."""
@@ -90,8 +90,9 @@ def _spans(told: Explanation, first: int) -> Iterator[str]:
         if i == cached:
             yield f'<span style="{_MISS}" title="from here on the prompt was computed">first miss</span>'
         name, colour = _PARTS[_part(told, i)]
+        sliver = "" if told.tokens[i] else f";{SLIVER}"
         yield (
-            f'<span style="background-color:{colour};border-right:1px solid #80808059" '
+            f'<span style="background-color:{colour};border-right:1px solid #80808059{sliver}" '
             f'title="{i}: {name}, token {told.prompt_token_ids[i]}">{escaped(told.tokens[i])}</span>'
         )
 

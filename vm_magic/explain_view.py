@@ -14,6 +14,8 @@ from vm_magic.tool_cards import call_text
 
 _TOKENS_SHOWN = 40
 """Tokens of the prompt's end that the text form shows."""
+_GOES_ON = "·"
+"""Stands for a token whose character goes on in the next."""
 _PRE = (
     "white-space:pre-wrap;overflow-wrap:break-word;word-break:normal;margin:2px 0;max-height:20em;overflow:auto;"
     "font-size:12px"
@@ -60,7 +62,7 @@ class ExplainView:
     def _last_tokens(self) -> str:
         tokens, cached = self.explanation.tokens, self.explanation.cache.num_cached_tokens
         start = max(0, len(tokens) - _TOKENS_SHOWN)
-        texts = [json.dumps(token, ensure_ascii=False)[1:-1] for token in tokens[start:]]
+        texts = [json.dumps(token, ensure_ascii=False)[1:-1] or _GOES_ON for token in tokens[start:]]
         if start <= cached < len(tokens):
             texts[cached - start] = f"▸{texts[cached - start]}"
         return ("…|" if start else "") + "|".join(texts)

@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from engine.outputs import THINKING_CUTS, CompletionDelta
-from engine.token_picture import ScoredToken, scored_tokens
+from engine.outputs import THINKING_CUTS, CompletionDelta, LogprobsAtPosition
+from engine.token_picture import ScoredToken, scored_token
+from engine.whole_characters import WholeCharacters
 from vm_magic.remote.wire import RemoteDelta
 from vm_magic.tool_cards import ToolOutcome, call_line
 
 if TYPE_CHECKING:
     from engine.text.output_parser import OutputParser, ParsedDelta
+    from engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,16 @@ class ReplyText:
 
 
 class ReplyReader:
-    """Feeds deltas of the first completion to ``parser``; without one all text is the answer."""
+    """Feeds deltas of the first completion to ``parser``; without one all text is the answer.
 
-    def __init__(self, parser: "OutputParser | None") -> None:
+    With a ``tokenizer``, tokens that share a character are read together.
+    """
+
+    def __init__(self, parser: "OutputParser | None" = None, tokenizer: "Tokenizer | None" = None) -> None:
         self._parser = parser
+        self._characters = (
+            None if tokenizer is None else WholeCharacters(lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
+        )
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._tool_calls: list[dict[str, Any]] = []
@@ -91,7 +99,9 @@ class ReplyReader:
             if delta.index or self.finish_reason is not None:
                 continue
             self._thinking_cut = delta.thinking_cut or self._thinking_cut
-            self._tokens += scored_tokens(delta.logprobs or ())
+            self._tokens += map(self._scored, delta.logprobs or ())
+            if delta.finish_reason is not None and self._characters is not None and self._tokens:
+                self._tokens[-1] = replace(self._tokens[-1], text=self._tokens[-1].text + self._characters.rest())
             self._num_tokens += len(delta.token_ids)
             if isinstance(delta, RemoteDelta) and delta.parsed is not None:
                 self._add(delta.parsed, len(delta.token_ids))
@@ -108,6 +118,12 @@ class ReplyReader:
             if delta.finish_reason is not None:
                 self._add(self._parser.finish(delta.finish_reason), 0)
                 self.finish_reason = self._parser.finish_reason
+
+    def _scored(self, position: LogprobsAtPosition) -> ScoredToken:
+        """A token from its place's log-probabilities, of which the chosen token's come first."""
+        token_id, chosen = next(iter(position.items()))
+        text = None if self._characters is None else self._characters.step(token_id)
+        return scored_token(chosen, position.values(), text)
 
     def _add(self, parsed: "ParsedDelta", num_tokens: int) -> None:
         self._num_open_tokens += num_tokens

@@ -13,6 +13,7 @@ from engine import LLM, SamplingParams
 from engine.errors import ContextLengthError, RequestError
 from engine.outputs import Logprob
 from engine.token_picture import scored_token, tokens_html, unlikely_html, unlikely_text
+from engine.whole_characters import whole_characters
 from tests.engine.parity.oracle import oracle_logprobs
 
 TEXT = "The quick brown fox jumps over the lazy dog, and <b>again</b> it costs $5 or 3 < 4."
@@ -57,6 +58,34 @@ def test_a_score_shows_its_tokens_escaped_and_the_least_likely_ones(llm: LLM) ->
     assert text.startswith(f"perplexity {score.perplexity:.3f} · {score.num_scored} tokens scored")
     assert "least likely tokens" in text
     assert all(len(token.alternatives) in (3, 4) for token in score.scored[1:])
+
+
+def test_tokens_that_share_a_character_are_read_together(scripted_llm: Any) -> None:
+    tokenizer = scripted_llm("ok").tokenizer
+
+    def decode(ids: Any) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+    text = "<|im_start|>It is 世界, 😀 and a ½-naïve — ok"
+    ids = tokenizer.encode(text)
+    assert any("\ufffd" in decode([token_id]) for token_id in ids)
+    texts = whole_characters(ids, decode)
+    assert "".join(texts) == text
+    assert texts[texts.index("") + 1] == "世"
+    cut = ids[: next(i for i, text in enumerate(texts) if not text) + 1]
+    assert whole_characters(cut, decode)[-1] == "\ufffd"
+    assert "".join(whole_characters(ids[-1:] + cut[-1:] * 40, decode)).startswith(" ok\ufffd")
+    assert whole_characters([], decode) == []
+
+
+def test_a_score_of_any_script_shows_its_characters(scripted_llm: Any) -> None:
+    score = scripted_llm("ok").score("Hello 世界 😀!", num_alternatives=2)
+    assert "".join(score.tokens) == "Hello 世界 😀!"
+    page = score._repr_html_().split("</pre>")[0]
+    assert "\ufffd" not in page
+    assert "界</span>" in page
+    assert "(part of a character)" in page
+    assert "\ufffd" not in repr(score)
 
 
 def test_what_cannot_be_scored_is_refused_in_one_line(llm: LLM) -> None:

@@ -146,6 +146,7 @@ class FakeLLM:
         self.servers: list[FakeServer] = []
         self.reasoning_parser: str | None = None
         self.tool_call_parser: str | None = None
+        self.tokenizer = None
         self.takes_tools = True
         self.template_variables = frozenset({"enable_thinking"})
         self.prompt_end = ""

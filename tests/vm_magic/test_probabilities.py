@@ -1,6 +1,6 @@
 """``chat --logprobs`` and ``score`` over the real engine on a tiny random model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -32,6 +32,26 @@ def test_tokens_are_coloured_and_tell_their_alternatives(shell: Any, real: LLM) 
     assert page.count("rank 1)") == 6
     assert text == reply.text
     assert "text/markdown" not in shown(shell)
+
+
+def test_characters_of_several_tokens_are_whole_in_the_picture_and_in_explain(
+    engine_shell: Any, scripted_llm: Callable[..., LLM]
+) -> None:
+    answer = "Das ist schön: 世界 😀 für Ærø."
+    current_session().llm = scripted_llm(answer)
+    try:
+        reply = cell(engine_shell, "chat -t 0 --logprobs 2", "Was heißt 世界?")
+        picture = shown(engine_shell)["text/html"].split("</pre>")[0]
+        assert reply.text == answer
+        assert "\ufffd" not in picture
+        assert "(part of a character)" in picture
+        assert all(f"{character}</span>" in picture for character in "界😀")
+        assert any("\ufffd" in (next(iter(one.values())).decoded_token or "") for one in reply.logprobs)
+        told = line(engine_shell, "explain")
+        assert "界" in "".join(told.explanation.tokens)
+        assert "\ufffd" not in repr(told) + told._repr_html_()
+    finally:
+        current_session().llm = None
 
 
 def test_what_was_unlikely_is_listed_too(shell: Any, real: LLM) -> None:

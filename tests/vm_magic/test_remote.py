@@ -43,7 +43,7 @@ def remote(server: FakeVLLM) -> Iterator[RemoteLLM]:
 
 def reading(stream: RemoteStream) -> ReplyReader:
     """Everything of ``stream``, read."""
-    reader = ReplyReader(None)
+    reader = ReplyReader()
     reader.read(stream)
     return reader
 
@@ -166,7 +166,7 @@ def test_what_is_sent_are_the_given_values_and_the_live_settings_alone(server: F
 def test_aborting_closes_the_connection_and_keeps_the_partial_text(server: FakeVLLM, remote: RemoteLLM) -> None:
     server.events, server.pause = [chunk(content=f"word{i} ") for i in range(3000)], 0.02
     stream = remote.submit_chat(ASK, {})
-    reader = ReplyReader(None)
+    reader = ReplyReader()
     reader.read(stream.drain(30))
     stream.abort()
     output = stream.result()
@@ -206,7 +206,7 @@ def test_a_broken_reply_is_one_line_after_what_came(
 ) -> None:
     server.events, server.done = events, done
     stream = remote.submit_chat(ASK, {})
-    reader = ReplyReader(None)
+    reader = ReplyReader()
     with pytest.raises(RemoteReplyError, match=message) as broken:
         reader.read(stream)
     assert reader.shown.text == "Hel"

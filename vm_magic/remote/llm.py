@@ -302,7 +302,7 @@ class RemoteJob:
 
         if self.stream.error is not None:
             raise self.stream.error
-        reader = ReplyReader(None)
+        reader = ReplyReader()
         reader.read(self.stream.drain(0))
         output = self.stream.snapshot()
         usage, shown = output.usage, reader.shown
