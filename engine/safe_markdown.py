@@ -1,7 +1,8 @@
 """Markdown from a model, made safe to show: a page must not run what a model wrote, nor fetch it.
 
 Notebooks trust a cell's own output, so raw HTML in a reply would run. Here tags become text, images become
-links, and links keep only schemes that open a page. Code stays as written.
+links, and links keep only schemes that open a page. Code and maths stay as written; a dollar that is no maths is
+kept from becoming some: a page would typeset all between two prices.
 """
 
 import html
@@ -12,14 +13,24 @@ _FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})(.*)$")
 _CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 _DESTINATION = re.compile(r"\](\(|:)(?=[ \t]*\n?[ \t]*([^\s)]*))")
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.\-]*):", re.IGNORECASE)
+_MATHS = re.compile(r"(?<!\\)\$\$.+?\$\$|(?<![\\\w$])\$(?![\s$])((?:\\.|[^\\$])+?)(?<!\s)\$(?![\w$])", re.DOTALL)
+"""As pandoc has it: no space behind the first dollar or before the last, and no digit (or letter) behind that."""
+_WORDS, _SIGNS = re.compile(r"\d.*[A-Za-z]{2}", re.DOTALL), re.compile(r"[\\^_={}+*<>]")
 _ACTIVE = re.compile(r"<[A-Za-z/!?]|\][(:]|!\[")
 """What would mean something outside of code."""
+DOLLAR = "<span>&#36;</span>"
+"""A dollar that neither a reader of Markdown nor MathJax on the page takes for a mark."""
 SAFE_SCHEMES = frozenset({"http", "https", "mailto"})
 
 
 def safe_markdown(text: str) -> str:
     """``text`` with HTML shown as text, images as links and other schemes' links dead; open code blocks are closed."""
     return "\n".join(_safe_parts(text))
+
+
+def plain_html(text: str) -> str:
+    """``text`` as a part of a page, with neither tags nor maths."""
+    return html.escape(text).replace("$", DOLLAR)
 
 
 def open_fence(text: str) -> str | None:
@@ -101,8 +112,23 @@ def _code_span(span: re.Match[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    text = text.replace("<", "&lt;").replace("![", "[")
+    text = _with_dollars(text).replace("![", "[")
     return _DESTINATION.sub(lambda found: _inert(found) if _unsafe(found[2]) else found[0], text)
+
+
+def _with_dollars(text: str) -> str:
+    """No tags, and dollars apart from those around maths as :data:`DOLLAR`."""
+    result, position = [], 0
+    for maths in _MATHS.finditer(text):
+        if maths[1] and _WORDS.match(maths[1]) and not _SIGNS.search(maths[1]):
+            continue  # "$5 a month, or 50$"
+        result += [_without_maths(text[position : maths.start()]), maths[0].replace("<", r"\lt ")]
+        position = maths.end()
+    return "".join([*result, _without_maths(text[position:])])
+
+
+def _without_maths(text: str) -> str:
+    return re.sub(r"\\?\$", DOLLAR, text.replace("<", "&lt;"))
 
 
 def _inert(found: re.Match[str]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.outputs import Reply
+from engine.safe_markdown import plain_html
 from engine.settings import Settings
 from vm_magic.progress import size_text
 
@@ -40,7 +41,7 @@ class Table:
             return note
         head = "".join(f'<th style="text-align:left">{html.escape(cell)}</th>' for cell in self.header)
         body = "".join(
-            "<tr>" + "".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row) + "</tr>"
+            "<tr>" + "".join(f'<td style="text-align:left">{plain_html(cell)}</td>' for cell in row) + "</tr>"
             for row in self.rows
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"

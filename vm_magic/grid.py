@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import RequestError
+from engine.safe_markdown import plain_html
 from vm_magic.chat_flags import add_stop_flag, variable_name
 from vm_magic.live_settings import thinking_kwargs
 
@@ -217,7 +218,7 @@ class GridView:
     def _repr_html_(self) -> str:
         head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in self.header)
         body = "".join(
-            "<tr>" + "".join(f'<td style="{_CELL}">{html.escape(cell)}</td>' for cell in row) + "</tr>"
+            "<tr>" + "".join(f'<td style="{_CELL}">{plain_html(cell)}</td>' for cell in row) + "</tr>"
             for row in self.rows
         )
         caption, note = html.escape(self.caption), html.escape(self.note)

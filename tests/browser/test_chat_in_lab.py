@@ -9,7 +9,7 @@ from tests.browser.test_lab import FLAGS, LOAD, expect
 from tests.vm_magic.test_tools import TEMPLATE, WEATHER
 
 HOSTILE = (
-    "It **rains** in Köln. <script>document.title = 'hacked'</script>"
+    "It **rains** in Köln, 世界: $5 today and $6 tomorrow, $x^2$. <script>document.title = 'hacked'</script>"
     "<img src=x onerror=\"document.title = 'hacked'\">\n\n"
     "| day | rain |\n|---|---|\n| one | yes |"
 )
@@ -40,6 +40,10 @@ def test_calls_are_cards_tokens_have_colours_and_nothing_of_a_reply_runs(
     expect(reply.locator("pre", has_text='"rain":[true,true,true]')).to_be_visible()
     expect(reply.locator("strong", has_text="rains")).to_be_visible()
     expect(reply.locator("td", has_text="yes")).to_be_visible()
+    for number in (1, 4):
+        expect(notebook.output(number)).to_contain_text("$5 today and $6 tomorrow")
+        expect(notebook.output(number).locator("mjx-container")).to_have_count(1)
+    expect(notebook.output(2)).to_contain_text("世界: $5 today and $6 tomorrow")
     for number in (1, 2, 3, 4):
         expect(notebook.output(number)).to_contain_text("<script>document.title")
         assert notebook.output(number).locator("script, img").count() == 0

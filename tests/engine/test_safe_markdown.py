@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.outputs import Reply
-from engine.safe_markdown import open_fence, safe_markdown
+from engine.safe_markdown import DOLLAR, open_fence, safe_markdown
 
 PIECES = [
     "<script>alert(1)</script>",
@@ -47,6 +47,10 @@ PIECES = [
     "&lt;",
     "<a href='javascript:x'>",
     "<https://a.b>",
+    "$",
+    "$5",
+    "$$",
+    "\\$",
 ]
 RAW_TAG = re.compile(r"<(script|img|a href='|!--)", re.IGNORECASE)
 RENDER = mistune.create_markdown(escape=False)
@@ -94,6 +98,43 @@ def test_ordinary_markdown_stays_as_it_is(text: str) -> None:
 )
 def test_what_is_changed(text: str, expected: str) -> None:
     assert safe_markdown(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It costs $5 today and $6 tomorrow.",
+        "US$5, ($6) or `x` $7",
+        "from $5-$10, $5/$6 or $1,000.50",
+        "- $5\n- $6 **more**",
+        "| $5 | $6 |\n|---|---|\n|$7|$8|",
+        "$5 a month, or 50$/year",
+        r"\$5 and \$6",
+        "a lone $",
+    ],
+)
+def test_prices_are_no_maths(text: str) -> None:
+    safe = safe_markdown(text)
+    assert "$" not in safe
+    assert safe.replace(DOLLAR, "$") == text.replace("\\$", "$")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$x^2$ and $a_1$, $5$, ($2x + 3 = 7$).",
+        "$$\n\\int_0^1 x\\,dx\n$$",
+        r"\(x\) and \[y\]",
+        r"$\$5$ is $n \text{ more}$",
+        "`$5` and\n```sh\necho $HOME $PATH\n```",
+    ],
+)
+def test_maths_and_code_stay_as_they_are(text: str) -> None:
+    assert safe_markdown(text) == text
+
+
+def test_a_price_beside_maths_is_still_a_price() -> None:
+    assert safe_markdown("$x < y$ costs $5, <b>") == rf"$x \lt  y$ costs {DOLLAR}5, &lt;b>"
 
 
 def test_code_with_tags_is_readable_as_code() -> None:
