@@ -57,6 +57,7 @@ class EngineMetrics:
         self._running = self._gauge("num_requests_running", "Requests in the current batch.")
         self._waiting = self._gauge("num_requests_waiting", "Requests waiting to be processed.")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.")
+        self._old_kv_usage = self._gauge("gpu_cache_usage_perc", "The old name of kv_cache_usage_perc.")
 
     def _make_counters(self) -> None:
         self._prefix_queries = self._counter("prefix_cache_queries", "Prefix cache queries, in tokens.")
@@ -74,6 +75,9 @@ class EngineMetrics:
         histogram = self._histogram
         self._first_token = histogram("time_to_first_token_seconds", "Time to first token.", _FIRST_TOKEN_BUCKETS)
         self._inter_token = histogram("inter_token_latency_seconds", "Time between two tokens.", _TOKEN_BUCKETS)
+        self._old_inter_token = histogram(
+            "time_per_output_token_seconds", "The old name of inter_token_latency_seconds.", _TOKEN_BUCKETS
+        )
         self._per_token = histogram(
             "request_time_per_output_token_seconds", "Time per output token of a request, its mean.", _TOKEN_BUCKETS
         )
@@ -89,6 +93,9 @@ class EngineMetrics:
         self._request_generation = histogram("request_generation_tokens", "Generation tokens of a request.", buckets)
         self._request_longest = histogram(
             "request_max_num_generation_tokens", "Generation tokens of a request's longest completion.", buckets
+        )
+        self._request_computed = histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens of a request that no cache held.", buckets
         )
         self._params_n = histogram("request_params_n", "The n request parameter.", _N_BUCKETS)
         self._params_max_tokens = histogram("request_params_max_tokens", "The max_tokens request parameter.", buckets)
@@ -112,6 +119,7 @@ class EngineMetrics:
         self._running.set(running)
         self._waiting.set(waiting)
         self._kv_usage.set(kv_usage)
+        self._old_kv_usage.set(kv_usage)
 
     def observe_step(self, num_prompt_tokens: int, num_generation_tokens: int) -> None:
         """One engine step: prompt tokens computed and tokens generated."""
@@ -127,12 +135,14 @@ class EngineMetrics:
     def observe_inter_token(self, seconds: float) -> None:
         """Time between two tokens of one completion."""
         self._inter_token.observe(seconds)
+        self._old_inter_token.observe(seconds)
 
     def observe_prefix(self, queries: int, hits: int) -> None:
-        """Prompt tokens looked up in the prefix cache, and found there."""
+        """A request's prompt tokens looked up in the prefix cache, and found there."""
         self._prefix_queries.inc(queries)
         self._prefix_hits.inc(hits)
         self._cached.inc(hits)
+        self._request_computed.observe(queries - hits)
 
     def observe_preemption(self) -> None:
         """One request was preempted."""

@@ -5,13 +5,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.metrics import EngineMetrics
 from engine.outputs import RequestMetrics
 
-GAUGES = "num_requests_running num_requests_waiting kv_cache_usage_perc"
+GAUGES = "num_requests_running num_requests_waiting kv_cache_usage_perc gpu_cache_usage_perc"
 COUNTERS = (
     "prefix_cache_queries_total prefix_cache_hits_total num_preemptions_total prompt_tokens_total "
     "prompt_tokens_by_source_total generation_tokens_total request_success_total"
 )
 HISTOGRAMS = (
-    "time_to_first_token_seconds inter_token_latency_seconds request_time_per_output_token_seconds "
+    "time_to_first_token_seconds inter_token_latency_seconds time_per_output_token_seconds "
+    "request_time_per_output_token_seconds request_prefill_kv_computed_tokens "
     "e2e_request_latency_seconds request_queue_time_seconds request_inference_time_seconds "
     "request_prefill_time_seconds request_decode_time_seconds request_prompt_tokens request_generation_tokens "
     "request_max_num_generation_tokens request_params_n request_params_max_tokens iteration_tokens_total"
@@ -88,6 +89,7 @@ def test_steps_state_and_cache_hits_are_counted() -> None:
     assert found["vllm:prompt_tokens_by_source_total", "local_cache_hit"] == 8
     assert found["vllm:prefix_cache_queries_total", ""] == 40
     assert found["vllm:prefix_cache_hits_total", ""] == 8
+    assert found["vllm:request_prefill_kv_computed_tokens_sum", ""] == 32
     assert found["vllm:num_preemptions_total", ""] == 1
     assert found["vllm:time_to_first_token_seconds_sum", ""] == 0.5
     assert found["vllm:inter_token_latency_seconds_sum", ""] == 0.02
@@ -95,6 +97,15 @@ def test_steps_state_and_cache_hits_are_counted() -> None:
     assert found["vllm:num_requests_waiting", ""] == 2
     assert found["vllm:kv_cache_usage_perc", ""] == 0.25
     assert found["vllm:cache_config_info", "16"] == 1
+
+
+def test_boards_that_know_the_old_names_find_them() -> None:
+    metrics = EngineMetrics("m")
+    metrics.observe_inter_token(0.02)
+    metrics.set_state(3, 2, 0.25)
+    found = samples(metrics)
+    assert found["vllm:time_per_output_token_seconds_sum", ""] == 0.02
+    assert found["vllm:gpu_cache_usage_perc", ""] == 0.25
 
 
 def test_two_engines_do_not_share_their_counts() -> None:
