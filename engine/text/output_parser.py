@@ -187,7 +187,11 @@ class _MarkedReader:
 
     def _marked(self, mark: str) -> Steps[None]:
         reasoning, calls = self.reasoning, self.calls
-        if mark in self.dropped or (reasoning and mark in reasoning.wrappers):
+        if mark in self.dropped:
+            return
+        if reasoning and mark in reasoning.wrappers:
+            if self.sink.fresh:
+                self.sink.boundary()
             return
         if reasoning and mark == reasoning.start and (reasoning.anywhere or self.sink.fresh):
             yield from self._thought(reasoning)

@@ -86,6 +86,12 @@ REASONING_PARSERS: dict[str, ReasoningParser] = {
         "<|close|>think<|sep|>",
         wrappers=("<|open|>response<|sep|>", "<|close|>response<|sep|>", "<|close|>message<|sep|>"),
     ),
+    "muse_spark": ReasoningParser(
+        "to=self<|message|>",
+        "<|eom|>",
+        anywhere=True,
+        wrappers=("<|start|>assistant", "to=user<|message|>", "to=commentary<|message|>", "<|eot|>"),
+    ),
 }
 """vLLM's names, and names in their manner for forms that mlx-lm reads."""
 
@@ -101,6 +107,7 @@ _BY_MARK = (
     ("<|channel|>", "openai_gptoss"),
     ("<seed:think>", "seed_oss"),
     ("<longcat_think>", "longcat"),
+    ("<atem:function_calls>", "muse_spark"),
     ("[THINK]", "mistral"),
     ("<|START_THINKING|>", "cohere2"),
     ("Here is my thought process:", "granite"),

@@ -295,3 +295,37 @@ KIMI_K3 = XmlCalls(
     whole='<|open|>json type="object"<|sep|>',
     whole_end="<|close|>json<|sep|>",
 )
+_ATEM = XmlCalls(
+    "<atem:function_calls>",
+    "</atem:function_calls>",
+    "<atem:invoke name=",
+    (">",),
+    "</atem:invoke>",
+    "<atem:parameter name=",
+    (">",),
+    "</atem:parameter>",
+    quoted=True,
+)
+
+
+@dataclass(frozen=True)
+class MuseCalls:
+    """Muse Spark's tags, in messages whose header names the tool: ``to=f<|message|><atem:function_calls>…``."""
+
+    header: str = "to="
+    starts: tuple[str, ...] = (_ATEM.start, "to=")
+    ends: tuple[str, ...] = _ATEM.ends
+    strays: tuple[str, ...] = _ATEM.strays
+    bare: str = ""
+
+    def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
+        """The functions of a section, behind the message's header if one is there."""
+        if start == self.header:
+            yield from scanner.word("<")
+            yield from scanner.expect("<|message|>")
+            yield from scanner.skip_space()
+            start = yield from scanner.expect(_ATEM.start)
+        yield from _ATEM.read(scanner, sink, tools, start)
+
+
+MUSE_SPARK = MuseCalls()

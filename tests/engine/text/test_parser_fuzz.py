@@ -64,6 +64,9 @@ SAMPLES = {
     "minimax_m2": '<minimax:tool_call>\n<invoke name="f">\n<parameter name="text">a</parameter>\n</invoke>\n'
     "</minimax:tool_call>",
     "mistral": '[TOOL_CALLS]f[ARGS]{"text": "a"}[TOOL_CALLS]f[CALL_ID]123456789[ARGS]{}',
+    "muse_spark": " to=self<|message|>Hm.<|eom|><|start|>assistant to=f<|message|><atem:function_calls>\n"
+    '<atem:invoke name="f">\n<atem:parameter name="text">a b</atem:parameter>\n<atem:parameter name="list">[1]'
+    "</atem:parameter>\n</atem:invoke>\n</atem:function_calls>",
     "olmo3": "<function_calls>\nf(text='a b', list=[1, {\"x\": null}])\nf(number=5)\n</function_calls>",
     "openai": "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.f "
     '<|constrain|>json<|message|>{"text": "a"}<|call|>',
@@ -101,6 +104,7 @@ THOUGHTS = {
     "deepseek_v31": "deepseek_r1",
     "granite": "granite",
     "kimi_k3": "kimi_k3",
+    "muse_spark": "muse_spark",
 }
 PIECES = re.compile(r"<[^<>\s]+>|\w+|\s+|[^\w\s]")
 
