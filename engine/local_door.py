@@ -93,6 +93,11 @@ class LocalJob:
     stream: RequestStream
     parser: OutputParser | None
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
+        return self.stream.num_tokens
+
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """``callback()`` once the request is over."""
         self.stream.add_done_callback(callback)

@@ -5,7 +5,7 @@ A :class:`Door` is where prompts go: a model in this process, or a remote server
 
 import queue
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -51,6 +51,10 @@ class Answer:
 
 class Job(Protocol):
     """One prompt under way."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """``callback()`` once the job is over, from any thread; at once if it is."""
@@ -105,10 +109,11 @@ class Rows:
 class ManyRun:
     """Hands tasks to a door with bounded look-ahead and files what comes back."""
 
-    def __init__(self, door: Door, report: Callable[[Answer | str], None]) -> None:
+    def __init__(self, door: Door, bar: "ProgressBar") -> None:
         self.rows = Rows()
         self._door = door
-        self._report = report
+        self._bar = bar
+        self._num_tokens = 0
         self._jobs: dict[int, Job] = {}
         self._over: queue.SimpleQueue[int] = queue.SimpleQueue()
 
@@ -145,8 +150,9 @@ class ManyRun:
                 slot = self._over.get(timeout=_WAIT_SLICE)
                 break
             except queue.Empty:
-                continue
+                self._bar.show(self._tokens_so_far())
         job = self._jobs.pop(slot)
+        self._num_tokens += job.num_tokens
         try:
             self._file(slot, job.answer())
         except (RequestError, GenerationError) as error:
@@ -154,7 +160,11 @@ class ManyRun:
 
     def _file(self, slot: int, outcome: Answer | str) -> None:
         self.rows.outcomes[slot] = outcome
-        self._report(outcome)
+        self._bar.add(self._tokens_so_far(), failed=isinstance(outcome, str))
+
+    def _tokens_so_far(self) -> int:
+        """Tokens generated in this run, those of the prompts under way included."""
+        return self._num_tokens + sum(job.num_tokens for job in self._jobs.values())
 
     def _end_all(self) -> None:
         """Abort what runs and keep what it wrote."""
@@ -259,8 +269,8 @@ def map_prompts(
     table = read_table(source)
     per_row = len(request.prompts.templates) * len(request.grid)
     names = list(request.grid[0])
-    bar = _ProgressBar(None if table.total is None else table.total * per_row, shown=use_tqdm)
-    run = ManyRun(door, bar.add)
+    bar = ProgressBar(None if table.total is None else table.total * per_row, shown=use_tqdm)
+    run = ManyRun(door, bar)
 
     def finish() -> "pandas.DataFrame":
         bar.close()
@@ -280,7 +290,8 @@ def map_prompts(
 
 def _interrupted_text(rows: Rows, total: int | None) -> str:
     of = f" of {total}" if total is not None else ""
-    return f"stopped with {rows.num_done}{of} prompts done, which .last_map holds; map(…, resume=llm.last_map) goes on"
+    done = f"stopped with {rows.num_done}{of} prompts done"
+    return f"{done}; .last_map has what there is, and map(…, resume=llm.last_map) goes on"
 
 
 def to_frame(rows: Rows, names: Sequence[str], index_name: Any = None) -> "pandas.DataFrame":
@@ -306,12 +317,12 @@ def to_frame(rows: Rows, names: Sequence[str], index_name: Any = None) -> "panda
     return frame
 
 
-class _ProgressBar:
-    """A bar with tokens per second and the number of failures."""
+class ProgressBar:
+    """A bar with tokens per second, also of prompts under way, and the number of failures."""
 
     def __init__(self, total: int | None, *, shown: UseTqdm) -> None:
         self.total = total
-        self._counts: Counter[str] = Counter()
+        self._num_failed = 0
         self._started = time.monotonic()
         self._bar: Any = None
         if shown is True:
@@ -321,16 +332,20 @@ class _ProgressBar:
         if shown:
             self._bar = shown(total=total, desc="prompts", unit="prompt", mininterval=0.2)
 
-    def add(self, outcome: Answer | str) -> None:
-        """Count one more."""
-        self._counts["failed" if isinstance(outcome, str) else "tokens"] += (
-            1 if isinstance(outcome, str) else outcome.tokens
-        )
+    def add(self, num_tokens: int, *, failed: bool) -> None:
+        """Count one more prompt; ``num_tokens`` as in :meth:`show`."""
+        self._num_failed += failed
+        self.show(num_tokens, refresh=False)
         if self._bar is not None:
-            rate = self._counts["tokens"] / max(1e-6, time.monotonic() - self._started)
-            failed = f", {self._counts['failed']} failed" if self._counts["failed"] else ""
-            self._bar.set_postfix_str(f"{rate:.0f} tokens/s{failed}", refresh=False)
             self._bar.update()
+
+    def show(self, num_tokens: int, *, refresh: bool = True) -> None:
+        """Say how fast ``num_tokens``, all that were generated until now, came."""
+        if self._bar is None:
+            return
+        rate = num_tokens / max(1e-6, time.monotonic() - self._started)
+        parts = [f"{rate:.0f} tokens/s" if num_tokens else "", f"{self._num_failed} failed" if self._num_failed else ""]
+        self._bar.set_postfix_str(", ".join(filter(None, parts)), refresh=refresh)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

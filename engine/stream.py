@@ -64,6 +64,11 @@ class RequestStream:
         return self._over
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens so far, all completions together."""
+        return sum(len(output.token_ids) for output in self._outputs)
+
+    @property
     def error(self) -> BaseException | None:
         """What failed, once the request is over; None where nothing did."""
         return self._error

@@ -24,6 +24,7 @@ class DisplayBar:
     def __call__(self, *, total: int | None = None, desc: str = "", **_: Any) -> "DisplayBar":
         """Begin; other keywords of tqdm's are about its looks."""
         self._total, self._desc, self._started = total, desc or self._desc, time.monotonic()
+        self._show()
         return self
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
@@ -51,7 +52,7 @@ class DisplayBar:
             self._update(self._bundle())
 
     def _bundle(self) -> Bundle:
-        of = f"{self._count}/{self._total}" if self._total is not None else str(self._count)
+        of = f"{self._count} of {self._total}" if self._total is not None else str(self._count)
         text = f"{self._desc}: {of} ({time.monotonic() - self._started:.1f} s) {self._postfix}".rstrip()
         known = f' value="{self._count}" max="{self._total}"' if self._total else ""
         return {"text/plain": text, "text/html": f"<div><progress{known}></progress> {html.escape(text)}</div>"}

@@ -25,6 +25,8 @@ _CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:48em;
 _RESULT_COLUMNS = (
     *("prompt", "text", "reasoning", "tokens", "prompt_tokens", "cached_tokens", "time", "finish_reason", "error"),
 )
+ONE_ROW: list[dict[str, Any]] = [{}]
+"""What a prompt without ``--over`` runs over."""
 SamplingFlag = tuple[tuple[str, ...], str, Callable[[str], Any], str]
 EXAMPLES = """\
 %%vllm_metal grid -t 0,0.7 --top-p 0.9,1     one prompt, four settings
@@ -129,7 +131,7 @@ def run_grid(
 def read_over(names: Sequence[str], namespace: Mapping[str, Any]) -> tuple[Any, list[str]]:
     """Rows for ``--over`` and the names of plain lists among them; a single DataFrame stays one, index and all."""
     if not names:
-        return [{}], []
+        return ONE_ROW, []
     axes, lists = [], []
     for name in names:
         if name not in namespace:
@@ -160,7 +162,9 @@ def _axis(name: str, value: Any) -> tuple[Any, bool]:
 
 
 def _with_lists(frame: "pandas.DataFrame", rows: Any, lists: Sequence[str]) -> "pandas.DataFrame":
-    """``frame`` with the values of plain lists as its first columns."""
+    """``frame`` with the values of plain lists as its first columns; rows of a single prompt are counted."""
+    if rows is ONE_ROW:
+        return frame.reset_index(drop=True)
     records = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
     labels = dict(
         zip(

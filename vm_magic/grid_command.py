@@ -29,7 +29,7 @@ def run_grid_command(session: Session, shell: Any, parsed: argparse.Namespace, t
     except MapInterrupted as stopped:
         _file(shell, stopped.result, parsed, bar, returned=False)
         raise Interrupted(
-            f"{str(stopped).partition(',')[0]}: they are in {parsed.out or '_'}, --resume goes on"
+            f"{str(stopped).partition(';')[0]}; {parsed.out or '_'} has what there is, and --resume goes on"
         ) from None
     except BaseException:
         if bar is not None:

@@ -1,6 +1,7 @@
 """``LLM.map``: a table of prompts in one batch, compared with asking one by one."""
 
 import json
+import re
 import signal
 import threading
 import time
@@ -12,11 +13,12 @@ import pytest
 
 from engine import LLM
 from engine.errors import ConfigError, EngineClosedError, GenerationError, RequestError
-from engine.many import Answer, Earlier, ManyRun, MapInterrupted
+from engine.many import Answer, Earlier, ManyRun, MapInterrupted, ProgressBar
 from engine.prompt_table import Prompts, Task, combinations, read_table, task_key
 from tests.conftest import ScriptedLLM, TinyModelDir
 
 SYSTEM = "You are a careful assistant who reads the whole text before the answer is begun. " * 6
+NO_BAR = ProgressBar(None, shown=False)
 TEMPLATE = "Summarise: {{ text }}"
 
 
@@ -142,6 +144,37 @@ def test_interrupting_keeps_what_is_done_and_resume_goes_on(scripted_llm: Script
     assert list(again.text) == ["One two three four."] * 3
 
 
+class Bar:
+    """Notes what a bar is told, as tqdm's class does."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def __call__(self, **_: Any) -> "Bar":
+        return self
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        self.told.append(text)
+
+    def update(self) -> None:
+        self.told.append("one more")
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_bar_tells_the_speed_before_a_prompt_is_done_and_counts_no_token_twice(
+    scripted_llm: ScriptedLLM,
+) -> None:
+    llm = scripted_llm("word " * 60, step_seconds=0.02)
+    bar, again = Bar(), Bar()
+    done = llm.map(["a", "b"], "{{ text }}", temperature=0, max_tokens=50, use_tqdm=bar)
+    assert re.fullmatch(r"[1-9]\d* tokens/s", next(text for text in bar.told if text)), "while both run"
+    assert bar.told.count("one more") == 2
+    llm.map(["a", "b"], "{{ text }}", temperature=0, max_tokens=50, use_tqdm=again, resume=done)
+    assert again.told == ["", "one more"] * 2, "what was taken over is no speed"
+
+
 def test_mistakes_are_told_before_anything_runs(llm: LLM) -> None:
     table = texts(3)
     asked = llm.stats().prompt_tokens
@@ -198,6 +231,8 @@ def test_a_key_survives_a_trip_through_a_file() -> None:
 
 class FakeJob:
     """Ends when told to."""
+
+    num_tokens = 0
 
     def __init__(self, answer: Answer | Exception) -> None:
         self._answer = answer
@@ -259,15 +294,15 @@ def tasks(*prompts: str) -> list[Task]:
 
 
 def test_no_more_than_the_look_ahead_is_under_way_and_order_is_kept() -> None:
-    door, seen = FakeDoor(), []
-    run = ManyRun(door, seen.append)
+    door = FakeDoor()
+    run = ManyRun(door, NO_BAR)
     pulled = 0
 
     def lazily() -> Iterator[Task]:
         nonlocal pulled
         for task in tasks(*"abcdefghij"):
             pulled += 1
-            assert pulled - sum(isinstance(one, Answer) for one in seen) <= door.look_ahead
+            assert pulled - run.rows.num_done <= door.look_ahead
             yield task
 
     run.run(lazily(), Earlier(None, ()))
@@ -276,9 +311,9 @@ def test_no_more_than_the_look_ahead_is_under_way_and_order_is_kept() -> None:
 
 
 def test_a_row_that_fails_is_marked_and_an_engine_that_fails_ends_the_map() -> None:
-    run = ManyRun(FakeDoor(GenerationError("the grammar failed")), lambda _: None)
+    run = ManyRun(FakeDoor(GenerationError("the grammar failed")), NO_BAR)
     run.run(tasks("a", "bad", "b"), Earlier(None, ()))
     assert [outcome for _, outcome in run.rows.finished()] == ["the grammar failed", "too long", "the grammar failed"]
-    run = ManyRun(FakeDoor(EngineClosedError("gone")), lambda _: None)
+    run = ManyRun(FakeDoor(EngineClosedError("gone")), NO_BAR)
     with pytest.raises(EngineClosedError, match="gone"):
         run.run(tasks(*"abcdef"), Earlier(None, ()))

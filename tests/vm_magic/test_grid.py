@@ -53,6 +53,8 @@ def test_a_cell_runs_every_combination_and_files_a_dataframe(shell: Any, llm: LL
     assert "Fine &lt;b&gt;weather&lt;/b&gt;." in bundle["text/html"]
     first = shell.display_pub.outputs[0]
     assert "<progress" in first["data"]["text/html"], "the bar, whose place the table takes"
+    assert 'max="4"' in shell.display_pub.outputs[1]["data"]["text/html"]
+    assert shell.display_pub.outputs[1]["data"]["text/plain"].startswith("prompts: 0 of 4")
     assert first["transient"]["display_id"] == shell.display_pub.outputs[-1]["transient"]["display_id"]
 
 
@@ -69,6 +71,7 @@ def test_rows_of_a_dataframe_keep_their_index_and_failures_are_shown(shell: Any,
 def test_the_line_form_returns_the_dataframe_and_out_stores_it(shell: Any, llm: LLM) -> None:
     found = line(shell, "grid --complete --max-tokens 1,2 Once upon a time")
     assert list(found.max_tokens) == [1, 2]
+    assert list(found.index) == [0, 1]
     assert list(found.prompt) == ["Once upon a time"] * 2
     shell.display_pub.outputs.clear()
     assert cell(shell, "vllm_metal grid -o result --seed 1,2,3", "Hello") is None

@@ -55,7 +55,7 @@ def interrupted(kernel: Kernel, code: str, when: Callable[[Any], bool]) -> tuple
 
 def several_done(message: Any) -> bool:
     """Whether the bar shows that at least four prompts are done."""
-    found = re.match(r"prompts: (\d+)/40", str(message["content"].get("data", {}).get("text/plain", "")))
+    found = re.match(r"prompts: (\d+) of 40", str(message["content"].get("data", {}).get("text/plain", "")))
     return found is not None and int(found[1]) >= 4
 
 
@@ -70,7 +70,7 @@ def test_a_grid_shows_a_bar_that_becomes_its_table_and_stopping_keeps_what_is_do
     )
     assert reply["ename"] == "Interrupted"
     assert len(reply["traceback"]) == 1
-    assert "of 40 prompts done: they are in _, --resume goes on" in reply["evalue"]
+    assert "of 40 prompts done; _ has what there is, and --resume goes on" in reply["evalue"]
     (shown,) = show_as_a_notebook(messages)
     assert "prompts done" in shown
     assert kernel.text("print(3 < len(_) < 40, set(_.finish_reason) <= {'length', 'abort'})") == "True True\n"

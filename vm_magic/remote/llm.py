@@ -288,6 +288,11 @@ class RemoteJob:
 
     stream: RemoteStream
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
+        return self.stream.num_tokens
+
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """``callback()`` once the reply is over."""
         self.stream.add_done_callback(callback)
