@@ -126,6 +126,20 @@ def test_the_panel_steers_requests_that_run(scripted: Any, streams: list[HttpStr
     panel.root.locator('.vmp-blocks [data-kind="1"]').first.wait_for()
     notebook.shot("panel-activity", panel.root)
 
+    # in a narrow window every column and the button can be read
+    notebook.page.set_viewport_size({"width": 720, "height": 1000})
+    panel.button("Cancel").first.scroll_into_view_if_needed()
+    notebook.shot("panel-activity-narrow", panel.root)
+    cut = panel.requests.first.evaluate(
+        "row => [...row.children].filter(cell => cell.scrollWidth > cell.clientWidth).length"
+    )
+    assert cut == 0
+    cancel, row = panel.button("Cancel").first.bounding_box(), panel.requests.first.bounding_box()
+    assert row["x"] + row["width"] <= cancel["x"]
+    assert cancel["x"] + cancel["width"] <= 720
+    assert panel.button("Cancel").first.evaluate("button => button.scrollWidth <= button.clientWidth")
+    notebook.page.set_viewport_size({"width": 1280, "height": 1000})
+
     # lower the temperature of the streams under way
     wait_until(lambda: len(streams[0].text) > 30, "words of the first stream")
     assert "10 11 12" not in streams[0].text

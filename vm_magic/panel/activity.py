@@ -16,15 +16,16 @@ MOST_ROWS = 12
 """Requests with a row of their own; the others are counted."""
 _NOTEBOOK_PREFIXES = ("req-", "remote-")
 COLUMNS = ("request", "state", "prompt", "tokens", "speed", "first token", "temp.")
-_WIDTHS: Mapping[str, str] = {
-    "request": "minmax(150px, 2fr)",
-    "state": "84px",
-    "prompt": "116px",
-    "tokens": "82px",
-    "speed": "92px",
-    "first token": "92px",
-    "temp.": "minmax(60px, 1fr)",
+_WIDTHS: Mapping[str, tuple[str, str]] = {
+    "request": ("minmax(150px, 2fr)", ""),
+    "state": ("84px", "minmax(56px, 72px)"),
+    "prompt": ("116px", "minmax(60px, 1fr)"),
+    "tokens": ("82px", "minmax(42px, 58px)"),
+    "speed": ("92px", "minmax(70px, 84px)"),
+    "first token": ("92px", "minmax(70px, 84px)"),
+    "temp.": ("minmax(60px, 1fr)", "42px"),
 }
+"""Of columns: in one line, and where there is no room for that, in a line below the request's name."""
 
 
 class RequestRow:
@@ -35,7 +36,9 @@ class RequestRow:
         self._columns = columns
         self._request_id: str | None = None
         self.text = widgets.HTML(layout=widgets.Layout(flex="1 1 auto", min_width="0"))
-        self.button = widgets.Button(description="Cancel", layout=widgets.Layout(width="74px", height="24px"))
+        self.button = widgets.Button(
+            description="Cancel", layout=widgets.Layout(width="74px", height="24px", flex="0 0 auto")
+        )
         self.widget = widgets.HBox(
             [self.text, self.button], layout=widgets.Layout(align_items="center", display="none")
         )
@@ -120,7 +123,8 @@ class ActivitySection:
 def header_html(columns: Sequence[str]) -> str:
     """The table's header."""
     cells = "".join(f'<span class="vmp-faint">{name}</span>' for name in columns)
-    return f'<div class="vmp-req" style="padding-right:80px;{_grid(columns)}">{cells}</div>'
+    row = f'<div class="vmp-req" style="{_grid(columns)}">{cells}</div>'
+    return f'<div class="vmp-line" style="padding-right:80px">{row}</div>'
 
 
 def row_html(request: RequestActivity, palette: Palette, columns: Sequence[str] = COLUMNS) -> str:
@@ -140,7 +144,8 @@ def row_html(request: RequestActivity, palette: Palette, columns: Sequence[str] 
     }
     title = html.escape(request.request_id)
     spans = "".join(f'<span class="vmp-num">{cells[name]}</span>' for name in columns)
-    return f'<div class="vmp-req" style="{_grid(columns)}" title="{title}" data-request="{title}">{spans}</div>'
+    row = f'<div class="vmp-req" style="{_grid(columns)}" title="{title}" data-request="{title}">{spans}</div>'
+    return f'<div class="vmp-line">{row}</div>'
 
 
 def _prompt_text(request: RequestActivity) -> str:
@@ -151,4 +156,5 @@ def _prompt_text(request: RequestActivity) -> str:
 
 
 def _grid(columns: Sequence[str]) -> str:
-    return f"grid-template-columns:{' '.join(_WIDTHS[name] for name in columns)}"
+    wide, narrow = (" ".join(_WIDTHS[name][i] for name in columns) for i in (0, 1))
+    return f"--vmp-wide:{wide};--vmp-narrow:{narrow.strip()}"

@@ -30,7 +30,12 @@ SHEET = f"""<style>
 .{ROOT_CLASS} .vmp-swatch {{ display: inline-block; width: 10px; height: 10px; border-radius: 2px;
   margin-right: 5px; }}
 .{ROOT_CLASS} .vmp-legend {{ display: flex; flex-wrap: wrap; gap: 2px 14px; margin-top: 4px; }}
-.{ROOT_CLASS} .vmp-req {{ display: grid; gap: 0 10px; align-items: baseline; }}
+.{ROOT_CLASS} .vmp-line {{ container-type: inline-size; }}
+.{ROOT_CLASS} .vmp-req {{ display: grid; gap: 0 10px; align-items: baseline; grid-template-columns: var(--vmp-wide); }}
+@container (max-width: 735px) {{
+  .{ROOT_CLASS} .vmp-req {{ gap: 0 8px; grid-template-columns: var(--vmp-narrow); }}
+  .{ROOT_CLASS} .vmp-req > :first-child {{ grid-column: 1 / -1; }}
+}}
 .{ROOT_CLASS} .vmp-req > * {{ overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }}
 .{ROOT_CLASS} pre {{ margin: 0; padding: 8px 10px; user-select: all; white-space: pre-wrap; overflow-wrap: anywhere;
   color: {_TEXT}; background: var(--jp-cell-editor-background, rgba(128,128,128,.1)); border: 1px solid {_LINE};
