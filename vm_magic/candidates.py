@@ -10,6 +10,7 @@ from engine.presets import MODEL_PRESET, PRESETS
 from vm_magic import session as sessions
 from vm_magic.arguments import CELL_COMMANDS, COMMANDS, command_parser
 from vm_magic.chat_flags import TOOL_CHOICES
+from vm_magic.conversation import DEFAULT_CONVERSATION
 from vm_magic.settings_text import MEMORY_NAMES, SETTABLE
 
 
@@ -23,8 +24,10 @@ def candidates(before: list[str], fragment: str, *, cell: bool = False) -> Itera
     parser = command_parser(command)
     flags = parser.flags()
     last = before[-1]
-    if last in ("-c", "--conversation", "--fork"):
+    if last == "--fork":
         return _conversation_names()
+    if last in ("-c", "--conversation"):
+        return _conversation_names(DEFAULT_CONVERSATION)
     if last == "--tools":
         return _function_names(fragment)
     if last == "--tool-choice":
@@ -34,27 +37,29 @@ def candidates(before: list[str], fragment: str, *, cell: bool = False) -> Itera
     if last != command and parser.takes_value(last):
         return flags.get(last, ())
     if fragment.startswith("-"):
-        return flags
+        return flags if "_" not in fragment else [f"--{flag[2:].replace('-', '_')}" for flag in flags]
     if command == "set":
         return [f"preset={name}" for name in (*PRESETS, MODEL_PRESET)] + [
             f"{name}=" for name in (*SETTABLE, *MEMORY_NAMES)
         ]
     if command in ("load", "serve", "plan"):
         return [model.name for model in sessions.cached_models()]
-    return _conversation_names() if command in ("reset", "history") else ()
+    return _conversation_names(DEFAULT_CONVERSATION) if command in ("reset", "history") else ()
 
 
-def _conversation_names() -> list[str]:
+def _conversation_names(*more: str) -> list[str]:
     session: Any = sessions.peek_session()
-    return [] if session is None else list(session.conversations)
+    return list(dict.fromkeys([*more, *(() if session is None else session.conversations)]))
 
 
 def _function_names(fragment: str) -> list[str]:
-    """The notebook's own functions behind the names that ``fragment`` has already."""
-    namespace: dict[str, Any] = getattr(get_ipython(), "user_ns", {})
+    """The notebook's functions, imported ones too, behind the names that ``fragment`` has already."""
+    shell: Any = get_ipython()
     done = fragment[: fragment.rfind(",") + 1]
-    names = [name for name, value in namespace.items() if inspect.isroutine(value) and not name.startswith("_")]
-    return [done + name for name in names if getattr(namespace[name], "__module__", "") == "__main__"]
+    taken = done.split(",")
+    found = ((name, value) for name, value in shell.user_ns.items() if name not in shell.user_ns_hidden)
+    names = [name for name, value in found if inspect.isroutine(value) and not name.startswith("_")]
+    return [done + name for name in names if name not in taken]
 
 
 def _named_tools(before: list[str]) -> list[str]:

@@ -127,17 +127,27 @@ def settings_text(settings: Settings) -> str:
     return " ".join(f"{name}={value}" for name, value in settings.everything().items())
 
 
-def speed_text(reply: Reply) -> str:
-    """Tokens, tokens per second, time to the first token and the prompt's cached part."""
-    usage, metrics = reply.usage, reply.metrics
-    rate = metrics.decode_rate(usage.completion_tokens) if metrics else None
-    first = metrics.time_to_first_token if metrics else None
+def speed_text(first: Reply, *later: Reply) -> str:
+    """Tokens, tokens per second, time to the first token and the prompt's cached part.
+
+    Of a turn of several requests (the model called tools between them) the sums, and the first one's first token.
+    """
+    replies = (first, *later)
+    num_tokens, num_thinking, num_prompt, num_cached = (
+        sum(getattr(reply.usage, f"{name}_tokens") for reply in replies)
+        for name in ("completion", "reasoning", "prompt", "cached")
+    )
+    rates = [
+        (r.usage.completion_tokens, r.metrics.decode_rate(r.usage.completion_tokens)) for r in replies if r.metrics
+    ]
+    seconds = sum((count - 1) / rate for count, rate in rates if rate)
+    waited = first.metrics.time_to_first_token if first.metrics else None
     parts = [
-        f"{usage.completion_tokens} tokens"
-        + (f" ({usage.reasoning_tokens} thinking)" if usage.reasoning_tokens else ""),
-        f"{rate:.1f} tokens/s" if rate else "",
-        f"first after {first:.2f} s" if first is not None else "",
-        f"prompt {usage.prompt_tokens} tokens, {usage.cached_tokens} cached",
+        f"{len(replies)} requests" if later else "",
+        f"{num_tokens} tokens" + (f" ({num_thinking} thinking)" if num_thinking else ""),
+        f"{sum(count - 1 for count, rate in rates if rate) / seconds:.1f} tokens/s" if seconds else "",
+        f"first after {waited:.2f} s" if waited is not None else "",
+        f"prompt{'s' * bool(later)} {num_prompt} tokens, {num_cached} cached",
     ]
     return " · ".join(part for part in parts if part)
 

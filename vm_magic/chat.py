@@ -60,6 +60,8 @@ class Generation:
 
     stopped_at_limit = False
     """Whether a limit of tool calls ended it; without tools none does."""
+    earlier_replies: "tuple[Reply, ...]" = ()
+    """The replies before the last one of this turn; without tools there are none."""
 
     def __init__(
         self,
@@ -100,9 +102,10 @@ class Generation:
             self._drain(view)
             return self._keep()
         except KeyboardInterrupt:
-            tokens = self._abort(view).usage.completion_tokens
+            reply = self._abort(view)
+            tokens = reply.usage.completion_tokens
             raise Interrupted(
-                f"stopped after {tokens} tokens; the model stays loaded, the partial reply is kept"
+                f"stopped after {tokens} tokens; the model stays loaded, the partial reply is kept", reply
             ) from None
         except BaseException:
             self.stream.abort()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineClosedError
 from vm_magic.clients import Port, model_id, snippets
 from vm_magic.code_text import CodeText
 from vm_magic.export import Served, serve_command
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 def export_server(session: Session, *, show_key: bool) -> CodeText:
     """The ``vllm serve`` command for the loaded model and its port. Raises EngineClosedError without a model."""
+    if session.remote is not None and session.loaded is None:
+        raise EngineClosedError(
+            f"export writes the command of a model loaded in this kernel, and the notebook is connected to "
+            f"{session.remote.base_url}; export --client openai gives what a client of that server needs"
+        )
     llm = session.require()
     server = session.server
     options = dict(session.server_options)
@@ -34,7 +39,13 @@ def export_server(session: Session, *, show_key: bool) -> CodeText:
 
 
 def export_client(session: Session, client: str, *, show_key: bool) -> CodeText:
-    """What ``client`` needs to talk to the open port. Raises ConfigError if none is open."""
+    """What ``client`` needs to talk to the server connected to, else to the open port.
+
+    Raises ConfigError if no port is open, and for the llm tool, whose entry is for a port of this kernel.
+    """
+    remote = session.remote
+    if remote is not None and client != "llm":
+        return snippets(Port.of_remote(remote, show_key=show_key))[client]
     return snippets(Port.of(_server(session), show_key=show_key))[client]
 
 

@@ -8,6 +8,7 @@ from vm_magic.code_text import CodeText
 
 if TYPE_CHECKING:
     from engine.openai.server import ServerHandle
+    from vm_magic.remote.llm import RemoteLLM
 
 KEY_VARIABLE = "VLLM_API_KEY"
 _MESSAGES = 'messages = [{"role": "user", "content": "Hello!"}]\n'
@@ -21,12 +22,20 @@ class Port:
     model: str
     needs_key: bool
     api_key: str | None = None
+    key_place: str = "server.api_key in the notebook"
+    """Where the reader finds the key."""
 
     @classmethod
     def of(cls, server: "ServerHandle", *, show_key: bool = False) -> Self:
         """The port behind a handle; its key only where that may be shown."""
         key = server.api_key if show_key else None
         return cls(server.base_url, server.model, server.api_key is not None, key)
+
+    @classmethod
+    def of_remote(cls, remote: "RemoteLLM", *, show_key: bool = False) -> Self:
+        """The server that the notebook is connected to."""
+        key = remote.address.key
+        return cls(remote.base_url, remote.model, key is not None, key if show_key else None, "that of connect")
 
     @property
     def root_url(self) -> str:
@@ -47,7 +56,7 @@ class Port:
         """What the reader must do for the key."""
         if not self.needs_key or self.api_key is not None:
             return ""
-        return f"Set {KEY_VARIABLE} to the key (server.api_key in the notebook), or add --show-key."
+        return f"Set {KEY_VARIABLE} to the key ({self.key_place}), or add --show-key."
 
 
 def _openai(port: Port) -> CodeText:

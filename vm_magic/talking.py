@@ -14,6 +14,7 @@ from vm_magic.chat import ChatOptions, Generation, ask, start_chat, start_comple
 from vm_magic.chat_flags import SAMPLING_FLAGS, TOOL_CHOICES
 from vm_magic.conversation import Message, render_prompt
 from vm_magic.display import WAITING, NotebookView, ReplyView, SilentView, TerminalView, can_update, open_handle
+from vm_magic.errors import Interrupted
 from vm_magic.pending_reply import PendingReply
 from vm_magic.reply_bundle import reply_bundle
 from vm_magic.reply_reader import ReplyText
@@ -84,16 +85,27 @@ def _with_tools(first: Generation, options: ChatOptions, parsed: argparse.Namesp
 
 
 def _followed(under_way: Talk, parsed: argparse.Namespace, shell: Any, view: ReplyView, *, returned: bool) -> Any:
-    reply = under_way.follow(view)
+    try:
+        reply = under_way.follow(view)
+    except Interrupted as stopped:
+        if stopped.reply is not None:
+            _file(stopped.reply, parsed, shell)
+        raise
+    if not parsed.out:
+        _say_how_it_ended(reply, under_way, parsed)
+        if returned:
+            return reply
+    _file(reply, parsed, shell)
+    return None
+
+
+def _file(reply: Reply, parsed: argparse.Namespace, shell: Any) -> None:
+    """Put the reply where the user finds it: into the variable of --out, else into ``_`` and ``Out``."""
     if parsed.out:
         shell.user_ns[parsed.out] = reply
-        return None
-    _say_how_it_ended(reply, under_way, parsed)
-    if returned:
-        return reply
+        return
     shell.displayhook.update_user_ns(reply)
     shell.displayhook.fill_exec_result(reply)
-    return None
 
 
 def _detached(generation: Generation, parsed: argparse.Namespace, shell: Any) -> None:
@@ -130,7 +142,7 @@ def _say_how_it_ended(reply: Reply, under_way: Talk, parsed: argparse.Namespace)
         rounds = f"{parsed.max_tool_rounds} round{'s' * (parsed.max_tool_rounds > 1)}"
         print(f"stopped after {rounds} of tool calls: a larger --max-tool-rounds lets the model go on")
     if parsed.stats:
-        print(speed_text(reply))
+        print(speed_text(*under_way.earlier_replies, reply))
 
 
 def chat_options(parsed: argparse.Namespace, namespace: Mapping[str, Any]) -> ChatOptions:

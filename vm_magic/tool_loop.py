@@ -40,6 +40,8 @@ class ToolLoop:
         self._longest = longest
         self.conversation: Conversation = first.conversation
         self.stopped_at_limit = False
+        self.earlier_replies: tuple[Reply, ...] = ()
+        """The replies before the last one."""
 
     @property
     def stream(self) -> Any:
@@ -62,6 +64,7 @@ class ToolLoop:
             except BaseException:
                 view.finish(shown, FAILED)
                 raise
+            self.earlier_replies += (reply,)
         view.finish(self._generation.shown, INTERRUPTED if reply.finish_reason == "abort" else "")
         return reply
 
@@ -80,7 +83,7 @@ class ToolLoop:
             outcomes += [ToolOutcome("interrupted by the user", failed=True)] * missing
             self._keep(reply, outcomes)
             view.finish(replace(shown, outcomes=tuple(outcomes)), INTERRUPTED)
-            raise Interrupted(f"stopped in {name}; the model stays loaded, the conversation is kept") from None
+            raise Interrupted(f"stopped in {name}; the model stays loaded, the conversation is kept", reply) from None
         self._keep(reply, outcomes)
         shown = replace(shown, outcomes=tuple(outcomes))
         view.refresh(shown, at_once=True)

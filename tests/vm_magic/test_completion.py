@@ -38,6 +38,12 @@ def completions(shell: Any, code: str, position: int | None = None) -> list[str]
         ("%%chat --to", {"--tools", "--tool-choice", "--top-p", "--top-k"}),
         ("%%chat --tools my_f", {"my_function"}),
         ("%%chat --tools one,my_f", {"one,my_function"}),
+        ("%%chat --tools ", {"my_function", "isqrt"}),
+        ("%%chat --tools my_function,", {"my_function,isqrt"}),
+        ("%%chat -c ", {"default", "side"}),
+        ("%vllm_metal reset ", {"default", "side"}),
+        ("%vllm_metal load x --max_mo", {"--max_model_len"}),
+        ("%%chat --max_t", {"--max_tokens", "--max_tool_rounds"}),
         ("%%chat --tools my_function --tool-choice m", {"my_function"}),
         ("%%chat --tool-choice re", {"required"}),
         ("%%vllm_metal chat --no-s", {"--no-stream"}),
@@ -45,7 +51,7 @@ def completions(shell: Any, code: str, position: int | None = None) -> list[str]
 )
 def test_commands_flags_values_models_and_conversations(shell: Any, code: str, found: set[str]) -> None:
     line(shell, "reset side")
-    shell.run_cell("def my_function(): ...").raise_error()
+    shell.run_cell("from math import isqrt, pi\ndef my_function(): ...").raise_error()
     assert set(completions(shell, code)) == found
 
 

@@ -54,6 +54,17 @@ def test_connecting_says_what_is_there_and_closing_goes_back(
     assert "not connected" in said(shell, capsys, "connect --close")
 
 
+def test_export_writes_for_clients_of_the_server_and_says_what_it_lacks(shell: Any, server: FakeVLLM) -> None:
+    line(shell, f"connect {server.url} --api-key k3y")
+    text = str(line(shell, "export --client openai"))
+    assert f"base_url='{server.url}/v1', api_key=os.environ[\"VLLM_API_KEY\"]" in text
+    assert "model='tiny'" in text
+    assert "k3y" not in text
+    assert "Bearer k3y" in str(line(shell, "export --client curl --show-key"))
+    with pytest.raises(EngineClosedError, match=f"connected to {server.url}/v1; export --client openai gives"):
+        line(shell, "export")
+
+
 def test_the_address_may_be_a_variable_or_the_handle_of_a_port(shell: Any, server: FakeVLLM, capsys: Capture) -> None:
     shell.user_ns["cluster"] = server.url
     assert f"connected to {server.url}/v1: tiny" in said(shell, capsys, "connect cluster")

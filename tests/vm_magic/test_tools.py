@@ -105,6 +105,18 @@ def test_a_model_calls_a_function_and_answers_with_its_result(shell: Any, llm: L
     assert len({output["transient"]["display_id"] for output in shell.display_pub.outputs}) == 1
 
 
+def test_stats_are_those_of_the_whole_turn(shell: Any, llm: LLM, capsys: Capture) -> None:
+    cell(shell, "chat -t 0 --stats --tools get_weather", "How is the weather?")
+    told = capsys.readouterr().out
+    requests = [llm.explain(2), llm.explain(1)]
+    tokens = sum(request.outputs[0].num_tokens for request in requests)
+    prompts = sum(len(request.tokens) for request in requests)
+    assert told.startswith(f"2 requests · {tokens} tokens · ")
+    assert f"prompts {prompts} tokens" in told
+    cell(shell, "chat -n -t 0 --stats --max-tokens 3", "Hello")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("3 tokens · ")
+
+
 def test_two_calls_of_one_turn_are_both_answered(shell: Any, llm: LLM) -> None:
     assert cell(shell, "chat -t 0 --tools get_weather", "Köln and Ulm? <|script_2|>").text == "It rains in Köln."
     assert roles(shell) == ["user", "assistant", "tool", "tool", "assistant"]

@@ -76,9 +76,8 @@ class RemoteServerSection(ClientsPart):
         if remote is None or state == self._shown:
             return
         self._shown = state
-        key = remote.address.key
-        self.show_key.layout.display = "none" if key is None else ""
-        self.show(Port(remote.base_url, remote.model, key is not None, key if self.show_key.value else None))
+        self.show_key.layout.display = "none" if remote.address.key is None else ""
+        self.show(Port.of_remote(remote, show_key=self.show_key.value))
 
 
 def remote_head_parts(activity: RemoteActivity) -> list[str]:
