@@ -5,6 +5,7 @@ from typing import Any
 from IPython.core.error import UsageError
 
 from engine.errors import VMMagicError
+from engine.outputs import Reply
 
 _RED, _RESET = "\x1b[31m", "\x1b[39m"
 TRACEBACK_HINT = "%config VLLMMetal.short_errors = False shows the traceback"
@@ -27,7 +28,11 @@ class InternalError(MagicUsageError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """■ was pressed: the cell's own work was stopped, and "Run all" stops with it."""
+    """■ was pressed: the cell's own work was stopped, and "Run all" stops with it. ``reply`` is what there was."""
+
+    def __init__(self, text: str, reply: Reply | None = None) -> None:
+        super().__init__(text)
+        self.reply = reply
 
     def _render_traceback_(self) -> list[str]:
         return [f"{_RED}Interrupted{_RESET}: {self}"]

@@ -291,6 +291,23 @@ def test_an_interrupt_keeps_the_partial_text_and_only_this_request_ends(shell: A
     assert vm_magic.current() is loaded
 
 
+def test_an_interrupt_leaves_the_partial_reply_where_the_whole_one_would_be(shell: Any, loaded: fakes.FakeLLM) -> None:
+    loaded.delay = 0.04
+    loaded.interrupt_after = 2
+    for run in (lambda: cell(shell, "chat -o kept", "hi"), lambda: line(shell, "chat -o kept hi")):
+        shell.user_ns["kept"] = "older"
+        with pytest.raises(KeyboardInterrupt, match="the partial reply is kept"):
+            run()
+        assert shell.user_ns["kept"].text.startswith("alpha beta")
+        assert shell.user_ns["kept"].finish_reason == "abort"
+    for run in (lambda: cell(shell, "chat", "hi"), lambda: line(shell, "complete hi")):
+        before = shell.user_ns["_"]
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert shell.user_ns["_"] is not before
+        assert shell.user_ns["_"].text.startswith("alpha beta")
+
+
 def test_a_detached_reply_returns_at_once_and_fills_its_own_output(shell: Any, loaded: fakes.FakeLLM) -> None:
     loaded.delay = 0.2
     cell(shell, "chat --detach", "hi")
