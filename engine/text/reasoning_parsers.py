@@ -9,15 +9,16 @@ from dataclasses import dataclass
 class ReasoningParser:
     """A thought stands between ``start`` and ``end``.
 
-    ``anywhere``: a thought may also begin in the middle of an answer. ``implicit``: output begins inside
-    the thought unless the prompt says otherwise. ``wrappers`` are marks around answers, left out of them.
-    ``prose``: the marks are words, so an end without a start may be part of an answer.
+    ``anywhere``: a thought may also begin in the middle of an answer. ``implicit``: without a known prompt,
+    output begins inside the thought; ``unopened``: also behind a prompt that opens none. ``wrappers`` are marks
+    around answers, left out of them. ``prose``: the marks are words, and an end without a start may be an answer's.
     """
 
     start: str
     end: str
     anywhere: bool = False
     implicit: bool = False
+    unopened: bool = False
     wrappers: tuple[str, ...] = ()
     prose: bool = False
 
@@ -36,7 +37,7 @@ class ReasoningParser:
         mark, turn = self._open_turn(prompt_suffix)
         start, end = turn.rfind(_START), turn.rfind(_END)
         if start == end:
-            return self.implicit and mark is not None and "tool" not in mark and len(turn.split()) <= _ROLE
+            return self.unopened and mark is not None and "tool" not in mark and len(turn.split()) <= _ROLE
         return start > end
 
     def begins_behind(self, prompt_suffix: str) -> bool:
@@ -67,7 +68,8 @@ HARMONY = ReasoningParser("<|channel|>analysis<|message|>", "<|end|>", anywhere=
 
 REASONING_PARSERS: dict[str, ReasoningParser] = {
     **dict.fromkeys(("qwen3", "glm45", "deepseek_v3", "olmo3", "holo2", "kimi_k2", "exaone4"), _THINK),
-    **dict.fromkeys(("deepseek_r1", "minimax_m2", "step3", "step3p5", "nemotron_v3"), _IMPLICIT_THINK),
+    **dict.fromkeys(("minimax_m2", "step3", "step3p5", "nemotron_v3"), _IMPLICIT_THINK),
+    "deepseek_r1": ReasoningParser("<think>", "</think>", implicit=True, unopened=True),
     "gemma4": ReasoningParser("<|channel>thought", "<channel|>", anywhere=True),
     "openai_gptoss": HARMONY,
     "mistral": ReasoningParser("[THINK]", "[/THINK]"),
