@@ -32,8 +32,19 @@ class ExplainView:
     def headline(self) -> str:
         """Which request, and how it ended."""
         told = self.explanation
-        stops = "; ".join(output.stop for output in told.outputs)
+        stops = "its prompt was scored" if self._scored else "; ".join(output.stop for output in told.outputs)
         return f"request {told.number} ({told.request_id}): {stops}"
+
+    @property
+    def _scored(self) -> bool:
+        """Whether the request asked for nothing but its prompt's log-probabilities; the one token is no answer."""
+        told = self.explanation
+        asked = any(one.name == "prompt_logprobs" for one in told.sampling)
+        return asked and all(output.num_tokens == 1 and output.finish_reason != "abort" for output in told.outputs)
+
+    @property
+    def _outputs(self) -> tuple[Output, ...]:
+        return () if self._scored else self.explanation.outputs
 
     def __repr__(self) -> str:
         told = self.explanation
@@ -44,7 +55,7 @@ class ExplainView:
             ("prefix cache", self._cache()),
             ("prompt", told.prompt.splitlines()),
             (f"prompt tokens ({len(told.tokens)}; ▸ is the first that was not in the cache)", [self._last_tokens()]),
-            *(section for output in told.outputs for section in _output_sections(output)),
+            *(section for output in self._outputs for section in _output_sections(output)),
         ]
         lines = [self.headline, *time_bar_text(told)]
         for title, body in sections:
@@ -54,7 +65,7 @@ class ExplainView:
 
     def _cache(self) -> list[str]:
         hit = self.explanation.cache
-        lines = [f"{hit.num_cached_tokens} of {hit.num_prompt_tokens} prompt tokens; {hit.reason}"]
+        lines = [f"{hit.num_cached_tokens} of {hit.num_prompt_tokens} prompt tokens from the cache; {hit.reason}"]
         if hit.here is not None:
             lines += [f"here:      …{_short(hit.here)}", f"request {hit.nearest}: …{_short(hit.there)}"]
         return lines
@@ -79,7 +90,7 @@ class ExplainView:
             + time_bar_html(told)
             + _details("sampling values and their sources", f'<table style="border:none">{rows}</table>{constraints}')
             + _details(self._cache()[0], self._cache_html(), is_open=True)
-            + "".join(_output_html(output) for output in told.outputs)
+            + "".join(_output_html(output) for output in self._outputs)
             + "</div>"
         )
 

@@ -41,11 +41,21 @@ def test_a_cell_is_explained_with_prompt_values_cache_and_output(shell: Any, rea
     assert "  temperature         0.0   flag\n" in text
     assert "  top_p               0.5   flag\n" in text
     assert "  max_tokens          3     flag\n" in text
-    assert "no earlier request is remembered" in text
+    assert re.search(r"  0 of \d+ prompt tokens from the cache; no earlier request is remembered\n", text)
     assert "<|im_start|>user\n  What is <b>?<|im_end|>" in text
     assert "|What|" in text
     assert "output as generated (3 tokens)" in text
     assert text.rstrip().endswith("\n".join(f"  {one}" for one in str(reply).splitlines()).rstrip())
+
+
+def test_a_score_is_explained_as_one(shell: Any, real: LLM) -> None:
+    line(shell, "score The quick brown fox")
+    told = line(shell, "explain")
+    assert told.headline.endswith(": its prompt was scored")
+    assert "prompt_logprobs" in repr(told)
+    for text in (repr(told), told._repr_html_()):
+        assert "output" not in text
+        assert "max_tokens=1 " not in text
 
 
 def test_the_second_cell_shows_where_it_left_the_first(shell: Any, real: LLM) -> None:
