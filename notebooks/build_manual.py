@@ -19,8 +19,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "bench-results"
 HELP_COLUMNS = "86"
-STYLE = "div.cell_output pre { white-space: pre-wrap; }\n"
-"""Long lines of output wrap, as in JupyterLab."""
+STYLE = """\
+div.cell_input pre, div.cell_output pre { white-space: pre-wrap; }
+div.cell_output .text_html, div.cell_output .text_html > div { overflow-x: auto; }
+div.cell_output .text_html table { font-size: 12px !important; }
+div.cell_output .text_html :is(td, th) { padding-right: 8px !important; white-space: normal !important; }
+"""
+"""Long lines wrap, and a plan's table fits between the columns of links, or scrolls."""
 ENVIRONMENT = {
     "VLLM_METAL_MEMORY_FRACTION": "as `--gpu-memory-utilization`: `auto` (0.90) or a number in (0, 1]",
     "VLLM_METAL_USE_PAGED_ATTENTION": "`0` takes mlx-lm's own contiguous caches instead of pages",

@@ -54,3 +54,37 @@ def test_calls_are_cards_tokens_have_colours_and_nothing_of_a_reply_runs(
     for number, name in ((1, "tools-in-a-cell"), (2, "probabilities"), (3, "explain")):
         notebook.cell(number).scroll_into_view_if_needed()
         notebook.shot(name, notebook.cell(number))
+
+
+def test_the_manuals_pictures_of_a_tool_and_of_a_scored_text(
+    lab: Lab, open_notebook: Callable[[str], Notebook], script_folder: Callable[..., Path]
+) -> None:
+    answer = (
+        "In **Köln** it rains all three days.\n\n| day | rain |\n|---|---|\n| Monday | 4 mm |\n| Tuesday | 11 mm |\n"
+        "| Wednesday | 2 mm |"
+    )
+    template = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ '<|script_1|>' if m.role == 'tool' }}")
+    folder = script_folder("friendly", f"Let me look.\n{WEATHER}", answer, chat_template=template)
+    tool = '''
+def get_weather(city: str, days: int = 1) -> dict:
+    """The weather in a city."""
+    return {"city": city, "rain in mm": [4, 11, 2][:days]}
+'''
+    cells = [
+        LOAD.format(folder=folder, flags=f"{FLAGS} --tool-call-parser hermes") + tool,
+        "%%chat --tools get_weather\nHow will the weather be in Köln?",
+        "%vllm_metal load smollm2 --max-model-len 1024",
+        "%%vllm_metal score\nThe capital of France is Paris, and the capital of Japan is a bicycle.",
+    ]
+    lab.write("pictures.ipynb", cells)
+    notebook = open_notebook("pictures.ipynb")
+    notebook.run_all()
+    notebook.wait_run(3)
+    expect(notebook.output(1).locator("pre", has_text='"rain in mm":[4,11,2]')).to_be_visible()
+    surprise = notebook.output(3).locator("pre span", has_text="bicycle")
+    assert "background-color" in surprise.get_attribute("style")
+    notebook.output(3).locator("summary").click()
+    notebook.page.set_viewport_size({"width": 900, "height": 1000})
+    for number, name in ((1, "chat-tool"), (3, "score")):
+        notebook.cell(number).scroll_into_view_if_needed()
+        notebook.shot(name, notebook.cell(number))

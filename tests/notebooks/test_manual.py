@@ -84,6 +84,16 @@ def test_what_troubleshooting_quotes_is_what_the_code_says() -> None:
     assert [quote for quote in quotes if quote not in source] == []
 
 
+def test_every_picture_is_there_small_and_shown() -> None:
+    pages = [ROOT / "README.md", *NOTEBOOKS.glob("*.md")]
+    shown = {
+        name for page in pages for name in re.findall(r"\]\((?:notebooks/)?images/([\w-]+\.png)\)", page.read_text())
+    }
+    pictures = {path.name: path.stat().st_size for path in (NOTEBOOKS / "images").iterdir()}
+    assert shown == set(pictures)
+    assert max(pictures.values()) < 150_000
+
+
 @pytest.mark.parametrize("page", ["index", "troubleshooting", "how_it_works"])
 def test_links_lead_to_pages_of_the_book(page: str) -> None:
     text = (NOTEBOOKS / f"{page}.md").read_text(encoding="utf-8")
