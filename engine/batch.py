@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from numbers import Integral
 from typing import Any, TypeVar
 
 from engine.errors import RequestError
@@ -40,6 +41,29 @@ def _belongs(name: str) -> str:
     return f"not known here; a chat takes sampling_params, {', '.join(CHAT_OPTIONS)}"
 
 
+def prompt_list(prompts: Any) -> list[Any]:
+    """One prompt or many as a list. Raises RequestError for what is neither."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    try:
+        many = list(prompts)
+    except TypeError:
+        raise _no_prompt(prompts) from None
+    return [many] if many and isinstance(many[0], Integral) else many
+
+
+def conversation_list(messages: Any) -> list[Any]:
+    """One conversation or many as a list. Raises RequestError for what is neither."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        raise RequestError(
+            f"messages must be a list such as [{{'role': 'user', 'content': …}}], or a list of such lists, "
+            f"got {messages!r:.100}",
+            param="messages",
+        )
+    many = list(messages)
+    return [many] if many and isinstance(many[0], Mapping) else many
+
+
 def one_prompt(prompt: Any) -> str | list[int]:
     """A prompt as text or token ids: vLLM also takes ``{"prompt": …}`` and ``{"prompt_token_ids": …}``."""
     if isinstance(prompt, Mapping):
@@ -49,9 +73,12 @@ def one_prompt(prompt: Any) -> str | list[int]:
     try:
         return [operator.index(token_id) for token_id in prompt]
     except TypeError:
-        raise RequestError(
-            "a prompt is a text, a list of token ids, or {'prompt': …} or {'prompt_token_ids': …}", param="prompt"
-        ) from None
+        raise _no_prompt(prompt) from None
+
+
+def _no_prompt(given: Any) -> RequestError:
+    must = "a prompt is a text, a list of token ids, or {'prompt': …} or {'prompt_token_ids': …}"
+    return RequestError(f"{must}, not {given!r:.100}", param="prompt")
 
 
 def params_of_each(

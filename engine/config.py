@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 
 from engine.errors import ConfigError
 from engine.kv_dtype import KV_CACHE_DTYPES, kv_cache_dtype
+from engine.sampling_defaults import check_override
 from engine.vllm_flags import check_vllm_flag, refuse_flag
 
 DEFAULT_MEMORY_FRACTION = 0.90
@@ -214,6 +215,7 @@ class EngineArgs:
                 allowed="auto",
             )
         check_batch(self.max_num_seqs, self.max_num_batched_tokens)
+        check_override(self.override_generation_config)
         if any(count > 0 for count in self.limit_mm_per_prompt.values()):
             raise ConfigError(
                 f"--limit-mm-per-prompt {dict(self.limit_mm_per_prompt)}: this engine serves text only; "
@@ -229,14 +231,16 @@ class EngineArgs:
         allowed = f"{'(' if low_open else '['}{low}, {high}]" if high is not None else f"at least {low}, or auto"
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self._outside(name, value, allowed)
-        if value < low or (low_open and value <= low) or (high is not None and value > high):
+        inside = low < value or (value == low and not low_open)  # NaN is nowhere
+        if not inside or (high is not None and value > high):
             raise self._outside(name, value, allowed)
 
     def _outside(self, name: str, value: object, allowed: str) -> ConfigError:
         said = f"--{name.replace('_', '-')} {value}"
         if name == "gpu_memory_utilization":  # said as the user said it: another flag, or a variable
             name = self.memory_knob
-            said = f"{name}={value}" if name.isupper() else f"--{name.replace('_', '-')} {value}"
+            no_flag = name.isupper() or name == "fraction"
+            said = f"{name}={value}" if no_flag else f"--{name.replace('_', '-')} {value}"
         return ConfigError(f"{said}: must be {allowed}", flag=name, value=value, allowed=allowed)
 
     @property
@@ -246,13 +250,17 @@ class EngineArgs:
         return DEFAULT_MEMORY_FRACTION if value == "auto" else float(value)
 
     def with_memory(
-        self, fraction: float | Auto | None, max_model_len: int | Auto | None, max_num_seqs: int | Auto | None
+        self,
+        fraction: float | Auto | None,
+        max_model_len: int | Auto | None = None,
+        max_num_seqs: int | Auto | None = None,
+        knob: str = "memory_fraction",
     ) -> Self:
-        """The arguments after a live change of memory; None leaves a value as it is."""
+        """The arguments after a change of memory; None leaves a value. ``knob``: the fraction's name."""
         given = {"gpu_memory_utilization": fraction, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
         changed = {name: option_value(name, value) for name, value in given.items() if value is not None}
         if fraction is not None:
-            changed["memory_knob"] = "memory_fraction"
+            changed["memory_knob"] = knob
         return replace(self, **changed)
 
     def batched_tokens(self, chunk_size: int) -> int:

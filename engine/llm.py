@@ -11,11 +11,10 @@ import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.activity import Activity, BlockMap
-from engine.batch import chat_options, one_prompt, params_of_each, run_all
+from engine.batch import chat_options, conversation_list, one_prompt, params_of_each, prompt_list, run_all
 from engine.config import EngineArgs, ModelConfig
 from engine.constraints import Constraints
 from engine.errors import RequestError
@@ -152,6 +151,10 @@ class LLM:
         """Whether tools can be used: the chat template shows them, and a parser reads the model's calls."""
         return self._template.takes_tools and self.tool_call_parser is not None
 
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer (vLLM's name)."""
+        return self.tokenizer
+
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``. Rendered chats bring their special tokens: pass False for them."""
         return self.tokenizer.encode(text, add_special_tokens)
@@ -255,8 +258,7 @@ class LLM:
 
         Without ``sampling_params`` the model's recommended values apply, with vLLM's 16 tokens.
         """
-        single = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
-        wanted: Any = [prompts] if single else prompts
+        wanted = prompt_list(prompts)
         each = params_of_each(sampling_params, len(wanted), self.sampling_params)
         requests = [(one_prompt(prompt), params) for prompt, params in zip(wanted, each, strict=True)]
         return run_all(self.submit, requests, use_tqdm=use_tqdm)
@@ -271,8 +273,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Reply to one conversation or many. ``template`` takes what :meth:`render_chat` takes."""
         options = chat_options(template)
-        single = bool(messages) and isinstance(messages[0], Mapping)
-        conversations: Sequence[Sequence[Message]] = [messages] if single else messages  # type: ignore[assignment,list-item]
+        conversations = conversation_list(messages)
         each = params_of_each(sampling_params, len(conversations), self.sampling_params)
         submit = partial(self._submit_chat, options=options)
         return run_all(submit, zip(conversations, each, strict=True), use_tqdm=use_tqdm)

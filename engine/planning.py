@@ -49,7 +49,7 @@ def plan(
     MemoryPlanError if it would not fit.
     """
     given = {"device_memory": device_memory, "model_memory": model_memory, "overhead": overhead}
-    return _Planner(model).plan(_Sizes.of(given), _with_fraction(options, fraction))
+    return _Planner(model).plan(_Sizes.of(given), fraction, options)
 
 
 def plan_table(
@@ -67,7 +67,7 @@ def plan_table(
 
     def make(fraction: Any = None, device_memory: Any = None, **options: Any) -> MemoryPlan:
         given = {"device_memory": device_memory, "model_memory": model_memory, "overhead": overhead}
-        return planner.plan(_Sizes.of(given), _with_fraction(options, fraction))
+        return planner.plan(_Sizes.of(given), fraction, options)
 
     tried = {name: value for name, value in settings.items() if isinstance(value, list | tuple)}
     fixed = {name: value for name, value in settings.items() if name not in tried}
@@ -93,10 +93,6 @@ class _Sizes:
         return Device("metal", "another device", self.device_memory)
 
 
-def _with_fraction(options: Mapping[str, Any], fraction: float | str | None) -> dict[str, Any]:
-    return dict(options) if fraction is None else {**options, "memory_fraction": fraction}
-
-
 class _Planner:
     """One model's shapes, asked for once, for any number of plans."""
 
@@ -104,8 +100,8 @@ class _Planner:
         self._model = model
         self._shapes: dict[tuple[str, Device], _Shapes] = {}
 
-    def plan(self, sizes: _Sizes, options: Mapping[str, Any]) -> MemoryPlan:
-        args = EngineArgs.from_options(self._model, options)
+    def plan(self, sizes: _Sizes, fraction: Any, options: Mapping[str, Any]) -> MemoryPlan:
+        args = EngineArgs.from_options(self._model, options).with_memory(fraction, knob="fraction")
         prepare_backend()
         device = sizes.device()
         key = (args.dtype, device)

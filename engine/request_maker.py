@@ -67,8 +67,10 @@ class RequestMaker:
         """The request; raises ContextLengthError or another RequestError for what can never be served."""
         if not token_ids:
             raise RequestError("The prompt is empty: give at least one token.", param="prompt")
-        if max(token_ids) >= self.vocab_size or min(token_ids) < 0:
-            raise RequestError(f"Token id {max(token_ids)} is out of vocabulary ({self.vocab_size}).", param="prompt")
+        lowest, highest = min(token_ids), max(token_ids)
+        if lowest < 0 or highest >= self.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise RequestError(f"Token id {wrong} is out of vocabulary ({self.vocab_size}).", param="prompt")
         check_token_ids(params, self.vocab_size)
         check_length(len(token_ids), params.max_tokens, max_model_len)
         return NewRequest(

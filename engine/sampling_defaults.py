@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from engine.errors import RequestError
+from engine.errors import ConfigError, RequestError
 from engine.sampling_params import SamplingParams
 from engine.settings import Settings
 
@@ -93,6 +93,15 @@ class SamplingDefaults:
             values.update(layer)
             sources.update(dict.fromkeys(layer, origin))
         return Resolved(SamplingParams(**values, sources=sources), sources)
+
+
+def check_override(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError where ``--override-generation-config`` gives a sampling value out of its range."""
+    try:
+        SamplingParams(**_translate(values))
+    except RequestError as error:
+        flag = "override_generation_config"
+        raise ConfigError(f"--override-generation-config: {error}", flag=flag, value=dict(values)) from None
 
 
 def _translate(config: Mapping[str, Any]) -> dict[str, Any]:

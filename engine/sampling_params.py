@@ -1,7 +1,8 @@
 """``SamplingParams``: vLLM's field names, defaults and checks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, Self
 
 from engine.constraints import Constraints, RepetitionDetection, StructuredOutput, ThinkingBudget
@@ -19,10 +20,36 @@ MAX_COMPLETIONS = 16384
 CONSTRAINTS = ("structured_outputs", "thinking_token_budget", "repetition_detection")
 """Fields that constrain one request's output (:meth:`SamplingParams.constraints`); no settings hold them."""
 _SEED_RANGE = (-(2**63), 2**63 - 1)
+_PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+_SWITCHES = (
+    "ignore_eos",
+    "detokenize",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+)
+_KINDS: tuple[tuple[type, str, tuple[str, ...]], ...] = (
+    (Real, "a number", (*_PENALTIES, "temperature", "top_p", "min_p")),
+    (Integral, "a whole number", ("n", "top_k", "min_tokens")),
+    (Integral, "a whole number or None", ("seed", "max_tokens", "logprobs", "prompt_logprobs")),
+    (bool, "True or False", _SWITCHES),
+)
+"""What the values of which fields are."""
 
 
 def _refuse(name: str, must: str, value: object) -> RequestError:
     return RequestError(f"{name} must {must}, got {value}.", param=name)
+
+
+def _many(name: str, given: Any, kind: type, what: str) -> tuple[Any, ...]:
+    """The items of a list, each of ``kind``; None is an empty one."""
+    refusal = _refuse(name, f"be a list of {what}", repr(given))
+    if isinstance(given, str) or not isinstance(given, Iterable | None):
+        raise refusal
+    items = () if given is None else tuple(given)
+    if not all(isinstance(item, kind) for item in items):
+        raise refusal
+    return items
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +95,30 @@ class SamplingParams:
     """Per name, where its value came from; empty where nobody resolved defaults."""
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         self._normalise()
         self._check()
 
+    def _check_kinds(self) -> None:
+        for kind, what, names in _KINDS:
+            for name in names:
+                value = getattr(self, name)
+                fine = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+                if not fine and not (value is None and what.endswith("None")):
+                    raise _refuse(name, f"be {what}", repr(value))
+
     def _normalise(self) -> None:
         put = object.__setattr__
-        stop = self.stop
-        put(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
-        put(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        put(self, "bad_words", tuple(self.bad_words or ()))
-        put(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        put(self, "stop", _many("stop", stop, str, "texts, or one text"))
+        put(self, "stop_token_ids", _many("stop_token_ids", self.stop_token_ids, Integral, "token ids"))
+        put(self, "bad_words", _many("bad_words", self.bad_words, str, "texts"))
+        try:
+            put(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
+        except (AttributeError, TypeError, ValueError):
+            raise _refuse("logit_bias", "map token ids to numbers", repr(self.logit_bias)) from None
         if self.allowed_token_ids is not None:
-            put(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            put(self, "allowed_token_ids", _many("allowed_token_ids", self.allowed_token_ids, Integral, "token ids"))
         if self.structured_outputs is not None:
             put(self, "structured_outputs", StructuredOutput.from_structured_outputs(self.structured_outputs))
         put(self, "repetition_detection", RepetitionDetection.from_request(self.repetition_detection))
@@ -147,6 +186,10 @@ class SamplingParams:
             names = ", ".join(name for name in CONSTRAINTS if getattr(self, name) is not None)
             raise RequestError(f"{names} in SamplingParams and constraints exclude each other: give one.", param=names)
         return given if own is None else own
+
+    def clone(self) -> Self:
+        """A copy (vLLM's name)."""
+        return replace(self)
 
     def replace(self, **changes: Any) -> Self:
         """A checked copy with ``changes``; unknown names are refused."""

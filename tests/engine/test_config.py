@@ -31,6 +31,20 @@ def test_a_bad_fraction_is_refused_under_the_name_it_was_given_by(options, varia
     assert refused.value.flag == flag
 
 
+@pytest.mark.parametrize("given", ["nan", float("nan"), 0, -1, 1.01, float("inf")])
+def test_a_fraction_that_is_no_fraction_is_refused_by_its_knob_and_range(given):
+    with pytest.raises(ConfigError, match=r"memory-fraction .*: must be \(0, 1\]"):
+        EngineArgs.from_options("smollm2", {"memory_fraction": given}, {})
+
+
+def test_overridden_defaults_out_of_range_are_refused_before_anything_is_loaded():
+    with pytest.raises(
+        ConfigError, match=r"--override-generation-config: temperature must be non-negative, got -3"
+    ) as refused:
+        EngineArgs.from_options("smollm2", {"override_generation_config": {"temperature": -3}}, {})
+    assert refused.value.flag == "override_generation_config"
+
+
 def test_a_step_has_a_token_for_every_sequence_or_is_refused_in_vllms_words():
     with pytest.raises(
         ConfigError, match=r"max_num_batched_tokens \(32\) must be greater than or equal to max_num_seqs"

@@ -186,6 +186,7 @@ def test_bad_words_and_allowed_tokens_are_kept(llm):
     [
         ([], GREEDY, RequestError, "empty"),
         ([10**6], GREEDY, RequestError, "out of vocabulary"),
+        ([1, -5], GREEDY, RequestError, "Token id -5 is out of vocabulary"),
         ([5] * 512, GREEDY, ContextLengthError, "This model's maximum context length is 512 tokens"),
         ([5] * 10, GREEDY.replace(max_tokens=503), ContextLengthError, "you requested 503 output tokens"),
         ([5], GREEDY.replace(logit_bias={10**6: 1.0}), RequestError, "out-of-vocab"),
@@ -194,6 +195,15 @@ def test_bad_words_and_allowed_tokens_are_kept(llm):
 def test_what_can_never_be_served_is_refused_at_the_door(llm, prompt, params, error, text):
     with pytest.raises(error, match=text):
         llm.submit(prompt, params)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, [None]])
+def test_what_is_no_prompt_and_no_conversation_is_refused_in_one_line(llm, wrong):
+    with pytest.raises(RequestError, match="a prompt is a text, a list of token ids"):
+        llm.generate(wrong)
+    if not isinstance(wrong, list):
+        with pytest.raises(RequestError, match="messages must be a list"):
+            llm.chat(wrong)
 
 
 def test_more_completions_than_vllm_allows_are_refused():

@@ -173,6 +173,13 @@ def test_setting_states_aside_for_256_sequences_gives_vllm_metals_shortfalls(nam
     assert longest.max_num_seqs + longest.num_checkpoints >= 2
 
 
+def test_a_bad_fraction_of_a_plan_is_called_what_the_user_wrote(tmp_path):
+    with pytest.raises(ConfigError, match=r"^fraction=nan: must be \(0, 1\]"):
+        engine.plan(str(tmp_path), fraction=float("nan"), **GIVEN)
+    with pytest.raises(ConfigError, match=r"^--memory-fraction 2.0: must be \(0, 1\]"):
+        engine.plan(str(tmp_path), memory_fraction=2, **GIVEN)
+
+
 def test_plans_stand_side_by_side_for_lists_of_settings(tmp_path):
     case = SEED_CASES["qwen3.6-27b"]
     (tmp_path / "config.json").write_text(json.dumps(case.config))
