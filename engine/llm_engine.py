@@ -41,6 +41,7 @@ class EngineStats:
     prefix_hits: int = 0
     num_preemptions: int = 0
     prompt_tokens: int = 0
+    """Computed here, not found in the prefix cache."""
     generation_tokens: int = 0
 
 
@@ -419,13 +420,13 @@ class LLMEngine:
     def _count_prompt(self, request: Request) -> None:
         queries, hits = request.num_prompt_tokens, max(0, request.num_cached_tokens)
         self._metrics.observe_prefix(queries, hits)
-        self._step_prompt_tokens += queries
+        self._step_prompt_tokens += queries - hits
         counts = self._counts
         self._counts = replace(
             counts,
             prefix_queries=counts.prefix_queries + queries,
             prefix_hits=counts.prefix_hits + hits,
-            prompt_tokens=counts.prompt_tokens + queries,
+            prompt_tokens=counts.prompt_tokens + queries - hits,
         )
 
     def _observe_state(self, num_preempted: int) -> None:

@@ -123,8 +123,6 @@ class EngineMetrics:
 
     def observe_step(self, num_prompt_tokens: int, num_generation_tokens: int) -> None:
         """One engine step: prompt tokens computed and tokens generated."""
-        self._prompt_tokens.inc(num_prompt_tokens)
-        self._computed.inc(num_prompt_tokens)
         self._generation_tokens.inc(num_generation_tokens)
         self._step_tokens.observe(num_prompt_tokens + num_generation_tokens)
 
@@ -139,8 +137,10 @@ class EngineMetrics:
 
     def observe_prefix(self, queries: int, hits: int) -> None:
         """A request's prompt tokens looked up in the prefix cache, and found there."""
+        self._prompt_tokens.inc(queries)
         self._prefix_queries.inc(queries)
         self._prefix_hits.inc(hits)
+        self._computed.inc(queries - hits)
         self._cached.inc(hits)
         self._request_computed.observe(queries - hits)
 

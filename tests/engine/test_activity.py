@@ -47,6 +47,25 @@ def test_the_cached_share_of_a_prompt_is_told(scripted_llm: Callable[..., LLM]) 
     stream.abort()
 
 
+def test_tokens_found_in_the_cache_are_not_counted_as_computed(scripted_llm: Callable[..., LLM]) -> None:
+    llm = scripted_llm(COUNTING)
+    params = SamplingParams(temperature=0, max_tokens=2)
+    first = llm.generate(LONG, params)[0]
+    computed = llm.stats().prompt_tokens
+    assert computed == len(first.prompt_token_ids)
+    second = llm.generate(LONG, params)[0]
+    assert second.num_cached_tokens > 0
+    assert llm.stats().prompt_tokens - computed == len(second.prompt_token_ids) - second.num_cached_tokens
+    by_source = {
+        sample.labels["source"]: sample.value
+        for family in llm.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "vllm:prompt_tokens_by_source_total"
+    }
+    assert by_source["local_compute"] == llm.stats().prompt_tokens
+    assert by_source["local_cache_hit"] == second.num_cached_tokens
+
+
 def test_abort_ends_one_request_and_no_other(scripted_llm: Callable[..., LLM]) -> None:
     llm = scripted_llm(COUNTING, step_seconds=SLOW)
     params = SamplingParams(temperature=0, max_tokens=50)

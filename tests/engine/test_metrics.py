@@ -82,7 +82,7 @@ def test_steps_state_and_cache_hits_are_counted() -> None:
     metrics.set_state(3, 2, 0.25)
     metrics.set_cache_config(block_size=16, num_gpu_blocks=100)
     found = samples(metrics)
-    assert found["vllm:prompt_tokens_total", ""] == 32
+    assert found["vllm:prompt_tokens_total", ""] == 40
     assert found["vllm:generation_tokens_total", ""] == 4
     assert found["vllm:iteration_tokens_total_sum", ""] == 36
     assert found["vllm:prompt_tokens_by_source_total", "local_compute"] == 32
