@@ -95,9 +95,20 @@ def breakdown(plan: "MemoryPlan") -> str:
 
 
 def describe(plan: "MemoryPlan") -> str:
-    """The log line, a bar with its legend, how many requests fit, and a table of groups."""
+    """The log line, a bar with its legend, how many requests fit, the element type, and a table of groups."""
     rows = [GROUP_HEADER, *group_rows(plan)]
-    return "\n".join([log_line(plan), "", bar(plan), *_sums(plan), "", *summary(plan), "", *_aligned(rows)])
+    meaning = [*summary(plan), *elements(plan)]
+    return "\n".join([log_line(plan), "", bar(plan), *_sums(plan), "", *meaning, "", *_aligned(rows)])
+
+
+def elements(plan: "MemoryPlan") -> list[str]:
+    """One line on the element type that keys and values are billed in, if they are kept in pages."""
+    sizes = sorted({vectors.element_bytes for group in plan.groups for vectors in group.vectors})
+    if not sizes:
+        return []
+    asked = plan.inputs.kv_cache_dtype
+    billed = f"{'/'.join(map(str, sizes))} bytes an element, the model's own type here" if asked == "auto" else asked
+    return [f"keys and values: {billed}; --dtype and --kv-cache-dtype change it"]
 
 
 def summary(plan: "MemoryPlan") -> list[str]:

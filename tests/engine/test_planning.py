@@ -173,6 +173,20 @@ def test_setting_states_aside_for_256_sequences_gives_vllm_metals_shortfalls(nam
     assert longest.max_num_seqs + longest.num_checkpoints >= 2
 
 
+@pytest.mark.parametrize(
+    ("options", "billed"),
+    [
+        ({"dtype": "float32"}, "4 bytes an element, the model's own type here"),
+        ({"dtype": "bfloat16"}, "2 bytes an element, the model's own type here"),
+        ({"kv_cache_dtype": "float16"}, "float16"),
+    ],
+)
+def test_a_plans_text_says_which_elements_it_bills(tmp_path, options, billed):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama")))
+    text = engine.plan(str(tmp_path), **GIVEN, **options).describe()
+    assert f"\nkeys and values: {billed}; --dtype and --kv-cache-dtype change it\n" in text
+
+
 def test_a_bad_fraction_of_a_plan_is_called_what_the_user_wrote(tmp_path):
     with pytest.raises(ConfigError, match=r"^fraction=nan: must be \(0, 1\]"):
         engine.plan(str(tmp_path), fraction=float("nan"), **GIVEN)
