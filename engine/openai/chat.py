@@ -112,14 +112,18 @@ async def _chunks(
     head["system_fingerprint"] = system_fingerprint()
     extras = _prompt_extras(chat, body)
     opened: set[int] = set()
+    before = chat.usage()
     async for reply, delta, parsed in chat.deltas():
-        usage = {"usage": chat.usage()} if options.continuous_usage_stats else {}
+        counts = chat.usage()
+        usage = {"usage": counts} if options.continuous_usage_stats else {}
         index = reply.choice.index
         if index not in opened:
             opened.add(index)
             role = {"index": index, "delta": {"role": "assistant", "content": echo}, "finish_reason": None}
-            yield head | {"choices": [role | {"logprobs": None}]} | usage | extras
+            known = {"usage": before | {"prompt_tokens_details": counts["prompt_tokens_details"]}} if usage else {}
+            yield head | {"choices": [role | {"logprobs": None}]} | known | extras
             extras = {}
+        before = counts
         chunk = _delta_choice(chat, body, reply, delta, parsed)
         if chunk["delta"] or delta.finish_reason or body.logprobs or body.return_token_ids:
             yield head | {"choices": [chunk]} | usage

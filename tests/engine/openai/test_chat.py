@@ -67,6 +67,9 @@ def test_usage_comes_last_when_asked_for_and_in_every_chunk_when_wanted(http: ht
     chunks = stream(http, stream_options={"include_usage": True, "continuous_usage_stats": True})
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts)
+    assert counts[0] == 0, "the first chunk brings the role and no token"
+    assert counts[1] > 0
+    assert chunks[0]["usage"]["total_tokens"] == chunks[0]["usage"]["prompt_tokens"] > 0
     assert counts[-1] == counts[-2] == len(REPLY.encode())
 
 
