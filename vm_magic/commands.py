@@ -99,6 +99,7 @@ class Commands:
 
         def progress() -> LoadProgress:
             shown.append(LoadProgress(self.shell, model))
+            shown[0].open()  # known by then, so that an interrupt while it opens still ends it
             return shown[0]
 
         try:

@@ -123,20 +123,32 @@ class TerminalView:
             self._num_calls += 1
 
 
-def open_handle(shell: Any, bundle: Bundle) -> Callable[[Bundle], None]:
-    """Display ``bundle`` and return what replaces it. Safe from any thread: see below.
+class DisplayHandle:
+    """One place in a cell's output: the first call displays a bundle there, later ones replace it.
 
-    ipykernel keeps the header of the cell in a context variable; updates run in a copy of the
-    opening cell's context, so they land there whatever runs by then.
+    Safe from any thread: ipykernel keeps the header of the cell in a context variable; what is shown
+    runs in a copy of the opening cell's context, so it lands there whatever runs by then. An interrupt
+    while the first one is sent leaves a handle that replaces it all the same.
     """
-    import contextvars
-    import uuid
 
-    transient = {"display_id": uuid.uuid4().hex}
-    context = contextvars.copy_context()
-    shell.display_pub.publish(bundle, {}, transient=transient)
+    def __init__(self, shell: Any) -> None:
+        import contextvars
+        import uuid
 
-    def update(new: Bundle) -> None:
-        context.copy().run(shell.display_pub.publish, new, {}, transient=transient, update=True)
+        self._shell = shell
+        self._transient = {"display_id": uuid.uuid4().hex}
+        self._context = contextvars.copy_context()
+        self._opened = False
 
-    return update
+    def __call__(self, bundle: Bundle) -> None:
+        """Show ``bundle``."""
+        opened, self._opened = self._opened, True
+        publish = self._shell.display_pub.publish
+        self._context.copy().run(publish, bundle, {}, transient=self._transient, update=opened)
+
+
+def open_handle(shell: Any, bundle: Bundle) -> DisplayHandle:
+    """Display ``bundle`` and return what replaces it."""
+    handle = DisplayHandle(shell)
+    handle(bundle)
+    return handle

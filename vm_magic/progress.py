@@ -5,7 +5,7 @@ import threading
 import time
 from typing import Any
 
-from vm_magic.display import can_update, open_handle
+from vm_magic.display import DisplayHandle, can_update
 from vm_magic.reply_bundle import Bundle
 
 _INTERVAL = 0.1
@@ -28,8 +28,13 @@ class LoadProgress:
         self._lock = threading.Lock()
         self._last = float("-inf")
         self._stage = ""
-        self._update = open_handle(shell, self._bundle("loading", 0, 0)) if can_update(shell) else None
+        self._update = DisplayHandle(shell) if can_update(shell) else None
         self._bar: Any = None
+
+    def open(self) -> None:
+        """Show that it begins."""
+        if self._update is not None:
+            self._update(self._bundle("loading", 0, 0))
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` bytes of ``stage`` are there."""
