@@ -9,7 +9,7 @@ import importlib
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +21,8 @@ from engine.errors import VMMagicError
 from engine.runner.blas import use_openblas
 
 DeviceKind = Literal["metal", "cuda", "cpu"]
+_THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
+"""What OpenBLAS reads when it loads."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's numbers for ``mallopt``."""
 _CUDA_BUILDS = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
@@ -70,10 +72,20 @@ def choose_blas() -> str | None:
     """
     if sys.platform != "linux" or _cuda_build_installed():
         return None
+    _limit_blas_threads(os.environ, usable_cpus())
     version = use_openblas(os.environ, Path(sys.prefix))
     if version is not None:
         return f"CPU: {version}"
     return "CPU without OpenBLAS: prompts are 14-22 times slower; `pip install scipy-openblas32` and restart the kernel"
+
+
+def _limit_blas_threads(env: MutableMapping[str, str], num_cpus: int) -> None:
+    """Give OpenBLAS, which counts a machine's processors and knows no quota, ``num_cpus`` threads unless the user did.
+
+    Threads beyond a container's quota spin until it is used up, and all of them stand still.
+    """
+    if num_cpus < (os.cpu_count() or 1) and not any(env.get(name) for name in _THREAD_VARIABLES):
+        env["OPENBLAS_NUM_THREADS"] = str(num_cpus)
 
 
 def _cuda_build_installed() -> bool:
@@ -135,6 +147,24 @@ def physical_memory(proc: Path = Path("/proc")) -> int:
 
 def cgroup_limits(proc: Path, cgroups: Path) -> Iterator[int]:
     """Memory limits in bytes (cgroup v1 and v2) from this process's group up to the root."""
+    for folder in _group_folders(proc, cgroups, "memory"):
+        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+            yield from _read_numbers(folder / name)
+
+
+def usable_cpus(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Processors that this process may keep busy: the least of its affinity and the quotas of its cgroups."""
+    counts = [len(os.sched_getaffinity(0))]
+    for folder in _group_folders(proc, cgroups, "cpu"):
+        v1 = (*_read_numbers(folder / "cpu.cfs_quota_us"), *_read_numbers(folder / "cpu.cfs_period_us"))
+        for quota in (_read_numbers(folder / "cpu.max"), v1):
+            if len(quota) == 2:  # microseconds, and of how many; without a quota there is only the second
+                counts.append(max(1, quota[0] // quota[1]))
+    return min(counts)
+
+
+def _group_folders(proc: Path, cgroups: Path, controller: str) -> Iterator[Path]:
+    """Folders of this process's groups (cgroup v1 and v2), each with its parents; some may not be there."""
     membership = proc / "self" / "cgroup"
     if not membership.is_file():
         return
@@ -142,30 +172,26 @@ def cgroup_limits(proc: Path, cgroups: Path) -> Iterator[int]:
         hierarchy, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if hierarchy == "0" and not controllers:
-            yield from _limits_upwards(cgroups, path, ("memory.max", "memory.high"))
-            yield from _limits_upwards(cgroups / "unified", path, ("memory.max", "memory.high"))
-        elif "memory" in controllers.split(","):
-            yield from _limits_upwards(cgroups / "memory", path, ("memory.limit_in_bytes",))
+            yield from _upwards(cgroups, path)
+            yield from _upwards(cgroups / "unified", path)
+        elif controller in controllers.split(","):
+            yield from _upwards(cgroups / controller, path)
 
 
-def _limits_upwards(root: Path, path: str, names: tuple[str, ...]) -> Iterator[int]:
-    """Limits of ``path`` and its parents below ``root``; inside a container only the root itself may be there."""
+def _upwards(root: Path, path: str) -> Iterator[Path]:
+    """``path`` and its parents below ``root``; inside a container only the root itself may be there."""
     parts = [part for part in path.split("/") if part and part != ".."]
     for depth in range(len(parts), -1, -1):
-        folder = root.joinpath(*parts[:depth])
-        for name in names:
-            limit = _read_limit(folder / name)
-            if limit is not None:
-                yield limit
+        yield root.joinpath(*parts[:depth])
 
 
-def _read_limit(file: Path) -> int | None:
-    """Bytes, or None where there is no limit ("max") or no such file."""
+def _read_numbers(file: Path) -> tuple[int, ...]:
+    """The numbers in ``file``; none stands for "max" or -1 (no limit), and none is in a file that is not there."""
     try:
-        text = file.read_text().strip()
+        words = file.read_text().split()
     except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+        return ()
+    return tuple(int(word) for word in words if word.isdigit())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -61,6 +61,43 @@ def test_version_1_groups_are_read_and_their_no_limit_number_is_above_physical_m
     assert devices.cpu_memory_limit(proc, groups) == GIB
 
 
+@pytest.mark.parametrize(
+    ("cgroup", "files", "cpus"),
+    [
+        ("0::/box\n", {"box/cpu.max": "150000 100000"}, 1),
+        ("0::/box\n", {"box/cpu.max": "max 100000", "cpu.max": "300000 100000"}, 3),
+        ("0::/box\n", {"box/cpu.max": "50000 100000"}, 1),
+        ("4:cpu,cpuacct:/box\n", {"cpu/box/cpu.cfs_quota_us": "200000", "cpu/box/cpu.cfs_period_us": "100000"}, 2),
+        ("4:cpu,cpuacct:/box\n", {"cpu/box/cpu.cfs_quota_us": "-1", "cpu/box/cpu.cfs_period_us": "100000"}, 8),
+        ("0::/\n", {}, 8),
+    ],
+)
+def test_processors_are_counted_by_quota_and_affinity(
+    cgroup: str, files: dict[str, str], cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    groups = tmp_path / "cgroup"
+    for name, text in files.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(f"{text}\n")
+    assert devices.usable_cpus(fake_proc(tmp_path, cgroup), groups) == cpus
+
+
+def test_openblas_gets_as_many_threads_as_the_quota_allows_unless_the_user_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(devices.os, "cpu_count", lambda: 8)
+    for given, num_cpus, expected in (
+        ({}, 1, {"OPENBLAS_NUM_THREADS": "1"}),
+        ({}, 8, {}),
+        ({"OMP_NUM_THREADS": "4"}, 1, {"OMP_NUM_THREADS": "4"}),
+        ({"OPENBLAS_NUM_THREADS": "2"}, 1, {"OPENBLAS_NUM_THREADS": "2"}),
+    ):
+        env = dict(given)
+        devices._limit_blas_threads(env, num_cpus)
+        assert env == expected
+
+
 def test_without_openblas_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.sys, "platform", "linux")
     monkeypatch.setattr(devices, "_cuda_build_installed", lambda: False)
