@@ -28,6 +28,9 @@ class Settings:
         self._preset: str | None = None
         self._changed: Callable[[], None] | None = None
 
+    def __repr__(self) -> str:
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in self.everything().items())})"
+
     @property
     def preset(self) -> str | None:
         """The preset in force, or None: the model's own values hold."""

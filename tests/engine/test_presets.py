@@ -29,6 +29,13 @@ def test_a_preset_replaces_what_was_set_of_its_names_and_nothing_else() -> None:
     assert settings.preset is None
 
 
+def test_the_settings_show_their_values() -> None:
+    settings = Settings()
+    assert repr(settings) == "Settings()"
+    settings.update(temperature=0.2, stop=["x"], thinking_token_budget=9)
+    assert repr(settings) == "Settings(temperature=0.2, stop=['x'], thinking_token_budget=9)"
+
+
 def test_an_unknown_preset_or_a_bad_value_beside_one_changes_nothing() -> None:
     settings = Settings()
     settings.update(preset="qwen-instruct", seed=3)
