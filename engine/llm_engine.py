@@ -28,7 +28,10 @@ MakeDetokenizer = Callable[[list[int], SamplingParams], Detokenizer]
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A look at the engine between two steps. ``prefix_*`` and the last three count since loading."""
+    """A look at the engine between two steps. ``prefix_*`` and the last three count since loading.
+
+    ``prefix_queries`` are the tokens of all prompts, ``prompt_tokens`` those of them that were computed.
+    """
 
     num_running: int = 0
     num_waiting: int = 0

@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "XDG_CONFIG_HOME": "where the `llm` tool keeps its settings (`~/.config`)",
     "LLM_USER_PATH": "the `llm` tool's folder, where that is somewhere else",
     "OPENBLAS_DIR": "folder of an OpenBLAS to use on a Linux CPU before the system's",
+    "OPENBLAS_NUM_THREADS": "its threads; not set: as many as the container's quota of processors allows",
     "JUPYTERHUB_SERVICE_PREFIX": "set by JupyterHub: `serve` shows the address through its proxy too",
     "JUPYTERHUB_PUBLIC_URL": "set by JupyterHub: the address that others see",
     "JUPYTERHUB_HOST": "set by JupyterHub: the address that others see",

@@ -85,7 +85,7 @@ def test_resume_asks_only_for_what_is_not_done(llm: LLM, tmp_path: Any) -> None:
     first = llm.map(table.iloc[:4], TEMPLATE, temperature=[0, 1], max_tokens=3, use_tqdm=False)
     first.loc["row 2", "finish_reason"] = "abort"
     first.to_csv(tmp_path / "first.csv")
-    asked = llm.stats().prompt_tokens
+    asked = llm.stats().prefix_queries
     again = llm.map(
         table,
         TEMPLATE,
@@ -95,7 +95,7 @@ def test_resume_asks_only_for_what_is_not_done(llm: LLM, tmp_path: Any) -> None:
         resume=pandas.read_csv(tmp_path / "first.csv"),
     )
     fresh = again[again.index.isin(["row 2", "row 4", "row 5"])]
-    assert llm.stats().prompt_tokens - asked == fresh.prompt_tokens.sum()
+    assert llm.stats().prefix_queries - asked == fresh.prompt_tokens.sum()
     assert len(again) == 12
     kept = [label for label in again.index if label in ("row 0", "row 1", "row 3")]
     assert list(again.loc[kept, "text"]) == [text if isinstance(text, str) else "" for text in first.loc[kept, "text"]]
@@ -177,7 +177,7 @@ def test_the_bar_tells_the_speed_before_a_prompt_is_done_and_counts_no_token_twi
 
 def test_mistakes_are_told_before_anything_runs(llm: LLM) -> None:
     table = texts(3)
-    asked = llm.stats().prompt_tokens
+    asked = llm.stats().prefix_queries
     for template, params, message in (
         ("{{ txet }}", {}, "txet is no column; there are: text"),
         ("{{ text", {}, "template, line 1"),
@@ -193,7 +193,7 @@ def test_mistakes_are_told_before_anything_runs(llm: LLM) -> None:
             llm.map(table, template, use_tqdm=False, **params)
     with pytest.raises(RequestError, match="a DataFrame, a Series or a list of rows"):
         llm.map("no table", TEMPLATE, use_tqdm=False)
-    assert llm.stats().prompt_tokens == asked
+    assert llm.stats().prefix_queries == asked
 
 
 def test_without_pandas_the_error_names_the_fix(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
