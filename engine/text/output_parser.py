@@ -53,8 +53,11 @@ class OutputParser:
         return self._sink.drain()
 
     def finish(self, finish_reason: FinishReason | None = None) -> ParsedDelta:
-        """The output is over: gives what was held back; arguments that were cut off are closed."""
-        self._scanner.close()
+        """The output is over: gives what was held back; arguments that were cut off are closed.
+
+        What a limit cut off before it was a call is dropped; where the model itself ended there, it is text.
+        """
+        self._scanner.close(cut=finish_reason in ("length", "abort"))
         next(self._steps, None)
         self._sink.finish()
         called = self.called_tools and finish_reason == "stop"
@@ -244,7 +247,8 @@ class _MarkedReader:
             begun = self.sink.num_seen > seen
             if not begun:
                 self.scanner.rewind(mark)
-            if self.scanner.at_end and (begun or start or self._forced) and not self.scanner.holds(calls.ends):
+            dropped = begun or self._forced or (start and self.scanner.cut)
+            if self.scanner.at_end and dropped and not self.scanner.holds(calls.ends):
                 self.scanner.take_rest()
             elif not begun:
                 return False

@@ -48,12 +48,13 @@ class Markers:
 class Scanner:
     """The text so far and how far it was read. A parser asks for text with ``yield from``.
 
-    ``at_end``: whether a parser wanted more than there is, so that what it then misses was cut off.
+    ``at_end``: whether a parser wanted more than there is. ``cut``: the text was cut off there, not ended.
     """
 
     def __init__(self) -> None:
         self.closed = False
         self.at_end = False
+        self.cut = False
         self._text = ""
         self._position = 0
         self._forgotten = 0
@@ -67,9 +68,9 @@ class Scanner:
         self._position -= keep
         self._forgotten += keep
 
-    def close(self) -> None:
-        """Nothing more comes."""
-        self.closed = True
+    def close(self, *, cut: bool = False) -> None:
+        """Nothing more comes; ``cut``: it would have, but for a limit."""
+        self.closed, self.cut = True, cut
 
     def mark(self) -> int:
         """Remember this place, so that :meth:`rewind` can go back to it until :meth:`release`."""

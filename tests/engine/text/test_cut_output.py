@@ -1,4 +1,4 @@
-"""Replies that the end cuts off inside a call: nothing of it is an answer, and what was called stays called."""
+"""Replies that a limit cuts off inside a call: nothing of it is an answer, and what was called stays called."""
 
 import json
 from typing import Any
@@ -43,6 +43,15 @@ def test_half_a_call_at_the_end_is_no_answer(name: str, call: str) -> None:
     for chunks in ([text], list(text)):
         reply = parse_output(text, tool_call_parser=name, tools=TOOLS, chunks=chunks, finish_reason="length")
         assert (reply.text, reply.tool_calls, reply.finish_reason) == ("Let me check.", [], "length")
+
+
+@pytest.mark.parametrize(("name", "call"), CUT)
+def test_where_the_model_itself_ends_in_half_a_call_its_text_is_kept(name: str, call: str) -> None:
+    text = f"Let me check.\n{call}"
+    for reason in ("stop", None):
+        for chunks in ([text], list(text)):
+            reply = parse_output(text, tool_call_parser=name, tools=TOOLS, chunks=chunks, finish_reason=reason)
+            assert (reply.text, reply.tool_calls) == (text, [])
 
 
 @pytest.mark.parametrize(("name", "call"), CUT_IN_ARGUMENTS)
