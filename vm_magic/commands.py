@@ -108,7 +108,8 @@ class Commands:
             for bar in shown:
                 bar.finish(f"{model}: not loaded")
             if isinstance(error, KeyboardInterrupt):
-                raise Interrupted("loading stopped; nothing is loaded") from None
+                kept = "nothing" if self.session.loaded is None else self.session.model_name
+                raise Interrupted(f"loading stopped; {kept} is loaded") from None
             raise
         llm = self.session.require()
         if not loaded:

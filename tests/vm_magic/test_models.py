@@ -11,6 +11,7 @@ import vm_magic
 from engine.errors import ConfigError, EngineClosedError, ModelNotFoundError, ServerError
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import Capture, cell, line, shown
+from vm_magic.progress import LoadProgress
 
 
 def test_load_returns_none_and_prints_the_plan_and_what_was_chosen(shell: Any, capsys: Capture) -> None:
@@ -51,6 +52,22 @@ def test_a_missing_model_leaves_nothing_half_loaded(shell: Any) -> None:
 def test_a_missing_model_does_not_cost_the_loaded_one(shell: Any, loaded: fakes.FakeLLM) -> None:
     with pytest.raises(ModelNotFoundError, match="fetches one"):
         line(shell, "load missing")
+    assert vm_magic.current() is loaded
+
+
+def test_a_load_interrupted_before_the_other_model_is_let_go_says_that_it_stays(
+    shell: Any, loaded: fakes.FakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = LoadProgress.open
+
+    def interrupted(bar: LoadProgress) -> None:
+        show(bar)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LoadProgress, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="loading stopped; smollm2 is loaded"):
+        line(shell, "load other")
+    assert shown(shell)["text/plain"] == "other: not loaded"
     assert vm_magic.current() is loaded
 
 
