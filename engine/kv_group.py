@@ -71,11 +71,11 @@ class KVGroupSpec:
         """Blocks (of a state: slots) that a sequence of ``num_tokens`` holds at most between two steps."""
         if self.kind in ("state", "shared"):
             return 1 if self.kind == "state" else 0
-        num_blocks = _ceil_div(num_tokens, self.block_size)
+        num_blocks = ceil_div(num_tokens, self.block_size)
         if self.window is None:
             return num_blocks
         # A window that begins inside a block touches one block more.
-        return min(num_blocks, _ceil_div(self.window, self.block_size) + 1)
+        return min(num_blocks, ceil_div(self.window, self.block_size) + 1)
 
     def blocks_of(self, num_seqs: int, num_tokens: int) -> int:
         """Blocks that ``num_seqs`` sequences of ``num_tokens`` hold at most, while a step runs ahead of windows."""
@@ -83,8 +83,8 @@ class KVGroupSpec:
         if self.window is None:
             return blocks
         # Each sequence's part of a step may begin and end inside a block, and so touch one more.
-        ahead = _ceil_div(self.ahead, self.block_size) + min(num_seqs, self.ahead // 2)
-        return min(blocks + ahead, num_seqs * _ceil_div(num_tokens, self.block_size))
+        ahead = ceil_div(self.ahead, self.block_size) + min(num_seqs, self.ahead // 2)
+        return min(blocks + ahead, num_seqs * ceil_div(num_tokens, self.block_size))
 
     @property
     def bytes_per_block(self) -> int:
@@ -92,5 +92,6 @@ class KVGroupSpec:
         return self.state_bytes if self.kind == "state" else self.block_size * self.bytes_per_token
 
 
-def _ceil_div(value: int, divisor: int) -> int:
+def ceil_div(value: int, divisor: int) -> int:
+    """``value / divisor``, rounded up."""
     return -(-value // divisor)

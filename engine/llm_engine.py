@@ -28,10 +28,7 @@ MakeDetokenizer = Callable[[list[int], SamplingParams], Detokenizer]
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A look at the engine between two steps. ``prefix_*`` and the last three count since loading.
-
-    ``prefix_queries`` are the tokens of all prompts, ``prompt_tokens`` those of them that were computed.
-    """
+    """A look at the engine between two steps. ``prefix_*`` and the last three count since loading."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -41,6 +38,7 @@ class EngineStats:
     num_free_blocks: int = 0
     kv_cache_usage: float = 0.0
     prefix_queries: int = 0
+    """Tokens of all prompts."""
     prefix_hits: int = 0
     num_preemptions: int = 0
     prompt_tokens: int = 0

@@ -20,7 +20,7 @@ from engine.config import DEFAULT_MEMORY_FRACTION, MAX_NUM_SEQS_LIMIT, Auto, che
 from engine.errors import ConfigError, MemoryPlanError
 from engine.kv_dtype import kv_cache_dtype as known_kv_cache_dtype
 from engine.kv_dtype import unquantized_note
-from engine.kv_group import KVGroupSpec
+from engine.kv_group import KVGroupSpec, ceil_div
 from engine.overhead import Overhead
 from engine.plan_text import gib
 
@@ -191,7 +191,8 @@ def _divide(need: "_Need", device_limit: int, fraction: float, model_memory: int
     available = room - overhead
     num_seqs = asked.fewest_seqs
     if asked.max_num_seqs == "auto":
-        num_seqs = min(need.most_sequences(available, length), asked.max_num_batched_tokens or MAX_NUM_SEQS_LIMIT)
+        most = need.most_sequences(available, length, TYPICAL_SEQUENCE_LENGTH)
+        num_seqs = max(1, min(most, asked.max_num_batched_tokens or MAX_NUM_SEQS_LIMIT))
     num_checkpoints = need.num_checkpoints(available, length, num_seqs) if asked.prefix_caching else 0
     kv_budget = available - need.fixed(length, num_seqs) - num_checkpoints * need.state
     num_blocks = need.num_blocks(kv_budget, length, num_seqs)
@@ -296,7 +297,7 @@ class _Need:
         return self.block_size * sum(group.bytes_per_token for group in self.groups if group.grows)
 
     def growing(self, length: int) -> int:
-        return _ceil_div(length, self.block_size) * self.per_block_bytes
+        return ceil_div(length, self.block_size) * self.per_block_bytes
 
     def each(self, length: int) -> int:
         """Bytes of one sequence's windows and states."""
@@ -331,13 +332,11 @@ class _Need:
         kept = self.state if self.asked.prefix_caching else 0
         return self.longest(room - kept) or self.longest(room)
 
-    def most_sequences(self, available: int, length: int) -> int:
-        """Most sequences of typical length that fit, one of ``length`` tokens included; at least 1."""
-        typical, one = self.growing(min(length, TYPICAL_SEQUENCE_LENGTH)), self.blocks_of_one(length)
-        numbers = range(1, MAX_NUM_SEQS_LIMIT + 1)
-        return max(
-            1, bisect.bisect_right(numbers, available, key=lambda n: self.fixed(length, n) + max(n * typical, one))
-        )
+    def most_sequences(self, available: int, length: int, typical: int) -> int:
+        """Most sequences of ``typical`` tokens that fit, one of ``length`` tokens included."""
+        each, one = self.growing(min(length, typical)), self.blocks_of_one(length)
+        numbers = range(1, max(MAX_NUM_SEQS_LIMIT, self.asked.fewest_seqs) + 1)
+        return bisect.bisect_right(numbers, available, key=lambda n: self.fixed(length, n) + max(n * each, one))
 
     def blocks_of_one(self, length: int) -> int:
         """Bytes of the least blocks with which a sequence of ``length`` tokens can run."""
@@ -346,7 +345,7 @@ class _Need:
     def num_blocks(self, kv_budget: int, length: int, num_seqs: int) -> int:
         """Blocks that ``kv_budget`` holds; where no group grows, blocks are bookkeeping and cost nothing."""
         if not self.per_block_bytes:
-            return max(MIN_BLOCKS, num_seqs * _ceil_div(length, self.block_size))
+            return max(MIN_BLOCKS, num_seqs * ceil_div(length, self.block_size))
         return max(0, kv_budget // self.per_block_bytes)
 
 
@@ -361,12 +360,8 @@ class _Shortage:
     @property
     def num_seqs_that_fit(self) -> int:
         """Sequences that have their windows and states while one of them grows to ``max_model_len``."""
-        length = self.plan.max_model_len
-        room = self.available - self.need.blocks_of_one(length)
-        if not self.plan.state_bytes_per_seq:
-            return int(room >= 0)
-        numbers = range(1, MAX_NUM_SEQS_LIMIT + 1)
-        return bisect.bisect_right(numbers, room, key=lambda n: self.need.fixed(length, n))
+        fits = self.need.most_sequences(self.available, self.plan.max_model_len, 0)
+        return fits if self.plan.state_bytes_per_seq else min(fits, 1)
 
     @property
     def fewer_seqs(self) -> str:
@@ -422,7 +417,3 @@ def _refuse_what_does_not_fit(plan: MemoryPlan, shortage: _Shortage) -> None:
             f"Try increasing `{knob}` or decreasing `max_model_len`{fewer} when initializing the engine. "
             f"See {_VLLM_HELP} for more details."
         )
-
-
-def _ceil_div(value: int, divisor: int) -> int:
-    return -(-value // divisor)

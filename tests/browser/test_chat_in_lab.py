@@ -20,6 +20,14 @@ def get_weather(city: str, days: int = 1) -> dict:
 '''
 
 
+def run_cells(lab: Lab, open_notebook: Callable[[str], Notebook], name: str, cells: list[str]) -> Notebook:
+    """A notebook with ``cells``, opened, all of them run."""
+    notebook = open_notebook(lab.write(name, cells))
+    notebook.run_all()
+    notebook.wait_run(len(cells) - 1)
+    return notebook
+
+
 def test_calls_are_cards_tokens_have_colours_and_nothing_of_a_reply_runs(
     lab: Lab, open_notebook: Callable[[str], Notebook], script_folder: Callable[..., Path]
 ) -> None:
@@ -31,10 +39,7 @@ def test_calls_are_cards_tokens_have_colours_and_nothing_of_a_reply_runs(
         "%vllm_metal explain",
         "%vllm_metal history",
     ]
-    lab.write("hostile.ipynb", cells)
-    notebook = open_notebook("hostile.ipynb")
-    notebook.run_all()
-    notebook.wait_run(4)
+    notebook = run_cells(lab, open_notebook, "hostile.ipynb", cells)
     reply: Any = notebook.output(1)
     expect(reply.locator("code", has_text="get_weather(city='Köln', days=3)")).to_be_visible()
     expect(reply.locator("pre", has_text='"rain":[true,true,true]')).to_be_visible()
@@ -76,10 +81,7 @@ def get_weather(city: str, days: int = 1) -> dict:
         "%vllm_metal load smollm2 --max-model-len 1024",
         "%%vllm_metal score\nThe capital of France is Paris, and the capital of Japan is a bicycle.",
     ]
-    lab.write("pictures.ipynb", cells)
-    notebook = open_notebook("pictures.ipynb")
-    notebook.run_all()
-    notebook.wait_run(3)
+    notebook = run_cells(lab, open_notebook, "pictures.ipynb", cells)
     expect(notebook.output(1).locator("pre", has_text='"rain in mm":[4,11,2]')).to_be_visible()
     surprise = notebook.output(3).locator("pre span", has_text="bicycle")
     assert "background-color" in surprise.get_attribute("style")

@@ -364,6 +364,17 @@ def test_every_refusal_says_how_many_bytes_are_missing():
             seed_plan(**change, model_memory=less + refused.value.per_block_bytes)
 
 
+def test_the_number_of_sequences_that_would_fit_may_be_beyond_what_auto_takes():
+    given = {"groups": [DENSE, KVGroupSpec("state", (30,), state_bytes=10**7)], "max_model_len": 2048}
+    with pytest.raises(MemoryPlanError, match=r"decrease max_num_seqs to \d+ or less") as refused:
+        seed_plan(**given, max_num_seqs=5000)
+    fits = refused.value.max_num_seqs_that_fits
+    assert 256 < fits < 5000
+    assert seed_plan(**given, max_num_seqs=fits).num_blocks * 16 >= 2048
+    with pytest.raises(MemoryPlanError):
+        seed_plan(**given, max_num_seqs=fits + 1)
+
+
 def test_a_step_never_has_fewer_tokens_than_sequences():
     assert seed_plan(max_num_batched_tokens=8).max_num_seqs == 8
     with pytest.raises(
