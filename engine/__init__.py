@@ -11,21 +11,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.chat.parse_output import parse_output
     from engine.llm import LLM
-    from engine.memory import MemoryPlan
+    from engine.memory.planner import MemoryPlan
     from engine.outputs import CompletionDelta, CompletionOutput, Reply, RequestOutput
+    from engine.params.sampling_params import SamplingParams, StructuredOutputsParams
     from engine.planning import plan, plan_table
-    from engine.replay import parse_output
-    from engine.sampling_params import SamplingParams, StructuredOutputsParams
 
 _HOMES = {
     "LLM": "engine.llm",
-    "MemoryPlan": "engine.memory",
-    "parse_output": "engine.replay",
+    "MemoryPlan": "engine.memory.planner",
+    "parse_output": "engine.chat.parse_output",
     "plan": "engine.planning",
     "plan_table": "engine.planning",
-    "SamplingParams": "engine.sampling_params",
-    "StructuredOutputsParams": "engine.sampling_params",
+    "SamplingParams": "engine.params.sampling_params",
+    "StructuredOutputsParams": "engine.params.sampling_params",
     "CompletionDelta": "engine.outputs",
     "CompletionOutput": "engine.outputs",
     "Reply": "engine.outputs",

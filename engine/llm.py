@@ -13,38 +13,38 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from engine.activity import Activity, BlockMap
-from engine.batch import chat_options, conversation_list, one_prompt, params_of_each, prompt_list, run_all
-from engine.config import EngineArgs, ModelConfig
-from engine.constraints import Constraints
+from engine.batch.offline import chat_options, conversation_list, one_prompt, params_of_each, prompt_list, run_all
+from engine.batch.score import Score, score_text
+from engine.core.request import TRACELESS
 from engine.errors import RequestError
-from engine.explain import Explanation
-from engine.explaining import make_explainer
-from engine.hub import resolve
-from engine.live_values import LiveValues
-from engine.metrics import EngineMetrics
+from engine.explain.explainer import Explanation
+from engine.explain.explaining import make_explainer
+from engine.explain.request_log import RequestLog
+from engine.models.resolve import resolve
 from engine.outputs import CompletionDelta, RequestOutput
-from engine.request import TRACELESS
-from engine.request_log import RequestLog
-from engine.request_maker import RequestMaker
-from engine.runner.devices import active_memory, describe_device, prepare_backend
-from engine.sampling_defaults import Resolved, SamplingDefaults
-from engine.sampling_params import SamplingParams
-from engine.score import Score, score_text
-from engine.settings import Settings
-from engine.stream import RequestStream
-from engine.text.chat_template import ChatTemplate
-from engine.text.output_parser import OutputParser, ToolChoice
-from engine.text.parser_choice import ParserChoice
-from engine.text.tokenizer import Tokenizer, load_tokenizer
+from engine.params.engine_args import EngineArgs, ModelConfig
+from engine.params.live_sampling import LiveValues
+from engine.params.sampling_defaults import Resolved, SamplingDefaults
+from engine.params.sampling_params import SamplingParams
+from engine.params.settings import Settings
+from engine.params.structured_outputs import Constraints
+from engine.runner.device.devices import active_memory, describe_device, prepare_backend
+from engine.runtime.activity import Activity, BlockMap
+from engine.runtime.metrics import EngineMetrics
+from engine.runtime.request_maker import RequestMaker
+from engine.runtime.stream import RequestStream
+from engine.text.parse.output_parser import OutputParser, ToolChoice
+from engine.text.parse.parser_choice import ParserChoice
+from engine.text.template.chat_template import ChatTemplate
+from engine.text.tokens.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import pandas
 
-    from engine.bench import Bench
-    from engine.llm_engine import EngineStats, LLMEngine
-    from engine.memory import MemoryPlan
+    from engine.batch.bench import Bench
+    from engine.memory.planner import MemoryPlan
     from engine.openai.server import ServerHandle
+    from engine.runtime.llm_engine import EngineStats, LLMEngine
 
 logger = logging.getLogger("engine")
 Message = Mapping[str, Any]
@@ -73,8 +73,8 @@ class LLM:
     def __init__(self, model: str, *, progress: Progress | None = None, **options: Any) -> None:
         self.args = EngineArgs.from_options(model, options)
         prepare_backend()  # before anything imports mlx
-        from engine.engine_thread import start_engine
-        from engine.engine_view import Look, see_activity, see_blocks
+        from engine.runtime.engine_thread import start_engine
+        from engine.runtime.snapshot import Look, see_activity, see_blocks
 
         resolved = resolve(self.args.model, self.args.revision, progress=progress)
         self.tokenizer: Tokenizer = load_tokenizer(resolved, self.args)
@@ -131,7 +131,7 @@ class LLM:
         return server if server is not None and server.running else None
 
     def sampling_params(self, **given: Any) -> SamplingParams:
-        """Sampling values in force for a request that says ``given`` (see :mod:`engine.sampling_defaults`).
+        """Sampling values in force for a request that says ``given`` (see :mod:`engine.params.sampling_defaults`).
 
         ``max_tokens`` None means up to the end of the context.
         """
@@ -302,8 +302,8 @@ class LLM:
         cached_tokens, time (seconds), finish_reason, error. A row that fails says so in ``error``, the others go
         on. Interrupting raises MapInterrupted; ``last_map`` has what is done, and ``resume`` takes it from there.
         """
-        from engine.local_door import LocalDoor
-        from engine.many import MapRequest, map_prompts
+        from engine.batch.local_client import LocalDoor
+        from engine.batch.map import MapRequest, map_prompts
 
         door = LocalDoor(self, raw, schema, chat_template_kwargs or {})
         request = MapRequest.of(template, params, variables=variables, resume=resume)
@@ -376,8 +376,8 @@ class LLM:
         return self._thread.call(lambda engine: engine.stats())
 
     def what_if(self, **settings: Any) -> "MemoryPlan":
-        """The plan in force with other ``settings`` (see :func:`engine.memory.what_if`); changes nothing."""
-        from engine.memory import what_if
+        """The plan in force with other ``settings`` (see :func:`engine.memory.planner.what_if`); changes nothing."""
+        from engine.memory.planner import what_if
 
         return what_if(self.plan, **settings)
 
@@ -393,7 +393,7 @@ class LLM:
         Raises ConfigError for values out of range, MemoryPlanError for what does not fit, and
         MemoryInUseError where requests under way hold more: nothing is changed then.
         """
-        from engine.replan import replan
+        from engine.runtime.replan import replan
 
         def change(engine: "LLMEngine") -> "MemoryPlan":
             args = self.args.with_memory(fraction, max_model_len, max_num_seqs)
@@ -407,8 +407,8 @@ class LLM:
         return plan
 
     def bench(self, **options: Any) -> "Bench":
-        """A measurement of this model's speed (see :class:`engine.bench.Bench`): ``llm.bench(seconds=20).run()``."""
-        from engine.bench import Bench
+        """A measurement of this model's speed, see :class:`engine.batch.bench.Bench`: ``llm.bench(seconds=20).run()``."""
+        from engine.batch.bench import Bench
 
         device = self._thread.call(lambda _: describe_device())
         return Bench(self, f"{device.name} ({device.kind})", self._requests.vocab_size, **options)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.safe_markdown import safe_markdown
+from vm_magic.show.safe_markdown import safe_markdown
 
 FinishReason = str
 """``"stop"``, ``"length"``, ``"abort"``, ``"error"`` or ``"repetition"``; at the chat doors also ``"tool_calls"``."""

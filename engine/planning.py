@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Self
 
-from engine.config import EngineArgs, ModelConfig
 from engine.errors import ConfigError
-from engine.hub import resolve
-from engine.kv_group import KVGroupSpec
-from engine.memory import MemoryPlan, plan_memory
-from engine.model_files import read_model_config
-from engine.overhead import Overhead
-from engine.runner.devices import Device, describe_device, prepare_backend
-from engine.side_by_side import PlanTable, tabulate
+from engine.memory.cache_spec import KVGroupSpec
+from engine.memory.overhead import Overhead
+from engine.memory.plan_table import PlanTable, tabulate
+from engine.memory.planner import MemoryPlan, plan_memory
+from engine.models.model_config import read_model_config
+from engine.models.resolve import resolve
+from engine.params.engine_args import EngineArgs, ModelConfig
+from engine.runner.device.devices import Device, describe_device, prepare_backend
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -139,7 +139,7 @@ class _Shapes:
 
     @classmethod
     def of(cls, args: EngineArgs, device: Device) -> Self:
-        from engine.runner.skeleton import skeleton_as_loaded
+        from engine.runner.load.abstract_model import skeleton_as_loaded
 
         resolved = resolve(args.model, args.revision, part="config")
         config = read_model_config(resolved, args)
@@ -148,7 +148,7 @@ class _Shapes:
 
     def groups(self, args: EngineArgs, chunk: int) -> list[KVGroupSpec]:
         """The cache groups, ``chunk`` tokens of which run ahead of a window."""
-        from engine.runner import kv_spec
+        from engine.runner.kv import kv_spec
 
         try:
             leaves = self._leaves if args.use_paged_attention else None
@@ -164,13 +164,13 @@ class _Shapes:
     @cached_property
     def shared_layers(self) -> tuple[int, ...]:
         """Layers that need nothing."""
-        from engine.runner.kv_spec import shared_layers
+        from engine.runner.kv.kv_spec import shared_layers
 
         return shared_layers(self.model)
 
     @cached_property
     def _leaves(self) -> Any:
-        from engine.runner import kv_spec
+        from engine.runner.kv import kv_spec
 
         return kv_spec.flatten(kv_spec.probe_caches(self.model))
 

@@ -55,7 +55,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def commands_page() -> str:
     """``--help`` of every command."""
-    from vm_magic.arguments import CELL_COMMANDS, COMMANDS, command_parser
+    from vm_magic.commands.arguments import CELL_COMMANDS, COMMANDS, command_parser
 
     os.environ["COLUMNS"] = HELP_COLUMNS
     parts = [
@@ -71,9 +71,9 @@ def commands_page() -> str:
 
 def options_page() -> str:
     """The engine's flags, environment variables, settings of a running model, and what is refused."""
-    from engine.config import ENGINE_FLAGS
-    from engine.vllm_flags import REFUSED_FLAGS, SO_ANYWAY
-    from vm_magic.settings_text import SETTABLE
+    from engine.params.engine_args import ENGINE_FLAGS
+    from engine.params.vllm_flags import REFUSED_FLAGS, SO_ANYWAY
+    from vm_magic.state.settings_text import SETTABLE
 
     flags = [
         (f"`--{flag.name}`", f"`{flag.metavar or ' '.join(flag.choices) or 'on, off'}`", escaped(flag.help))

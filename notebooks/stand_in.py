@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.hub import resolve
+from engine.models.resolve import resolve
 from tests import tiny_models
 
 GEMMA_TEMPLATE = """\

@@ -28,11 +28,11 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER is not None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from engine.runner.devices import choose_blas  # noqa: E402
+from engine.runner.device.devices import choose_blas  # noqa: E402
 
 choose_blas()
 
-from engine.hub import ResolvedModel, resolve  # noqa: E402
+from engine.models.resolve import ResolvedModel, resolve  # noqa: E402
 from tests import scripted_model, tiny_models  # noqa: E402
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import numpy as np
 
 from engine.core.state_group import StateGroup
 from engine.errors import ConfigError
-from engine.runner.devices import describe_device
-from engine.runner.kv_spec import group_spec
+from engine.params.sampling_params import SamplingParams
+from engine.runner.device.devices import describe_device
+from engine.runner.kv.kv_spec import group_spec
 from engine.runner.paged_backend import PagedBackend
-from engine.sampling_params import SamplingParams
 from tests.engine.parity.bare_engine import BareEngine, greedy
 from tests.engine.parity.oracle import mixed_prompts
 from tests.engine.parity.tiny_architectures import CONFIGS, VOCAB, build, tiny_model

@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from engine.gguf_file import open_gguf
-from engine.text.gguf_tokenizer import build_tokenizer, special_token
+from engine.models.gguf_file import open_gguf
+from engine.text.tokens.gguf_tokenizer import build_tokenizer, special_token
 
 VOCAB_SIZE = 49152
 CONTEXT_LENGTH = 4096

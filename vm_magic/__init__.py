@@ -15,7 +15,7 @@ def current() -> "LLM | RemoteLLM | None":
     After ``%vllm_metal connect`` it is the :class:`vm_magic.remote.llm.RemoteLLM` (``map``, ``settings``,
     ``models()``, ``submit_chat``), until ``connect --close``.
     """
-    from vm_magic.session import peek_session
+    from vm_magic.state.session import peek_session
 
     session = peek_session()
     return None if session is None else session.remote or session.loaded
@@ -23,13 +23,13 @@ def current() -> "LLM | RemoteLLM | None":
 
 def load_ipython_extension(shell: Any) -> None:
     """``%load_ext vm_magic``: registers the magics; imports no model code."""
-    from vm_magic.extension import install
+    from vm_magic.shell.extension import install
 
     install(shell)
 
 
 def unload_ipython_extension(shell: Any) -> None:
     """``%unload_ext vm_magic``: stops the port, frees the model, leaves nothing behind."""
-    from vm_magic.extension import uninstall
+    from vm_magic.shell.extension import uninstall
 
     uninstall(shell)

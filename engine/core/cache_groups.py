@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.core.block_pool import Block, BlockHash, BlockPool, hash_block
-from engine.request import Request
+from engine.core.request import Request
 
 RUN_ROOM_TOKENS = 512
 """How much room to grow a new sequence looks for, so that its blocks stay in one run."""

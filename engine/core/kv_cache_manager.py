@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 
 from engine.core.cache_groups import KVCacheGroup
+from engine.core.request import TRACELESS, Request
 from engine.core.state_group import StateGroup
-from engine.request import TRACELESS, Request
 
 
 class KVCacheManager:

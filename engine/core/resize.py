@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from engine.core.cache_groups import KVCacheGroup
-from engine.request import Request
+from engine.core.request import Request
 
 
 def must_end(

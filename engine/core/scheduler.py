@@ -11,14 +11,14 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from engine.constraints import COMPLETE
 from engine.core.kv_cache_manager import KVCacheManager
-from engine.request import Request, RequestStatus
-from engine.step import ScheduledRequest, SchedulerOutput
+from engine.core.request import Request, RequestStatus
+from engine.core.step import ScheduledRequest, SchedulerOutput
+from engine.params.structured_outputs import COMPLETE
 
 
 class StepMemory(Protocol):
-    """What a step may use of the device's memory (:class:`engine.preflight.Preflight`)."""
+    """What a step may use of the device's memory (:class:`engine.memory.step_cost.Preflight`)."""
 
     def begin(self) -> None:
         """A step is being put together."""

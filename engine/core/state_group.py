@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from engine.core.block_pool import Block, BlockHash, BlockPool
 from engine.core.cache_groups import GENERATION_PROMPT_TOKENS, block_hashes
-from engine.request import Request
+from engine.core.request import Request
 
 
 @dataclass(slots=True)

@@ -5,10 +5,10 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from engine.constraints import Constraints
 from engine.outputs import CompletionDelta, LogprobsAtPosition
-from engine.sampling_params import SamplingParams
-from engine.text.output_sink import ParsedDelta
+from engine.params.sampling_params import SamplingParams
+from engine.params.structured_outputs import Constraints
+from engine.text.parse.output_sink import ParsedDelta
 
 
 class ServedStream(Protocol):

@@ -10,16 +10,16 @@ from typing import Any
 
 from fastapi import Request
 
-from engine.constraints import Constraints
 from engine.errors import GenerationError, RequestError, UnknownModelError
 from engine.openai.backend import ServedEngine, ServedStream
-from engine.openai.lifetime import OpenRequest, OpenRequests, merge
+from engine.openai.http.lifetime import OpenRequest, OpenRequests, merge
+from engine.openai.http.options import ServerOptions
 from engine.openai.logprobs import TokenNames
-from engine.openai.options import ServerOptions
-from engine.openai.protocol import SAMPLING_FIELDS, GenerationFields, SamplingFields, StreamOptions
+from engine.openai.schema.protocol import SAMPLING_FIELDS, GenerationFields, SamplingFields, StreamOptions
 from engine.outputs import CompletionDelta, LogprobsAtPosition
-from engine.sampling_params import SamplingParams
-from engine.text.chat_template import RESERVED_VARIABLES
+from engine.params.sampling_params import SamplingParams
+from engine.params.structured_outputs import Constraints
+from engine.text.template.chat_template import RESERVED_VARIABLES
 
 _MAX_ID_LENGTH = 128
 _BIAS_LIMIT = 100.0

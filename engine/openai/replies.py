@@ -11,7 +11,7 @@ from typing import Any
 from engine.openai.backend import ServedParser
 from engine.openai.generation import Choice, Job
 from engine.outputs import CompletionDelta
-from engine.text.output_sink import ParsedDelta
+from engine.text.parse.output_sink import ParsedDelta
 
 
 @dataclass

@@ -18,8 +18,8 @@ from engine.errors import ConfigError, ServerError
 from engine.openai.app import create_app
 from engine.openai.backend import ServedEngine
 from engine.openai.generation import Port
-from engine.openai.options import KEEP_ALIVE_SECONDS, MAX_BODY_BYTES, ServerOptions, choose_api_keys
-from engine.ring_log import RingLog
+from engine.openai.http.options import KEEP_ALIVE_SECONDS, MAX_BODY_BYTES, ServerOptions, choose_api_keys
+from engine.openai.http.ring_log import RingLog
 
 logger = logging.getLogger("engine.openai")
 _LOGGERS = ("uvicorn.error", "engine.openai")

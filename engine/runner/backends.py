@@ -11,9 +11,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from engine.request import Request
-from engine.runner.attention_seam import RowSelector
-from engine.runner.step_batch import Int32, StepBatch
+from engine.core.request import Request
+from engine.runner.input_batch import Int32, StepBatch
+from engine.runner.kv.attention_patch import RowSelector
 
 
 class Backend(Protocol):

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from engine.core.request import Request
+from engine.core.step import ScheduledRequest, SchedulerOutput
 from engine.outputs import LogprobsAtPosition
-from engine.request import Request
 from engine.runner.backends import Backend
-from engine.runner.sampler import HostLogprobs, LogprobArrays, Sampler, SamplerOutput, to_logprobs
-from engine.runner.sampling_metadata import SamplingMetadata, SamplingRow
-from engine.runner.step_batch import Int32, StepBatch
-from engine.step import ScheduledRequest, SchedulerOutput
+from engine.runner.input_batch import Int32, StepBatch
+from engine.runner.sampling.sampler import HostLogprobs, LogprobArrays, Sampler, SamplerOutput, to_logprobs
+from engine.runner.sampling.sampling_metadata import SamplingMetadata, SamplingRow
 
 TokenText = Callable[[int], str]
 

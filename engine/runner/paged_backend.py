@@ -8,18 +8,18 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import CacheList
 
-from engine.memory import next_pool_size
-from engine.request import Request
-from engine.runner import attention_seam
-from engine.runner.attention_seam import RowSelector
+from engine.core.request import Request
+from engine.core.step import ScheduledRequest
+from engine.memory.planner import next_pool_size
 from engine.runner.backends import join_rows
-from engine.runner.devices import clear_cache
-from engine.runner.kv_pool import KVPool, StatePool
-from engine.runner.kv_spec import CacheLeaf, CacheTree, flatten, group_leaves
-from engine.runner.paged_cache import LayerCache, PagedLayerCache, StateLayerCache
-from engine.runner.step_batch import Int32, StepBatch
-from engine.runner.step_layout import StepLayout
-from engine.step import ScheduledRequest
+from engine.runner.device.devices import clear_cache
+from engine.runner.input_batch import Int32, StepBatch
+from engine.runner.kv import attention_patch as attention_seam
+from engine.runner.kv.attention_metadata import StepLayout
+from engine.runner.kv.attention_patch import RowSelector
+from engine.runner.kv.kv_pool import KVPool, StatePool
+from engine.runner.kv.kv_spec import CacheLeaf, CacheTree, flatten, group_leaves
+from engine.runner.kv.paged_cache import LayerCache, PagedLayerCache, StateLayerCache
 
 Calls = Literal["flat", "rectangles", "sequences"]
 

@@ -9,16 +9,16 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from engine.overhead import Overhead
-from engine.request import Request
+from engine.core.request import Request
+from engine.core.step import ScheduledRequest
+from engine.memory.overhead import Overhead
+from engine.params.sampling_params import SamplingParams
 from engine.runner.backends import Backend, ContiguousBackend
-from engine.runner.devices import DeviceKind, active_memory, clear_cache, peak_memory, reset_peak_memory
-from engine.runner.kv_pages import rounded
-from engine.runner.kv_spec import UnsupportedCacheError, flatten, probe_caches
+from engine.runner.device.devices import DeviceKind, active_memory, clear_cache, peak_memory, reset_peak_memory
+from engine.runner.input_batch import StepBatch
+from engine.runner.kv.kv_pages import rounded
+from engine.runner.kv.kv_spec import UnsupportedCacheError, flatten, probe_caches
 from engine.runner.paged_backend import Calls, PagedBackend
-from engine.runner.step_batch import StepBatch
-from engine.sampling_params import SamplingParams
-from engine.step import ScheduledRequest
 
 _CHECK_LENGTHS = (21, 34, 9, 50, 3)
 _TOLERANCE = 1e-3

@@ -11,11 +11,11 @@ from mlx_lm.generate import batch_generate
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
-from engine.config import EngineArgs
-from engine.hub import resolve
 from engine.llm import LLM
-from engine.runner.loader import load_model
-from engine.sampling_params import SamplingParams
+from engine.models.resolve import resolve
+from engine.params.engine_args import EngineArgs
+from engine.params.sampling_params import SamplingParams
+from engine.runner.load.loader import load_model
 from tests.benchmarks.harness import Case, Measure
 from tests.benchmarks.hybrid_cases import hybrid_cases
 from tests.benchmarks.kv_dtype_cases import kv_dtype_cases

@@ -15,12 +15,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from engine.constraints import Constraints, StructuredOutput
-from engine.hub import resolve
 from engine.llm import LLM
-from engine.runner.sampler import Sampler
-from engine.runner.sampling_metadata import SamplingMetadata, SamplingRow
-from engine.sampling_params import SamplingParams
+from engine.models.resolve import resolve
+from engine.params.sampling_params import SamplingParams
+from engine.params.structured_outputs import Constraints, StructuredOutput
+from engine.runner.sampling.sampler import Sampler
+from engine.runner.sampling.sampling_metadata import SamplingMetadata, SamplingRow
 from tests import tiny_models
 from tests.benchmarks.machine import describe
 

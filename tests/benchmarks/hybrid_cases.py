@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.hub import resolve
 from engine.llm import LLM
-from engine.sampling_params import SamplingParams
+from engine.models.resolve import resolve
+from engine.params.sampling_params import SamplingParams
 from tests.benchmarks.harness import Case, Measure
 from tests.tiny_models import VOCAB_SIZE, write_model
 

@@ -6,9 +6,9 @@ from functools import partial
 
 import numpy as np
 
-from engine.kv_dtype import QUANTIZED_BITS
 from engine.llm import LLM
-from engine.sampling_params import SamplingParams
+from engine.params.kv_dtype import QUANTIZED_BITS
+from engine.params.sampling_params import SamplingParams
 from tests.benchmarks.harness import Case
 
 NUM_TOKENS = 32

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.browser.conftest import Lab, Notebook
 from tests.browser.test_lab import FLAGS, LOAD, expect
-from tests.vm_magic.test_tools import TEMPLATE, WEATHER
+from tests.vm_magic.chat.test_tools import TEMPLATE, WEATHER
 
 HOSTILE = (
     "It **rains** in Köln, 世界: $5 today and $6 tomorrow, $x^2$. <script>document.title = 'hacked'</script>"

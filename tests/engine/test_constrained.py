@@ -12,11 +12,11 @@ import pytest
 
 import engine
 from engine import LLM, SamplingParams
-from engine.constraints import Constraints
 from engine.errors import GenerationError, RequestError
 from engine.outputs import CompletionOutput
-from engine.sampling_params import StructuredOutputsParams
-from engine.stream import RequestStream
+from engine.params.sampling_params import StructuredOutputsParams
+from engine.params.structured_outputs import Constraints
+from engine.runtime.stream import RequestStream
 from tests.engine.parity.oracle import assert_nothing_is_held, shrink_pool
 from tests.scripted_model import SUFFIX, THINK_END, install, write_scripted_model
 

@@ -4,7 +4,7 @@ import pytest
 
 from engine.errors import GenerationError
 from engine.llm import LLM
-from engine.sampling_params import SamplingParams
+from engine.params.sampling_params import SamplingParams
 from tests.engine.parity.oracle import assert_nothing_is_held, oracle_tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)

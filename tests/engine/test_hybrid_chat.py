@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.llm import LLM
-from engine.sampling_params import SamplingParams
+from engine.params.sampling_params import SamplingParams
 from tests.conftest import TinyModelDir
 
 TEXT_CONFIG = {

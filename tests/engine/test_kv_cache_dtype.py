@@ -3,15 +3,15 @@
 import pytest
 
 import engine
-from engine.config import EngineArgs
 from engine.errors import ConfigError, UnsupportedOptionError
-from engine.kv_dtype import kv_cache_dtype, unquantized_note
-from engine.kv_group import KVGroupSpec
 from engine.llm import LLM
-from engine.memory import plan_memory
-from engine.sampling_params import SamplingParams
-from vm_magic.arguments import command_parser
-from vm_magic.export import Served, serve_command
+from engine.memory.cache_spec import KVGroupSpec
+from engine.memory.planner import plan_memory
+from engine.params.engine_args import EngineArgs
+from engine.params.kv_dtype import kv_cache_dtype, unquantized_note
+from engine.params.sampling_params import SamplingParams
+from vm_magic.commands.arguments import command_parser
+from vm_magic.commands.export import Served, serve_command
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 

@@ -9,11 +9,11 @@ import httpx
 import pytest
 
 from engine import LLM, SamplingParams
-from engine.constraints import Constraints
 from engine.errors import RequestError
-from engine.live_values import LiveValues
-from engine.sampling_defaults import SamplingDefaults
-from engine.settings import Settings
+from engine.params.live_sampling import LiveValues
+from engine.params.sampling_defaults import SamplingDefaults
+from engine.params.settings import Settings
+from engine.params.structured_outputs import Constraints
 from tests.scripted_model import SUFFIX
 
 COUNTING = " ".join(str(number) for number in range(400))

@@ -10,7 +10,7 @@ import pytest
 
 from engine.errors import ConfigError, ContextLengthError, EngineClosedError, GenerationError, RequestError
 from engine.llm import LLM, memory_in_use
-from engine.sampling_params import SamplingParams
+from engine.params.sampling_params import SamplingParams
 from tests.engine.parity.oracle import assert_nothing_is_held, mixed_prompts, oracle_logprobs, oracle_tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -274,7 +274,7 @@ def test_logits_that_are_not_numbers_fail_their_request_only(llm, monkeypatch):
 
 
 def test_an_interrupt_while_waiting_aborts_the_requests(llm, monkeypatch):
-    from engine.stream import RequestStream
+    from engine.runtime.stream import RequestStream
 
     def interrupted(self):
         raise KeyboardInterrupt

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.llm import LLM
-from engine.sampling_params import SamplingParams
+from engine.params.sampling_params import SamplingParams
 from tests.sweep.configurations import tiny_config
 from tests.tiny_models import VOCAB_SIZE
 

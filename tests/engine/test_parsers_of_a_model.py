@@ -8,8 +8,8 @@ import pytest
 
 import engine
 from engine import LLM
-from engine.config import EngineArgs
 from engine.errors import ConfigError
+from engine.params.engine_args import EngineArgs
 from tests.conftest import TinyModelDir
 
 THINKING_TEMPLATE = (

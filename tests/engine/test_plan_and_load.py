@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import engine
-from engine.config import EngineArgs
 from engine.errors import MemoryPlanError
-from engine.hub import resolve
-from engine.memory import what_if
-from engine.runner.devices import Device
+from engine.memory.planner import what_if
+from engine.models.resolve import resolve
+from engine.params.engine_args import EngineArgs
+from engine.runner.device.devices import Device
 from tests.tiny_models import tiny_config
 
 mx = pytest.importorskip("mlx.core")
@@ -26,7 +26,7 @@ DEVICES = {
 
 
 def loaded_bytes(path: Path) -> int:
-    from engine.runner.loader import load_model
+    from engine.runner.load.loader import load_model
 
     return load_model(resolve(str(path)), EngineArgs(str(path))).num_bytes
 
@@ -40,10 +40,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
     """This process takes itself for a machine of that kind."""
     found = DEVICES[request.param]
     if request.param == "full cpu":
-        monkeypatch.setattr("engine.runner.weight_types._EASY_SHARE", 0)
-    for module in ("engine.planning", "engine.runner.loader"):
+        monkeypatch.setattr("engine.runner.load.weight_types._EASY_SHARE", 0)
+    for module in ("engine.planning", "engine.runner.load.loader"):
         monkeypatch.setattr(f"{module}.describe_device", lambda: found)
-    monkeypatch.setattr("engine.runner.loader._check_room", lambda *_: None)
+    monkeypatch.setattr("engine.runner.load.loader._check_room", lambda *_: None)
     return found
 
 
@@ -94,7 +94,7 @@ def test_packed_weights_are_billed_unpacked_only_where_they_are_unpacked(
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q6_K", "F16"])
 def test_a_gguf_file_takes_what_was_planned(tmp_path: Path, kind: str, device: Device) -> None:
-    from tests.engine.runner.test_gguf import write_gguf
+    from tests.engine.runner.load.test_gguf import write_gguf
 
     path = write_gguf(tmp_path / "tiny.gguf", "llama", gguf.GGMLQuantizationType[kind], tied=False)
     assert planned_bytes(path) == pytest.approx(loaded_bytes(path), rel=0.001)
@@ -141,7 +141,7 @@ def test_a_step_runs_ahead_of_windows_by_the_chunk_of_the_device_that_is_planned
         assert group.window == 32
         return group.ahead
 
-    from engine.runner.devices import describe_device
+    from engine.runner.device.devices import describe_device
 
     assert ahead(device_memory="16GB") == 2048
     assert ahead() == describe_device().chunk_size
@@ -203,7 +203,7 @@ def test_contiguous_caches_are_billed_for_what_they_keep(tiny_model_dir: Any, ar
 
 
 def test_a_cache_of_an_unknown_kind_is_billed_by_its_size(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Any) -> None:
-    from engine.runner import kv_spec
+    from engine.runner.kv import kv_spec
 
     path, options = str(tiny_model_dir("qwen3_5")), {"max_model_len": 512, "gpu_memory_utilization": 0.2}
     known = engine.plan(path, **options)
@@ -224,7 +224,7 @@ def test_the_overhead_of_a_step_follows_the_length_that_is_looked_for(
 ) -> None:
     """A CPU's attention holds the scores of a step over the whole context: at 131072 tokens nothing would be left."""
     from engine import planning
-    from engine.runner.devices import Device
+    from engine.runner.device.devices import Device
 
     monkeypatch.setattr(planning, "describe_device", lambda: Device("cpu", "a small machine", int(limit)))
     config = tiny_config("llama", num_attention_heads=32, num_key_value_heads=2, max_position_embeddings=131072)

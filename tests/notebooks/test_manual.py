@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from engine.config import ENGINE_FLAGS
-from engine.vllm_flags import REFUSED_FLAGS, SO_ANYWAY
-from vm_magic.arguments import COMMANDS, command_parser
+from engine.params.engine_args import ENGINE_FLAGS
+from engine.params.vllm_flags import REFUSED_FLAGS, SO_ANYWAY
+from vm_magic.commands.arguments import COMMANDS, command_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"

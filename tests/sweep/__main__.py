@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from engine.runner.devices import choose_blas
+from engine.runner.device.devices import choose_blas
 
 choose_blas()
 

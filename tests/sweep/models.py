@@ -17,7 +17,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from engine.runner.backends import Backend
-from engine.runner.kv_spec import CacheLeaf
+from engine.runner.kv.kv_spec import CacheLeaf
 from engine.runner.paged_backend import PagedBackend
 from tests.engine.parity.bare_engine import BareEngine, greedy
 from tests.engine.parity.tiny_architectures import build

@@ -4,7 +4,7 @@ from importlib import metadata
 
 import pytest
 
-from engine.runner.devices import describe_device
+from engine.runner.device.devices import describe_device
 from tests.sweep.configurations import tiny_config
 from tests.sweep.models import Row, model_files, run, sweep
 from tests.sweep.table import COMMAND, TABLE, render, written_names, written_version

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def shell(engine_shell: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name, stand_in in fakes.replacements():
-        monkeypatch.setattr(f"vm_magic.session.{name}", stand_in)
+        monkeypatch.setattr(f"vm_magic.state.session.{name}", stand_in)
     return engine_shell
 
 

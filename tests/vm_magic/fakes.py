@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.config import EngineArgs
-from engine.constraints import Constraints
 from engine.errors import EngineClosedError, ModelNotFoundError
-from engine.hub import CachedModel
+from engine.models.resolve import CachedModel
 from engine.outputs import CompletionDelta, CompletionOutput, RequestMetrics, RequestOutput
-from engine.sampling_defaults import Resolved, SamplingDefaults
-from engine.sampling_params import SamplingParams
-from engine.settings import Settings
-from engine.text.output_parser import OutputParser, make_output_parser
+from engine.params.engine_args import EngineArgs
+from engine.params.sampling_defaults import Resolved, SamplingDefaults
+from engine.params.sampling_params import SamplingParams
+from engine.params.settings import Settings
+from engine.params.structured_outputs import Constraints
+from engine.text.parse.output_parser import OutputParser, make_output_parser
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 MEMORY = {"bytes": 1_000_000}
@@ -252,7 +252,7 @@ def fake_plan(model: str, **options: Any) -> PlanRecord:
 
 
 def replacements() -> Iterator[tuple[str, Any]]:
-    """(name in vm_magic.session, what stands in for it)."""
+    """(name in vm_magic.state.session, what stands in for it)."""
     yield "new_llm", lambda model, progress, **options: FakeLLM(model, progress=progress, **options)
     yield "find_model", fake_find
     yield "memory_in_use", lambda: MEMORY["bytes"]
@@ -263,7 +263,7 @@ def replacements() -> Iterator[tuple[str, Any]]:
 
 def install() -> None:
     """Stand in for the engine in this process (a kernel under test runs this)."""
-    import vm_magic.session
+    import vm_magic.state.session
 
     for name, stand_in in replacements():
         setattr(vm_magic.session, name, stand_in)

@@ -8,7 +8,7 @@ from IPython.core.error import UsageError
 
 from engine import LLM
 from tests.vm_magic.helpers import cell, line, shown
-from vm_magic.session import current_session
+from vm_magic.state.session import current_session
 
 
 @pytest.fixture(scope="module")

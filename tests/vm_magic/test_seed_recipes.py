@@ -15,9 +15,9 @@ import pytest
 
 from engine.errors import ConfigError
 from tests import scripted_model, tiny_models
-from tests.engine.text.template_packages import TRL, template_source
+from tests.engine.text.template.template_packages import TRL, template_source
 from tests.vm_magic.helpers import Capture, cell, line
-from vm_magic.session import current_session
+from vm_magic.state.session import current_session
 
 GEMMA = """\
 export VLLM_METAL_MEMORY_FRACTION=0.65

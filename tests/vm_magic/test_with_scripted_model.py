@@ -12,9 +12,9 @@ import pytest
 from engine import LLM
 from engine.errors import RequestError
 from tests.vm_magic.helpers import cell, line, shown
-from vm_magic.display import TerminalView
-from vm_magic.reply_reader import ReplyText
-from vm_magic.session import current_session
+from vm_magic.show.display import TerminalView
+from vm_magic.show.reply_text import ReplyText
+from vm_magic.state.session import current_session
 
 TEMPLATE = """\
 {% for m in messages %}<|im_start|>{{ m.role }}

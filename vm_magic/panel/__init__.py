@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vm_magic.panel.panel import Panel
-    from vm_magic.session import Session
+    from vm_magic.state.session import Session
 
 _open: "Panel | None" = None
 
@@ -18,7 +18,7 @@ def open_panel() -> "Panel":
     close_left_panel()
     if _open is None or _open.closed:
         from vm_magic.panel.panel import Panel
-        from vm_magic.session import current_session
+        from vm_magic.state.session import current_session
 
         _open = Panel(current_session)
     return _open
@@ -36,7 +36,7 @@ def close_panel() -> bool:
 
 def close_left_panel() -> bool:
     """Close a panel of what the notebook left: of this kernel after ``connect``, of a server after ``--close``."""
-    from vm_magic.session import current_session
+    from vm_magic.state.session import current_session
 
     left = _open is not None and _open.remote != (current_session().remote is not None)
     return left and close_panel()
@@ -44,7 +44,7 @@ def close_left_panel() -> bool:
 
 def panel_line(session: "Session") -> str:
     """What the panel would show, in one line: for a terminal, and wherever widgets cannot be drawn."""
-    from vm_magic.cards import settings_text
+    from vm_magic.commands.cards import settings_text
 
     remote, llm, values = session.remote, session.loaded, settings_text(session.settings)
     if remote is not None:

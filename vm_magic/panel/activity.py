@@ -7,9 +7,9 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from engine.activity import RequestActivity
+from engine.runtime.activity import RequestActivity
 from vm_magic.panel.pictures import Palette, block_map_svg, short_id, throughput_svg
-from vm_magic.panel.seen import NO_MODEL, Seen, Source
+from vm_magic.panel.snapshot import NO_MODEL, Seen, Source
 from vm_magic.panel.style import faint, swatch
 
 MOST_ROWS = 12

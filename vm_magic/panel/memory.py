@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
-from engine.config import int_or_auto
 from engine.errors import MemoryPlanError, VMMagicError
-from vm_magic.panel.seen import NO_MODEL, Seen
+from engine.params.engine_args import int_or_auto
+from vm_magic.panel.snapshot import NO_MODEL, Seen
 from vm_magic.panel.style import bad, faint, good
-from vm_magic.plan_view import plan_picture_html
-from vm_magic.progress import size_text
+from vm_magic.show.plan_view import plan_picture_html
+from vm_magic.show.progress import size_text
 
 if TYPE_CHECKING:
     from engine.llm import LLM
-    from engine.memory import MemoryPlan
+    from engine.memory.planner import MemoryPlan
 
 
 _STEP = 0.01

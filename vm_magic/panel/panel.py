@@ -13,10 +13,10 @@ from vm_magic.panel.activity import ActivitySection
 from vm_magic.panel.memory import MemorySection
 from vm_magic.panel.remote import RemoteActivitySection, RemoteServerSection, remote_head_parts
 from vm_magic.panel.sampling import SamplingSection
-from vm_magic.panel.seen import NO_MODEL, Looker, Section, Seen
 from vm_magic.panel.server import ServerSection
+from vm_magic.panel.snapshot import NO_MODEL, Looker, Section, Seen
 from vm_magic.panel.style import ROOT_CLASS, SHEET, bad, faint
-from vm_magic.session import Session
+from vm_magic.state.session import Session
 
 logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 0.5

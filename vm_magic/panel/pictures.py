@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.activity import CACHED, FREE, SHARED, BlockMap, Rate
+from engine.runtime.activity import CACHED, FREE, SHARED, BlockMap, Rate
 from vm_magic.panel.style import COLOURS, SHARED_COLOUR, faint, swatch
 
 COLUMNS = 80

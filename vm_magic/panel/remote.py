@@ -5,14 +5,14 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from vm_magic.clients import Port
 from vm_magic.panel.activity import ActivitySection
 from vm_magic.panel.pictures import throughput_svg
-from vm_magic.panel.seen import Seen
 from vm_magic.panel.server import ClientsPart
+from vm_magic.panel.snapshot import Seen
 from vm_magic.panel.style import faint
 from vm_magic.remote.llm import ServerState
 from vm_magic.remote.watch import RemoteActivity
+from vm_magic.state.clients import Port
 
 CLIENTS = ("openai", "curl")
 """What every OpenAI-compatible server answers."""

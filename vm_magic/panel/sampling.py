@@ -10,14 +10,14 @@ from typing import Any
 import ipywidgets as widgets
 
 from engine.errors import VMMagicError
-from engine.live_values import LIVE_NAMES
-from engine.presets import MODEL_PRESET, PRESETS
-from engine.sampling_defaults import SamplingDefaults
-from engine.settings import THINKING_NAMES
-from vm_magic.live_settings import can_switch_thinking, change_settings
-from vm_magic.panel.seen import Seen
+from engine.params.live_sampling import LIVE_NAMES
+from engine.params.presets import MODEL_PRESET, PRESETS
+from engine.params.sampling_defaults import SamplingDefaults
+from engine.params.settings import THINKING_NAMES
+from vm_magic.panel.snapshot import Seen
 from vm_magic.panel.style import bad, faint
-from vm_magic.settings_text import SETTABLE, read_settings
+from vm_magic.state.live_settings import can_switch_thinking, change_settings
+from vm_magic.state.settings_text import SETTABLE, read_settings
 
 _OWN, _ON, _OFF = "model's own", "on", "off"
 _SWITCH: Mapping[str, bool | None] = {_OWN: None, _ON: True, _OFF: False}

@@ -9,10 +9,10 @@ from typing import Any
 import ipywidgets as widgets
 
 from engine.errors import VMMagicError
-from vm_magic.clients import CLIENTS, KEY_VARIABLE, Port, snippets
-from vm_magic.panel.seen import NO_MODEL, Seen
+from vm_magic.panel.snapshot import NO_MODEL, Seen
 from vm_magic.panel.style import bad, faint
-from vm_magic.session import Session
+from vm_magic.state.clients import CLIENTS, KEY_VARIABLE, Port, snippets
+from vm_magic.state.session import Session
 
 
 class ClientsPart:

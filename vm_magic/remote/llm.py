@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from engine.batch.map import Answer, MapRequest, chat_messages, map_prompts, work_seconds
 from engine.errors import ConfigError, RequestError
-from engine.many import Answer, MapRequest, chat_messages, map_prompts, work_seconds
-from engine.sampling_defaults import SamplingDefaults
-from engine.sampling_params import SamplingParams
-from engine.settings import THINKING_SWITCHES, Settings
+from engine.params.sampling_defaults import SamplingDefaults
+from engine.params.sampling_params import SamplingParams
+from engine.params.settings import THINKING_SWITCHES, Settings
 from vm_magic.remote.address import Address, RemoteConnectionError
 from vm_magic.remote.stream import RemoteStream
 from vm_magic.remote.wire import request_body, response_format
@@ -303,7 +303,7 @@ class RemoteJob:
 
     def answer(self) -> Answer:
         """What came so far; raises what ended it, if something failed."""
-        from vm_magic.reply_reader import ReplyReader
+        from vm_magic.show.reply_text import ReplyReader
 
         if self.stream.error is not None:
             raise self.stream.error

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import VMMagicError
 from engine.outputs import RequestOutput, Usage
-from engine.sampling_params import SamplingParams
-from engine.stream import RequestStream
+from engine.params.sampling_params import SamplingParams
+from engine.runtime.stream import RequestStream
 from vm_magic.remote.address import RemoteReplyError
 from vm_magic.remote.wire import RemoteDelta, RemoteOutput, read_chat_choice, read_text_choice, read_usage
 

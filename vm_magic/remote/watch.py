@@ -6,8 +6,8 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.activity import Rate, RequestActivity, Throughput
 from engine.errors import RequestError, VMMagicError
+from engine.runtime.activity import Rate, RequestActivity, Throughput
 from vm_magic.remote.llm import RemoteLLM, ServerState
 from vm_magic.remote.metrics import read_state
 

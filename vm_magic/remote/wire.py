@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from engine.outputs import THINKING_CUTS, CompletionDelta, Logprob, LogprobsAtPosition, RequestOutput, Usage
 
 if TYPE_CHECKING:
-    from engine.text.output_parser import ParsedDelta
+    from engine.text.parse.output_parser import ParsedDelta
 
 NO_ID = -1
 """Stands for a token whose id the server does not tell; alternatives have -2, -3 and so on."""
@@ -82,7 +82,7 @@ def response_format(schema: Mapping[str, Any] | bool) -> dict[str, Any]:
 
 def read_chat_choice(choice: Mapping[str, Any]) -> RemoteDelta:
     """One choice of a chat chunk. The thought may be called ``reasoning`` or ``reasoning_content``."""
-    from engine.text.output_parser import ParsedDelta, ToolCallDelta
+    from engine.text.parse.output_parser import ParsedDelta, ToolCallDelta
 
     delta = choice.get("delta") or {}
     content = delta.get("content") or ""

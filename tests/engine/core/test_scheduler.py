@@ -4,14 +4,14 @@ import random
 
 import pytest
 
-from engine.constraints import COMPLETE
 from engine.core.block_pool import BlockPool
 from engine.core.cache_groups import FullAttentionGroup
 from engine.core.kv_cache_manager import KVCacheManager
+from engine.core.request import Request, RequestStatus
 from engine.core.scheduler import Scheduler
-from engine.request import Request, RequestStatus
-from engine.sampling_params import SamplingParams
-from engine.step import SchedulerOutput
+from engine.core.step import SchedulerOutput
+from engine.params.sampling_params import SamplingParams
+from engine.params.structured_outputs import COMPLETE
 
 
 def make_scheduler(num_blocks=64, *, max_num_seqs=8, budget=64, caching=True, block_size=4):

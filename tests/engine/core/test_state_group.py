@@ -7,10 +7,10 @@ import pytest
 from engine.core.block_pool import BlockPool
 from engine.core.cache_groups import GENERATION_PROMPT_TOKENS, FullAttentionGroup, SlidingWindowGroup
 from engine.core.kv_cache_manager import KVCacheManager
+from engine.core.request import Request, RequestStatus
 from engine.core.scheduler import Scheduler
 from engine.core.state_group import StateGroup
-from engine.request import Request, RequestStatus
-from engine.step import SchedulerOutput
+from engine.core.step import SchedulerOutput
 from tests.engine.core.test_scheduler import Driver, make_request
 
 BLOCK = 4

@@ -3,8 +3,8 @@
 from engine.core.block_pool import BlockPool
 from engine.core.cache_groups import FullAttentionGroup, SlidingWindowGroup
 from engine.core.kv_cache_manager import KVCacheManager
+from engine.core.request import Request
 from engine.core.scheduler import Scheduler
-from engine.request import Request
 from tests.engine.core.test_scheduler import Driver, make_request
 
 BLOCK, WINDOW, CHUNK = 4, 10, 16

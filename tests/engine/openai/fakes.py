@@ -8,18 +8,18 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
-from engine.config import EngineArgs
-from engine.constraints import Constraints
 from engine.errors import ContextLengthError, EngineClosedError, GenerationError, RequestError
-from engine.metrics import EngineMetrics
 from engine.outputs import CompletionDelta, Logprob, LogprobsAtPosition
-from engine.sampling_params import SamplingParams
-from engine.settings import Settings
-from engine.stream import RequestStream
-from engine.text.chat_template import ChatTemplate
-from engine.text.detokenizer import Detokenizer
-from engine.text.output_parser import OutputParser, make_output_parser
-from engine.text.tokenizer import Tokenizer
+from engine.params.engine_args import EngineArgs
+from engine.params.sampling_params import SamplingParams
+from engine.params.settings import Settings
+from engine.params.structured_outputs import Constraints
+from engine.runtime.metrics import EngineMetrics
+from engine.runtime.stream import RequestStream
+from engine.text.parse.output_parser import OutputParser, make_output_parser
+from engine.text.template.chat_template import ChatTemplate
+from engine.text.tokens.detokenizer import Detokenizer
+from engine.text.tokens.tokenizer import Tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}:{{ m.content }}{% endfor %}"

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from engine.openai.app import create_app
-from engine.openai.options import ServerOptions
+from engine.openai.http.options import ServerOptions
 from tests.engine.openai.fakes import FakeLLM
 
 NUM_REQUESTS = 5000

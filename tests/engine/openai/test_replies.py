@@ -6,11 +6,17 @@ import httpx
 import openai
 import pytest
 
-from engine.constraints import Constraints, RepetitionDetection, StructuredOutput, ThinkingBudget, ToolCalls
+from engine.params.structured_outputs import (
+    Constraints,
+    RepetitionDetection,
+    StructuredOutput,
+    ThinkingBudget,
+    ToolCalls,
+)
 from tests.engine.openai import strict
 from tests.engine.openai.conftest import Serve, http_client
 from tests.engine.openai.fakes import FakeLLM
-from tests.engine.openai.test_responses import CALLS, THOUGHT, prompt_of
+from tests.engine.openai.routes.test_responses import CALLS, THOUGHT, prompt_of
 
 CHAT = "/v1/chat/completions"
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]

@@ -8,15 +8,15 @@ from mlx_lm.generate import generate_step
 from engine.core.block_pool import BlockPool
 from engine.core.cache_groups import FullAttentionGroup, SlidingWindowGroup
 from engine.core.kv_cache_manager import KVCacheManager
+from engine.core.request import Request
 from engine.core.scheduler import Scheduler
 from engine.core.state_group import StateGroup
-from engine.request import Request
-from engine.runner.devices import describe_device
-from engine.runner.kv_spec import num_logits
+from engine.params.sampling_params import SamplingParams
+from engine.runner.device.devices import describe_device
+from engine.runner.kv.kv_spec import num_logits
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
 from engine.runner.warm_up import choose_backend
-from engine.sampling_params import SamplingParams
 
 BLOCK_SIZE = 8
 

@@ -7,10 +7,10 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
 
-from engine.config import EngineArgs
-from engine.hub import resolve
 from engine.llm import LLM
-from engine.runner.loader import load_model
+from engine.models.resolve import resolve
+from engine.params.engine_args import EngineArgs
+from engine.runner.load.loader import load_model
 
 
 @cache

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.runner import paged_cache
+from engine.runner.kv import paged_cache
 from engine.runner.paged_backend import PagedBackend
 from tests.engine.parity.bare_engine import BLOCK_SIZE, BareEngine, greedy
 from tests.engine.parity.oracle import mixed_prompts

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine.constraints import Constraints
 from engine.llm import LLM
-from engine.sampling_params import SamplingParams
+from engine.params.sampling_params import SamplingParams
+from engine.params.structured_outputs import Constraints
 from tests.engine.parity.oracle import assert_nothing_is_held, mixed_prompts, oracle_tokens
 
 NUM_TOKENS = 12

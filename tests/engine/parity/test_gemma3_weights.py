@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from engine.llm import LLM
-from engine.package_model import GEMMA3_270M
-from engine.sampling_params import SamplingParams
+from engine.models.pypi import GEMMA3_270M
+from engine.params.sampling_params import SamplingParams
 from tests.engine.parity.bare_engine import greedy
 from tests.engine.parity.oracle import assert_nothing_is_held
 

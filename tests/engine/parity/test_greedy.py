@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from engine.llm import LLM
-from engine.sampling_params import SamplingParams
+from engine.params.sampling_params import SamplingParams
 from tests.engine.parity.oracle import assert_nothing_is_held, mixed_prompts, oracle_tokens, shrink_pool
 
 pytestmark = pytest.mark.timeout(900)  # mlx-lm's own tokens on real weights: seconds here, minutes on a busy machine

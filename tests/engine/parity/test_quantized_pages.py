@@ -6,14 +6,14 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
-from engine.kv_dtype import QUANTIZED_BITS
-from engine.request import Request
-from engine.runner.kv_pages import rounded
+from engine.core.request import Request
+from engine.core.step import ScheduledRequest
+from engine.params.kv_dtype import QUANTIZED_BITS
+from engine.params.sampling_params import SamplingParams
+from engine.runner.input_batch import StepBatch
+from engine.runner.kv.kv_pages import rounded
 from engine.runner.paged_backend import PagedBackend
-from engine.runner.step_batch import StepBatch
 from engine.runner.warm_up import paging_difference
-from engine.sampling_params import SamplingParams
-from engine.step import ScheduledRequest
 from tests.engine.parity.bare_engine import BLOCK_SIZE, BareEngine
 from tests.engine.parity.oracle import mixed_prompts
 from tests.engine.parity.tiny_architectures import CONFIGS, VOCAB

@@ -4,14 +4,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engine.config import EngineArgs
-from engine.request import Request
-from engine.runner.kv_spec import probe_caches
+from engine.core.request import Request
+from engine.core.step import ScheduledRequest
+from engine.params.engine_args import EngineArgs
+from engine.params.sampling_params import SamplingParams
+from engine.runner.input_batch import StepBatch
+from engine.runner.kv.kv_spec import probe_caches
 from engine.runner.paged_backend import PagedBackend
-from engine.runner.step_batch import StepBatch
-from engine.sampling_params import SamplingParams
-from engine.step import ScheduledRequest
-from engine.text.tokenizer import load_tokenizer
+from engine.text.tokens.tokenizer import load_tokenizer
 from tests.engine.parity.oracle import oracle_model
 
 TEXT = """\

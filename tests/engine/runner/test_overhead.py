@@ -2,9 +2,9 @@
 
 import pytest
 
-from engine.kv_dtype import KV_CACHE_DTYPES
+from engine.params.kv_dtype import KV_CACHE_DTYPES
 from engine.runner import warm_up
-from engine.runner.kv_spec import probe_caches
+from engine.runner.kv.kv_spec import probe_caches
 from engine.runner.paged_backend import PagedBackend
 from tests.tiny_models import build_model, tiny_config
 

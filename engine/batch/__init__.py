@@ -1,0 +1,1 @@
+"""Many prompts: lists, maps over tables, scores, benchmarks."""

@@ -1,0 +1,118 @@
+"""Lists of prompts: which sampling values go with which prompt, and waiting for all of them."""
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from numbers import Integral
+from typing import Any, TypeVar
+
+from engine.errors import RequestError
+from engine.outputs import RequestOutput
+from engine.params.sampling_params import SamplingParams
+from engine.runtime.stream import RequestStream
+
+DEFAULT_MAX_TOKENS = 16
+"""vLLM's number of tokens for ``LLM.generate`` without sampling values."""
+CHAT_OPTIONS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs")
+"""Keywords of a chat: how messages become a prompt."""
+_REFUSED = {
+    "lora_request": "LoRA adapters are not in this version; leave it out",
+    "mm_processor_kwargs": "this engine serves text only; leave it out",
+    "chat_template_content_format": "LLM(model, chat_template_content_format=…) takes it",
+    "tokenization_kwargs": "leave it out, or tokenize yourself and give token ids to generate()",
+    "priority": "llm.submit(prompt, params, priority=…) takes it",
+}
+"""Keywords of vLLM's ``LLM.chat`` that are refused, with what to do instead."""
+_Prompt = TypeVar("_Prompt")
+
+
+def chat_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` without what is None. Raises RequestError, with the place where it belongs, for what no chat takes."""
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in options:
+        if name not in CHAT_OPTIONS:
+            raise RequestError(f"{name}: {_REFUSED.get(name) or _belongs(name)}", param=name)
+    return options
+
+
+def _belongs(name: str) -> str:
+    if name in {field.name for field in fields(SamplingParams)}:
+        return f"give it as SamplingParams({name}=…)"
+    return f"not known here; a chat takes sampling_params, {', '.join(CHAT_OPTIONS)}"
+
+
+def prompt_list(prompts: Any) -> list[Any]:
+    """One prompt or many as a list. Raises RequestError for what is neither."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    try:
+        many = list(prompts)
+    except TypeError:
+        raise _no_prompt(prompts) from None
+    return [many] if many and isinstance(many[0], Integral) else many
+
+
+def conversation_list(messages: Any) -> list[Any]:
+    """One conversation or many as a list. Raises RequestError for what is neither."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        raise RequestError(
+            f"messages must be a list such as [{{'role': 'user', 'content': …}}], or a list of such lists, "
+            f"got {messages!r:.100}",
+            param="messages",
+        )
+    many = list(messages)
+    return [many] if many and isinstance(many[0], Mapping) else many
+
+
+def one_prompt(prompt: Any) -> str | list[int]:
+    """A prompt as text or token ids: vLLM also takes ``{"prompt": …}`` and ``{"prompt_token_ids": …}``."""
+    if isinstance(prompt, Mapping):
+        prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError:
+        raise _no_prompt(prompt) from None
+
+
+def _no_prompt(given: Any) -> RequestError:
+    must = "a prompt is a text, a list of token ids, or {'prompt': …} or {'prompt_token_ids': …}"
+    return RequestError(f"{must}, not {given!r:.100}", param="prompt")
+
+
+def params_of_each(
+    given: SamplingParams | Sequence[SamplingParams] | None, count: int, default: Callable[[], SamplingParams]
+) -> Sequence[SamplingParams]:
+    """Sampling values of each of ``count`` requests."""
+    if given is None:
+        resolved = default()
+        given = resolved if resolved.max_tokens is not None else resolved.replace(max_tokens=DEFAULT_MAX_TOKENS)
+    if isinstance(given, SamplingParams):
+        return [given] * count
+    if len(given) != count:
+        raise RequestError("The lengths of prompts and params must be the same.", param="sampling_params")
+    return given
+
+
+def run_all(
+    submit: Callable[[_Prompt, SamplingParams], RequestStream],
+    requests: Iterable[tuple[_Prompt, SamplingParams]],
+    *,
+    use_tqdm: bool,
+) -> list[RequestOutput]:
+    """Submit all, wait for all; if anything raises, abort the rest."""
+    streams: list[RequestStream] = []
+    try:
+        for prompt, params in requests:
+            streams.append(submit(prompt, params))
+        waited: Iterable[RequestStream] = streams
+        if use_tqdm and len(streams) > 1:
+            from tqdm.auto import tqdm
+
+            waited = tqdm(streams, desc="Processed prompts")
+        return [stream.result() for stream in waited]
+    except BaseException:
+        for stream in streams:
+            stream.abort()
+        raise

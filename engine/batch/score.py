@@ -1,0 +1,108 @@
+"""How likely a model finds a text: ``LLM.score`` and ``%%vllm_metal score``."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.errors import RequestError
+from engine.outputs import RequestOutput
+from engine.params.sampling_params import SamplingParams
+from engine.runtime.stream import RequestStream
+from engine.text.tokens.whole_characters import whole_characters
+from vm_magic.show.token_html import (
+    ScoredToken,
+    legend_html,
+    scored_token,
+    tokens_html,
+    unlikely_html,
+    unlikely_text,
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A text's tokens and their natural log-probabilities, each given what stands before it.
+
+    ``logprobs[i]`` belongs to ``tokens[i]``; the first is None, since nothing stands before it. A character that
+    several tokens make up is the last one's. A page shows the tokens coloured by probability.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    logprobs: tuple[float | None, ...]
+    scored: tuple[ScoredToken, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, text: str, output: RequestOutput, decode: Callable[[Sequence[int]], str]) -> "Score":
+        """From a request that asked for ``prompt_logprobs``; ``decode`` keeps special tokens."""
+        assert output.prompt_logprobs is not None, "scored without prompt_logprobs"
+        token_ids = output.prompt_token_ids
+        scored = tuple(
+            ScoredToken(text, None) if position is None else scored_token(position[token_id], position.values(), text)
+            for token_id, text, position in zip(
+                token_ids, whole_characters(token_ids, decode), output.prompt_logprobs, strict=True
+            )
+        )
+        logprobs = tuple(token.logprob for token in scored)
+        return cls(text, tuple(token_ids), tuple(token.text for token in scored), logprobs, scored)
+
+    @property
+    def total(self) -> float:
+        """The sum of the log-probabilities."""
+        return math.fsum(one for one in self.logprobs if one is not None)
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens that have something before them."""
+        return sum(one is not None for one in self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean negative log-probability: 1 for a text that the model was sure of."""
+        return math.exp(-self.total / self.num_scored)
+
+    @property
+    def headline(self) -> str:
+        """The figures in one line."""
+        bits = -self.total / self.num_scored / math.log(2)
+        return f"perplexity {self.perplexity:.3f} · {self.num_scored} tokens scored · {bits:.3f} bits a token"
+
+    def __repr__(self) -> str:
+        return "\n".join(filter(None, [self.headline, unlikely_text(self.scored)]))
+
+    def _repr_html_(self) -> str:
+        body = tokens_html(self.scored) + unlikely_html(self.scored)
+        return f"<div><b>{self.headline}</b>{legend_html()}{body}</div>"
+
+
+class ScoringTokenizer(Protocol):
+    """What scoring needs of a tokenizer."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        ...
+
+
+def score_text(
+    submit: Callable[[Sequence[int], SamplingParams], RequestStream],
+    tokenizer: ScoringTokenizer,
+    text: str,
+    num_alternatives: int,
+) -> Score:
+    """Run ``text`` through the model once and score it. Interruptible. Raises RequestError."""
+    token_ids = tokenizer.encode(text)
+    if len(token_ids) < 2:
+        raise RequestError("score needs a text of at least two tokens: the first has nothing before it", param="text")
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=num_alternatives)
+    stream = submit(token_ids, params)
+    try:
+        output = stream.result()
+    finally:
+        stream.abort()
+    return Score.of(text, output, lambda ids: tokenizer.decode(ids, skip_special_tokens=False))

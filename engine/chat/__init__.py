@@ -1,0 +1,1 @@
+"""One chat: from messages to a request, from deltas to a reply."""

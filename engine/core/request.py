@@ -1,0 +1,148 @@
+"""A request as the scheduler sees it: tokens known, tokens computed, blocks held elsewhere."""
+
+import enum
+import time
+from dataclasses import dataclass, field
+
+from engine.errors import ContextLengthError
+from engine.outputs import RequestMetrics
+from engine.params.sampling_params import SamplingParams
+from engine.params.structured_outputs import MakeGuide, TokenGuide
+
+TRACELESS = "\0traceless"
+"""Cache salt of requests that neither read nor fill the prefix cache and are not remembered for ``explain``."""
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands. The last six are final."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    PREEMPTED = enum.auto()
+    FINISHED_STOPPED = enum.auto()
+    FINISHED_BY_GUIDE = enum.auto()
+    """Nothing more may follow: unlike a stop token, the last token is text."""
+    FINISHED_REPETITION = enum.auto()
+    """The reply repeats itself; its last token is text too."""
+    FINISHED_LENGTH = enum.auto()
+    FINISHED_ABORTED = enum.auto()
+    FINISHED_ERROR = enum.auto()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the request is over."""
+        return self in _FINISH_REASON
+
+    @property
+    def finish_reason(self) -> str | None:
+        """OpenAI's or vLLM's word for a final status."""
+        return _FINISH_REASON.get(self)
+
+
+_FINISH_REASON = {
+    RequestStatus.FINISHED_STOPPED: "stop",
+    RequestStatus.FINISHED_BY_GUIDE: "stop",
+    RequestStatus.FINISHED_REPETITION: "repetition",
+    RequestStatus.FINISHED_LENGTH: "length",
+    RequestStatus.FINISHED_ABORTED: "abort",
+    RequestStatus.FINISHED_ERROR: "error",
+}
+
+
+def check_length(num_prompt: int, max_tokens: int | None, limit: int) -> None:
+    """Raise ContextLengthError where a prompt and ``max_tokens`` (None: one token) exceed ``limit`` tokens."""
+    asked = max_tokens or 1
+    if num_prompt + asked > limit:
+        raise ContextLengthError(
+            f"This model's maximum context length is {limit} tokens. However, you requested {asked} output "
+            f"tokens and your prompt contains at least {num_prompt} input tokens, for a total of at least "
+            f"{num_prompt + asked} tokens. Please reduce the length of the input prompt or the number of "
+            "requested output tokens.",
+            param="max_tokens" if num_prompt < limit else "prompt",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """A request at the engine's door, already templated, tokenized and checked."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    eos_token_ids: frozenset[int]
+    seed: int
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
+    cache_salt: str | None = None
+    make_guide: MakeGuide | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One completion under way (a request with ``n`` > 1 becomes ``n`` of these).
+
+    ``num_tokens`` counts known tokens plus ``num_pending``: tokens sampled by a step in flight,
+    whose values the host has not read yet. ``num_computed_tokens`` runs after ``num_tokens``; the
+    scheduler knows no other phase.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+    max_tokens: int = 16
+    priority: int = 0
+    cache_salt: str | None = None
+    seed: int = 0
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    index: int = 0
+    """Which of the ``n`` completions this is."""
+    guide: TokenGuide | None = None
+    """What constrains the output, token by token; None for a free request."""
+    arrival_time: float = field(default_factory=time.monotonic)
+    status: RequestStatus = RequestStatus.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    all_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_pending: int = 0
+    num_cached_tokens: int = -1
+    """Prompt tokens found in the prefix cache at first schedule; -1 before."""
+    stop_reason: int | str | None = None
+    block_hashes: dict[int, list[bytes]] = field(default_factory=dict)
+    """Chained hashes of the leading full blocks, by block size; as many as were asked for."""
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    def __post_init__(self) -> None:
+        self.all_token_ids = [*self.prompt_token_ids, *self.output_token_ids]
+        self.metrics.arrival_time = self.arrival_time
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Sampled tokens, those still in flight included."""
+        return len(self.output_token_ids) + self.num_pending
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output, tokens in flight included."""
+        return len(self.all_token_ids) + self.num_pending
+
+    @property
+    def finished(self) -> bool:
+        """Whether the request is over."""
+        return self.status.finished
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """Whether the next step depends on a token whose value is still on the device."""
+        return self.num_pending > 0 and self.guide is not None and self.guide.waits
+
+    def append_output_token(self, token_id: int) -> None:
+        """Record a token that the host has read."""
+        self.output_token_ids.append(token_id)
+        self.all_token_ids.append(token_id)

@@ -1,0 +1,160 @@
+"""A bounded memory of the latest requests, from every door: what ``explain`` looks at."""
+
+import itertools
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from engine.outputs import RequestMetrics, RequestOutput
+from engine.params.sampling_params import SamplingParams
+from engine.params.structured_outputs import Constraints
+from engine.runtime.stream import RequestStream
+
+MAX_RECORDS = 32
+"""Requests remembered; a prompt token costs 4 bytes."""
+
+
+@dataclass(frozen=True)
+class FinishedCompletion:
+    """One completion as it was generated, before any parser."""
+
+    text: str
+    token_ids: "array[int]"
+    finish_reason: str | None
+    stop_reason: int | str | None
+    thinking_cut: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a request went so far. ``error`` is the text of what ended it, if something failed."""
+
+    completions: tuple[FinishedCompletion, ...]
+    num_cached_tokens: int
+    metrics: RequestMetrics
+    finished: bool
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class RequestRecord:
+    """One request: what was asked, and (through :attr:`outcome`) what came of it.
+
+    ``prompt`` is None where the caller gave tokens. ``max_tokens`` is the limit in force.
+    :attr:`parsing` is what :meth:`engine.llm.LLM.output_parser` was asked for; None if nobody parsed.
+    ``set_kwargs`` is what the live settings gave chat templates then; the names below it are the stream's.
+    """
+
+    number: int
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: "array[int]"
+    params: SamplingParams
+    max_tokens: int
+    cache_salt: str | None
+    stream: RequestStream | None
+    constraints: Constraints | None = None
+    parsing: Mapping[str, Any] | None = None
+    set_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_kwargs: Mapping[str, Any] | None = None
+    source: str = "request"
+    default_thinking_budget: int | None = None
+    submitted: float = field(default_factory=time.time)
+    _outcome: Outcome | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        """The result so far; once the request is over, its stream (with logprobs and all) is let go."""
+        stream = self.stream
+        if self._outcome is None and stream is not None:
+            # Live settings may have changed the values meanwhile.
+            self.parsing, self.params = stream.parsing, stream.params
+            self.template_kwargs, self.source = stream.template_kwargs, stream.source
+            self.default_thinking_budget = stream.default_thinking_budget
+            self.max_tokens = stream.params.max_tokens or self.max_tokens
+            finished = stream.finished  # before the snapshot, which may grow meanwhile
+            outcome = _outcome(stream.snapshot(), finished, stream.error)
+            if not finished:
+                return outcome
+            self._outcome, self.stream = outcome, None
+        assert self._outcome is not None, "a record has its stream or its outcome"
+        return self._outcome
+
+    def sequences(self) -> "Iterator[array[int]]":
+        """Prompt and output tokens of each completion: what may lie in the prefix cache because of it."""
+        for completion in self.outcome.completions:
+            yield self.prompt_token_ids + completion.token_ids
+
+
+class RequestLog:
+    """The latest :data:`MAX_RECORDS` requests in order of submission. Thread-safe."""
+
+    def __init__(self, size: int = MAX_RECORDS) -> None:
+        self._lock = threading.Lock()
+        self._records: deque[RequestRecord] = deque(maxlen=size)
+        self._numbers = itertools.count(1)
+
+    def add(
+        self,
+        stream: RequestStream,
+        *,
+        max_tokens: int,
+        cache_salt: str | None = None,
+        constraints: Constraints | None = None,
+        set_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> RequestRecord:
+        """Remember the request behind ``stream``; the oldest one is forgotten when the log is full."""
+        with self._lock:
+            record = RequestRecord(
+                next(self._numbers),
+                stream.request_id,
+                stream.prompt,
+                array("i", stream.prompt_token_ids),
+                stream.params,
+                max_tokens,
+                cache_salt,
+                stream,
+                constraints,
+                set_kwargs=set_kwargs,
+            )
+            self._records.append(record)
+            finished = [one for one in self._records if one.stream is not None and one.stream.finished]
+        for one in finished:
+            one.outcome  # noqa: B018 - reading it lets go of the stream
+        return record
+
+    def latest(self, count: int = 1) -> RequestRecord | None:
+        """The last request, or the ``count``-th from the end; None if there are not so many."""
+        with self._lock:
+            return self._records[-count] if 0 < count <= len(self._records) else None
+
+    def before(self, record: RequestRecord) -> list[RequestRecord]:
+        """Requests submitted before ``record``, the latest first."""
+        with self._lock:
+            return [one for one in reversed(self._records) if one.number < record.number]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of leading tokens that are equal."""
+    length = min(len(one), len(other))
+    different = np.asarray(one[:length], np.int32) != np.asarray(other[:length], np.int32)
+    return int(different.argmax()) if different.any() else length
+
+
+def _outcome(output: RequestOutput, finished: bool, error: BaseException | None) -> Outcome:
+    completions = tuple(
+        FinishedCompletion(one.text, array("i", one.token_ids), one.finish_reason, one.stop_reason, one.thinking_cut)
+        for one in output.outputs
+    )
+    metrics = output.metrics or RequestMetrics()
+    return Outcome(completions, output.num_cached_tokens, metrics, finished, None if error is None else str(error))

@@ -1,0 +1,1 @@
+"""What a model needs: cache kinds, the cost of a step, the memory plan."""

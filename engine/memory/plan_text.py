@@ -1,0 +1,233 @@
+"""The memory plan as text: vllm-metal's log line, a bar, the sums and the groups. Pictures start from :func:`parts`."""
+
+from collections.abc import Sequence
+from decimal import ROUND_HALF_DOWN, Decimal
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from engine.memory.cache_spec import KVGroupSpec
+    from engine.memory.planner import MemoryPlan
+
+PartKind = Literal["weights", "overhead", "windows", "states", "kv", "outside"]
+BAR_WIDTH = 64
+_GLYPHS: dict[PartKind, str] = {
+    "weights": "█", "overhead": "▓", "windows": "▞", "states": "▒", "kv": "░", "outside": "·",
+}  # fmt: skip
+_NAMES: dict[PartKind, str] = {
+    "weights": "weights", "overhead": "overhead", "windows": "sliding windows", "states": "states",
+    "kv": "KV cache", "outside": "left alone",
+}  # fmt: skip
+_MOST_RANGES = 24
+"""Characters of a list of layers."""
+
+
+class Part(NamedTuple):
+    """One piece of the device's memory. ``remark`` says what it is made of."""
+
+    kind: PartKind
+    num_bytes: int
+    remark: str
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return _NAMES[self.kind]
+
+
+class GroupRow(NamedTuple):
+    """One cache group as words: ``per_token`` or the state, one sequence of full length, and all it may hold."""
+
+    kind: str
+    layers: str
+    per_token: str
+    per_sequence: str
+    window: str
+    block_size: str
+    blocks: str
+    num_bytes: str
+
+
+GROUP_HEADER = GroupRow("group", "layers", "per token", "per sequence", "window", "block", "blocks", "memory")
+
+
+def parts(plan: "MemoryPlan") -> list[Part]:
+    """The whole device, piece by piece: the sizes add up to its limit."""
+    found = [
+        Part("weights", plan.model_memory, "the model"),
+        Part("overhead", plan.overhead, "activations and buffers of a step"),
+    ]
+    kinds: tuple[tuple[PartKind, str], ...] = (("windows", "sliding"), ("states", "state"))
+    for part, kind in kinds:
+        groups = [group for group in plan.groups if group.kind == kind]
+        if any(group.bytes_per_block for group in groups):
+            found.append(Part(part, sum(map(plan.bytes_of, groups)), _per_sequence(plan, groups)))
+    found.append(Part("kv", plan.kv_budget, _blocks(plan)))
+    outside = f"{1 - plan.fraction:.0%} of the device, for everything else"
+    return [*found, Part("outside", plan.device_limit - plan.usable, outside)]
+
+
+def _per_sequence(plan: "MemoryPlan", groups: "Sequence[KVGroupSpec]") -> str:
+    """How the bytes of windows or states come about."""
+    each = sum(group.bytes_per_sequence(plan.max_model_len) for group in groups)
+    if groups[0].kind == "state":
+        kept = plan.num_checkpoints
+        number = f"({plan.max_num_seqs} sequences + {kept} checkpoints)" if kept else f"{plan.max_num_seqs} sequences"
+        return f"{number} × {size(each)}"
+    ahead = sum(map(plan.bytes_of, groups)) - plan.max_num_seqs * each
+    return f"{plan.max_num_seqs} sequences × {size(each)}" + (f" + {size(ahead)} for a step's tokens" if ahead else "")
+
+
+def log_line(plan: "MemoryPlan") -> str:
+    """The plan in vllm-metal's words and order (GB = 1e9 bytes), the same on every device."""
+    return (
+        f"{breakdown(plan)}, per_block_bytes={plan.per_block_bytes}, "
+        f"num_blocks={plan.num_blocks}, max_tokens_cached={plan.max_tokens_cached}"
+    )
+
+
+def breakdown(plan: "MemoryPlan") -> str:
+    """The plan's first figures, in vllm-metal's words on every device, in log lines as in errors."""
+    return (
+        f"metal_limit={gb(plan.device_limit)}, fraction={plan.fraction:.2f}, "
+        f"usable_metal={gb(plan.usable)}, model_memory={gb(plan.model_memory)}, "
+        f"overhead={gb(plan.overhead)}, kv_budget={gb(plan.kv_budget)}"
+    )
+
+
+def describe(plan: "MemoryPlan") -> str:
+    """The log line, a bar with its legend, how many requests fit, the element type, and a table of groups."""
+    rows = [GROUP_HEADER, *group_rows(plan)]
+    meaning = [*summary(plan), *elements(plan)]
+    return "\n".join([log_line(plan), "", bar(plan), *_sums(plan), "", *meaning, "", *_aligned(rows)])
+
+
+def elements(plan: "MemoryPlan") -> list[str]:
+    """One line on the element type that keys and values are billed in, if they are kept in pages."""
+    sizes = sorted({vectors.element_bytes for group in plan.groups for vectors in group.vectors})
+    if not sizes:
+        return []
+    asked = plan.inputs.kv_cache_dtype
+    billed = f"{'/'.join(map(str, sizes))} bytes an element, the model's own type here" if asked == "auto" else asked
+    return [f"keys and values: {billed}; --dtype and --kv-cache-dtype change it"]
+
+
+def summary(plan: "MemoryPlan") -> list[str]:
+    """What the plan means for requests, in two lines."""
+    context = plan.inputs.context_length
+    longest = plan.max_model_len_that_fits
+    most = "the whole context" if longest == context else f"of the model's {context}"
+    return [
+        f"max_model_len {plan.max_model_len}: {plan.max_concurrency:.2f} requests of full length at once, "
+        f"{size(plan.kv_bytes_at_max_len)} each; longest that fits: {longest} ({most})",
+        f"max_num_seqs {plan.max_num_seqs}: requests that run at once; others wait",
+    ]
+
+
+def group_rows(plan: "MemoryPlan") -> list[GroupRow]:
+    """The plan's cache groups, in its order, and last the layers that need nothing."""
+    rows = [_group_row(plan, group) for group in plan.groups]
+    if shared := plan.inputs.shared_layers:
+        rows.append(GroupRow("shared", _layers(shared), "–", "0B", "–", "–", "0", "0B"))
+    return rows
+
+
+def bar(plan: "MemoryPlan", width: int = BAR_WIDTH) -> str:
+    """The device's memory as ``width`` characters; every part has at least one."""
+    pieces = [part for part in parts(plan) if part.num_bytes > 0]
+    cells = _shares([part.num_bytes for part in pieces], width)
+    return "".join(_GLYPHS[part.kind] * count for part, count in zip(pieces, cells, strict=True))
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people: ``14.56GB``, ``3.41MB``, ``20480B`` (powers of ten, as in the log line)."""
+    if abs(num_bytes) >= 10**9:
+        return gb(num_bytes)
+    return f"{num_bytes / 10**6:.2f}MB" if abs(num_bytes) >= 10**5 else f"{num_bytes}B"
+
+
+def gb(num_bytes: int) -> str:
+    """``14.96GB``, GB = 1e9 bytes."""
+    # A tie comes from a typed figure (51.54e9 for 48 GiB), whose true value is mostly a little less.
+    return f"{Decimal(num_bytes).scaleb(-9).quantize(Decimal('0.01'), ROUND_HALF_DOWN)}GB"
+
+
+def gib(num_bytes: int) -> str:
+    """``27.5``, as vLLM prints GiB."""
+    return f"{round(num_bytes / 2**30, 2)}"
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """``0-4, 6-10, 12``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _sums(plan: "MemoryPlan") -> list[str]:
+    """The bar's legend as a column sum, from the device's limit to the KV cache."""
+    lines = [("", "  ", "device", gb(plan.device_limit), "")]
+    lines.append(("", "× ", "fraction", f"{plan.fraction:.2f}", plan.inputs.knob))
+    lines.append(("", "= ", "usable", gb(plan.usable), ""))
+    for part in parts(plan)[:-1]:
+        sign = "= " if part.kind == "kv" else "− "
+        lines.append((_GLYPHS[part.kind], sign, part.name, size(part.num_bytes), part.remark))
+    lines.append((_GLYPHS["outside"], "  ", "left alone", gb(plan.device_limit - plan.usable), parts(plan)[-1].remark))
+    return [
+        f"{glyph or ' '} {sign}{name:<16}{value:>9}  {remark}".rstrip() for glyph, sign, name, value, remark in lines
+    ]
+
+
+def _blocks(plan: "MemoryPlan") -> str:
+    if not plan.per_block_bytes:
+        return f"{plan.num_blocks} blocks that cost nothing: no layer keeps tokens"
+    return (
+        f"{plan.num_blocks} blocks × {plan.block_size} tokens = {plan.max_tokens_cached} tokens "
+        f"({plan.per_block_bytes} bytes a block)"
+    )
+
+
+def _group_row(plan: "MemoryPlan", group: "KVGroupSpec") -> GroupRow:
+    return GroupRow(
+        group.kind,
+        _layers(group.layers),
+        f"{group.bytes_per_token}B" if group.bytes_per_token else "–",
+        size(group.bytes_per_sequence(plan.max_model_len)),
+        f"{group.window} tokens" if group.window else "all" if group.grows else "–",
+        str(group.block_size) if group.bytes_per_token else "–",
+        str(plan.num_blocks_of(group)) + (" slots" if group.kind == "state" else ""),
+        size(plan.bytes_of(group)),
+    )
+
+
+def _layers(layers: Sequence[int]) -> str:
+    ranges = layer_ranges(layers)
+    if len(ranges) > _MOST_RANGES:
+        ranges = ranges[:_MOST_RANGES].rpartition(",")[0] + ", …"
+    return f"{len(layers)} ({ranges})"
+
+
+def _aligned(rows: Sequence[GroupRow]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _shares(sizes: Sequence[int], width: int) -> list[int]:
+    """``width`` cells in proportion to ``sizes``, one at least for each, the largest remainders rounded up."""
+    total = sum(sizes)
+    exact = [max(1.0, width * one / total) for one in sizes]
+    scale = (width - len(sizes)) / max(sum(exact) - len(sizes), 1e-9)
+    exact = [1 + (one - 1) * scale for one in exact]
+    cells = [int(one) for one in exact]
+    rest = sorted(range(len(sizes)), key=lambda i: exact[i] - cells[i], reverse=True)
+    for i in rest[: width - sum(cells)]:
+        cells[i] += 1
+    return cells

@@ -1,0 +1,52 @@
+"""Whether a step fits into memory, asked before it is built: a process that runs out of memory is killed, or aborts."""
+
+from collections.abc import Callable
+
+from engine.memory.overhead import Overhead
+
+SMALLEST_CHUNK = 16
+"""Tokens; a prompt is not cut into smaller chunks to save memory."""
+
+
+class Preflight:
+    """Chunk sizes that fit into what is free now. Decodes are not asked about, and cost nothing here.
+
+    ``overhead`` was measured when the model was loaded; ``bytes_per_token`` is what pages grow by;
+    ``free`` reads what is left, at most once for each step.
+    """
+
+    def __init__(self, overhead: Overhead, bytes_per_token: int, free: Callable[[], int]) -> None:
+        self.overhead = overhead
+        self.bytes_per_token = bytes_per_token
+        self.free = free
+        self._left: int | None = None
+
+    def begin(self) -> None:
+        """A step is being put together."""
+        self._left = None
+
+    def affordable(self, num_tokens: int, start: int) -> int:
+        """How many of ``num_tokens`` prompt tokens, from position ``start``, the step may compute; 0 for none.
+
+        Halved until they fit beside the step's other chunks.
+        """
+        if self._left is None:
+            self._left = self.free()
+        while (need := self.need(num_tokens, start)) > self._left:
+            if num_tokens <= SMALLEST_CHUNK:
+                return 0
+            num_tokens = max(SMALLEST_CHUNK, num_tokens // 2)
+        self._left -= need
+        return num_tokens
+
+    def need(self, num_tokens: int, start: int) -> int:
+        """Bytes of a chunk of ``num_tokens`` tokens from ``start``: activations, buffers and new pages."""
+        return self.overhead.bytes(num_tokens, start + num_tokens) + num_tokens * self.bytes_per_token
+
+    def shortage(self, num_tokens: int, start: int) -> str:
+        """What a chunk misses, in words."""
+        rows = min(num_tokens, SMALLEST_CHUNK)
+        return (
+            f"the next {rows} tokens of this prompt need {self.need(rows, start) / 1e9:.2f} GB of memory, "
+            f"{self.free() / 1e9:.2f} GB are free"
+        )

@@ -1,0 +1,134 @@
+"""What a model's own files say, as :class:`ModelConfig`: no MLX, no weights read."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError, ModelLoadError
+from engine.models.gguf_config import gguf_config
+from engine.models.gguf_file import open_gguf
+from engine.models.resolve import ResolvedModel, resolve
+from engine.params.engine_args import EngineArgs, ModelConfig
+
+_LENGTH_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+    "max_target_positions",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+_DEFAULT_CONTEXT_LENGTH = 2048
+"""vLLM's, where a model says nothing."""
+_USUAL_LENGTHS = {"gemma3": 131072}
+"""Of model types whose published files leave their length out."""
+_ALREADY_SCALED = ("su", "longrope", "llama3")
+"""RoPE scalings whose model says its length after scaling."""
+
+
+def read_model_config(resolved: ResolvedModel, args: EngineArgs) -> ModelConfig:
+    """Configuration, sampling defaults, end tokens and context length of a model.
+
+    ``--hf-config-path`` replaces its ``config.json``, ``--generation-config`` its sampling defaults.
+    """
+    config = _hf_config(resolved, args)
+    own = {} if resolved.kind == "gguf" else read_json(resolved.path / "generation_config.json")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelLoadError(f"{resolved.name}: config.json names no model_type; is this a language model?")
+    text = {**config, **(config.get("text_config") or {})}
+    return ModelConfig(
+        name=resolved.name,
+        path=resolved.path,
+        hf_config=config,
+        generation_config=_generation_config(args.generation_config, own),
+        context_length=context_length(config, _tokenizer_limit(resolved)),
+        vocab_size=int(text.get("vocab_size") or 0),
+        eos_token_ids=_end_token_ids((config, text, own)),
+        model_type=model_type,
+    )
+
+
+def context_length(config: Mapping[str, Any], limit: float = math.inf) -> int:
+    """Most tokens of a sequence, as vLLM derives it: the least length named, times the RoPE scaling."""
+    text = {**config, **(config.get("text_config") or {})}
+    named = [text[key] for key in _LENGTH_KEYS if isinstance(text.get(key), int | float)]
+    usual = _USUAL_LENGTHS.get(str(config.get("model_type")), _DEFAULT_CONTEXT_LENGTH)
+    length = float(min(named, default=usual))
+    if "gemma3" not in str(config.get("model_type")):  # its length is after scaling
+        for scaling in _rope_scalings(text):
+            kind = scaling.get("rope_type") or scaling.get("type") or "default"
+            if kind not in _ALREADY_SCALED:
+                if kind == "yarn":
+                    length = float(scaling.get("original_max_position_embeddings") or length)
+                length *= float(scaling.get("factor") or 1.0)
+    return int(min(length, limit))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from ``path``, {} if there is none. Raises :class:`ModelLoadError` for bad JSON."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ModelLoadError(f"{path}: not valid JSON; fetch the file again") from None
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path}: not a JSON object; fetch the file again")
+    return value
+
+
+def _hf_config(resolved: ResolvedModel, args: EngineArgs) -> dict[str, Any]:
+    if args.hf_config_path is not None:
+        given = Path(args.hf_config_path).expanduser()
+        file = given if given.is_file() else resolve(args.hf_config_path, part="config").path / "config.json"
+        return read_json(file)
+    if resolved.kind == "gguf":
+        return gguf_config(open_gguf(resolved.path))
+    return read_json(resolved.path / "config.json")
+
+
+def _generation_config(choice: str, own: dict[str, Any]) -> dict[str, Any]:
+    """Sampling defaults: the model's (``auto``), none (``vllm``), or those of a folder."""
+    if choice == "auto":
+        return own
+    if choice == "vllm":
+        return {}
+    file = Path(choice).expanduser() / "generation_config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"--generation-config {choice}: no generation_config.json there; use auto, vllm or a folder that has one",
+            flag="generation_config",
+            value=choice,
+            allowed="auto, vllm or a folder",
+        )
+    return read_json(file)
+
+
+def _rope_scalings(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """RoPE settings of a configuration; newer files hold one set per kind of layer."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling")
+    if not isinstance(rope, Mapping):
+        return []
+    nested = [value for value in rope.values() if isinstance(value, Mapping)]
+    return nested or [rope]
+
+
+def _tokenizer_limit(resolved: ResolvedModel) -> float:
+    if resolved.kind == "gguf":
+        return math.inf
+    limit = read_json(resolved.path / "tokenizer_config.json").get("model_max_length")
+    return float(limit) if isinstance(limit, int | float) and limit > 0 else math.inf
+
+
+def _end_token_ids(sources: Iterable[Mapping[str, Any]]) -> frozenset[int]:
+    found: set[int] = set()
+    for source in sources:
+        value = source.get("eos_token_id")
+        found.update([value] if isinstance(value, int) else value or [])
+    return frozenset(found)

@@ -1,0 +1,1 @@
+"""What has nothing to do with models: options, guards, errors, streams, metrics of the port."""

@@ -1,0 +1,130 @@
+"""Errors as HTTP: vLLM's body and statuses for everything that goes wrong."""
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from engine.errors import EngineClosedError, GenerationError, RequestError
+from engine.openai.http.unsupported_routes import not_found
+
+logger = logging.getLogger("engine.openai")
+MESSAGES_PATH = "/v1/messages"
+"""Below it errors are told in Anthropic's form."""
+_ANTHROPIC_TYPES = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
+}
+
+
+class ServerStoppingError(Exception):
+    """The port is being closed while a request is under way."""
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection."""
+
+
+def error_body(message: str, *, type: str, code: int, param: str | None = None) -> dict[str, Any]:
+    """``{"error": {message, type, param, code}}``. What UTF-8 cannot carry of a quoted value becomes ``?``."""
+    message = message.encode(errors="replace").decode()
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def describe(error: Exception) -> dict[str, Any]:
+    """The body for ``error``. What is not meant for users is logged and told in general words."""
+    if isinstance(error, RequestError):
+        return error_body(str(error), type=error.type, code=error.code, param=error.param)
+    if isinstance(error, ServerStoppingError):
+        message = "The server was stopped while this request was running."
+        return error_body(message, type="ServiceUnavailableError", code=HTTPStatus.SERVICE_UNAVAILABLE)
+    if isinstance(error, EngineClosedError | GenerationError):
+        message = str(error)
+    else:
+        logger.error("request failed", exc_info=error)
+        message = f"Internal error ({type(error).__name__}); the server's log has the details."
+    return error_body(message, type="InternalServerError", code=HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def anthropic_error(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The same error as the Messages API tells it."""
+    error = body["error"]
+    kind = _ANTHROPIC_TYPES.get(error["code"], "invalid_request_error" if error["code"] < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error["message"]}, "request_id": None}
+
+
+def _response(body: dict[str, Any], path: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """``body`` in the form of the API that ``path`` belongs to."""
+    shown = anthropic_error(body) if MESSAGES_PATH in path else body
+    return JSONResponse(shown, status_code=body["error"]["code"], headers=headers)
+
+
+def plain_error(
+    status: int, message: str, *, path: str, type: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """A response for a status without an exception of ours behind it."""
+    kind = type or HTTPStatus(status).phrase
+    return _response(error_body(message, type=kind, code=status), path, headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every failure of ``app`` in vLLM's form."""
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_exception)
+    app.add_exception_handler(ClientGoneError, _on_client_gone)
+    for kind in (RequestError, EngineClosedError, GenerationError, ServerStoppingError):
+        app.add_exception_handler(kind, _on_exception)
+
+
+async def _on_client_gone(_request: Request, _error: Exception) -> Response:
+    # Nobody reads this; 499 is what proxies log for it.
+    return Response(status_code=499)
+
+
+async def _on_exception(request: Request, error: Exception) -> JSONResponse:
+    return _response(describe(error), request.url.path)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    path, message, kind = request.url.path, str(error.detail), None
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        message = not_found(path.removeprefix(request.scope.get("root_path", "")), message)
+        kind = "NotFoundError"
+    return plain_error(error.status_code, message, path=path, type=kind, headers=error.headers)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    message = "; ".join(_sentence(item) for item in found)
+    body = error_body(message, type="BadRequestError", code=HTTPStatus.BAD_REQUEST, param=_param(found[0]))
+    return _response(body, request.url.path)
+
+
+def _place(item: Mapping[str, Any]) -> list[str]:
+    if item["type"] == "json_invalid":
+        return []
+    return [str(part) for part in item["loc"] if part != "body"]
+
+
+def _param(item: Mapping[str, Any]) -> str | None:
+    return next(iter(_place(item)), None)
+
+
+def _sentence(item: Mapping[str, Any]) -> str:
+    if item["type"] == "json_invalid":
+        return f"The request body is not valid JSON: {item.get('ctx', {}).get('error', item['msg'])}"
+    place = ".".join(_place(item))
+    if not place:
+        return "The request body must be a JSON object sent as application/json."
+    return f"{place}: {item['msg']}"

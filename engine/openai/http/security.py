@@ -1,0 +1,147 @@
+"""Who may talk to the port: Host, Origin, key and body size, checked before any route runs."""
+
+import hmac
+import ipaddress
+import socket
+from http import HTTPStatus
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine.openai.http.errors import plain_error
+from engine.openai.http.options import ServerOptions, is_loopback
+
+OPEN_PATHS = ("/health",)
+"""Paths that need no key."""
+_WILDCARD_HOSTS = ("0.0.0.0", "::", "")
+
+
+class HostOriginMiddleware:
+    """Refuses requests under a foreign name (DNS rebinding) and from foreign web pages."""
+
+    def __init__(self, app: ASGIApp, *, options: ServerOptions) -> None:
+        self._app = app
+        self._options = options
+        self._any_address = options.host in _WILDCARD_HOSTS
+        self._names = {options.host.lower(), "localhost", *(host.lower() for host in options.allowed_hosts)}
+        if self._any_address:
+            self._names.add(socket.gethostname().lower())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self._host_allowed(_host_name(host)):
+            message = f"Host {host!r} is not served here; --allowed-hosts adds names."
+            response = plain_error(HTTPStatus.BAD_REQUEST, message, path=scope["path"], type="BadRequestError")
+            await response(scope, receive, send)
+        elif origin is not None and not self._origin_allowed(origin, host):
+            message = f"Origin {origin!r} is not allowed; --allowed-origins adds web pages."
+            await plain_error(HTTPStatus.FORBIDDEN, message, path=scope["path"])(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _host_allowed(self, name: str) -> bool:
+        if name in self._names or "*" in self._names or is_loopback(name):
+            return True
+        if any(allowed.startswith("*.") and name.endswith(allowed[1:]) for allowed in self._names):
+            return True
+        # Rebinding needs a name: a bare address cannot be rebound.
+        return self._any_address and _is_address(name)
+
+    def _origin_allowed(self, origin: str, host: str) -> bool:
+        allowed = self._options.allowed_origins
+        return "*" in allowed or origin in allowed or origin.lower().partition("://")[2] == host.lower()
+
+
+class KeyMiddleware:
+    """Asks for a key (``Authorization: Bearer`` or ``x-api-key``) everywhere but on :data:`OPEN_PATHS`."""
+
+    def __init__(self, app: ASGIApp, *, options: ServerOptions) -> None:
+        self._app = app
+        self._root_path = options.root_path.rstrip("/")
+        self._keys = tuple(key.encode() for key in options.api_keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 401."""
+        if scope["type"] != "http" or not self._keys or self._is_open(scope) or self._has_key(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        response = plain_error(
+            HTTPStatus.UNAUTHORIZED,
+            "Unauthorized: send the server's API key as `Authorization: Bearer KEY`.",
+            path=scope["path"],
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        await response(scope, receive, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        return scope["path"].removeprefix(self._root_path) in OPEN_PATHS
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        offered = [headers.get("x-api-key", "")]
+        if scheme.lower() == "bearer":
+            offered.append(bearer.strip())
+        found = False
+        for key in self._keys:
+            for offer in offered:
+                found |= hmac.compare_digest(offer.encode(), key)
+        return found
+
+
+class BodyLimitMiddleware:
+    """Answers 413 to bodies longer than ``max_bytes``, announced or not."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, counting what it sends."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdigit() and int(announced) > self._max_bytes:
+            response = plain_error(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                self._message(),
+                path=scope["path"],
+                headers={"Connection": "close"},
+            )
+            await response(scope, receive, send)
+            return
+        num_received = 0
+
+        async def counted_receive() -> Message:
+            nonlocal num_received
+            message = await receive()
+            num_received += len(message.get("body", b""))
+            if num_received > self._max_bytes:
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self._message())
+            return message
+
+        await self._app(scope, counted_receive, send)
+
+    def _message(self) -> str:
+        return f"The request body is longer than {self._max_bytes} bytes."
+
+
+def _host_name(header: str) -> str:
+    """The name in a Host header, without port, brackets or a final dot."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0].lower()
+    return header.partition(":")[0].rstrip(".").lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,68 @@
+"""``/v1/messages``: Anthropic's Messages API, plain and streamed, and its token count."""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from engine.openai.chat_preparation import prepare_chat, start_chat
+from engine.openai.generation import open_request, port_of
+from engine.openai.http.errors import MESSAGES_PATH, anthropic_error, describe
+from engine.openai.http.sse import EventStream, StreamForm, named_event
+from engine.openai.replies import ChatJob
+from engine.openai.routes.messages_output import MessageEvents, ending, message_object, usage
+from engine.openai.schema.messages_protocol import CountTokensRequest, MessagesRequest, chat_request
+from engine.openai.schema.protocol import ChatCompletionRequest
+from engine.openai.schema.validation import MESSAGES_REFUSED_FIELDS, check_extra_fields
+
+router = APIRouter(tags=["Anthropic"])
+_PING = {"type": "ping"}
+
+
+@router.post(MESSAGES_PATH, response_model=None)
+async def create_message(body: MessagesRequest, request: Request) -> Response:
+    """Reply to a conversation in Anthropic's form; with ``stream`` as its named events."""
+    port = port_of(request)
+    chat_body = _chat_body(body)
+    chat = await start_chat(port, request, chat_body, [chat_body.messages], prefix="msg")
+    if body.stream:
+        form = StreamForm(named_event, _errors, keep_alive=named_event(_PING), end=b"")
+        work = open_request(port, request, chat.job)
+        return EventStream(
+            _events(chat, MessageEvents()), work, keep_alive_seconds=port.options.keep_alive_seconds, form=form
+        )
+    events = MessageEvents()
+    async with open_request(port, request, chat.job):
+        async for _ in _events(chat, events):
+            pass
+    return JSONResponse(message_object(chat, events.blocks) | ending(chat.replies[0]))
+
+
+@router.post(f"{MESSAGES_PATH}/count_tokens", response_model=None)
+async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
+    """How many tokens a conversation has as a prompt."""
+    chat_body = _chat_body(body)
+    prepared = await prepare_chat(port_of(request), chat_body, [chat_body.messages])
+    return JSONResponse({"input_tokens": len(prepared.prompts[0].token_ids)})
+
+
+def _chat_body(body: CountTokensRequest) -> ChatCompletionRequest:
+    check_extra_fields(body, MESSAGES_REFUSED_FIELDS)
+    return chat_request(body)
+
+
+def _errors(error: Exception) -> list[dict[str, Any]]:
+    return [anthropic_error(describe(error))]
+
+
+async def _events(chat: ChatJob, events: MessageEvents) -> AsyncGenerator[dict[str, Any], None]:
+    yield {"type": "message_start", "message": message_object(chat, [])}
+    yield _PING
+    async for _, _, parsed in chat.deltas():
+        for event in events.feed(parsed):
+            yield event
+    for event in events.close():
+        yield event
+    yield {"type": "message_delta", "delta": ending(chat.replies[0]), "usage": usage(chat)}
+    yield {"type": "message_stop"}

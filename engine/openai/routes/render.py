@@ -1,0 +1,62 @@
+"""``…/render``: what a request would send to the engine, without running it."""
+
+import asyncio
+import uuid
+from dataclasses import fields
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from engine.openai.chat_preparation import prepare_chat
+from engine.openai.generation import Prompt, port_of
+from engine.openai.routes.completions import completion_params, completion_prompts
+from engine.openai.schema.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
+from engine.openai.schema.validation import check_generation
+from engine.params.sampling_params import CONSTRAINTS, SamplingParams
+
+router = APIRouter(tags=["OpenAI"])
+_SHOWN = tuple(field.name for field in fields(SamplingParams) if field.name not in ("sources", *CONSTRAINTS))
+"""The port keeps what constrains a request apart from its sampling values."""
+
+
+@router.post("/v1/chat/completions/render", response_model=None)
+async def render_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+    """A chat's tokens and the sampling values in force (vLLM's GenerateRequest)."""
+    prepared = await prepare_chat(port_of(request), body, [body.messages])
+    shown = _generate_request(request, body, prepared.prompts[0], prepared.params, "chatcmpl")
+    if body.return_prompt_text:
+        shown["prompt_text"] = prepared.prompts[0].text
+    return JSONResponse(shown)
+
+
+@router.post("/v1/completions/render", response_model=None)
+async def render_completion(body: CompletionRequest, request: Request) -> Response:
+    """The same for each prompt of a completion."""
+    port = port_of(request)
+    port.check_model(body.model)
+    check_generation(body)
+    params = completion_params(port.engine, body)
+    prompts = await asyncio.to_thread(completion_prompts, port.engine, body, params)
+    return JSONResponse([_generate_request(request, body, prompt, params, "cmpl") for prompt in prompts])
+
+
+def _generate_request(
+    request: Request, body: GenerationFields, prompt: Prompt, params: SamplingParams, prefix: str
+) -> dict[str, Any]:
+    engine = port_of(request).engine
+    # Without a limit the engine goes to the end of the context; here that is said in tokens.
+    room = max(1, engine.plan.max_model_len - len(prompt.token_ids))
+    values = {name: getattr(params, name) for name in _SHOWN}
+    values["logit_bias"] = {str(token): value for token, value in params.logit_bias.items()}
+    return {
+        "request_id": f"{prefix}-{uuid.uuid4().hex}",
+        "token_ids": prompt.token_ids,
+        "features": None,
+        "sampling_params": {**values, "max_tokens": params.max_tokens or room},
+        "model": engine.args.names[0],
+        "stream": body.stream,
+        "stream_options": body.stream_options.model_dump() if body.stream_options else None,
+        "cache_salt": body.cache_salt,
+        "priority": body.priority,
+    }

@@ -1,0 +1,262 @@
+"""``/v1/responses``: create (plain, streamed, in the background), retrieve, cancel, delete."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from typing import Annotated, Any, NoReturn
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from engine.errors import RequestError, UnknownResponseError
+from engine.openai.chat_preparation import start_chat
+from engine.openai.generation import Port, open_request, port_of
+from engine.openai.http.errors import ClientGoneError
+from engine.openai.http.lifetime import OpenRequest
+from engine.openai.http.sse import EventStream, StreamForm, named_event
+from engine.openai.logprobs import chat_logprobs
+from engine.openai.replies import ChatJob
+from engine.openai.routes.responses_output import JsonObject, ResponseBuilder
+from engine.openai.routes.responses_store import ResponseCancelledError, ResponseStore, RunningResponse
+from engine.openai.schema.responses_input import input_messages, with_instructions
+from engine.openai.schema.responses_protocol import ResponsesRequest, chat_request, check_responses
+from engine.openai.schema.validation import RESPONSES_REFUSED_FIELDS, check_extra_fields
+from engine.outputs import CompletionDelta
+
+router = APIRouter(tags=["OpenAI"])
+
+
+@router.post("/v1/responses", response_model=None)
+async def create_response(body: ResponsesRequest, request: Request) -> Response:
+    """Reply to ``input``; with ``stream`` as events, with ``background`` at once while the model works on."""
+    port, store = port_of(request), _store(request)
+    check_extra_fields(body, RESPONSES_REFUSED_FIELDS)
+    check_responses(body)
+    messages = input_messages(body.input, _history(store, body))
+    chat_body = chat_request(body, with_instructions(body.instructions, messages))
+    chat = await start_chat(port, request, chat_body, [chat_body.messages], prefix="resp")
+    running = RunningResponse(ResponseBuilder(_response(body, chat)), chat, messages)
+    if body.store:
+        store.add(running)
+    if body.background:
+        return _in_background(port, store, request, body, running)
+    if body.stream:
+        return _streamed(port, store, request, body, running)
+    await _finish(port, store, request, body, running)
+    return JSONResponse(running.builder.response)
+
+
+@router.post("/v1/responses/compact", response_model=None)
+async def compact_response() -> Response:
+    """Refused by name: OpenAI's compaction needs its own models."""
+    raise UnknownResponseError("/v1/responses/compact is not supported by this version of the engine: send the items.")
+
+
+@router.get("/v1/responses/{response_id}", response_model=None)
+async def retrieve_response(
+    response_id: str,
+    request: Request,
+    stream: bool = False,
+    starting_after: Annotated[int, Query(ge=-1)] = -1,
+) -> Response:
+    """A stored response as it stands; with ``stream`` a background one's events after ``starting_after``."""
+    running = _store(request).get(response_id, param="response_id")
+    if not stream:
+        return JSONResponse(running.builder.response)
+    if not running.builder.response["background"]:
+        raise RequestError("Only background responses can be streamed again.", param="stream")
+    return _followed(port_of(request), request, running, starting_after)
+
+
+@router.post("/v1/responses/{response_id}/cancel", response_model=None)
+async def cancel_response(response_id: str, request: Request) -> Response:
+    """End a background response; one that is over stays as it is."""
+    running = _store(request).get(response_id, param="response_id")
+    if not running.builder.response["background"]:
+        raise RequestError("Cannot cancel a synchronous response.", param="response_id")
+    await running.cancel()
+    return JSONResponse(running.builder.response)
+
+
+@router.delete("/v1/responses/{response_id}", response_model=None)
+async def delete_response(response_id: str, request: Request) -> Response:
+    """Forget a stored response; a background one is ended first."""
+    running = _store(request).get(response_id, param="response_id")
+    await running.cancel()
+    _store(request).remove(response_id)
+    return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+
+def _store(request: Request) -> ResponseStore:
+    store = request.app.state.responses
+    assert isinstance(store, ResponseStore)
+    return store
+
+
+def _history(store: ResponseStore, body: ResponsesRequest) -> list[dict[str, Any]]:
+    if body.previous_response_id is None:
+        return []
+    previous = store.get(body.previous_response_id, param="previous_response_id")
+    if not previous.builder.over:
+        raise RequestError(
+            f"Response '{previous.id}' is still in progress: wait for its end before going on from it.",
+            param="previous_response_id",
+        )
+    return previous.conversation()
+
+
+def _response(body: ResponsesRequest, chat: ChatJob) -> JsonObject:
+    """The object before any output: OpenAI's fields, with the values in force."""
+    params = chat.job.params
+    return {
+        "id": f"resp_{uuid.uuid4().hex}",
+        "object": "response",
+        "created_at": chat.job.created,
+        "completed_at": None,
+        "status": "queued" if body.background else "in_progress",
+        "background": body.background,
+        "error": None,
+        "frequency_penalty": params.frequency_penalty,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
+        "metadata": body.metadata,
+        "model": chat.job.model,
+        "output": [],
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "presence_penalty": params.presence_penalty,
+        "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {"effort": body.reasoning.effort or body.reasoning_effort, "summary": None},
+        "safety_identifier": body.safety_identifier,
+        "service_tier": "default",
+        "store": body.store,
+        "temperature": params.temperature,
+        "text": {"format": body.text.format},
+        "tool_choice": body.tool_choice,
+        "tools": [_shown_tool(tool) for tool in body.tools],
+        "top_logprobs": body.top_logprobs,
+        "top_p": params.top_p,
+        "truncation": body.truncation,
+        "usage": None,
+        "user": body.user,
+    }
+
+
+def _shown_tool(tool: JsonObject) -> JsonObject:
+    flat = {**tool, **tool.get("function", {})}
+    flat.pop("function", None)
+    return {"parameters": None, "strict": None, **flat}
+
+
+async def _finish(
+    port: Port, store: ResponseStore, request: Request, body: ResponsesRequest, running: RunningResponse
+) -> None:
+    """Run to the end for a client that waits."""
+    try:
+        async with open_request(port, request, running.chat.job):
+            async for _ in _events(body, running):
+                pass
+    except ClientGoneError:
+        running.builder.cancelled(running.chat)
+        raise
+    except Exception as error:
+        _drain(running.builder.failed(error, running.chat))
+        raise
+    finally:
+        store.settle(running)
+
+
+def _streamed(
+    port: Port, store: ResponseStore, request: Request, body: ResponsesRequest, running: RunningResponse
+) -> EventStream:
+    async def events() -> AsyncGenerator[JsonObject, None]:
+        async for event in _events(body, running):
+            yield event
+        store.settle(running)
+
+    def errors(error: Exception) -> Iterator[JsonObject]:
+        yield from running.builder.failed(error, running.chat)
+        store.settle(running)
+
+    def left() -> None:
+        running.builder.cancelled(running.chat)
+        store.settle(running)
+
+    form = StreamForm(named_event, errors, left, end=b"")
+    work = open_request(port, request, running.chat.job)
+    return EventStream(events(), work, keep_alive_seconds=port.options.keep_alive_seconds, form=form)
+
+
+def _in_background(
+    port: Port, store: ResponseStore, request: Request, body: ResponsesRequest, running: RunningResponse
+) -> Response:
+    running.work = OpenRequest(port.open_requests, _never, running.chat.job.streams)
+    queued = JSONResponse(running.builder.response)
+    running.task = asyncio.create_task(_run_in_background(store, body, running, running.work))
+    return _followed(port, request, running, -1) if body.stream else queued
+
+
+async def _run_in_background(
+    store: ResponseStore, body: ResponsesRequest, running: RunningResponse, work: OpenRequest
+) -> None:
+    try:
+        async with work:
+            async for event in _events(body, running):
+                running.publish(event)
+    except ResponseCancelledError:
+        running.builder.cancelled(running.chat)
+    except Exception as error:  # noqa: BLE001 - nobody awaits this: whoever asks for the response is told
+        for event in running.builder.failed(error, running.chat):
+            running.publish(event)
+    running.publish()
+    store.settle(running)
+
+
+def _followed(port: Port, request: Request, running: RunningResponse, after: int) -> EventStream:
+    """The events of a background response; a client that leaves does not end it."""
+
+    def errors(error: Exception) -> Iterator[JsonObject]:
+        if running.builder.over:
+            yield running.events[-1]
+        else:
+            yield from running.builder.failed(error, running.chat)
+
+    work = OpenRequest(port.open_requests, request.receive, ())
+    form = StreamForm(named_event, errors, end=b"")
+    return EventStream(running.follow(after), work, keep_alive_seconds=port.options.keep_alive_seconds, form=form)
+
+
+async def _events(body: ResponsesRequest, running: RunningResponse) -> AsyncGenerator[JsonObject, None]:
+    builder, chat = running.builder, running.chat
+    for event in builder.queued() if body.background else builder.started():
+        yield event
+    logprobs: list[JsonObject] = []
+    async for _, delta, parsed in chat.deltas():
+        logprobs += _logprobs(body, chat, delta)
+        for event in builder.feed(parsed, logprobs):
+            yield event
+        if parsed:
+            logprobs = []
+    for event in builder.finished(chat):
+        yield event
+
+
+def _logprobs(body: ResponsesRequest, chat: ChatJob, delta: CompletionDelta) -> list[JsonObject]:
+    if not body.with_logprobs or not delta.token_ids:
+        return []
+    content = chat_logprobs(delta.token_ids, delta.logprobs or [], body.top_logprobs, chat.job.names)["content"]
+    assert isinstance(content, list)
+    return content
+
+
+def _drain(events: Iterator[JsonObject]) -> None:
+    for _ in events:
+        pass
+
+
+async def _never() -> NoReturn:
+    """Stands for a client that cannot leave."""
+    await asyncio.Event().wait()
+    raise AssertionError("nobody sets this event")

@@ -1,0 +1,178 @@
+"""A response under way: its object, and the events that tell of it in the order that clients rely on.
+
+Plain, streamed and background responses are all built here, so the final object is the same for each.
+"""
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from engine.openai.http.errors import describe
+from engine.openai.replies import ChatJob
+from engine.text.parse.output_sink import ParsedDelta, ToolCallDelta
+
+JsonObject = dict[str, Any]
+TERMINAL = ("completed", "incomplete", "failed", "cancelled")
+_PART_TYPES = {"reasoning": "reasoning_text", "message": "output_text"}
+
+
+class ResponseBuilder:
+    """Turns deltas into items and events. ``response`` is the object as it stands now."""
+
+    def __init__(self, response: JsonObject) -> None:
+        self.response = response
+        self._open: JsonObject | None = None
+        self._call_index = -1
+        self._number = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether the response has its final status."""
+        return self.response["status"] in TERMINAL
+
+    def queued(self) -> Iterator[JsonObject]:
+        """The events before a background response runs."""
+        yield self._snapshot("response.created")
+        yield self._snapshot("response.queued")
+        self.response["status"] = "in_progress"
+        yield self._snapshot("response.in_progress")
+
+    def started(self) -> Iterator[JsonObject]:
+        """The events before any output."""
+        yield self._snapshot("response.created")
+        yield self._snapshot("response.in_progress")
+
+    def feed(self, parsed: ParsedDelta, logprobs: Sequence[JsonObject] = ()) -> Iterator[JsonObject]:
+        """The events of one delta; ``logprobs`` are those of its tokens, if asked for."""
+        if parsed.reasoning:
+            yield from self._text("reasoning", parsed.reasoning, ())
+        if parsed.content:
+            yield from self._text("message", parsed.content, logprobs)
+        for piece in parsed.tool_calls:
+            yield from self._call(piece)
+
+    def finished(self, chat: ChatJob) -> Iterator[JsonObject]:
+        """The last events of a response that the model ended, or that ran out of tokens."""
+        status = "incomplete" if chat.replies[0].finish_reason == "length" else "completed"
+        yield from self._close(status)
+        if status == "incomplete":
+            self.response["incomplete_details"] = {"reason": "max_output_tokens"}
+        else:
+            self.response["completed_at"] = int(time.time())
+        self._end(status, chat)
+        yield self._snapshot(f"response.{status}")
+
+    def failed(self, error: Exception, chat: ChatJob) -> Iterator[JsonObject]:
+        """The last event of a response that went wrong; what was written stays. Nothing if it was over."""
+        if self.over:
+            return
+        yield from self._close("incomplete")
+        self.response["error"] = {"code": "server_error", "message": describe(error)["error"]["message"]}
+        self._end("failed", chat)
+        yield self._snapshot("response.failed")
+
+    def cancelled(self, chat: ChatJob) -> None:
+        """End the response because somebody asked for it; there is no event for this. Nothing if it was over."""
+        if self.over:
+            return
+        for _ in self._close("incomplete"):
+            pass
+        self._end("cancelled", chat)
+
+    def _end(self, status: str, chat: ChatJob) -> None:
+        self.response["status"] = status
+        self.response["usage"] = usage(chat)
+
+    def _text(self, kind: str, text: str, logprobs: Sequence[JsonObject]) -> Iterator[JsonObject]:
+        if self._open is None or self._open["type"] != kind:
+            yield from self._close()
+            yield from self._open_text(kind)
+        assert self._open is not None
+        part = self._open["content"][0]
+        part["text"] += text
+        more: JsonObject = {"delta": text}
+        if kind == "message":
+            part["logprobs"].extend(logprobs)
+            more["logprobs"] = list(logprobs)
+        yield self._event(f"response.{_PART_TYPES[kind]}.delta", content_index=0, **more)
+
+    def _open_text(self, kind: str) -> Iterator[JsonObject]:
+        own: JsonObject = {"role": "assistant"} if kind == "message" else {"summary": []}
+        item = {"id": f"{_ID_PREFIX[kind]}_{uuid.uuid4().hex}", "type": kind, "status": "in_progress", **own}
+        part: JsonObject = {"type": _PART_TYPES[kind], "text": ""}
+        if kind == "message":
+            part |= {"annotations": [], "logprobs": []}
+        yield from self._open_item({**item, "content": []})
+        yield self._event("response.content_part.added", content_index=0, part=_copy(part))
+        assert self._open is not None
+        self._open["content"].append(part)
+
+    def _call(self, piece: ToolCallDelta) -> Iterator[JsonObject]:
+        if piece.index != self._call_index:
+            yield from self._close()
+            self._call_index = piece.index
+            call = {"call_id": piece.id, "name": piece.name, "arguments": "", "status": "in_progress"}
+            yield from self._open_item({"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", **call})
+        assert self._open is not None
+        if piece.arguments:
+            self._open["arguments"] += piece.arguments
+            yield self._event("response.function_call_arguments.delta", delta=piece.arguments)
+
+    def _open_item(self, item: JsonObject) -> Iterator[JsonObject]:
+        self._open = item
+        self.response["output"].append(item)
+        yield self._numbered("response.output_item.added", output_index=self._output_index, item=_copy(item))
+
+    def _close(self, status: str = "completed") -> Iterator[JsonObject]:
+        item = self._open
+        if item is None:
+            return
+        item["status"] = status
+        if item["type"] == "function_call":
+            done = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._event("response.function_call_arguments.done", **done)
+        else:
+            part = item["content"][0]
+            text = {key: part[key] for key in ("text", "logprobs") if key in part}
+            yield self._event(f"response.{part['type']}.done", content_index=0, **text)
+            yield self._event("response.content_part.done", content_index=0, part=_copy(part))
+        yield self._numbered("response.output_item.done", output_index=self._output_index, item=_copy(item))
+        self._open = None
+
+    @property
+    def _output_index(self) -> int:
+        return len(self.response["output"]) - 1
+
+    def _event(self, type: str, **fields: Any) -> JsonObject:
+        assert self._open is not None
+        return self._numbered(type, item_id=self._open["id"], output_index=self._output_index, **fields)
+
+    def _snapshot(self, type: str) -> JsonObject:
+        return self._numbered(type, response=_copy(self.response))
+
+    def _numbered(self, type: str, **fields: Any) -> JsonObject:
+        self._number += 1
+        return {"type": type, "sequence_number": self._number - 1, **fields}
+
+
+_ID_PREFIX = {"reasoning": "rs", "message": "msg"}
+
+
+def usage(chat: ChatJob) -> JsonObject:
+    """Token counts in the Responses API's form."""
+    counts = chat.usage()
+    return {
+        "input_tokens": counts["prompt_tokens"],
+        "input_tokens_details": counts["prompt_tokens_details"] | {"cache_write_tokens": 0},
+        "output_tokens": counts["completion_tokens"],
+        "output_tokens_details": counts["completion_tokens_details"],
+        "total_tokens": counts["total_tokens"],
+    }
+
+
+def _copy(value: Any) -> Any:
+    """A copy of JSON: an event must not change when its item grows."""
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,116 @@
+"""Responses under way and those kept for later: retrieval, ``previous_response_id``, cancelling."""
+
+import asyncio
+import json
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from engine.errors import UnknownResponseError
+from engine.openai.http.lifetime import OpenRequest
+from engine.openai.replies import ChatJob
+from engine.openai.routes.responses_output import JsonObject, ResponseBuilder
+
+MAX_RESPONSES = 1000
+MAX_BYTES = 64 * 1024 * 1024
+"""Bounds of the store: the oldest responses that are over are forgotten first."""
+
+
+class ResponseCancelledError(Exception):
+    """A background response was cancelled by its client."""
+
+
+class RunningResponse:
+    """One response: its job, its object and, in the background, its events."""
+
+    def __init__(self, builder: ResponseBuilder, chat: ChatJob, messages: list[dict[str, Any]]) -> None:
+        self.builder = builder
+        self.chat = chat
+        self.events: list[JsonObject] = []
+        self.num_bytes = 0
+        self.work: OpenRequest | None = None
+        self.task: asyncio.Task[None] | None = None
+        self._messages = messages
+        self._news = asyncio.Event()
+
+    @property
+    def id(self) -> str:
+        """The response's id."""
+        return str(self.builder.response["id"])
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages up to this response's own, without instructions: what the next turn continues."""
+        reply = self.chat.replies[0].message()
+        kept = {name: reply[name] for name in ("role", "content", "reasoning", "tool_calls") if reply.get(name)}
+        return [*self._messages, {"content": "", **kept}]
+
+    def publish(self, event: JsonObject | None = None) -> None:
+        """Keep ``event`` and wake those who follow; None only wakes them."""
+        if event is not None:
+            self.events.append(event)
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def follow(self, after: int) -> AsyncGenerator[JsonObject, None]:
+        """The events whose number is greater than ``after``, those to come included."""
+        position = after + 1
+        while True:
+            while position < len(self.events):
+                position += 1
+                yield self.events[position - 1]
+            if self.builder.over:
+                return
+            await self._news.wait()
+
+    async def cancel(self) -> None:
+        """End a background response and wait until it is over. Safe to repeat."""
+        if self.work is not None and not self.builder.over:
+            self.work.end(ResponseCancelledError())
+        if self.task is not None:
+            await asyncio.wait([self.task])
+
+    def measure(self) -> None:
+        """Count the bytes that keeping this response costs (as JSON)."""
+        self.num_bytes = len(json.dumps([self.conversation(), self.builder.response, self.events]))
+
+
+class ResponseStore:
+    """Responses by id, bounded in number and bytes. Lives in the server's event loop."""
+
+    def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
+        self._max_responses = max_responses
+        self._max_bytes = max_bytes
+        self._by_id: OrderedDict[str, RunningResponse] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def get(self, response_id: str, *, param: str | None = None) -> RunningResponse:
+        """The response. Raises UnknownResponseError."""
+        if response_id not in self._by_id:
+            raise UnknownResponseError(f"Response with id '{response_id}' not found.", param=param)
+        return self._by_id[response_id]
+
+    def add(self, response: RunningResponse) -> None:
+        """Keep ``response`` from its beginning."""
+        self._by_id[response.id] = response
+        self._shrink()
+
+    def settle(self, response: RunningResponse) -> None:
+        """Account for ``response``, which is over, and forget the oldest ones if there is too much."""
+        if response.id in self._by_id:
+            response.measure()
+            self._shrink()
+
+    def remove(self, response_id: str) -> None:
+        """Forget a response."""
+        self._by_id.pop(response_id, None)
+
+    def _shrink(self) -> None:
+        total = sum(response.num_bytes for response in self._by_id.values())
+        for response in list(self._by_id.values()):
+            if len(self._by_id) <= self._max_responses and total <= self._max_bytes:
+                return
+            if response.builder.over:
+                total -= response.num_bytes
+                self.remove(response.id)

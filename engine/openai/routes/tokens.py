@@ -1,0 +1,60 @@
+"""``/tokenize`` and ``/detokenize``."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from engine.errors import RequestError
+from engine.openai.backend import ServedEngine, ServedTokenizer
+from engine.openai.chat_preparation import render_prompt
+from engine.openai.generation import port_of
+from engine.openai.schema.protocol import DetokenizeRequest, TokenizeRequest
+from engine.openai.schema.validation import check_extra_fields
+
+router = APIRouter(tags=["tokens"])
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+    """Token ids of a prompt or of a rendered chat."""
+    port = port_of(request)
+    port.check_model(body.model)
+    check_extra_fields(body)
+    port.check_template(body.chat_template, body.chat_template_kwargs)
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("Give either `prompt` or `messages`.", param="prompt")
+    token_ids = await asyncio.to_thread(_token_ids, port.engine, body)
+    hf = port.engine.tokenizer.hf
+    return {
+        "count": len(token_ids),
+        "max_model_len": port.engine.plan.max_model_len,
+        "tokens": token_ids,
+        "token_strs": [hf.id_to_token(token_id) for token_id in token_ids] if body.return_token_strs else None,
+    }
+
+
+def _token_ids(engine: ServedEngine, body: TokenizeRequest) -> list[int]:
+    if body.messages is None:
+        special = body.add_special_tokens if "add_special_tokens" in body.model_fields_set else True
+        return engine.tokenize(body.prompt or "", add_special_tokens=special)
+    text = render_prompt(engine, body, body.messages)
+    return engine.tokenize(text, add_special_tokens=body.add_special_tokens)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
+    """Text of token ids, special tokens included."""
+    port = port_of(request)
+    port.check_model(body.model)
+    check_extra_fields(body)
+    tokenizer = port.engine.tokenizer
+    unknown = next((token_id for token_id in body.tokens if not _is_known(tokenizer, token_id)), None)
+    if unknown is not None:
+        raise RequestError(f"Token id {unknown} is out of vocabulary.", param="tokens")
+    return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+
+def _is_known(tokenizer: ServedTokenizer, token_id: int) -> bool:
+    # The tokenizer takes 32 bits; a larger number is no token either.
+    return token_id < 2**32 and tokenizer.hf.id_to_token(token_id) is not None

@@ -1,0 +1,178 @@
+"""Fields that this engine cannot honour are refused by name; unknown ones are logged, as vLLM does."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from engine.errors import RequestError
+from engine.openai.backend import ServedEngine
+from engine.openai.schema.protocol import ChatFields, GenerationFields, RequestBody
+from engine.params.sampling_params import MAX_LOGPROBS
+from engine.text.parse.tool_parsers.tool_grammar import check_callable
+
+logger = logging.getLogger("engine.openai")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a field is refused; ``neutral`` values ask for nothing and pass."""
+
+    why: str
+    neutral: tuple[Any, ...] = ()
+
+
+_NOT_YET = "is not supported by this version of the engine"
+_GUIDED = Refusal(f"{_NOT_YET}: it is the old name, use `structured_outputs`", ({}, []))
+_MEDIA = Refusal(f"{_NOT_YET}: it serves text only", ({},))
+_BEAM = Refusal(f"{_NOT_YET}: there is no beam search, leave the field out")
+_OTHER = Refusal(f"{_NOT_YET}: leave the field out", ({}, []))
+
+REFUSED_FIELDS: dict[str, Refusal] = {
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _GUIDED),
+    "use_beam_search": Refusal(_BEAM.why, (False,)),
+    "length_penalty": Refusal(_BEAM.why, (1.0, 1)),
+    "best_of": Refusal(f"{_NOT_YET}: ask for n completions and choose yourself", (1,)),
+    "suffix": Refusal(f"{_NOT_YET}: there is no fill-in-the-middle", ("",)),
+    "prompt_embeds": Refusal(f"{_NOT_YET}: send a prompt"),
+    "functions": Refusal(f"{_NOT_YET}: it is deprecated, use `tools`", ([],)),
+    "function_call": Refusal(f"{_NOT_YET}: it is deprecated, use `tool_choice`", ("none", "auto")),
+    "modalities": Refusal(_MEDIA.why, (["text"], [])),
+    "audio": _MEDIA,
+    "mm_processor_kwargs": _MEDIA,
+    "media_io_kwargs": _MEDIA,
+    "logprob_token_ids": _OTHER,
+    "kv_transfer_params": _OTHER,
+    "ec_transfer_params": _OTHER,
+    "vllm_xargs": _OTHER,
+    "stream_interval": Refusal(f"{_NOT_YET}: every token is sent at once, leave the field out", (1,)),
+}
+"""Fields of OpenAI's and vLLM's APIs whose meaning would be lost if they were ignored."""
+
+
+RESPONSES_REFUSED_FIELDS: dict[str, Refusal] = {
+    "prompt": Refusal(f"{_NOT_YET}: stored prompt templates are OpenAI's, send `input` and `instructions`"),
+    "conversation": Refusal(f"{_NOT_YET}: use `previous_response_id`"),
+    "enable_response_messages": Refusal(_OTHER.why, (False,)),
+    "previous_input_messages": Refusal(f"{_NOT_YET}: use `previous_response_id` or send the items as `input`", ([],)),
+    "context_management": _OTHER,
+}
+"""More of them, for the Responses API."""
+
+MESSAGES_REFUSED_FIELDS: dict[str, Refusal] = {
+    "mcp_servers": Refusal(f"{_NOT_YET}: it runs no tools itself, leave the field out", ([],)),
+    "container": _OTHER,
+    "context_management": _OTHER,
+}
+"""More of them, for the Messages API."""
+
+
+KINDS_NOT_CALLED = {
+    "custom": "a tool that takes free text is not supported; offer a function with one parameter of type string",
+    "allowed_tools": "a choice among some of the tools is not supported; send only the tools that may be called",
+}
+"""Types of ``tools`` and of ``tool_choice`` that are neither functions nor run by OpenAI, and what to do instead."""
+_HOSTED = (
+    "this server runs no tools itself, so only functions can be offered; leave it out "
+    '(Codex: web_search = "disabled" in its config.toml)'
+)
+
+
+def refuse_kind(where: str, kind: object, param: str) -> RequestError:
+    """The error for a tool, or a choice, that is no function."""
+    why = KINDS_NOT_CALLED.get(kind, _HOSTED) if isinstance(kind, str) else _HOSTED
+    return RequestError(f"{where} is of type {kind!r}: {why}.", param=param)
+
+
+def check_extra_fields(request: RequestBody, also: Mapping[str, Refusal] = MappingProxyType({})) -> None:
+    """Refuse by name what cannot be honoured; log the rest of the unknown fields."""
+    ignored = []
+    for name, value in (request.model_extra or {}).items():
+        refusal = REFUSED_FIELDS.get(name) or also.get(name)
+        if refusal is None:
+            ignored.append(name)
+        elif value not in refusal.neutral:
+            raise RequestError(f"`{name}` {refusal.why}.", param=name)
+    if ignored:
+        logger.warning("The following fields were present in the request but ignored: %s", set(ignored))
+
+
+def check_generation(request: GenerationFields) -> None:
+    """The rules between fields that both completions share."""
+    check_extra_fields(request)
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("Stream options can only be defined when `stream=True`.", param="stream_options")
+    if request.stream and request.prompt_logprobs is not None:
+        raise RequestError("`prompt_logprobs` are not available when `stream=True`.", param="prompt_logprobs")
+
+
+def check_chat(request: ChatFields, engine: ServedEngine) -> None:
+    """The rules between a chat's fields, and what they ask of ``engine``."""
+    check_generation(request)
+    if request.top_logprobs is not None:
+        if request.top_logprobs < -1:
+            raise RequestError("`top_logprobs` must be a positive value or -1.", param="top_logprobs")
+        if request.top_logprobs != 0 and not request.logprobs:
+            raise RequestError("when using `top_logprobs`, `logprobs` must be set to true.", param="top_logprobs")
+        if request.top_logprobs > MAX_LOGPROBS:
+            raise RequestError(
+                f"Requested sample logprobs of {request.top_logprobs}, "
+                f"which is greater than max allowed: {MAX_LOGPROBS}",
+                param="top_logprobs",
+            )
+    _check_tools(request)
+    if request.tools and request.tool_choice in (None, "auto") and engine.tool_call_parser is None:
+        raise RequestError(
+            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set: the calls of this '
+            "model cannot be told from its chat template. Name a parser, or send tool_choice 'required' or 'none'.",
+            param="tools",
+        )
+
+
+def _check_tools(request: ChatFields) -> None:
+    names = [_tool_name(tool, position) for position, tool in enumerate(request.tools)]
+    choice = request.tool_choice
+    if choice is None:
+        return
+    if isinstance(choice, str):
+        if choice not in ("none", "auto", "required"):
+            raise RequestError(
+                f"`tool_choice` must be 'none', 'auto', 'required' or a function, got {choice!r}.", param="tool_choice"
+            )
+        if not names and choice == "required":
+            raise RequestError("When using `tool_choice`, `tools` must be set.", param="tool_choice")
+        return
+    if not names:
+        raise RequestError("When using `tool_choice`, `tools` must be set.", param="tool_choice")
+    if choice.get("type") in KINDS_NOT_CALLED:
+        raise refuse_kind("tool_choice", choice["type"], "tool_choice")
+    function = choice.get("function")
+    named = function.get("name") if choice.get("type") == "function" and isinstance(function, dict) else None
+    if named is None:
+        raise RequestError(
+            'A named `tool_choice` must read {"type": "function", "function": {"name": …}}.', param="tool_choice"
+        )
+    if named not in names:
+        raise RequestError(
+            f"The tool {named!r} that `tool_choice` names is not among the `tools`: {', '.join(names)}.",
+            param="tool_choice",
+        )
+
+
+def _tool_name(tool: dict[str, Any], position: int) -> str:
+    function = tool.get("function")
+    if tool.get("type", "function") != "function":
+        raise refuse_kind(f"tools[{position}]", tool["type"], "tools")
+    if not isinstance(function, dict):
+        raise RequestError(
+            f"tools[{position}] must read {{'type': 'function', 'function': {{…}}}}: only functions can be called.",
+            param="tools",
+        )
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not name:
+        raise RequestError(f"tools[{position}].function.name must be a text that is not empty.", param="tools")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise RequestError(f"tools[{position}].function.parameters must be a JSON schema.", param="tools")
+    check_callable(function)
+    return name

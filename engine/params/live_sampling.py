@@ -1,0 +1,55 @@
+"""What live settings mean for requests that run already: they follow in what they did not say themselves."""
+
+from dataclasses import dataclass, replace
+
+from engine.errors import RequestError
+from engine.params.sampling_defaults import Resolved, is_default_source
+from engine.params.sampling_params import SamplingParams
+
+LIVE_NAMES = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "ignore_eos",
+    "stop_token_ids",
+    "min_tokens",
+    "max_tokens",
+)
+"""Sampling values that reach running requests from their next token; the others are for requests to come."""
+
+
+@dataclass(frozen=True)
+class LiveValues:
+    """The defaults in force now. ``base`` is what a request that says nothing gets.
+
+    ``thinking_token_budget`` None: no budget for those that did not ask for one.
+    """
+
+    base: Resolved
+    thinking_token_budget: int | None
+    max_model_len: int
+
+    def params_for(self, params: SamplingParams) -> SamplingParams:
+        """``params`` with the live value of every name that the request did not set itself.
+
+        Values that contradict what it did set (``max_tokens`` below its own ``min_tokens``) leave it as it is.
+        """
+        follows = [name for name in LIVE_NAMES if is_default_source(params.sources.get(name))]
+        changed = {name: getattr(self.base.params, name) for name in follows}
+        if all(getattr(params, name) == value for name, value in changed.items()):
+            return params
+        sources = {**params.sources, **{name: self.base.sources[name] for name in follows}}
+        try:
+            return replace(params, **changed, sources=sources)
+        except RequestError:
+            return params
+
+    def max_tokens_for(self, params: SamplingParams, num_prompt_tokens: int) -> int:
+        """How many tokens a request with ``params`` may have in all."""
+        room = max(1, self.max_model_len - num_prompt_tokens)
+        return room if params.max_tokens is None else min(params.max_tokens, room)

@@ -1,0 +1,108 @@
+"""Where a request's sampling values come from: one order, with the origin of each value kept.
+
+request or magic flag > live settings (panel, ``set``) > preset > ``--override-generation-config`` >
+the model's ``generation_config.json`` > vLLM's defaults.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from engine.errors import ConfigError, RequestError
+from engine.params.sampling_params import SamplingParams
+from engine.params.settings import Settings
+
+GENERATION_CONFIG_NAMES = {
+    "repetition_penalty": "repetition_penalty",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""What is read of a generation config, and its name here; in the order of vLLM's log line."""
+
+_DEFAULT_SOURCES = ("default", "generation_config.json", "--override-generation-config", "set")
+
+
+def is_default_source(source: str | None) -> bool:
+    """Whether a value with this origin came from the defaults, the live settings included, not from its request.
+
+    None: nobody resolved defaults, the values are the request's own.
+    """
+    return source is not None and (source in _DEFAULT_SOURCES or source.startswith("preset "))
+
+
+_KNOWN = frozenset(field.name for field in fields(SamplingParams)) - {"sources"}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Sampling values in force and, per name, which source won (also in ``params.sources``)."""
+
+    params: SamplingParams
+    sources: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """The layers below a request. ``generation_config`` and ``override`` are in Hugging Face's names.
+
+    ``choice`` is what ``--generation-config`` says: ``auto``, ``vllm`` or a folder.
+    """
+
+    generation_config: Mapping[str, Any]
+    override: Mapping[str, Any]
+    settings: Settings
+    choice: str = "auto"
+
+    def model_values(self) -> dict[str, Any]:
+        """What the model's authors (or the override) recommend, in sampling names."""
+        return _translate({**self.generation_config, **self.override})
+
+    def log_line(self) -> str | None:
+        """vLLM's line that says the defaults were overridden, or None if they were not or were to be vLLM's."""
+        values = self.model_values()
+        if not values or self.choice == "vllm":
+            return None
+        origin = "the model's `generation_config.json`" if self.choice == "auto" else self.choice
+        return (
+            f"Default vLLM sampling parameters have been overridden by {origin}: "
+            f"`{values}`. If this is not intended, please relaunch vLLM instance with `--generation-config vllm`."
+        )
+
+    def resolve(self, given: Mapping[str, Any], source: str = "request") -> Resolved:
+        """Merge ``given`` (a request's values; None means not given) over all defaults.
+
+        ``source`` is what the origin of a given value is called.
+        """
+        for name in given:
+            if name not in _KNOWN:
+                raise RequestError(f"Unknown sampling parameter {name!r}.", param=name)
+        layers = (
+            ("generation_config.json", _translate(self.generation_config)),
+            ("--override-generation-config", _translate(self.override)),
+            *self.settings.layers(),
+            (source, {name: value for name, value in given.items() if value is not None}),
+        )
+        values: dict[str, Any] = {"max_tokens": None}
+        sources = dict.fromkeys(sorted(_KNOWN), "default")
+        for origin, layer in layers:
+            values.update(layer)
+            sources.update(dict.fromkeys(layer, origin))
+        return Resolved(SamplingParams(**values, sources=sources), sources)
+
+
+def check_override(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError where ``--override-generation-config`` gives a sampling value out of its range."""
+    try:
+        SamplingParams(**_translate(values))
+    except RequestError as error:
+        flag = "override_generation_config"
+        raise ConfigError(f"--override-generation-config: {error}", flag=flag, value=dict(values)) from None
+
+
+def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {ours: config[theirs] for theirs, ours in GENERATION_CONFIG_NAMES.items() if config.get(theirs) is not None}

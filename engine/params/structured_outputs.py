@@ -1,0 +1,317 @@
+"""What a request's output must look like: a grammar, a thinking budget, an end to endless repetition.
+
+:class:`Constraints` is what a user may say, checked here; :class:`TokenGuide` is what the engine asks
+of a constraint while tokens are being chosen (made by ``engine.text.guide.structured_output_manager``).
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import RequestError
+
+MAX_PATTERN_SIZE = 1024
+"""Longest pattern, in tokens, that repetition detection looks for."""
+COMPLETE = "complete"
+"""What :meth:`TokenGuide.advance` gives when nothing more can follow."""
+REPETITION_STOP_REASON = "repetition_detected"
+"""What it gives when the reply repeats itself: vLLM's ``stop_reason``."""
+ThinkingCut = Literal["budget", "repetition", "request"]
+"""Why a thought was ended from outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCalls:
+    """Output must be calls of ``tools`` (OpenAI's objects), in the format of the engine's tool-call parser.
+
+    ``names`` are those that may be called, empty for all; ``parallel`` allows several calls.
+    """
+
+    tools: tuple[Mapping[str, Any], ...]
+    names: tuple[str, ...] = ()
+    parallel: bool = True
+
+    def __post_init__(self) -> None:
+        known = [function["name"] for function in self.functions]
+        if not known:
+            raise RequestError("tool_choice needs tools: give at least one.", param="tools")
+        for name in self.names:
+            if name not in known:
+                raise RequestError(f"tool_choice names {name!r}, which is not among the tools.", param="tool_choice")
+
+    @property
+    def functions(self) -> list[Mapping[str, Any]]:
+        """The tools' ``function`` objects, all with a name."""
+        found = [tool.get("function", tool) if isinstance(tool, Mapping) else None for tool in self.tools]
+        if any(not isinstance(function, Mapping) or not isinstance(function.get("name"), str) for function in found):
+            raise RequestError("every tool must be a function with a name.", param="tools")
+        return [function for function in found if isinstance(function, Mapping)]
+
+    @property
+    def callable_functions(self) -> list[Mapping[str, Any]]:
+        """The functions that may be called."""
+        return [function for function in self.functions if not self.names or function["name"] in self.names]
+
+    @classmethod
+    def from_request(
+        cls,
+        tools: Sequence[Mapping[str, Any]] | None,
+        tool_choice: str | Mapping[str, Any] | None,
+        parallel: bool = True,
+    ) -> Self | None:
+        """OpenAI's ``tools`` and ``tool_choice``; None where no call is demanded (``auto``, ``none``, nothing)."""
+        if tool_choice is None or tool_choice in ("none", "auto"):
+            return None
+        if tool_choice == "required":
+            return cls(tuple(tools or ()), (), parallel)
+        if isinstance(tool_choice, Mapping):
+            function = tool_choice.get("function", tool_choice)
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if tool_choice.get("type", "function") == "function" and isinstance(name, str):
+                return cls(tuple(tools or ()), (name,), parallel=False)
+        raise RequestError(
+            f"tool_choice must be none, auto, required or a function's name object, got {tool_choice!r}.",
+            param="tool_choice",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """A grammar for the answer; exactly one kind is given. Field names are vLLM's ``structured_outputs``.
+
+    ``json`` is a schema (object or text), ``choice`` a list of texts, ``grammar`` Lark or GBNF text,
+    ``structural_tag`` an object with a ``format``, or with ``structures`` and ``triggers``. Raises RequestError.
+    """
+
+    json: Mapping[str, Any] | str | bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Mapping[str, Any] | str | None = None
+    tool_calls: ToolCalls | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.json_object is False:
+            object.__setattr__(self, "json_object", None)
+        given = [name for name in _KINDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise RequestError(
+                f"structured_outputs takes exactly one of {', '.join(_KINDS[:-1])}, got {', '.join(given) or 'none'}.",
+                param="structured_outputs",
+            )
+        texts = self.choice if isinstance(self.choice, list | tuple) else ()
+        if self.choice is not None and (not texts or not all(isinstance(text, str) for text in texts)):
+            raise RequestError("choice must be a list of at least one text.", param="structured_outputs")
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            if not isinstance(getattr(self, name), str | None):
+                raise RequestError(f"{name} must be a text.", param="structured_outputs")
+
+    @property
+    def kind(self) -> str:
+        """Which kind is given."""
+        return next(name for name in _KINDS if getattr(self, name) is not None)
+
+    @classmethod
+    def from_structured_outputs(cls, value: Self | Mapping[str, Any]) -> Self:
+        """vLLM's request field, or what was made of one already. Unknown keys are refused."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise RequestError(f"structured_outputs must be an object, got {value!r}.", param="structured_outputs")
+        known = {f.name for f in fields(cls)} - {"tool_calls"}
+        for name in value:
+            if name not in known:
+                raise RequestError(f"structured_outputs: {name!r} is not known.", param="structured_outputs")
+        return cls(**value)
+
+    @classmethod
+    def from_response_format(cls, value: Mapping[str, Any] | None) -> Self | None:
+        """OpenAI's ``response_format``: ``text`` (None), ``json_object``, ``json_schema`` or ``structural_tag``."""
+        kind = None if value is None else value.get("type")
+        if value is None or kind == "text":
+            return None
+        if kind == "json_object":
+            return cls(json_object=True)
+        if kind == "json_schema":
+            described = value.get("json_schema")
+            schema = described.get("schema") if isinstance(described, Mapping) else value.get("schema")
+            if not isinstance(schema, Mapping):
+                raise RequestError("response_format json_schema needs a schema object.", param="response_format")
+            return cls(json=schema)
+        if kind == "structural_tag":
+            return cls(structural_tag=value)
+        raise RequestError(
+            f"response_format must be of type text, json_object, json_schema or structural_tag, got {kind!r}.",
+            param="response_format",
+        )
+
+
+_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag", "tool_calls")
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingBudget:
+    """At most ``max_tokens`` tokens of thought, then its end is written for the model; 0: no thinking, -1: no limit.
+
+    No limit is a wish of its own: live settings do not overrule it.
+    """
+
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < -1:
+            raise RequestError(
+                f"thinking_token_budget must be a non-negative integer or -1 for unlimited, got {self.max_tokens!r}.",
+                param="thinking_token_budget",
+            )
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of thought, None for any number."""
+        return None if self.max_tokens == -1 else self.max_tokens
+
+    @classmethod
+    def from_request(cls, value: int | None) -> Self | None:
+        """vLLM's ``thinking_token_budget``; None says nothing."""
+        return None if value is None else cls(value)
+
+
+@dataclass(frozen=True, slots=True)
+class RepetitionDetection:
+    """Ends what repeats: a pattern of ``min_pattern_size`` to ``max_pattern_size`` tokens, ``min_count`` times.
+
+    The names and checks are vLLM's; ``max_pattern_size`` 0 turns detection off. Inside a thought the
+    thought is ended and the answer follows (``thinking_cut`` says so), elsewhere the reply ends with
+    ``finish_reason`` ``repetition``.
+    """
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = (self.max_pattern_size, self.min_pattern_size, self.min_count)
+        fine = all(isinstance(size, int) and not isinstance(size, bool) and size < 2**31 for size in sizes)
+        if not fine or not 0 <= self.min_pattern_size <= self.max_pattern_size <= MAX_PATTERN_SIZE:
+            raise RequestError(
+                "repetition_detection: 0 <= min_pattern_size <= max_pattern_size <= "
+                f"{MAX_PATTERN_SIZE} must hold; set both to 0 to turn it off.",
+                param="repetition_detection",
+            )
+        if self.max_pattern_size and self.min_count < 2:
+            raise RequestError("repetition_detection: min_count must be at least 2.", param="repetition_detection")
+
+    @classmethod
+    def from_request(cls, value: Self | Mapping[str, Any] | None) -> Self | None:
+        """vLLM's request field, or what was made of one already; None says nothing. Unknown keys are refused."""
+        if value is None or isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise RequestError(f"repetition_detection must be an object, got {value!r}.", param="repetition_detection")
+        for name in value:
+            if name not in ("max_pattern_size", "min_pattern_size", "min_count"):
+                raise RequestError(f"repetition_detection: {name!r} is not known.", param="repetition_detection")
+        return cls(**value)
+
+
+THOUGHT_REPETITION = RepetitionDetection(max_pattern_size=256, min_pattern_size=16, min_count=8)
+"""In force inside thoughts where a request says nothing: at least 128 tokens that repeat exactly, eight times over.
+Shorter patterns repeat at their multiples too, so one token 128 times is found as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """Everything that constrains one request's output. None: nothing asked for."""
+
+    structured: StructuredOutput | None = None
+    thinking: ThinkingBudget | None = None
+    repetition: RepetitionDetection | None = None
+
+    @classmethod
+    def from_request(
+        cls,
+        *,
+        structured_outputs: StructuredOutput | Mapping[str, Any] | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+        thinking_token_budget: int | None = None,
+        repetition_detection: RepetitionDetection | Mapping[str, Any] | None = None,
+    ) -> Self | None:
+        """From request fields as they come; None if nothing is constrained. Raises RequestError."""
+        formats = [
+            None if structured_outputs is None else StructuredOutput.from_structured_outputs(structured_outputs),
+            StructuredOutput.from_response_format(response_format),
+        ]
+        calls = ToolCalls.from_request(tools, tool_choice, parallel_tool_calls)
+        found = [one for one in formats if one is not None]
+        if calls is not None:
+            found.append(StructuredOutput(tool_calls=calls))
+        if len(found) > 1:
+            raise RequestError(
+                "structured_outputs, response_format and a demanded tool call exclude each other: give one.",
+                param="structured_outputs",
+            )
+        made = cls(
+            found[0] if found else None,
+            ThinkingBudget.from_request(thinking_token_budget),
+            RepetitionDetection.from_request(repetition_detection),
+        )
+        return None if made == cls() else made
+
+
+class TokenGuide(Protocol):
+    """Constrains one completion, token by token. Used between and inside steps by the engine's thread only."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next token cannot be chosen before the last one's value is known."""
+
+    @property
+    def forced_token(self) -> int | None:
+        """The token that comes next whatever the model says."""
+
+    def fill_bitmask(self, words: NDArray[np.int32]) -> bool:
+        """Set the bits of tokens that may come next in ``words`` [ceil(V / 32)]; False if any may. Repeatable."""
+
+    def advance(self, token_id: int) -> str | None:
+        """Take a token that was chosen. Gives why the completion is over: ``COMPLETE``, a stop reason, or None."""
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the completion is inside a thought."""
+
+    def set_default_budget(self, budget: int | None, *, in_flight: bool) -> None:
+        """The thinking budget of requests that did not ask for one; those that did keep theirs."""
+
+    def finish_thinking(self, in_flight: bool) -> None:
+        """End a thought as soon as possible; ``in_flight``: a token is sampled whose value is not known yet."""
+
+    @property
+    def thinking_cut(self) -> ThinkingCut | None:
+        """Why the thought was ended from outside, if it was."""
+
+    @property
+    def error(self) -> str | None:
+        """What broke the constraint, in one line."""
+
+
+MakeGuide = Callable[[], TokenGuide]
+"""A fresh guide at the output's beginning: each of ``n`` completions has its own."""
+
+
+def parse_json_text(text: str, what: str) -> Any:
+    """JSON from a request's text. Raises RequestError naming ``what``."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RequestError(f"{what} is not valid JSON: {error}.", param="structured_outputs") from None

@@ -1,0 +1,1 @@
+"""The device: its limits, its free memory, its BLAS."""

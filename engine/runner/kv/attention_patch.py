@@ -1,0 +1,98 @@
+"""The one place where our attention enters mlx-lm's unmodified models.
+
+Every model module imports ``scaled_dot_product_attention`` by name; while an engine is loaded that
+name leads here. Calls with any other cache pass through untouched, and the last engine to close
+puts the original back.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import base
+
+from engine.runner.kv.paged_cache import PagedLayerCache, owner
+
+_NAME = "scaled_dot_product_attention"
+_original: Callable[..., mx.array] = base.scaled_dot_product_attention
+_users: dict[str, int] = {}
+
+
+def _attend(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: mx.array | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    cache = owner(keys) if cache is None else cache
+    if isinstance(cache, PagedLayerCache) and cache.flat:
+        return cache.attend(queries, scale, sinks)
+    return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+
+
+def install(model: nn.Module) -> tuple[str, ...]:
+    """Wrap the name in every module that the model's layers come from; gives the modules for :func:`remove`."""
+    modules = sorted({type(layer).__module__ for _, layer in model.named_modules()})
+    # A module that came with the model itself is not among the imported ones: its attention stays its own.
+    wrapped = tuple(name for name in modules if getattr(sys.modules.get(name), _NAME, None) in (_original, _attend))
+    for name in wrapped:
+        setattr(sys.modules[name], _NAME, _attend)
+        _users[name] = _users.get(name, 0) + 1
+    return wrapped
+
+
+def remove(modules: tuple[str, ...]) -> None:
+    """Undo one :func:`install`."""
+    for name in modules:
+        _users[name] -= 1
+        if not _users[name]:
+            del _users[name]
+            setattr(sys.modules[name], _NAME, _original)
+
+
+class RowSelector:
+    """Keeps only wanted rows between a model's trunk and its head.
+
+    The head (vocabulary-sized) costs more than several layers, and only rows that sample need it.
+    ``pick`` maps the trunk's output to the rows wanted; None keeps all.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.pick: Callable[[mx.array], mx.array] | None = None
+        self._trunk = _trunk(model)
+        self._kind = type(self._trunk)
+        if self._trunk is not None:
+            _select_after(self._trunk, self)
+
+    def apply(self, hidden: mx.array) -> mx.array:
+        """The wanted rows of the trunk's output."""
+        return hidden if self.pick is None else self.pick(hidden)
+
+    def remove(self) -> None:
+        """Leave the trunk as it was."""
+        if self._trunk is not None:
+            self._trunk.__class__ = self._kind
+
+
+def _trunk(model: nn.Module) -> nn.Module | None:
+    while isinstance(inner := getattr(model, "language_model", None), nn.Module):
+        model = inner
+    for name in ("model", "transformer", "backbone"):
+        trunk = getattr(model, name, None)
+        if isinstance(trunk, nn.Module):
+            return trunk
+    return None
+
+
+def _select_after(trunk: nn.Module, selector: RowSelector) -> None:
+    kind = type(trunk)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
+        return selector.apply(kind.__call__(self, *args, **kwargs))
+
+    trunk.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})

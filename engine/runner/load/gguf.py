@@ -1,0 +1,164 @@
+"""Weights of a GGUF file as an mlx-lm model, exact against the file.
+
+Blocks of 32 with one scale (Q4_0, Q4_1, Q8_0) are MLX's affine quantization with another layout of
+bits, so they can stay packed; all other kinds are dequantized. Nothing is ever quantized anew.
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGMLQuantizationType as Type
+
+from engine.errors import ModelLoadError
+from engine.models.gguf_file import GGUFFile
+
+GROUP_SIZE = 32
+PACKED_BITS = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q8_0: 8}
+"""Kinds that MLX can compute on as they are, with their bits."""
+_COMMON = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GEMMA3 = {
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+Report = Callable[[int], None]
+"""Called with the bytes of the file that have been read so far."""
+
+
+def load_gguf(
+    file: GGUFFile, config: dict[str, Any], *, dtype: mx.Dtype, keep_packed: bool, report: Report
+) -> nn.Module:
+    """The model of ``file`` with its weights evaluated, tensor by tensor: about one copy in memory.
+
+    ``keep_packed`` leaves Q4_0, Q4_1 and Q8_0 as they are, with scales of ``dtype``.
+    """
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(config))
+    weights: dict[str, mx.array] = {}
+    packed: dict[str, dict[str, int]] = {}
+    done = 0
+    for name, info in file.tensors.items():
+        if name != _ROPE_FACTORS:
+            path, leaf = _module_path(name, file)
+            if keep_packed and info.type in PACKED_BITS and leaf == "weight":
+                packed[path] = {"group_size": GROUP_SIZE, "bits": PACKED_BITS[info.type]}
+                weights.update({f"{path}.{part}": value for part, value in _packed(file, name, config, dtype)})
+            else:
+                weights[f"{path}.{leaf}"] = _dequantized(file, name, config, dtype)
+        done += info.num_bytes
+        report(done)
+    weights = model.sanitize(weights) if hasattr(model, "sanitize") else weights
+    nn.quantize(model, class_predicate=lambda path, _: packed.get(path, False))
+    model.eval()
+    _assign(model, weights, file)
+    if _ROPE_FACTORS in file.tensors:
+        _set_rope_factors(model, file, config)
+    return model
+
+
+def _assign(model: nn.Module, weights: dict[str, mx.array], file: GGUFFile) -> None:
+    try:
+        model.load_weights(list(weights.items()), strict=True)
+    except ValueError as error:
+        raise ModelLoadError(f"{file.path.name}: {' '.join(str(error).split())[:200]}; fetch the file again") from None
+
+
+def _module_path(name: str, file: GGUFFile) -> tuple[str, str]:
+    """mlx-lm's module path and parameter (``weight``, ``bias``) of a tensor."""
+    table = {**_COMMON, **(_GEMMA3 if file.architecture == "gemma3" else {})}
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if match is None or match[2] not in table:
+        raise ModelLoadError(f"{file.path.name}: tensor {name} is not known for architecture {file.architecture}")
+    layer = f"model.layers.{match[1]}." if match[1] is not None else ""
+    return layer + table[match[2]], match[3]
+
+
+def _dequantized(file: GGUFFile, name: str, config: dict[str, Any], dtype: mx.Dtype) -> mx.array:
+    """A tensor's exact values, in MLX's row order, as ``dtype``."""
+    values = _rows_for_half_split_rope(file.values(name), name, file, config)
+    if file.architecture == "gemma3" and name.endswith("norm.weight"):
+        values = values - np.float32(1.0)  # GGUF stores 1 + w, the model keeps w
+    array = mx.array(values).astype(dtype)
+    mx.eval(array)
+    return array
+
+
+def _packed(file: GGUFFile, name: str, config: dict[str, Any], dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+    """A tensor's blocks bit for bit as MLX's affine weight, scales and biases."""
+    rows = _rows_for_half_split_rope(file.blocks(name), name, file, config)
+    weight, scales, biases = repack(np.asarray(rows), file.tensors[name].type)
+    arrays = {"weight": mx.array(weight), "scales": mx.array(scales), "biases": mx.array(biases)}
+    for part in ("scales", "biases"):
+        arrays[part] = arrays[part].astype(dtype)
+    mx.eval(arrays)
+    yield from arrays.items()
+
+
+def repack(
+    rows: npt.NDArray[np.uint8], kind: Type
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """GGUF blocks ``[rows, bytes]`` as MLX's ``weight`` (uint32), ``scales`` and ``biases`` (float32, exact).
+
+    A value is ``scale * q + bias`` in MLX; in GGUF ``d * (q - 8)`` (Q4_0), ``d * q + m`` (Q4_1) and
+    ``d * q`` with signed q (Q8_0).
+    """
+    header = 4 if kind == Type.Q4_1 else 2
+    blocks = rows.reshape(rows.shape[0], -1, header + GROUP_SIZE * PACKED_BITS[kind] // 8)
+    scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
+    data = blocks[..., header:]
+    if kind == Type.Q8_0:
+        quants = data ^ np.uint8(128)  # two's complement to offset 128
+        biases = scales * np.float32(-128)
+    else:
+        # A GGUF byte holds values j and j + 16, an MLX byte 2j and 2j + 1.
+        values = np.concatenate([data & 15, data >> 4], axis=-1)
+        quants = values[..., 0::2] | (values[..., 1::2] << 4)
+        minimum = np.ascontiguousarray(blocks[..., 2:4]).view(np.float16)[..., 0].astype(np.float32)
+        biases = minimum if kind == Type.Q4_1 else scales * np.float32(-8)
+    weight = np.ascontiguousarray(quants.reshape(rows.shape[0], -1)).view(np.uint32)
+    return weight, scales, biases
+
+
+def _rows_for_half_split_rope(
+    rows: npt.NDArray[Any], name: str, file: GGUFFile, config: dict[str, Any]
+) -> npt.NDArray[Any]:
+    """Undo llama.cpp's order of query and key rows (pairs side by side): the model rotates half against half."""
+    part = name.split(".")[-2]
+    if file.architecture != "llama" or part not in ("attn_q", "attn_k"):
+        return rows
+    heads = config["num_attention_heads"] if part == "attn_q" else config["num_key_value_heads"]
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _set_rope_factors(model: nn.Module, file: GGUFFile, config: dict[str, Any]) -> None:
+    """Put the file's own frequency factors (Llama 3.1's scaling) in place of recomputed ones."""
+    factors = mx.array(file.values(_ROPE_FACTORS))
+    dims = config["head_dim"]
+    frequencies = config["rope_theta"] ** (mx.arange(0, dims, 2) / dims) * factors
+    mx.eval(frequencies)
+    for layer in model.layers:
+        layer.self_attn.rope._freqs = frequencies

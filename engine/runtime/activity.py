@@ -1,0 +1,120 @@
+"""What the engine is doing, as values to look at: requests under way, blocks by holder, speed over time."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.params.sampling_params import SamplingParams
+
+FREE, CACHED, SHARED = -1, -2, -3
+"""Owners of a block that is not one request's own (see :class:`BlockMap`)."""
+THROUGHPUT_SECONDS = 300
+"""How far back :class:`Throughput` remembers."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestActivity:
+    """A request under way. Counts are sums over its completions; times are seconds.
+
+    ``state`` is ``running``, ``waiting`` or ``preempted``. ``num_cached_tokens`` is the prompt's part
+    found in the prefix cache, None before the request was scheduled. ``tokens_per_second`` counts from
+    the first token on. ``params`` are the values in force now.
+    """
+
+    request_id: str
+    state: str
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    num_cached_tokens: int | None
+    num_output_tokens: int
+    tokens_per_second: float | None
+    time_to_first_token: float | None
+    age: float
+    thinking: bool
+    params: SamplingParams
+
+    @property
+    def cached_share(self) -> float | None:
+        """Share of the prompt found in the prefix cache, 0 to 1."""
+        return None if self.num_cached_tokens is None else self.num_cached_tokens / self.num_prompt_tokens
+
+    @property
+    def prompt_share(self) -> float:
+        """Share of the prompt that is computed, 0 to 1."""
+        return min(1.0, self.num_computed_tokens / self.num_prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Tokens of the second that began at ``second`` of the engine's clock (``time.monotonic``)."""
+
+    second: int
+    prompt_tokens: int
+    generation_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """A look at the engine between two steps. ``prefix_*`` count since loading.
+
+    ``rates`` has an entry per second with tokens, oldest first; ``second`` is the clock's now.
+    """
+
+    requests: tuple[RequestActivity, ...]
+    num_blocks: int
+    num_used_blocks: int
+    num_cached_blocks: int
+    kv_cache_usage: float
+    prefix_queries: int
+    prefix_hits: int
+    num_preemptions: int
+    rates: tuple[Rate, ...]
+    second: int
+
+    @property
+    def num_running(self) -> int:
+        """Requests that the scheduler runs."""
+        return sum(request.state == "running" for request in self.requests)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, preempted ones included."""
+        return len(self.requests) - self.num_running
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockMap:
+    """Who holds which KV block: ``owners[i]`` is :data:`FREE`, :data:`CACHED`, :data:`SHARED` (several requests hold
+    it) or an index in ``request_ids``."""
+
+    num_blocks: int
+    block_size: int
+    owners: NDArray[np.int32]
+    request_ids: tuple[str, ...]
+
+
+class Throughput:
+    """Tokens per second of the last :data:`THROUGHPUT_SECONDS`. One thread adds; a token costs nothing extra."""
+
+    def __init__(self) -> None:
+        self._rates: deque[Rate] = deque()
+
+    def add(self, now: float, prompt_tokens: int, generation_tokens: int) -> None:
+        """Count a step's tokens; ``now`` is its end (``time.monotonic``)."""
+        if not prompt_tokens and not generation_tokens:
+            return
+        second = int(now)
+        if self._rates and self._rates[-1].second == second:
+            last = self._rates.pop()
+            prompt_tokens += last.prompt_tokens
+            generation_tokens += last.generation_tokens
+        self._rates.append(Rate(second, prompt_tokens, generation_tokens))
+        while self._rates[0].second <= second - THROUGHPUT_SECONDS:
+            self._rates.popleft()
+
+    def recent(self, now: float) -> tuple[Rate, ...]:
+        """The seconds with tokens, oldest first."""
+        oldest = int(now) - THROUGHPUT_SECONDS
+        return tuple(rate for rate in self._rates if rate.second > oldest)

@@ -1,0 +1,162 @@
+"""From a resolved model to an engine that is ready: load, check, measure, plan. Runs on the engine's thread."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.core.block_pool import BlockPool
+from engine.core.cache_groups import FullAttentionGroup, KVCacheGroup, SlidingWindowGroup
+from engine.core.kv_cache_manager import KVCacheManager
+from engine.core.scheduler import Scheduler
+from engine.core.state_group import StateGroup
+from engine.memory.cache_spec import KVGroupSpec
+from engine.memory.overhead import Overhead
+from engine.memory.planner import MemoryPlan, pages_note, plan_memory
+from engine.memory.step_cost import Preflight
+from engine.models.resolve import ResolvedModel
+from engine.params.engine_args import EngineArgs, ModelConfig
+from engine.runner.backends import Backend
+from engine.runner.device.devices import Device, clear_cache, describe_device
+from engine.runner.device.free_memory import FreeMemory
+from engine.runner.kv.kv_spec import contiguous_groups, group_spec, num_logits, shared_layers
+from engine.runner.load.loader import LoadedModel, load_model
+from engine.runner.model_runner import ModelRunner
+from engine.runner.paged_backend import PagedBackend
+from engine.runner.warm_up import choose_backend, measure_overhead
+from engine.runtime.llm_engine import LLMEngine
+from engine.runtime.metrics import EngineMetrics
+from engine.text.tokens.detokenizer import Detokenizer
+from engine.text.tokens.tokenizer import Tokenizer
+
+logger = logging.getLogger("engine")
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine, what it was built from, and lines for the user."""
+
+    engine: LLMEngine
+    config: ModelConfig
+    plan: MemoryPlan
+    notes: list[str]
+
+
+def build_engine(
+    resolved: ResolvedModel,
+    args: EngineArgs,
+    tokenizer: Tokenizer,
+    metrics: EngineMetrics,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> BuiltEngine:
+    """Load ``resolved`` and plan its memory; on failure everything is given back."""
+    device = describe_device()
+    loaded = load_model(resolved, args, progress)
+    if progress is not None:
+        progress("warm-up", 0, 0)
+    vocab_size = num_logits(loaded.model)
+    backend, note = choose_backend(
+        loaded.model,
+        paged=args.use_paged_attention,
+        block_size=args.block_size,
+        kv_cache_dtype=args.kv_cache_dtype,
+        device=device.kind,
+        vocab_size=vocab_size,
+    )
+    try:
+        plan, overhead = _plan(loaded, backend, args, device, vocab_size)
+    except BaseException:
+        backend.close()
+        raise
+    engine = _assemble(backend, plan, overhead, args, device, tokenizer, metrics, vocab_size)
+    metrics.set_cache_config(
+        block_size=plan.block_size,
+        num_gpu_blocks=plan.num_blocks,
+        gpu_memory_utilization=plan.fraction,
+        enable_prefix_caching=args.enable_prefix_caching and backend.paged,
+        cache_dtype=args.kv_cache_dtype,
+    )
+    notes = [*loaded.notes, *(line for line in (note, pages_note(plan.groups, args.kv_cache_dtype)) if line)]
+    for line in notes:
+        logger.info("%s", line)
+    logger.info("Paged attention memory breakdown: %s", plan.log_line())
+    return BuiltEngine(engine, loaded.config, plan, notes)
+
+
+def _plan(
+    loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Device, vocab_size: int
+) -> tuple[MemoryPlan, Overhead]:
+    context = loaded.config.context_length
+    batched_tokens = args.batched_tokens(device.chunk_size)
+    overhead = measure_overhead(backend, vocab_size)
+    if isinstance(backend, PagedBackend):
+        backend.release()
+    clear_cache()
+    plan = plan_memory(
+        groups=_groups(backend, loaded, args, min(batched_tokens, context)),
+        device_limit=device.memory_limit,
+        fraction=args.memory_fraction,
+        model_memory=loaded.num_bytes,
+        overhead=overhead,
+        block_size=args.block_size,
+        context_length=context,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=batched_tokens,
+        kv_cache_dtype=args.kv_cache_dtype,
+        knob=args.memory_knob,
+        prefix_caching=args.enable_prefix_caching,
+        shared_layers=shared_layers(loaded.model),
+    )
+    return plan, overhead
+
+
+def _groups(backend: Backend, loaded: LoadedModel, args: EngineArgs, chunk: int) -> list[KVGroupSpec]:
+    if isinstance(backend, PagedBackend):
+        return [group_spec(leaves, args.block_size, chunk, args.kv_cache_dtype) for leaves in backend.groups]
+    return contiguous_groups(loaded.model, args.block_size, chunk)
+
+
+def _cache_group(spec: KVGroupSpec, plan: MemoryPlan, *, caching: bool) -> KVCacheGroup:
+    """The bookkeeping of one planned group."""
+    pool = BlockPool(plan.num_blocks_of(spec), enable_caching=caching)
+    if spec.kind == "state":
+        return StateGroup(pool, spec.block_size)
+    if spec.window is not None:
+        return SlidingWindowGroup(pool, spec.block_size, spec.window)
+    return FullAttentionGroup(pool, spec.block_size)
+
+
+def _assemble(
+    backend: Backend,
+    plan: MemoryPlan,
+    overhead: Overhead,
+    args: EngineArgs,
+    device: Device,
+    tokenizer: Tokenizer,
+    metrics: EngineMetrics,
+    vocab_size: int,
+) -> LLMEngine:
+    caching = args.enable_prefix_caching and backend.paged
+    kv = KVCacheManager([_cache_group(spec, plan, caching=caching) for spec in plan.groups])
+    free = FreeMemory(device)
+    if isinstance(backend, PagedBackend):
+        backend.free_memory = free
+    per_token = sum(group.bytes_per_token for group in plan.groups if group.kind != "shared")
+    preflight = Preflight(overhead, per_token, free)
+    scheduler = Scheduler(
+        kv,
+        memory=preflight,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=args.batched_tokens(device.chunk_size),
+    )
+    runner = ModelRunner(backend, vocab_size, max_blocks=[group.pool.num_blocks for group in kv.groups])
+    return LLMEngine(
+        scheduler,
+        runner,
+        lambda prompt, params: Detokenizer(tokenizer, prompt, params),
+        tokenizer.token_text,
+        metrics,
+        submit_first=device.kind != "cpu",
+        preflight=preflight,
+        max_model_len=plan.max_model_len,
+    )

@@ -1,0 +1,247 @@
+"""The one thread that owns MLX: it loads, steps and frees; everybody else talks to it through a queue."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from engine.core.request import NewRequest
+from engine.errors import EngineClosedError, GenerationError, OutOfMemoryError, VMMagicError
+from engine.models.resolve import ResolvedModel
+from engine.params.engine_args import EngineArgs
+from engine.runner.device.devices import is_out_of_memory, mlx_thread
+from engine.runtime.builder import BuiltEngine, build_engine
+from engine.runtime.llm_engine import MEMORY_HELP, LLMEngine
+from engine.runtime.metrics import EngineMetrics
+from engine.runtime.stats_log import StatsLog
+from engine.runtime.stream import RequestStream
+from engine.text.tokens.tokenizer import Tokenizer
+
+T = TypeVar("T")
+_Command = Callable[[LLMEngine], None]
+_POLL = 0.1
+_STUCK = 0.05
+"""Seconds between looks for memory while there is none."""
+logger = logging.getLogger("engine")
+
+
+class EngineThread:
+    """Runs an engine on its own daemon thread. Never prints and never touches widgets.
+
+    ``build`` runs on that thread; what it raises comes out of :meth:`start`.
+    """
+
+    def __init__(self, build: Callable[[], BuiltEngine], name: str = "vm-engine") -> None:
+        self._build: Callable[[], BuiltEngine] | None = build
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._built: Future[BuiltEngine] = Future()
+        self._streams: dict[str, RequestStream] = {}
+        self._lock = threading.Lock()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> BuiltEngine:
+        """Start the thread and wait for the engine; KeyboardInterrupt passes through to the caller."""
+        self._thread.start()
+        while True:
+            try:
+                return self._built.result(timeout=_POLL)
+            except TimeoutError:
+                if self._built.done():
+                    raise
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are still served."""
+        return self._thread.is_alive() and not self._closing
+
+    def submit(self, request: NewRequest, stream: RequestStream) -> None:
+        """Hand a request over; its news come through ``stream``."""
+        with self._lock:
+            self._check_open()
+            self._streams[request.request_id] = stream
+        self._about(request.request_id, "queued", lambda engine: engine.add_request(request, stream))
+
+    def abort(self, request_id: str) -> None:
+        """End a request soon. Safe for ids that are unknown or over."""
+        self._about(request_id, "aborted", lambda engine: engine.abort_request(request_id))
+
+    def finish_thinking(self, request_id: str) -> None:
+        """End a request's thought soon. Safe for ids that are unknown or over."""
+        self._about(request_id, "told to answer", lambda engine: engine.finish_thinking(request_id))
+
+    def call(self, function: Callable[[LLMEngine], T]) -> T:
+        """Run ``function`` between two steps and give its result."""
+        future: Future[T] = Future()
+
+        def command(engine: LLMEngine) -> None:
+            try:
+                future.set_result(function(engine))
+            except Exception as error:  # noqa: BLE001  (the caller gets it)
+                future.set_exception(error)
+
+        self._check_open()
+        self._commands.put(command)
+        while True:
+            try:
+                return future.result(timeout=_POLL)
+            except TimeoutError:
+                if future.done():
+                    raise
+                self._check_open()
+
+    def post(self, command: _Command) -> None:
+        """Run ``command`` soon, between two steps; nothing happens once the engine is closed."""
+        if self.alive:
+            self._commands.put(command)
+
+    def close(self) -> None:
+        """End all requests, free the engine on its own thread and wait for that. Safe to repeat."""
+        with self._lock:
+            self._closing = True
+        self._commands.put(None)
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _about(self, request_id: str, what: str, command: _Command) -> None:
+        """Queue a command that concerns one request, which alone fails if the command does."""
+
+        def guarded(engine: LLMEngine) -> None:
+            try:
+                command(engine)
+            except Exception as error:  # noqa: BLE001  (the request ends here, and its stream is told)
+                engine.fail_request(request_id, _failure(f"the request could not be {what}", error))
+
+        self._commands.put(guarded)
+
+    def _check_open(self) -> None:
+        if self._closing or self._failure is not None or not self._thread.is_alive():
+            raise self._closed_error()
+
+    def _closed_error(self) -> EngineClosedError:
+        if self._failure is None:
+            return EngineClosedError("the engine was closed; load a model again")
+        error = EngineClosedError(f"the engine failed ({_one_line(self._failure)}); load the model again")
+        error.__cause__ = self._failure
+        return error
+
+    def _run(self) -> None:
+        with mlx_thread():
+            self._live()
+
+    def _live(self) -> None:
+        """Make the engine, serve until it is closed, free it."""
+        engine = self._make()
+        if engine is None:
+            return
+        try:
+            self._serve(engine)
+        except BaseException as error:  # noqa: BLE001  (the thread ends here, and everyone waiting is told)
+            self._failure = error
+            logger.error("the engine thread failed: %s", _one_line(error))
+        finally:
+            with self._lock:
+                self._closing = True
+            self._end_streams()
+            engine.close()
+
+    def _make(self) -> LLMEngine | None:
+        assert self._build is not None, "an engine thread runs once"
+        try:
+            built = self._build()
+        except BaseException as error:  # noqa: BLE001  (start() raises it)
+            error.__traceback__ = None  # its frames hold the weights
+            self._built.set_exception(error)
+            return None
+        finally:
+            self._build = None
+        self._built.set_result(built)
+        self._built = Future()  # a future would keep the engine alive
+        return built.engine
+
+    def _serve(self, engine: LLMEngine) -> None:
+        log = StatsLog(engine.stats)
+        idle = True
+        while self._take_commands(engine):
+            if not engine.has_work:
+                idle = True
+                continue
+            if idle:
+                log.resume()
+            idle = False
+            try:
+                engine.step()
+                log.tick(idle=not engine.has_work)
+            except Exception as error:  # noqa: BLE001  (a failing step: its requests are told, the engine goes on)
+                engine.fail_step(_failure("the model failed", error))
+            self._forget_finished()
+
+    def _take_commands(self, engine: LLMEngine) -> bool:
+        """Run what others asked for; waits while there is no work. False: close."""
+        block, timeout = not engine.has_work or engine.stuck, _STUCK if engine.stuck else None
+        while True:
+            try:
+                command = self._commands.get(block=block, timeout=timeout)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command(engine)
+            block = False
+
+    def _forget_finished(self) -> None:
+        with self._lock:
+            for request_id in [name for name, stream in self._streams.items() if stream.finished]:
+                del self._streams[request_id]
+
+    def _end_streams(self) -> None:
+        with self._lock:
+            streams, self._streams = list(self._streams.values()), {}
+        for stream in streams:
+            stream.end(self._closed_error())
+
+
+def start_engine(
+    resolved: ResolvedModel,
+    args: EngineArgs,
+    tokenizer: Tokenizer,
+    metrics: EngineMetrics,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[EngineThread, BuiltEngine]:
+    """Load a model on a thread of its own and wait for it; what is raised meanwhile, an interrupt too, ends both."""
+    cancelled = threading.Event()
+
+    def report(stage: str, done: int, total: int) -> None:
+        if cancelled.is_set():
+            raise KeyboardInterrupt
+        if progress is not None:
+            progress(stage, done, total)
+
+    thread = EngineThread(lambda: build_engine(resolved, args, tokenizer, metrics, report))
+    try:
+        return thread, thread.start()
+    except BaseException:
+        cancelled.set()
+        thread.close()
+        raise
+
+
+def _failure(what: str, error: Exception) -> VMMagicError:
+    """What those who wait are told, also in the log; errors meant for users stay as they are."""
+    logger.error("%s: %s", what, _one_line(error))
+    if isinstance(error, VMMagicError):
+        return error
+    if is_out_of_memory(error):
+        failure: VMMagicError = OutOfMemoryError(f"out of memory in this step ({_one_line(error)}); {MEMORY_HELP}")
+    else:
+        failure = GenerationError(f"{what}: {_one_line(error)}; the engine goes on without this request")
+    failure.__cause__ = error.with_traceback(None)  # its frames hold the weights
+    return failure
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:200] if isinstance(error, VMMagicError) else f"{type(error).__name__}: {text}"[:200]

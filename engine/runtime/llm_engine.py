@@ -1,0 +1,451 @@
+"""The engine: single-threaded and deterministic. Read :meth:`LLMEngine.step` first."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from engine.core.request import NewRequest, Request, RequestStatus, check_length
+from engine.core.scheduler import Scheduler
+from engine.core.step import ScheduledRequest
+from engine.errors import GenerationError, OutOfMemoryError, VMMagicError
+from engine.memory.step_cost import Preflight
+from engine.outputs import THINKING_CUTS, CompletionDelta, LogprobsAtPosition
+from engine.params.live_sampling import LiveValues
+from engine.params.sampling_params import SamplingParams
+from engine.runner.model_runner import InFlightStep, ModelRunner, PromptLogprobs, SampledToken, StepResult
+from engine.runtime.activity import Throughput
+from engine.runtime.metrics import EngineMetrics
+from engine.runtime.stream import RequestStream
+from engine.text.tokens.detokenizer import Detokenizer
+
+logger = logging.getLogger("engine")
+PATIENCE = 5.0
+"""Seconds that a request waits for memory while nothing else runs; then it ends with an error."""
+MEMORY_HELP = "free memory on this device, lower max_num_seqs, or load a smaller model"
+MakeDetokenizer = Callable[[list[int], SamplingParams], Detokenizer]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A look at the engine between two steps. ``prefix_*`` and the last three count since loading."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_free_blocks: int = 0
+    kv_cache_usage: float = 0.0
+    prefix_queries: int = 0
+    """Tokens of all prompts."""
+    prefix_hits: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    """Computed here, not found in the prefix cache."""
+    generation_tokens: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Completion:
+    """One of a request's completions, with its text under way."""
+
+    request: Request
+    detokenizer: Detokenizer
+
+
+@dataclass(eq=False, slots=True)
+class _Group:
+    """A request with its ``n`` completions and the stream that its news go to."""
+
+    stream: RequestStream
+    completions: list[_Completion] = field(default_factory=list)
+    prompt_logprobs: list[LogprobsAtPosition | None] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.request.finished for completion in self.completions)
+
+
+class LLMEngine:
+    """Requests in, deltas out to their streams. ``submit_first`` says how steps overlap.
+
+    On a GPU the next step is submitted before the last one's tokens are read. On a CPU, where MLX
+    computes in the submitting thread's time, the next step is built, the last one read, and only
+    then the next one submitted: the reader has its token a step sooner, and a step that nobody
+    needs any more is never computed.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        make_detokenizer: MakeDetokenizer,
+        token_text: Callable[[int], str],
+        metrics: EngineMetrics,
+        *,
+        submit_first: bool,
+        preflight: Preflight,
+        max_model_len: int,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self._make_detokenizer = make_detokenizer
+        self._token_text = token_text
+        self._metrics = metrics
+        self._submit_first = submit_first
+        self.preflight = preflight
+        self.patience = PATIENCE
+        self.max_model_len = max_model_len
+        self._groups: dict[str, _Group] = {}
+        self._group_of: dict[Request, tuple[_Group, _Completion]] = {}
+        self._in_flight: InFlightStep | None = None
+        self._suspects: Sequence[ScheduledRequest] = ()
+        self._stuck_since: float | None = None
+        self._counts = EngineStats()
+        self._live: LiveValues | None = None
+        self.throughput = Throughput()
+        self._step_prompt_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether :meth:`step` has anything to do."""
+        return self.scheduler.has_work or self._in_flight is not None
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the last :meth:`step` found memory for nothing."""
+        return self._stuck_since is not None and self.has_work
+
+    def step(self) -> None:
+        """Schedule a step, run it, and hand out what the step before it sampled. See :meth:`fail_step`."""
+        self._suspects = ()
+        scheduled = self.scheduler.schedule()
+        self._suspects, following = scheduled.scheduled, None
+        if scheduled.scheduled:
+            following = self.runner.execute(scheduled)
+        at_once = self._submit_first or self._in_flight is None
+        if following is not None and at_once:
+            following.submit()
+        self._end_starved(waits=following is None and self._in_flight is None)
+        self.drain()
+        self._suspects = scheduled.scheduled
+        self._in_flight = following if at_once else self._submit_if_wanted(following)
+        self._observe_state(len(scheduled.preempted))
+
+    def add_request(self, new: NewRequest, stream: RequestStream) -> None:
+        """Queue a request; its ``n`` completions share the blocks of the prompt.
+
+        Raises ContextLengthError where ``max_model_len`` became shorter than what the request was made for.
+        """
+        group = self._groups[new.request_id] = _Group(stream)
+        check_length(len(new.prompt_token_ids), new.params.max_tokens, self.max_model_len)
+        first: Request | None = None
+        for index in range(new.params.n):
+            request = self._completion_request(new, index, stream.metrics.arrival_time)
+            completion = _Completion(request, self._make_detokenizer(new.prompt_token_ids, new.params))
+            group.completions.append(completion)
+            self._group_of[request] = (group, completion)
+            self._follow(group, request)
+            self.scheduler.add(request, fork_of=first if self.runner.backend.paged else None)
+            first = first or request
+        stream.metrics = group.completions[0].request.metrics
+
+    def abort_request(self, request_id: str) -> None:
+        """End a request now: blocks free at once, last deltas say ``abort``. Unknown ids are over already."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return
+        logger.info("Aborted request %s.", request_id)
+        for completion in group.completions:
+            if not completion.request.finished:
+                self._finish(group, completion, RequestStatus.FINISHED_ABORTED)
+
+    def finish_thinking(self, request_id: str) -> None:
+        """End the thoughts of a request's completions; their answers follow. Unknown ids are over already."""
+        group = self._groups.get(request_id)
+        for completion in group.completions if group is not None else []:
+            request = completion.request
+            if request.guide is not None and not request.finished:
+                request.guide.finish_thinking(in_flight=request.num_pending > 0)
+
+    def finish_all_thinking(self) -> None:
+        """:meth:`finish_thinking` for every request under way."""
+        for request_id in list(self._groups):
+            self.finish_thinking(request_id)
+
+    def follow(self, live: LiveValues) -> None:
+        """Give requests under way, and those that come, the live value of whatever they did not set themselves."""
+        self._live = live
+        for group in self._groups.values():
+            for completion in group.completions:
+                if not completion.request.finished:
+                    self._follow(group, completion.request)
+
+    def requests(self) -> list[list[Request]]:
+        """The completions of every request under way, in order of arrival."""
+        return [[completion.request for completion in group.completions] for group in self._groups.values()]
+
+    def fail_request(self, request_id: str, error: VMMagicError) -> None:
+        """End one request with an error. Unknown ids are over already."""
+        group = self._groups.get(request_id)
+        if group is not None:
+            self._fail(group, error)
+
+    def fail_all(self, error: VMMagicError) -> None:
+        """Tell everyone that waits, and start again from empty pages."""
+        self._in_flight = None
+        for group in list(self._groups.values()):
+            self._fail(group, error)
+        self.scheduler.kv.reset_prefix_cache()
+        self.runner.recover()
+
+    def drain(self) -> None:
+        """Hand out the step in flight: then every sampled token is known, and nothing is being computed."""
+        last, self._in_flight = self._in_flight, None
+        if last is not None:
+            self._suspects = last.shares
+            self._hand_out(last.read(self._token_text))
+
+    def fail_step(self, error: VMMagicError) -> None:
+        """After :meth:`step` or :meth:`drain` raised: end the requests of the step that failed, and only those.
+
+        The others compute their tokens again, since the pages are lost.
+        """
+        suspects, last = self._suspects, self._in_flight
+        if not suspects:
+            self.fail_all(error)
+            return
+        failed = {share.request for share in suspects}
+        try:
+            self.drain()  # the step before it may be as good as any
+        except Exception as other:  # noqa: BLE001  (then its requests end as well)
+            logger.error("the step before failed too: %s", other)
+            failed |= {share.request for share in last.shares} if last is not None else set()
+        for group, _ in [self._group_of[request] for request in failed if request in self._group_of]:
+            self._fail(group, error)
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Have running requests compute everything again, from empty pages; what they sampled is kept."""
+        self._in_flight = None
+        for request in list(self.scheduler.running):
+            request.num_pending = 0
+            self.scheduler.preempt(request)
+        self.scheduler.kv.reset_prefix_cache()
+        self.runner.recover()
+
+    def stats(self) -> EngineStats:
+        """A look at the engine now."""
+        pool = self.scheduler.kv.groups[0].pool
+        return replace(
+            self._counts,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks=pool.num_blocks,
+            num_used_blocks=pool.num_held_blocks,
+            num_cached_blocks=pool.num_free_cached,
+            num_free_blocks=pool.num_free_blocks - pool.num_free_cached,
+            kv_cache_usage=self.scheduler.kv.usage,
+            num_preemptions=self.scheduler.num_preemptions,
+        )
+
+    def close(self) -> None:
+        """Give all memory back."""
+        self._in_flight = None
+        self.runner.close()
+
+    def _end_starved(self, *, waits: bool) -> None:
+        """Where ``waits`` for memory is all that the engine does, end the first request that it waits for, in time."""
+        starved = self.scheduler.starved
+        if not waits or not starved:
+            self._stuck_since = None
+            return
+        now = time.monotonic()
+        self._stuck_since = self._stuck_since or now
+        if now - self._stuck_since >= self.patience:
+            self._stuck_since = None
+            request = starved[0]
+            missing = request.num_tokens - request.num_computed_tokens
+            why = self.preflight.shortage(missing, request.num_computed_tokens)
+            self._fail(self._group_of[request][0], OutOfMemoryError(f"{why}; {MEMORY_HELP}"))
+
+    def _submit_if_wanted(self, following: InFlightStep | None) -> InFlightStep | None:
+        """Submit the next step unless all its requests ended meanwhile.
+
+        A chunk of a prompt is computed all the same: its blocks may be found in the prefix cache already.
+        """
+        if following is None:
+            return None
+        moot = all(share.request.finished and share.pending for share in following.shares)
+        if moot and self.runner.discard(following):
+            return None
+        following.submit()
+        return following
+
+    @staticmethod
+    def _completion_request(new: NewRequest, index: int, arrival_time: float) -> Request:
+        return Request(
+            request_id=new.request_id,
+            prompt_token_ids=new.prompt_token_ids,
+            params=new.params,
+            eos_token_ids=new.eos_token_ids,
+            max_tokens=new.max_tokens,
+            priority=new.priority,
+            cache_salt=new.cache_salt,
+            seed=new.seed + index,
+            bad_words_token_ids=new.bad_words_token_ids,
+            index=index,
+            arrival_time=arrival_time,
+            guide=None if new.make_guide is None else new.make_guide(),
+        )
+
+    def _follow(self, group: _Group, request: Request) -> None:
+        live = self._live
+        if live is None:
+            return
+        params = live.params_for(request.params)
+        if params is not request.params:
+            group.stream.params = request.params = params
+            request.max_tokens = live.max_tokens_for(params, request.num_prompt_tokens)
+        if request.guide is not None:
+            group.stream.default_thinking_budget = live.thinking_token_budget
+            request.guide.set_default_budget(live.thinking_token_budget, in_flight=request.num_pending > 0)
+
+    def _hand_out(self, result: StepResult) -> None:
+        for prompt in result.prompt_logprobs:
+            self._hand_out_prompt(prompt)
+        now = time.monotonic()
+        num_tokens = 0
+        for sampled in result.tokens:
+            if not sampled.share.request.finished:
+                num_tokens += 1
+                self._hand_out_token(sampled, now)
+        self._metrics.observe_step(self._step_prompt_tokens, num_tokens)
+        self.throughput.add(now, self._step_prompt_tokens, num_tokens)
+        self._step_prompt_tokens = 0
+        self._counts = replace(self._counts, generation_tokens=self._counts.generation_tokens + num_tokens)
+
+    def _hand_out_prompt(self, prompt: PromptLogprobs) -> None:
+        if prompt.request not in self._group_of or prompt.request.index:
+            return
+        group, _ = self._group_of[prompt.request]
+        known = group.prompt_logprobs or [None]
+        group.prompt_logprobs = [*known[: prompt.first], *prompt.positions]
+
+    def _hand_out_token(self, sampled: SampledToken, now: float) -> None:
+        request = sampled.share.request
+        group, completion = self._group_of[request]
+        if sampled.token_id < 0:
+            self._fail(group, GenerationError(_no_token(request)))
+            return
+        self._time_token(request, now)
+        status = self.scheduler.update(sampled.share, sampled.token_id)
+        guide = request.guide
+        if guide is not None and guide.error is not None:
+            self._fail(group, GenerationError(f"the grammar failed: {guide.error}"))
+            return
+        step = completion.detokenizer.step(
+            [sampled.token_id],
+            finished=status is not None,
+            ends_on_stop_token=status is RequestStatus.FINISHED_STOPPED,
+        )
+        if step.stop_reason is not None:
+            request.stop_reason = step.stop_reason
+            self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
+            status = request.status = RequestStatus.FINISHED_STOPPED
+        self._tell_prompt(group, request)
+        logprobs = None if sampled.logprobs is None else [sampled.logprobs]
+        delta = CompletionDelta(request.index, step.text_delta, [sampled.token_id], logprobs)
+        delta.thinking_cut = None if guide is None else guide.thinking_cut
+        self._deliver(group, completion, delta, status)
+
+    def _time_token(self, request: Request, now: float) -> None:
+        metrics = request.metrics
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+            self._metrics.observe_first_token(now - metrics.arrival_time)
+        elif metrics.last_token_time is not None:
+            self._metrics.observe_inter_token(now - metrics.last_token_time)
+        metrics.last_token_time = now
+
+    def _tell_prompt(self, group: _Group, request: Request) -> None:
+        """What is known of the prompt once its first token is there."""
+        if len(request.output_token_ids) > 1 or request.index:
+            return
+        group.stream.num_cached_tokens = max(0, request.num_cached_tokens)
+        if request.params.prompt_logprobs is not None:
+            group.stream.prompt_logprobs = group.prompt_logprobs or [None]
+        self._count_prompt(request)
+
+    def _finish(self, group: _Group, completion: _Completion, status: RequestStatus) -> None:
+        """End a completion that its tokens did not end, telling its stream."""
+        self.scheduler.finish(completion.request, status)
+        step = completion.detokenizer.step([], finished=True)
+        delta = CompletionDelta(completion.request.index, step.text_delta, [])
+        self._deliver(group, completion, delta, status)
+
+    def _deliver(
+        self, group: _Group, completion: _Completion, delta: CompletionDelta, status: RequestStatus | None
+    ) -> None:
+        request = completion.request
+        if status is not None:
+            delta.finish_reason, delta.stop_reason = status.finish_reason, request.stop_reason
+            _log_cut_thought(request)
+            self.runner.forget(request)
+            del self._group_of[request]
+            self._metrics.observe_finished(
+                request.metrics,
+                request.num_prompt_tokens,
+                len(request.output_token_ids),
+                request.max_tokens,
+                request.params.n,
+                status.finish_reason or "",
+            )
+        group.stream.put(delta)
+        if group.finished:
+            self._close(group, None)
+
+    def _fail(self, group: _Group, error: VMMagicError) -> None:
+        for completion in group.completions:
+            self.scheduler.finish(completion.request, RequestStatus.FINISHED_ERROR)
+        self._close(group, error)
+
+    def _close(self, group: _Group, error: BaseException | None) -> None:
+        self._groups.pop(group.stream.request_id, None)
+        for completion in group.completions:
+            if self._group_of.pop(completion.request, None) is not None:
+                self.runner.forget(completion.request)
+        group.stream.end(error)
+
+    def _count_prompt(self, request: Request) -> None:
+        queries, hits = request.num_prompt_tokens, max(0, request.num_cached_tokens)
+        self._metrics.observe_prefix(queries, hits)
+        self._step_prompt_tokens += queries - hits
+        counts = self._counts
+        self._counts = replace(
+            counts,
+            prefix_queries=counts.prefix_queries + queries,
+            prefix_hits=counts.prefix_hits + hits,
+            prompt_tokens=counts.prompt_tokens + queries - hits,
+        )
+
+    def _observe_state(self, num_preempted: int) -> None:
+        scheduler = self.scheduler
+        self._metrics.set_state(len(scheduler.running), len(scheduler.waiting), scheduler.kv.usage)
+        for _ in range(num_preempted):
+            self._metrics.observe_preemption()
+
+
+def _log_cut_thought(request: Request) -> None:
+    """Say of a completion that ended if its thought was ended for it."""
+    cut = None if request.guide is None else request.guide.thinking_cut
+    if cut is not None:
+        logger.info("Request %s: thinking %s.", request.request_id, THINKING_CUTS[cut])
+
+
+def _no_token(request: Request) -> str:
+    """Why a row gave no token."""
+    if request.guide is not None:
+        return "no token is left that the grammar and the request's bad_words, logit_bias and min_tokens all allow"
+    return "the model gave no finite logits: its weights or element type are broken"

@@ -1,0 +1,105 @@
+"""From a tokenized prompt to a request that the engine takes: checked, seeded, with its limits known."""
+
+import itertools
+import secrets
+from typing import Self
+
+from engine.core.request import NewRequest, check_length
+from engine.errors import RequestError
+from engine.params.engine_args import EngineArgs, ModelConfig
+from engine.params.sampling_params import SamplingParams
+from engine.params.structured_outputs import Constraints
+from engine.runner.sampling.sampling_metadata import check_token_ids
+from engine.text.guide.structured_output_manager import Guides
+from engine.text.parse.parser_choice import ParserChoice
+from engine.text.tokens.tokenizer import Tokenizer
+
+
+class RequestMaker:
+    """Makes requests for one model. Runs in the caller's thread; thread-safe.
+
+    ``seed`` (``--seed``): requests without one of their own then take numbers that follow from it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        guides: Guides,
+        *,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        seed: int | None,
+    ) -> None:
+        self.guides = guides
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+        self._tokenizer = tokenizer
+        self._base_seed = seed
+        self._numbers = itertools.count()
+
+    @classmethod
+    def of_model(
+        cls, args: EngineArgs, config: ModelConfig, tokenizer: Tokenizer, parsers: ParserChoice, vocab_size: int
+    ) -> Self:
+        """For a loaded model whose logits are ``vocab_size`` wide."""
+        eos_token_ids = config.eos_token_ids | tokenizer.eos_token_ids
+        guides = Guides(
+            tokenizer,
+            vocab_size,
+            eos_token_ids,
+            reasoning_parser=parsers.reasoning_parser,
+            tool_call_parser=parsers.tool_call_parser,
+            reasoning_config=args.reasoning_config,
+        )
+        return cls(tokenizer, guides, vocab_size=vocab_size, eos_token_ids=eos_token_ids, seed=args.seed)
+
+    def make(
+        self,
+        request_id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        *,
+        max_model_len: int,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        constraints: Constraints | None = None,
+    ) -> NewRequest:
+        """The request; raises ContextLengthError or another RequestError for what can never be served."""
+        if not token_ids:
+            raise RequestError("The prompt is empty: give at least one token.", param="prompt")
+        lowest, highest = min(token_ids), max(token_ids)
+        if lowest < 0 or highest >= self.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise RequestError(f"Token id {wrong} is out of vocabulary ({self.vocab_size}).", param="prompt")
+        check_token_ids(params, self.vocab_size)
+        check_length(len(token_ids), params.max_tokens, max_model_len)
+        return NewRequest(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            max_tokens=params.max_tokens or max_model_len - len(token_ids),
+            eos_token_ids=self.eos_token_ids,
+            seed=self._seed(params),
+            bad_words_token_ids=self._bad_words(params),
+            priority=priority,
+            cache_salt=cache_salt,
+            make_guide=self.guides.prepare(constraints, token_ids, params),
+        )
+
+    def _seed(self, params: SamplingParams) -> int:
+        if params.seed is not None:
+            return params.seed
+        if self._base_seed is not None:
+            return self._base_seed * 1_000_003 + next(self._numbers)
+        return secrets.randbits(63)
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Each word as tokens, at the start of a text and behind a space, as in vLLM."""
+        found: list[tuple[int, ...]] = []
+        for word in params.bad_words:
+            plain = tuple(self._tokenizer.encode(word.lstrip(), False))
+            spaced = tuple(self._tokenizer.encode(" " + word.lstrip(), False))
+            found.append(plain)
+            if spaced[0] != plain[0] and len(spaced) == len(plain):
+                found.append(spaced)
+        return tuple(found)

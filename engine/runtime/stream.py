@@ -1,0 +1,206 @@
+"""The hand-over of a request's news from the engine thread to whoever waits for them."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any
+
+from engine.outputs import (
+    CompletionDelta,
+    CompletionOutput,
+    LogprobsAtPosition,
+    RequestMetrics,
+    RequestOutput,
+)
+from engine.params.sampling_params import SamplingParams
+
+_WAIT_SLICE = 0.2
+"""Seconds between looks for KeyboardInterrupt while a thread waits (a lock's wait ignores signals on some systems)."""
+
+
+class RequestStream:
+    """News of one request, to be iterated (``for`` or ``async for``) or awaited whole by :meth:`result`.
+
+    Any thread may call any method; one consumer at a time takes the deltas. If the request or the
+    engine fails, iteration and :meth:`result` raise the error after what came before it.
+    """
+
+    def __init__(
+        self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams,
+        abort: Callable[[], None], finish_thinking: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.request_id = request_id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.prompt_logprobs: list[LogprobsAtPosition | None] | None = None
+        self.num_cached_tokens = 0
+        self.metrics = RequestMetrics(arrival_time=time.monotonic())
+        self.parsing: Mapping[str, Any] | None = None
+        """What the chat door asked :meth:`engine.llm.LLM.output_parser` for, so that ``explain`` parses alike."""
+        self.template_kwargs: Mapping[str, Any] | None = None
+        """What the request gave the chat template; None where none was rendered. This too is for ``explain``."""
+        self.source = "request"
+        """What the origin of values that came with the request is called: ``request``, ``flag``, ``map``."""
+        self.default_thinking_budget: int | None = None
+        """The live setting's, for a request that has no budget of its own."""
+        self._abort = abort
+        self._finish_thinking = finish_thinking
+        self._changed = threading.Condition()
+        self._deltas: deque[CompletionDelta] = deque()
+        self._outputs = [CompletionOutput(i, "", []) for i in range(params.n)]
+        self._texts: list[list[str]] = [[] for _ in range(params.n)]
+        self._over = False
+        self._error: BaseException | None = None
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._callbacks: list[Callable[[], None]] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether the engine is done with the request (deltas may still wait to be taken)."""
+        return self._over
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, all completions together."""
+        return sum(len(output.token_ids) for output in self._outputs)
+
+    @property
+    def error(self) -> BaseException | None:
+        """What failed, once the request is over; None where nothing did."""
+        return self._error
+
+    def abort(self) -> None:
+        """Ask the engine to end the request; its last deltas then say ``abort``. Safe to repeat."""
+        if not self._over:
+            self._abort()
+
+    def finish_thinking(self) -> None:
+        """End the thought now: its end marker is written for the model, and the answer follows. Safe to repeat."""
+        if not self._over and self._finish_thinking is not None:
+            self._finish_thinking()
+
+    def __iter__(self) -> Iterator[CompletionDelta]:
+        return self
+
+    def __next__(self) -> CompletionDelta:
+        with self._changed:
+            while not self._deltas and not self._over:
+                self._changed.wait(_WAIT_SLICE)
+            if self._deltas:
+                return self._deltas.popleft()
+            self._raise_error()
+            raise StopIteration
+
+    def __aiter__(self) -> AsyncIterator[CompletionDelta]:
+        return self
+
+    async def __anext__(self) -> CompletionDelta:
+        while True:
+            with self._changed:
+                if self._deltas:
+                    return self._deltas.popleft()
+                if self._over:
+                    self._raise_error()
+                    raise StopAsyncIteration
+                if self._waiter is None:
+                    self._waiter = (asyncio.get_running_loop(), asyncio.Event())
+                event = self._waiter[1]
+                event.clear()
+            await event.wait()
+
+    def drain(self, timeout: float | None = None) -> list[CompletionDelta]:
+        """All deltas there are; waits up to ``timeout`` seconds for a first one. Empty on time-out or at the end."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while not self._deltas and not self._over:
+                left = _WAIT_SLICE if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(min(left, _WAIT_SLICE))
+            taken = list(self._deltas)
+            self._deltas.clear()
+            if not taken and self._over:
+                self._raise_error()
+            return taken
+
+    def result(self) -> RequestOutput:
+        """Wait for the end and give everything, also what was iterated before."""
+        with self._changed:
+            while not self._over:
+                self._changed.wait(_WAIT_SLICE)
+            self._raise_error()
+        return self.snapshot()
+
+    def snapshot(self) -> RequestOutput:
+        """Everything that came so far."""
+        with self._changed:
+            for output, parts in zip(self._outputs, self._texts, strict=True):
+                output.text = "".join(parts)
+            return RequestOutput(
+                self.request_id,
+                self.prompt,
+                self.prompt_token_ids,
+                list(self._outputs),
+                self._over,
+                self.prompt_logprobs,
+                self.metrics,
+                self.num_cached_tokens,
+            )
+
+    def put(self, delta: CompletionDelta) -> None:
+        """Add news (the engine thread calls this)."""
+        with self._changed:
+            output = self._outputs[delta.index]
+            self._texts[delta.index].append(delta.text)
+            output.token_ids.extend(delta.token_ids)
+            if delta.logprobs is not None:
+                self._add_logprobs(output, delta)
+            output.thinking_cut = delta.thinking_cut or output.thinking_cut
+            if delta.finish_reason is not None:
+                output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
+            self._deltas.append(delta)
+            self._wake()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing more comes (the engine thread calls this)."""
+        with self._changed:
+            if self._over:
+                return
+            self._over, self._error = True, error
+            self._wake()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once the request is over, on the thread that ends it; at once if it is over."""
+        with self._changed:
+            if not self._over:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    @staticmethod
+    def _add_logprobs(output: CompletionOutput, delta: CompletionDelta) -> None:
+        assert delta.logprobs is not None
+        if output.logprobs is None:
+            output.logprobs = []
+        output.logprobs += delta.logprobs
+        taken = sum(position[token].logprob for position, token in zip(delta.logprobs, delta.token_ids, strict=True))
+        output.cumulative_logprob = (output.cumulative_logprob or 0.0) + taken
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        if self._waiter is not None:
+            loop, event = self._waiter
+            # A loop that was closed has nobody left to wake; asking first would still race with its end.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(event.set)
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error

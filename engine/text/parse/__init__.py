@@ -1,0 +1,1 @@
+"""Model output to content, reasoning and tool calls."""

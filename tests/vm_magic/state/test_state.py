@@ -1,0 +1,75 @@
+"""Settings, status, lists and logs."""
+
+from typing import Any
+
+import pytest
+
+from engine.errors import RequestError
+from tests.vm_magic import fakes
+from tests.vm_magic.helpers import Capture, cell, line
+from vm_magic.state.session import current_session
+
+
+def test_settings_hold_for_this_model_and_the_next(shell: Any, capsys: Capture) -> None:
+    line(shell, "set temperature=0.2")
+    line(shell, "load smollm2")
+    line(shell, "set top_p=0.9")
+    cell(shell, "chat", "hi")
+    params = fakes.MADE[-1].streams[-1].params
+    assert (params.temperature, params.top_p) == (0.2, 0.9)
+    line(shell, "load other")
+    assert dict(current_session().settings.snapshot()) == {"temperature": 0.2, "top_p": 0.9}
+    capsys.readouterr()
+    line(shell, "set temperature=")
+    assert capsys.readouterr().out == "top_p=0.9\n"
+
+
+def test_a_bad_setting_fails_the_cell_and_changes_nothing(shell: Any, loaded: fakes.FakeLLM) -> None:
+    with pytest.raises(RequestError, match="top_p must be in"):
+        line(shell, "set temperature=0.2 top_p=2")
+    assert not loaded.settings.snapshot()
+
+
+def test_bare_and_status_show_the_card(shell: Any, loaded: fakes.FakeLLM) -> None:
+    cell(shell, "chat", "hi")
+    line(shell, "set temperature=0.2")
+    card = line(shell, "")
+    text = repr(card)
+    for part in ("smollm2", "metal_limit=51.54GB", "32 of 128 used", "temperature=0.2", "8 tokens", "closed"):
+        assert part in text
+    page = card._repr_html_()
+    assert "25.0%" in page
+    assert "<script" not in page
+    assert "var(" not in page, "a notebook that is not trusted would lose such a style"
+    assert repr(line(shell, "status")) == text
+
+
+def test_status_without_a_model_says_what_to_run(shell: Any) -> None:
+    assert "%vllm_metal load smollm2" in repr(line(shell, "status"))
+
+
+def test_models_are_listed_with_their_sizes(shell: Any) -> None:
+    table = line(shell, "models")
+    assert "93.0MB" in repr(table)
+    assert "<td" in table._repr_html_()
+
+
+def test_logs_show_the_engines_latest_lines(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+    line(shell, "logs")
+    assert "INFO vm_magic.commands.table: metal_limit=51.54GB" in capsys.readouterr().out
+    line(shell, "chat hi")
+    line(shell, "logs 1")
+    assert "request submitted" in capsys.readouterr().out
+
+
+def test_metrics_are_a_table_without_buckets(shell: Any, loaded: fakes.FakeLLM) -> None:
+    from prometheus_client import CollectorRegistry, Counter, Histogram
+
+    registry = CollectorRegistry()
+    Counter("vllm:prompt_tokens", "-", ["model_name"], registry=registry).labels("smollm2").inc(5)
+    Histogram("vllm:e2e_request_latency_seconds", "-", registry=registry).observe(1)
+    loaded.metrics = type("Metrics", (), {"registry": registry})()  # type: ignore[attr-defined]
+    text = repr(line(shell, "metrics"))
+    assert "vllm:prompt_tokens_total" in text
+    assert "_sum" in text
+    assert "_bucket" not in text

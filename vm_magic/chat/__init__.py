@@ -1,0 +1,1 @@
+"""One message in the notebook: submit, follow, call functions."""

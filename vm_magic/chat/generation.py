@@ -1,0 +1,263 @@
+"""One chat or completion in the notebook: submit, follow the stream, build the Reply."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from engine.errors import ContextLengthError, RequestError
+from engine.outputs import Reply, RequestOutput, Usage
+from vm_magic.remote.wire import RemoteOutput
+from vm_magic.show.display import ReplyView
+from vm_magic.show.errors import Interrupted
+from vm_magic.show.reply_text import ReplyReader, ReplyText
+from vm_magic.state.conversation import Conversation, Message
+from vm_magic.state.live_settings import thinking_kwargs
+from vm_magic.state.session import Session
+
+if TYPE_CHECKING:
+    from engine.llm import LLM, RequestStream
+    from engine.params.structured_outputs import Constraints
+    from engine.text.parse.output_parser import OutputParser, ToolChoice
+    from vm_magic.chat.tools import NotebookTool
+    from vm_magic.remote.stream import RemoteStream
+
+DRAIN_SECONDS = 0.05
+ABORT_SECONDS = 5.0
+INTERRUPTED = "⏹ interrupted"
+FAILED = "⚠ failed"
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What the flags of one message say. ``schema`` is a JSON schema, or True for any JSON object.
+
+    ``fork`` names the conversation whose copy this one begins with; ``tool_choice`` is OpenAI's.
+    """
+
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    conversation: str | None = None
+    new: bool = False
+    system: str | None = None
+    think: bool | None = None
+    thinking_token_budget: int | None = None
+    schema: Mapping[str, Any] | bool | None = None
+    fork: str | None = None
+    tools: "tuple[NotebookTool, ...]" = ()
+    tool_choice: "ToolChoice" = None
+
+    @property
+    def tool_schemas(self) -> list[Mapping[str, Any]]:
+        """OpenAI's tool objects."""
+        return [tool.schema for tool in self.tools]
+
+    def after_first_call(self) -> Self:
+        """The options of the turns after a call: what was demanded is done, and the model decides."""
+        return self if self.tool_choice == "none" else replace(self, tool_choice=None)
+
+
+class Generation:
+    """One request under way, and the conversation that its reply will join (None: a raw completion)."""
+
+    stopped_at_limit = False
+    """Whether a limit of tool calls ended it; without tools none does."""
+    earlier_replies: "tuple[Reply, ...]" = ()
+    """The replies before the last one of this turn; without tools there are none."""
+
+    def __init__(
+        self,
+        session: Session,
+        stream: "RequestStream",
+        messages: list[Message],
+        conversation: Conversation | None,
+        reader: ReplyReader,
+        earlier: tuple[ReplyText, ...] = (),
+    ) -> None:
+        self.stream = stream
+        self.session = session
+        self._earlier = earlier
+        self._messages = messages
+        self.conversation = conversation
+        self._reader = reader
+
+    @property
+    def shown(self) -> ReplyText:
+        """What there is so far, behind the turns that came before in the same cell."""
+        return replace(self._reader.shown, earlier=self._earlier)
+
+    def follow(self, view: ReplyView) -> Reply:
+        """Show the reply in ``view`` until it ends. ■ aborts this request alone and raises Interrupted.
+
+        The partial text stays on screen and, with the question, in the conversation.
+        """
+        reply = self.run(view)
+        view.finish(self.shown, INTERRUPTED if reply.finish_reason == "abort" else "")
+        return reply
+
+    def run(self, view: ReplyView) -> Reply:
+        """:meth:`follow`, but an end that is as it should be is left for the caller to show.
+
+        A reply that calls tools does not join the conversation yet: its calls want answers first.
+        """
+        try:
+            self._drain(view)
+            return self._keep()
+        except KeyboardInterrupt:
+            reply = self._abort(view)
+            tokens = reply.usage.completion_tokens
+            raise Interrupted(
+                f"stopped after {tokens} tokens; the model stays loaded, the partial reply is kept", reply
+            ) from None
+        except BaseException:
+            self.stream.abort()
+            view.finish(self.shown, FAILED)
+            raise
+
+    def _drain(self, view: ReplyView) -> None:
+        while True:
+            over = self.stream.finished
+            deltas = self.stream.drain(DRAIN_SECONDS)
+            self._reader.read(deltas)
+            view.refresh(self.shown)
+            if any(delta.finish_reason for delta in deltas) or (over and not deltas):
+                return
+
+    def _abort(self, view: ReplyView) -> Reply:
+        self.stream.abort()
+        reply = self._keep()
+        view.finish(self.shown, INTERRUPTED)
+        return reply
+
+    def _keep(self) -> Reply:
+        """Wait for the end; the Reply, added to conversation and session (a conversation takes no empty answer)."""
+        output = self.stream.result()
+        self._reader.read(self.stream.drain(0))
+        completion, shown = output.outputs[0], self._reader.shown
+        answer: Message = {"role": "assistant", "content": shown.text}
+        if shown.reasoning:
+            answer["reasoning"] = shown.reasoning
+        finish_reason = self._reader.finish_reason or completion.finish_reason
+        calls = finish_reason == "tool_calls"  # calls that were cut off are not made
+        if calls:
+            answer["tool_calls"] = self._reader.tool_calls
+        reply = Reply(
+            shown.text,
+            reasoning=shown.reasoning or None,
+            tool_calls=self._reader.tool_calls,
+            finish_reason=finish_reason,
+            usage=_usage(output, shown),
+            metrics=output.metrics,
+            logprobs=completion.logprobs,
+            messages=[*self._messages, answer],
+        )
+        if self.conversation is not None and shown.text and not calls:
+            self.conversation.messages = list(reply.messages)
+        self.session.last_reply = reply
+        return reply
+
+
+def _usage(output: RequestOutput, shown: ReplyText) -> Usage:
+    if isinstance(output, RemoteOutput):
+        return output.usage if output.usage.reasoning_tokens else output.counted(shown.num_reasoning_tokens)
+    num_tokens = len(output.outputs[0].token_ids)
+    return Usage(len(output.prompt_token_ids), num_tokens, output.num_cached_tokens, shown.num_reasoning_tokens)
+
+
+def start_chat(session: Session, text: str, options: ChatOptions) -> Generation:
+    """Submit ``text`` as the next message of its conversation."""
+    conversation = session.conversation(options.conversation)
+    if conversation.busy:
+        raise RequestError(f"conversation {conversation.name!r} has a detached reply under way; wait, or use -c NAME")
+    if not text.strip():
+        raise RequestError("no message: write it after the flags, or in the cell's body", param="messages")
+    earlier = Conversation(conversation.name) if options.new else conversation
+    if options.fork is not None:
+        earlier = session.forked(options.fork, earlier)
+    return ask(session, earlier.with_turn(text, options.system), conversation, options)
+
+
+def ask(
+    session: Session,
+    messages: list[Message],
+    conversation: Conversation,
+    options: ChatOptions,
+    earlier: tuple[ReplyText, ...] = (),
+) -> Generation:
+    """Submit ``messages``; ``earlier`` are the turns that the same cell shows already."""
+    if session.remote is not None:
+        return Generation(
+            session, remote_chat(session, messages, options), messages, conversation, ReplyReader(), earlier
+        )
+    llm = session.require()
+    if options.tools and not llm.takes_tools:
+        raise RequestError(
+            "--tools: this model's chat template has no form for tools that is known here; take a model that calls "
+            "functions (Qwen3, Gemma 4, Llama 3.1 …), or load with --chat-template FILE and --tool-call-parser NAME",
+            param="tools",
+        )
+    tools: dict[str, Any] = {"tools": options.tool_schemas} if options.tools else {}
+    template_kwargs = thinking_kwargs(llm, options.think)
+    prompt = llm.render_chat(messages, chat_template_kwargs=template_kwargs, **tools)
+    if tools:
+        tools["tool_choice"] = options.tool_choice
+    parser = llm.output_parser(prompt=prompt, **tools)
+    try:
+        stream = _submit(llm, llm.tokenize(prompt, add_special_tokens=False), options, parser)
+    except ContextLengthError as error:
+        if "max_tokens" in options.sampling or len(messages) < 3:
+            raise
+        fix = "Start the conversation anew with --new, or load the model with a larger --max-model-len."
+        raise ContextLengthError(f"{error} {fix}", param=error.param) from None
+    stream.parsing, stream.template_kwargs = {"prompt": prompt, **tools}, template_kwargs
+    return Generation(session, stream, messages, conversation, ReplyReader(parser, llm.tokenizer), earlier)
+
+
+def start_completion(session: Session, text: str, options: ChatOptions) -> Generation:
+    """Submit ``text`` as a raw prompt: no chat template, no conversation, no parser."""
+    llm = session.require() if session.remote is None else None
+    if not text:
+        raise RequestError("no prompt: write it after the flags, or in the cell's body", param="prompt")
+    if llm is None:
+        return Generation(session, remote_completion(session, text, options), [], None, ReplyReader())
+    return Generation(session, _submit(llm, text, options, None), [], None, ReplyReader(None, llm.tokenizer))
+
+
+def remote_chat(session: Session, messages: list[Message], options: ChatOptions) -> "RemoteStream":
+    """The same request to the server that the session is connected to; template and parser are the server's."""
+    return session.remote_llm().submit_chat(
+        messages,
+        options.sampling,
+        think=options.think,
+        thinking_token_budget=options.thinking_token_budget,
+        schema=options.schema,
+        tools=options.tool_schemas or None,
+        tool_choice=options.tool_choice,
+    )
+
+
+def remote_completion(session: Session, text: str, options: ChatOptions) -> "RemoteStream":
+    """A raw prompt for that server."""
+    return session.remote_llm().submit_completion(text, options.sampling, schema=options.schema)
+
+
+def _submit(
+    llm: "LLM", prompt: str | list[int], options: ChatOptions, parser: "OutputParser | None"
+) -> "RequestStream":
+    params = llm.resolve_sampling(source="flag", n=1, **options.sampling).params
+    if parser is not None and parser.needs_special_tokens:
+        params = params.replace(skip_special_tokens=False)
+    stream = llm.submit(prompt, params, constraints=_constraints(options))
+    stream.source = "flag"
+    return stream
+
+
+def _constraints(options: ChatOptions) -> "Constraints | None":
+    from engine.params.structured_outputs import Constraints
+
+    any_object, schema = {"json_object": True}, {"json": options.schema}
+    structured = None if options.schema is None else any_object if options.schema is True else schema
+    return Constraints.from_request(
+        structured_outputs=structured,
+        thinking_token_budget=options.thinking_token_budget,
+        tools=options.tool_schemas,
+        tool_choice=options.tool_choice,
+    )

@@ -1,0 +1,1 @@
+"""The commands of %vllm_metal, their flags and what they do."""

@@ -1,0 +1,72 @@
+"""Conversations to look at: one with all its messages, or the list of them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vm_magic.commands.cards import Table
+from vm_magic.show.safe_markdown import safe_markdown
+from vm_magic.show.tool_cards import ToolOutcome, call_card, call_line
+from vm_magic.state.conversation import Conversation, Message
+
+_LONGEST = 60
+
+
+@dataclass(frozen=True)
+class HistoryView:
+    """A conversation's messages, as text and as Markdown. ``others`` are the names of the other conversations."""
+
+    name: str
+    messages: tuple[Message, ...]
+    others: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return "\n\n".join([*(f"{m['role']}: {_text(m)}" for m in self._spoken())] or [self._empty()])
+
+    def _repr_markdown_(self) -> str:
+        others = f"\n\n*other conversations: {', '.join(self.others)}*" if self.others and self.messages else ""
+        return "\n\n".join([*map(self._markdown, self._spoken())] or [self._empty()]) + others
+
+    def _spoken(self) -> list[Message]:
+        """The messages without tools' results, which are shown at their calls."""
+        return [message for message in self.messages if message["role"] != "tool"]
+
+    def _results(self) -> dict[str, ToolOutcome]:
+        results = [message for message in self.messages if message["role"] == "tool"]
+        return {m["tool_call_id"]: ToolOutcome(m["content"], m["content"].startswith("Error: ")) for m in results}
+
+    def _markdown(self, message: Message) -> str:
+        results = self._results()
+        cards = [call_card(call, results.get(call["id"])) for call in message.get("tool_calls", ())]
+        parts = [f"**{message['role']}**", *([safe_markdown(message["content"])] if message["content"] else []), *cards]
+        return "\n\n".join(parts)
+
+    def _empty(self) -> str:
+        others = f"; there are: {', '.join(self.others)}" if self.others else ""
+        return f"no messages in conversation {self.name!r} yet{others}"
+
+
+def history_view(conversation: Conversation, all_of_them: Mapping[str, Conversation]) -> HistoryView:
+    """One conversation, and the names of the others that have messages."""
+    others = tuple(name for name, one in all_of_them.items() if one.messages and one is not conversation)
+    return HistoryView(conversation.name, tuple(conversation.messages), others)
+
+
+def conversations_table(conversations: Mapping[str, Conversation]) -> Table:
+    """All conversations that have messages."""
+    rows = tuple(
+        (one.name, str(len(one.messages)), one.forked_from or "", _last_words(one.messages[-1]))
+        for one in conversations.values()
+        if one.messages
+    )
+    return Table(("conversation", "messages", "forked from", "ends with"), rows, "" if rows else "no conversations yet")
+
+
+def _text(message: Message) -> str:
+    calls = [call_line(call, None) for call in message.get("tool_calls", ())]
+    return "\n".join([*([message["content"]] if message["content"] else []), *calls])
+
+
+def _last_words(message: Message) -> str:
+    words = " ".join((message["content"] or json.dumps(message.get("tool_calls", ""))).split())
+    return words if len(words) <= _LONGEST else f"…{words[-_LONGEST:]}"

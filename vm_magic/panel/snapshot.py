@@ -1,0 +1,92 @@
+"""What the panel shows, gathered once per refresh away from the widgets."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from engine.errors import EngineClosedError
+from engine.params.sampling_defaults import SamplingDefaults
+from engine.runtime.activity import Activity, BlockMap
+from vm_magic.remote.watch import RemoteActivity, ServerWatch
+from vm_magic.state.session import Session
+
+if TYPE_CHECKING:
+    from engine.llm import LLM
+    from vm_magic.remote.llm import RemoteLLM
+
+NO_MODEL = "no model is loaded; run %vllm_metal load smollm2 (or another model)"
+
+
+class Source(Protocol):
+    """What the sections ask alike of the engine of this kernel and of a remote server."""
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """Where sampling values come from."""
+
+    def abort(self, request_id: str) -> None:
+        """End a request."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The session at one moment. ``blocks`` only where a section draws them.
+
+    While it is connected, ``remote`` and ``server`` say what is there, and ``llm`` and ``activity`` are None.
+    """
+
+    session: Session
+    llm: "LLM | None" = None
+    activity: Activity | None = None
+    blocks: BlockMap | None = None
+    remote: "RemoteLLM | None" = None
+    server: RemoteActivity | None = None
+
+    @property
+    def source(self) -> Source | None:
+        """Whom the panel steers."""
+        return self.llm if self.remote is None else self.remote
+
+
+class Section(Protocol):
+    """A part of the panel. Its methods are called with the panel's lock held."""
+
+    title: str
+    widget: Any
+    wants_blocks: bool
+
+    def refresh(self, seen: Seen) -> None:
+        """Show ``seen``; what did not change is not sent."""
+
+
+class Looker:
+    """Looks at the session and what it steers; waits for neither."""
+
+    def __init__(self, get_session: Callable[[], Session]) -> None:
+        self._get_session = get_session
+        self._watch: ServerWatch | None = None
+
+    def poll(self) -> None:
+        """Ask a remote server for its figures, when it is time. Called by one thread, and not the kernel's main one."""
+        remote = self._get_session().remote
+        if remote is not None:
+            self._watched(remote).poll()
+
+    def look(self, *, with_blocks: bool) -> Seen:
+        """The session as it is now."""
+        session = self._get_session()
+        remote = session.remote
+        if remote is not None:
+            return Seen(session, remote=remote, server=self._watched(remote).look())
+        llm = session.loaded
+        if llm is None:
+            return Seen(session)
+        try:
+            return Seen(session, llm, llm.activity(), llm.block_map() if with_blocks else None)
+        except EngineClosedError:
+            return Seen(session)
+
+    def _watched(self, remote: "RemoteLLM") -> ServerWatch:
+        if self._watch is None or self._watch.remote is not remote:
+            self._watch = ServerWatch(remote)
+        return self._watch

@@ -1,0 +1,126 @@
+"""Puts the magics into a shell and takes out every trace of them again."""
+
+import atexit
+import sys
+from copy import deepcopy
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from IPython.core.extensions import ExtensionManager
+from traitlets.config import Config
+
+from engine.openai.http.ring_log import RingLog
+from vm_magic.panel import close_panel
+from vm_magic.shell.completion import Matcher, make_matcher
+from vm_magic.shell.magics import VLLMMetal
+from vm_magic.shell.question_marks import keep_questions
+from vm_magic.show.formatters import add_formatters, remove_formatters
+from vm_magic.state.references import release_references
+from vm_magic.state.settings_text import SETTABLE
+
+_LOGGERS = ("engine", "vm_magic", "uvicorn")
+
+
+@dataclass
+class _Installed:
+    """What one shell got from us."""
+
+    shell: Any
+    magics: VLLMMetal
+    matcher: Matcher
+    owns_chat: bool
+    logs: RingLog
+
+
+_installed: list[_Installed] = []
+_users_config: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""By shell, what its configuration files said of the magics: %config adds to the same place, until we are unloaded."""
+
+
+def install(shell: Any) -> None:
+    """Register magics and completion in ``shell``; ``%%chat`` only if that name is free."""
+    if any(entry.shell is shell for entry in _installed):
+        return
+    logs = RingLog(_LOGGERS)
+    logs.attach()
+    magics = VLLMMetal(shell, logs)
+    _configure(magics, shell)
+    shell.register_magics(magics)
+    add_formatters(shell)
+    cells = shell.magics_manager.magics["cell"]
+    owns_chat = "chat" not in cells
+    if owns_chat:
+        cells["chat"] = magics.chat_cell
+    matcher = make_matcher(owns_chat)
+    shell.Completer.custom_matchers.append(matcher)
+    shell.input_transformer_manager.line_transforms.append(keep_questions)
+    _installed.append(_Installed(shell, magics, matcher, owns_chat, logs))
+    atexit.register(_close_session)
+
+
+def uninstall(shell: Any) -> None:
+    """Undo :func:`install`, and free the model unless ``%reload_ext`` is under way. Safe twice."""
+    entry = next((entry for entry in _installed if entry.shell is shell), None)
+    if entry is None:
+        return
+    _installed.remove(entry)
+    entry.logs.detach()
+    close_panel()
+    remove_formatters(shell)
+    tables = shell.magics_manager.magics
+    for kind in ("line", "cell"):
+        tables[kind].pop("vllm_metal", None)
+    if entry.owns_chat and tables["cell"].get("chat") == entry.magics.chat_cell:
+        del tables["cell"]["chat"]
+    shell.magics_manager.registry.pop(VLLMMetal.__name__, None)
+    shell.configurables[:] = [c for c in shell.configurables if c is not entry.magics]
+    matchers = shell.Completer.custom_matchers
+    matchers[:] = [m for m in matchers if m is not entry.matcher]
+    transforms = shell.input_transformer_manager.line_transforms
+    transforms[:] = [t for t in transforms if t is not keep_questions]
+    if not _reloading(sys._getframe()):
+        _forget_config(shell)
+        if _close_session():
+            release_references(shell)
+        atexit.unregister(_close_session)
+
+
+def _configure(magics: VLLMMetal, shell: Any) -> None:
+    """Give the magics what is configured; after a reload, the settings that the session kept hold instead."""
+    name = VLLMMetal.__name__
+    values = dict(shell.config[name]) if name in shell.config else {}
+    if shell in _users_config:
+        values = {name: value for name, value in values.items() if name not in SETTABLE}
+    _users_config.setdefault(shell, deepcopy(values))
+    magics.configure(values)
+
+
+def _forget_config(shell: Any) -> None:
+    """Take what %config set out of the shell's configuration; what its files say stays."""
+    name = VLLMMetal.__name__
+    shell.config.pop(name, None)
+    values = _users_config.pop(shell, {})
+    if values:
+        shell.config[name] = Config(values)
+
+
+def _close_session() -> bool:
+    """Free the model and forget the session. Says whether there was one: until a command ran, there is none."""
+    if "vm_magic.state.session" not in sys.modules:
+        return False
+    from vm_magic.state.session import close_session, peek_session
+
+    existed = peek_session() is not None
+    close_session()
+    return existed
+
+
+def _reloading(frame: FrameType | None) -> bool:
+    """Whether ``%reload_ext`` called: IPython unloads and loads without saying which it is."""
+    while frame is not None:
+        if frame.f_code is ExtensionManager.reload_extension.__code__:
+            return True
+        frame = frame.f_back
+    return False

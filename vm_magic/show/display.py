@@ -1,0 +1,154 @@
+"""Where a reply appears while it is generated: a display handle, a terminal, or nowhere."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from IPython.core.displaypub import DisplayPublisher
+
+from vm_magic.show.reply_bundle import Bundle, Format, growing_bundle, reply_bundle
+from vm_magic.show.reply_text import ReplyText
+from vm_magic.show.token_html import unlikely_text
+from vm_magic.show.tool_cards import call_line
+
+WAITING = ReplyText("…")
+"""What a handle shows until the first words come."""
+UPDATE_INTERVAL = 1 / 15
+"""Seconds between two updates of a display handle: quick enough to read along, light on the browser."""
+PICTURE_INTERVAL = 1 / 4
+"""The same where each token is a coloured span: several hundred bytes each."""
+
+
+def can_update(shell: Any) -> bool:
+    """Whether ``shell`` can replace what it displayed (a notebook); a terminal prints a new copy."""
+    return type(shell.display_pub) is not DisplayPublisher
+
+
+class ReplyView(Protocol):
+    """Shows a growing reply. ``refresh`` is called often; ``finish`` once, with a mark if it was cut short."""
+
+    def refresh(self, reply: ReplyText, *, at_once: bool = False) -> None:
+        """Show ``reply``, the whole of it so far; ``at_once`` before something that takes long."""
+        ...
+
+    def finish(self, reply: ReplyText, mark: str = "") -> None:
+        """Show the end; ``mark`` says why it was cut short."""
+        ...
+
+
+class SilentView:
+    """Shows nothing."""
+
+    def refresh(self, reply: ReplyText, *, at_once: bool = False) -> None:
+        """Nothing."""
+
+    def finish(self, reply: ReplyText, mark: str = "") -> None:
+        """Nothing."""
+
+
+class NotebookView:
+    """One display handle, updated at most every :data:`UPDATE_INTERVAL` seconds.
+
+    ``publish`` sends a mime bundle; it may be bound to the context of the cell that asked, so that a
+    thread's updates carry that cell's header.
+    """
+
+    def __init__(self, publish: Callable[[Bundle], None], format: Format, *, stream: bool = True) -> None:
+        self._publish = publish
+        self._format = format
+        self._stream = stream
+        self._shown = ReplyText()
+        self._last_update = float("-inf")
+
+    def refresh(self, reply: ReplyText, *, at_once: bool = False) -> None:
+        """Show ``reply`` if it changed and the last update is long enough ago."""
+        now = time.monotonic()
+        interval = PICTURE_INTERVAL if reply.tokens else UPDATE_INTERVAL
+        due = at_once or now - self._last_update >= interval
+        if self._stream and due and reply != self._shown:
+            self._publish(growing_bundle(reply, self._format))
+            self._shown, self._last_update = reply, now
+
+    def finish(self, reply: ReplyText, mark: str = "") -> None:
+        """Show the whole of ``reply``."""
+        self._publish(reply_bundle(reply, self._format, mark=mark))
+
+
+class TerminalView:
+    """Writes deltas as they come: a terminal cannot replace what it printed. A thought is only counted."""
+
+    def __init__(self) -> None:
+        self._num_turns = 0
+        self._begin_turn()
+
+    def refresh(self, reply: ReplyText, *, at_once: bool = False) -> None:  # noqa: ARG002 - always at once
+        """Write what is new: of the turns that ended meanwhile, then of this one."""
+        for turn in reply.earlier[self._num_turns :]:
+            self._write(turn)
+            sys.stdout.write("\n")
+            self._num_turns += 1
+            self._begin_turn()
+        self._write(reply)
+        sys.stdout.flush()
+
+    def finish(self, reply: ReplyText, mark: str = "") -> None:
+        """Write the rest, calls without an outcome too, the mark and a line end."""
+        self.refresh(reply)
+        for call, outcome in reply.calls()[self._num_calls :]:
+            sys.stdout.write(f"\n{call_line(call, outcome)}")
+        tokens = [token for turn in (*reply.earlier, reply) for token in turn.tokens]
+        sys.stdout.write(f" {mark}\n" if mark else "\n")
+        if unlikely := unlikely_text(tokens):
+            sys.stdout.write(f"\n{unlikely}\n")
+
+    def _begin_turn(self) -> None:
+        self._written = 0
+        self._num_calls = 0
+        self._thought: Literal["none", "open", "over"] = "none"
+
+    def _write(self, turn: ReplyText) -> None:
+        if turn.reasoning and self._thought == "none":
+            self._thought = "open"
+            sys.stdout.write("thinking …")
+        if (turn.text or turn.tool_calls) and self._thought == "open":
+            self._thought = "over"
+            sys.stdout.write(f" {turn.thought_size()}\n\n")
+        sys.stdout.write(turn.text[self._written :])
+        self._written = len(turn.text)
+        for call, outcome in turn.calls()[self._num_calls :]:
+            if outcome is None or outcome.running:
+                break
+            sys.stdout.write(f"{chr(10) if self._written or self._num_calls else ''}{call_line(call, outcome)}")
+            self._num_calls += 1
+
+
+class DisplayHandle:
+    """One place in a cell's output: the first call displays a bundle there, later ones replace it.
+
+    Safe from any thread: ipykernel keeps the header of the cell in a context variable; what is shown
+    runs in a copy of the opening cell's context, so it lands there whatever runs by then. An interrupt
+    while the first one is sent leaves a handle that replaces it all the same.
+    """
+
+    def __init__(self, shell: Any) -> None:
+        import contextvars
+        import uuid
+
+        self._shell = shell
+        self._transient = {"display_id": uuid.uuid4().hex}
+        self._context = contextvars.copy_context()
+        self._opened = False
+
+    def __call__(self, bundle: Bundle) -> None:
+        """Show ``bundle``."""
+        opened, self._opened = self._opened, True
+        publish = self._shell.display_pub.publish
+        self._context.copy().run(publish, bundle, {}, transient=self._transient, update=opened)
+
+
+def open_handle(shell: Any, bundle: Bundle) -> DisplayHandle:
+    """Display ``bundle`` and return what replaces it."""
+    handle = DisplayHandle(shell)
+    handle(bundle)
+    return handle

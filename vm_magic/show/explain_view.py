@@ -1,0 +1,148 @@
+"""``%vllm_metal explain``: one request, as text and as HTML."""
+
+import html
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from engine.explain.explainer import Explanation, Output, SamplingValue
+from engine.outputs import THINKING_CUTS
+from vm_magic.commands.cards import CARD_STYLE
+from vm_magic.show.explain_picture import prompt_html, time_bar_html, time_bar_text
+from vm_magic.show.token_html import escaped
+from vm_magic.show.tool_cards import call_text
+
+_TOKENS_SHOWN = 40
+"""Tokens of the prompt's end that the text form shows."""
+_GOES_ON = "·"
+"""Stands for a token whose character goes on in the next."""
+_PRE = (
+    "white-space:pre-wrap;overflow-wrap:break-word;word-break:normal;margin:2px 0;max-height:20em;overflow:auto;"
+    "font-size:12px"
+)
+
+
+@dataclass(frozen=True)
+class ExplainView:
+    """An explanation to look at; the values themselves are in ``explanation``."""
+
+    explanation: Explanation
+
+    @property
+    def headline(self) -> str:
+        """Which request, and how it ended."""
+        told = self.explanation
+        stops = "its prompt was scored" if self._scored else "; ".join(output.stop for output in told.outputs)
+        return f"request {told.number} ({told.request_id}): {stops}"
+
+    @property
+    def _scored(self) -> bool:
+        """Whether the request asked for nothing but its prompt's log-probabilities; the one token is no answer."""
+        told = self.explanation
+        asked = any(one.name == "prompt_logprobs" for one in told.sampling)
+        return asked and all(output.num_tokens == 1 and output.finish_reason != "abort" for output in told.outputs)
+
+    @property
+    def _outputs(self) -> tuple[Output, ...]:
+        return () if self._scored else self.explanation.outputs
+
+    def __repr__(self) -> str:
+        told = self.explanation
+        sections = [
+            ("sampling", _aligned(told.sampling)),
+            ("chat template and thinking", _aligned(told.thinking)),
+            ("constraints", list(told.constraints)),
+            ("prefix cache", self._cache()),
+            ("prompt", told.prompt.splitlines()),
+            (f"prompt tokens ({len(told.tokens)}; ▸ is the first that was not in the cache)", [self._last_tokens()]),
+            *(section for output in self._outputs for section in _output_sections(output)),
+        ]
+        lines = [self.headline, *time_bar_text(told)]
+        for title, body in sections:
+            if body:
+                lines += ["", title, *(f"  {line}" for line in body)]
+        return "\n".join(lines)
+
+    def _cache(self) -> list[str]:
+        hit = self.explanation.cache
+        lines = [f"{hit.num_cached_tokens} of {hit.num_prompt_tokens} prompt tokens from the cache; {hit.reason}"]
+        if hit.here is not None:
+            lines += [f"here:      …{_short(hit.here)}", f"request {hit.nearest}: …{_short(hit.there)}"]
+        return lines
+
+    def _last_tokens(self) -> str:
+        tokens, cached = self.explanation.tokens, self.explanation.cache.num_cached_tokens
+        start = max(0, len(tokens) - _TOKENS_SHOWN)
+        texts = [json.dumps(token, ensure_ascii=False)[1:-1] or _GOES_ON for token in tokens[start:]]
+        if start <= cached < len(tokens):
+            texts[cached - start] = f"▸{texts[cached - start]}"
+        return ("…|" if start else "") + "|".join(texts)
+
+    def _repr_html_(self) -> str:
+        told = self.explanation
+        rows = "".join(
+            f'<tr style="background:none">{_cell(one.name)}{_cell(_short(one.value))}{_cell(one.source)}</tr>'
+            for one in (*told.sampling, *told.thinking)
+        )
+        constraints = "".join(f"<div>{html.escape(line)}</div>" for line in told.constraints)
+        return (
+            f'<div style="{CARD_STYLE};max-width:100%"><b>{html.escape(self.headline)}</b>'
+            + time_bar_html(told)
+            + _details("sampling values and their sources", f'<table style="border:none">{rows}</table>{constraints}')
+            + _details(self._cache()[0], self._cache_html(), is_open=True)
+            + "".join(_output_html(output) for output in self._outputs)
+            + "</div>"
+        )
+
+    def _cache_html(self) -> str:
+        parted = "".join(f"<div><code>{escaped(line)}</code></div>" for line in self._cache()[1:])
+        return parted + prompt_html(self.explanation)
+
+
+def _aligned(values: Sequence[SamplingValue]) -> list[str]:
+    rows = [(one.name, _short(one.value), one.source) for one in values]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+    return [f"{name.ljust(widths[0])}  {value.ljust(widths[1])}  {source}" for name, value, source in rows]
+
+
+def _output_sections(output: Output) -> Iterator[tuple[str, list[str]]]:
+    yield f"output {_as_generated(output)}", output.raw.splitlines()
+    for title, text in _parsed(output):
+        yield f"parsed {title}", text.splitlines()
+
+
+def _output_html(output: Output) -> str:
+    columns = [(_as_generated(output), output.raw), *_parsed(output)]
+    cells = "".join(
+        f'<div style="flex:1 1 16em;min-width:0"><div style="opacity:.7">{html.escape(title)}</div>'
+        f'<pre style="{_PRE}">{html.escape(text)}</pre></div>'
+        for title, text in columns
+    )
+    return _details("output", f'<div style="display:flex;flex-wrap:wrap;gap:12px">{cells}</div>', is_open=True)
+
+
+def _as_generated(output: Output) -> str:
+    cut = f"; thinking {THINKING_CUTS[output.thinking_cut]}" if output.thinking_cut else ""
+    return f"as generated ({output.num_tokens} tokens{cut})"
+
+
+def _parsed(output: Output) -> Iterator[tuple[str, str]]:
+    """What the parsers made of the output, part by part."""
+    if output.reasoning:
+        yield "reasoning", output.reasoning
+    yield "content", output.content
+    for call in output.tool_calls:
+        yield "tool call", call_text({"function": call})
+
+
+def _details(title: str, body: str, *, is_open: bool = False) -> str:
+    return f"<details{' open' if is_open else ''}><summary>{html.escape(title)}</summary>{body}</details>"
+
+
+def _cell(text: str) -> str:
+    return f'<td style="text-align:left;padding:1px 12px 1px 0">{html.escape(text)}</td>'
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:119]}…"

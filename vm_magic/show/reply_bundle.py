@@ -1,0 +1,129 @@
+"""A reply as mime types. What a model wrote is untrusted: Markdown is made safe, all else escaped."""
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from vm_magic.show.growing_markdown import steady
+from vm_magic.show.reply_text import ReplyText
+from vm_magic.show.safe_markdown import safe_markdown
+from vm_magic.show.token_html import ScoredToken, escaped, legend_html, tokens_html, unlikely_html, unlikely_text
+from vm_magic.show.tool_cards import call_card
+
+Format = Literal["markdown", "text", "code", "json"]
+Bundle = dict[str, Any]
+LATEST_WORDS = 80
+"""Characters of a growing thought that its folded title shows."""
+
+
+def growing_bundle(reply: ReplyText, format: Format) -> Bundle:
+    """The bundle of an unfinished reply: JSON is shown as text until it is whole."""
+    return reply_bundle(reply, "code" if format == "json" else format, growing=True)
+
+
+def reply_bundle(reply: ReplyText, format: Format, *, mark: str = "", growing: bool = False) -> Bundle:
+    """Mime types for ``reply``, with ``mark`` after it. In Markdown the model's thinking is folded away.
+
+    The plain form is the answer alone; while there is none, it says that the model thinks. With log-probabilities
+    the tokens are shown instead of what Markdown makes of them.
+    """
+    text = reply.whole()
+    thinking = growing and reply.reasoning != "" and not reply.text and not reply.tool_calls
+    now = f"thinking … {reply.num_reasoning_tokens} tokens" if thinking else ""
+    plain = "\n".join(filter(None, [text, now]))
+    marked = f"{plain} {mark}" if mark else plain
+    if reply.tokens:
+        return _picture(reply, marked, mark)
+    if format == "text":
+        return {"text/plain": marked}
+    before = "".join(f"{_turn(turn, growing=False)}\n\n" for turn in reply.earlier)
+    if format == "json":
+        bundle = _json_bundle(reply.text, mark)
+        return {**bundle, "text/markdown": before + folded(reply) + bundle["text/markdown"]}
+    if format == "code":
+        body = (
+            "" if thinking else _below(fenced(reply.text) if reply.text or not reply.tool_calls else "", _cards(reply))
+        )
+        return {
+            "text/plain": marked,
+            "text/markdown": before + folded(reply, growing=thinking) + _below(body, mark),
+        }
+    return {"text/plain": marked, "text/markdown": before + _below(_turn(reply, growing=growing), mark and f"*{mark}*")}
+
+
+def fenced(text: str, language: str = "") -> str:
+    """``text`` as a Markdown code block, with a fence longer than any in it."""
+    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def folded(reply: ReplyText, *, growing: bool = False) -> str:
+    """A closed ``<details>`` with the model's thinking and its length, or nothing."""
+    if not reply.reasoning:
+        return ""
+    title = _thinking_title(reply, growing)
+    if growing:
+        latest = " ".join(reply.reasoning[-LATEST_WORDS:].split())
+        title += f' <span style="opacity:0.6">{escaped(latest)}</span>'
+    return f"<details><summary>{title}</summary>\n\n{safe_markdown(reply.reasoning.strip())}\n\n</details>\n\n"
+
+
+def _thinking_title(reply: ReplyText, growing: bool) -> str:
+    return f"thinking{' …' if growing else ''} ({reply.thought_size()})"
+
+
+def _turn(reply: ReplyText, *, growing: bool) -> str:
+    """One turn of the model in Markdown: thought, answer, calls."""
+    thinking = growing and not reply.text and not reply.tool_calls
+    answer = safe_markdown(steady(reply.text) if growing and not reply.tool_calls else reply.text)
+    return folded(reply, growing=thinking) + _below(answer, _cards(reply))
+
+
+def _cards(reply: ReplyText) -> str:
+    return "\n\n".join(call_card(call, outcome) for call, outcome in reply.calls())
+
+
+def _below(text: str, more: str) -> str:
+    return "\n\n".join(part for part in (text, more) if part)
+
+
+def _picture(reply: ReplyText, marked: str, mark: str) -> Bundle:
+    """Tokens coloured by probability, thoughts folded away, calls as cards."""
+    turns = [*reply.earlier, reply]
+    tokens = [token for turn in turns for token in turn.tokens]
+    body = "".join(_turn_picture(turn) for turn in turns)
+    end = f"<em>{mark}</em>" if mark else ""
+    return {
+        "text/plain": "\n\n".join(filter(None, [marked, unlikely_text(tokens)])),
+        "text/html": f"<div>{legend_html()}{body}{end}{unlikely_html(tokens)}</div>",
+    }
+
+
+def _turn_picture(turn: ReplyText) -> str:
+    thought, answer = _split(turn.tokens, turn.num_tokens_before_answer if turn.reasoning else 0)
+    fold = ""
+    if thought:
+        title = _thinking_title(turn, growing=not answer)
+        fold = f'<details><summary style="cursor:pointer">{title}</summary>{tokens_html(thought)}</details>'
+    return fold + (tokens_html(answer) if answer else "") + _cards(turn)
+
+
+def _split(tokens: Iterable[ScoredToken], place: int) -> tuple[list[ScoredToken], list[ScoredToken]]:
+    listed = list(tokens)
+    return listed[:place], listed[place:]
+
+
+def _json_bundle(text: str, mark: str) -> Bundle:
+    body = re.sub(r"\A\s*```(?:json)?\s*\n(.*?)\n?```\s*\Z", r"\1", text, flags=re.DOTALL)
+    try:
+        value = json.loads(body)
+    except ValueError:
+        note = mark or "(not JSON)"
+        return {"text/plain": f"{text} {note}", "text/markdown": f"{fenced(text)}\n\n*{note}*"}
+    pretty = json.dumps(value, indent=2, ensure_ascii=False)
+    bundle: Bundle = {"text/plain": pretty, "text/markdown": fenced(pretty, "json")}
+    if isinstance(value, dict | list):
+        bundle["application/json"] = value
+    return bundle

@@ -1,0 +1,1 @@
+"""What the notebook remembers: the session, conversations, settings."""
