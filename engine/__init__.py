@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.chat.parse_output import parse_output
     from engine.llm import LLM
-    from engine.memory.planner import MemoryPlan
+    from engine.memory.plan import MemoryPlan
     from engine.outputs import CompletionDelta, CompletionOutput, Reply, RequestOutput
     from engine.params.sampling_params import SamplingParams, StructuredOutputsParams
     from engine.planning import plan, plan_table

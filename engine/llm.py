@@ -17,12 +17,12 @@ from engine.batch.offline import chat_options, conversation_list, one_prompt, pa
 from engine.batch.score import Score, score_text
 from engine.core.request import TRACELESS
 from engine.errors import RequestError
-from engine.explain.explainer import Explanation
-from engine.explain.explaining import make_explainer
+from engine.explain.explainer import Explanation, make_explainer
 from engine.explain.request_log import RequestLog
+from engine.models.model_config import ModelConfig
 from engine.models.resolve import resolve
 from engine.outputs import CompletionDelta, RequestOutput
-from engine.params.engine_args import EngineArgs, ModelConfig
+from engine.params.engine_args import EngineArgs
 from engine.params.live_sampling import LiveValues
 from engine.params.sampling_defaults import Resolved, SamplingDefaults
 from engine.params.sampling_params import SamplingParams
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import pandas
 
     from engine.batch.bench import Bench
-    from engine.memory.planner import MemoryPlan
+    from engine.memory.plan import MemoryPlan
     from engine.openai.server import ServerHandle
     from engine.runtime.llm_engine import EngineStats, LLMEngine
 
@@ -407,7 +407,7 @@ class LLM:
         return plan
 
     def bench(self, **options: Any) -> "Bench":
-        """A measurement of this model's speed, see :class:`engine.batch.bench.Bench`: ``llm.bench(seconds=20).run()``."""
+        """This model's speed, see :class:`engine.batch.bench.Bench`: ``llm.bench(seconds=20).run()``."""
         from engine.batch.bench import Bench
 
         device = self._thread.call(lambda _: describe_device())

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vm_magic.show.safe_markdown import safe_markdown
-
 FinishReason = str
 """``"stop"``, ``"length"``, ``"abort"``, ``"error"`` or ``"repetition"``; at the chat doors also ``"tool_calls"``."""
 
@@ -144,9 +142,6 @@ class Reply:
 
     def __str__(self) -> str:
         return self.text
-
-    def _repr_markdown_(self) -> str:
-        return safe_markdown(self.text)
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         """What a prompt shows: the text, and calls of tools below it. ``repr()`` stays that of the fields."""

@@ -8,12 +8,13 @@ from typing import Any, Self
 
 from engine.errors import ConfigError
 from engine.memory.cache_spec import KVGroupSpec
-from engine.memory.overhead import Overhead
+from engine.memory.plan import MemoryPlan
 from engine.memory.plan_table import PlanTable, tabulate
-from engine.memory.planner import MemoryPlan, plan_memory
-from engine.models.model_config import read_model_config
+from engine.memory.planner import plan_memory
+from engine.memory.step_cost import Overhead
+from engine.models.model_config import ModelConfig, read_model_config
 from engine.models.resolve import resolve
-from engine.params.engine_args import EngineArgs, ModelConfig
+from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device, describe_device, prepare_backend
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

@@ -32,7 +32,8 @@ from engine.runner.device.devices import choose_blas  # noqa: E402
 
 choose_blas()
 
-from engine.models.resolve import ResolvedModel, resolve  # noqa: E402
+from engine.models.local import ResolvedModel  # noqa: E402
+from engine.models.resolve import resolve  # noqa: E402
 from tests import scripted_model, tiny_models  # noqa: E402
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from engine.batch.map import Answer, chat_messages, work_seconds
 from engine.batch.offline import DEFAULT_MAX_TOKENS
 from engine.chat.parse_output import collect_reply
 from engine.errors import RequestError
-from engine.memory.planner import MemoryPlan
+from engine.memory.plan import MemoryPlan
 from engine.params.sampling_defaults import Resolved
 from engine.params.structured_outputs import Constraints
 from engine.runtime.stream import RequestStream

@@ -5,19 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from engine.batch.scored_token import ScoredToken, scored_token, unlikely_text
 from engine.errors import RequestError
 from engine.outputs import RequestOutput
 from engine.params.sampling_params import SamplingParams
 from engine.runtime.stream import RequestStream
-from engine.text.tokens.whole_characters import whole_characters
-from vm_magic.show.token_html import (
-    ScoredToken,
-    legend_html,
-    scored_token,
-    tokens_html,
-    unlikely_html,
-    unlikely_text,
-)
+from engine.text.tokens.detokenizer import whole_characters
 
 
 @dataclass(frozen=True)
@@ -25,7 +18,7 @@ class Score:
     """A text's tokens and their natural log-probabilities, each given what stands before it.
 
     ``logprobs[i]`` belongs to ``tokens[i]``; the first is None, since nothing stands before it. A character that
-    several tokens make up is the last one's. A page shows the tokens coloured by probability.
+    several tokens make up is the last one's.
     """
 
     text: str
@@ -71,10 +64,6 @@ class Score:
 
     def __repr__(self) -> str:
         return "\n".join(filter(None, [self.headline, unlikely_text(self.scored)]))
-
-    def _repr_html_(self) -> str:
-        body = tokens_html(self.scored) + unlikely_html(self.scored)
-        return f"<div><b>{self.headline}</b>{legend_html()}{body}</div>"
 
 
 class ScoringTokenizer(Protocol):

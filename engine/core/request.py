@@ -4,10 +4,10 @@ import enum
 import time
 from dataclasses import dataclass, field
 
+from engine.core.token_guide import MakeGuide, TokenGuide
 from engine.errors import ContextLengthError
 from engine.outputs import RequestMetrics
 from engine.params.sampling_params import SamplingParams
-from engine.params.structured_outputs import MakeGuide, TokenGuide
 
 TRACELESS = "\0traceless"
 """Cache salt of requests that neither read nor fill the prefix cache and are not remembered for ``explain``."""

@@ -11,10 +11,11 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from engine.core.cache_groups import KVCacheGroup
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.request import Request, RequestStatus
 from engine.core.step import ScheduledRequest, SchedulerOutput
-from engine.params.structured_outputs import COMPLETE
+from engine.core.token_guide import COMPLETE
 
 
 class StepMemory(Protocol):
@@ -255,3 +256,25 @@ def _stop_status(request: Request, token_id: int) -> RequestStatus | None:
     if len(request.output_token_ids) >= request.max_tokens:
         return RequestStatus.FINISHED_LENGTH
     return None
+
+
+def must_end(
+    running: Sequence[Request], groups: Sequence[KVCacheGroup], sizes: Sequence[int], max_num_seqs: int
+) -> list[Request]:
+    """The requests of ``running`` that must end before pools of ``sizes`` blocks (by group) hold the others.
+
+    The least urgent and latest come, as in preemption; none where all fit.
+    """
+    keep = sorted(running, key=lambda r: (r.priority, r.arrival_time, r.index))
+    end: list[Request] = []
+    while keep and not _fit(keep, groups, sizes, max_num_seqs):
+        end.append(keep.pop())
+    return end
+
+
+def _fit(running: Sequence[Request], groups: Sequence[KVCacheGroup], sizes: Sequence[int], max_num_seqs: int) -> bool:
+    if len(running) > max_num_seqs:
+        return False
+    # Requests may share blocks, so each is counted once.
+    held = ({block for request in running for block in group.held_blocks(request)} for group in groups)
+    return all(len(blocks) <= size for blocks, size in zip(held, sizes, strict=True))

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError, MemoryPlanError
-from engine.memory.plan_text import size
-from engine.memory.planner import MemoryPlan
+from engine.memory.plan import MemoryPlan, size
 
 MOST_PLANS = 200
 """More rows than this are refused: nobody reads them."""

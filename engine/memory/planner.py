@@ -12,15 +12,14 @@ of a step follows ``max_model_len``, so a shorter length leaves more for the cac
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine.errors import ConfigError, MemoryPlanError
-from engine.memory import plan_text
 from engine.memory.cache_spec import KVGroupSpec, ceil_div
-from engine.memory.overhead import Overhead
-from engine.memory.plan_text import gib
-from engine.params.engine_args import DEFAULT_MEMORY_FRACTION, MAX_NUM_SEQS_LIMIT, Auto, check_batch, option_value
+from engine.memory.plan import MemoryPlan, PlanInputs, breakdown, gib
+from engine.memory.step_cost import Overhead
+from engine.params.engine_args import DEFAULT_MEMORY_FRACTION, MAX_NUM_SEQS_LIMIT, Auto, option_value
 from engine.params.kv_dtype import kv_cache_dtype as known_kv_cache_dtype
 from engine.params.kv_dtype import unquantized_note
 
@@ -33,112 +32,6 @@ _SEQUENCES_PER_CHECKPOINT = 8
 MIN_POOL_BLOCKS = 64
 """Blocks of the smallest pool."""
 _VLLM_HELP = "https://docs.vllm.ai/en/latest/configuration/conserving_memory/"
-
-
-@dataclass(frozen=True, slots=True)
-class PlanInputs:
-    """What was asked of a plan, kept so that :func:`what_if` can ask otherwise.
-
-    ``shared_layers`` read other layers' pages and need nothing: named so that none seems forgotten.
-    ``step_overhead`` gives a plan's overhead by its length.
-    """
-
-    context_length: int
-    max_model_len: int | Auto | None = None
-    max_num_seqs: int | Auto = "auto"
-    max_num_batched_tokens: int | None = None
-    kv_cache_dtype: str = "auto"
-    knob: str = "gpu_memory_utilization"
-    prefix_caching: bool = True
-    shared_layers: tuple[int, ...] = ()
-    step_overhead: Overhead = field(default=Overhead(0.0), compare=False)
-
-    def check(self) -> None:
-        """Refuse what no amount of memory allows. Raises :class:`ConfigError`."""
-        length, context = self.max_model_len, self.context_length
-        if isinstance(length, int) and length > context:
-            raise ConfigError(
-                f"User-specified max_model_len ({length}) is greater than the derived max_model_len "
-                f"({context}, the model's context length): use {context} or less, or auto",
-                flag="max_model_len",
-                value=length,
-                allowed=f"[1, {context}]",
-            )
-        check_batch(self.max_num_seqs, self.max_num_batched_tokens)
-
-    def overhead(self, max_model_len: int) -> int:
-        """Bytes of the largest step where sequences have at most ``max_model_len`` tokens."""
-        return self.step_overhead.bytes(min(self.max_num_batched_tokens or max_model_len, max_model_len), max_model_len)
-
-    @property
-    def fewest_seqs(self) -> int:
-        """Sequences that must have their windows and states."""
-        return 1 if self.max_num_seqs == "auto" else self.max_num_seqs
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """How a device's memory is divided: bytes and counts.
-
-    ``state_bytes_per_seq`` is what a sequence needs however short it is (state slots and sliding
-    windows). ``kv_bytes_at_max_len`` is one sequence of ``max_model_len`` tokens with that included.
-    ``max_model_len_that_fits`` is the longest such sequence, up to the model's context.
-    ``num_checkpoints``: states that the prefix cache may keep when all sequences run.
-    """
-
-    device_limit: int
-    fraction: float
-    usable: int
-    model_memory: int
-    overhead: int
-    kv_budget: int
-    per_block_bytes: int
-    block_size: int
-    num_blocks: int
-    max_tokens_cached: int
-    state_bytes_per_seq: int
-    max_num_seqs: int
-    max_model_len: int
-    kv_bytes_at_max_len: int
-    max_model_len_that_fits: int
-    groups: tuple[KVGroupSpec, ...]
-    inputs: PlanInputs
-    num_checkpoints: int = 0
-
-    @property
-    def state_memory(self) -> int:
-        """Bytes set aside before any sequence has grown: for ``max_num_seqs`` of them, and for checkpoints."""
-        return sum(self.bytes_of(group) for group in self.groups if not group.grows)
-
-    @property
-    def max_concurrency(self) -> float:
-        """How many requests of ``max_model_len`` tokens fit at once."""
-        return min(self.max_tokens_cached / self.max_model_len, self.max_num_seqs)
-
-    def num_blocks_of(self, group: KVGroupSpec) -> int:
-        """Blocks (of states: slots) that ``group`` may come to hold."""
-        if group.grows:
-            return self.num_blocks
-        checkpoints = self.num_checkpoints if group.kind == "state" else 0
-        return group.blocks_of(self.max_num_seqs, self.max_model_len) + checkpoints
-
-    def bytes_of(self, group: KVGroupSpec) -> int:
-        """Bytes that ``group`` may come to hold."""
-        return self.num_blocks_of(group) * group.bytes_per_block
-
-    def log_line(self) -> str:
-        """The plan in vllm-metal's words and order (GB = 1e9 bytes), the same on every device."""
-        return plan_text.log_line(self)
-
-    def describe(self) -> str:
-        """The plan for people: a bar, the sums from the device's limit to blocks and requests, the groups."""
-        return plan_text.describe(self)
-
-    def __str__(self) -> str:
-        return self.describe()
-
-    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
-        printer.text(self.describe())
 
 
 def plan_memory(
@@ -393,7 +286,7 @@ def _check_settings(fraction: float, max_model_len: int | Auto | None, max_num_s
 
 
 def _refuse_what_does_not_fit(plan: MemoryPlan, shortage: _Shortage) -> None:
-    knob, figures = plan.inputs.knob, plan_text.breakdown(plan)
+    knob, figures = plan.inputs.knob, breakdown(plan)
     fewer = f"decrease {shortage.fewer_seqs}, " if shortage.fewer_seqs else ""
     if 0 < plan.max_model_len_that_fits < plan.max_model_len:
         fewer = f"decrease max_model_len to {plan.max_model_len_that_fits} or less, {fewer}"

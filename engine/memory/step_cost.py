@@ -1,11 +1,31 @@
-"""Whether a step fits into memory, asked before it is built: a process that runs out of memory is killed, or aborts."""
+"""What a step costs beyond weights and pages, and whether it fits, asked before it is built.
+
+A process that runs out of memory is killed, or aborts.
+"""
 
 from collections.abc import Callable
-
-from engine.memory.overhead import Overhead
+from dataclasses import dataclass
 
 SMALLEST_CHUNK = 16
 """Tokens; a prompt is not cut into smaller chunks to save memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """Bytes of a step beyond weights and pages: measured, estimated, or given (``base`` alone).
+
+    ``base + per_row x rows + per_pair x rows x context + per_position x context``
+    """
+
+    base: float
+    per_row: float = 0.0
+    per_pair: float = 0.0
+    per_position: float = 0.0
+
+    def bytes(self, rows: int, context: int) -> int:
+        """What a step of ``rows`` tokens attending over ``context`` tokens needs."""
+        by_context = (self.per_pair * rows + self.per_position) * context
+        return round(max(0.0, self.base + self.per_row * rows + by_context))
 
 
 class Preflight:

@@ -10,8 +10,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from tqdm import tqdm
 
 from engine.errors import ModelNotFoundError
+from engine.models.local import Part, ResolvedModel, hub_cache, pick_gguf
 from engine.models.pypi import Progress
-from engine.models.resolve import Part, ResolvedModel, hub_cache, pick_gguf
 
 _TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.tiktoken", "tokenizer.model"]
 _PATTERNS: dict[Part, list[str]] = {

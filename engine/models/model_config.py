@@ -3,14 +3,16 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError, ModelLoadError
 from engine.models.gguf_config import gguf_config
 from engine.models.gguf_file import open_gguf
-from engine.models.resolve import ResolvedModel, resolve
-from engine.params.engine_args import EngineArgs, ModelConfig
+from engine.models.local import ResolvedModel
+from engine.models.resolve import resolve
+from engine.params.engine_args import EngineArgs
 
 _LENGTH_KEYS = (
     "max_position_embeddings",
@@ -29,6 +31,20 @@ _USUAL_LENGTHS = {"gemma3": 131072}
 """Of model types whose published files leave their length out."""
 _ALREADY_SCALED = ("su", "longrope", "llama3")
 """RoPE scalings whose model says its length after scaling."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model's own files say, in the engine's words. Built by the loader."""
+
+    name: str
+    path: Path
+    hf_config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    context_length: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    model_type: str
 
 
 def read_model_config(resolved: ResolvedModel, args: EngineArgs) -> ModelConfig:

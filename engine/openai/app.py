@@ -6,8 +6,6 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from engine.openai.backend import ServedEngine
-from engine.openai.generation import Port
 from engine.openai.http.errors import install_error_handlers
 from engine.openai.http.http_metrics import AccessMiddleware, HttpMetrics
 from engine.openai.http.lifetime import OpenRequests
@@ -15,6 +13,8 @@ from engine.openai.http.options import ServerOptions
 from engine.openai.http.security import BodyLimitMiddleware, HostOriginMiddleware, KeyMiddleware
 from engine.openai.routes import chat, completions, messages, render, responses, service, tokens
 from engine.openai.routes.responses_store import ResponseStore
+from engine.openai.schema.backend import ServedEngine
+from engine.openai.serving.generation import Port
 
 
 class RootPathMiddleware:

@@ -16,10 +16,10 @@ from fastapi import FastAPI
 
 from engine.errors import ConfigError, ServerError
 from engine.openai.app import create_app
-from engine.openai.backend import ServedEngine
-from engine.openai.generation import Port
 from engine.openai.http.options import KEEP_ALIVE_SECONDS, MAX_BODY_BYTES, ServerOptions, choose_api_keys
 from engine.openai.http.ring_log import RingLog
+from engine.openai.schema.backend import ServedEngine
+from engine.openai.serving.generation import Port
 
 logger = logging.getLogger("engine.openai")
 _LOGGERS = ("uvicorn.error", "engine.openai")

@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from engine.errors import ConfigError
@@ -344,17 +343,3 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:
         )
     values["use_paged_attention"] = paged not in ("0", "false")
     return values
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What a model's own files say, in the engine's words. Built by the loader."""
-
-    name: str
-    path: Path
-    hf_config: Mapping[str, Any]
-    generation_config: Mapping[str, Any]
-    context_length: int
-    vocab_size: int
-    eos_token_ids: frozenset[int]
-    model_type: str

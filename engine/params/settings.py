@@ -2,16 +2,45 @@
 
 import threading
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from engine.errors import RequestError
-from engine.params.presets import MODEL_PRESET, PRESET_FIELDS, preset_values
+from engine.errors import ConfigError, RequestError
 from engine.params.sampling_params import CONSTRAINTS, SamplingParams
 
 THINKING_NAMES = ("enable_thinking", "thinking_token_budget")
 """Settings beside the sampling values."""
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 """What chat templates call the switch."""
+MODEL_PRESET = "model"
+"""The name that stands for the model's own ``generation_config.json``."""
+
+
+def _preset(temperature: float, top_p: float, presence_penalty: float) -> Mapping[str, float]:
+    return MappingProxyType(
+        {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": 20,
+            "min_p": 0.0,
+            "presence_penalty": presence_penalty,
+            "repetition_penalty": 1.0,
+        }
+    )
+
+
+PRESETS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {
+        "qwen-thinking": _preset(1.0, 0.95, 1.5),
+        "qwen-coding": _preset(0.6, 0.95, 0.0),
+        "qwen-instruct": _preset(0.7, 0.80, 1.5),
+    }
+)
+"""Qwen's sets for thinking in general, thinking for precise code, and replies without thinking."""
+
+
+PRESET_FIELDS = frozenset(name for values in PRESETS.values() for name in values)
+"""Sampling names that a preset decides."""
 
 
 class Settings:
@@ -123,3 +152,13 @@ def _checked_thinking(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _without(values: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
+
+
+def preset_values(name: str) -> Mapping[str, float]:
+    """The sampling values of preset ``name``; none for ``model``. Raises ConfigError naming those there are."""
+    if name == MODEL_PRESET:
+        return {}
+    if name not in PRESETS:
+        known = ", ".join([*PRESETS, MODEL_PRESET])
+        raise ConfigError(f"preset {name!r} is unknown; there are: {known}", flag="preset", value=name, allowed=known)
+    return PRESETS[name]

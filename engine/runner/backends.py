@@ -12,8 +12,8 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from engine.core.request import Request
-from engine.runner.input_batch import Int32, StepBatch
 from engine.runner.kv.attention_patch import RowSelector
+from engine.runner.kv.input_batch import Int32, StepBatch
 
 
 class Backend(Protocol):

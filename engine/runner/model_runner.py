@@ -15,7 +15,7 @@ from engine.core.request import Request
 from engine.core.step import ScheduledRequest, SchedulerOutput
 from engine.outputs import LogprobsAtPosition
 from engine.runner.backends import Backend
-from engine.runner.input_batch import Int32, StepBatch
+from engine.runner.kv.input_batch import Int32, StepBatch
 from engine.runner.sampling.sampler import HostLogprobs, LogprobArrays, Sampler, SamplerOutput, to_logprobs
 from engine.runner.sampling.sampling_metadata import SamplingMetadata, SamplingRow
 

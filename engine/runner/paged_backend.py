@@ -13,10 +13,10 @@ from engine.core.step import ScheduledRequest
 from engine.memory.planner import next_pool_size
 from engine.runner.backends import join_rows
 from engine.runner.device.devices import clear_cache
-from engine.runner.input_batch import Int32, StepBatch
 from engine.runner.kv import attention_patch as attention_seam
 from engine.runner.kv.attention_metadata import StepLayout
 from engine.runner.kv.attention_patch import RowSelector
+from engine.runner.kv.input_batch import Int32, StepBatch
 from engine.runner.kv.kv_pool import KVPool, StatePool
 from engine.runner.kv.kv_spec import CacheLeaf, CacheTree, flatten, group_leaves
 from engine.runner.kv.paged_cache import LayerCache, PagedLayerCache, StateLayerCache

@@ -11,11 +11,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from engine.core.request import Request
 from engine.core.step import ScheduledRequest
-from engine.memory.overhead import Overhead
+from engine.memory.step_cost import Overhead
 from engine.params.sampling_params import SamplingParams
 from engine.runner.backends import Backend, ContiguousBackend
 from engine.runner.device.devices import DeviceKind, active_memory, clear_cache, peak_memory, reset_peak_memory
-from engine.runner.input_batch import StepBatch
+from engine.runner.kv.input_batch import StepBatch
 from engine.runner.kv.kv_pages import rounded
 from engine.runner.kv.kv_spec import UnsupportedCacheError, flatten, probe_caches
 from engine.runner.paged_backend import Calls, PagedBackend

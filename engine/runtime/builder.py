@@ -10,11 +10,12 @@ from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
 from engine.core.state_group import StateGroup
 from engine.memory.cache_spec import KVGroupSpec
-from engine.memory.overhead import Overhead
-from engine.memory.planner import MemoryPlan, pages_note, plan_memory
-from engine.memory.step_cost import Preflight
-from engine.models.resolve import ResolvedModel
-from engine.params.engine_args import EngineArgs, ModelConfig
+from engine.memory.plan import MemoryPlan
+from engine.memory.planner import pages_note, plan_memory
+from engine.memory.step_cost import Overhead, Preflight
+from engine.models.local import ResolvedModel
+from engine.models.model_config import ModelConfig
+from engine.params.engine_args import EngineArgs
 from engine.runner.backends import Backend
 from engine.runner.device.devices import Device, clear_cache, describe_device
 from engine.runner.device.free_memory import FreeMemory

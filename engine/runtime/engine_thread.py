@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from engine.core.request import NewRequest
 from engine.errors import EngineClosedError, GenerationError, OutOfMemoryError, VMMagicError
-from engine.models.resolve import ResolvedModel
+from engine.models.local import ResolvedModel
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import is_out_of_memory, mlx_thread
 from engine.runtime.builder import BuiltEngine, build_engine

@@ -4,9 +4,10 @@ import logging
 from collections.abc import Sequence
 
 from engine.core.request import Request
-from engine.core.resize import must_end
+from engine.core.scheduler import must_end
 from engine.errors import GenerationError, HeldMemory, MemoryInUseError
-from engine.memory.planner import MemoryPlan, what_if
+from engine.memory.plan import MemoryPlan
+from engine.memory.planner import what_if
 from engine.params.engine_args import Auto
 from engine.runtime.llm_engine import LLMEngine
 

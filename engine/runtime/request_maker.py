@@ -6,7 +6,8 @@ from typing import Self
 
 from engine.core.request import NewRequest, check_length
 from engine.errors import RequestError
-from engine.params.engine_args import EngineArgs, ModelConfig
+from engine.models.model_config import ModelConfig
+from engine.params.engine_args import EngineArgs
 from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import Constraints
 from engine.runner.sampling.sampling_metadata import check_token_ids

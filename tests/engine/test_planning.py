@@ -9,7 +9,7 @@ import pytest
 
 import engine
 from engine.errors import ConfigError, MemoryPlanError
-from engine.memory.planner import MemoryPlan
+from engine.memory.plan import MemoryPlan
 from tests.tiny_models import tiny_config
 
 GIVEN = {"device_memory": 51.54e9, "model_memory": 14.96e9, "overhead": 1.13e9}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import EngineClosedError, ModelNotFoundError
-from engine.models.resolve import CachedModel
+from engine.models.local import CachedModel
 from engine.outputs import CompletionDelta, CompletionOutput, RequestMetrics, RequestOutput
 from engine.params.engine_args import EngineArgs
 from engine.params.sampling_defaults import Resolved, SamplingDefaults

@@ -6,7 +6,7 @@ from typing import Any
 
 from IPython.core.getipython import get_ipython
 
-from engine.params.presets import MODEL_PRESET, PRESETS
+from engine.params.settings import MODEL_PRESET, PRESETS
 from vm_magic.commands.arguments import CELL_COMMANDS, COMMANDS, command_parser
 from vm_magic.state import session as sessions
 from vm_magic.state.chat_flags import TOOL_CHOICES

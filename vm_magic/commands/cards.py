@@ -6,45 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.outputs import Reply
-from engine.params.settings import Settings
 from vm_magic.show.progress import size_text
-from vm_magic.show.safe_markdown import plain_html
+from vm_magic.show.tables import CARD_STYLE, Table, settings_text
 
 if TYPE_CHECKING:
     from vm_magic.state.session import Session
 
-CARD_STYLE = "display:inline-block;padding:8px 14px;border:1px solid #80808059;border-radius:6px;font-size:13px"
-"""Half transparent and without variables: reads on every theme, and a notebook that is not trusted keeps it."""
 _BAR_STYLE = (
     "display:inline-block;width:160px;height:8px;border-radius:4px;overflow:hidden;vertical-align:middle;"
     "margin-right:8px;background-color:#80808040"
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under a header. ``note`` stands below; an empty table says only that."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-    def __repr__(self) -> str:
-        lines = [self.header, *self.rows] if self.rows else []
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([*text, *([self.note] if self.note else [])])
-
-    def _repr_html_(self) -> str:
-        note = f"<div>{html.escape(self.note)}</div>" if self.note else ""
-        if not self.rows:
-            return note
-        head = "".join(f'<th style="text-align:left">{html.escape(cell)}</th>' for cell in self.header)
-        body = "".join(
-            "<tr>" + "".join(f'<td style="text-align:left">{plain_html(cell)}</td>' for cell in row) + "</tr>"
-            for row in self.rows
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
 
 
 @dataclass(frozen=True)
@@ -120,11 +91,6 @@ def _snippets(session: "Session") -> tuple[tuple[str, str], ...]:
     from vm_magic.state.clients import Port, snippets
 
     return tuple((name, f"{code.text}{code.note}") for name, code in snippets(Port.of(server)).items())
-
-
-def settings_text(settings: Settings) -> str:
-    """``preset=qwen-coding temperature=0.6 top_p=0.95 …``: what is in force, the preset's values included."""
-    return " ".join(f"{name}={value}" for name, value in settings.everything().items())
 
 
 def speed_text(first: Reply, *later: Reply) -> str:

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vm_magic.commands.cards import Table
 from vm_magic.show.safe_markdown import safe_markdown
+from vm_magic.show.tables import Table
 from vm_magic.show.tool_cards import ToolOutcome, call_card, call_line
 from vm_magic.state.conversation import Conversation, Message
 

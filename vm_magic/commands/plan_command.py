@@ -9,7 +9,7 @@ from engine.params.engine_args import ENGINE_FLAGS, EngineArgs
 from vm_magic.state import session as sessions
 
 if TYPE_CHECKING:
-    from engine.memory.planner import MemoryPlan
+    from engine.memory.plan import MemoryPlan
     from vm_magic.state.session import Session
 
 PLAN_SIZES = ("device_memory", "model_memory", "overhead")

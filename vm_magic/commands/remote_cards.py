@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 from engine.errors import UnsupportedOptionError
-from vm_magic.commands.cards import StatusCard, Table, metrics_table, settings_text, speed_text
+from vm_magic.commands.cards import StatusCard, metrics_table, speed_text
+from vm_magic.show.tables import Table, settings_text
 
 if TYPE_CHECKING:
     from vm_magic.remote.llm import RemoteLLM

@@ -14,14 +14,7 @@ from engine.openai.http.ring_log import RingLog
 from engine.params.engine_args import ENGINE_FLAGS
 from vm_magic.commands import arguments
 from vm_magic.commands.arguments import COMMANDS, command_parser, pick, split_text, split_words
-from vm_magic.commands.cards import (
-    StatusCard,
-    Table,
-    metrics_table,
-    models_table,
-    settings_text,
-    status_card,
-)
+from vm_magic.commands.cards import StatusCard, metrics_table, models_table, status_card
 from vm_magic.commands.chat_command import talk
 from vm_magic.commands.history_view import HistoryView, conversations_table, history_view
 from vm_magic.commands.remote_cards import refuse_remote, remote_card, remote_metrics, remote_models
@@ -31,6 +24,7 @@ from vm_magic.panel import close_left_panel, close_panel, open_panel, panel_bund
 from vm_magic.show.display import can_update
 from vm_magic.show.errors import HelpShown, Interrupted
 from vm_magic.show.progress import LoadProgress, size_text
+from vm_magic.show.tables import Table, settings_text
 from vm_magic.state import session as sessions
 from vm_magic.state.live_settings import change_settings
 from vm_magic.state.references import release_references

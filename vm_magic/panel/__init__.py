@@ -44,7 +44,7 @@ def close_left_panel() -> bool:
 
 def panel_line(session: "Session") -> str:
     """What the panel would show, in one line: for a terminal, and wherever widgets cannot be drawn."""
-    from vm_magic.commands.cards import settings_text
+    from vm_magic.show.tables import settings_text
 
     remote, llm, values = session.remote, session.loaded, settings_text(session.settings)
     if remote is not None:

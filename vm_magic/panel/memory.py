@@ -17,7 +17,7 @@ from vm_magic.show.progress import size_text
 
 if TYPE_CHECKING:
     from engine.llm import LLM
-    from engine.memory.planner import MemoryPlan
+    from engine.memory.plan import MemoryPlan
 
 
 _STEP = 0.01

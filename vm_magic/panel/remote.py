@@ -10,7 +10,7 @@ from vm_magic.panel.pictures import throughput_svg
 from vm_magic.panel.server import ClientsPart
 from vm_magic.panel.snapshot import Seen
 from vm_magic.panel.style import faint
-from vm_magic.remote.llm import ServerState
+from vm_magic.remote.metrics import ServerState
 from vm_magic.remote.watch import RemoteActivity
 from vm_magic.state.clients import Port
 

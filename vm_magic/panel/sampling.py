@@ -11,9 +11,8 @@ import ipywidgets as widgets
 
 from engine.errors import VMMagicError
 from engine.params.live_sampling import LIVE_NAMES
-from engine.params.presets import MODEL_PRESET, PRESETS
 from engine.params.sampling_defaults import SamplingDefaults
-from engine.params.settings import THINKING_NAMES
+from engine.params.settings import MODEL_PRESET, PRESETS, THINKING_NAMES
 from vm_magic.panel.snapshot import Seen
 from vm_magic.panel.style import bad, faint
 from vm_magic.state.live_settings import can_switch_thinking, change_settings

@@ -10,6 +10,7 @@ from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import THINKING_SWITCHES, Settings
 from vm_magic.remote.address import Address, RemoteConnectionError
+from vm_magic.remote.metrics import ServerState
 from vm_magic.remote.stream import RemoteStream
 from vm_magic.remote.wire import request_body, response_format
 
@@ -31,26 +32,6 @@ class RemoteModel:
     name: str
     max_model_len: int | None = None
     parent: str | None = None
-
-
-@dataclass(frozen=True)
-class ServerState:
-    """What a vLLM server's ``/metrics`` say now; None where it does not tell. ``generation_tokens`` and ``prefix_*``
-    (tokens looked up in the prefix cache, and found there) count since the server started."""
-
-    num_running: int | None = None
-    num_waiting: int | None = None
-    kv_cache_usage: float | None = None
-    generation_tokens: float | None = None
-    prefix_queries: float | None = None
-    prefix_hits: float | None = None
-
-    @property
-    def prefix_hit_share(self) -> float | None:
-        """Share of the prompts' tokens that the prefix cache had, 0 to 1."""
-        if self.prefix_hits is None or not self.prefix_queries:
-            return None
-        return self.prefix_hits / self.prefix_queries
 
 
 class RemoteLLM:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import RequestError
-from vm_magic.remote.llm import ServerState
 
 RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
 KV_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
@@ -13,6 +12,26 @@ GENERATED = "vllm:generation_tokens_total"
 PREFIX_QUERIES = ("vllm:prefix_cache_queries_total", "vllm:gpu_prefix_cache_queries_total")
 PREFIX_HITS = ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total")
 _STATE_NAMES = (RUNNING, WAITING, *KV_USAGE, GENERATED, *PREFIX_QUERIES, *PREFIX_HITS)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What a vLLM server's ``/metrics`` say now; None where it does not tell. ``generation_tokens`` and ``prefix_*``
+    (tokens looked up in the prefix cache, and found there) count since the server started."""
+
+    num_running: int | None = None
+    num_waiting: int | None = None
+    kv_cache_usage: float | None = None
+    generation_tokens: float | None = None
+    prefix_queries: float | None = None
+    prefix_hits: float | None = None
+
+    @property
+    def prefix_hit_share(self) -> float | None:
+        """Share of the prompts' tokens that the prefix cache had, 0 to 1."""
+        if self.prefix_hits is None or not self.prefix_queries:
+            return None
+        return self.prefix_hits / self.prefix_queries
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from engine.outputs import RequestOutput, Usage
 from engine.params.sampling_params import SamplingParams
 from engine.runtime.stream import RequestStream
 from vm_magic.remote.address import RemoteReplyError
-from vm_magic.remote.wire import RemoteDelta, RemoteOutput, read_chat_choice, read_text_choice, read_usage
+from vm_magic.remote.wire import RemoteOutput, read_chat_choice, read_text_choice, read_usage
+from vm_magic.show.reply_text import RemoteDelta
 
 if TYPE_CHECKING:
     from vm_magic.remote.client import RemoteClient

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from engine.errors import RequestError, VMMagicError
 from engine.runtime.activity import Rate, RequestActivity, Throughput
-from vm_magic.remote.llm import RemoteLLM, ServerState
-from vm_magic.remote.metrics import read_state
+from vm_magic.remote.llm import RemoteLLM
+from vm_magic.remote.metrics import ServerState, read_state
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

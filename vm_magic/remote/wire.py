@@ -5,20 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from engine.outputs import THINKING_CUTS, CompletionDelta, Logprob, LogprobsAtPosition, RequestOutput, Usage
+from engine.outputs import THINKING_CUTS, Logprob, LogprobsAtPosition, RequestOutput, Usage
+from vm_magic.show.reply_text import RemoteDelta
 
 if TYPE_CHECKING:
     from engine.text.parse.output_parser import ParsedDelta
 
 NO_ID = -1
 """Stands for a token whose id the server does not tell; alternatives have -2, -3 and so on."""
-
-
-@dataclass(slots=True)
-class RemoteDelta(CompletionDelta):
-    """News that the server has parsed already. ``parsed`` is None for plain completions."""
-
-    parsed: "ParsedDelta | None" = None
 
 
 @dataclass(slots=True)

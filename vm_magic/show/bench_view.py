@@ -5,9 +5,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vm_magic.commands.cards import Table
 from vm_magic.show.display_bar import bar_for
 from vm_magic.show.errors import Interrupted
+from vm_magic.show.tables import Table
 
 if TYPE_CHECKING:
     from engine.batch.bench import BenchResult, BenchRow

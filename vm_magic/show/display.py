@@ -7,9 +7,9 @@ from typing import Any, Literal, Protocol
 
 from IPython.core.displaypub import DisplayPublisher
 
+from engine.batch.scored_token import unlikely_text
 from vm_magic.show.reply_bundle import Bundle, Format, growing_bundle, reply_bundle
 from vm_magic.show.reply_text import ReplyText
-from vm_magic.show.token_html import unlikely_text
 from vm_magic.show.tool_cards import call_line
 
 WAITING = ReplyText("…")

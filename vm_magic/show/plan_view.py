@@ -3,15 +3,14 @@
 import html
 from typing import TYPE_CHECKING
 
-from engine.memory import plan_text
+from engine.memory.plan import GROUP_HEADER, Part, PartKind, gb, group_rows, layer_ranges, parts, size, summary
 from engine.memory.plan_table import MEANINGS
-from engine.memory.plan_text import Part, gb, size
 
 if TYPE_CHECKING:
+    from engine.memory.plan import MemoryPlan
     from engine.memory.plan_table import PlanTable
-    from engine.memory.planner import MemoryPlan
 
-_COLOURS: dict[plan_text.PartKind, str] = {
+_COLOURS: dict[PartKind, str] = {
     "weights": "#3d6aad", "overhead": "#75589f", "windows": "#a8511d", "states": "#a03a6b", "kv": "#2a7857",
     "outside": "rgba(128,128,128,.16)",
 }  # fmt: skip
@@ -31,7 +30,7 @@ _WIDE, _NARROW = 0.17, 0.08
 
 def plan_html(plan: "MemoryPlan") -> str:
     """All of a plan: the picture, what it means, its groups, and vllm-metal's line to copy."""
-    meaning = "".join(f"<div>{html.escape(line)}</div>" for line in plan_text.summary(plan))
+    meaning = "".join(f"<div>{html.escape(line)}</div>" for line in summary(plan))
     line = (
         f'<details style="margin-top:8px"><summary style="cursor:pointer;opacity:.75">log line</summary>'
         f'<code style="white-space:pre-wrap">{html.escape(plan.log_line())}</code></details>'
@@ -44,7 +43,7 @@ def plan_html(plan: "MemoryPlan") -> str:
 
 def plan_picture_html(plan: "MemoryPlan") -> str:
     """A stacked bar over the whole device and its legend; inline, without script, to embed anywhere."""
-    pieces = [part for part in plan_text.parts(plan) if part.num_bytes > 0]
+    pieces = [part for part in parts(plan) if part.num_bytes > 0]
     spoken = ", ".join(f"{part.name} {size(part.num_bytes)}" for part in pieces)
     label = f"memory of {gb(plan.device_limit)}: {spoken}"
     bar = "".join(_piece(part, part.num_bytes / plan.device_limit) for part in pieces)
@@ -115,15 +114,13 @@ def _groups(plan: "MemoryPlan") -> str:
     left = _CELL.replace("right", "left")
     head = "".join(
         f'<th scope="col" style="{left if i < 2 else _CELL};font-weight:600">{name}</th>'
-        for i, name in enumerate(plan_text.GROUP_HEADER)
+        for i, name in enumerate(GROUP_HEADER)
     )
     rows = []
     layers_of = [*(group.layers for group in plan.groups), plan.inputs.shared_layers]
-    for row, layers in zip(plan_text.group_rows(plan), layers_of, strict=False):
+    for row, layers in zip(group_rows(plan), layers_of, strict=False):
         cells = [f'<td style="{left if i < 2 else _CELL}">{html.escape(cell)}</td>' for i, cell in enumerate(row)]
-        rows.append(
-            f'<tr title="layers {plan_text.layer_ranges(layers)}" style="background:none">{"".join(cells)}</tr>'
-        )
+        rows.append(f'<tr title="layers {layer_ranges(layers)}" style="background:none">{"".join(cells)}</tr>')
     return (
         f'<table style="{_GRID}">'
         f'<thead><tr style="border-bottom:1px solid {_LINE}">{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'

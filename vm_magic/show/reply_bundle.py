@@ -5,10 +5,11 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from engine.batch.scored_token import ScoredToken, unlikely_text
 from vm_magic.show.growing_markdown import steady
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.safe_markdown import safe_markdown
-from vm_magic.show.token_html import ScoredToken, escaped, legend_html, tokens_html, unlikely_html, unlikely_text
+from vm_magic.show.token_html import escaped, legend_html, tokens_html, unlikely_html
 from vm_magic.show.tool_cards import call_card
 
 Format = Literal["markdown", "text", "code", "json"]

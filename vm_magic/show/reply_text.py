@@ -5,10 +5,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from engine.batch.scored_token import ScoredToken, scored_token
 from engine.outputs import THINKING_CUTS, CompletionDelta, LogprobsAtPosition
-from engine.text.tokens.whole_characters import WholeCharacters
-from vm_magic.remote.wire import RemoteDelta
-from vm_magic.show.token_html import ScoredToken, scored_token
+from engine.text.tokens.detokenizer import WholeCharacters
 from vm_magic.show.tool_cards import ToolOutcome, call_line
 
 if TYPE_CHECKING:
@@ -140,3 +139,10 @@ class ReplyReader:
                 function = {"name": piece.name, "arguments": ""}
                 self._tool_calls.append({"id": piece.id, "type": "function", "function": function})
             self._tool_calls[piece.index]["function"]["arguments"] += piece.arguments
+
+
+@dataclass(slots=True)
+class RemoteDelta(CompletionDelta):
+    """News that the server has parsed already. ``parsed`` is None for plain completions."""
+
+    parsed: "ParsedDelta | None" = None

@@ -17,7 +17,7 @@ from vm_magic.state.conversation import DEFAULT_CONVERSATION, Conversation
 
 if TYPE_CHECKING:
     from engine.llm import LLM
-    from engine.models.resolve import CachedModel
+    from engine.models.local import CachedModel
     from engine.openai.server import ServerHandle
     from vm_magic.remote.llm import RemoteLLM
 
@@ -37,7 +37,7 @@ def find_model(args: EngineArgs, progress: Progress) -> None:
 
     Raises ModelNotFoundError, ModelLoadError where it is no language model, ConfigError for too long a length.
     """
-    from engine.memory.planner import PlanInputs
+    from engine.memory.plan import PlanInputs
     from engine.models.model_config import read_model_config
     from engine.models.resolve import resolve
 
@@ -68,9 +68,9 @@ def new_plan_table(model: str, **settings: Any) -> Any:
 
 def cached_models() -> "list[CachedModel]":
     """Models on this machine."""
-    from engine.models import resolve as hub
+    from engine.models import local
 
-    return hub.cached_models()
+    return local.cached_models()
 
 
 class Session:

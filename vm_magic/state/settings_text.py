@@ -7,9 +7,8 @@ import re
 from typing import Any
 
 from engine.errors import ConfigError, RequestError
-from engine.params.presets import MODEL_PRESET, preset_values
 from engine.params.sampling_params import CONSTRAINTS, SamplingParams
-from engine.params.settings import THINKING_NAMES
+from engine.params.settings import MODEL_PRESET, THINKING_NAMES, preset_values
 
 _KEY = re.compile(r"\s*([A-Za-z_][\w-]*)\s*=(?:\s+(?=\S)(?![A-Za-z_][\w-]*\s*=))?")
 MEMORY_NAMES = ("memory_fraction", "max_model_len", "max_num_seqs")

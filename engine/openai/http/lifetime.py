@@ -6,9 +6,9 @@ from types import TracebackType
 
 from starlette.types import Receive
 
-from engine.openai.backend import ServedStream
 from engine.openai.http.errors import ClientGoneError, ServerStoppingError
 from engine.outputs import CompletionDelta
+from engine.runtime.stream import RequestStream
 
 
 class OpenRequests:
@@ -43,7 +43,7 @@ class OpenRequest:
     :class:`ClientGoneError` or :class:`ServerStoppingError` when it was ended early.
     """
 
-    def __init__(self, registry: OpenRequests, receive: Receive, streams: Sequence[ServedStream]) -> None:
+    def __init__(self, registry: OpenRequests, receive: Receive, streams: Sequence[RequestStream]) -> None:
         self._registry = registry
         self._receive = receive
         self._streams = streams
@@ -86,7 +86,7 @@ class OpenRequest:
         self.end(ClientGoneError())
 
 
-async def merge(streams: Sequence[ServedStream]) -> AsyncIterator[tuple[int, CompletionDelta]]:
+async def merge(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, CompletionDelta]]:
     """Deltas of all ``streams`` as they come, each with its stream's position."""
     if len(streams) == 1:
         async for delta in streams[0]:
@@ -94,7 +94,7 @@ async def merge(streams: Sequence[ServedStream]) -> AsyncIterator[tuple[int, Com
         return
     queue: asyncio.Queue[tuple[int, CompletionDelta] | asyncio.Task[None]] = asyncio.Queue()
 
-    async def pump(position: int, stream: ServedStream) -> None:
+    async def pump(position: int, stream: RequestStream) -> None:
         async for delta in stream:
             queue.put_nowait((position, delta))
 

@@ -7,15 +7,15 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from engine.errors import RequestError
-from engine.openai.chat_preparation import Messages, finish_chat, start_chat
-from engine.openai.generation import open_request, port_of, stream_options
 from engine.openai.http.sse import EventStream
 from engine.openai.http.version import system_fingerprint
-from engine.openai.logprobs import chat_logprobs, prompt_logprobs
-from engine.openai.replies import ChatJob, Reply, named_reasoning
 from engine.openai.schema.protocol import BatchChatCompletionRequest, ChatCompletionRequest, ChatFields, StreamOptions
+from engine.openai.serving.chat_preparation import Messages, finish_chat, start_chat
+from engine.openai.serving.generation import open_request, port_of, stream_options
+from engine.openai.serving.logprobs import chat_logprobs, prompt_logprobs
+from engine.openai.serving.replies import ChatJob, Reply, named_reasoning
 from engine.outputs import CompletionDelta
-from engine.text.parse.output_sink import ParsedDelta
+from engine.text.parse.scan.output_sink import ParsedDelta
 
 router = APIRouter(tags=["OpenAI"])
 

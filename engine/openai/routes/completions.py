@@ -8,8 +8,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from engine.errors import RequestError
-from engine.openai.backend import ServedEngine
-from engine.openai.generation import (
+from engine.openai.http.sse import EventStream
+from engine.openai.http.version import system_fingerprint
+from engine.openai.schema.backend import ServedEngine
+from engine.openai.schema.protocol import CompletionRequest, StreamOptions
+from engine.openai.schema.validation import check_generation
+from engine.openai.serving.generation import (
     Choice,
     Job,
     Port,
@@ -22,11 +26,7 @@ from engine.openai.generation import (
     stream_options,
     truncate,
 )
-from engine.openai.http.sse import EventStream
-from engine.openai.http.version import system_fingerprint
-from engine.openai.logprobs import completion_logprobs, prompt_logprobs
-from engine.openai.schema.protocol import CompletionRequest, StreamOptions
-from engine.openai.schema.validation import check_generation
+from engine.openai.serving.logprobs import completion_logprobs, prompt_logprobs
 from engine.outputs import CompletionDelta, LogprobsAtPosition
 from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import Constraints

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from engine.openai.replies import ChatJob, Reply
-from engine.text.parse.output_sink import ParsedDelta, ToolCallDelta
+from engine.openai.serving.replies import ChatJob, Reply
+from engine.text.parse.scan.output_sink import ParsedDelta, ToolCallDelta
 
 JsonObject = dict[str, Any]
 _CALLER = {"type": "direct"}

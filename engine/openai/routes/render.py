@@ -8,11 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from engine.openai.chat_preparation import prepare_chat
-from engine.openai.generation import Prompt, port_of
 from engine.openai.routes.completions import completion_params, completion_prompts
 from engine.openai.schema.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
 from engine.openai.schema.validation import check_generation
+from engine.openai.serving.chat_preparation import prepare_chat
+from engine.openai.serving.generation import Prompt, port_of
 from engine.params.sampling_params import CONSTRAINTS, SamplingParams
 
 router = APIRouter(tags=["OpenAI"])

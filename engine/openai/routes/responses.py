@@ -9,18 +9,18 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from engine.errors import RequestError, UnknownResponseError
-from engine.openai.chat_preparation import start_chat
-from engine.openai.generation import Port, open_request, port_of
 from engine.openai.http.errors import ClientGoneError
 from engine.openai.http.lifetime import OpenRequest
 from engine.openai.http.sse import EventStream, StreamForm, named_event
-from engine.openai.logprobs import chat_logprobs
-from engine.openai.replies import ChatJob
 from engine.openai.routes.responses_output import JsonObject, ResponseBuilder
 from engine.openai.routes.responses_store import ResponseCancelledError, ResponseStore, RunningResponse
 from engine.openai.schema.responses_input import input_messages, with_instructions
 from engine.openai.schema.responses_protocol import ResponsesRequest, chat_request, check_responses
 from engine.openai.schema.validation import RESPONSES_REFUSED_FIELDS, check_extra_fields
+from engine.openai.serving.chat_preparation import start_chat
+from engine.openai.serving.generation import Port, open_request, port_of
+from engine.openai.serving.logprobs import chat_logprobs
+from engine.openai.serving.replies import ChatJob
 from engine.outputs import CompletionDelta
 
 router = APIRouter(tags=["OpenAI"])

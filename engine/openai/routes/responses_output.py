@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.openai.http.errors import describe
-from engine.openai.replies import ChatJob
-from engine.text.parse.output_sink import ParsedDelta, ToolCallDelta
+from engine.openai.serving.replies import ChatJob
+from engine.text.parse.scan.output_sink import ParsedDelta, ToolCallDelta
 
 JsonObject = dict[str, Any]
 TERMINAL = ("completed", "incomplete", "failed", "cancelled")

@@ -8,8 +8,8 @@ from typing import Any
 
 from engine.errors import UnknownResponseError
 from engine.openai.http.lifetime import OpenRequest
-from engine.openai.replies import ChatJob
 from engine.openai.routes.responses_output import JsonObject, ResponseBuilder
+from engine.openai.serving.replies import ChatJob
 
 MAX_RESPONSES = 1000
 MAX_BYTES = 64 * 1024 * 1024

@@ -6,11 +6,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from engine.errors import RequestError
-from engine.openai.backend import ServedEngine, ServedTokenizer
-from engine.openai.chat_preparation import render_prompt
-from engine.openai.generation import port_of
+from engine.openai.schema.backend import ServedEngine, ServedTokenizer
 from engine.openai.schema.protocol import DetokenizeRequest, TokenizeRequest
 from engine.openai.schema.validation import check_extra_fields
+from engine.openai.serving.chat_preparation import render_prompt
+from engine.openai.serving.generation import port_of
 
 router = APIRouter(tags=["tokens"])
 

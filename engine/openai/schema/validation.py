@@ -7,10 +7,10 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.errors import RequestError
-from engine.openai.backend import ServedEngine
+from engine.openai.schema.backend import ServedEngine
 from engine.openai.schema.protocol import ChatFields, GenerationFields, RequestBody
 from engine.params.sampling_params import MAX_LOGPROBS
-from engine.text.parse.tool_parsers.tool_grammar import check_callable
+from engine.text.guide.tool_grammar import check_callable
 
 logger = logging.getLogger("engine.openai")
 

@@ -13,7 +13,7 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from engine.runner.input_batch import Int32, StepBatch
+from engine.runner.kv.input_batch import Int32, StepBatch
 from engine.runner.kv.kv_pages import Pages
 
 _MAX_VIEWS = 16

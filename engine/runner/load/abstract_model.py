@@ -13,11 +13,11 @@ import mlx.nn as nn
 
 from engine.errors import ModelLoadError
 from engine.models.gguf_file import open_gguf
-from engine.models.model_config import read_json
-from engine.models.resolve import ResolvedModel, missing_shards
-from engine.params.engine_args import EngineArgs, ModelConfig
+from engine.models.local import ResolvedModel, missing_shards
+from engine.models.model_config import ModelConfig, read_json
+from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device
-from engine.runner.load.loader import check_architecture
+from engine.runner.load.architecture import check_architecture
 from engine.runner.load.weight_types import DTYPES, choose_for_file, convert
 
 _SAFETENSORS_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}

@@ -4,10 +4,8 @@ Everything happens on the calling thread, which must be the one that runs the mo
 belong to their thread.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import metadata
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,11 +14,12 @@ from mlx.utils import tree_flatten
 from engine.errors import ModelLoadError
 from engine.memory.planner import plan_memory
 from engine.models.gguf_file import GGUFFile, open_gguf
-from engine.models.model_config import read_model_config
+from engine.models.local import ResolvedModel
+from engine.models.model_config import ModelConfig, read_model_config
 from engine.models.pypi import PACKAGE_MODELS
-from engine.models.resolve import ResolvedModel
-from engine.params.engine_args import EngineArgs, ModelConfig
+from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device, describe_device, prepare_backend
+from engine.runner.load.architecture import check_architecture
 from engine.runner.load.gguf import load_gguf
 from engine.runner.load.weight_types import DTYPES, choose_for_file, convert
 
@@ -151,20 +150,6 @@ def _lazy_model(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs) 
         reason = " ".join(str(error).split())[:200]
         raise ModelLoadError(f"{resolved.name}: {type(error).__name__}: {reason}; fetch the model again") from error
     return model
-
-
-def check_architecture(config: ModelConfig) -> None:
-    """Refuse a model type that mlx-lm does not have."""
-    utils = importlib.import_module("mlx_lm.utils")
-    if config.hf_config.get("model_file"):
-        return
-    try:
-        utils._get_classes(dict(config.hf_config))
-    except ValueError:
-        raise ModelLoadError(
-            f"{config.name}: model_type {config.model_type!r} is not supported by mlx-lm "
-            f"{metadata.version('mlx-lm')}; a newer mlx-lm may have it"
-        ) from None
 
 
 def _materialise(model: nn.Module, report: Progress) -> None:

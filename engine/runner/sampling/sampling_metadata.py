@@ -11,9 +11,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.core.token_guide import TokenGuide
 from engine.errors import RequestError
 from engine.params.sampling_params import SamplingParams
-from engine.params.structured_outputs import TokenGuide
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]

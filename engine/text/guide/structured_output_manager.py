@@ -10,28 +10,20 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.core.token_guide import COMPLETE, REPETITION_STOP_REASON, MakeGuide, ThinkingCut
 from engine.errors import RequestError
 from engine.params.sampling_params import SamplingParams
-from engine.params.structured_outputs import (
-    COMPLETE,
-    REPETITION_STOP_REASON,
-    THOUGHT_REPETITION,
-    Constraints,
-    MakeGuide,
-    RepetitionDetection,
-    StructuredOutput,
-    ThinkingCut,
-)
+from engine.params.structured_outputs import THOUGHT_REPETITION, Constraints, RepetitionDetection, StructuredOutput
 from engine.text.guide.grammar import GrammarCompiler, Matcher, grammar_text
 from engine.text.guide.repetition import RepetitionFinder
 from engine.text.guide.structural_tag import structural_tag_grammar
 from engine.text.guide.thinking_state import Place, ThoughtMarkers, ThoughtTracker, place_after_prompt, thought_markers
-from engine.text.parse.tool_parsers.tool_grammar import tool_grammar
+from engine.text.guide.tool_grammar import tool_grammar
 from engine.text.tokens.tokenizer import Tokenizer
 
 
 class Guide:
-    """See :class:`engine.params.structured_outputs.TokenGuide`."""
+    """See :class:`engine.core.token_guide.TokenGuide`."""
 
     def __init__(
         self,
@@ -63,7 +55,7 @@ class Guide:
 
     @property
     def waits(self) -> bool:
-        """See :class:`engine.params.structured_outputs.TokenGuide`."""
+        """See :class:`engine.core.token_guide.TokenGuide`."""
         if self._matcher is not None or self._forced:
             return True
         if self._tracker is None or self._budget is None or self._place is Place.ANSWER:
@@ -72,11 +64,11 @@ class Guide:
 
     @property
     def forced_token(self) -> int | None:
-        """See :class:`engine.params.structured_outputs.TokenGuide`."""
+        """See :class:`engine.core.token_guide.TokenGuide`."""
         return self._forced[0] if self._forced and not self._num_passing else None
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> bool:
-        """See :class:`engine.params.structured_outputs.TokenGuide`. A thought is free but for its request's end."""
+        """See :class:`engine.core.token_guide.TokenGuide`. A thought is free but for its request's end."""
         if self._matcher is None or self.forced_token is not None or self.error is not None:
             return False
         if self._place is Place.THOUGHT:
@@ -89,7 +81,7 @@ class Guide:
         return True
 
     def advance(self, token_id: int) -> str | None:
-        """See :class:`engine.params.structured_outputs.TokenGuide`."""
+        """See :class:`engine.core.token_guide.TokenGuide`."""
         waited = self.waits
         if self._forced and not self._num_passing:
             del self._forced[0]
@@ -109,7 +101,7 @@ class Guide:
         return self._answer(token_id)
 
     def finish_thinking(self, in_flight: bool) -> None:
-        """See :class:`engine.params.structured_outputs.TokenGuide`. A thought that has not begun gets no budget."""
+        """See :class:`engine.core.token_guide.TokenGuide`. A thought that has not begun gets no budget."""
         if self._tracker is None:
             return
         self._budget, self._own_budget = 0, True
@@ -118,7 +110,7 @@ class Guide:
 
     @property
     def thinking(self) -> bool:
-        """See :class:`engine.params.structured_outputs.TokenGuide`."""
+        """See :class:`engine.core.token_guide.TokenGuide`."""
         return self._place is Place.THOUGHT
 
     def set_default_budget(self, budget: int | None, *, in_flight: bool) -> None:

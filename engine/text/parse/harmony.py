@@ -7,9 +7,9 @@
 import re
 from dataclasses import dataclass
 
-from engine.text.parse.lenient_json import LenientJson
-from engine.text.parse.output_sink import OutputSink
-from engine.text.parse.scanner import Markers, MarkupError, Scanner, Steps
+from engine.text.parse.scan.lenient_json import LenientJson
+from engine.text.parse.scan.output_sink import OutputSink
+from engine.text.parse.scan.scanner import Markers, MarkupError, Scanner, Steps
 from engine.text.parse.tool_parsers.base import ToolParser, ToolSchemas
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"

@@ -13,7 +13,8 @@ from typing import Any
 from engine.errors import ConfigError
 from engine.outputs import FinishReason
 from engine.text.parse.harmony import HarmonyReader
-from engine.text.parse.output_sink import (
+from engine.text.parse.reasoning_parsers import HARMONY, REASONING_PARSERS, ReasoningParser
+from engine.text.parse.scan.output_sink import (
     MakeCallId,
     OutputSink,
     ParsedDelta,
@@ -21,8 +22,7 @@ from engine.text.parse.output_sink import (
     mistral_call_id,
     random_call_id,
 )
-from engine.text.parse.reasoning_parsers import HARMONY, REASONING_PARSERS, ReasoningParser
-from engine.text.parse.scanner import Markers, MarkupError, Scanner, Steps
+from engine.text.parse.scan.scanner import Markers, MarkupError, Scanner, Steps
 from engine.text.parse.tool_parsers import HARMONY_CALLS, TOOL_PARSERS
 from engine.text.parse.tool_parsers.base import ToolParser, ToolSchemas
 from engine.text.parse.tool_parsers.forced import ForcedCalls

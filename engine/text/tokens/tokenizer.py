@@ -14,8 +14,9 @@ from tokenizers.decoders import DecodeStream
 
 from engine.errors import ModelLoadError, RequestError
 from engine.models.gguf_file import open_gguf
+from engine.models.local import ResolvedModel
 from engine.models.model_config import read_json
-from engine.models.resolve import ResolvedModel, resolve
+from engine.models.resolve import resolve
 from engine.params.engine_args import EngineArgs
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.batch.scored_token import scored_token, unlikely_text
 from engine.errors import ContextLengthError, RequestError
 from engine.outputs import Logprob
-from engine.text.tokens.whole_characters import whole_characters
+from engine.text.tokens.detokenizer import whole_characters
 from tests.engine.parity.oracle import oracle_logprobs
-from vm_magic.show.token_html import scored_token, tokens_html, unlikely_html, unlikely_text
+from vm_magic.show.token_html import tokens_html, unlikely_html
 
 TEXT = "The quick brown fox jumps over the lazy dog, and <b>again</b> it costs $5 or 3 < 4."
 

@@ -10,8 +10,8 @@ from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.request import Request, RequestStatus
 from engine.core.scheduler import Scheduler
 from engine.core.step import SchedulerOutput
+from engine.core.token_guide import COMPLETE
 from engine.params.sampling_params import SamplingParams
-from engine.params.structured_outputs import COMPLETE
 
 
 def make_scheduler(num_blocks=64, *, max_num_seqs=8, budget=64, caching=True, block_size=4):

@@ -4,9 +4,9 @@ import random
 import pytest
 
 from engine.errors import ConfigError, MemoryPlanError
-from engine.memory import plan_text
 from engine.memory.cache_spec import KVGroupSpec, KVVectors
-from engine.memory.planner import MIN_POOL_BLOCKS, MemoryPlan, next_pool_size, plan_memory, what_if
+from engine.memory.plan import BAR_WIDTH, MemoryPlan, bar, parts
+from engine.memory.planner import MIN_POOL_BLOCKS, next_pool_size, plan_memory, what_if
 
 LIMIT = 51.54e9
 DENSE = KVGroupSpec("full", tuple(range(30)), bytes_per_token=225_280)
@@ -243,9 +243,9 @@ def test_the_bar_has_one_cell_at_least_for_every_part_and_always_its_width():
     for _ in range(200):
         model = rng.randint(1, 20 * 10**9)
         plan = seed_plan(groups=[FULL, SLIDING], model_memory=model, overhead=rng.randint(1, 10**10))
-        found = plan_text.bar(plan)
-        pieces = [part for part in plan_text.parts(plan) if part.num_bytes]
-        assert len(found) == plan_text.BAR_WIDTH
+        found = bar(plan)
+        pieces = [part for part in parts(plan) if part.num_bytes]
+        assert len(found) == BAR_WIDTH
         assert len(set(found)) == len(pieces) == 5
         assert abs(found.count("█") - 64 * model / LIMIT) <= 3
 
@@ -253,7 +253,7 @@ def test_the_bar_has_one_cell_at_least_for_every_part_and_always_its_width():
 def test_groups_and_parts_say_the_same_bytes():
     state = KVGroupSpec("state", (0,), state_bytes=10**6)
     plan = seed_plan(groups=[FULL, SLIDING, state, KVGroupSpec("shared", (7,), bytes_per_token=4)], max_num_seqs=9)
-    sizes = {part.kind: part.num_bytes for part in plan_text.parts(plan)}
+    sizes = {part.kind: part.num_bytes for part in parts(plan)}
     assert plan.bytes_of(SLIDING) == sizes["windows"] == 9 * 65 * 16 * 8192
     assert plan.bytes_of(state) == sizes["states"] == (9 + 2) * 10**6
     assert 0 <= sizes["kv"] - plan.bytes_of(FULL) < plan.per_block_bytes
@@ -267,7 +267,7 @@ def test_a_terminal_shows_the_plan_as_its_text():
 
 def test_parts_of_the_device_add_up_to_the_whole():
     plan = seed_plan(groups=[DENSE, KVGroupSpec("state", (30,), state_bytes=10**6)])
-    assert sum(part.num_bytes for part in plan_text.parts(plan)) == plan.device_limit
+    assert sum(part.num_bytes for part in parts(plan)) == plan.device_limit
 
 
 def test_a_pool_grows_geometrically_and_never_past_its_limit():

@@ -8,8 +8,7 @@ import pytest
 
 from engine.errors import OutOfMemoryError
 from engine.llm import LLM
-from engine.memory.overhead import Overhead
-from engine.memory.step_cost import Preflight
+from engine.memory.step_cost import Overhead, Preflight
 from engine.params.sampling_params import SamplingParams
 from engine.runner.device.devices import Device
 from engine.runner.device.free_memory import FreeMemory

@@ -13,7 +13,8 @@ import pytest
 from engine.errors import ModelLoadError, ModelNotFoundError
 from engine.models import pypi as package_model
 from engine.models import resolve as hub
-from engine.models.resolve import cached_models, resolve
+from engine.models.local import cached_models
+from engine.models.resolve import resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -3,9 +3,8 @@
 import pytest
 
 from engine.errors import ConfigError, RequestError
-from engine.params.presets import PRESETS
 from engine.params.sampling_defaults import SamplingDefaults
-from engine.params.settings import Settings
+from engine.params.settings import PRESETS, Settings
 
 
 def test_the_three_qwen_sets_are_those_of_the_model_card() -> None:

@@ -10,7 +10,7 @@ from engine.core.request import Request
 from engine.core.step import ScheduledRequest
 from engine.params.kv_dtype import QUANTIZED_BITS
 from engine.params.sampling_params import SamplingParams
-from engine.runner.input_batch import StepBatch
+from engine.runner.kv.input_batch import StepBatch
 from engine.runner.kv.kv_pages import rounded
 from engine.runner.paged_backend import PagedBackend
 from engine.runner.warm_up import paging_difference

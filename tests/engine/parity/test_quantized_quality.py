@@ -8,7 +8,7 @@ from engine.core.request import Request
 from engine.core.step import ScheduledRequest
 from engine.params.engine_args import EngineArgs
 from engine.params.sampling_params import SamplingParams
-from engine.runner.input_batch import StepBatch
+from engine.runner.kv.input_batch import StepBatch
 from engine.runner.kv.kv_spec import probe_caches
 from engine.runner.paged_backend import PagedBackend
 from engine.text.tokens.tokenizer import load_tokenizer

@@ -10,8 +10,9 @@ from IPython.core.error import UsageError
 
 from engine.errors import ConfigError, UnsupportedOptionError
 from engine.memory.cache_spec import KVGroupSpec, KVVectors
+from engine.memory.plan import MemoryPlan
 from engine.memory.plan_table import PlanTable
-from engine.memory.planner import MemoryPlan, plan_memory
+from engine.memory.planner import plan_memory
 from tests.tiny_models import tiny_config
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import line

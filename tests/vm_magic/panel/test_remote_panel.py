@@ -19,8 +19,8 @@ from vm_magic.panel import close_panel, open_panel, panel_line
 from vm_magic.panel.panel import Panel, widgets_below
 from vm_magic.panel.remote import RemoteActivitySection, RemoteServerSection
 from vm_magic.remote import watch
-from vm_magic.remote.llm import RemoteLLM, ServerState
-from vm_magic.remote.metrics import read_state
+from vm_magic.remote.llm import RemoteLLM
+from vm_magic.remote.metrics import ServerState, read_state
 from vm_magic.state.session import current_session
 
 ACTIVITY, SAMPLING, SERVER = range(3)

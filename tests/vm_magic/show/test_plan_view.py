@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from engine.memory.cache_spec import KVGroupSpec, KVVectors
+from engine.memory.plan import MemoryPlan, parts
 from engine.memory.plan_table import tabulate
-from engine.memory.plan_text import parts
-from engine.memory.planner import MemoryPlan, plan_memory, what_if
+from engine.memory.planner import plan_memory, what_if
 from vm_magic.show.plan_view import plan_html, plan_picture_html, plan_table_html
 
 GROUPS = [

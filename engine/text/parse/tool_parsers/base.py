@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from engine.text.parse.output_sink import OutputSink
-from engine.text.parse.scanner import MarkupError, Scanner, Steps
+from engine.text.parse.scan.output_sink import OutputSink
+from engine.text.parse.scan.scanner import MarkupError, Scanner, Steps
 
 
 class ToolSchemas:

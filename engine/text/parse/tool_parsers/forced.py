@@ -5,9 +5,9 @@ Required: ``[{"name": …, "parameters": {…}}, …]``. Named: the arguments ob
 
 from dataclasses import dataclass
 
-from engine.text.parse.lenient_json import LenientJson
-from engine.text.parse.output_sink import OutputSink
-from engine.text.parse.scanner import Scanner, Steps
+from engine.text.parse.scan.lenient_json import LenientJson
+from engine.text.parse.scan.output_sink import OutputSink
+from engine.text.parse.scan.scanner import Scanner, Steps
 from engine.text.parse.tool_parsers.base import ToolParser, ToolSchemas
 from engine.text.parse.tool_parsers.json_calls import JsonCalls
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from engine.text.parse.lenient_json import LenientJson, quoted
-from engine.text.parse.output_sink import OutputSink
-from engine.text.parse.scanner import Emit, MarkupError, Scanner, Steps
+from engine.text.parse.scan.lenient_json import LenientJson, quoted
+from engine.text.parse.scan.output_sink import OutputSink
+from engine.text.parse.scan.scanner import Emit, MarkupError, Scanner, Steps
 from engine.text.parse.tool_parsers.base import ToolSchemas, function_name
 
 

@@ -5,8 +5,8 @@ import json
 import math
 from typing import Any
 
-from engine.text.parse.lenient_json import LenientJson, number, quoted
-from engine.text.parse.scanner import MarkupError, Scanner
+from engine.text.parse.scan.lenient_json import LenientJson, number, quoted
+from engine.text.parse.scan.scanner import MarkupError, Scanner
 
 _TRUE = ("true", "1", "yes", "on")
 _FALSE = ("false", "0", "no", "off")

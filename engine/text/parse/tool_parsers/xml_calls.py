@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.text.parse.lenient_json import LenientJson, quoted
-from engine.text.parse.output_sink import OutputSink
-from engine.text.parse.scanner import Emit, Markers, MarkupError, Scanner, Steps
+from engine.text.parse.scan.lenient_json import LenientJson, quoted
+from engine.text.parse.scan.output_sink import OutputSink
+from engine.text.parse.scan.scanner import Emit, Markers, MarkupError, Scanner, Steps
 from engine.text.parse.tool_parsers.base import ToolSchemas, function_name
 from engine.text.parse.tool_parsers.values import to_json
 

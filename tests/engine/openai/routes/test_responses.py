@@ -8,10 +8,10 @@ import openai
 import pytest
 
 from engine.errors import UnknownResponseError
-from engine.openai.generation import Choice
-from engine.openai.replies import ChatJob, Reply
 from engine.openai.routes.responses_output import ResponseBuilder
 from engine.openai.routes.responses_store import ResponseStore, RunningResponse
+from engine.openai.serving.generation import Choice
+from engine.openai.serving.replies import ChatJob, Reply
 from engine.text.parse.output_parser import make_output_parser
 from tests.engine.openai import strict, strict_more
 from tests.engine.openai.conftest import Serve, http_client

@@ -13,7 +13,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from engine.errors import ModelLoadError
 from engine.models.gguf_config import MODEL_TYPES, gguf_config
 from engine.models.gguf_file import open_gguf
-from engine.models.resolve import ResolvedModel
+from engine.models.local import ResolvedModel
 from engine.params.engine_args import EngineArgs
 from engine.runner.load.gguf import PACKED_BITS, load_gguf
 from engine.runner.load.loader import load_model

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from engine.errors import ConfigError, MemoryPlanError, ModelLoadError
+from engine.models.local import ResolvedModel
 from engine.models.model_config import context_length, read_model_config
-from engine.models.resolve import ResolvedModel
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device
 from engine.runner.load import loader

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from engine.models.resolve import ResolvedModel
+from engine.models.local import ResolvedModel
 from engine.params.engine_args import EngineArgs
 from engine.runner.load.loader import load_model
 from tests.engine.parity.tiny_architectures import build

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tokenizers
 
+from engine.core.token_guide import COMPLETE, TokenGuide
 from engine.errors import RequestError
 from engine.params.sampling_params import SamplingParams
-from engine.params.structured_outputs import COMPLETE, Constraints, RepetitionDetection, TokenGuide
+from engine.params.structured_outputs import Constraints, RepetitionDetection
 from engine.text.guide.repetition import RepetitionFinder
 from engine.text.guide.structured_output_manager import Guides
 from engine.text.guide.thinking_state import Place, place_after_prompt, thought_markers

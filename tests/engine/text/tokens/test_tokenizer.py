@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from engine.errors import ModelLoadError, RequestError
-from engine.models.resolve import ResolvedModel
+from engine.models.local import ResolvedModel
 from engine.params.engine_args import EngineArgs
 from engine.text.tokens.gguf_tokenizer import build_tokenizer
 from engine.text.tokens.tokenizer import Tokenizer, load_tokenizer

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 
-from engine.text.parse.scanner import Emit, Markers, MarkupError, Scanner, Steps
+from engine.text.parse.scan.scanner import Emit, Markers, MarkupError, Scanner, Steps
 
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
 _WORDS = {"true": "true", "false": "false", "null": "null", "True": "true", "False": "false", "None": "null"}

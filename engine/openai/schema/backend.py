@@ -1,51 +1,14 @@
 """What the port needs of an engine. :class:`engine.llm.LLM` fits; tests may bring their own."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import tokenizers
 
-from engine.outputs import CompletionDelta, LogprobsAtPosition
 from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import Constraints
-from engine.text.parse.output_sink import ParsedDelta
-
-
-class ServedStream(Protocol):
-    """A request under way, as handed out by ``submit``.
-
-    Two are for ``explain``: ``parsing``, what the parsers of its completions were asked for, and
-    ``template_kwargs``, what it gave the chat template.
-    """
-
-    parsing: Mapping[str, Any] | None
-    template_kwargs: Mapping[str, Any] | None
-
-    @property
-    def request_id(self) -> str:
-        """The engine's name for the request."""
-
-    @property
-    def prompt_token_ids(self) -> list[int]:
-        """The prompt as tokens."""
-
-    @property
-    def params(self) -> SamplingParams:
-        """The values in force."""
-
-    @property
-    def prompt_logprobs(self) -> list[LogprobsAtPosition | None] | None:
-        """Known once the prompt was computed, if asked for."""
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Prompt tokens found in the prefix cache."""
-
-    def __aiter__(self) -> AsyncIterator[CompletionDelta]:
-        """Deltas as they come; raises EngineClosedError if the engine failed."""
-
-    def abort(self) -> None:
-        """End the request and free its blocks. Idempotent, any thread."""
+from engine.runtime.stream import RequestStream
+from engine.text.parse.scan.output_sink import ParsedDelta
 
 
 class ServedParser(Protocol):
@@ -158,7 +121,7 @@ class ServedEngine(Protocol):
         priority: int = 0,
         cache_salt: str | None = None,
         constraints: Constraints | None = None,
-    ) -> ServedStream:
+    ) -> RequestStream:
         """Queue a request. Raises RequestError if it can never be served."""
 
     def render_chat(

@@ -1,12 +1,17 @@
-"""The memory plan as text: vllm-metal's log line, a bar, the sums and the groups. Pictures start from :func:`parts`."""
+"""The memory plan: what was asked, how the device's memory is divided, and both as text.
+
+Pictures start from :func:`parts`; the text is vllm-metal's log line, a bar, the sums and the groups.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from decimal import ROUND_HALF_DOWN, Decimal
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-if TYPE_CHECKING:
-    from engine.memory.cache_spec import KVGroupSpec
-    from engine.memory.planner import MemoryPlan
+from engine.errors import ConfigError
+from engine.memory.cache_spec import KVGroupSpec
+from engine.memory.step_cost import Overhead
+from engine.params.engine_args import Auto, check_batch
 
 PartKind = Literal["weights", "overhead", "windows", "states", "kv", "outside"]
 BAR_WIDTH = 64
@@ -19,6 +24,112 @@ _NAMES: dict[PartKind, str] = {
 }  # fmt: skip
 _MOST_RANGES = 24
 """Characters of a list of layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInputs:
+    """What was asked of a plan, kept so that :func:`what_if` can ask otherwise.
+
+    ``shared_layers`` read other layers' pages and need nothing: named so that none seems forgotten.
+    ``step_overhead`` gives a plan's overhead by its length.
+    """
+
+    context_length: int
+    max_model_len: int | Auto | None = None
+    max_num_seqs: int | Auto = "auto"
+    max_num_batched_tokens: int | None = None
+    kv_cache_dtype: str = "auto"
+    knob: str = "gpu_memory_utilization"
+    prefix_caching: bool = True
+    shared_layers: tuple[int, ...] = ()
+    step_overhead: Overhead = field(default=Overhead(0.0), compare=False)
+
+    def check(self) -> None:
+        """Refuse what no amount of memory allows. Raises :class:`ConfigError`."""
+        length, context = self.max_model_len, self.context_length
+        if isinstance(length, int) and length > context:
+            raise ConfigError(
+                f"User-specified max_model_len ({length}) is greater than the derived max_model_len "
+                f"({context}, the model's context length): use {context} or less, or auto",
+                flag="max_model_len",
+                value=length,
+                allowed=f"[1, {context}]",
+            )
+        check_batch(self.max_num_seqs, self.max_num_batched_tokens)
+
+    def overhead(self, max_model_len: int) -> int:
+        """Bytes of the largest step where sequences have at most ``max_model_len`` tokens."""
+        return self.step_overhead.bytes(min(self.max_num_batched_tokens or max_model_len, max_model_len), max_model_len)
+
+    @property
+    def fewest_seqs(self) -> int:
+        """Sequences that must have their windows and states."""
+        return 1 if self.max_num_seqs == "auto" else self.max_num_seqs
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How a device's memory is divided: bytes and counts.
+
+    ``state_bytes_per_seq`` is what a sequence needs however short it is (state slots and sliding
+    windows). ``kv_bytes_at_max_len`` is one sequence of ``max_model_len`` tokens with that included.
+    ``max_model_len_that_fits`` is the longest such sequence, up to the model's context.
+    ``num_checkpoints``: states that the prefix cache may keep when all sequences run.
+    """
+
+    device_limit: int
+    fraction: float
+    usable: int
+    model_memory: int
+    overhead: int
+    kv_budget: int
+    per_block_bytes: int
+    block_size: int
+    num_blocks: int
+    max_tokens_cached: int
+    state_bytes_per_seq: int
+    max_num_seqs: int
+    max_model_len: int
+    kv_bytes_at_max_len: int
+    max_model_len_that_fits: int
+    groups: tuple[KVGroupSpec, ...]
+    inputs: PlanInputs
+    num_checkpoints: int = 0
+
+    @property
+    def state_memory(self) -> int:
+        """Bytes set aside before any sequence has grown: for ``max_num_seqs`` of them, and for checkpoints."""
+        return sum(self.bytes_of(group) for group in self.groups if not group.grows)
+
+    @property
+    def max_concurrency(self) -> float:
+        """How many requests of ``max_model_len`` tokens fit at once."""
+        return min(self.max_tokens_cached / self.max_model_len, self.max_num_seqs)
+
+    def num_blocks_of(self, group: KVGroupSpec) -> int:
+        """Blocks (of states: slots) that ``group`` may come to hold."""
+        if group.grows:
+            return self.num_blocks
+        checkpoints = self.num_checkpoints if group.kind == "state" else 0
+        return group.blocks_of(self.max_num_seqs, self.max_model_len) + checkpoints
+
+    def bytes_of(self, group: KVGroupSpec) -> int:
+        """Bytes that ``group`` may come to hold."""
+        return self.num_blocks_of(group) * group.bytes_per_block
+
+    def log_line(self) -> str:
+        """The plan in vllm-metal's words and order (GB = 1e9 bytes), the same on every device."""
+        return log_line(self)
+
+    def describe(self) -> str:
+        """The plan for people: a bar, the sums from the device's limit to blocks and requests, the groups."""
+        return describe(self)
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(self.describe())
 
 
 class Part(NamedTuple):
@@ -50,7 +161,7 @@ class GroupRow(NamedTuple):
 GROUP_HEADER = GroupRow("group", "layers", "per token", "per sequence", "window", "block", "blocks", "memory")
 
 
-def parts(plan: "MemoryPlan") -> list[Part]:
+def parts(plan: MemoryPlan) -> list[Part]:
     """The whole device, piece by piece: the sizes add up to its limit."""
     found = [
         Part("weights", plan.model_memory, "the model"),
@@ -66,7 +177,7 @@ def parts(plan: "MemoryPlan") -> list[Part]:
     return [*found, Part("outside", plan.device_limit - plan.usable, outside)]
 
 
-def _per_sequence(plan: "MemoryPlan", groups: "Sequence[KVGroupSpec]") -> str:
+def _per_sequence(plan: MemoryPlan, groups: Sequence[KVGroupSpec]) -> str:
     """How the bytes of windows or states come about."""
     each = sum(group.bytes_per_sequence(plan.max_model_len) for group in groups)
     if groups[0].kind == "state":
@@ -77,7 +188,7 @@ def _per_sequence(plan: "MemoryPlan", groups: "Sequence[KVGroupSpec]") -> str:
     return f"{plan.max_num_seqs} sequences × {size(each)}" + (f" + {size(ahead)} for a step's tokens" if ahead else "")
 
 
-def log_line(plan: "MemoryPlan") -> str:
+def log_line(plan: MemoryPlan) -> str:
     """The plan in vllm-metal's words and order (GB = 1e9 bytes), the same on every device."""
     return (
         f"{breakdown(plan)}, per_block_bytes={plan.per_block_bytes}, "
@@ -85,7 +196,7 @@ def log_line(plan: "MemoryPlan") -> str:
     )
 
 
-def breakdown(plan: "MemoryPlan") -> str:
+def breakdown(plan: MemoryPlan) -> str:
     """The plan's first figures, in vllm-metal's words on every device, in log lines as in errors."""
     return (
         f"metal_limit={gb(plan.device_limit)}, fraction={plan.fraction:.2f}, "
@@ -94,14 +205,14 @@ def breakdown(plan: "MemoryPlan") -> str:
     )
 
 
-def describe(plan: "MemoryPlan") -> str:
+def describe(plan: MemoryPlan) -> str:
     """The log line, a bar with its legend, how many requests fit, the element type, and a table of groups."""
     rows = [GROUP_HEADER, *group_rows(plan)]
     meaning = [*summary(plan), *elements(plan)]
     return "\n".join([log_line(plan), "", bar(plan), *_sums(plan), "", *meaning, "", *_aligned(rows)])
 
 
-def elements(plan: "MemoryPlan") -> list[str]:
+def elements(plan: MemoryPlan) -> list[str]:
     """One line on the element type that keys and values are billed in, if they are kept in pages."""
     sizes = sorted({vectors.element_bytes for group in plan.groups for vectors in group.vectors})
     if not sizes:
@@ -111,7 +222,7 @@ def elements(plan: "MemoryPlan") -> list[str]:
     return [f"keys and values: {billed}; --dtype and --kv-cache-dtype change it"]
 
 
-def summary(plan: "MemoryPlan") -> list[str]:
+def summary(plan: MemoryPlan) -> list[str]:
     """What the plan means for requests, in two lines."""
     context = plan.inputs.context_length
     longest = plan.max_model_len_that_fits
@@ -123,7 +234,7 @@ def summary(plan: "MemoryPlan") -> list[str]:
     ]
 
 
-def group_rows(plan: "MemoryPlan") -> list[GroupRow]:
+def group_rows(plan: MemoryPlan) -> list[GroupRow]:
     """The plan's cache groups, in its order, and last the layers that need nothing."""
     rows = [_group_row(plan, group) for group in plan.groups]
     if shared := plan.inputs.shared_layers:
@@ -131,7 +242,7 @@ def group_rows(plan: "MemoryPlan") -> list[GroupRow]:
     return rows
 
 
-def bar(plan: "MemoryPlan", width: int = BAR_WIDTH) -> str:
+def bar(plan: MemoryPlan, width: int = BAR_WIDTH) -> str:
     """The device's memory as ``width`` characters; every part has at least one."""
     pieces = [part for part in parts(plan) if part.num_bytes > 0]
     cells = _shares([part.num_bytes for part in pieces], width)
@@ -167,7 +278,7 @@ def layer_ranges(layers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _sums(plan: "MemoryPlan") -> list[str]:
+def _sums(plan: MemoryPlan) -> list[str]:
     """The bar's legend as a column sum, from the device's limit to the KV cache."""
     lines = [("", "  ", "device", gb(plan.device_limit), "")]
     lines.append(("", "× ", "fraction", f"{plan.fraction:.2f}", plan.inputs.knob))
@@ -181,7 +292,7 @@ def _sums(plan: "MemoryPlan") -> list[str]:
     ]
 
 
-def _blocks(plan: "MemoryPlan") -> str:
+def _blocks(plan: MemoryPlan) -> str:
     if not plan.per_block_bytes:
         return f"{plan.num_blocks} blocks that cost nothing: no layer keeps tokens"
     return (
@@ -190,7 +301,7 @@ def _blocks(plan: "MemoryPlan") -> str:
     )
 
 
-def _group_row(plan: "MemoryPlan", group: "KVGroupSpec") -> GroupRow:
+def _group_row(plan: MemoryPlan, group: KVGroupSpec) -> GroupRow:
     return GroupRow(
         group.kind,
         _layers(group.layers),

@@ -11,14 +11,15 @@ from typing import Any
 from fastapi import Request
 
 from engine.errors import GenerationError, RequestError, UnknownModelError
-from engine.openai.backend import ServedEngine, ServedStream
 from engine.openai.http.lifetime import OpenRequest, OpenRequests, merge
 from engine.openai.http.options import ServerOptions
-from engine.openai.logprobs import TokenNames
+from engine.openai.schema.backend import ServedEngine
 from engine.openai.schema.protocol import SAMPLING_FIELDS, GenerationFields, SamplingFields, StreamOptions
+from engine.openai.serving.logprobs import TokenNames
 from engine.outputs import CompletionDelta, LogprobsAtPosition
 from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import Constraints
+from engine.runtime.stream import RequestStream
 from engine.text.template.chat_template import RESERVED_VARIABLES
 
 _MAX_ID_LENGTH = 128
@@ -110,7 +111,7 @@ class Job:
     id: str
     model: str
     prompts: Sequence[Prompt]
-    streams: Sequence[ServedStream]
+    streams: Sequence[RequestStream]
     names: TokenNames
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -131,7 +132,7 @@ class Job:
         """The prompt that ``choice`` continues."""
         return self.prompts[choice.index // self.num_per_prompt]
 
-    def stream_of(self, choice: Choice) -> ServedStream:
+    def stream_of(self, choice: Choice) -> RequestStream:
         """The engine's request that ``choice`` belongs to."""
         return self.streams[choice.index // self.num_per_prompt]
 
@@ -203,7 +204,7 @@ async def start_job(
     # Two clients may choose the same id; the engine's must be unique.
     unique = f"{job_id}-{secrets.token_hex(4)}" if asked else job_id
 
-    def submit(position: int, prompt: Prompt) -> ServedStream:
+    def submit(position: int, prompt: Prompt) -> RequestStream:
         return engine.submit(
             prompt.token_ids,
             params,
@@ -213,7 +214,7 @@ async def start_job(
             constraints=constraints,
         )
 
-    streams: list[ServedStream] = []
+    streams: list[RequestStream] = []
     try:
         for position, prompt in enumerate(prompts):
             # Compiling a grammar takes a while, in which the other clients' streams must go on.

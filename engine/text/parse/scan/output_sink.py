@@ -5,7 +5,7 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine.text.parse.scanner import Emit
+from engine.text.parse.scan.scanner import Emit
 
 MakeCallId = Callable[[int, str], str]
 """Index and function name of a call to its id."""

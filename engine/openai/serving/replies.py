@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.openai.backend import ServedParser
-from engine.openai.generation import Choice, Job
+from engine.openai.schema.backend import ServedParser
+from engine.openai.serving.generation import Choice, Job
 from engine.outputs import CompletionDelta
-from engine.text.parse.output_sink import ParsedDelta
+from engine.text.parse.scan.output_sink import ParsedDelta
 
 
 @dataclass

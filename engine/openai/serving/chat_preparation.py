@@ -7,11 +7,11 @@ from typing import Any
 
 from fastapi import Request
 
-from engine.openai.backend import ServedEngine, ServedParser
-from engine.openai.generation import Port, Prompt, open_request, sampling_params, start_job, truncate
-from engine.openai.replies import ChatJob, Reply
+from engine.openai.schema.backend import ServedEngine, ServedParser
 from engine.openai.schema.protocol import ChatFields, TemplateFields
 from engine.openai.schema.validation import check_chat
+from engine.openai.serving.generation import Port, Prompt, open_request, sampling_params, start_job, truncate
+from engine.openai.serving.replies import ChatJob, Reply
 from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import Constraints
 

@@ -1,0 +1,1 @@
+"""What the routes share: from a body to running requests, from deltas to replies."""

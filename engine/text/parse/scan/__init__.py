@@ -1,0 +1,1 @@
+"""Text read piece by piece, and what was found in it."""
