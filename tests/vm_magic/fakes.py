@@ -266,4 +266,4 @@ def install() -> None:
     import vm_magic.state.session
 
     for name, stand_in in replacements():
-        setattr(vm_magic.session, name, stand_in)
+        setattr(vm_magic.state.session, name, stand_in)
