@@ -54,12 +54,12 @@ class MemoryPlanError(VMMagicError, ValueError):
     """The memory plan does not fit.
 
     ``numbers`` holds every figure of the plan in bytes or counts (also reachable as attributes),
-    ``knob`` the setting that the user turned.
+    ``flag`` the name under which the user set the fraction.
     """
 
-    def __init__(self, message: str, *, knob: str = "", **numbers: Any) -> None:
+    def __init__(self, message: str, *, flag: str = "", **numbers: Any) -> None:
         super().__init__(message)
-        self.knob = knob
+        self.flag = flag
         self.numbers = numbers
 
     def __getattr__(self, name: str) -> Any:

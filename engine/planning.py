@@ -102,7 +102,7 @@ class _Planner:
         self._shapes: dict[tuple[str, Device], _Shapes] = {}
 
     def plan(self, sizes: _Sizes, fraction: Any, options: Mapping[str, Any]) -> MemoryPlan:
-        args = EngineArgs.from_options(self._model, options).with_memory(fraction, knob="fraction")
+        args = EngineArgs.from_options(self._model, options).with_memory(fraction, flag="fraction")
         prepare_backend()
         device = sizes.device()
         key = (args.dtype, device)
@@ -124,7 +124,7 @@ class _Planner:
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=batched_tokens,
             kv_cache_dtype=args.kv_cache_dtype,
-            knob=args.memory_knob,
+            memory_flag=args.memory_flag,
             shared_layers=shapes.shared_layers,
             prefix_caching=args.enable_prefix_caching,
         )

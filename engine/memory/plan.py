@@ -39,7 +39,7 @@ class PlanInputs:
     max_num_seqs: int | Auto = "auto"
     max_num_batched_tokens: int | None = None
     kv_cache_dtype: str = "auto"
-    knob: str = "gpu_memory_utilization"
+    memory_flag: str = "gpu_memory_utilization"
     prefix_caching: bool = True
     shared_layers: tuple[int, ...] = ()
     step_overhead: Overhead = field(default=Overhead(0.0), compare=False)
@@ -281,7 +281,7 @@ def layer_ranges(layers: Sequence[int]) -> str:
 def _sums(plan: MemoryPlan) -> list[str]:
     """The bar's legend as a column sum, from the device's limit to the KV cache."""
     lines = [("", "  ", "device", gb(plan.device_limit), "")]
-    lines.append(("", "× ", "fraction", f"{plan.fraction:.2f}", plan.inputs.knob))
+    lines.append(("", "× ", "fraction", f"{plan.fraction:.2f}", plan.inputs.memory_flag))
     lines.append(("", "= ", "usable", gb(plan.usable), ""))
     for part in parts(plan)[:-1]:
         sign = "= " if part.kind == "kv" else "− "

@@ -47,7 +47,7 @@ def plan_memory(
     max_num_seqs: int | Auto = "auto",
     max_num_batched_tokens: int | None = None,
     kv_cache_dtype: str = "auto",
-    knob: str = "gpu_memory_utilization",
+    memory_flag: str = "gpu_memory_utilization",
     prefix_caching: bool = True,
     shared_layers: tuple[int, ...] = (),
 ) -> MemoryPlan:
@@ -57,12 +57,12 @@ def plan_memory(
     ``context_length``; "auto" the longest that fits, and where states are kept one checkpoint with it.
     ``max_num_seqs`` "auto" is the largest number, up to 256, that the budget carries at
     2048 tokens each and a step of ``max_num_batched_tokens`` takes, and never an error while one
-    sequence fits. ``knob`` is the name under which the user set the fraction; errors name it.
+    sequence fits. ``memory_flag`` is the name under which the user set the fraction; errors name it.
     """
     step_overhead = overhead if isinstance(overhead, Overhead) else Overhead(int(overhead))
     asked = PlanInputs(
-        context_length, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_dtype, knob, prefix_caching,
-        shared_layers, step_overhead,
+        context_length, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_dtype, memory_flag,
+        prefix_caching, shared_layers, step_overhead,
     )  # fmt: skip
     asked.check()
     need = _Need(tuple(_billed_in(groups, kv_cache_dtype)), block_size, asked)
@@ -147,7 +147,7 @@ def what_if(
         max_num_seqs=asked.max_num_seqs if max_num_seqs is None else max_num_seqs,
         max_num_batched_tokens=asked.max_num_batched_tokens,
         kv_cache_dtype=dtype,
-        knob=asked.knob if fraction is None else "memory_fraction",
+        memory_flag=asked.memory_flag if fraction is None else "memory_fraction",
         prefix_caching=asked.prefix_caching,
         shared_layers=asked.shared_layers,
     )
@@ -269,7 +269,7 @@ class _Shortage:
         needed = plan.state_memory + self.need.blocks_of_one(plan.max_model_len)
         return MemoryPlanError(
             message,
-            knob=plan.inputs.knob,
+            flag=plan.inputs.memory_flag,
             short_by=needed - self.available,
             max_num_seqs_that_fits=self.num_seqs_that_fit,
             **numbers,
@@ -286,11 +286,11 @@ def _check_settings(fraction: float, max_model_len: int | Auto | None, max_num_s
 
 
 def _refuse_what_does_not_fit(plan: MemoryPlan, shortage: _Shortage) -> None:
-    knob, figures = plan.inputs.knob, breakdown(plan)
+    flag, figures = plan.inputs.memory_flag, breakdown(plan)
     fewer = f"decrease {shortage.fewer_seqs}, " if shortage.fewer_seqs else ""
     if 0 < plan.max_model_len_that_fits < plan.max_model_len:
         fewer = f"decrease max_model_len to {plan.max_model_len_that_fits} or less, {fewer}"
-    mitigations = f"Mitigations: increase {knob}, {fewer}use a smaller or more quantized model."
+    mitigations = f"Mitigations: increase {flag}, {fewer}use a smaller or more quantized model."
     if plan.kv_budget < 0 or (plan.kv_budget == 0 and plan.per_block_bytes):
         raise shortage.error(f"Paged attention: not enough Metal memory for KV cache. {figures}. {mitigations}")
     if plan.num_blocks < MIN_BLOCKS:
@@ -307,6 +307,6 @@ def _refuse_what_does_not_fit(plan: MemoryPlan, shortage: _Shortage) -> None:
             f"To serve at least one request with the models's max seq len ({plan.max_model_len}), "
             f"({gib(plan.kv_bytes_at_max_len)} GiB KV cache is needed, which is larger than the available KV cache "
             f"memory ({gib(available)} GiB). {estimate}"
-            f"Try increasing `{knob}` or decreasing `max_model_len`{fewer} when initializing the engine. "
+            f"Try increasing `{flag}` or decreasing `max_model_len`{fewer} when initializing the engine. "
             f"See {_VLLM_HELP} for more details."
         )

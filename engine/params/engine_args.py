@@ -186,7 +186,7 @@ class EngineArgs:
     reasoning_config: Mapping[str, Any] = field(default_factory=dict)
     limit_mm_per_prompt: Mapping[str, int] = field(default_factory=dict)
     use_paged_attention: bool = True
-    memory_knob: str = "gpu_memory_utilization"
+    memory_flag: str = "gpu_memory_utilization"
     """The name under which the user set the fraction, for error messages."""
 
     def __post_init__(self) -> None:
@@ -237,7 +237,7 @@ class EngineArgs:
     def _outside(self, name: str, value: object, allowed: str) -> ConfigError:
         said = f"--{name.replace('_', '-')} {value}"
         if name == "gpu_memory_utilization":  # said as the user said it: another flag, or a variable
-            name = self.memory_knob
+            name = self.memory_flag
             no_flag = name.isupper() or name == "fraction"
             said = f"{name}={value}" if no_flag else f"--{name.replace('_', '-')} {value}"
         return ConfigError(f"{said}: must be {allowed}", flag=name, value=value, allowed=allowed)
@@ -253,13 +253,13 @@ class EngineArgs:
         fraction: float | Auto | None,
         max_model_len: int | Auto | None = None,
         max_num_seqs: int | Auto | None = None,
-        knob: str = "memory_fraction",
+        flag: str = "memory_fraction",
     ) -> Self:
-        """The arguments after a change of memory; None leaves a value. ``knob``: the fraction's name."""
+        """The arguments after a change of memory; None leaves a value. ``flag``: the fraction's name."""
         given = {"gpu_memory_utilization": fraction, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
         changed = {name: option_value(name, value) for name, value in given.items() if value is not None}
         if fraction is not None:
-            changed["memory_knob"] = knob
+            changed["memory_flag"] = flag
         return replace(self, **changed)
 
     def batched_tokens(self, chunk_size: int) -> int:
@@ -285,10 +285,10 @@ class EngineArgs:
         for name, value in options.items():
             key = name.replace("-", "_")
             if key == "memory_fraction":
-                key, values["memory_knob"] = "gpu_memory_utilization", "memory_fraction"
+                key, values["memory_flag"] = "gpu_memory_utilization", "memory_fraction"
             elif key == "gpu_memory_utilization":
-                values["memory_knob"] = key
-            if key in ("model", "memory_knob"):
+                values["memory_flag"] = key
+            if key in ("model", "memory_flag"):
                 raise refuse_flag(name)
             if key not in known:
                 check_vllm_flag(name, value)
@@ -332,7 +332,7 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:
                 values[flag.field] = flag.parse(env[flag.env])
             except ValueError as error:
                 raise ConfigError(f"{flag.env}={env[flag.env]}: {error}", flag=flag.env, value=env[flag.env]) from None
-            values["memory_knob"] = flag.env
+            values["memory_flag"] = flag.env
     paged = env.get("VLLM_METAL_USE_PAGED_ATTENTION", "1").strip().lower()
     if paged not in ("0", "1", "true", "false", ""):
         raise ConfigError(

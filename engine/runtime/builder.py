@@ -104,7 +104,7 @@ def _plan(
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=batched_tokens,
         kv_cache_dtype=args.kv_cache_dtype,
-        knob=args.memory_knob,
+        memory_flag=args.memory_flag,
         prefix_caching=args.enable_prefix_caching,
         shared_layers=shared_layers(loaded.model),
     )

@@ -56,7 +56,7 @@ def _environment(served: Served) -> Iterator[tuple[str, str]]:
         if value := served.environment.get(name) or os.environ.get(name):
             yield name, value
     args = served.args
-    if args.memory_knob == "VLLM_METAL_MEMORY_FRACTION" and args.gpu_memory_utilization != "auto":
+    if args.memory_flag == "VLLM_METAL_MEMORY_FRACTION" and args.gpu_memory_utilization != "auto":
         yield "VLLM_METAL_MEMORY_FRACTION", str(args.gpu_memory_utilization)
     if not args.use_paged_attention:
         yield "VLLM_METAL_USE_PAGED_ATTENTION", "0"
@@ -83,7 +83,7 @@ def _engine_flags(served: Served) -> Iterator[str]:
         default = standard.default_factory() if callable(standard.default_factory) else standard.default
         if flag.field in served.parsers and value is None:
             value = served.parsers[flag.field]
-        from_environment = flag.field == "gpu_memory_utilization" and args.memory_knob == flag.env
+        from_environment = flag.field == "gpu_memory_utilization" and args.memory_flag == flag.env
         if flag.field == "kv_cache_dtype":
             value = VLLM_NAMES.get(value, value)
         if value is not None and value != default and not from_environment:

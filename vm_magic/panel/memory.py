@@ -169,7 +169,7 @@ def refusal(error: Exception) -> str:
     if not isinstance(error, MemoryPlanError):
         return str(error)
     fits = error.numbers.get("max_model_len_that_fits")
-    # The first sentence names the shortage; the fields above are the knobs that the rest would name.
+    # The first sentence names the shortage; the fields above are the settings that the rest would name.
     short = str(error).split(". ")[0].rstrip(".")
     return f"{short}. The largest max_model_len that fits is {fits}." if fits else f"{short}."
 

@@ -77,7 +77,7 @@ def plan_table_html(table: "PlanTable") -> str:
 def _headline(plan: "MemoryPlan") -> str:
     return (
         f'<div style="margin-bottom:4px"><b>{gb(plan.device_limit)}</b> × {plan.fraction:.2f} '
-        f"({html.escape(plan.inputs.knob)}) = <b>{gb(plan.usable)}</b> usable</div>"
+        f"({html.escape(plan.inputs.memory_flag)}) = <b>{gb(plan.usable)}</b> usable</div>"
     )
 
 

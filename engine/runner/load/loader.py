@@ -126,7 +126,7 @@ def _check_room(num_bytes: int, config: ModelConfig, args: EngineArgs, device: D
         context_length=config.context_length,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
-        knob=args.memory_knob,
+        memory_flag=args.memory_flag,
     )
 
 

@@ -33,7 +33,7 @@ def test_the_log_line_is_the_seeds_to_the_letter():
     )
 
 
-def test_a_negative_budget_is_refused_in_the_seeds_words_with_the_knob_that_was_turned():
+def test_a_negative_budget_is_refused_in_the_seeds_words_with_the_flag_that_was_given():
     states = [
         KVGroupSpec("full", (3,), bytes_per_token=20_480),
         KVGroupSpec("state", (0, 1, 2), state_bytes=64_355_469),
@@ -45,7 +45,7 @@ def test_a_negative_budget_is_refused_in_the_seeds_words_with_the_knob_that_was_
             model_memory=21.64e9,
             overhead=1.08e9,
             max_num_seqs=256,
-            knob="VLLM_METAL_MEMORY_FRACTION",
+            memory_flag="VLLM_METAL_MEMORY_FRACTION",
         )
     assert str(refused.value).startswith(
         "Paged attention: not enough Metal memory for KV cache. metal_limit=51.54GB, fraction=0.75, "
@@ -53,13 +53,13 @@ def test_a_negative_budget_is_refused_in_the_seeds_words_with_the_knob_that_was_
         "Mitigations: increase VLLM_METAL_MEMORY_FRACTION, "
     )
     assert "decrease max_num_seqs" in str(refused.value)
-    assert refused.value.knob == "VLLM_METAL_MEMORY_FRACTION"
+    assert refused.value.flag == "VLLM_METAL_MEMORY_FRACTION"
     assert refused.value.kv_budget == pytest.approx(-0.54e9, abs=5e6)
 
 
 def test_without_states_the_refusal_is_exactly_the_seeds_sentence():
     with pytest.raises(MemoryPlanError) as refused:
-        seed_plan(model_memory=46e9, knob="VLLM_METAL_MEMORY_FRACTION")
+        seed_plan(model_memory=46e9, memory_flag="VLLM_METAL_MEMORY_FRACTION")
     assert str(refused.value).endswith(
         "kv_budget=-0.74GB. Mitigations: increase VLLM_METAL_MEMORY_FRACTION, use a smaller or more quantized model."
     )
@@ -294,7 +294,7 @@ def test_what_if_changes_one_setting_and_plans_as_if_asked_for_at_once():
     given = {"groups": [FULL, SLIDING]}
     assert what_if(plan) == plan
     assert what_if(plan, max_model_len=4096, max_num_seqs=3) == seed_plan(**given, max_model_len=4096, max_num_seqs=3)
-    assert what_if(plan, fraction=0.5) == seed_plan(**given, fraction=0.5, knob="memory_fraction")
+    assert what_if(plan, fraction=0.5) == seed_plan(**given, fraction=0.5, memory_flag="memory_fraction")
     assert what_if(what_if(plan, fraction=0.5), fraction="auto").fraction == 0.90
 
 

@@ -32,7 +32,7 @@ def test_a_bad_fraction_is_refused_under_the_name_it_was_given_by(options, varia
 
 
 @pytest.mark.parametrize("given", ["nan", float("nan"), 0, -1, 1.01, float("inf")])
-def test_a_fraction_that_is_no_fraction_is_refused_by_its_knob_and_range(given):
+def test_a_fraction_that_is_no_fraction_is_refused_by_its_flag_and_range(given):
     with pytest.raises(ConfigError, match=r"memory-fraction .*: must be \(0, 1\]"):
         EngineArgs.from_options("smollm2", {"memory_fraction": given}, {})
 

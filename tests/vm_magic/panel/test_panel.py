@@ -116,7 +116,7 @@ def test_apply_hands_over_what_changed_and_a_refusal_says_what_fits(
 
     def refuse(**changed: Any) -> None:
         asked.append(changed)
-        raise MemoryPlanError("not enough. Mitigations: many.", knob="memory_fraction", max_model_len_that_fits=128)
+        raise MemoryPlanError("not enough. Mitigations: many.", flag="memory_fraction", max_model_len_that_fits=128)
 
     monkeypatch.setattr(llm, "replan", refuse, raising=False)
     show(panel, MEMORY)

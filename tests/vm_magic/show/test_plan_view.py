@@ -90,7 +90,7 @@ def test_the_page_holds_the_log_line_the_groups_and_what_the_plan_means() -> Non
 
 
 def test_names_in_a_plan_cannot_become_markup() -> None:
-    page = Page(plan_html(a_plan(knob="<b onclick=x>")))
+    page = Page(plan_html(a_plan(memory_flag="<b onclick=x>")))
     assert "<b onclick=x>" in page.text
 
 

@@ -58,7 +58,7 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read(
     tiny_model_dir: Any, smollm2: ResolvedModel, kind: str
 ) -> None:
     resolved = smollm2 if kind == "gguf" else ResolvedModel("tiny", tiny_model_dir("llama"), "folder")
-    args = EngineArgs("tiny", gpu_memory_utilization=1e-4, memory_knob="VLLM_METAL_MEMORY_FRACTION")
+    args = EngineArgs("tiny", gpu_memory_utilization=1e-4, memory_flag="VLLM_METAL_MEMORY_FRACTION")
     read: list[Any] = []
     with pytest.raises(MemoryPlanError, match=r"Paged attention: not enough .* for KV cache") as refused:
         load_model(resolved, args, lambda *news: read.append(news))
