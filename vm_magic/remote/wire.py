@@ -90,7 +90,7 @@ def read_chat_choice(choice: Mapping[str, Any]) -> RemoteDelta:
         )
         for call in delta.get("tool_calls") or ()
     ]
-    parsed = ParsedDelta(_text(reasoning), _text(content), calls)
+    parsed = ParsedDelta.of(_text(reasoning), _text(content), calls)
     return _delta(choice, parsed.content, bool(parsed), parsed)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine.openai.serving.replies import ChatJob, Reply
-from engine.text.parse.scan.output_sink import ParsedDelta, ToolCallDelta
+from engine.text.parse.scan.output_sink import ContentDelta, ParsedDelta, ReasoningDelta, ToolCallDelta
 
 JsonObject = dict[str, Any]
 _CALLER = {"type": "direct"}
@@ -70,12 +70,14 @@ class MessageEvents:
 
     def feed(self, parsed: ParsedDelta) -> Iterator[JsonObject]:
         """The events of one delta."""
-        if parsed.reasoning:
-            yield from self._text("thinking", parsed.reasoning, {"signature": ""})
-        if parsed.content:
-            yield from self._text("text", parsed.content, {"citations": None})
-        for piece in parsed.tool_calls:
-            yield from self._call(piece)
+        for event in parsed.events:
+            match event:
+                case ReasoningDelta(text):
+                    yield from self._text("thinking", text, {"signature": ""})
+                case ContentDelta(text):
+                    yield from self._text("text", text, {"citations": None})
+                case ToolCallDelta():
+                    yield from self._call(event)
 
     def close(self) -> Iterator[JsonObject]:
         """End the open block, if there is one."""

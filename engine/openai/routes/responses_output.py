@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.openai.http.errors import describe
 from engine.openai.serving.replies import ChatJob
-from engine.text.parse.scan.output_sink import ParsedDelta, ToolCallDelta
+from engine.text.parse.scan.output_sink import ContentDelta, ParsedDelta, ReasoningDelta, ToolCallDelta
 
 JsonObject = dict[str, Any]
 TERMINAL = ("completed", "incomplete", "failed", "cancelled")
@@ -45,12 +45,15 @@ class ResponseBuilder:
 
     def feed(self, parsed: ParsedDelta, logprobs: Sequence[JsonObject] = ()) -> Iterator[JsonObject]:
         """The events of one delta; ``logprobs`` are those of its tokens, if asked for."""
-        if parsed.reasoning:
-            yield from self._text("reasoning", parsed.reasoning, ())
-        if parsed.content:
-            yield from self._text("message", parsed.content, logprobs)
-        for piece in parsed.tool_calls:
-            yield from self._call(piece)
+        for event in parsed.events:
+            match event:
+                case ReasoningDelta(text):
+                    yield from self._text("reasoning", text, ())
+                case ContentDelta(text):
+                    yield from self._text("message", text, logprobs)
+                    logprobs = ()
+                case ToolCallDelta():
+                    yield from self._call(event)
 
     def finished(self, chat: ChatJob) -> Iterator[JsonObject]:
         """The last events of a response that the model ended, or that ran out of tokens."""

@@ -57,11 +57,11 @@ class Reply:
         """What ``delta`` adds, already added to this reply."""
         parsed = self.parser.feed(delta.text)
         if delta.finish_reason is not None:
-            parsed = _joined(parsed, self.parser.finish(delta.finish_reason))
+            parsed += self.parser.finish(delta.finish_reason)
             self.finish_reason = self.parser.finish_reason
         self._count(len(delta.token_ids), parsed)
         if not self.include_reasoning:
-            parsed = ParsedDelta("", parsed.content, parsed.tool_calls)
+            parsed = parsed.without_reasoning()
         self._add(parsed)
         return parsed
 
@@ -112,9 +112,3 @@ class ChatJob:
 def named_reasoning(text: str) -> dict[str, str]:
     """A thought as ``reasoning`` (vLLM's name) and ``reasoning_content`` (its old one, which others kept)."""
     return {"reasoning": text, "reasoning_content": text} if text else {}
-
-
-def _joined(first: ParsedDelta, last: ParsedDelta) -> ParsedDelta:
-    return ParsedDelta(
-        first.reasoning + last.reasoning, first.content + last.content, [*first.tool_calls, *last.tool_calls]
-    )

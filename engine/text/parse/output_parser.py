@@ -15,9 +15,12 @@ from engine.outputs import FinishReason
 from engine.text.parse.harmony import HarmonyReader
 from engine.text.parse.reasoning_parsers import HARMONY, REASONING_PARSERS, ReasoningParser
 from engine.text.parse.scan.output_sink import (
+    ContentDelta,
     MakeCallId,
     OutputSink,
     ParsedDelta,
+    ParsedEvent,
+    ReasoningDelta,
     ToolCallDelta,
     mistral_call_id,
     random_call_id,
@@ -27,7 +30,17 @@ from engine.text.parse.tool_parsers import HARMONY_CALLS, TOOL_PARSERS
 from engine.text.parse.tool_parsers.base import ToolParser, ToolSchemas
 from engine.text.parse.tool_parsers.forced import ForcedCalls
 
-__all__ = ["OutputParser", "ParsedDelta", "ToolCallDelta", "ToolChoice", "make_output_parser", "parser_named"]
+__all__ = [
+    "ContentDelta",
+    "OutputParser",
+    "ParsedDelta",
+    "ParsedEvent",
+    "ReasoningDelta",
+    "ToolCallDelta",
+    "ToolChoice",
+    "make_output_parser",
+    "parser_named",
+]
 
 ToolChoice = str | Mapping[str, Any] | None
 """``"none"``, ``"auto"``, ``"required"``, a function that must be called (OpenAI's object), or None (as auto)."""

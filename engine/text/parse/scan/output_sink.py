@@ -1,9 +1,9 @@
-"""Where parsers put what they find: thought, answer and tool calls, as deltas."""
+"""Where parsers put what they find: reasoning, content and tool calls, in the order in which the model wrote them."""
 
 import secrets
 import string
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 from engine.text.parse.scan.scanner import Emit
 
@@ -12,8 +12,22 @@ MakeCallId = Callable[[int, str], str]
 
 
 @dataclass(slots=True)
+class ReasoningDelta:
+    """A piece of reasoning text."""
+
+    text: str
+
+
+@dataclass(slots=True)
+class ContentDelta:
+    """A piece of the answer's text."""
+
+    text: str
+
+
+@dataclass(slots=True)
 class ToolCallDelta:
-    """News of a tool call. The first of an ``index`` carries ``id`` and ``name``; ``arguments`` is a piece of JSON."""
+    """A piece of a tool call. The first of an ``index`` has ``id`` and ``name``; ``arguments`` is a piece of JSON."""
 
     index: int
     id: str | None = None
@@ -21,16 +35,68 @@ class ToolCallDelta:
     arguments: str = ""
 
 
+ParsedEvent = ReasoningDelta | ContentDelta | ToolCallDelta
+
+
 @dataclass(slots=True)
 class ParsedDelta:
-    """What a piece of output added: text of the thought, text of the answer, pieces of tool calls."""
+    """What a piece of output added: ``events`` in the order in which the model wrote them, none of them empty.
 
-    reasoning: str = ""
-    content: str = ""
-    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    Neighbours of one kind (of one call) are one event. The pieces of a call are never interrupted by another event,
+    neither within a delta nor from one delta to the next.
+    """
+
+    events: list[ParsedEvent] = field(default_factory=list)
+
+    @staticmethod
+    def of(reasoning: str = "", content: str = "", tool_calls: Iterable[ToolCallDelta] = ()) -> "ParsedDelta":
+        """A delta from texts whose order is not known: reasoning, then content, then calls."""
+        return _joined([ReasoningDelta(reasoning), ContentDelta(content), *tool_calls])
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning text of all events."""
+        return "".join([event.text for event in self.events if isinstance(event, ReasoningDelta)])
+
+    @property
+    def content(self) -> str:
+        """The content text of all events."""
+        return "".join([event.text for event in self.events if isinstance(event, ContentDelta)])
+
+    @property
+    def tool_calls(self) -> list[ToolCallDelta]:
+        """The pieces of tool calls."""
+        return [event for event in self.events if isinstance(event, ToolCallDelta)]
+
+    def without_reasoning(self) -> "ParsedDelta":
+        """A delta of the other events."""
+        return _joined(event for event in self.events if not isinstance(event, ReasoningDelta))
+
+    def add(self, event: ParsedEvent) -> None:
+        """Append ``event``, or join it with the last one. The delta must be the only owner of its events."""
+        last = self.events[-1] if self.events else None
+        if isinstance(event, ToolCallDelta):
+            if isinstance(last, ToolCallDelta) and last.index == event.index and event.name is None:
+                last.arguments += event.arguments
+            elif event.name is not None or event.arguments:
+                self.events.append(event)
+        elif isinstance(last, ReasoningDelta | ContentDelta) and type(last) is type(event):
+            last.text += event.text
+        elif event.text:
+            self.events.append(event)
+
+    def __add__(self, later: "ParsedDelta") -> "ParsedDelta":
+        return _joined([*self.events, *later.events])
 
     def __bool__(self) -> bool:
-        return bool(self.reasoning or self.content or self.tool_calls)
+        return bool(self.events)
+
+
+def _joined(events: Iterable[ParsedEvent]) -> ParsedDelta:
+    delta = ParsedDelta()
+    for event in events:
+        delta.add(replace(event))
+    return delta
 
 
 def random_call_id(index: int, name: str) -> str:  # noqa: ARG001 - the signature of MakeCallId
@@ -73,7 +139,7 @@ class OutputSink:
 
     def verbatim(self, text: str) -> None:
         """Add to the answer at once, as it is: where no thoughts or calls are looked for."""
-        self._delta.content += text
+        self._delta.add(ContentDelta(text))
 
     def content(self, text: str) -> None:
         """Add to the answer. White space at its end waits for what follows."""
@@ -81,7 +147,7 @@ class OutputSink:
         body = text.rstrip()
         self._content_space = text[len(body) :]
         if body:
-            self._delta.content += body if self._content_begun or not self._bounded else body.lstrip()
+            self._delta.add(ContentDelta(body if self._content_begun or not self._bounded else body.lstrip()))
             self._content_begun, self.fresh, self._bounded = True, False, False
 
     def reasoning(self, text: str) -> None:
@@ -93,7 +159,7 @@ class OutputSink:
         if not body:
             self._reasoning_space += text
             return
-        self._delta.reasoning += self._reasoning_space + body
+        self._delta.add(ReasoningDelta(self._reasoning_space + body))
         self._reasoning_space = text[len(body) :]
         self._reasoning_begun = True
 
@@ -115,21 +181,14 @@ class OutputSink:
             return _drop
         index = self.num_calls
         self.num_calls += 1
-        self._delta.tool_calls.append(ToolCallDelta(index, call_id or self._make_call_id(index, name), name))
-        return lambda text: self._arguments(index, text)
+        self._delta.add(ToolCallDelta(index, call_id or self._make_call_id(index, name), name))
+        return lambda text: self._delta.add(ToolCallDelta(index, arguments=text))
 
     def finish(self) -> None:
         """Nothing more comes: white space at the answer's end is shown, unless a thought or call follows it."""
         if not self._bounded:
-            self._delta.content += self._content_space
+            self._delta.add(ContentDelta(self._content_space))
         self._content_space = ""
-
-    def _arguments(self, index: int, text: str) -> None:
-        calls = self._delta.tool_calls
-        if calls and calls[-1].index == index:
-            calls[-1].arguments += text
-        elif text:
-            calls.append(ToolCallDelta(index, arguments=text))
 
 
 def _drop(text: str) -> None:
