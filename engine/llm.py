@@ -23,8 +23,8 @@ from engine.models.model_config import ModelConfig
 from engine.models.resolve import resolve
 from engine.outputs import CompletionDelta, RequestOutput
 from engine.params.engine_args import EngineArgs
-from engine.params.live_sampling import LiveValues
-from engine.params.sampling_defaults import Resolved, SamplingDefaults
+from engine.params.live_sampling import LiveSampling
+from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
 from engine.params.structured_outputs import Constraints
@@ -135,11 +135,7 @@ class LLM:
 
         ``max_tokens`` None means up to the end of the context.
         """
-        return self.resolve_sampling(**given).params
-
-    def resolve_sampling(self, *, source: str = "request", **given: Any) -> Resolved:
-        """:meth:`sampling_params` with the source of each value; ``source`` is what ``given`` is called."""
-        return self.defaults.resolve(given, source)
+        return self.defaults.resolve(given)
 
     @property
     def template_variables(self) -> frozenset[str]:
@@ -465,7 +461,7 @@ class LLM:
         """Hand the live settings to the requests under way."""
         budget = self.settings.thinking().get("thinking_token_budget")
         try:
-            live = LiveValues(self.defaults.resolve({}), budget, self.plan.max_model_len)
+            live = LiveSampling(self.defaults.resolve({}), budget, self.plan.max_model_len)
         except RequestError as error:  # new requests are refused with it; those under way go on as they are
             logger.warning("live settings contradict the model's own: %s", error)
             return

@@ -9,7 +9,7 @@ from engine.batch.offline import DEFAULT_MAX_TOKENS
 from engine.chat.parse_output import collect_reply
 from engine.errors import RequestError
 from engine.memory.plan import MemoryPlan
-from engine.params.sampling_defaults import Resolved
+from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.structured_outputs import Constraints
 from engine.runtime.stream import RequestStream
 from engine.text.parse.output_parser import OutputParser
@@ -19,9 +19,7 @@ class Model(Protocol):
     """What of :class:`engine.llm.LLM` a map needs."""
 
     plan: MemoryPlan
-
-    def resolve_sampling(self, *, source: str, **given: Any) -> Resolved:
-        """Sampling values in force."""
+    defaults: SamplingDefaults
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, chat_template_kwargs: Mapping[str, Any] | None
@@ -83,7 +81,7 @@ class LocalDoor:
 
     def _resolve(self, params: Mapping[str, Any]) -> Any:
         sampling = {name: value for name, value in params.items() if name != "system"}
-        return self.model.resolve_sampling(source="map", n=1, **sampling).params
+        return self.model.defaults.resolve({"n": 1, **sampling}, "map")
 
 
 @dataclass(frozen=True)

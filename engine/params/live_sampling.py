@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from engine.errors import RequestError
-from engine.params.sampling_defaults import Resolved, is_default_source
+from engine.params.sampling_defaults import is_default_source
 from engine.params.sampling_params import SamplingParams
 
 LIVE_NAMES = (
@@ -24,13 +24,13 @@ LIVE_NAMES = (
 
 
 @dataclass(frozen=True)
-class LiveValues:
-    """The defaults in force now. ``base`` is what a request that says nothing gets.
+class LiveSampling:
+    """Live sampling overrides: the defaults as they are now. ``base`` is what a request that says nothing gets.
 
     ``thinking_token_budget`` None: no budget for those that did not ask for one.
     """
 
-    base: Resolved
+    base: SamplingParams
     thinking_token_budget: int | None
     max_model_len: int
 
@@ -40,7 +40,7 @@ class LiveValues:
         Values that contradict what it did set (``max_tokens`` below its own ``min_tokens``) leave it as it is.
         """
         follows = [name for name in LIVE_NAMES if is_default_source(params.sources.get(name))]
-        changed = {name: getattr(self.base.params, name) for name in follows}
+        changed = {name: getattr(self.base, name) for name in follows}
         if all(getattr(params, name) == value for name, value in changed.items()):
             return params
         sources = {**params.sources, **{name: self.base.sources[name] for name in follows}}

@@ -39,14 +39,6 @@ _KNOWN = frozenset(field.name for field in fields(SamplingParams)) - {"sources"}
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """Sampling values in force and, per name, which source won (also in ``params.sources``)."""
-
-    params: SamplingParams
-    sources: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class SamplingDefaults:
     """The layers below a request. ``generation_config`` and ``override`` are in Hugging Face's names.
 
@@ -73,10 +65,10 @@ class SamplingDefaults:
             f"`{values}`. If this is not intended, please relaunch vLLM instance with `--generation-config vllm`."
         )
 
-    def resolve(self, given: Mapping[str, Any], source: str = "request") -> Resolved:
+    def resolve(self, given: Mapping[str, Any], source: str = "request") -> SamplingParams:
         """Merge ``given`` (a request's values; None means not given) over all defaults.
 
-        ``source`` is what the origin of a given value is called.
+        ``source`` is what the origin of a given value is called; ``sources`` of the result has every value's.
         """
         for name in given:
             if name not in _KNOWN:
@@ -92,7 +84,7 @@ class SamplingDefaults:
         for origin, layer in layers:
             values.update(layer)
             sources.update(dict.fromkeys(layer, origin))
-        return Resolved(SamplingParams(**values, sources=sources), sources)
+        return SamplingParams(**values, sources=sources)
 
 
 def check_override(values: Mapping[str, Any]) -> None:

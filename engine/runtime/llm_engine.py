@@ -11,7 +11,7 @@ from engine.core.step import ScheduledRequest
 from engine.errors import GenerationError, OutOfMemoryError, VMMagicError
 from engine.memory.step_cost import Preflight
 from engine.outputs import THINKING_CUTS, CompletionDelta, LogprobsAtPosition
-from engine.params.live_sampling import LiveValues
+from engine.params.live_sampling import LiveSampling
 from engine.params.sampling_params import SamplingParams
 from engine.runner.model_runner import InFlightStep, ModelRunner, PromptLogprobs, SampledToken, StepResult
 from engine.runtime.activity import Throughput
@@ -103,7 +103,7 @@ class LLMEngine:
         self._suspects: Sequence[ScheduledRequest] = ()
         self._stuck_since: float | None = None
         self._counts = EngineStats()
-        self._live: LiveValues | None = None
+        self._live: LiveSampling | None = None
         self.throughput = Throughput()
         self._step_prompt_tokens = 0
 
@@ -174,7 +174,7 @@ class LLMEngine:
         for request_id in list(self._groups):
             self.finish_thinking(request_id)
 
-    def follow(self, live: LiveValues) -> None:
+    def follow(self, live: LiveSampling) -> None:
         """Give requests under way, and those that come, the live value of whatever they did not set themselves."""
         self._live = live
         for group in self._groups.values():

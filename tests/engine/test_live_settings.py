@@ -10,7 +10,7 @@ import pytest
 
 from engine import LLM, SamplingParams
 from engine.errors import RequestError
-from engine.params.live_sampling import LiveValues
+from engine.params.live_sampling import LiveSampling
 from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.settings import Settings
 from engine.params.structured_outputs import Constraints
@@ -39,13 +39,13 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def live(settings: Settings, budget: int | None = None) -> LiveValues:
-    return LiveValues(SamplingDefaults({}, {}, settings).resolve({}), budget, 100)
+def live(settings: Settings, budget: int | None = None) -> LiveSampling:
+    return LiveSampling(SamplingDefaults({}, {}, settings).resolve({}), budget, 100)
 
 
 def test_a_request_follows_in_what_it_did_not_say_itself() -> None:
     settings = Settings()
-    said = SamplingDefaults({}, {}, settings).resolve({"temperature": 0.7}).params
+    said = SamplingDefaults({}, {}, settings).resolve({"temperature": 0.7})
     settings.update(temperature=0.1, top_p=0.5, max_tokens=7)
     now = live(settings).params_for(said)
     assert (now.temperature, now.top_p, now.max_tokens) == (0.7, 0.5, 7)
@@ -63,9 +63,9 @@ def test_values_of_a_caller_who_resolved_nothing_are_its_own() -> None:
     assert live(settings).params_for(own) is own
 
 
-def test_live_values_that_contradict_a_request_leave_it_alone() -> None:
+def test_live_sampling_that_contradicts_a_request_leave_it_alone() -> None:
     settings = Settings()
-    own = SamplingDefaults({}, {}, settings).resolve({"min_tokens": 50}).params
+    own = SamplingDefaults({}, {}, settings).resolve({"min_tokens": 50})
     settings.update(max_tokens=20)
     assert live(settings).params_for(own) is own
 

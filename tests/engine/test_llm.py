@@ -347,7 +347,7 @@ def test_settings_reach_requests_that_say_nothing_else(llm):
     try:
         assert llm.sampling_params().temperature == 0.25
         assert llm.sampling_params(temperature=0.5).temperature == 0.5
-        assert llm.resolve_sampling(temperature=0.5).sources["top_k"] not in ("default", "request")
+        assert llm.sampling_params(temperature=0.5).sources["top_k"] not in ("default", "request")
     finally:
         llm.settings.reset()
     assert llm.sampling_params().temperature == 1.0

@@ -12,7 +12,7 @@ from engine.errors import EngineClosedError, ModelNotFoundError
 from engine.models.local import CachedModel
 from engine.outputs import CompletionDelta, CompletionOutput, RequestMetrics, RequestOutput
 from engine.params.engine_args import EngineArgs
-from engine.params.sampling_defaults import Resolved, SamplingDefaults
+from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
 from engine.params.structured_outputs import Constraints
@@ -172,12 +172,12 @@ class FakeLLM:
         self.prompts.append(text)
         return [1] * len(text.split())
 
-    def resolve_sampling(self, *, source: str, **given: Any) -> Resolved:
-        assert source == "flag"
-        return SamplingDefaults({}, {}, self.settings).resolve(given, source)
+    @property
+    def defaults(self) -> SamplingDefaults:
+        return SamplingDefaults({}, {}, self.settings)
 
     def sampling_params(self, **given: Any) -> SamplingParams:
-        return self.resolve_sampling(source="flag", **given).params
+        return self.defaults.resolve(given)
 
     def output_parser(self, *, prompt: str, tools: Any = None, tool_choice: Any = None) -> OutputParser:
         return make_output_parser(

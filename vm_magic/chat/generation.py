@@ -242,7 +242,7 @@ def remote_completion(session: Session, text: str, options: ChatOptions) -> "Rem
 def _submit(
     llm: "LLM", prompt: str | list[int], options: ChatOptions, parser: "OutputParser | None"
 ) -> "RequestStream":
-    params = llm.resolve_sampling(source="flag", n=1, **options.sampling).params
+    params = llm.defaults.resolve({"n": 1, **options.sampling}, "flag")
     if parser is not None and parser.needs_special_tokens:
         params = params.replace(skip_special_tokens=False)
     stream = llm.submit(prompt, params, constraints=_constraints(options))

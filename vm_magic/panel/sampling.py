@@ -247,7 +247,7 @@ class SamplingSection:
                     parameter.undo.layout.visibility = "visible" if everything.get(name) is not None else "hidden"
                 else:
                     is_set = resolved.sources[name] == "set"
-                    parameter.show(everything[name] if is_set else getattr(resolved.params, name), source, is_set)
+                    parameter.show(everything[name] if is_set else getattr(resolved, name), source, is_set)
             self._show_thinking(seen, everything)
             self.preset.value = settings.preset or MODEL_PRESET
             self.forget_all.disabled = not everything

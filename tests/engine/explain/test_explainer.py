@@ -59,7 +59,7 @@ def test_an_explanation_holds_prompt_tokens_output_and_times(llm: LLM) -> None:
 
 def test_each_value_is_told_with_its_source(llm: LLM) -> None:
     llm.settings.update(preset="qwen-coding", min_p=0.05)
-    resolved = llm.resolve_sampling(temperature=0.3, max_tokens=2).params
+    resolved = llm.sampling_params(temperature=0.3, max_tokens=2)
     llm.submit("One", resolved).result()
     told = {value.name: (value.value, value.source) for value in llm.explain().sampling}
     assert told["temperature"] == (0.3, "request")
@@ -68,7 +68,7 @@ def test_each_value_is_told_with_its_source(llm: LLM) -> None:
     assert told["frequency_penalty"] == (0.0, "default")
     assert told["max_tokens"] == (2, "request")
     llm.settings.reset()
-    llm.submit("One", llm.resolve_sampling(stop=["x"], logprobs=1).params).abort()
+    llm.submit("One", llm.sampling_params(stop=["x"], logprobs=1)).abort()
     told = {value.name: (value.value, value.source) for value in llm.explain().sampling}
     assert told["top_k"] == (30, "--override-generation-config")
     assert told["stop"] == (("x",), "request")

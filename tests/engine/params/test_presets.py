@@ -51,7 +51,7 @@ def test_every_value_tells_which_layer_it_came_from() -> None:
     settings.update(preset="qwen-coding")
     settings.update(top_p=0.5)
     defaults = SamplingDefaults({"temperature": 0.9, "max_new_tokens": 50}, {"repetition_penalty": 1.2}, settings)
-    params = defaults.resolve({"min_p": 0.1, "seed": None}, source="flag").params
+    params = defaults.resolve({"min_p": 0.1, "seed": None}, source="flag")
     told = {name: (getattr(params, name), source) for name, source in params.sources.items() if source != "default"}
     assert told == {
         "temperature": (0.6, "preset qwen-coding"),
@@ -65,7 +65,7 @@ def test_every_value_tells_which_layer_it_came_from() -> None:
 
 
 def test_a_changed_copy_tells_what_was_changed_and_sources_do_not_make_values_differ() -> None:
-    params = SamplingDefaults({}, {}, Settings()).resolve({"top_k": 3}).params
+    params = SamplingDefaults({}, {}, Settings()).resolve({"top_k": 3})
     changed = params.replace(temperature=0.2)
     assert changed.sources["temperature"] == "request"
     assert changed.sources["top_p"] == "default"
