@@ -72,7 +72,7 @@ def commands_page() -> str:
 def options_page() -> str:
     """The engine's flags, environment variables, settings of a running model, and what is refused."""
     from engine.params.engine_args import ENGINE_FLAGS
-    from engine.params.vllm_flags import REFUSED_FLAGS, SO_ANYWAY
+    from engine.params.vllm_flags import ACCEPTED_NO_OPS, REFUSED_FLAGS
     from vm_magic.state.settings_text import SETTABLE
 
     flags = [
@@ -95,8 +95,11 @@ def options_page() -> str:
             "## Flags of vLLM that are refused\n",
             "They are refused by name, never ignored.\n",
             table(("flag", "instead"), [(f"`--{name}`", escaped(text)) for name, text in REFUSED_FLAGS.items()]),
-            "Some are taken where they say what is so here anyway:\n",
-            table(("flag", "taken as"), [(f"`--{name}`", _taken_as(name, so)) for name, so in SO_ANYWAY.items()]),
+            "Some are accepted with values that ask for what is done here in any case:\n",
+            table(
+                ("flag", "taken as"),
+                [(f"`--{name}`", _taken_as(name, value)) for name, value in ACCEPTED_NO_OPS.items()],
+            ),
         ]
     )
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine.batch.map import Answer, chat_messages, work_seconds
-from engine.batch.offline import DEFAULT_MAX_TOKENS
 from engine.chat.parse_output import collect_reply
 from engine.errors import RequestError
 from engine.memory.plan import MemoryPlan
 from engine.params.sampling_defaults import SamplingDefaults
+from engine.params.sampling_params import DEFAULT_MAX_TOKENS
 from engine.params.structured_outputs import Constraints
 from engine.runtime.stream import RequestStream
 from engine.text.parse.output_parser import OutputParser

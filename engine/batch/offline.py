@@ -8,11 +8,9 @@ from typing import Any, TypeVar
 
 from engine.errors import RequestError
 from engine.outputs import RequestOutput
-from engine.params.sampling_params import SamplingParams
+from engine.params.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
 from engine.runtime.stream import RequestStream
 
-DEFAULT_MAX_TOKENS = 16
-"""vLLM's number of tokens for ``LLM.generate`` without sampling values."""
 CHAT_OPTIONS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs")
 """Keywords of a chat: how messages become a prompt."""
 _REFUSED = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from engine.core.token_guide import MakeGuide, TokenGuide
 from engine.errors import ContextLengthError
 from engine.outputs import RequestMetrics
-from engine.params.sampling_params import SamplingParams
+from engine.params.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
 
 TRACELESS = "\0traceless"
 """Cache salt of requests that neither read nor fill the prefix cache and are not remembered for ``explain``."""
@@ -91,7 +91,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
-    max_tokens: int = 16
+    max_tokens: int = DEFAULT_MAX_TOKENS
     priority: int = 0
     cache_salt: str | None = None
     seed: int = 0

@@ -15,6 +15,8 @@ SAMPLING_EPS = 1e-5
 """Below this temperature sampling is greedy (vLLM's constant)."""
 MAX_LOGPROBS = 20
 """Most alternatives per position (vLLM's ``--max-logprobs`` default)."""
+DEFAULT_MAX_TOKENS = 16
+"""Most tokens where nothing says otherwise (vLLM's default); chats go on to the end of the context."""
 MAX_COMPLETIONS = 16384
 """Most completions of one request (vLLM's ``VLLM_MAX_N_SEQUENCES`` default)."""
 CONSTRAINTS = ("structured_outputs", "thinking_token_budget", "repetition_detection")
@@ -79,7 +81,7 @@ class SamplingParams:
     bad_words: Sequence[str] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    max_tokens: int | None = 16
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None

@@ -1,4 +1,4 @@
-"""Flags of ``vllm serve`` that this engine lacks: refused with what to do instead, or taken if they say what is so."""
+"""Flags of ``vllm serve`` that this engine lacks: refused with what to do instead, or accepted as no-ops."""
 
 from collections.abc import Iterable
 
@@ -54,7 +54,7 @@ REFUSED_FLAGS: dict[str, str] = dict(
 )
 """Flags of ``vllm serve`` that are refused, with what to do instead."""
 
-SO_ANYWAY: dict[str, bool | tuple[str, ...]] = {
+ACCEPTED_NO_OPS: dict[str, bool | tuple[str, ...]] = {
     **dict.fromkeys(("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size"), ("1",)),
     **dict.fromkeys(("decode-context-parallel-size", "nnodes", "api-server-count", "stream-interval"), ("1",)),
     **dict.fromkeys(("node-rank", "swap-space", "cpu-offload-gb"), ("0",)),
@@ -70,16 +70,16 @@ SO_ANYWAY: dict[str, bool | tuple[str, ...]] = {
     "max-logprobs": ("20",),
     "response-role": ("assistant",),
 }
-"""What some of them may say all the same, because it is so here anyway; True or False where the flag is a switch."""
+"""Accepted no-ops: values that ask for what this engine does in any case; True or False where the flag is a switch."""
 
 
 def check_vllm_flag(name: str, value: object) -> None:
-    """Raise UnsupportedOptionError unless ``name`` says with ``value`` (a switch: True or False) what is so anyway."""
-    so = SO_ANYWAY.get(_plain(name), ())
-    if isinstance(so, bool):
-        if value is not so:
+    """Raise UnsupportedOptionError unless ``name`` with ``value`` (a switch: True or False) is an accepted no-op."""
+    accepted = ACCEPTED_NO_OPS.get(_plain(name), ())
+    if isinstance(accepted, bool):
+        if value is not accepted:
             raise refuse_flag(name if value else f"no-{name}")
-    elif str(value) not in so:
+    elif str(value) not in accepted:
         raise refuse_flag(name)
 
 

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 from IPython.core.magic_arguments import MagicArgumentParser
 
 from engine.errors import ConfigError, UnsupportedOptionError
+from engine.openai.http.options import DEFAULT_PORT
 from engine.params.engine_args import ENGINE_FLAGS, Flag
-from engine.params.vllm_flags import REFUSED_FLAGS, SO_ANYWAY, check_vllm_flag, refuse_flag
+from engine.params.vllm_flags import ACCEPTED_NO_OPS, REFUSED_FLAGS, check_vllm_flag, refuse_flag
 from vm_magic.commands.connect import add_connect_flags
 from vm_magic.commands.grid import add_grid_flags
 from vm_magic.commands.plan_command import Listed, add_plan_flags
@@ -78,7 +79,7 @@ class CommandParser(MagicArgumentParser):  # type: ignore[misc]
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse ``words``. Raises ConfigError for unknown flags, UsageError for what argparse refuses."""
-        words = self._join_dotted(self._without_what_is_so([_dashes(word) for word in words]))
+        words = self._join_dotted(self._without_no_ops([_dashes(word) for word in words]))
         for word in words:
             if word == "--":
                 break
@@ -98,8 +99,8 @@ class CommandParser(MagicArgumentParser):  # type: ignore[misc]
         if result.model is None and self.command == "load":
             self.error("the following arguments are required: MODEL")
 
-    def _without_what_is_so(self, words: Sequence[str]) -> list[str]:
-        """``words`` without vLLM's flags that say what is so here anyway. Raises UnsupportedOptionError for others."""
+    def _without_no_ops(self, words: Sequence[str]) -> list[str]:
+        """``words`` without vLLM's flags that are accepted no-ops. Raises UnsupportedOptionError for others."""
         if self.command not in ENGINE_COMMANDS:
             return list(words)
         result: list[str] = []
@@ -107,9 +108,9 @@ class CommandParser(MagicArgumentParser):  # type: ignore[misc]
         for word in rest:
             flag, mark, value = word.partition("=")
             name = flag.removeprefix("--").removeprefix("no-")
-            if not flag.startswith("--") or flag in self._option_string_actions or name not in SO_ANYWAY:
+            if not flag.startswith("--") or flag in self._option_string_actions or name not in ACCEPTED_NO_OPS:
                 result.append(word)
-            elif isinstance(SO_ANYWAY[name], bool):
+            elif isinstance(ACCEPTED_NO_OPS[name], bool):
                 check_vllm_flag(name, not flag.startswith("--no-"))
             else:
                 check_vllm_flag(name, value if mark else next(rest, ""))
@@ -266,7 +267,11 @@ def _add_server_flags(parser: CommandParser) -> None:
     absent: dict[str, Any] = {"default": argparse.SUPPRESS}
     group.add_argument("--host", help="address to listen on (127.0.0.1)", **absent)
     group.add_argument(
-        "--port", type=port_number, metavar="N", help="port; 0 takes a free one (8000, or the next free)", **absent
+        "--port",
+        type=port_number,
+        metavar="N",
+        help=f"port; 0 takes a free one ({DEFAULT_PORT}, or the next free)",
+        **absent,
     )
     group.add_argument(
         "--api-key",

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from engine.errors import ConfigError, EngineClosedError, GenerationError, RequestError, UnknownModelError, VMMagicError
+from engine.openai.http.options import DEFAULT_PORT
 
 KEY_VARIABLES = ("VLLM_API_KEY", "OPENAI_API_KEY")
 RETRIED = (429, 502, 503, 504)
@@ -46,7 +47,7 @@ class Address:
         """
         parts = urlsplit(url.strip())
         if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
-            hint = f"http://{url}" if "://" not in url and url else "http://127.0.0.1:8000"
+            hint = f"http://{url}" if "://" not in url and url else f"http://127.0.0.1:{DEFAULT_PORT}"
             raise ConfigError(f"connect {url!r}: give an http or https address, such as {hint}", flag="url")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ConfigError("connect: the address has a name, key or query in it; use --api-key", flag="url")

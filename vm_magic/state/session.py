@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from engine.openai.server import ServerHandle
     from vm_magic.remote.llm import RemoteLLM
 
-DEFAULT_PORT = 8000
 Progress = Callable[[str, int, int], None]
 
 
@@ -223,6 +222,8 @@ class Session:
 
 
 def _with_default_port(options: Mapping[str, Any]) -> dict[str, Any]:
+    from engine.openai.http.options import DEFAULT_PORT
+
     default = {} if "port" in options else {"port": DEFAULT_PORT, "port_is_default": True}
     return {**default, **options}
 

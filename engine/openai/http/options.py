@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from engine.errors import ConfigError
 
 DEFAULT_PORT = 8000
+"""The port of ``%vllm_metal serve`` (vLLM's default); ``LLM.serve`` takes a free one."""
 KEEP_ALIVE_SECONDS = 5.0
 MAX_BODY_BYTES = 32 * 1024 * 1024
 

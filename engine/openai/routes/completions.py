@@ -28,10 +28,9 @@ from engine.openai.serving.generation import (
 )
 from engine.openai.serving.logprobs import completion_logprobs, prompt_logprobs
 from engine.outputs import CompletionDelta, LogprobsAtPosition
-from engine.params.sampling_params import SamplingParams
+from engine.params.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
 from engine.params.structured_outputs import Constraints
 
-DEFAULT_MAX_TOKENS = 16
 router = APIRouter(tags=["OpenAI"])
 
 
