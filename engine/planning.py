@@ -3,12 +3,11 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 from engine.errors import ConfigError
-from engine.memory.cache_spec import KVGroupSpec
-from engine.memory.plan import MemoryPlan
+from engine.memory.plan import MemoryPlan, PlanInputs
 from engine.memory.plan_table import PlanTable, tabulate
 from engine.memory.planner import plan_memory
 from engine.memory.step_cost import Overhead
@@ -16,6 +15,9 @@ from engine.models.model_config import ModelConfig, read_model_config
 from engine.models.resolve import resolve
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device, describe_device, prepare_backend
+
+if TYPE_CHECKING:
+    from engine.runner.kv.kv_spec import ModelCaches
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -108,26 +110,7 @@ class _Planner:
         key = (args.dtype, device)
         shapes = self._shapes.get(key) or _Shapes.of(args, device)
         self._shapes[key] = shapes
-        context = shapes.config.context_length
-        batched_tokens = args.batched_tokens(device.chunk_size)
-        fused = device.kind != "cpu"
-        overhead = estimated_overhead(shapes.config, fused) if sizes.overhead is None else sizes.overhead
-        return plan_memory(
-            groups=shapes.groups(args, min(batched_tokens, context)),
-            device_limit=device.memory_limit,
-            fraction=args.memory_fraction,
-            model_memory=shapes.model_memory if sizes.model_memory is None else sizes.model_memory,
-            overhead=overhead,
-            block_size=args.block_size,
-            context_length=context,
-            max_model_len=args.max_model_len,
-            max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=batched_tokens,
-            kv_cache_dtype=args.kv_cache_dtype,
-            memory_flag=args.memory_flag,
-            shared_layers=shapes.shared_layers,
-            prefix_caching=args.enable_prefix_caching,
-        )
+        return plan_memory(shapes.inputs(args, device, sizes))
 
 
 @dataclass(frozen=True)
@@ -135,45 +118,33 @@ class _Shapes:
     """What a plan must know of a model: its config, its caches, its weights' bytes."""
 
     config: ModelConfig
-    model: Any
+    caches: "ModelCaches"
     model_memory: int
 
     @classmethod
     def of(cls, args: EngineArgs, device: Device) -> Self:
+        from engine.runner.kv.kv_spec import ModelCaches
         from engine.runner.load.abstract_model import skeleton_as_loaded
 
         resolved = resolve(args.model, args.revision, part="config")
         config = read_model_config(resolved, args)
         skeleton = skeleton_as_loaded(resolved, config, args, device)
-        return cls(config, skeleton.model, skeleton.num_bytes)
+        return cls(config, ModelCaches(skeleton.model), skeleton.num_bytes)
 
-    def groups(self, args: EngineArgs, chunk: int) -> list[KVGroupSpec]:
-        """The cache groups, ``chunk`` tokens of which run ahead of a window."""
-        from engine.runner.kv import kv_spec
+    def inputs(self, args: EngineArgs, device: Device, given: _Sizes) -> PlanInputs:
+        """What the plan follows from, with the sizes that the user gave in place of those found out."""
+        from engine.runner.load.plan_inputs import plan_inputs
 
-        try:
-            leaves = self._leaves if args.use_paged_attention else None
-        except kv_spec.UnsupportedCacheError:
-            leaves = None
-        if leaves is None:
-            return kv_spec.contiguous_groups(self.model, args.block_size, chunk)
-        return [
-            kv_spec.group_spec(group, args.block_size, chunk, args.kv_cache_dtype)
-            for group in kv_spec.group_leaves(leaves)
-        ]
-
-    @cached_property
-    def shared_layers(self) -> tuple[int, ...]:
-        """Layers that need nothing."""
-        from engine.runner.kv.kv_spec import shared_layers
-
-        return shared_layers(self.model)
-
-    @cached_property
-    def _leaves(self) -> Any:
-        from engine.runner.kv import kv_spec
-
-        return kv_spec.flatten(kv_spec.probe_caches(self.model))
+        estimated = estimated_overhead(self.config, fused=device.kind != "cpu")
+        return plan_inputs(
+            self.caches,
+            self.config,
+            args,
+            device,
+            paged=args.use_paged_attention,
+            model_memory=self.model_memory if given.model_memory is None else given.model_memory,
+            overhead=estimated if given.overhead is None else Overhead(given.overhead),
+        )
 
 
 def estimated_overhead(config: ModelConfig, fused: bool) -> Overhead:

@@ -6,12 +6,12 @@ Pictures start from :func:`parts`; the text is vllm-metal's log line, a bar, the
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_HALF_DOWN, Decimal
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from engine.errors import ConfigError
 from engine.memory.cache_spec import KVGroupSpec
 from engine.memory.step_cost import Overhead
-from engine.params.engine_args import Auto, check_batch
+from engine.params.engine_args import Auto, EngineArgs, check_batch
 
 PartKind = Literal["weights", "overhead", "windows", "states", "kv", "outside"]
 BAR_WIDTH = 64
@@ -26,45 +26,86 @@ _MOST_RANGES = 24
 """Characters of a list of layers."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanInputs:
-    """What was asked of a plan, kept so that :func:`what_if` can ask otherwise.
+    """Everything that a memory plan follows from: the device, the model, and what the user set.
 
-    ``shared_layers`` read other layers' pages and need nothing: named so that none seems forgotten.
-    ``step_overhead`` gives a plan's overhead by its length.
+    ``groups`` are in the model's own element type; the plan bills them in ``kv_cache_dtype``. ``shared_layers``
+    read other layers' pages and need nothing: named so that none seems forgotten. ``overhead`` gives that of a
+    step by its tokens and its context. ``memory_flag`` is the name under which the user set ``fraction``.
     """
 
+    device_limit: int
+    model_memory: int
+    overhead: Overhead = field(compare=False)
+    groups: tuple[KVGroupSpec, ...]
+    shared_layers: tuple[int, ...]
     context_length: int
-    max_model_len: int | Auto | None = None
-    max_num_seqs: int | Auto = "auto"
-    max_num_batched_tokens: int | None = None
-    kv_cache_dtype: str = "auto"
-    memory_flag: str = "gpu_memory_utilization"
-    prefix_caching: bool = True
-    shared_layers: tuple[int, ...] = ()
-    step_overhead: Overhead = field(default=Overhead(0.0), compare=False)
+    block_size: int
+    fraction: float
+    memory_flag: str
+    max_model_len: int | Auto | None
+    max_num_seqs: int | Auto
+    max_num_batched_tokens: int | None
+    kv_cache_dtype: str
+    prefix_caching: bool
+
+    @classmethod
+    def from_args(
+        cls,
+        args: EngineArgs,
+        *,
+        device_limit: int,
+        chunk_size: int,
+        model_memory: int,
+        overhead: Overhead,
+        groups: Sequence[KVGroupSpec],
+        shared_layers: tuple[int, ...],
+        context_length: int,
+    ) -> Self:
+        """What ``args`` ask of a model on a device that computes ``chunk_size`` tokens in a step if not told."""
+        return cls(
+            device_limit=device_limit,
+            model_memory=model_memory,
+            overhead=overhead,
+            groups=tuple(groups),
+            shared_layers=shared_layers,
+            context_length=context_length,
+            block_size=args.block_size,
+            fraction=args.memory_fraction,
+            memory_flag=args.memory_flag,
+            max_model_len=args.max_model_len,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.batched_tokens(chunk_size),
+            kv_cache_dtype=args.kv_cache_dtype,
+            prefix_caching=args.enable_prefix_caching,
+        )
 
     def check(self) -> None:
         """Refuse what no amount of memory allows. Raises :class:`ConfigError`."""
-        length, context = self.max_model_len, self.context_length
-        if isinstance(length, int) and length > context:
-            raise ConfigError(
-                f"User-specified max_model_len ({length}) is greater than the derived max_model_len "
-                f"({context}, the model's context length): use {context} or less, or auto",
-                flag="max_model_len",
-                value=length,
-                allowed=f"[1, {context}]",
-            )
+        check_length(self.max_model_len, self.context_length)
         check_batch(self.max_num_seqs, self.max_num_batched_tokens)
 
-    def overhead(self, max_model_len: int) -> int:
+    def step_overhead(self, max_model_len: int) -> int:
         """Bytes of the largest step where sequences have at most ``max_model_len`` tokens."""
-        return self.step_overhead.bytes(min(self.max_num_batched_tokens or max_model_len, max_model_len), max_model_len)
+        return self.overhead.bytes(min(self.max_num_batched_tokens or max_model_len, max_model_len), max_model_len)
 
     @property
     def fewest_seqs(self) -> int:
         """Sequences that must have their windows and states."""
         return 1 if self.max_num_seqs == "auto" else self.max_num_seqs
+
+
+def check_length(max_model_len: int | Auto | None, context_length: int) -> None:
+    """Refuse sequences longer than the model's context, in vLLM's words. Raises :class:`ConfigError`."""
+    if isinstance(max_model_len, int) and max_model_len > context_length:
+        raise ConfigError(
+            f"User-specified max_model_len ({max_model_len}) is greater than the derived max_model_len "
+            f"({context_length}, the model's context length): use {context_length} or less, or auto",
+            flag="max_model_len",
+            value=max_model_len,
+            allowed=f"[1, {context_length}]",
+        )
 
 
 @dataclass(frozen=True, slots=True)

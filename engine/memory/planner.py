@@ -12,13 +12,12 @@ of a step follows ``max_model_len``, so a shorter length leaves more for the cac
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from engine.errors import ConfigError, MemoryPlanError
 from engine.memory.cache_spec import KVGroupSpec, ceil_div
 from engine.memory.plan import MemoryPlan, PlanInputs, breakdown, gib
-from engine.memory.step_cost import Overhead
 from engine.params.engine_args import DEFAULT_MEMORY_FRACTION, MAX_NUM_SEQS_LIMIT, Auto, option_value
 from engine.params.kv_dtype import kv_cache_dtype as known_kv_cache_dtype
 from engine.params.kv_dtype import unquantized_note
@@ -34,53 +33,32 @@ MIN_POOL_BLOCKS = 64
 _VLLM_HELP = "https://docs.vllm.ai/en/latest/configuration/conserving_memory/"
 
 
-def plan_memory(
-    *,
-    groups: Sequence[KVGroupSpec],
-    device_limit: int,
-    fraction: float,
-    model_memory: int,
-    overhead: int | Overhead,
-    block_size: int,
-    context_length: int,
-    max_model_len: int | Auto | None = None,
-    max_num_seqs: int | Auto = "auto",
-    max_num_batched_tokens: int | None = None,
-    kv_cache_dtype: str = "auto",
-    memory_flag: str = "gpu_memory_utilization",
-    prefix_caching: bool = True,
-    shared_layers: tuple[int, ...] = (),
-) -> MemoryPlan:
-    """Divide ``device_limit`` bytes. Raises :class:`MemoryPlanError` if nothing useful fits.
+def plan_memory(inputs: PlanInputs) -> MemoryPlan:
+    """Divide the device's memory. Raises :class:`MemoryPlanError` if nothing useful fits.
 
-    ``overhead`` is that of a step, by its rows and context, or bytes. ``max_model_len`` None is the model's
-    ``context_length``; "auto" the longest that fits, and where states are kept one checkpoint with it.
-    ``max_num_seqs`` "auto" is the largest number, up to 256, that the budget carries at
-    2048 tokens each and a step of ``max_num_batched_tokens`` takes, and never an error while one
-    sequence fits. ``memory_flag`` is the name under which the user set the fraction; errors name it.
+    ``max_model_len`` None is the model's context length; "auto" the longest that fits, and where states are
+    kept one checkpoint with it. ``max_num_seqs`` "auto" is the largest number, up to 256, that the budget
+    carries at 2048 tokens each and a step of ``max_num_batched_tokens`` takes, and never an error while one
+    sequence fits.
     """
-    step_overhead = overhead if isinstance(overhead, Overhead) else Overhead(int(overhead))
-    asked = PlanInputs(
-        context_length, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_dtype, memory_flag,
-        prefix_caching, shared_layers, step_overhead,
-    )  # fmt: skip
-    asked.check()
-    need = _Need(tuple(_billed_in(groups, kv_cache_dtype)), block_size, asked)
-    plan = _divide(need, int(device_limit), fraction, int(model_memory))
+    inputs.check()
+    need = _Need(tuple(_billed_in(inputs.groups, inputs.kv_cache_dtype)), inputs)
+    plan = _divide(need)
     _refuse_what_does_not_fit(plan, _Shortage(plan, need, plan.usable - plan.model_memory - plan.overhead))
     return plan
 
 
-def _divide(need: "_Need", device_limit: int, fraction: float, model_memory: int) -> MemoryPlan:
+def _divide(need: "_Need") -> MemoryPlan:
     """The plan, whether it is of use or not."""
-    asked, usable = need.asked, int(device_limit * fraction)
-    room = usable - model_memory
+    asked = need.asked
+    usable = int(asked.device_limit * asked.fraction)
+    room = usable - asked.model_memory
     fits = need.longest(room)
     if asked.max_model_len == "auto":
         length = max(need.longest_with_checkpoint(room), 1)
     else:
         length = asked.max_model_len or asked.context_length
-    overhead = asked.overhead(length)
+    overhead = asked.step_overhead(length)
     available = room - overhead
     num_seqs = asked.fewest_seqs
     if asked.max_num_seqs == "auto":
@@ -90,16 +68,16 @@ def _divide(need: "_Need", device_limit: int, fraction: float, model_memory: int
     kv_budget = available - need.fixed(length, num_seqs) - num_checkpoints * need.state
     num_blocks = need.num_blocks(kv_budget, length, num_seqs)
     return MemoryPlan(
-        device_limit=device_limit,
-        fraction=fraction,
+        device_limit=asked.device_limit,
+        fraction=asked.fraction,
         usable=usable,
-        model_memory=model_memory,
+        model_memory=asked.model_memory,
         overhead=overhead,
         kv_budget=kv_budget,
         per_block_bytes=need.per_block_bytes,
-        block_size=need.block_size,
+        block_size=asked.block_size,
         num_blocks=num_blocks,
-        max_tokens_cached=num_blocks * need.block_size,
+        max_tokens_cached=num_blocks * asked.block_size,
         state_bytes_per_seq=need.each(length),
         max_num_seqs=num_seqs,
         max_model_len=length,
@@ -125,32 +103,19 @@ def what_if(
     :class:`MemoryPlanError`, with the longest sequence that would fit, if the result does not fit, and
     :class:`ConfigError` for values out of range.
     """
-    asked = plan.inputs
-    dtype = asked.kv_cache_dtype if kv_cache_dtype is None else known_kv_cache_dtype(kv_cache_dtype)
-    fraction = option_value("gpu_memory_utilization", fraction)
-    max_model_len, max_num_seqs = (
-        option_value("max_model_len", max_model_len),
-        option_value("max_num_seqs", max_num_seqs),
-    )
-    share = DEFAULT_MEMORY_FRACTION if fraction == "auto" else plan.fraction if fraction is None else float(fraction)
-    _check_settings(share, max_model_len, max_num_seqs)
-    same_pages = dtype == asked.kv_cache_dtype
-    return plan_memory(
-        groups=plan.groups if same_pages else [group.with_kv_cache_dtype(dtype) for group in plan.groups],
-        device_limit=plan.device_limit,
-        fraction=share,
-        model_memory=plan.model_memory,
-        overhead=asked.step_overhead,
-        block_size=plan.block_size,
-        context_length=asked.context_length,
-        max_model_len=asked.max_model_len if max_model_len is None else max_model_len,
-        max_num_seqs=asked.max_num_seqs if max_num_seqs is None else max_num_seqs,
-        max_num_batched_tokens=asked.max_num_batched_tokens,
-        kv_cache_dtype=dtype,
-        memory_flag=asked.memory_flag if fraction is None else "memory_fraction",
-        prefix_caching=asked.prefix_caching,
-        shared_layers=asked.shared_layers,
-    )
+    given = {
+        "fraction": option_value("gpu_memory_utilization", fraction),
+        "max_model_len": option_value("max_model_len", max_model_len),
+        "max_num_seqs": option_value("max_num_seqs", max_num_seqs),
+        "kv_cache_dtype": None if kv_cache_dtype is None else known_kv_cache_dtype(kv_cache_dtype),
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    if "fraction" in changes:
+        changes["memory_flag"] = "memory_fraction"
+        changes["fraction"] = DEFAULT_MEMORY_FRACTION if changes["fraction"] == "auto" else float(changes["fraction"])
+    inputs = replace(plan.inputs, **changes)
+    _check_settings(inputs)
+    return plan_memory(inputs)
 
 
 def _billed_in(groups: Sequence[KVGroupSpec], kv_cache_dtype: str) -> Sequence[KVGroupSpec]:
@@ -179,18 +144,17 @@ def next_pool_size(current: int, needed: int, limit: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """What sequences need in some groups."""
+    """What sequences need in ``groups``, which are billed as they are kept."""
 
     groups: tuple[KVGroupSpec, ...]
-    block_size: int
     asked: PlanInputs
 
     @property
     def per_block_bytes(self) -> int:
-        return self.block_size * sum(group.bytes_per_token for group in self.groups if group.grows)
+        return self.asked.block_size * sum(group.bytes_per_token for group in self.groups if group.grows)
 
     def growing(self, length: int) -> int:
-        return ceil_div(length, self.block_size) * self.per_block_bytes
+        return ceil_div(length, self.asked.block_size) * self.per_block_bytes
 
     def each(self, length: int) -> int:
         """Bytes of one sequence's windows and states."""
@@ -217,7 +181,7 @@ class _Need:
         """Most tokens of one sequence, where all that must have slots have them; 0 for none."""
         lengths, num_seqs = range(1, self.asked.context_length + 1), self.asked.fewest_seqs
         return bisect.bisect_right(
-            lengths, room, key=lambda n: self.blocks_of_one(n) + self.fixed(n, num_seqs) + self.asked.overhead(n)
+            lengths, room, key=lambda n: self.blocks_of_one(n) + self.fixed(n, num_seqs) + self.asked.step_overhead(n)
         )
 
     def longest_with_checkpoint(self, room: int) -> int:
@@ -238,7 +202,7 @@ class _Need:
     def num_blocks(self, kv_budget: int, length: int, num_seqs: int) -> int:
         """Blocks that ``kv_budget`` holds; where no group grows, blocks are bookkeeping and cost nothing."""
         if not self.per_block_bytes:
-            return max(MIN_BLOCKS, num_seqs * ceil_div(length, self.block_size))
+            return max(MIN_BLOCKS, num_seqs * ceil_div(length, self.asked.block_size))
         return max(0, kv_budget // self.per_block_bytes)
 
 
@@ -276,11 +240,12 @@ class _Shortage:
         )
 
 
-def _check_settings(fraction: float, max_model_len: int | Auto | None, max_num_seqs: int | Auto | None) -> None:
+def _check_settings(inputs: PlanInputs) -> None:
     """Refuse what no plan can be made with. Lengths beyond the model's context are :func:`plan_memory`'s."""
+    fraction = inputs.fraction
     if not 0 < fraction <= 1:
         raise ConfigError(f"fraction {fraction}: must be (0, 1]", flag="fraction", value=fraction, allowed="(0, 1]")
-    for name, value in (("max_model_len", max_model_len), ("max_num_seqs", max_num_seqs)):
+    for name, value in (("max_model_len", inputs.max_model_len), ("max_num_seqs", inputs.max_num_seqs)):
         if isinstance(value, int) and value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1, or auto", flag=name, value=value, allowed="[1, ∞)")
 

@@ -19,8 +19,9 @@ from engine.params.engine_args import EngineArgs
 from engine.runner.backends import Backend
 from engine.runner.device.devices import Device, clear_cache, describe_device
 from engine.runner.device.free_memory import FreeMemory
-from engine.runner.kv.kv_spec import contiguous_groups, group_spec, num_logits, shared_layers
+from engine.runner.kv.kv_spec import ModelCaches, num_logits
 from engine.runner.load.loader import LoadedModel, load_model
+from engine.runner.load.plan_inputs import plan_inputs
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
 from engine.runner.warm_up import choose_backend, measure_overhead
@@ -54,7 +55,7 @@ def build_engine(
     loaded = load_model(resolved, args, progress)
     if progress is not None:
         progress("warm-up", 0, 0)
-    vocab_size = num_logits(loaded.model)
+    vocab_size, caches = num_logits(loaded.model), ModelCaches(loaded.model)
     backend, note = choose_backend(
         loaded.model,
         paged=args.use_paged_attention,
@@ -64,7 +65,7 @@ def build_engine(
         vocab_size=vocab_size,
     )
     try:
-        plan, overhead = _plan(loaded, backend, args, device, vocab_size)
+        plan, overhead = _plan(loaded, caches, backend, args, device, vocab_size)
     except BaseException:
         backend.close()
         raise
@@ -84,37 +85,22 @@ def build_engine(
 
 
 def _plan(
-    loaded: LoadedModel, backend: Backend, args: EngineArgs, device: Device, vocab_size: int
+    loaded: LoadedModel, caches: ModelCaches, backend: Backend, args: EngineArgs, device: Device, vocab_size: int
 ) -> tuple[MemoryPlan, Overhead]:
-    context = loaded.config.context_length
-    batched_tokens = args.batched_tokens(device.chunk_size)
     overhead = measure_overhead(backend, vocab_size)
     if isinstance(backend, PagedBackend):
         backend.release()
     clear_cache()
-    plan = plan_memory(
-        groups=_groups(backend, loaded, args, min(batched_tokens, context)),
-        device_limit=device.memory_limit,
-        fraction=args.memory_fraction,
+    inputs = plan_inputs(
+        caches,
+        loaded.config,
+        args,
+        device,
+        paged=backend.paged,
         model_memory=loaded.num_bytes,
         overhead=overhead,
-        block_size=args.block_size,
-        context_length=context,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=batched_tokens,
-        kv_cache_dtype=args.kv_cache_dtype,
-        memory_flag=args.memory_flag,
-        prefix_caching=args.enable_prefix_caching,
-        shared_layers=shared_layers(loaded.model),
     )
-    return plan, overhead
-
-
-def _groups(backend: Backend, loaded: LoadedModel, args: EngineArgs, chunk: int) -> list[KVGroupSpec]:
-    if isinstance(backend, PagedBackend):
-        return [group_spec(leaves, args.block_size, chunk, args.kv_cache_dtype) for leaves in backend.groups]
-    return contiguous_groups(loaded.model, args.block_size, chunk)
+    return plan_memory(inputs), overhead
 
 
 def _cache_group(spec: KVGroupSpec, plan: MemoryPlan, *, caching: bool) -> KVCacheGroup:

@@ -6,10 +6,10 @@ import engine
 from engine.errors import ConfigError, UnsupportedOptionError
 from engine.llm import LLM
 from engine.memory.cache_spec import KVGroupSpec
-from engine.memory.planner import plan_memory
 from engine.params.engine_args import EngineArgs
 from engine.params.kv_dtype import kv_cache_dtype, unquantized_note
 from engine.params.sampling_params import SamplingParams
+from tests.memory_plans import make_plan
 from vm_magic.commands.arguments import command_parser
 from vm_magic.commands.export import Served, serve_command
 
@@ -55,10 +55,7 @@ def test_contiguous_caches_are_not_kept_in_another_type():
 def test_an_architecture_that_falls_back_to_contiguous_caches_refuses_the_flag():
     contiguous = KVGroupSpec("full", (0, 1), bytes_per_token=256)
     with pytest.raises(ConfigError, match=r"--kv-cache-dtype float16: .*contiguous caches.*leave the flag out"):
-        plan_memory(
-            groups=[contiguous], device_limit=10**9, fraction=0.9, model_memory=0, overhead=0, block_size=16,
-            context_length=4096, kv_cache_dtype="float16",
-        )  # fmt: skip
+        make_plan(groups=[contiguous], kv_cache_dtype="float16")
 
 
 def test_heads_that_cannot_be_quantized_are_refused_or_named():

@@ -36,12 +36,12 @@ def find_model(args: EngineArgs, progress: Progress) -> None:
 
     Raises ModelNotFoundError, ModelLoadError where it is no language model, ConfigError for too long a length.
     """
-    from engine.memory.plan import PlanInputs
+    from engine.memory.plan import check_length
     from engine.models.model_config import read_model_config
     from engine.models.resolve import resolve
 
     config = read_model_config(resolve(args.model, args.revision, progress=progress), args)
-    PlanInputs(config.context_length, args.max_model_len).check()
+    check_length(args.max_model_len, config.context_length)
 
 
 def memory_in_use() -> int:

@@ -143,19 +143,31 @@ def shared_layers(model: nn.Module) -> tuple[int, ...]:
     return tuple(range(len(model.layers)))[-shared:] if shared else ()
 
 
-def contiguous_groups(model: nn.Module, block_size: int, chunk: int) -> list[KVGroupSpec]:
-    """What a model on mlx-lm's contiguous caches needs; blocks and slots are bookkeeping there.
+class ModelCaches:
+    """What a model's layers keep: asked once, before anything is patched into the model, for any number of plans."""
 
-    Where a kind of cache is unknown: what grows and what does not, measured on the caches.
-    """
-    try:
-        groups = group_leaves(flatten(probe_caches(model)))
-    except UnsupportedCacheError:
-        return _measured_groups(model, block_size)
-    return [replace(group_spec(leaves, block_size, chunk, "auto"), vectors=()) for leaves in groups]
+    def __init__(self, model: nn.Module) -> None:
+        self.shared_layers = shared_layers(model)
+        self._leaves: list[list[CacheLeaf]] = []
+        self._measured: tuple[KVGroupSpec, ...] = ()
+        try:
+            self._leaves = group_leaves(flatten(probe_caches(model)))
+        except UnsupportedCacheError:
+            self._measured = _measured_groups(model)
+
+    def groups(self, block_size: int, chunk: int, *, paged: bool) -> list[KVGroupSpec]:
+        """The cache groups in the model's own element type; a step's ``chunk`` tokens run ahead of windows.
+
+        Where not ``paged``, or a kind of cache has no paged form, they are mlx-lm's contiguous caches: blocks and
+        slots are bookkeeping, the element type cannot be chosen, and what is unknown is billed as it was measured.
+        """
+        if self._measured:
+            return [replace(group, block_size=block_size) for group in self._measured]
+        groups = [group_spec(leaves, block_size, chunk, "auto") for leaves in self._leaves]
+        return groups if paged else [replace(group, vectors=()) for group in groups]
 
 
-def _measured_groups(model: nn.Module, block_size: int) -> list[KVGroupSpec]:
+def _measured_groups(model: nn.Module) -> tuple[KVGroupSpec, ...]:
     """Sizes of mlx-lm's own caches over a growing prompt, computed lazily.
 
     A window longer than that prompt is billed as if it had no end.
@@ -166,10 +178,10 @@ def _measured_groups(model: nn.Module, block_size: int) -> list[KVGroupSpec]:
         model(mx.zeros((1, length), dtype=mx.int32), cache=caches)
         sizes.append(sum(int(cache.nbytes) for cache in caches))
     per_token, layers = max(1, (sizes[1] - sizes[0]) // 256), tuple(range(len(model.layers)))
-    groups = [KVGroupSpec("full", layers, per_token, block_size=block_size)]
+    groups = [KVGroupSpec("full", layers, per_token)]
     if sizes[0] > 256 * per_token:
-        groups.append(KVGroupSpec("state", layers, state_bytes=sizes[0] - 256 * per_token, block_size=block_size))
-    return groups
+        groups.append(KVGroupSpec("state", layers, state_bytes=sizes[0] - 256 * per_token))
+    return tuple(groups)
 
 
 def num_logits(model: nn.Module) -> int:

@@ -13,15 +13,19 @@ from mlx.utils import tree_flatten
 
 from engine.errors import ModelLoadError
 from engine.memory.planner import plan_memory
+from engine.memory.step_cost import Overhead
 from engine.models.gguf_file import GGUFFile, open_gguf
 from engine.models.local import ResolvedModel
 from engine.models.model_config import ModelConfig, read_model_config
 from engine.models.pypi import PACKAGE_MODELS
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device, describe_device, prepare_backend
+from engine.runner.kv.kv_spec import ModelCaches
+from engine.runner.load.abstract_model import build_skeleton
 from engine.runner.load.architecture import check_architecture
 from engine.runner.load.gguf import load_gguf
-from engine.runner.load.weight_types import DTYPES, choose_for_file, convert
+from engine.runner.load.plan_inputs import plan_inputs
+from engine.runner.load.weight_types import choose_for_file, convert
 
 Progress = Callable[[str, int, int], None]
 """``progress(stage, done_bytes, total_bytes)``; raising in it cancels the load and leaves nothing behind."""
@@ -83,7 +87,7 @@ def _load_file(
     choice = choose_for_file(file, args, device)
     total = sum(info.num_bytes for info in file.tensors.values())
     check_architecture(config)
-    _check_room(choice.num_bytes, config, args, device)
+    _check_room(choice.num_bytes, lambda: build_skeleton(config, choice.dtype), config, args, device)
     model = load_gguf(
         file,
         dict(config.hf_config),
@@ -101,33 +105,25 @@ def _load_folder(
     check_architecture(config)
     converted = convert(_lazy_model(resolved, config, args), args, device)
     model = converted.model
-    _check_room(converted.num_bytes, config, args, device)
+    _check_room(converted.num_bytes, lambda: model, config, args, device)
     _materialise(model, report)
     bits = [f"{bits}-bit" for bits in converted.bits]
     dtype = converted.dtype or _main_dtype([value for _, value in tree_flatten(model.parameters())])
     return model, _describe(dtype, bits, converted.keep_packed)
 
 
-def _check_room(num_bytes: int, config: ModelConfig, args: EngineArgs, device: Device) -> None:
-    """Refuse weights of ``num_bytes`` that leave nothing for a KV cache, before reading them ends the process."""
+def _check_room(
+    num_bytes: int, make_model: Callable[[], nn.Module], config: ModelConfig, args: EngineArgs, device: Device
+) -> None:
+    """Refuse weights of ``num_bytes`` that leave nothing for a KV cache, before reading them ends the process.
+
+    The refusal is that of the plan after the load, but for the overhead of a step, which cannot be measured yet.
+    ``make_model`` gives the model, its weights unread, in the element types that it will have.
+    """
     if num_bytes < int(device.memory_limit * args.memory_fraction):
         return
-    from engine.runner.kv.kv_spec import contiguous_groups
-    from engine.runner.load.abstract_model import build_skeleton
-
-    skeleton = build_skeleton(config, DTYPES.get(args.dtype))
-    plan_memory(
-        groups=contiguous_groups(skeleton, args.block_size, 0),
-        device_limit=device.memory_limit,
-        fraction=args.memory_fraction,
-        model_memory=num_bytes,
-        overhead=0,
-        block_size=args.block_size,
-        context_length=config.context_length,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        memory_flag=args.memory_flag,
-    )
+    caches, paged = ModelCaches(make_model()), args.use_paged_attention
+    plan_memory(plan_inputs(caches, config, args, device, paged=paged, model_memory=num_bytes, overhead=Overhead(0.0)))
 
 
 def _lazy_model(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs) -> nn.Module:

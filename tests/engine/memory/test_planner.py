@@ -6,7 +6,8 @@ import pytest
 from engine.errors import ConfigError, MemoryPlanError
 from engine.memory.cache_spec import KVGroupSpec, KVVectors
 from engine.memory.plan import BAR_WIDTH, MemoryPlan, bar, parts
-from engine.memory.planner import MIN_POOL_BLOCKS, next_pool_size, plan_memory, what_if
+from engine.memory.planner import MIN_POOL_BLOCKS, next_pool_size, what_if
+from tests.memory_plans import make_plan
 
 LIMIT = 51.54e9
 DENSE = KVGroupSpec("full", tuple(range(30)), bytes_per_token=225_280)
@@ -23,7 +24,7 @@ def seed_plan(**changes) -> MemoryPlan:
         "block_size": 16,
         "context_length": 131_072,
     }
-    return plan_memory(**{**given, **changes})
+    return make_plan(**{**given, **changes})
 
 
 def test_the_log_line_is_the_seeds_to_the_letter():
@@ -191,16 +192,13 @@ def test_checkpoints_never_cost_the_one_sequence_that_fits():
     groups = [KVGroupSpec("full", (3,), bytes_per_token=1000), KVGroupSpec("state", (0,), state_bytes=10**6)]
     for spare in range(3):
         budget = 16 * 16 * 1000 + (1 + spare) * 10**6
-        plan = plan_memory(
-            groups=groups, device_limit=budget, fraction=1.0, model_memory=0, overhead=0, block_size=16,
-            context_length=256, max_num_seqs=1,
-        )  # fmt: skip
+        plan = make_plan(groups=groups, device_limit=budget, fraction=1.0, context_length=256, max_num_seqs=1)
         assert (plan.max_num_seqs, plan.num_checkpoints) == (1, min(spare, 1))
 
 
 def test_shared_layers_cost_nothing_and_latent_ones_grow_like_full_ones():
     shared = seed_plan(groups=[DENSE, KVGroupSpec("shared", (30, 31), bytes_per_token=99)])
-    assert dataclasses.replace(shared, groups=(DENSE,)) == seed_plan()
+    assert dataclasses.replace(shared, groups=(DENSE,), inputs=seed_plan().inputs) == seed_plan()
     latent = seed_plan(groups=[KVGroupSpec("latent", (0,), bytes_per_token=1152)])
     assert latent.per_block_bytes == 16 * 1152
 

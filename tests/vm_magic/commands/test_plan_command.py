@@ -12,12 +12,12 @@ from engine.errors import ConfigError, UnsupportedOptionError
 from engine.memory.cache_spec import KVGroupSpec, KVVectors
 from engine.memory.plan import MemoryPlan
 from engine.memory.plan_table import PlanTable
-from engine.memory.planner import plan_memory
+from tests.memory_plans import make_plan
 from tests.tiny_models import tiny_config
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import line
 
-PLAN = plan_memory(
+PLAN = make_plan(
     groups=[KVGroupSpec("full", (0, 1), 4096, vectors=(KVVectors(4, 256, 2),) * 2)],
     device_limit=10**9,
     fraction=0.5,

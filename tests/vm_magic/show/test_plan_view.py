@@ -8,7 +8,8 @@ import pytest
 from engine.memory.cache_spec import KVGroupSpec, KVVectors
 from engine.memory.plan import MemoryPlan, parts
 from engine.memory.plan_table import tabulate
-from engine.memory.planner import plan_memory, what_if
+from engine.memory.planner import what_if
+from tests.memory_plans import make_plan
 from vm_magic.show.plan_view import plan_html, plan_picture_html, plan_table_html
 
 GROUPS = [
@@ -29,7 +30,7 @@ def a_plan(**changes: Any) -> MemoryPlan:
         "context_length": 262_144,
         "max_model_len": 131_072,
     }
-    return plan_memory(**{**given, **changes})
+    return make_plan(**{**given, **changes})
 
 
 class Page(HTMLParser):

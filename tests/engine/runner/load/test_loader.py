@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+import engine
 from engine.errors import ConfigError, MemoryPlanError, ModelLoadError
 from engine.models.local import ResolvedModel
 from engine.models.model_config import context_length, read_model_config
+from engine.models.resolve import resolve
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device
 from engine.runner.load import loader
 from engine.runner.load.loader import LoadedModel, load_model
 from engine.runner.load.weight_types import packed_modules
+from tests.tiny_models import family_config, tiny_config, write_weights
 
 mx = pytest.importorskip("mlx.core")
 GPU = Device("cuda", "a GPU", 80 << 30)
@@ -66,6 +69,29 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read(
     assert "increase VLLM_METAL_MEMORY_FRACTION" in str(refused.value)
     assert refused.value.model_memory > refused.value.usable
     assert refused.value.kv_budget < 0
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (tiny_config("llama", head_dim=64, torch_dtype="bfloat16"), {"kv_cache_dtype": "int8"}),
+        (tiny_config("llama"), {"max_num_batched_tokens": 5, "enable_prefix_caching": False, "block_size": 32}),
+        (tiny_config("gemma3_text"), {}),
+        (family_config("gemma4_text"), {}),
+    ],
+    ids=["quantized pages", "a step's tokens", "windows", "shared layers"],
+)
+def test_a_refusal_before_the_weights_are_read_bills_what_a_plan_bills(
+    config: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    write_weights(tmp_path, config)
+    args = EngineArgs(str(tmp_path), gpu_memory_utilization=1e-6, **options)
+    with pytest.raises(MemoryPlanError) as planned:
+        engine.plan(str(tmp_path), overhead=0, gpu_memory_utilization=1e-6, **options)
+    with pytest.raises(MemoryPlanError) as refused:
+        load_model(resolve(str(tmp_path)), args, pytest.fail)
+    assert refused.value.numbers == planned.value.numbers
+    assert str(refused.value) == str(planned.value)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3_text"])
