@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple, Self
 from engine.errors import ConfigError
 from engine.memory.cache_spec import KVGroupSpec
 from engine.memory.step_cost import Overhead
-from engine.params.engine_args import Auto, EngineArgs, check_batch
+from engine.params.engine_args import EngineArgs, check_batch
+from engine.params.flag_values import Auto
 
 PartKind = Literal["weights", "overhead", "windows", "states", "kv", "outside"]
 BAR_WIDTH = 64

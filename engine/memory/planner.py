@@ -18,7 +18,8 @@ from typing import Any
 from engine.errors import ConfigError, MemoryPlanError
 from engine.memory.cache_spec import KVGroupSpec, ceil_div
 from engine.memory.plan import MemoryPlan, PlanInputs, breakdown, gib
-from engine.params.engine_args import DEFAULT_MEMORY_FRACTION, MAX_NUM_SEQS_LIMIT, Auto, option_value
+from engine.params.engine_args import DEFAULT_MEMORY_FRACTION, MAX_NUM_SEQS_LIMIT, option_value
+from engine.params.flag_values import Auto
 from engine.params.kv_dtype import kv_cache_dtype as known_kv_cache_dtype
 from engine.params.kv_dtype import unquantized_note
 

@@ -8,7 +8,7 @@ from engine.core.scheduler import must_end
 from engine.errors import GenerationError, HeldMemory, MemoryInUseError
 from engine.memory.plan import MemoryPlan
 from engine.memory.planner import what_if
-from engine.params.engine_args import Auto
+from engine.params.flag_values import Auto
 from engine.runtime.llm_engine import LLMEngine
 
 logger = logging.getLogger("engine")

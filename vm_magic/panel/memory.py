@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 
 from engine.errors import MemoryPlanError, VMMagicError
-from engine.params.engine_args import int_or_auto
+from engine.params.flag_values import int_or_auto
 from vm_magic.panel.snapshot import NO_MODEL, Seen
 from vm_magic.panel.style import bad, faint, good
 from vm_magic.show.plan_view import plan_picture_html

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from engine.params.engine_args import human_int
+from engine.params.flag_values import human_int
 from engine.params.sampling_params import MAX_LOGPROBS
 
 FORMATS = ("markdown", "text", "code", "json")
