@@ -74,7 +74,7 @@ class LLM:
         self.args = EngineArgs.from_options(model, options)
         prepare_backend()  # before anything imports mlx
         from engine.runtime.engine_thread import start_engine
-        from engine.runtime.snapshot import Look, see_activity, see_blocks
+        from engine.runtime.snapshot import SnapshotPoller, snapshot_activity, snapshot_blocks
 
         resolved = resolve(self.args.model, self.args.revision, progress=progress)
         self.tokenizer: Tokenizer = load_tokenizer(resolved, self.args)
@@ -104,8 +104,8 @@ class LLM:
         self._requests = RequestMaker.of_model(
             self.args, built.config, self.tokenizer, self._parsers, built.engine.runner.vocab_size
         )
-        self._activity = Look(self._thread.post, see_activity)
-        self._blocks = Look(self._thread.post, see_blocks)
+        self._activity = SnapshotPoller(self._thread.post, snapshot_activity)
+        self._blocks = SnapshotPoller(self._thread.post, snapshot_blocks)
         follow = weakref.WeakMethod(self._follow_settings)
         self.settings.on_change(lambda: (method := follow()) and method())
         self._reuses_prefixes = built.engine.scheduler.kv.groups[0].pool.enable_caching

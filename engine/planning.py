@@ -10,7 +10,7 @@ from engine.errors import ConfigError
 from engine.memory.plan import MemoryPlan, PlanInputs
 from engine.memory.plan_table import PlanTable, tabulate
 from engine.memory.planner import plan_memory
-from engine.memory.step_cost import Overhead
+from engine.memory.step_cost import StepCost
 from engine.models.model_config import ModelConfig, read_model_config
 from engine.models.resolve import resolve
 from engine.params.engine_args import EngineArgs
@@ -124,18 +124,18 @@ class _Shapes:
     @classmethod
     def of(cls, args: EngineArgs, device: Device) -> Self:
         from engine.runner.kv.kv_spec import ModelCaches
-        from engine.runner.load.abstract_model import skeleton_as_loaded
+        from engine.runner.load.abstract_model import abstract_model_as_loaded
 
         resolved = resolve(args.model, args.revision, part="config")
         config = read_model_config(resolved, args)
-        skeleton = skeleton_as_loaded(resolved, config, args, device)
-        return cls(config, ModelCaches(skeleton.model), skeleton.num_bytes)
+        abstract = abstract_model_as_loaded(resolved, config, args, device)
+        return cls(config, ModelCaches(abstract.model), abstract.num_bytes)
 
     def inputs(self, args: EngineArgs, device: Device, given: _Sizes) -> PlanInputs:
         """What the plan follows from, with the sizes that the user gave in place of those found out."""
         from engine.runner.load.plan_inputs import plan_inputs
 
-        estimated = estimated_overhead(self.config, fused=device.kind != "cpu")
+        estimated = estimated_step_cost(self.config, fused=device.kind != "cpu")
         return plan_inputs(
             self.caches,
             self.config,
@@ -143,11 +143,11 @@ class _Shapes:
             device,
             paged=args.use_paged_attention,
             model_memory=self.model_memory if given.model_memory is None else given.model_memory,
-            overhead=estimated if given.overhead is None else Overhead(given.overhead),
+            overhead=estimated if given.overhead is None else StepCost(given.overhead),
         )
 
 
-def estimated_overhead(config: ModelConfig, fused: bool) -> Overhead:
+def estimated_step_cost(config: ModelConfig, fused: bool) -> StepCost:
     """A guess at a step's activations, before they can be measured: rows of everything that a layer makes.
 
     Where attention is not ``fused`` (CPUs), the scores of every row over its whole context are held at once.
@@ -157,4 +157,4 @@ def estimated_overhead(config: ModelConfig, fused: bool) -> Overhead:
     widest = int(text.get("intermediate_size") or 4 * hidden)
     heads = int(text.get("num_attention_heads") or 32)
     logits = int(text.get("vocab_size") or config.vocab_size) * 64
-    return Overhead(4 * logits, per_row=4 * (8 * hidden + 3 * widest), per_pair=0 if fused else 4 * heads)
+    return StepCost(4 * logits, per_row=4 * (8 * hidden + 3 * widest), per_pair=0 if fused else 4 * heads)

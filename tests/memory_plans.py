@@ -4,7 +4,7 @@ from typing import Any
 
 from engine.memory.plan import MemoryPlan, PlanInputs
 from engine.memory.planner import plan_memory
-from engine.memory.step_cost import Overhead
+from engine.memory.step_cost import StepCost
 
 NOTHING_SET: dict[str, Any] = {
     "device_limit": 10**9,
@@ -27,7 +27,7 @@ def make_plan(**given: Any) -> MemoryPlan:
     """The plan of ``given`` inputs, of which ``groups`` is needed; ``overhead`` may be bytes."""
     values = {**NOTHING_SET, **given}
     overhead = values["overhead"]
-    values["overhead"] = overhead if isinstance(overhead, Overhead) else Overhead(float(overhead))
+    values["overhead"] = overhead if isinstance(overhead, StepCost) else StepCost(float(overhead))
     for name in ("device_limit", "model_memory"):
         values[name] = int(values[name])
     return plan_memory(PlanInputs(**{**values, "groups": tuple(values["groups"])}))

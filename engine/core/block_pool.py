@@ -125,7 +125,7 @@ class BlockPool:
                 self._state[block.block_id] = _AVAILABLE
 
     def reserve(self, first: int, count: int) -> range:
-        """Ask others not to start in the ``count`` blocks from ``first``; gives the range in force."""
+        """Ask others not to start in the ``count`` blocks from ``first``; gives the range that is reserved."""
         end = first
         while end < min(first + count, self.num_blocks) and self._state[end] == _AVAILABLE:
             self._state[end] = _RESERVED

@@ -30,7 +30,7 @@ class KVCacheGroup(Protocol):
     def num_blocks_needed(self, request: Request, num_tokens: int, num_cached: int) -> int:
         """Free blocks that :meth:`allocate` would take, counting those it must wake from the cache."""
 
-    def leave_behind(self, request: Request) -> None:
+    def free_out_of_window(self, request: Request) -> None:
         """Let go of what the next token to compute needs no more."""
 
     def allocate(self, request: Request, num_tokens: int, num_cached: int) -> None:
@@ -101,7 +101,7 @@ class FullAttentionGroup:
         if missing > 0:
             self._extend(request, sequence, missing)
 
-    def leave_behind(self, request: Request) -> None:
+    def free_out_of_window(self, request: Request) -> None:
         """Free the blocks that lie wholly before the window of the next token to compute.
 
         A long sequence leaves many that nobody may come back to: they go before what else is cached, except

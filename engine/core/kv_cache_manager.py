@@ -27,7 +27,7 @@ class KVCacheManager:
         shared = self._common_prefix(request, limit, [group for group in self.groups if group not in self._states])
         cached = self._common_prefix(request, shared, self.groups) if self._states else shared
         for group in self._states:
-            group.aim(request, cached, shared, self._boundary)
+            group.choose_checkpoints(request, cached, shared, self._boundary)
         return cached
 
     @staticmethod
@@ -40,10 +40,10 @@ class KVCacheManager:
                 return found
             limit = found  # a group that could do with less may now find less
 
-    def leave_behind(self, request: Request) -> None:
+    def free_out_of_window(self, request: Request) -> None:
         """Let go of what the next token of ``request`` needs no more."""
         for group in self.groups:
-            group.leave_behind(request)
+            group.free_out_of_window(request)
 
     def allocate(self, request: Request, num_tokens: int, num_cached: int = 0) -> bool:
         """Cover the first ``num_tokens`` tokens in all groups, or change nothing and say False."""

@@ -138,9 +138,14 @@ class Request:
         return self.status.finished
 
     @property
-    def awaits_last_token(self) -> bool:
+    def guide_waits(self) -> bool:
         """Whether the next step depends on a token whose value is still on the device."""
         return self.num_pending > 0 and self.guide is not None and self.guide.waits
+
+    @property
+    def last_token_in_flight(self) -> bool:
+        """Whether a token in flight is the last that the request may have."""
+        return self.num_pending > 0 and self.num_output_tokens >= self.max_tokens
 
     def append_output_token(self, token_id: int) -> None:
         """Record a token that the host has read."""

@@ -19,7 +19,7 @@ from engine.core.token_guide import COMPLETE
 
 
 class StepMemory(Protocol):
-    """What a step may use of the device's memory (:class:`engine.memory.step_cost.Preflight`)."""
+    """What a step may use of the device's memory (:class:`engine.memory.step_cost.AdmissionControl`)."""
 
     def begin(self) -> None:
         """A step is being put together."""
@@ -31,7 +31,7 @@ class StepMemory(Protocol):
 class Scheduler:
     """First come, first served within a priority (a lower number goes first).
 
-    A decode is never starved by a prefill: running requests with one token left come first. While
+    A decode is never short_of_memory by a prefill: running requests with one token left come first. While
     others wait, one prefill takes at most half of the budget, so that a short request behind a
     long one has its first token within two steps.
     """
@@ -45,8 +45,8 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Request] = []
         self.waiting: list[Request] = []
-        self.starved: list[Request] = []
-        """Requests that the last step had no memory for; they wait."""
+        self.short_of_memory: list[Request] = []
+        """Requests that the last step could not schedule for lack of memory; they wait."""
         self.num_preemptions = 0
         self._forks: dict[Request, Request] = {}
 
@@ -63,34 +63,34 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose the next step, take blocks for it and count its tokens as computed."""
-        shares: list[ScheduledRequest] = []
+        scheduled_requests: list[ScheduledRequest] = []
         preempted: list[Request] = []
         budget = self.max_num_batched_tokens
-        self.starved = []
+        self.short_of_memory = []
         if self.memory is not None:
             self.memory.begin()
-        for request in self.running:  # all of them first: what one leaves behind is another's room
-            self.kv.leave_behind(request)
+        for request in self.running:  # all of them first: what one frees is another's room
+            self.kv.free_out_of_window(request)
         for request in sorted(self.running, key=lambda r: self._num_missing(r) > 1):
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for one before it
-            budget -= self._schedule_running(request, budget, shares, preempted)
-        if not preempted and not self.starved:
-            self._admit(budget, shares)
-        return SchedulerOutput(shares, preempted)
+            budget -= self._schedule_running(request, budget, scheduled_requests, preempted)
+        if not preempted and not self.short_of_memory:
+            self._admit(budget, scheduled_requests)
+        return SchedulerOutput(scheduled_requests, preempted)
 
-    def update(self, share: ScheduledRequest, token_id: int) -> RequestStatus | None:
+    def update(self, scheduled: ScheduledRequest, token_id: int) -> RequestStatus | None:
         """Record a sampled token; gives the final status if the request is over by its tokens.
 
         Tokens of requests that ended while the step was in flight are dropped (None).
         """
-        request = share.request
+        request = scheduled.request
         if request.finished:
             return None
         request.num_pending -= 1
         request.append_output_token(token_id)
         # Only what this step computed: the next one is counted already, but may yet be taken back.
-        self.kv.cache_blocks(request, share.end)
+        self.kv.cache_blocks(request, scheduled.end)
         status = _stop_status(request, token_id)
         if status is not None:
             self.finish(request, status)
@@ -123,27 +123,22 @@ class Scheduler:
         return request.num_tokens - request.num_computed_tokens
 
     def _schedule_running(
-        self, request: Request, budget: int, shares: list[ScheduledRequest], preempted: list[Request]
+        self, request: Request, budget: int, scheduled_requests: list[ScheduledRequest], preempted: list[Request]
     ) -> int:
         missing = min(self._num_missing(request), budget)
-        if missing <= 0 or request.awaits_last_token or self._awaits_its_last_token(request):
+        if missing <= 0 or request.guide_waits or request.last_token_in_flight:
             return 0
         missing = self._chunk(request, self._fair_share(request, missing))
         if not missing:
             return 0
         while not self.kv.allocate(request, request.num_computed_tokens + missing):
-            victim = self._victim(shares)
+            victim = self._victim(scheduled_requests)
             self.preempt(victim)
             preempted.append(victim)
             if victim is request:
                 return 0
-        shares.append(self._share(request, missing))
+        scheduled_requests.append(self._scheduled(request, missing))
         return missing
-
-    @staticmethod
-    def _awaits_its_last_token(request: Request) -> bool:
-        """Whether the token in flight is the last that the request may have."""
-        return request.num_pending > 0 and request.num_output_tokens >= request.max_tokens
 
     def _fair_share(self, request: Request, missing: int) -> int:
         """At most half of the budget for one prefill while others want to start."""
@@ -153,7 +148,7 @@ class Scheduler:
             return min(missing, max(1, self.max_num_batched_tokens // 2))
         return missing
 
-    def _admit(self, budget: int, shares: list[ScheduledRequest]) -> None:
+    def _admit(self, budget: int, scheduled_requests: list[ScheduledRequest]) -> None:
         for request in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_num_seqs:
                 return
@@ -163,7 +158,7 @@ class Scheduler:
             num_tokens = self._start(request, parent, budget)
             if num_tokens == 0:
                 return
-            shares.append(self._share(request, num_tokens))
+            scheduled_requests.append(self._scheduled(request, num_tokens))
             budget -= num_tokens
 
     def _start(self, request: Request, parent: Request | None, budget: int) -> int:
@@ -202,17 +197,17 @@ class Scheduler:
             return num_tokens
         affordable = self.memory.affordable(num_tokens, start)
         if not affordable:
-            self.starved.append(request)
+            self.short_of_memory.append(request)
         return affordable
 
     def _prompt_is_computed(self, parent: Request) -> bool:
         return parent.finished or parent.num_computed_tokens >= parent.num_prompt_tokens
 
-    def _share(self, request: Request, num_tokens: int) -> ScheduledRequest:
+    def _scheduled(self, request: Request, num_tokens: int) -> ScheduledRequest:
         start = request.num_computed_tokens
         end = start + num_tokens
         samples = end == request.num_tokens
-        share = ScheduledRequest(
+        scheduled = ScheduledRequest(
             request,
             start,
             num_tokens,
@@ -223,11 +218,11 @@ class Scheduler:
         request.num_computed_tokens = end
         request.num_pending += samples
         self.kv.cache_blocks(request, end)
-        return share
+        return scheduled
 
-    def _victim(self, shares: Sequence[ScheduledRequest]) -> Request:
+    def _victim(self, scheduled_requests: Sequence[ScheduledRequest]) -> Request:
         """The running request that gives way: least urgent, latest come, not yet in this step."""
-        chosen = {share.request for share in shares}
+        chosen = {scheduled.request for scheduled in scheduled_requests}
         candidates = [request for request in self.running if request not in chosen]
         return max(candidates, key=lambda r: (r.priority, r.arrival_time, r.index))
 

@@ -23,7 +23,7 @@ class _State:
 
 @dataclass(slots=True)
 class _Checkpoint:
-    """How a kept state was used. ``expendable``: it lies in a reply, or a later turn of its chat has overtaken it."""
+    """How a kept state was used. ``expendable``: it lies in a reply, or a later checkpoint of its chat replaces it."""
 
     last_used: int
     """How many sequences had begun then."""
@@ -32,7 +32,7 @@ class _Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class _Aim:
+class _CheckpointTarget:
     """Where a request should leave checkpoints: in its prompt, and at every so many tokens of its reply."""
 
     start: int
@@ -62,7 +62,7 @@ class StateGroup:
         self.min_tokens = min_tokens
         self.min_shared_tokens = min_shared_tokens
         self._states: dict[Request, _State] = {}
-        self._aims: dict[Request, _Aim] = {}
+        self._targets: dict[Request, _CheckpointTarget] = {}
         self._checkpoints: dict[Block, _Checkpoint] = {}
         self._num_begun = 0
 
@@ -76,7 +76,7 @@ class StateGroup:
                 return count * self.block_size
         return 0
 
-    def aim(self, request: Request, num_cached: int, num_shared: int, boundary: int) -> None:
+    def choose_checkpoints(self, request: Request, num_cached: int, num_shared: int, boundary: int) -> None:
         """Choose checkpoints for a request that starts from ``num_cached`` tokens.
 
         ``num_shared``: leading tokens that all other groups have. Every ``boundary`` tokens, blocks of all groups end.
@@ -85,21 +85,21 @@ class StateGroup:
             return
         end = max(0, request.num_prompt_tokens - GENERATION_PROMPT_TOKENS) // boundary * boundary
         shared = min(num_shared // boundary * boundary, end)
-        aim = self._aims[request] = _Aim(num_cached, shared, boundary)
+        target = self._targets[request] = _CheckpointTarget(num_cached, shared, boundary)
         if shared - num_cached >= self.min_shared_tokens:
-            aim.positions.add(shared)
+            target.positions.add(shared)
         lasting = 2 * len(self._states) <= self.pool.num_blocks
-        if end - max(num_cached, *aim.positions, 0) >= (boundary if lasting else self.min_tokens):
-            aim.positions.add(end)
+        if end - max(num_cached, *target.positions, 0) >= (boundary if lasting else self.min_tokens):
+            target.positions.add(end)
 
     def num_blocks_needed(self, request: Request, num_tokens: int, num_cached: int) -> int:
         """A slot for a sequence that begins, or that leaves its own as a checkpoint; and the checkpoint it wakes."""
         if request in self._states:
             return int(self._leaves_checkpoint(request))
         source = self._checkpoint(request, num_cached) if num_cached else None
-        return 1 + int(source is not None and source.ref_count == 0 and not self._takes_over(source))
+        return 1 + int(source is not None and source.ref_count == 0 and not self._must_reuse(source))
 
-    def leave_behind(self, request: Request) -> None:
+    def free_out_of_window(self, request: Request) -> None:
         """Let go of the checkpoint that the last step started from."""
         state = self._states.get(request)
         if state is not None and state.source is not None:
@@ -116,10 +116,10 @@ class StateGroup:
 
     def chunk_end(self, request: Request, end: int) -> int:
         """The next checkpoint that is wanted and not there yet, if it comes before ``end``."""
-        aim, start = self._aims.get(request), request.num_computed_tokens
-        if aim is None:
+        target, start = self._targets.get(request), request.num_computed_tokens
+        if target is None:
             return end
-        wanted = (position for position in aim.positions if start < position < end)
+        wanted = (position for position in target.positions if start < position < end)
         return min((p for p in wanted if not self.pool.is_cached(self._hash(request, p))), default=end)
 
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
@@ -127,7 +127,7 @@ class StateGroup:
 
     def free(self, request: Request) -> None:
         """Let go of the slot and of the checkpoint that the last step started from."""
-        self._aims.pop(request, None)
+        self._targets.pop(request, None)
         state = self._states.pop(request, None)
         if state is not None:
             self.pool.free([block for block in (state.source, state.current) if block is not None])
@@ -153,24 +153,24 @@ class StateGroup:
         source = self._checkpoint(request, num_cached) if num_cached else None
         if source is None:
             return _State(self._take_slot())
-        takes_over = self._takes_over(source)
+        reused = self._must_reuse(source)
         self.pool.share([source])
-        if takes_over:
+        if reused:
             self.pool.uncache(source)
             return _State(source)
         used = self._checkpoints[source]
         used.last_used, used.num_used = self._num_begun, used.num_used + 1
-        self._overtake(request, num_cached)
+        self._replace_checkpoints(request, num_cached)
         return _State(self._take_slot(), source)
 
     def _leave_checkpoint(self, request: Request, state: _State) -> None:
-        position, aim = request.num_computed_tokens, self._aims[request]
+        position, target = request.num_computed_tokens, self._targets[request]
         kept, checkpoint = state.current, _Checkpoint(self._num_begun)
         self.pool.cache(kept, self._hash(request, position), request.all_token_ids[:position])
-        if position in aim.positions:
-            aim.positions.discard(position)
-            checkpoint.num_used = int(position == aim.shared)  # another prompt begins with it, too
-            self._overtake(request, aim.start + 1)
+        if position in target.positions:
+            target.positions.discard(position)
+            checkpoint.num_used = int(position == target.shared)  # another prompt begins with it, too
+            self._replace_checkpoints(request, target.start + 1)
         else:
             if state.in_reply is not None and self._can_go(state.in_reply):
                 self.pool.uncache(state.in_reply)
@@ -182,17 +182,17 @@ class StateGroup:
 
     def _leaves_checkpoint(self, request: Request) -> bool:
         """Whether the state is where a checkpoint is wanted, none is there yet, and a slot is left to go on in."""
-        position, aim = request.num_computed_tokens, self._aims.get(request)
-        if aim is None or position > len(request.all_token_ids) or position % aim.boundary:
+        position, target = request.num_computed_tokens, self._targets.get(request)
+        if target is None or position > len(request.all_token_ids) or position % target.boundary:
             return False
-        if position in aim.positions:
+        if position in target.positions:
             room = self.pool.can_allocate(1)
         else:  # one slot more is left for a sequence that waits
             room = position >= request.num_prompt_tokens and self.pool.can_allocate(2) and self._has_room()
         return room and not self.pool.is_cached(self._hash(request, position))
 
-    def _takes_over(self, source: Block) -> bool:
-        """Whether a sequence goes on in its checkpoint's own slot, since there is no other."""
+    def _must_reuse(self, source: Block) -> bool:
+        """Whether a sequence must go on in its checkpoint's own slot, since there is no other."""
         return source.ref_count == 0 and not self.pool.can_allocate(2)
 
     def _take_slot(self) -> Block:
@@ -217,8 +217,8 @@ class StateGroup:
         forgotten = self._num_begun - checkpoint.last_used > self.pool.num_blocks
         return forgotten or (checkpoint.expendable and checkpoint.num_used < 2)
 
-    def _overtake(self, request: Request, num_tokens: int) -> None:
-        """Checkpoints before ``num_tokens`` of the request's tokens have done their work, unless many used them."""
+    def _replace_checkpoints(self, request: Request, num_tokens: int) -> None:
+        """Let later checkpoints replace those before ``num_tokens`` of the request's tokens, unless many used them."""
         for end in range(self.block_size, num_tokens, self.block_size):
             block = self._checkpoint(request, end) if self.pool.is_cached(self._hash(request, end)) else None
             if block is not None:

@@ -7,10 +7,10 @@ from engine.core.request import Request
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """A request's share of a step: tokens ``[start, start + num_tokens)`` of its sequence.
+    """What a step computes of a request: tokens ``[start, start + num_tokens)`` of its sequence.
 
-    ``samples`` says whether the share reaches the end of the known tokens, so that a new token is
-    sampled. ``pending`` says that the last token of the share is still on the device.
+    ``samples``: they reach the end of the known tokens, so that a new token is sampled. ``pending``: the
+    last of them is still on the device.
     """
 
     request: Request
@@ -22,23 +22,23 @@ class ScheduledRequest:
 
     @property
     def end(self) -> int:
-        """Tokens computed once this share is done."""
+        """Tokens computed once the step is done."""
         return self.start + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: shares in order, and the requests that lost their blocks for it."""
+    """One step: what it computes, in order, and the requests that lost their blocks for it."""
 
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    scheduled_requests: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
-        return sum(share.num_tokens for share in self.scheduled)
+        return sum(scheduled.num_tokens for scheduled in self.scheduled_requests)
 
     @property
     def sampling(self) -> list[ScheduledRequest]:
-        """The shares that sample a token, in order."""
-        return [share for share in self.scheduled if share.samples]
+        """Those that sample a token, in order."""
+        return [scheduled for scheduled in self.scheduled_requests if scheduled.samples]

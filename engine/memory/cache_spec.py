@@ -22,7 +22,7 @@ class KVVectors(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class KVGroupSpec:
+class KVCacheSpec:
     """Layers whose cache has one kind.
 
     ``bytes_per_token``: keys and values of one token over all the group's layers. ``window``

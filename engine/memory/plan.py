@@ -9,8 +9,8 @@ from decimal import ROUND_HALF_DOWN, Decimal
 from typing import Any, Literal, NamedTuple, Self
 
 from engine.errors import ConfigError
-from engine.memory.cache_spec import KVGroupSpec
-from engine.memory.step_cost import Overhead
+from engine.memory.cache_spec import KVCacheSpec
+from engine.memory.step_cost import StepCost
 from engine.params.engine_args import EngineArgs, check_batch
 from engine.params.flag_values import Auto
 
@@ -38,8 +38,8 @@ class PlanInputs:
 
     device_limit: int
     model_memory: int
-    overhead: Overhead = field(compare=False)
-    groups: tuple[KVGroupSpec, ...]
+    overhead: StepCost = field(compare=False)
+    groups: tuple[KVCacheSpec, ...]
     shared_layers: tuple[int, ...]
     context_length: int
     block_size: int
@@ -59,8 +59,8 @@ class PlanInputs:
         device_limit: int,
         chunk_size: int,
         model_memory: int,
-        overhead: Overhead,
-        groups: Sequence[KVGroupSpec],
+        overhead: StepCost,
+        groups: Sequence[KVCacheSpec],
         shared_layers: tuple[int, ...],
         context_length: int,
     ) -> Self:
@@ -87,7 +87,7 @@ class PlanInputs:
         check_length(self.max_model_len, self.context_length)
         check_batch(self.max_num_seqs, self.max_num_batched_tokens)
 
-    def step_overhead(self, max_model_len: int) -> int:
+    def step_cost(self, max_model_len: int) -> int:
         """Bytes of the largest step where sequences have at most ``max_model_len`` tokens."""
         return self.overhead.bytes(min(self.max_num_batched_tokens or max_model_len, max_model_len), max_model_len)
 
@@ -134,7 +134,7 @@ class MemoryPlan:
     max_model_len: int
     kv_bytes_at_max_len: int
     max_model_len_that_fits: int
-    groups: tuple[KVGroupSpec, ...]
+    groups: tuple[KVCacheSpec, ...]
     inputs: PlanInputs
     num_checkpoints: int = 0
 
@@ -148,14 +148,14 @@ class MemoryPlan:
         """How many requests of ``max_model_len`` tokens fit at once."""
         return min(self.max_tokens_cached / self.max_model_len, self.max_num_seqs)
 
-    def num_blocks_of(self, group: KVGroupSpec) -> int:
+    def num_blocks_of(self, group: KVCacheSpec) -> int:
         """Blocks (of states: slots) that ``group`` may come to hold."""
         if group.grows:
             return self.num_blocks
         checkpoints = self.num_checkpoints if group.kind == "state" else 0
         return group.blocks_of(self.max_num_seqs, self.max_model_len) + checkpoints
 
-    def bytes_of(self, group: KVGroupSpec) -> int:
+    def bytes_of(self, group: KVCacheSpec) -> int:
         """Bytes that ``group`` may come to hold."""
         return self.num_blocks_of(group) * group.bytes_per_block
 
@@ -219,7 +219,7 @@ def parts(plan: MemoryPlan) -> list[Part]:
     return [*found, Part("outside", plan.device_limit - plan.usable, outside)]
 
 
-def _per_sequence(plan: MemoryPlan, groups: Sequence[KVGroupSpec]) -> str:
+def _per_sequence(plan: MemoryPlan, groups: Sequence[KVCacheSpec]) -> str:
     """How the bytes of windows or states come about."""
     each = sum(group.bytes_per_sequence(plan.max_model_len) for group in groups)
     if groups[0].kind == "state":
@@ -343,7 +343,7 @@ def _blocks(plan: MemoryPlan) -> str:
     )
 
 
-def _group_row(plan: MemoryPlan, group: KVGroupSpec) -> GroupRow:
+def _group_row(plan: MemoryPlan, group: KVCacheSpec) -> GroupRow:
     return GroupRow(
         group.kind,
         _layers(group.layers),

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from engine.errors import ConfigError, MemoryPlanError
-from engine.memory.cache_spec import KVGroupSpec, ceil_div
+from engine.memory.cache_spec import KVCacheSpec, ceil_div
 from engine.memory.plan import MemoryPlan, PlanInputs, breakdown, gib
 from engine.params.engine_args import DEFAULT_MEMORY_FRACTION, MAX_NUM_SEQS_LIMIT, option_value
 from engine.params.flag_values import Auto
@@ -59,7 +59,7 @@ def _divide(need: "_Need") -> MemoryPlan:
         length = max(need.longest_with_checkpoint(room), 1)
     else:
         length = asked.max_model_len or asked.context_length
-    overhead = asked.step_overhead(length)
+    overhead = asked.step_cost(length)
     available = room - overhead
     num_seqs = asked.fewest_seqs
     if asked.max_num_seqs == "auto":
@@ -119,14 +119,14 @@ def what_if(
     return plan_memory(inputs)
 
 
-def _billed_in(groups: Sequence[KVGroupSpec], kv_cache_dtype: str) -> Sequence[KVGroupSpec]:
+def _billed_in(groups: Sequence[KVCacheSpec], kv_cache_dtype: str) -> Sequence[KVCacheSpec]:
     if kv_cache_dtype == "auto":
         return groups
     pages_note(groups, kv_cache_dtype)
     return [group.with_kv_cache_dtype(kv_cache_dtype) for group in groups]
 
 
-def pages_note(groups: Sequence[KVGroupSpec], kv_cache_dtype: str) -> str | None:
+def pages_note(groups: Sequence[KVCacheSpec], kv_cache_dtype: str) -> str | None:
     """A line for the user where pages of ``kv_cache_dtype`` leave something unquantized. Raises ConfigError for all."""
     return unquantized_note(kv_cache_dtype, (vectors.length for group in groups for vectors in group.vectors))
 
@@ -147,7 +147,7 @@ def next_pool_size(current: int, needed: int, limit: int) -> int:
 class _Need:
     """What sequences need in ``groups``, which are billed as they are kept."""
 
-    groups: tuple[KVGroupSpec, ...]
+    groups: tuple[KVCacheSpec, ...]
     asked: PlanInputs
 
     @property
@@ -182,7 +182,7 @@ class _Need:
         """Most tokens of one sequence, where all that must have slots have them; 0 for none."""
         lengths, num_seqs = range(1, self.asked.context_length + 1), self.asked.fewest_seqs
         return bisect.bisect_right(
-            lengths, room, key=lambda n: self.blocks_of_one(n) + self.fixed(n, num_seqs) + self.asked.step_overhead(n)
+            lengths, room, key=lambda n: self.blocks_of_one(n) + self.fixed(n, num_seqs) + self.asked.step_cost(n)
         )
 
     def longest_with_checkpoint(self, room: int) -> int:

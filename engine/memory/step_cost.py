@@ -11,7 +11,7 @@ SMALLEST_CHUNK = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Overhead:
+class StepCost:
     """Bytes of a step beyond weights and pages: measured, estimated, or given (``base`` alone).
 
     ``base + per_row x rows + per_pair x rows x context + per_position x context``
@@ -28,15 +28,15 @@ class Overhead:
         return round(max(0.0, self.base + self.per_row * rows + by_context))
 
 
-class Preflight:
+class AdmissionControl:
     """Chunk sizes that fit into what is free now. Decodes are not asked about, and cost nothing here.
 
-    ``overhead`` was measured when the model was loaded; ``bytes_per_token`` is what pages grow by;
+    ``step_cost`` was measured when the model was loaded; ``bytes_per_token`` is what pages grow by;
     ``free`` reads what is left, at most once for each step.
     """
 
-    def __init__(self, overhead: Overhead, bytes_per_token: int, free: Callable[[], int]) -> None:
-        self.overhead = overhead
+    def __init__(self, step_cost: StepCost, bytes_per_token: int, free: Callable[[], int]) -> None:
+        self.step_cost = step_cost
         self.bytes_per_token = bytes_per_token
         self.free = free
         self._left: int | None = None
@@ -61,7 +61,7 @@ class Preflight:
 
     def need(self, num_tokens: int, start: int) -> int:
         """Bytes of a chunk of ``num_tokens`` tokens from ``start``: activations, buffers and new pages."""
-        return self.overhead.bytes(num_tokens, start + num_tokens) + num_tokens * self.bytes_per_token
+        return self.step_cost.bytes(num_tokens, start + num_tokens) + num_tokens * self.bytes_per_token
 
     def shortage(self, num_tokens: int, start: int) -> str:
         """What a chunk misses, in words."""

@@ -12,8 +12,9 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from engine.core.request import Request
+from engine.core.step import ScheduledRequest
 from engine.runner.kv.attention_patch import RowSelector
-from engine.runner.kv.input_batch import Int32, StepBatch
+from engine.runner.kv.input_batch import InputBatch, Int32
 
 
 class Backend(Protocol):
@@ -22,13 +23,13 @@ class Backend(Protocol):
     paged: bool
     block_size: int
 
-    def forward(self, batch: StepBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
-        """Logits [sum of wanted, V] of the ``wanted`` rows of each share, for token ids [T]. Lazy."""
+    def forward(self, batch: InputBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
+        """Logits [sum of wanted, V] of the ``wanted`` rows of each scheduled request, for token ids [T]. Lazy."""
 
     def forget(self, request: Request) -> None:
         """Drop what is kept outside the block pool for ``request``."""
 
-    def make_room(self, batch: StepBatch, limits: Sequence[int]) -> None:
+    def make_room(self, batch: InputBatch, limits: Sequence[int]) -> None:
         """Have memory for the blocks of ``batch``; ``limits`` are the planned blocks, by group."""
 
     def resize(self, limits: Sequence[int], moves: Sequence[Mapping[int, int]]) -> None:
@@ -51,7 +52,7 @@ class Backend(Protocol):
 
 
 def join_rows(logits: Mapping[int, mx.array], wanted: Sequence[Int32]) -> mx.array:
-    """The logits of all shares (by index) that want any, in order of the shares."""
+    """The logits of the scheduled requests (by index) that want any, in the batch's order."""
     parts = [logits[i] for i, rows in enumerate(wanted) if len(rows)]
     return mx.concatenate(parts) if parts else mx.zeros((0, 1))
 
@@ -73,19 +74,19 @@ class ContiguousBackend:
         self._batch_caches: list[Any] = []
         self._selector = RowSelector(model)
 
-    def forward(self, batch: StepBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
+    def forward(self, batch: InputBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
         """See :class:`Backend`: one call for all decodes, one for each prefill chunk."""
-        decoding = [i for i, share in enumerate(batch.shares) if self._decodes(share.request, share.num_tokens)]
+        decoding = [i for i, scheduled in enumerate(batch.scheduled_requests) if self._decodes(scheduled)]
         logits: dict[int, mx.array] = {}
         if decoding:
             rows = [batch.first_rows[i] for i in decoding]
-            requests = [batch.shares[i].request for i in decoding]
+            requests = [batch.scheduled_requests[i].request for i in decoding]
             found = self._decode(requests, tokens[mx.array(rows)])
             logits = {index: found[row : row + 1] for row, index in enumerate(decoding)}
-        for i, share in enumerate(batch.shares):
+        for i, scheduled in enumerate(batch.scheduled_requests):
             if i not in logits:
-                some = tokens[batch.first_rows[i] : batch.first_rows[i] + share.num_tokens]
-                logits[i] = self._prefill(share.request, share.start, some, wanted[i])
+                some = tokens[batch.first_rows[i] : batch.first_rows[i] + scheduled.num_tokens]
+                logits[i] = self._prefill(scheduled.request, scheduled.start, some, wanted[i])
         return join_rows(logits, wanted)
 
     def forget(self, request: Request) -> None:
@@ -94,7 +95,7 @@ class ContiguousBackend:
         if request in self._batch:
             self._keep([other for other in self._batch if other is not request])
 
-    def make_room(self, batch: StepBatch, limits: Sequence[int]) -> None:
+    def make_room(self, batch: InputBatch, limits: Sequence[int]) -> None:
         """mlx-lm's caches grow by themselves."""
 
     def resize(self, limits: Sequence[int], moves: Sequence[Mapping[int, int]]) -> None:
@@ -120,11 +121,12 @@ class ContiguousBackend:
         self.reset()
         self._selector.remove()
 
-    def _decodes(self, request: Request, num_tokens: int) -> bool:
+    def _decodes(self, scheduled: ScheduledRequest) -> bool:
+        request = scheduled.request
         mergeable = request in self._batch or (
             self.batches and request in self._own and all(hasattr(cache, "merge") for cache in self._own[request])
         )
-        return num_tokens == 1 and mergeable
+        return scheduled.num_tokens == 1 and mergeable
 
     def _prefill(self, request: Request, start: int, tokens: mx.array, wanted: Int32) -> mx.array:
         if start == 0:

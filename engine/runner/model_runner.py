@@ -15,7 +15,7 @@ from engine.core.request import Request
 from engine.core.step import ScheduledRequest, SchedulerOutput
 from engine.outputs import LogprobsAtPosition
 from engine.runner.backends import Backend
-from engine.runner.kv.input_batch import Int32, StepBatch
+from engine.runner.kv.input_batch import InputBatch, Int32
 from engine.runner.sampling.sampler import HostLogprobs, LogprobArrays, Sampler, SamplerOutput, to_logprobs
 from engine.runner.sampling.sampling_metadata import SamplingMetadata, SamplingRow
 
@@ -26,7 +26,7 @@ TokenText = Callable[[int], str]
 class SampledToken:
     """What a step sampled for one request. Token id -1: the model gave no finite logit."""
 
-    share: ScheduledRequest
+    scheduled: ScheduledRequest
     token_id: int
     logprobs: LogprobsAtPosition | None = None
 
@@ -53,19 +53,19 @@ class InFlightStep:
 
     def __init__(
         self,
-        shares: tuple[ScheduledRequest, ...],
+        scheduled_requests: tuple[ScheduledRequest, ...],
         sampled: SamplerOutput | None,
         prompts: list[tuple[Request, int, LogprobArrays]],
         barrier: list[mx.array],
         backend: Backend,
     ) -> None:
-        self.shares = shares
-        self.sampling = [share for share in shares if share.samples]
+        self.scheduled_requests = scheduled_requests
+        self.sampling = [scheduled for scheduled in scheduled_requests if scheduled.samples]
         self.sampled = sampled
         self.prompts = prompts
         self._barrier = barrier
         self._backend = backend
-        self.row_of = {share.request: row for row, share in enumerate(self.sampling)}
+        self.row_of = {scheduled.request: row for row, scheduled in enumerate(self.sampling)}
 
     def submit(self) -> None:
         """Start computing; returns before it is done."""
@@ -92,8 +92,8 @@ class InFlightStep:
         host = self.sampled.logprobs.numpy() if self.sampled.logprobs else None
         token_ids = np.array(self.sampled.token_ids).tolist()
         return [
-            SampledToken(share, token_id, _row_logprobs(share, host, row, token_text))
-            for row, (share, token_id) in enumerate(zip(self.sampling, token_ids, strict=True))
+            SampledToken(scheduled, token_id, _row_logprobs(scheduled, host, row, token_text))
+            for row, (scheduled, token_id) in enumerate(zip(self.sampling, token_ids, strict=True))
         ]
 
     @staticmethod
@@ -105,9 +105,9 @@ class InFlightStep:
 
 
 def _row_logprobs(
-    share: ScheduledRequest, host: HostLogprobs | None, row: int, token_text: TokenText
+    scheduled: ScheduledRequest, host: HostLogprobs | None, row: int, token_text: TokenText
 ) -> LogprobsAtPosition | None:
-    num = share.request.params.logprobs
+    num = scheduled.request.params.logprobs
     return None if num is None or host is None else to_logprobs(host, row, num, token_text)
 
 
@@ -125,9 +125,9 @@ class ModelRunner:
         """Build the step's computation; nothing is waited for."""
         for request in step.preempted:
             self.backend.forget(request)
-        batch = StepBatch.build(step.scheduled)
+        batch = InputBatch.build(step.scheduled_requests)
         self.backend.make_room(batch, self.max_blocks)
-        wanted = [_wanted_rows(share) for share in batch.shares]
+        wanted = [_wanted_rows(scheduled) for scheduled in batch.scheduled_requests]
         logits = self.backend.forward(batch, self._tokens(batch), wanted)
         in_flight = self._sample(batch, wanted, logits)
         self._last = in_flight
@@ -161,65 +161,65 @@ class ModelRunner:
         self._last = None
         self.backend.close()
 
-    def _tokens(self, batch: StepBatch) -> mx.array:
+    def _tokens(self, batch: InputBatch) -> mx.array:
         """Token ids [T]: known ones from the host, the others from the step in flight."""
         known = mx.array(batch.token_ids)
-        rows = [first for share, first in zip(batch.shares, batch.first_rows, strict=True) if share.pending]
-        # A pending token is the last of its share, and its share is that token alone.
+        rows = [row for one, row in zip(batch.scheduled_requests, batch.first_rows, strict=True) if one.pending]
+        # A request whose last token is pending has that token alone in the step.
         if not rows:
             return known
         assert self._last is not None, "a token is pending but no step is in flight"
         assert self._last.sampled is not None, "the step in flight samples nothing"
-        sources = [self._last.row_of[share.request] for share in batch.shares if share.pending]
+        sources = [self._last.row_of[scheduled.request] for scheduled in batch.scheduled_requests if scheduled.pending]
         pending = self._last.sampled.token_ids[mx.array(sources)]
         return pending if len(rows) == batch.num_rows else known.at[mx.array(rows)].add(pending)
 
-    def _sample(self, batch: StepBatch, wanted: list[Int32], logits: mx.array) -> InFlightStep:
+    def _sample(self, batch: InputBatch, wanted: list[Int32], logits: mx.array) -> InFlightStep:
         starts = np.cumsum([0, *(len(rows) for rows in wanted)])
-        sampling = [share for share in batch.shares if share.samples]
+        sampling = [scheduled for scheduled in batch.scheduled_requests if scheduled.samples]
         prompts = []
-        for share, rows, start in zip(batch.shares, wanted, starts[:-1], strict=True):
-            num_prompt = len(rows) - share.samples
+        for scheduled, rows, start in zip(batch.scheduled_requests, wanted, starts[:-1], strict=True):
+            num_prompt = len(rows) - scheduled.samples
             if num_prompt:
-                prompts.append(self._prompt_logprobs(share, logits[int(start) : int(start) + num_prompt]))
+                prompts.append(self._prompt_logprobs(scheduled, logits[int(start) : int(start) + num_prompt]))
         if not sampling:
             barrier = [logits] if logits.size else self.backend.barrier()
-            return InFlightStep(batch.shares, None, prompts, barrier, self.backend)
-        ends = [int(end) - 1 for share, end in zip(batch.shares, starts[1:], strict=True) if share.samples]
+            return InFlightStep(batch.scheduled_requests, None, prompts, barrier, self.backend)
+        ends = [int(end) - 1 for one, end in zip(batch.scheduled_requests, starts[1:], strict=True) if one.samples]
         last = logits if len(ends) == logits.shape[0] else logits[mx.array(ends)]
-        metadata = SamplingMetadata.build([self._row(share) for share in sampling], self.vocab_size)
+        metadata = SamplingMetadata.build([self._row(scheduled) for scheduled in sampling], self.vocab_size)
         pending = self._last.sampled.token_ids if self._last and self._last.sampled else None
         sampled = self._sampler.sample(last, metadata, pending)
-        return InFlightStep(batch.shares, sampled, prompts, [], self.backend)
+        return InFlightStep(batch.scheduled_requests, sampled, prompts, [], self.backend)
 
-    def _prompt_logprobs(self, share: ScheduledRequest, logits: mx.array) -> tuple[Request, int, LogprobArrays]:
-        num = share.request.params.prompt_logprobs
+    def _prompt_logprobs(self, scheduled: ScheduledRequest, logits: mx.array) -> tuple[Request, int, LogprobArrays]:
+        num = scheduled.request.params.prompt_logprobs
         assert num is not None, "prompt logprobs were not asked for"
-        first = share.start + 1
-        next_ids = mx.array(share.request.prompt_token_ids[first : first + logits.shape[0]], dtype=mx.int32)
-        return share.request, first, self._sampler.prompt_logprobs(logits, next_ids, num)
+        first = scheduled.start + 1
+        next_ids = mx.array(scheduled.request.prompt_token_ids[first : first + logits.shape[0]], dtype=mx.int32)
+        return scheduled.request, first, self._sampler.prompt_logprobs(logits, next_ids, num)
 
-    def _row(self, share: ScheduledRequest) -> SamplingRow:
-        request = share.request
+    def _row(self, scheduled: ScheduledRequest) -> SamplingRow:
+        request = scheduled.request
         return SamplingRow(
             params=request.params,
             seed=request.seed,
-            position=share.end,
+            position=scheduled.end,
             prompt_token_ids=request.prompt_token_ids,
             output_token_ids=request.output_token_ids,
-            pending_row=self._last.row_of[request] if share.pending and self._last else None,
+            pending_row=self._last.row_of[request] if scheduled.pending and self._last else None,
             eos_token_ids=request.eos_token_ids,
             bad_words_ids=request.bad_words_token_ids,
             guide=request.guide,
         )
 
 
-def _wanted_rows(share: ScheduledRequest) -> Int32:
-    """Rows of a share whose logits are needed: prompt positions to score, then the row that samples."""
+def _wanted_rows(scheduled: ScheduledRequest) -> Int32:
+    """Rows of a scheduled request whose logits are needed: prompt positions to score, then the row that samples."""
     rows: list[int] = []
-    if share.request.params.prompt_logprobs is not None:
-        last = min(share.end, share.request.num_prompt_tokens - 1)
-        rows = list(range(max(0, last - share.start)))
-    if share.samples:
-        rows.append(share.num_tokens - 1)
+    if scheduled.request.params.prompt_logprobs is not None:
+        last = min(scheduled.end, scheduled.request.num_prompt_tokens - 1)
+        rows = list(range(max(0, last - scheduled.start)))
+    if scheduled.samples:
+        rows.append(scheduled.num_tokens - 1)
     return np.array(rows, dtype=np.int32)

@@ -13,10 +13,10 @@ from engine.core.step import ScheduledRequest
 from engine.memory.planner import next_pool_size
 from engine.runner.backends import join_rows
 from engine.runner.device.devices import clear_cache
-from engine.runner.kv import attention_patch as attention_seam
-from engine.runner.kv.attention_metadata import StepLayout
+from engine.runner.kv import attention_patch
+from engine.runner.kv.attention_metadata import AttentionMetadata
 from engine.runner.kv.attention_patch import RowSelector
-from engine.runner.kv.input_batch import Int32, StepBatch
+from engine.runner.kv.input_batch import InputBatch, Int32
 from engine.runner.kv.kv_pool import KVPool, StatePool
 from engine.runner.kv.kv_spec import CacheLeaf, CacheTree, flatten, group_leaves
 from engine.runner.kv.paged_cache import LayerCache, PagedLayerCache, StateLayerCache
@@ -55,15 +55,15 @@ class PagedBackend:
         ]
         self.prefer_views = prefer_views
         self._selector = RowSelector(model)
-        self._modules = attention_seam.install(model) if calls == "flat" else ()
+        self._modules = attention_patch.install(model) if calls == "flat" else ()
         self._before: list[object] | None = None
         self.free_memory: Callable[[], int] | None = None
         """Bytes that pools may grow by; None: as much as they like."""
 
-    def make_room(self, batch: StepBatch, limits: Sequence[int]) -> None:
+    def make_room(self, batch: InputBatch, limits: Sequence[int]) -> None:
         """Grow the pools so that the blocks of ``batch`` exist; never over ``limits`` (blocks, by group)."""
         for group, (pool, limit) in enumerate(zip(self.pools, limits, strict=True)):
-            highest = max(max(share.block_tables[group], default=-1) for share in batch.shares)
+            highest = max(max(scheduled.block_tables[group], default=-1) for scheduled in batch.scheduled_requests)
             if highest >= pool.num_blocks:
                 pool.grow(self._new_size(pool, highest + 1, limit))
 
@@ -83,7 +83,7 @@ class PagedBackend:
                 pool.shrink(limit, moved)
         clear_cache()
 
-    def forward(self, batch: StepBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
+    def forward(self, batch: InputBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
         """See :class:`engine.runner.backends.Backend`. Blocks must be within the pools."""
         self._before = [pool.snapshot() for pool in self.pools]
         if self.calls == "flat" and (self.max_rows is None or batch.num_rows <= self.max_rows):
@@ -91,16 +91,16 @@ class PagedBackend:
                 [first + local for first, local in zip(batch.first_rows, wanted, strict=True)], dtype=np.int32
             )
             return self._call(batch, tokens[:, None], None if len(rows) == batch.num_rows else rows, flat=True)
-        decodes = [i for i, share in enumerate(batch.shares) if self._decodes(share)]
+        decodes = [i for i, scheduled in enumerate(batch.scheduled_requests) if self._decodes(scheduled)]
         logits: dict[int, mx.array] = {}
         size = self.max_rows or max(1, len(decodes))
         for some_decodes in (decodes[i : i + size] for i in range(0, len(decodes), size)):
             index = mx.array([batch.first_rows[i] for i in some_decodes])
             found = self._call(batch.part(some_decodes), tokens[index][:, None], None)
             logits |= {i: found[row : row + 1] for row, i in enumerate(some_decodes)}
-        for i in sorted(range(len(batch.shares)), key=lambda i: batch.order[i]):
+        for i in sorted(range(len(batch.scheduled_requests)), key=lambda i: batch.order[i]):
             if i not in logits:
-                some = tokens[batch.first_rows[i] : batch.first_rows[i] + batch.shares[i].num_tokens]
+                some = tokens[batch.first_rows[i] : batch.first_rows[i] + batch.scheduled_requests[i].num_tokens]
                 logits[i] = self._call(batch.part([i]), some[None], wanted[i])
         return join_rows(logits, wanted)
 
@@ -139,14 +139,15 @@ class PagedBackend:
         """Release the pools, leave the model and its modules as they were."""
         self.release()
         self._selector.remove()
-        attention_seam.remove(self._modules)
+        attention_patch.remove(self._modules)
         self._modules = ()
 
-    def _decodes(self, share: ScheduledRequest) -> bool:
-        """Whether a share joins the one call for decodes; a last bit of a prompt keeps its place in the schedule."""
-        return self.calls != "sequences" and share.num_tokens == 1 and share.start >= share.request.num_prompt_tokens
+    def _decodes(self, scheduled: ScheduledRequest) -> bool:
+        """Whether a request joins the one call for decodes; a last bit of a prompt keeps its place in the schedule."""
+        in_reply = scheduled.start >= scheduled.request.num_prompt_tokens
+        return self.calls != "sequences" and scheduled.num_tokens == 1 and in_reply
 
-    def _call(self, batch: StepBatch, tokens: mx.array, rows: Int32 | None, *, flat: bool = False) -> mx.array:
+    def _call(self, batch: InputBatch, tokens: mx.array, rows: Int32 | None, *, flat: bool = False) -> mx.array:
         """Logits [rows, V] of one call with token ids [T, 1] or [1, T]; ``rows`` None: of all."""
         self._prepare(batch, flat=flat)
         pick = None if rows is None else mx.array(rows)
@@ -162,25 +163,25 @@ class PagedBackend:
         logits = logits.reshape(-1, logits.shape[-1])
         return logits if pick is None or logits.shape[0] == len(pick) else logits[pick]
 
-    def _prepare(self, batch: StepBatch, *, flat: bool) -> None:
-        begins = batch.shares[0].start == 0
+    def _prepare(self, batch: InputBatch, *, flat: bool) -> None:
+        begins = batch.scheduled_requests[0].start == 0
         for group, leaves in enumerate(self.groups):
             if leaves[0].kind == "state":
-                reads = mx.array([share.block_tables[group][0] for share in batch.shares])
-                writes = mx.array([share.block_tables[group][-1] for share in batch.shares])
+                reads = mx.array([scheduled.block_tables[group][0] for scheduled in batch.scheduled_requests])
+                writes = mx.array([scheduled.block_tables[group][-1] for scheduled in batch.scheduled_requests])
                 for leaf in leaves:
                     view = self._views[leaf]
                     assert isinstance(view, StateLayerCache)
                     view.start(reads, writes, begins=begins)
                 continue
-            layout = StepLayout(
+            metadata = AttentionMetadata(
                 batch, self.block_size, group=group, window=leaves[0].window,
                 prefer_views=self.prefer_views and flat,
             )  # fmt: skip
             for leaf in leaves:
                 view = self._views[leaf]
                 assert isinstance(view, PagedLayerCache)
-                view.layout, view.flat = layout, flat
+                view.metadata, view.flat = metadata, flat
 
 
 def _make_pool(leaves: Sequence[CacheLeaf], block_size: int, kv_cache_dtype: str) -> KVPool | StatePool:

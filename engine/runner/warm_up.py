@@ -11,11 +11,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from engine.core.request import Request
 from engine.core.step import ScheduledRequest
-from engine.memory.step_cost import Overhead
+from engine.memory.step_cost import StepCost
 from engine.params.sampling_params import SamplingParams
 from engine.runner.backends import Backend, ContiguousBackend
 from engine.runner.device.devices import DeviceKind, active_memory, clear_cache, peak_memory, reset_peak_memory
-from engine.runner.kv.input_batch import StepBatch
+from engine.runner.kv.input_batch import InputBatch
 from engine.runner.kv.kv_pages import rounded
 from engine.runner.kv.kv_spec import UnsupportedCacheError, flatten, probe_caches
 from engine.runner.paged_backend import Calls, PagedBackend
@@ -121,22 +121,21 @@ def paging_difference(backend: PagedBackend | ContiguousBackend, model: nn.Modul
 
 def _run_batched(backend: Backend, prompts: Sequence[list[int]]) -> mx.array:
     """Last logits of ``prompts``: all but the last token in one step, the last ones in another."""
-    shares, first = [], 0
+    sequences, first = [], 0
     for number, prompt in enumerate(prompts):
         count = -(-len(prompt) // backend.block_size)
-        shares.append((_request(prompt), _tables(backend, number, range(first, first + count))))
+        sequences.append((_request(prompt), _tables(backend, number, range(first, first + count))))
         first += count
     for single in (False, True):
-        step = [_share(request, tables, single) for request, tables in shares]
-        batch = StepBatch.build(step)
-        backend.make_room(batch, [max(first, len(prompts))] * len(shares[0][1]))
-        wanted = [np.array([share.num_tokens - 1], dtype=np.int32) for share in batch.shares]
+        step = [_scheduled(request, tables, single) for request, tables in sequences]
+        batch = InputBatch.build(step)
+        backend.make_room(batch, [max(first, len(prompts))] * len(sequences[0][1]))
+        wanted = [np.array([scheduled.num_tokens - 1], dtype=np.int32) for scheduled in batch.scheduled_requests]
         logits = backend.forward(batch, mx.array(batch.token_ids), wanted)
         backend.settle()
         mx.eval(logits)
-    order = [request for request, _ in shares]
-    rows = [next(i for i, share in enumerate(batch.shares) if share.request is request) for request in order]
-    return logits[mx.array(rows)]
+    row_of = {scheduled.request: row for row, scheduled in enumerate(batch.scheduled_requests)}
+    return logits[mx.array([row_of[request] for request, _ in sequences])]
 
 
 def _tables(backend: Backend, number: int, blocks: range) -> tuple[list[int], ...]:
@@ -151,17 +150,17 @@ def _request(tokens: list[int]) -> Request:
     return Request("warm-up", tokens[:-1], SamplingParams(temperature=0), output_token_ids=tokens[-1:])
 
 
-def _share(request: Request, tables: tuple[list[int], ...], single: bool) -> ScheduledRequest:
+def _scheduled(request: Request, tables: tuple[list[int], ...], single: bool) -> ScheduledRequest:
     start, count = (request.num_prompt_tokens, 1) if single else (0, request.num_prompt_tokens)
     return ScheduledRequest(request, start, count, tables, samples=single, pending=False)
 
 
-def measure_overhead(backend: Backend, vocab_size: int) -> Overhead:
+def measure_step_cost(backend: Backend, vocab_size: int) -> StepCost:
     """Run a few small steps and read MLX's peak memory; larger steps follow by proportion."""
     samples = _SAMPLES if isinstance(backend, PagedBackend) else _SAMPLES[:3]
     peaks = [_peak(backend, rows, context, vocab_size) for rows, context in samples]
     terms = np.array([[1.0, rows, rows * context, context] for rows, context in samples])[:, : len(samples)]
-    return Overhead(*(max(0.0, float(term)) for term in np.linalg.solve(terms, np.array(peaks, dtype=float))))
+    return StepCost(*(max(0.0, float(term)) for term in np.linalg.solve(terms, np.array(peaks, dtype=float))))
 
 
 def _peak(backend: Backend, rows: int, context: int, vocab_size: int) -> int:
@@ -170,20 +169,20 @@ def _peak(backend: Backend, rows: int, context: int, vocab_size: int) -> int:
     tables = _tables(backend, 0, range(-(-context // backend.block_size)))
     if start and not isinstance(backend, PagedBackend):  # pages may hold anything, caches must be as long as they say
         _compute(backend, ScheduledRequest(request, 0, start, tables, samples=False, pending=False))
-    share = ScheduledRequest(request, start, rows, tables, samples=True, pending=False)
-    backend.make_room(StepBatch.build([share]), [max(1, *map(len, tables))] * len(tables))
+    scheduled = ScheduledRequest(request, start, rows, tables, samples=True, pending=False)
+    backend.make_room(InputBatch.build([scheduled]), [max(1, *map(len, tables))] * len(tables))
     clear_cache()
     reset_peak_memory()
     before = active_memory()
-    _compute(backend, share)
+    _compute(backend, scheduled)
     peak = peak_memory() - before
     backend.forget(request)
     return peak
 
 
-def _compute(backend: Backend, share: ScheduledRequest) -> None:
-    batch = StepBatch.build([share])
-    wanted = [np.array([share.num_tokens - 1], dtype=np.int32)]
+def _compute(backend: Backend, scheduled: ScheduledRequest) -> None:
+    batch = InputBatch.build([scheduled])
+    wanted = [np.array([scheduled.num_tokens - 1], dtype=np.int32)]
     logits = backend.forward(batch, mx.array(batch.token_ids), wanted)
     backend.settle()
     mx.eval(logits)

@@ -20,7 +20,7 @@ class RequestActivity:
 
     ``state`` is ``running``, ``waiting`` or ``preempted``. ``num_cached_tokens`` is the prompt's part
     found in the prefix cache, None before the request was scheduled. ``tokens_per_second`` counts from
-    the first token on. ``params`` are the values in force now.
+    the first token on. ``params`` are its values now.
     """
 
     request_id: str

@@ -9,10 +9,10 @@ from engine.core.cache_groups import FullAttentionGroup, KVCacheGroup, SlidingWi
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
 from engine.core.state_group import StateGroup
-from engine.memory.cache_spec import KVGroupSpec
+from engine.memory.cache_spec import KVCacheSpec
 from engine.memory.plan import MemoryPlan
 from engine.memory.planner import pages_note, plan_memory
-from engine.memory.step_cost import Overhead, Preflight
+from engine.memory.step_cost import AdmissionControl, StepCost
 from engine.models.local import ResolvedModel
 from engine.models.model_config import ModelConfig
 from engine.params.engine_args import EngineArgs
@@ -24,7 +24,7 @@ from engine.runner.load.loader import LoadedModel, load_model
 from engine.runner.load.plan_inputs import plan_inputs
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
-from engine.runner.warm_up import choose_backend, measure_overhead
+from engine.runner.warm_up import choose_backend, measure_step_cost
 from engine.runtime.llm_engine import LLMEngine
 from engine.runtime.metrics import EngineMetrics
 from engine.text.tokens.detokenizer import Detokenizer
@@ -65,11 +65,11 @@ def build_engine(
         vocab_size=vocab_size,
     )
     try:
-        plan, overhead = _plan(loaded, caches, backend, args, device, vocab_size)
+        plan, step_cost = _plan(loaded, caches, backend, args, device, vocab_size)
     except BaseException:
         backend.close()
         raise
-    engine = _assemble(backend, plan, overhead, args, device, tokenizer, metrics, vocab_size)
+    engine = _assemble(backend, plan, step_cost, args, device, tokenizer, metrics, vocab_size)
     metrics.set_cache_config(
         block_size=plan.block_size,
         num_gpu_blocks=plan.num_blocks,
@@ -86,8 +86,8 @@ def build_engine(
 
 def _plan(
     loaded: LoadedModel, caches: ModelCaches, backend: Backend, args: EngineArgs, device: Device, vocab_size: int
-) -> tuple[MemoryPlan, Overhead]:
-    overhead = measure_overhead(backend, vocab_size)
+) -> tuple[MemoryPlan, StepCost]:
+    step_cost = measure_step_cost(backend, vocab_size)
     if isinstance(backend, PagedBackend):
         backend.release()
     clear_cache()
@@ -98,12 +98,12 @@ def _plan(
         device,
         paged=backend.paged,
         model_memory=loaded.num_bytes,
-        overhead=overhead,
+        overhead=step_cost,
     )
-    return plan_memory(inputs), overhead
+    return plan_memory(inputs), step_cost
 
 
-def _cache_group(spec: KVGroupSpec, plan: MemoryPlan, *, caching: bool) -> KVCacheGroup:
+def _cache_group(spec: KVCacheSpec, plan: MemoryPlan, *, caching: bool) -> KVCacheGroup:
     """The bookkeeping of one planned group."""
     pool = BlockPool(plan.num_blocks_of(spec), enable_caching=caching)
     if spec.kind == "state":
@@ -116,7 +116,7 @@ def _cache_group(spec: KVGroupSpec, plan: MemoryPlan, *, caching: bool) -> KVCac
 def _assemble(
     backend: Backend,
     plan: MemoryPlan,
-    overhead: Overhead,
+    step_cost: StepCost,
     args: EngineArgs,
     device: Device,
     tokenizer: Tokenizer,
@@ -129,10 +129,10 @@ def _assemble(
     if isinstance(backend, PagedBackend):
         backend.free_memory = free
     per_token = sum(group.bytes_per_token for group in plan.groups if group.kind != "shared")
-    preflight = Preflight(overhead, per_token, free)
+    admission = AdmissionControl(step_cost, per_token, free)
     scheduler = Scheduler(
         kv,
-        memory=preflight,
+        memory=admission,
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=args.batched_tokens(device.chunk_size),
     )
@@ -144,6 +144,6 @@ def _assemble(
         tokenizer.token_text,
         metrics,
         submit_first=device.kind != "cpu",
-        preflight=preflight,
+        admission=admission,
         max_model_len=plan.max_model_len,
     )

@@ -9,7 +9,7 @@ from engine.core.request import NewRequest, Request, RequestStatus, check_length
 from engine.core.scheduler import Scheduler
 from engine.core.step import ScheduledRequest
 from engine.errors import GenerationError, OutOfMemoryError, VMMagicError
-from engine.memory.step_cost import Preflight
+from engine.memory.step_cost import AdmissionControl
 from engine.outputs import THINKING_CUTS, CompletionDelta, LogprobsAtPosition
 from engine.params.live_sampling import LiveSampling
 from engine.params.sampling_params import SamplingParams
@@ -85,7 +85,7 @@ class LLMEngine:
         metrics: EngineMetrics,
         *,
         submit_first: bool,
-        preflight: Preflight,
+        admission: AdmissionControl,
         max_model_len: int,
     ) -> None:
         self.scheduler = scheduler
@@ -94,7 +94,7 @@ class LLMEngine:
         self._token_text = token_text
         self._metrics = metrics
         self._submit_first = submit_first
-        self.preflight = preflight
+        self.admission = admission
         self.patience = PATIENCE
         self.max_model_len = max_model_len
         self._groups: dict[str, _Group] = {}
@@ -120,18 +120,18 @@ class LLMEngine:
     def step(self) -> None:
         """Schedule a step, run it, and hand out what the step before it sampled. See :meth:`fail_step`."""
         self._suspects = ()
-        scheduled = self.scheduler.schedule()
-        self._suspects, following = scheduled.scheduled, None
-        if scheduled.scheduled:
-            following = self.runner.execute(scheduled)
+        step = self.scheduler.schedule()
+        self._suspects, following = step.scheduled_requests, None
+        if step.scheduled_requests:
+            following = self.runner.execute(step)
         at_once = self._submit_first or self._in_flight is None
         if following is not None and at_once:
             following.submit()
-        self._end_starved(waits=following is None and self._in_flight is None)
+        self._end_short_of_memory(waits=following is None and self._in_flight is None)
         self.drain()
-        self._suspects = scheduled.scheduled
+        self._suspects = step.scheduled_requests
         self._in_flight = following if at_once else self._submit_if_wanted(following)
-        self._observe_state(len(scheduled.preempted))
+        self._observe_state(len(step.preempted))
 
     def add_request(self, new: NewRequest, stream: RequestStream) -> None:
         """Queue a request; its ``n`` completions share the blocks of the prompt.
@@ -204,7 +204,7 @@ class LLMEngine:
         """Hand out the step in flight: then every sampled token is known, and nothing is being computed."""
         last, self._in_flight = self._in_flight, None
         if last is not None:
-            self._suspects = last.shares
+            self._suspects = last.scheduled_requests
             self._hand_out(last.read(self._token_text))
 
     def fail_step(self, error: VMMagicError) -> None:
@@ -216,12 +216,12 @@ class LLMEngine:
         if not suspects:
             self.fail_all(error)
             return
-        failed = {share.request for share in suspects}
+        failed = {scheduled.request for scheduled in suspects}
         try:
             self.drain()  # the step before it may be as good as any
         except Exception as other:  # noqa: BLE001  (then its requests end as well)
             logger.error("the step before failed too: %s", other)
-            failed |= {share.request for share in last.shares} if last is not None else set()
+            failed |= {scheduled.request for scheduled in last.scheduled_requests} if last is not None else set()
         for group, _ in [self._group_of[request] for request in failed if request in self._group_of]:
             self._fail(group, error)
         self.start_over()
@@ -255,19 +255,19 @@ class LLMEngine:
         self._in_flight = None
         self.runner.close()
 
-    def _end_starved(self, *, waits: bool) -> None:
+    def _end_short_of_memory(self, *, waits: bool) -> None:
         """Where ``waits`` for memory is all that the engine does, end the first request that it waits for, in time."""
-        starved = self.scheduler.starved
-        if not waits or not starved:
+        short_of_memory = self.scheduler.short_of_memory
+        if not waits or not short_of_memory:
             self._stuck_since = None
             return
         now = time.monotonic()
         self._stuck_since = self._stuck_since or now
         if now - self._stuck_since >= self.patience:
             self._stuck_since = None
-            request = starved[0]
+            request = short_of_memory[0]
             missing = request.num_tokens - request.num_computed_tokens
-            why = self.preflight.shortage(missing, request.num_computed_tokens)
+            why = self.admission.shortage(missing, request.num_computed_tokens)
             self._fail(self._group_of[request][0], OutOfMemoryError(f"{why}; {MEMORY_HELP}"))
 
     def _submit_if_wanted(self, following: InFlightStep | None) -> InFlightStep | None:
@@ -277,8 +277,8 @@ class LLMEngine:
         """
         if following is None:
             return None
-        moot = all(share.request.finished and share.pending for share in following.shares)
-        if moot and self.runner.discard(following):
+        unwanted = all(scheduled.request.finished and scheduled.pending for scheduled in following.scheduled_requests)
+        if unwanted and self.runner.discard(following):
             return None
         following.submit()
         return following
@@ -318,7 +318,7 @@ class LLMEngine:
         now = time.monotonic()
         num_tokens = 0
         for sampled in result.tokens:
-            if not sampled.share.request.finished:
+            if not sampled.scheduled.request.finished:
                 num_tokens += 1
                 self._hand_out_token(sampled, now)
         self._metrics.observe_step(self._step_prompt_tokens, num_tokens)
@@ -334,13 +334,13 @@ class LLMEngine:
         group.prompt_logprobs = [*known[: prompt.first], *prompt.positions]
 
     def _hand_out_token(self, sampled: SampledToken, now: float) -> None:
-        request = sampled.share.request
+        request = sampled.scheduled.request
         group, completion = self._group_of[request]
         if sampled.token_id < 0:
             self._fail(group, GenerationError(_no_token(request)))
             return
         self._time_token(request, now)
-        status = self.scheduler.update(sampled.share, sampled.token_id)
+        status = self.scheduler.update(sampled.scheduled, sampled.token_id)
         guide = request.guide
         if guide is not None and guide.error is not None:
             self._fail(group, GenerationError(f"the grammar failed: {guide.error}"))

@@ -22,7 +22,7 @@ def replan(
     max_model_len: int | Auto | None = None,
     max_num_seqs: int | Auto | None = None,
 ) -> MemoryPlan:
-    """Put ``plan`` with other settings in force; gives that plan. On the engine's thread, between two steps.
+    """Run on ``plan`` with other settings from now on; gives the new plan. On the engine's thread, between two steps.
 
     Pools grow up to the new numbers of blocks as they fill. Smaller ones give memory back: cached blocks
     are forgotten, blocks in use move. Raises ConfigError, MemoryPlanError or MemoryInUseError, changing nothing.
@@ -48,7 +48,7 @@ def _refuse_if_in_use(engine: LLMEngine, plan: MemoryPlan) -> None:
     if long:
         raise _in_use(engine, long, f"max_model_len={plan.max_model_len} is less than requests under way need")
     for request in scheduler.running:
-        scheduler.kv.leave_behind(request)
+        scheduler.kv.free_out_of_window(request)
     sizes = [plan.num_blocks_of(spec) for spec in plan.groups]
     ending = must_end(scheduler.running, scheduler.kv.groups, sizes, plan.max_num_seqs)
     if ending and len(scheduler.running) > plan.max_num_seqs:

@@ -1,4 +1,4 @@
-"""Looks at a running engine: taken on its own thread between two steps, asked for from any other."""
+"""Snapshots of a running engine: taken on its own thread between two steps, asked for from any other."""
 
 import threading
 import time
@@ -14,38 +14,38 @@ from engine.runtime.llm_engine import LLMEngine
 
 T = TypeVar("T")
 PATIENCE = 0.05
-"""Seconds to wait for a fresh look while there is an older one: a step can take long."""
+"""Seconds to wait for a new snapshot while there is an older one: a step can take long."""
 
 
-class Look(Generic[T]):
-    """The latest ``look`` at the engine. Any thread may ask; nobody waits long, and the engine is never locked.
+class SnapshotPoller(Generic[T]):
+    """The latest snapshot of the engine. Any thread may ask; nobody waits long, and the engine is never locked.
 
-    ``post`` hands a command to the engine's thread.
+    ``take`` makes one on the engine's thread; ``post`` hands a command to the engine's thread.
     """
 
-    def __init__(self, post: Callable[[Callable[[LLMEngine], None]], None], look: Callable[[LLMEngine], T]) -> None:
+    def __init__(self, post: Callable[[Callable[[LLMEngine], None]], None], take: Callable[[LLMEngine], T]) -> None:
         self._post = post
-        self._look = look
+        self._take = take
         self._lock = threading.Lock()
         self._asked: Future[T] | None = None
         self._latest: T | None = None
 
     def latest(self, first: Callable[[Callable[[LLMEngine], T]], T]) -> T:
-        """A fresh look if the engine gives one within :data:`PATIENCE`, else the one before.
+        """A new snapshot if the engine gives one within :data:`PATIENCE`, else the one before.
 
         The very first is waited for through ``first``.
         """
         with self._lock:
             if self._latest is None:
-                self._latest = first(self._look)
+                self._latest = first(self._take)
                 return self._latest
-            self._take(0)
+            self._wait(0)
             if self._asked is None:
                 self._ask()
-            self._take(PATIENCE)
+            self._wait(PATIENCE)
             return self._latest
 
-    def _take(self, patience: float) -> None:
+    def _wait(self, patience: float) -> None:
         if self._asked is None:
             return
         try:
@@ -59,14 +59,14 @@ class Look(Generic[T]):
 
         def command(engine: LLMEngine) -> None:
             try:
-                asked.set_result(self._look(engine))
+                asked.set_result(self._take(engine))
             except Exception as error:  # noqa: BLE001  (whoever asked gets it)
                 asked.set_exception(error)
 
         self._post(command)
 
 
-def see_activity(engine: LLMEngine) -> Activity:
+def snapshot_activity(engine: LLMEngine) -> Activity:
     """All requests under way, in order of arrival, and the engine's counters."""
     now = time.monotonic()
     stats = engine.stats()
@@ -84,7 +84,7 @@ def see_activity(engine: LLMEngine) -> Activity:
     )
 
 
-def see_blocks(engine: LLMEngine) -> BlockMap:
+def snapshot_blocks(engine: LLMEngine) -> BlockMap:
     """Every block of the first group (the one that grows with a sequence) and its holder."""
     group = engine.scheduler.kv.groups[0]
     states = group.pool.states()

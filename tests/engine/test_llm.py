@@ -261,8 +261,8 @@ def test_logits_that_are_not_numbers_fail_their_request_only(llm, monkeypatch):
 
     def poisoned(batch, tokens, wanted):
         logits = forward(batch, tokens, wanted)
-        bad = [share.request.prompt_token_ids[0] == 7 for share, rows in zip(batch.shares, wanted, strict=True)
-               if len(rows)]  # fmt: skip
+        scheduled = zip(batch.scheduled_requests, wanted, strict=True)
+        bad = [one.request.prompt_token_ids[0] == 7 for one, rows in scheduled if len(rows)]
         return mx.where(mx.array(bad)[:, None], mx.array(float("nan")), logits)
 
     llm._thread.call(lambda _: monkeypatch.setattr(backend, "forward", poisoned))

@@ -13,7 +13,7 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from engine.runner.kv.input_batch import Int32, StepBatch
+from engine.runner.kv.input_batch import InputBatch, Int32
 from engine.runner.kv.kv_pages import Pages
 
 _MAX_VIEWS = 16
@@ -82,20 +82,20 @@ class RowsRead:
     seen: mx.array
 
 
-class StepLayout:
+class AttentionMetadata:
     """One call's writes and reads in one group; built once, used by all its layers."""
 
     def __init__(
-        self, batch: StepBatch, block_size: int, *, group: int = 0, window: int | None = None, prefer_views: bool
+        self, batch: InputBatch, block_size: int, *, group: int = 0, window: int | None = None, prefer_views: bool
     ) -> None:
         self.block_size = block_size
         self.num_rows = batch.num_rows
-        self.num_calls = len(batch.shares)
+        self.num_calls = len(batch.scheduled_requests)
         self._window = window
         self._group = group
         self._indices: dict[tuple[int, int, int], mx.array] = {}
         self.positions = mx.array(batch.positions)
-        self.start = batch.shares[0].start
+        self.start = batch.scheduled_requests[0].start
         self._plan_writes(batch.slots(block_size, group))
         self.parts = self._plan_reads(batch, prefer_views)
 
@@ -174,8 +174,8 @@ class StepLayout:
             index = None if rest.all() else mx.array(np.flatnonzero(rest).astype(np.int32))
             self._scattered = (index, mx.array(slots[rest]))
 
-    def _plan_reads(self, batch: StepBatch, prefer_views: bool) -> Sequence[SequenceRead | RowsRead]:
-        reads = [self._sequence(batch, i) for i in range(len(batch.shares))]
+    def _plan_reads(self, batch: InputBatch, prefer_views: bool) -> Sequence[SequenceRead | RowsRead]:
+        reads = [self._sequence(batch, i) for i in range(len(batch.scheduled_requests))]
         single = reads[: batch.num_single]
         one_by_one = len(single) <= 1 or (
             prefer_views
@@ -184,16 +184,16 @@ class StepLayout:
         )
         return reads if one_by_one else [self.rows(single), *reads[batch.num_single :]]
 
-    def _sequence(self, batch: StepBatch, index: int) -> SequenceRead:
-        share, first = batch.shares[index], batch.first_rows[index]
-        begin = 0 if self._window is None else max(0, share.start - self._window + 1)
-        blocks = share.block_tables[self._group][begin // self.block_size : -(-share.end // self.block_size)]
+    def _sequence(self, batch: InputBatch, index: int) -> SequenceRead:
+        scheduled, first = batch.scheduled_requests[index], batch.first_rows[index]
+        begin = 0 if self._window is None else max(0, scheduled.start - self._window + 1)
+        blocks = scheduled.block_tables[self._group][begin // self.block_size : -(-scheduled.end // self.block_size)]
         return SequenceRead(
             first,
-            first + share.num_tokens,
-            share.start,
+            first + scheduled.num_tokens,
+            scheduled.start,
             begin,
-            share.end,
+            scheduled.end,
             self._window,
             np.asarray(blocks, dtype=np.int32),
             self.block_size,

@@ -18,55 +18,57 @@ Int32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class StepBatch:
-    """The shares of a step in row order, and the row that each begins at."""
+class InputBatch:
+    """The scheduled requests of a step in row order, and the row that each begins at."""
 
-    shares: tuple[ScheduledRequest, ...]
+    scheduled_requests: tuple[ScheduledRequest, ...]
     first_rows: tuple[int, ...]
     order: tuple[int, ...]
-    """The place of each share in the schedule: a later share may build on what an earlier one writes."""
+    """The place of each in the schedule: a later one may build on what an earlier one writes."""
 
     @classmethod
-    def build(cls, scheduled: Sequence[ScheduledRequest]) -> "StepBatch":
-        """Order ``scheduled``: single tokens first, then chunks."""
-        order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].num_tokens > 1)
-        shares = [scheduled[i] for i in order]
-        starts = np.cumsum([0, *(share.num_tokens for share in shares)])
-        return cls(tuple(shares), tuple(int(start) for start in starts[:-1]), tuple(order))
+    def build(cls, schedule: Sequence[ScheduledRequest]) -> "InputBatch":
+        """Order ``schedule``: single tokens first, then chunks."""
+        order = sorted(range(len(schedule)), key=lambda i: schedule[i].num_tokens > 1)
+        scheduled_requests = [schedule[i] for i in order]
+        starts = np.cumsum([0, *(scheduled.num_tokens for scheduled in scheduled_requests)])
+        return cls(tuple(scheduled_requests), tuple(int(start) for start in starts[:-1]), tuple(order))
 
-    def part(self, indices: Sequence[int]) -> "StepBatch":
-        """Some of the shares as a batch of their own."""
-        return StepBatch.build([self.shares[i] for i in indices])
+    def part(self, indices: Sequence[int]) -> "InputBatch":
+        """Some of the scheduled requests as a batch of their own."""
+        return InputBatch.build([self.scheduled_requests[i] for i in indices])
 
     @property
     def num_rows(self) -> int:
         """Tokens in the step (T)."""
-        return sum(share.num_tokens for share in self.shares)
+        return sum(scheduled.num_tokens for scheduled in self.scheduled_requests)
 
     @property
     def num_single(self) -> int:
-        """Leading shares of one token."""
-        return sum(share.num_tokens == 1 for share in self.shares)
+        """Leading requests of one token."""
+        return sum(scheduled.num_tokens == 1 for scheduled in self.scheduled_requests)
 
     @cached_property
     def token_ids(self) -> Int32:
         """Token ids [T]; 0 where the value is still on the device."""
         tokens = np.zeros(self.num_rows, dtype=np.int32)
-        for share, row in zip(self.shares, self.first_rows, strict=True):
-            known = share.request.all_token_ids[share.start : share.end]
+        for scheduled, row in zip(self.scheduled_requests, self.first_rows, strict=True):
+            known = scheduled.request.all_token_ids[scheduled.start : scheduled.end]
             tokens[row : row + len(known)] = known
         return tokens
 
     @cached_property
     def positions(self) -> Int32:
         """Position of each row's token in its sequence [T]."""
-        return np.concatenate([np.arange(share.start, share.end, dtype=np.int32) for share in self.shares])
+        return np.concatenate(
+            [np.arange(scheduled.start, scheduled.end, dtype=np.int32) for scheduled in self.scheduled_requests]
+        )
 
     def slots(self, block_size: int, group: int = 0) -> Int32:
         """Slot of each row's KV in the pool [T]: block number x block size + place in the block."""
         parts = []
-        for share in self.shares:
-            table = np.asarray(share.block_tables[group], dtype=np.int32)
-            positions = np.arange(share.start, share.end, dtype=np.int32)
+        for scheduled in self.scheduled_requests:
+            table = np.asarray(scheduled.block_tables[group], dtype=np.int32)
+            positions = np.arange(scheduled.start, scheduled.end, dtype=np.int32)
             parts.append(table[positions // block_size] * block_size + positions % block_size)
         return np.concatenate(parts)

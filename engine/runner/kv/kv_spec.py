@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
-from engine.memory.cache_spec import KVGroupSpec, KVVectors
+from engine.memory.cache_spec import KVCacheSpec, KVVectors
 
 LeafKind = Literal["full", "sliding", "state"]
 
@@ -119,13 +119,13 @@ def group_leaves(leaves: Sequence[CacheLeaf]) -> list[list[CacheLeaf]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def group_spec(leaves: Sequence[CacheLeaf], block_size: int, chunk: int, kv_cache_dtype: str) -> KVGroupSpec:
+def group_spec(leaves: Sequence[CacheLeaf], block_size: int, chunk: int, kv_cache_dtype: str) -> KVCacheSpec:
     """One group for the memory plan; a step's ``chunk`` tokens run ahead of sliding windows."""
     first, layers = leaves[0], tuple(leaf.layer for leaf in leaves)
     if first.kind == "state":
-        return KVGroupSpec("state", layers, state_bytes=sum(leaf.state_bytes for leaf in leaves), block_size=block_size)
+        return KVCacheSpec("state", layers, state_bytes=sum(leaf.state_bytes for leaf in leaves), block_size=block_size)
     vectors = [vector for leaf in leaves if leaf.shape is not None for vector in leaf.shape.vectors]
-    return KVGroupSpec(
+    return KVCacheSpec(
         "latent" if all(leaf.is_latent for leaf in leaves) else first.kind,
         layers,
         sum(vector.num_bytes(kv_cache_dtype) for vector in vectors),
@@ -149,13 +149,13 @@ class ModelCaches:
     def __init__(self, model: nn.Module) -> None:
         self.shared_layers = shared_layers(model)
         self._leaves: list[list[CacheLeaf]] = []
-        self._measured: tuple[KVGroupSpec, ...] = ()
+        self._measured: tuple[KVCacheSpec, ...] = ()
         try:
             self._leaves = group_leaves(flatten(probe_caches(model)))
         except UnsupportedCacheError:
             self._measured = _measured_groups(model)
 
-    def groups(self, block_size: int, chunk: int, *, paged: bool) -> list[KVGroupSpec]:
+    def groups(self, block_size: int, chunk: int, *, paged: bool) -> list[KVCacheSpec]:
         """The cache groups in the model's own element type; a step's ``chunk`` tokens run ahead of windows.
 
         Where not ``paged``, or a kind of cache has no paged form, they are mlx-lm's contiguous caches: blocks and
@@ -167,7 +167,7 @@ class ModelCaches:
         return groups if paged else [replace(group, vectors=()) for group in groups]
 
 
-def _measured_groups(model: nn.Module) -> tuple[KVGroupSpec, ...]:
+def _measured_groups(model: nn.Module) -> tuple[KVCacheSpec, ...]:
     """Sizes of mlx-lm's own caches over a growing prompt, computed lazily.
 
     A window longer than that prompt is billed as if it had no end.
@@ -178,9 +178,9 @@ def _measured_groups(model: nn.Module) -> tuple[KVGroupSpec, ...]:
         model(mx.zeros((1, length), dtype=mx.int32), cache=caches)
         sizes.append(sum(int(cache.nbytes) for cache in caches))
     per_token, layers = max(1, (sizes[1] - sizes[0]) // 256), tuple(range(len(model.layers)))
-    groups = [KVGroupSpec("full", layers, per_token)]
+    groups = [KVCacheSpec("full", layers, per_token)]
     if sizes[0] > 256 * per_token:
-        groups.append(KVGroupSpec("state", layers, state_bytes=sizes[0] - 256 * per_token))
+        groups.append(KVCacheSpec("state", layers, state_bytes=sizes[0] - 256 * per_token))
     return tuple(groups)
 
 

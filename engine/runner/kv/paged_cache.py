@@ -9,7 +9,7 @@ caches give back what was read, as mlx-lm's own do.
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
-from engine.runner.kv.attention_metadata import RowsRead, SequenceRead, StepLayout
+from engine.runner.kv.attention_metadata import AttentionMetadata, RowsRead, SequenceRead
 from engine.runner.kv.kv_pool import KVPool, StatePool
 from engine.runner.kv.kv_spec import UnsupportedCacheError
 
@@ -31,7 +31,7 @@ class PagedLayerCache:
         self._window = window
         self._dtype = mx.float32
         self._new: tuple[mx.array, mx.array] | None = None
-        self.layout: StepLayout | None = None
+        self.metadata: AttentionMetadata | None = None
         self.flat = False
 
     @property
@@ -66,7 +66,7 @@ class PagedLayerCache:
     def finish(self) -> None:
         """The call is built: forget what it was about."""
         self._forget_new()
-        self.layout = None
+        self.metadata = None
 
     def _forget_new(self) -> None:
         if self._new is not None:
@@ -120,9 +120,9 @@ class PagedLayerCache:
         return self._step.attend(queries, keys, values, scale, sinks)
 
     @property
-    def _step(self) -> StepLayout:
-        assert self.layout is not None, "no step is being computed"
-        return self.layout
+    def _step(self) -> AttentionMetadata:
+        assert self.metadata is not None, "no step is being computed"
+        return self.metadata
 
 
 class StateLayerCache(ArraysCache):  # type: ignore[misc]

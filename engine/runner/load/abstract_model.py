@@ -24,29 +24,31 @@ _SAFETENSORS_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16
 
 
 @dataclass(frozen=True, slots=True)
-class Skeleton:
+class AbstractModel:
     """A model without weights, and the bytes that they would take."""
 
     model: nn.Module
     num_bytes: int
 
 
-def skeleton_as_loaded(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device) -> Skeleton:
+def abstract_model_as_loaded(
+    resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device
+) -> AbstractModel:
     """The model of ``resolved`` as :func:`load_model` would hold it on ``device``. Reads headers, no weights."""
     if resolved.kind == "gguf":
         choice = choose_for_file(open_gguf(resolved.path), args, device)
-        return Skeleton(build_skeleton(config, choice.dtype), choice.num_bytes)
+        return AbstractModel(build_abstract_model(config, choice.dtype), choice.num_bytes)
     files = _StoredWeights.of(resolved.path)
-    converted = convert(build_skeleton(config, files.dtype), args, device)
+    converted = convert(build_abstract_model(config, files.dtype), args, device)
     size = converted.num_bytes
     if converted.as_stored and files.num_bytes:
         # Of what the files hold, a language model leaves vision and speech aside.
         partial = files.dtype is not None or "text_config" in config.hf_config
         size = min(size, files.num_bytes) if partial else files.num_bytes
-    return Skeleton(converted.model, size)
+    return AbstractModel(converted.model, size)
 
 
-def build_skeleton(config: ModelConfig, dtype: mx.Dtype | None = None) -> nn.Module:
+def build_abstract_model(config: ModelConfig, dtype: mx.Dtype | None = None) -> nn.Module:
     """The model of ``config`` with unevaluated parameters, quantized as its config says. Takes no memory.
 
     ``dtype`` None is what the config says.

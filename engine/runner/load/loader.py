@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from engine.errors import ModelLoadError
 from engine.memory.planner import plan_memory
-from engine.memory.step_cost import Overhead
+from engine.memory.step_cost import StepCost
 from engine.models.gguf_file import GGUFFile, open_gguf
 from engine.models.local import ResolvedModel
 from engine.models.model_config import ModelConfig, read_model_config
@@ -21,7 +21,7 @@ from engine.models.pypi import PACKAGE_MODELS
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device, describe_device, prepare_backend
 from engine.runner.kv.kv_spec import ModelCaches
-from engine.runner.load.abstract_model import build_skeleton
+from engine.runner.load.abstract_model import build_abstract_model
 from engine.runner.load.architecture import check_architecture
 from engine.runner.load.gguf import load_gguf
 from engine.runner.load.plan_inputs import plan_inputs
@@ -87,7 +87,7 @@ def _load_file(
     choice = choose_for_file(file, args, device)
     total = sum(info.num_bytes for info in file.tensors.values())
     check_architecture(config)
-    _check_room(choice.num_bytes, lambda: build_skeleton(config, choice.dtype), config, args, device)
+    _check_room(choice.num_bytes, lambda: build_abstract_model(config, choice.dtype), config, args, device)
     model = load_gguf(
         file,
         dict(config.hf_config),
@@ -123,7 +123,7 @@ def _check_room(
     if num_bytes < int(device.memory_limit * args.memory_fraction):
         return
     caches, paged = ModelCaches(make_model()), args.use_paged_attention
-    plan_memory(plan_inputs(caches, config, args, device, paged=paged, model_memory=num_bytes, overhead=Overhead(0.0)))
+    plan_memory(plan_inputs(caches, config, args, device, paged=paged, model_memory=num_bytes, overhead=StepCost(0.0)))
 
 
 def _lazy_model(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs) -> nn.Module:

@@ -1,7 +1,7 @@
 """The inputs of a memory plan, put together in one way: before, during and after a load."""
 
 from engine.memory.plan import PlanInputs
-from engine.memory.step_cost import Overhead
+from engine.memory.step_cost import StepCost
 from engine.models.model_config import ModelConfig
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device
@@ -16,7 +16,7 @@ def plan_inputs(
     *,
     paged: bool,
     model_memory: int,
-    overhead: Overhead,
+    overhead: StepCost,
 ) -> PlanInputs:
     """The inputs of a plan for a model with ``model_memory`` bytes of weights on ``device``; in pages if ``paged``."""
     context = config.context_length

@@ -37,23 +37,23 @@ class Driver:
     def step(self):
         output = self.scheduler.schedule() if self.scheduler.has_work else SchedulerOutput()
         self.steps.append(output)
-        for share in output.scheduled:
-            self.check_share(share)
+        for scheduled in output.scheduled_requests:
+            self.check_scheduled(scheduled)
         if self.in_flight is not None:
-            for share in self.in_flight.sampling:
-                self.scheduler.update(share, 1000 + len(share.request.output_token_ids))
+            for scheduled in self.in_flight.sampling:
+                self.scheduler.update(scheduled, 1000 + len(scheduled.request.output_token_ids))
         self.in_flight = output
         self.pool.check()
         return output
 
-    def check_share(self, share):
-        assert share.num_tokens > 0
-        assert len(share.block_tables[0]) * self.scheduler.kv.groups[0].block_size >= share.end
+    def check_scheduled(self, scheduled):
+        assert scheduled.num_tokens > 0
+        assert len(scheduled.block_tables[0]) * self.scheduler.kv.groups[0].block_size >= scheduled.end
 
     def run(self, most=500):
         for _ in range(most):
             self.step()
-            if not self.scheduler.has_work and not self.in_flight.scheduled:
+            if not self.scheduler.has_work and not self.in_flight.scheduled_requests:
                 return self
         raise AssertionError("requests did not finish")
 
@@ -73,22 +73,22 @@ def test_a_step_is_scheduled_before_the_last_ones_tokens_are_known():
     scheduler.add(make_request("a", 3))
     driver = Driver(scheduler, pool)
     first, second = driver.step(), driver.step()
-    assert first.scheduled[0].samples
-    assert not first.scheduled[0].pending
-    assert second.scheduled[0].pending
-    assert second.scheduled[0].start == 3
+    assert first.scheduled_requests[0].samples
+    assert not first.scheduled_requests[0].pending
+    assert second.scheduled_requests[0].pending
+    assert second.scheduled_requests[0].start == 3
 
 
 def test_a_block_is_found_again_only_once_its_last_token_was_computed():
     scheduler, pool = make_scheduler(block_size=4)
     request = make_request("a", 6, max_tokens=9)
     scheduler.add(request)
-    share = scheduler.schedule().scheduled[0]
-    pending = scheduler.schedule().scheduled[0]
-    scheduler.update(share, 1000)
-    share, pending = pending, scheduler.schedule().scheduled[0]
+    scheduled = scheduler.schedule().scheduled_requests[0]
+    pending = scheduler.schedule().scheduled_requests[0]
+    scheduler.update(scheduled, 1000)
+    scheduled, pending = pending, scheduler.schedule().scheduled_requests[0]
     assert (pending.start, pending.end) == (7, 8)
-    scheduler.update(share, 1001)  # the eighth token is known; the step that computes it is not submitted yet
+    scheduler.update(scheduled, 1001)  # the eighth token is known; the step that computes it is not submitted yet
     scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
     assert pool.num_free_cached == 1
 
@@ -97,14 +97,14 @@ def test_no_step_is_spent_on_the_token_after_the_last():
     scheduler, pool = make_scheduler()
     scheduler.add(make_request("a", 3, max_tokens=2))
     driver = Driver(scheduler, pool).run()
-    assert sum(bool(step.scheduled) for step in driver.steps) == 2
+    assert sum(bool(step.scheduled_requests) for step in driver.steps) == 2
 
 
 def test_a_long_prompt_is_computed_in_chunks_of_the_budget():
     scheduler, pool = make_scheduler(budget=16)
     scheduler.add(make_request("a", 40, max_tokens=1))
     driver = Driver(scheduler, pool).run()
-    assert [s.scheduled[0].num_tokens for s in driver.steps if s.scheduled] == [16, 16, 8]
+    assert [s.scheduled_requests[0].num_tokens for s in driver.steps if s.scheduled_requests] == [16, 16, 8]
 
 
 def test_decodes_go_first_and_prefills_take_the_rest_of_the_budget():
@@ -113,8 +113,8 @@ def test_decodes_go_first_and_prefills_take_the_rest_of_the_budget():
     driver = Driver(scheduler, pool)
     driver.step()
     scheduler.add(make_request("prefill", range(100, 140), max_tokens=1))
-    shares = driver.step().scheduled
-    assert [(s.request.request_id, s.num_tokens) for s in shares] == [("decode", 1), ("prefill", 15)]
+    scheduled_requests = driver.step().scheduled_requests
+    assert [(s.request.request_id, s.num_tokens) for s in scheduled_requests] == [("decode", 1), ("prefill", 15)]
 
 
 def test_a_short_request_behind_a_long_one_has_its_token_within_two_steps():
@@ -193,7 +193,7 @@ def test_siblings_share_the_blocks_of_their_prompt_even_without_a_cache():
         scheduler.add(child, fork_of=parent)
     driver = Driver(scheduler, pool)
     step = driver.step()
-    assert [(s.start, s.num_tokens) for s in step.scheduled] == [(0, 12), (8, 4), (8, 4)]
+    assert [(s.start, s.num_tokens) for s in step.scheduled_requests] == [(0, 12), (8, 4), (8, 4)]
     assert pool.num_held_blocks == 3 + 1 + 1
     driver.run()
     assert [r.output_token_ids for r in children] == [[1000, 1001, 1002, 1003]] * 2
@@ -215,7 +215,7 @@ def test_a_lower_priority_number_is_served_first():
     scheduler, pool = make_scheduler(max_num_seqs=1)
     for name, priority in (("late", 1), ("soon", 0)):
         scheduler.add(make_request(name, 3, priority=priority, arrival_time=float(priority == 0)))
-    assert Driver(scheduler, pool).step().scheduled[0].request.request_id == "soon"
+    assert Driver(scheduler, pool).step().scheduled_requests[0].request.request_id == "soon"
 
 
 @pytest.mark.parametrize("steps", range(5))
@@ -278,8 +278,8 @@ def test_a_lone_sequence_keeps_its_blocks_in_one_run():
         scheduler.add(request)
     driver = Driver(scheduler, pool)
     for _ in range(50):
-        for share in driver.step().scheduled:
-            table = share.block_tables[0]
+        for scheduled in driver.step().scheduled_requests:
+            table = scheduled.block_tables[0]
             assert table == list(range(table[0], table[0] + len(table)))
 
 
@@ -334,8 +334,11 @@ class WaitingGuide:
         return COMPLETE if len(self.taken) >= self.stop else None
 
 
-def shares_by_step(driver, request):
-    return [[share for share in output.scheduled if share.request is request] for output in driver.steps]
+def requests_by_step(driver, request):
+    return [
+        [scheduled for scheduled in output.scheduled_requests if scheduled.request is request]
+        for output in driver.steps
+    ]
 
 
 def test_a_request_that_needs_its_last_token_waits_for_it_while_others_overlap():
@@ -344,10 +347,10 @@ def test_a_request_that_needs_its_last_token_waits_for_it_while_others_overlap()
     scheduler.add(free)
     scheduler.add(guided)
     driver = Driver(scheduler, pool).run()
-    assert not any(share.pending for shares in shares_by_step(driver, guided) for share in shares)
-    assert [len(shares) for shares in shares_by_step(driver, guided)[:12]] == [1, 0] * 6
-    assert [len(shares) for shares in shares_by_step(driver, free)[:12]] == [1] * 12
-    assert all(share.pending for shares in shares_by_step(driver, free)[1:12] for share in shares)
+    assert not any(scheduled.pending for step in requests_by_step(driver, guided) for scheduled in step)
+    assert [len(step) for step in requests_by_step(driver, guided)[:12]] == [1, 0] * 6
+    assert [len(step) for step in requests_by_step(driver, free)[:12]] == [1] * 12
+    assert all(scheduled.pending for step in requests_by_step(driver, free)[1:12] for scheduled in step)
     assert guided.guide.taken == guided.output_token_ids == [1000 + i for i in range(6)]
     assert pool.num_held_blocks == 0
 
@@ -357,7 +360,7 @@ def test_a_request_waits_only_while_its_guide_does():
     request = make_request("guided", 5, 10, guide=WaitingGuide(first=4, last=6))
     scheduler.add(request)
     driver = Driver(scheduler, pool).run()
-    pending = [share.pending for shares in shares_by_step(driver, request) for share in shares]
+    pending = [scheduled.pending for step in requests_by_step(driver, request) for scheduled in step]
     assert pending.count(False) == 3  # the prompt, and the two tokens that were waited for
     assert len(request.output_token_ids) == 10
 

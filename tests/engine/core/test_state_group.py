@@ -35,7 +35,7 @@ def run(scheduler: Scheduler, *requests: Request) -> Driver:
 
 
 def shares_of(driver: Driver, request: Request) -> list[tuple[int, int]]:
-    return [(s.start, s.end) for step in driver.steps for s in step.scheduled if s.request is request]
+    return [(s.start, s.end) for step in driver.steps for s in step.scheduled_requests if s.request is request]
 
 
 def next_turn(request: Request, *, stripped: bool = False, max_tokens: int = 4) -> Request:
@@ -102,7 +102,7 @@ def test_a_checkpoint_costs_no_copy_the_sequence_goes_on_in_another_slot():
     request = make_request("one", 50, max_tokens=3)
     driver = run(scheduler, request)
     assert shares_of(driver, request) == [(0, 40), (40, 50), (50, 51), (51, 52)]
-    tables = [share.block_tables[1] for step in driver.steps for share in step.scheduled]
+    tables = [scheduled.block_tables[1] for step in driver.steps for scheduled in step.scheduled_requests]
     kept = tables[0][0]
     assert tables[0] == [kept, kept]
     assert tables[1][0] == kept
@@ -116,7 +116,7 @@ def test_a_hit_reads_the_checkpoint_once_and_never_writes_it():
     checkpoint = next(iter(states.pool._evictable))
     request = make_request("again", 50)
     driver = run(scheduler, request)
-    tables = [share.block_tables[1] for step in driver.steps for share in step.scheduled]
+    tables = [scheduled.block_tables[1] for step in driver.steps for scheduled in step.scheduled_requests]
     assert [table[0] == checkpoint for table in tables] == [True, *[False] * (len(tables) - 1)]
     assert all(table[1] != checkpoint for table in tables)
 
@@ -180,7 +180,7 @@ def test_the_last_slot_is_taken_although_it_keeps_the_requests_own_checkpoint():
     assert states.pool.num_free_cached == 1
     long, again = make_request("long", range(3000, 3004), max_tokens=40), make_request("again", 50)
     driver = run(scheduler, long, again)
-    steps = [[share.request for share in step.scheduled] for step in driver.steps]
+    steps = [[scheduled.request for scheduled in step.scheduled_requests] for step in driver.steps]
     assert again in steps[0]
     assert again.num_cached_tokens == 40
 
@@ -236,7 +236,9 @@ def test_groups_of_different_block_sizes_agree_on_a_prefix():
     second = next_turn(first, stripped=True)
     driver = run(scheduler, second)
     assert second.num_cached_tokens == 144 == (190 - GENERATION_PROMPT_TOKENS) // 48 * 48
-    lengths = {len(table) for step in driver.steps for share in step.scheduled for table in share.block_tables}
+    lengths = {
+        len(table) for step in driver.steps for scheduled in step.scheduled_requests for table in scheduled.block_tables
+    }
     assert len(lengths) > 2
     other = make_request("other", [*range(140), *range(900, 950)])
     run(scheduler, other)
@@ -252,14 +254,14 @@ class StatesDriver(Driver):
 
     def step(self) -> SchedulerOutput:
         output = super().step()
-        decodes = [s for s in output.scheduled if s.num_tokens == 1 and s.start >= s.request.num_prompt_tokens]
-        calls = [decodes, *([share] for share in output.scheduled if share not in decodes)]
+        decodes = [s for s in output.scheduled_requests if s.num_tokens == 1 and s.start >= s.request.num_prompt_tokens]
+        calls = [decodes, *([scheduled] for scheduled in output.scheduled_requests if scheduled not in decodes)]
         for call in calls:
-            read = [self.slots.get(share.block_tables[1][0]) for share in call]
-            for share, state in zip(call, read, strict=True):
-                tokens = [*share.request.prompt_token_ids, *range(1000, 1200)]
-                assert share.start == 0 or state == tokens[: share.start], f"another state at {share.start}"
-                self.slots[share.block_tables[1][1]] = tokens[: share.end]
+            read = [self.slots.get(scheduled.block_tables[1][0]) for scheduled in call]
+            for scheduled, state in zip(call, read, strict=True):
+                tokens = [*scheduled.request.prompt_token_ids, *range(1000, 1200)]
+                assert scheduled.start == 0 or state == tokens[: scheduled.start], f"another state at {scheduled.start}"
+                self.slots[scheduled.block_tables[1][1]] = tokens[: scheduled.end]
         return output
 
 
@@ -302,7 +304,7 @@ def test_every_step_reads_the_state_of_exactly_the_tokens_before_it(seed: int):
 
 def _resize(driver: StatesDriver, states: StateGroup, rng: random.Random) -> None:
     for request in driver.scheduler.running:
-        states.leave_behind(request)
+        states.free_out_of_window(request)
     held = states.pool.num_held_blocks
     moves = states.pool.resize(max(held, driver.scheduler.max_num_seqs, rng.randrange(1, 10)))
     moved = {new: driver.slots.get(old) for old, new in moves.items()}

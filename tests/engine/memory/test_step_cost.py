@@ -8,7 +8,7 @@ import pytest
 
 from engine.errors import OutOfMemoryError
 from engine.llm import LLM
-from engine.memory.step_cost import Overhead, Preflight
+from engine.memory.step_cost import AdmissionControl, StepCost
 from engine.params.sampling_params import SamplingParams
 from engine.runner.device.devices import Device
 from engine.runner.device.free_memory import FreeMemory
@@ -33,11 +33,11 @@ def shared(model) -> Iterator[LLM]:
 @pytest.fixture
 def llm(shared) -> Iterator[LLM]:
     """An engine without cached prefixes; what a test changed is undone, and nothing may be held."""
-    preflight = shared._thread.call(lambda engine: engine.preflight)
-    before = preflight.free, preflight.overhead, shared._thread.call(lambda engine: engine.patience)
+    admission = shared._thread.call(lambda engine: engine.admission)
+    before = admission.free, admission.step_cost, shared._thread.call(lambda engine: engine.patience)
     shared.reset_prefix_cache()
     yield shared
-    preflight.free, preflight.overhead, patience = before
+    admission.free, admission.step_cost, patience = before
     shared._thread.call(lambda engine: setattr(engine, "patience", patience))
     assert_nothing_is_held(shared)
 
@@ -50,7 +50,7 @@ def chunks_of(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         execute = engine.runner.execute
 
         def spy(step):
-            chunks.extend(share.num_tokens for share in step.scheduled if share.num_tokens > 1)
+            chunks.extend(scheduled.num_tokens for scheduled in step.scheduled_requests if scheduled.num_tokens > 1)
             return execute(step)
 
         monkeypatch.setattr(engine.runner, "execute", spy)
@@ -61,23 +61,23 @@ def chunks_of(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_chunk_is_halved_until_it_fits_beside_the_steps_other_chunks():
     left = 700_000
-    preflight = Preflight(Overhead(base=1000.0, per_row=100.0, per_pair=1.0), 50, lambda: left)
-    assert preflight.affordable(2048, 0) == 512
-    assert preflight.affordable(512, 0) == 512
-    assert preflight.affordable(512, 0) == 64
-    preflight.begin()
-    assert preflight.affordable(2048, 4096) == 128  # a longer context leaves less room
+    admission = AdmissionControl(StepCost(base=1000.0, per_row=100.0, per_pair=1.0), 50, lambda: left)
+    assert admission.affordable(2048, 0) == 512
+    assert admission.affordable(512, 0) == 512
+    assert admission.affordable(512, 0) == 64
+    admission.begin()
+    assert admission.affordable(2048, 4096) == 128  # a longer context leaves less room
     left = 3000
-    preflight.begin()
-    assert preflight.affordable(2048, 0) == 0
-    assert preflight.affordable(4, 0) == 4
-    assert "need 0.00 GB" in preflight.shortage(2048, 0)
+    admission.begin()
+    assert admission.affordable(2048, 0) == 0
+    assert admission.affordable(4, 0) == 4
+    assert "need 0.00 GB" in admission.shortage(2048, 0)
 
 
 def test_a_model_that_allocates_stays_within_the_limit_with_smaller_chunks(llm, model, monkeypatch):
     import mlx.core as mx
 
-    from engine.runner.warm_up import measure_overhead
+    from engine.runner.warm_up import measure_step_cost
 
     class Spendthrift:
         def __init__(self, mlp):
@@ -90,16 +90,16 @@ def test_a_model_that_allocates_stays_within_the_limit_with_smaller_chunks(llm, 
     def spend(engine):
         layer = engine.runner.backend.model.model.layers[0]
         monkeypatch.setitem(layer, "mlp", Spendthrift(layer.mlp))
-        engine.preflight.overhead = measure_overhead(engine.runner.backend, engine.runner.vocab_size)
+        engine.admission.step_cost = measure_step_cost(engine.runner.backend, engine.runner.vocab_size)
         engine.runner.recover()
-        return engine.preflight.overhead.per_row
+        return engine.admission.step_cost.per_row
 
     assert llm._thread.call(spend) > 700_000
     chunks = chunks_of(llm, monkeypatch)
     limit = llm._thread.call(lambda _: mx.get_active_memory()) + 90_000_000  # 112 rows
     peaks = []
     for free in (lambda: PLENTY, lambda: limit - mx.get_active_memory()):
-        llm._thread.call(lambda engine, free=free: setattr(engine.preflight, "free", free))
+        llm._thread.call(lambda engine, free=free: setattr(engine.admission, "free", free))
         llm.reset_prefix_cache()
         llm._thread.call(lambda _: mx.reset_peak_memory())
         assert llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids == oracle_tokens(model, PROMPT, 8)
@@ -114,22 +114,22 @@ def test_a_model_that_allocates_stays_within_the_limit_with_smaller_chunks(llm, 
 def test_a_prompt_waits_for_memory_while_others_run_and_then_has_the_right_tokens(llm, model):
     running = llm.submit([5, 6], GREEDY.replace(max_tokens=60))
     next(running)
-    llm._thread.call(lambda engine: setattr(engine.preflight, "free", lambda: 0))
+    llm._thread.call(lambda engine: setattr(engine.admission, "free", lambda: 0))
     waiting = llm.submit(PROMPT, GREEDY)
     assert len(running.result().outputs[0].token_ids) == 60
     assert llm.stats().num_waiting == 1
     assert not waiting.drain(timeout=0.1)
-    llm._thread.call(lambda engine: setattr(engine.preflight, "free", lambda: PLENTY))
+    llm._thread.call(lambda engine: setattr(engine.admission, "free", lambda: PLENTY))
     assert waiting.result().outputs[0].token_ids == oracle_tokens(model, PROMPT, 8)
 
 
 def test_a_prompt_that_nothing_helps_ends_with_an_error_of_its_own(llm, model):
-    preflight = llm._thread.call(lambda engine: setattr(engine, "patience", 0.3) or engine.preflight)
-    llm._thread.call(lambda _: setattr(preflight, "free", lambda: 0))
-    starved, small = llm.submit(PROMPT, GREEDY), llm.submit([5], GREEDY)
+    admission = llm._thread.call(lambda engine: setattr(engine, "patience", 0.3) or engine.admission)
+    llm._thread.call(lambda _: setattr(admission, "free", lambda: 0))
+    too_large, small = llm.submit(PROMPT, GREEDY), llm.submit([5], GREEDY)
     began = time.monotonic()
     with pytest.raises(OutOfMemoryError, match=r"next 16 tokens of this prompt need .* GB are free; free memory"):
-        starved.result()
+        too_large.result()
     assert time.monotonic() - began >= 0.25
     assert small.result().outputs[0].token_ids == oracle_tokens(model, [5], 8)  # one token needs no chunk
 
@@ -137,7 +137,7 @@ def test_a_prompt_that_nothing_helps_ends_with_an_error_of_its_own(llm, model):
 def test_a_running_prompt_gives_its_blocks_back_when_memory_runs_out_half_way(llm, model, monkeypatch):
     left = [PLENTY]
     llm._thread.call(lambda engine: setattr(engine, "patience", 0.2))
-    llm._thread.call(lambda engine: setattr(engine.preflight, "free", lambda: left.pop() if left else 0))
+    llm._thread.call(lambda engine: setattr(engine.admission, "free", lambda: left.pop() if left else 0))
     chunks = chunks_of(llm, monkeypatch)
     with pytest.raises(OutOfMemoryError):
         llm.generate([PROMPT], GREEDY)
@@ -154,7 +154,7 @@ def test_an_allocation_that_fails_ends_the_requests_of_its_step_and_no_others(ll
     submit, on_cpu = InFlightStep.submit, mx.default_device().type == mx.DeviceType.cpu
 
     def submit_too_much(step):
-        if any(share.request.prompt_token_ids[0] == 7 for share in step.shares):
+        if any(scheduled.request.prompt_token_ids[0] == 7 for scheduled in step.scheduled_requests):
             if on_cpu:
                 raise RuntimeError("[malloc_or_wait] Unable to allocate 4503599627370496 bytes.")
             mx.eval(mx.zeros((2**30, 2**20)))
@@ -195,7 +195,7 @@ def test_a_step_that_fails_leaves_those_that_were_not_in_it_running(llm, model, 
 
 def test_decodes_do_not_ask_how_much_memory_is_free(llm):
     asked = []
-    llm._thread.call(lambda engine: setattr(engine.preflight, "free", lambda: asked.append(1) or PLENTY))
+    llm._thread.call(lambda engine: setattr(engine.admission, "free", lambda: asked.append(1) or PLENTY))
     llm.generate([[5, 6, 7]], GREEDY.replace(max_tokens=30))
     assert len(asked) == 1
 
@@ -240,5 +240,5 @@ def test_pages_behind_a_window_count_as_well(tiny_model_dir):
     with LLM(str(tiny_model_dir("gemma3_text")), max_model_len=512, gpu_memory_utilization=0.05) as llm:
         groups = llm.plan.groups
         assert {group.kind for group in groups} == {"full", "sliding"}
-        found = llm._thread.call(lambda engine: engine.preflight.bytes_per_token)
+        found = llm._thread.call(lambda engine: engine.admission.bytes_per_token)
         assert found == sum(group.bytes_per_token for group in groups) > llm.plan.per_block_bytes // llm.plan.block_size

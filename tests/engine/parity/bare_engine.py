@@ -67,7 +67,7 @@ class BareEngine:
         in_flight = None
         while self.scheduler.has_work or in_flight is not None:
             scheduled = self.scheduler.schedule()
-            following = self.runner.execute(scheduled) if scheduled.scheduled else None
+            following = self.runner.execute(scheduled) if scheduled.scheduled_requests else None
             if following is not None:
                 following.submit()
             if in_flight is not None:

@@ -10,7 +10,7 @@ from engine.core.request import Request
 from engine.core.step import ScheduledRequest
 from engine.params.kv_dtype import QUANTIZED_BITS
 from engine.params.sampling_params import SamplingParams
-from engine.runner.kv.input_batch import StepBatch
+from engine.runner.kv.input_batch import InputBatch
 from engine.runner.kv.kv_pages import rounded
 from engine.runner.paged_backend import PagedBackend
 from engine.runner.warm_up import paging_difference
@@ -116,8 +116,8 @@ def test_a_step_that_is_taken_back_leaves_quantized_pages_as_they_were():
 
     def compute(first_token):
         request = Request("a", list(range(first_token, first_token + 20)), SamplingParams(temperature=0))
-        share = ScheduledRequest(request, 0, 20, ([0, 1, 2],), samples=True, pending=False)
-        batch = StepBatch.build([share])
+        scheduled = ScheduledRequest(request, 0, 20, ([0, 1, 2],), samples=True, pending=False)
+        batch = InputBatch.build([scheduled])
         backend.make_room(batch, [64])
         return backend.forward(batch, mx.array(batch.token_ids), [np.array([19], dtype=np.int32)])
 

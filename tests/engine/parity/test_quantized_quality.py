@@ -8,7 +8,7 @@ from engine.core.request import Request
 from engine.core.step import ScheduledRequest
 from engine.params.engine_args import EngineArgs
 from engine.params.sampling_params import SamplingParams
-from engine.runner.kv.input_batch import StepBatch
+from engine.runner.kv.input_batch import InputBatch
 from engine.runner.kv.kv_spec import probe_caches
 from engine.runner.paged_backend import PagedBackend
 from engine.text.tokens.tokenizer import load_tokenizer
@@ -46,8 +46,10 @@ def logprobs(model, token_ids, dtype):
     try:
         num_blocks = -(-len(token_ids) // 16)
         request = Request("a", token_ids, SamplingParams(temperature=0))
-        share = ScheduledRequest(request, 0, len(token_ids), (list(range(num_blocks)),), samples=True, pending=False)
-        batch = StepBatch.build([share])
+        scheduled = ScheduledRequest(
+            request, 0, len(token_ids), (list(range(num_blocks)),), samples=True, pending=False
+        )
+        batch = InputBatch.build([scheduled])
         backend.make_room(batch, [num_blocks])
         rows = [np.arange(len(token_ids), dtype=np.int32)]
         logits = backend.forward(batch, mx.array(batch.token_ids), rows).astype(mx.float32)

@@ -1,4 +1,4 @@
-"""What a step needs besides weights and pages, foretold from a few small steps."""
+"""What a step needs besides weights and pages, predicted from a few small steps."""
 
 import pytest
 
@@ -13,14 +13,14 @@ SHAPE = {"head_dim": 64, "hidden_size": 256, "num_attention_heads": 8, "num_key_
 
 
 @pytest.mark.parametrize("dtype", KV_CACHE_DTYPES)
-def test_a_larger_step_needs_about_what_small_ones_foretell(dtype):
+def test_a_larger_step_needs_about_what_small_ones_predict(dtype):
     """Also where pages are unpacked to be read, which costs by the position, however few the rows."""
     model = build_model(tiny_config("llama", vocab_size=VOCAB, intermediate_size=512, **SHAPE))
     backend = PagedBackend(model, probe_caches(model), 16, calls="flat", kv_cache_dtype=dtype, prefer_views=True)
     try:
-        overhead = warm_up.measure_overhead(backend, VOCAB)
+        cost = warm_up.measure_step_cost(backend, VOCAB)
         for rows, context in ((128, 1024), (32, 2048)):
             needed = warm_up._peak(backend, rows, context, VOCAB)
-            assert 0.75 * needed < overhead.bytes(rows, context) < 1.5 * needed
+            assert 0.75 * needed < cost.bytes(rows, context) < 1.5 * needed
     finally:
         backend.close()
