@@ -55,13 +55,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def commands_page() -> str:
     """``--help`` of every command."""
-    from vm_magic.commands.arguments import CELL_COMMANDS, COMMANDS, command_parser
+    from vm_magic.commands.table import COMMANDS, cell_commands, command_parser
 
     os.environ["COLUMNS"] = HELP_COLUMNS
     parts = [
         "# Commands",
         "`%vllm_metal COMMAND` runs a command in a line. "
-        + ", ".join(f"`%%vllm_metal {name}`" for name in CELL_COMMANDS)
+        + ", ".join(f"`%%vllm_metal {name}`" for name in cell_commands())
         + " take a whole cell, and `%%chat` is short for `%%vllm_metal chat`. `--help` prints what is here, Tab "
         "completes commands, flags and models.",
     ]

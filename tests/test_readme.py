@@ -19,7 +19,7 @@ def test_the_python_example_runs_and_gives_everything_back(capsys: pytest.Captur
 
 
 def test_the_table_of_commands_names_every_command_and_no_other() -> None:
-    from vm_magic.commands.arguments import COMMANDS
+    from vm_magic.commands.table import COMMANDS
 
     table = re.search(r"\| command \| does \|\n\| --- \| --- \|\n((?:\|.*\n)+)", README)
     assert table is not None

@@ -10,8 +10,8 @@ from engine.params.engine_args import EngineArgs
 from engine.params.kv_dtype import kv_cache_dtype, unquantized_note
 from engine.params.sampling_params import SamplingParams
 from tests.memory_plans import make_plan
-from vm_magic.commands.arguments import command_parser
 from vm_magic.commands.export import Served, serve_command
+from vm_magic.commands.table import command_parser
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 

@@ -14,7 +14,7 @@ import yaml
 
 from engine.params.engine_args import ENGINE_FLAGS
 from engine.params.vllm_flags import ACCEPTED_NO_OPS, REFUSED_FLAGS
-from vm_magic.commands.arguments import COMMANDS, command_parser
+from vm_magic.commands.table import COMMANDS, command_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"

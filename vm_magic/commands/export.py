@@ -1,16 +1,26 @@
-"""The loaded model and its port as the ``vllm serve`` command that does the same, for when a notebook is not enough."""
+"""``export``: the ``vllm serve`` command that does the same as this kernel, or what a client of the port needs."""
 
+import argparse
 import dataclasses
 import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from engine.errors import ConfigError, EngineClosedError
 from engine.params.engine_args import ENGINE_FLAGS, EngineArgs, Flag
 from engine.params.kv_dtype import VLLM_NAMES
 from engine.params.sampling_defaults import GENERATION_CONFIG_NAMES
+from vm_magic.commands.base import Context, LineCommand
+from vm_magic.commands.parser import CommandParser
+from vm_magic.show.cards import CodeText
+from vm_magic.state.clients import CLIENTS, Port, snippets
+from vm_magic.state.session import Session
+
+if TYPE_CHECKING:
+    from engine.openai.server import ServerHandle
 
 HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3-270m": "google/gemma-3-270m"}
 """Our short names, and the same model on the hub."""
@@ -19,6 +29,69 @@ OURS_ALONE = ("no_api_key", "allowed_hosts")
 """Server options that vLLM does not have."""
 _VLLM_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
 """Sampling values that vLLM takes as a server's defaults; others come with each request."""
+
+
+class Export(LineCommand):
+    """Writes the same as a command for a shell, or as what a client needs."""
+
+    help = "the same as a vllm serve command, or what a client needs (--client)"
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """For which client, and whether with the key."""
+        parser.add_argument("--client", choices=CLIENTS, help="what this client needs to use the open port")
+        parser.add_argument(
+            "--show-key", action="store_true", help="write the key out (a saved notebook then holds it)"
+        )
+
+    def execute(self, context: Context, parsed: argparse.Namespace) -> CodeText:
+        """The text to copy."""
+        if parsed.client is None:
+            return _export_server(context.session, show_key=parsed.show_key)
+        return _export_client(context.session, parsed.client, show_key=parsed.show_key)
+
+
+def _export_server(session: Session, *, show_key: bool) -> CodeText:
+    """The ``vllm serve`` command for the loaded model and its port. Raises EngineClosedError without a model."""
+    if session.remote is not None and session.loaded is None:
+        raise EngineClosedError(
+            f"export writes the command of a model loaded in this kernel, and the notebook is connected to "
+            f"{session.remote.base_url}; export --client openai gives what a client of that server needs"
+        )
+    llm = session.require()
+    server = session.server
+    options = dict(session.server_options)
+    if server is not None:
+        options["port"] = server.port
+    chosen = {name: getattr(llm, name, None) for name in ("reasoning_parser", "tool_call_parser")}
+    served = Served(
+        llm.args,
+        options,
+        llm.settings.snapshot(),
+        {name: value for name, value in chosen.items() if value},
+        session.pasted_environment,
+        server.api_key if server is not None and show_key else None,
+    )
+    return CodeText(serve_command(served))
+
+
+def _export_client(session: Session, client: str, *, show_key: bool) -> CodeText:
+    """What ``client`` needs to talk to the server connected to, else to the open port.
+
+    Raises ConfigError if no port is open, and for the llm tool, whose entry is for a port of this kernel.
+    """
+    remote = session.remote
+    if remote is not None and client != "llm":
+        return snippets(Port.of_remote(remote, show_key=show_key))[client]
+    return snippets(Port.of(open_port(session), show_key=show_key))[client]
+
+
+def open_port(session: Session) -> "ServerHandle":
+    """The port of this kernel. Raises ConfigError if none is open."""
+    session.require()
+    server = session.server
+    if server is None:
+        raise ConfigError("no port is open for clients; %vllm_metal serve opens it", flag="serve")
+    return server
 
 
 @dataclass(frozen=True)

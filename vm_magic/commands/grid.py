@@ -1,15 +1,17 @@
-"""``%vllm_metal grid``: one prompt template, comma lists of parameters, rows to run it over."""
+"""``grid``: one prompt template, comma lists of parameters, rows to run it over."""
 
 import argparse
-import html
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import RequestError
-from vm_magic.show.safe_markdown import plain_html
-from vm_magic.state.chat_flags import add_stop_flag, variable_name
+from vm_magic.commands.base import Context, TextCommand
+from vm_magic.commands.parser import CommandParser
+from vm_magic.show.display_bar import DisplayBar, bar_for
+from vm_magic.show.errors import Interrupted
+from vm_magic.show.grid_view import GridView
+from vm_magic.state.chat_flags import SAMPLING_FLAGS, add_stop_flag, variable_name
 from vm_magic.state.live_settings import thinking_kwargs
 
 if TYPE_CHECKING:
@@ -18,16 +20,8 @@ if TYPE_CHECKING:
     from engine.llm import LLM
     from vm_magic.remote.llm import RemoteLLM
 
-MAX_ROWS = 40
-"""Rows that the picture shows; the DataFrame has all."""
-MAX_TEXT = 700
-_CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:48em;padding:3px 12px 3px 0"
-_RESULT_COLUMNS = (
-    *("prompt", "text", "reasoning", "tokens", "prompt_tokens", "cached_tokens", "time", "finish_reason", "error"),
-)
 ONE_ROW: list[dict[str, Any]] = [{}]
 """What a prompt without ``--over`` runs over."""
-SamplingFlag = tuple[tuple[str, ...], str, Callable[[str], Any], str]
 EXAMPLES = """\
 %%vllm_metal grid -t 0,0.7 --top-p 0.9,1     one prompt, four settings
 %%vllm_metal grid --over df --max-tokens 60  {{ column }} of a DataFrame, a prompt for each row
@@ -37,48 +31,104 @@ The cell's body is the prompt template (Jinja2); other {{ names }} are the noteb
 DataFrame in _ (the line form returns it). The stop button keeps what is done, and --resume goes on from there."""
 
 
-def add_grid_flags(parser: argparse.ArgumentParser, sampling: Sequence[SamplingFlag]) -> None:
-    """Give ``parser`` the flags of ``grid``; those of ``sampling`` take lists with commas."""
-    parser.epilog = EXAMPLES
-    for names, dest, kind, text in sampling:
+class Grid(TextCommand):
+    """Runs a prompt template over rows and parameters."""
+
+    help = "prompts times parameters as a DataFrame (cell form: the cell's body is the template)"
+    body = "prompt"
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Sampling flags that take lists, rows, and where the result goes."""
+        parser.epilog = EXAMPLES
+        for names, dest, kind, text in SAMPLING_FLAGS:
+            parser.add_argument(
+                *names, dest=dest, type=comma_list(kind), metavar="N,N", help=f"{text}; several with commas",
+                default=argparse.SUPPRESS,
+            )  # fmt: skip
+        add_stop_flag(parser)
         parser.add_argument(
-            *names, dest=dest, type=comma_list(kind), metavar="N,N", help=f"{text}; several with commas",
+            "-s",
+            "--system",
+            action="append",
+            metavar="TEXT",
             default=argparse.SUPPRESS,
-        )  # fmt: skip
-    add_stop_flag(parser)
-    parser.add_argument(
-        "-s",
-        "--system",
-        action="append",
-        metavar="TEXT",
-        default=argparse.SUPPRESS,
-        help="system message; several by repeating",
-    )
-    parser.add_argument(
-        "--over",
-        action="append",
-        metavar="NAME",
-        default=[],
-        help="a DataFrame, Series or list of the notebook: a prompt for each row; may be repeated",
-    )
-    parser.add_argument("--complete", action="store_true", help="prompts are raw text: no chat template")
-    parser.add_argument(
-        "--think",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="turns thinking on or off in the chat template (enable_thinking)",
-    )
-    parser.add_argument(
-        "--json",
-        dest="schema",
-        metavar="SCHEMA",
-        help="replies are JSON of this schema: JSON text, a variable (dict or pydantic model), a file, or: object",
-    )
-    parser.add_argument("--resume", action="store_true", help="take what the last map or grid has done from there")
-    parser.add_argument(
-        "-o", "--out", metavar="NAME", type=variable_name, help="store the DataFrame in this variable and show nothing"
-    )
-    parser.add_argument("text", nargs="?", help="the prompt template, in the line form (after the flags)")
+            help="system message; several by repeating",
+        )
+        parser.add_argument(
+            "--over",
+            action="append",
+            metavar="NAME",
+            default=[],
+            help="a DataFrame, Series or list of the notebook: a prompt for each row; may be repeated",
+        )
+        parser.add_argument("--complete", action="store_true", help="prompts are raw text: no chat template")
+        parser.add_argument(
+            "--think",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help="turns thinking on or off in the chat template (enable_thinking)",
+        )
+        parser.add_argument(
+            "--json",
+            dest="schema",
+            metavar="SCHEMA",
+            help="replies are JSON of this schema: JSON text, a variable (dict or pydantic model), a file, or: object",
+        )
+        parser.add_argument("--resume", action="store_true", help="take what the last map or grid has done from there")
+        parser.add_argument(
+            "-o",
+            "--out",
+            metavar="NAME",
+            type=variable_name,
+            help="store the DataFrame in this variable and show nothing",
+        )
+        parser.add_argument("text", nargs="?", help="the prompt template, in the line form (after the flags)")
+
+    def execute(self, context: Context, parsed: argparse.Namespace, text: str, *, cell: bool) -> Any:
+        """Run the grid. The line form returns the DataFrame, the cell form shows its picture and files it as ``_``.
+
+        ■ files what is done, also as the variable of ``--out``, and raises Interrupted.
+        """
+        from engine.batch.map import MapInterrupted
+
+        session, shell = context.session, context.shell
+        llm = session.remote if session.remote is not None else session.require()
+        sampling = [dest for _, dest, _, _ in SAMPLING_FLAGS]
+        schema = None
+        if parsed.schema is not None:
+            from vm_magic.state.schemas import read_schema
+
+            schema = read_schema(parsed.schema, shell.user_ns)
+        bar = bar_for(shell, "prompts")
+        try:
+            frame = run_grid(llm, text.strip("\n"), parsed, shell.user_ns, sampling, schema, use_tqdm=bar or True)
+        except MapInterrupted as stopped:
+            _file(shell, stopped.result, parsed, bar, returned=False)
+            raise Interrupted(
+                f"{str(stopped).partition(';')[0]}; {parsed.out or '_'} has what there is, and --resume goes on"
+            ) from None
+        except BaseException:
+            if bar is not None:
+                bar.replace({"text/plain": "no prompt was sent to its end"})
+            raise
+        return _file(shell, frame, parsed, bar, returned=not cell)
+
+
+def _file(shell: Any, frame: Any, parsed: argparse.Namespace, bar: DisplayBar | None, *, returned: bool) -> Any:
+    """Put the picture in the bar's place, or its first line where the DataFrame is shown or stored elsewhere."""
+    view = GridView.of(frame)
+    if bar is not None:
+        bar.replace({"text/plain": view.caption} if parsed.out or returned else view.bundle())
+    if parsed.out:
+        shell.user_ns[parsed.out] = frame
+        return None
+    if returned:
+        return frame
+    if bar is None:
+        print(repr(view))
+    shell.displayhook.update_user_ns(frame)
+    shell.displayhook.fill_exec_result(frame)
+    return None
 
 
 def comma_list(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -88,7 +138,7 @@ def comma_list(kind: Callable[[str], Any]) -> Callable[[str], Any]:
         try:
             values = [kind(part.strip()) for part in text.split(",")]
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list such as 0,0.7") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0,0.7") from None
         return values if len(values) > 1 else values[0]
 
     return read
@@ -176,70 +226,3 @@ def _with_lists(frame: "pandas.DataFrame", rows: Any, lists: Sequence[str]) -> "
     for name in reversed(lists):
         frame.insert(0, name, [labels[label][name] for label in frame.index])
     return frame
-
-
-@dataclass(frozen=True)
-class GridView:
-    """A picture of a grid's DataFrame: whole texts, and only the columns in which rows differ."""
-
-    caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-    @classmethod
-    def of(cls, frame: "pandas.DataFrame") -> "GridView":
-        """The picture of ``frame``, a map's or grid's result."""
-        before = [name for name in frame.columns if name not in _RESULT_COLUMNS]
-        varied = [name for name in before if frame[name].astype(str).nunique() > 1]
-        same = [f"{name}={frame[name].iloc[0]}" for name in before if name not in varied and len(frame)]
-        if frame["prompt"].nunique() > 1 and all(frame[name].dtype.kind in "biuf" for name in varied):
-            varied.append("prompt")
-        failed = int(frame["error"].notna().sum())
-        cut = int((frame["finish_reason"] == "abort").sum())
-        parts = [
-            f"{len(frame) - failed - cut} prompts done"
-            + (f", {failed} failed" if failed else "")
-            + (f", {cut} cut off" if cut else ""),
-            f"{int(frame['tokens'].fillna(0).sum())} tokens",
-            *same,
-        ]
-        rows = tuple(_view_row(row, varied) for row in frame.head(MAX_ROWS).to_dict("records"))
-        hidden = len(frame) - len(rows)
-        note = f"… and {hidden} more rows; the DataFrame in _ has all" if hidden else ""
-        return cls(" · ".join(parts), (*varied, "text", "tokens", "seconds", "finish"), rows, note)
-
-    def __repr__(self) -> str:
-        short = [tuple(_short(" ".join(cell.split()), 60) for cell in row) for row in (self.header, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*short, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in short]
-        return "\n".join([self.caption, *lines, *([self.note] if self.note else [])])
-
-    def bundle(self) -> dict[str, Any]:
-        """Both forms, for a display."""
-        return {"text/plain": repr(self), "text/html": self._repr_html_()}
-
-    def _repr_html_(self) -> str:
-        head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in self.header)
-        body = "".join(
-            "<tr>" + "".join(f'<td style="{_CELL}">{plain_html(cell)}</td>' for cell in row) + "</tr>"
-            for row in self.rows
-        )
-        caption, note = html.escape(self.caption), html.escape(self.note)
-        return (
-            f"<div>{caption}</div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><div>{note}</div>"
-        )
-
-
-def _view_row(row: Mapping[Any, Any], varied: Sequence[str]) -> tuple[str, ...]:
-    failed = isinstance(row["error"], str)
-    text = row["error"] if failed else str(row["text"])
-    numbers = (
-        ("", "") if failed else (str(row["tokens"]), f"{float(row['time']):.2f}" if row["time"] == row["time"] else "")
-    )
-    first = (_short(str(row[name]), MAX_TEXT // 3) for name in varied)
-    return (*first, _short(text, MAX_TEXT), *numbers, "error" if failed else str(row["finish_reason"]))
-
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"

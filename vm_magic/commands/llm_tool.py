@@ -1,9 +1,10 @@
-"""The ``llm`` command-line tool's list of OpenAI-compatible models: our entry, and nobody else's.
+"""``llm``: our entry in the ``llm`` command-line tool's list of OpenAI-compatible models, and nobody else's.
 
 https://llm.datasette.io keeps ``extra-openai-models.yaml`` and ``keys.json`` in its own user folder. Our
 entry carries a mark; entries without it, comments and order stay as they are, byte for byte.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -14,11 +15,55 @@ from typing import Any
 import yaml
 
 from engine.errors import ConfigError
+from vm_magic.commands.base import Context, LineCommand
+from vm_magic.commands.export import open_port
+from vm_magic.commands.parser import CommandParser
+from vm_magic.show.cards import CodeText
+from vm_magic.state.clients import model_id
+from vm_magic.state.session import Session
 
 MARK = "# written by %vllm_metal llm"
+MODELS_FILE = "extra-openai-models.yaml"
 KEY_NAME = "vm-magic"
 """Our name in the tool's ``keys.json``."""
 _OTHER_FILE_MODE, _KEYS_FILE_MODE = 0o644, 0o600
+
+
+class Llm(LineCommand):
+    """Writes or shows our entry for the open port."""
+
+    help = "write or show the llm command-line tool's entry for the open port"
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Whether to write, and under which name."""
+        parser.add_argument("--show", action="store_true", help="print the entry and write nothing")
+        parser.add_argument("--model-id", metavar="NAME", help="what llm -m takes (default: the model's name)")
+
+    def execute(self, context: Context, parsed: argparse.Namespace) -> CodeText | None:
+        """Show the entry and where it would go, or write it with the key and say how to use it."""
+        entry = _entry(context.session, parsed.model_id)
+        if parsed.show:
+            path = user_folder() / MODELS_FILE
+            return CodeText(entry.yaml(), "yaml", f"%vllm_metal llm writes this to {_from_home(path)}.")
+        written = write_entry(entry, open_port(context.session).api_key, user_folder())
+        print(f"wrote {' and '.join(map(_from_home, written))}; use it with: llm -m {entry.model_id} 'Hello!'")
+        return None
+
+
+def _entry(session: Session, name: str | None) -> "LlmEntry":
+    server = open_port(session)
+    return LlmEntry(
+        name or model_id(server.model),
+        server.model,
+        server.base_url,
+        server.api_key is not None,
+        supports_tools=getattr(session.require(), "tool_call_parser", None) is not None,
+    )
+
+
+def _from_home(path: Path) -> str:
+    """The path with ``~`` for the user's home, which a saved notebook should not name."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
 @dataclass(frozen=True)
@@ -58,7 +103,7 @@ def write_entry(entry: LlmEntry, api_key: str | None, folder: Path) -> list[Path
     An earlier entry of ours with that id is replaced where it stands. Raises ConfigError, changing
     nothing, if another entry has the id or a file cannot be read.
     """
-    models, keys = folder / "extra-openai-models.yaml", folder / "keys.json"
+    models, keys = folder / MODELS_FILE, folder / "keys.json"
     text = with_entry(models.read_text(encoding="utf-8") if models.exists() else "", entry, models)
     known = _read_keys(keys) if api_key else {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +144,7 @@ def _find(text: str, model_id: str, path: Path) -> tuple[str, tuple[int, int] | 
     if root is None:
         return "", None
     if not isinstance(root, yaml.SequenceNode) or root.flow_style:
-        raise ConfigError(f"{path} is no YAML list with a - per model; nothing was written", flag="llm")
+        raise ConfigError(f"{path} is not a YAML list with a - per model; nothing was written", flag="llm")
     indent = " " * root.start_mark.column
     for node in root.value:
         values = {key.value: value.value for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
@@ -117,7 +162,7 @@ def _read_keys(path: Path) -> dict[str, Any]:
     except ValueError:
         known = None
     if not isinstance(known, dict):
-        raise ConfigError(f"{path} is no JSON object; mend it first, nothing was written", flag="llm")
+        raise ConfigError(f"{path} is not a JSON object; mend it first, nothing was written", flag="llm")
     return known
 
 

@@ -19,7 +19,7 @@ def make_matcher(owns_chat: bool) -> Matcher:
         found = _OURS.match(line)
         if not found or (found[2] == "chat" and not (owns_chat and found[1] == "%%")):
             return {"completions": []}
-        from vm_magic.commands.candidates import candidates
+        from vm_magic.commands.table import candidates
 
         words = found[3] if found[2] == "vllm_metal" else f"chat {found[3]}"
         fragment = re.split(r"\s", words)[-1]

@@ -62,6 +62,7 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
         raise failure  # outside of the except block: the original and its frames are not kept alive
 
     def _run(self, line: str, cell: str | None) -> Any:
-        from vm_magic.commands.table import Commands
+        from vm_magic.commands.base import Context
+        from vm_magic.commands.table import run
 
-        return Commands(self.shell, self.logs).run(line, cell)
+        return run(Context(self.shell, self.logs), line, cell)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from engine.explain.explainer import Explanation, Output, SamplingValue
 from engine.outputs import THINKING_CUTS
+from vm_magic.show.cards import CARD_STYLE
 from vm_magic.show.explain_picture import prompt_html, time_bar_html, time_bar_text
-from vm_magic.show.tables import CARD_STYLE
 from vm_magic.show.token_html import escaped
 from vm_magic.show.tool_cards import call_text
 

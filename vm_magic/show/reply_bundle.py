@@ -8,7 +8,7 @@ from typing import Any, Literal
 from engine.batch.scored_token import ScoredToken, unlikely_text
 from vm_magic.show.growing_markdown import steady
 from vm_magic.show.reply_text import ReplyText
-from vm_magic.show.safe_markdown import safe_markdown
+from vm_magic.show.safe_markdown import fenced, safe_markdown
 from vm_magic.show.token_html import escaped, legend_html, tokens_html, unlikely_html
 from vm_magic.show.tool_cards import call_card
 
@@ -51,13 +51,6 @@ def reply_bundle(reply: ReplyText, format: Format, *, mark: str = "", growing: b
             "text/markdown": before + folded(reply, growing=thinking) + _below(body, mark),
         }
     return {"text/plain": marked, "text/markdown": before + _below(_turn(reply, growing=growing), mark and f"*{mark}*")}
-
-
-def fenced(text: str, language: str = "") -> str:
-    """``text`` as a Markdown code block, with a fence longer than any in it."""
-    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
-    fence = "`" * (longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def folded(reply: ReplyText, *, growing: bool = False) -> str:

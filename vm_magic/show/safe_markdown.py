@@ -140,3 +140,10 @@ def _unsafe(destination: str) -> bool:
     plain = html.unescape(html.unescape(destination.replace("\\", ""))).lstrip("<")
     scheme = _SCHEME.match(re.sub(r"[\x00-\x20\x7f-\xa0]", "", plain))
     return scheme is not None and scheme[1].lower() not in SAFE_SCHEMES
+
+
+def fenced(text: str, language: str = "") -> str:
+    """``text`` as a Markdown code block, with a fence longer than any in it."""
+    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from engine.params.settings import Settings
 from vm_magic.show.safe_markdown import plain_html
 
-CARD_STYLE = "display:inline-block;padding:8px 14px;border:1px solid #80808059;border-radius:6px;font-size:13px"
-"""Half transparent and without variables: reads on every theme, and a notebook that is not trusted keeps it."""
-
 
 @dataclass(frozen=True)
 class Table:

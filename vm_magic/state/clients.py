@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from vm_magic.show.code_text import CodeText
+from vm_magic.show.cards import CodeText
 
 if TYPE_CHECKING:
     from engine.openai.server import ServerHandle

@@ -7,7 +7,9 @@ from IPython.core.error import UsageError
 
 from engine.errors import ConfigError, RequestError, UnsupportedOptionError
 from engine.params.engine_args import ENGINE_FLAGS, EngineArgs
-from vm_magic.commands.arguments import COMMANDS, SERVER_OPTIONS, command_parser, pick, split_text, split_words
+from vm_magic.commands.parser import pick, split_text, split_words
+from vm_magic.commands.serve import SERVER_OPTIONS
+from vm_magic.commands.table import COMMANDS, command, command_parser
 from vm_magic.show.errors import HelpShown
 from vm_magic.state.settings_text import SETTABLE, read_settings
 
@@ -118,12 +120,12 @@ def test_abbreviated_flags_are_refused() -> None:
         options("m --dtyp float32")
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_every_command_has_a_help_text(command: str) -> None:
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_a_help_text(name: str) -> None:
     with pytest.raises(HelpShown) as caught:
-        command_parser(command).read(["--help"])
-    assert f"vllm_metal {command}" in caught.value.text
-    assert COMMANDS[command] in caught.value.text
+        command_parser(name).read(["--help"])
+    assert f"vllm_metal {name}" in caught.value.text
+    assert command(name).help in caught.value.text
 
 
 @pytest.mark.parametrize(

@@ -65,5 +65,5 @@ def test_stopping_shows_what_was_measured(shell: Any, loaded: FakeLLM, monkeypat
 def test_bench_wants_a_model_and_sizes(shell: Any) -> None:
     with pytest.raises(EngineClosedError, match="no model is loaded"):
         line(shell, "bench")
-    with pytest.raises(MagicUsageError, match="'x' is no list such as 1,4,16"):
+    with pytest.raises(MagicUsageError, match="'x' is not a list such as 1,4,16"):
         line(shell, "bench --batch x")

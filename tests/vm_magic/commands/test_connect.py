@@ -15,8 +15,7 @@ from engine.errors import ConfigError, EngineClosedError, GenerationError, Reque
 from tests.vm_magic import fakes
 from tests.vm_magic.fake_vllm import USAGE, FakeVLLM, chunk
 from tests.vm_magic.helpers import Capture, cell, line, shown
-from vm_magic.commands.arguments import COMMANDS
-from vm_magic.commands.remote_cards import LOCAL_ONLY
+from vm_magic.commands.table import COMMANDS, command
 from vm_magic.remote.llm import RemoteLLM
 from vm_magic.show.errors import Interrupted
 from vm_magic.state.session import current_session
@@ -150,11 +149,11 @@ def test_status_models_and_metrics_are_the_servers(shell: Any, server: FakeVLLM)
 
 def test_what_cannot_be_remote_is_refused_by_name(shell: Any, loaded: fakes.FakeLLM, server: FakeVLLM) -> None:
     line(shell, f"connect {server.url}")
-    for command in LOCAL_ONLY.keys() & COMMANDS.keys():
-        with pytest.raises(
-            UnsupportedOptionError, match=f"%vllm_metal {command} .*connect --close goes back"
-        ) as refused:
-            line(shell, f"{command} smollm2" if command in ("load", "serve") else command)
+    local = [name for name in COMMANDS if command(name).needs_kernel]
+    assert local == ["load", "serve", "plan", "score", "explain", "bench"]
+    for name in local:
+        with pytest.raises(UnsupportedOptionError, match=f"%vllm_metal {name} .*connect --close goes back") as refused:
+            line(shell, f"{name} smollm2" if name in ("load", "serve") else name)
         assert "\n" not in str(refused.value)
     assert line(shell, "plan smollm2").model == "smollm2"
     assert not loaded.closed

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from engine.params.engine_args import ENGINE_FLAGS, EngineArgs
-from vm_magic.commands.arguments import SERVER_OPTIONS, command_parser, pick
 from vm_magic.commands.export import Served, serve_command
+from vm_magic.commands.parser import pick
+from vm_magic.commands.serve import SERVER_OPTIONS
 from vm_magic.commands.shell_text import read_shell_text
-from vm_magic.show.code_text import CodeText
+from vm_magic.commands.table import command_parser
+from vm_magic.show.cards import CodeText
 from vm_magic.state.clients import CLIENTS, Port, model_id, snippets
 
 HUB = "org/Tiny 0.1B"

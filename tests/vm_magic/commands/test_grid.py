@@ -12,10 +12,10 @@ from engine.batch.map import MapInterrupted
 from engine.errors import ConfigError, EngineClosedError, RequestError
 from tests import scripted_model
 from tests.vm_magic.helpers import cell, line, shown
-from vm_magic.commands.arguments import command_parser
-from vm_magic.commands.candidates import candidates
-from vm_magic.commands.grid import MAX_ROWS, GridView, read_over
+from vm_magic.commands.grid import read_over
+from vm_magic.commands.table import candidates, command_parser
 from vm_magic.show.errors import Interrupted, MagicUsageError
+from vm_magic.show.grid_view import MAX_ROWS, GridView
 from vm_magic.state.session import current_session
 
 
@@ -123,7 +123,7 @@ def test_an_interrupted_map_in_a_cell_is_one_line(shell: Any) -> None:
 def test_mistakes_are_one_line(shell: Any, llm: LLM) -> None:
     for text, kind, message in (
         ("grid -o 1x Hi", MagicUsageError, "'1x' is not a variable name"),
-        ("grid -t 0,x Hi", MagicUsageError, "'0,x' is no list such as 0,0.7"),
+        ("grid -t 0,x Hi", MagicUsageError, "'0,x' is not a list such as 0,0.7"),
         ("grid --over nothing Hi", RequestError, "--over nothing: no such variable"),
         ("grid --over shown Hi", RequestError, "a DataFrame, a Series or a list is wanted, not str"),
         ("grid -t 0", RequestError, "no prompt"),

@@ -86,8 +86,8 @@ def test_writing_twice_changes_nothing(tmp_path: Path) -> None:
     [
         ("- model_id: tiny\n  model_name: theirs\n", "not ours.*--model-id NAME"),
         ("- model_id: [\n", "not valid YAML"),
-        ("model_id: a\n", "no YAML list"),
-        ("[{model_id: a, model_name: a}]\n", "no YAML list"),
+        ("model_id: a\n", "not a YAML list"),
+        ("[{model_id: a, model_name: a}]\n", "not a YAML list"),
     ],
 )
 def test_what_is_not_ours_or_not_understood_is_left_alone(tmp_path: Path, text: str, says: str) -> None:
@@ -100,7 +100,7 @@ def test_what_is_not_ours_or_not_understood_is_left_alone(tmp_path: Path, text: 
 
 def test_broken_keys_stop_everything_before_the_first_write(tmp_path: Path) -> None:
     (tmp_path / "keys.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"keys\.json is no JSON object"):
+    with pytest.raises(ConfigError, match=r"keys\.json is not a JSON object"):
         write_entry(ENTRY, "sk-1", tmp_path)
     assert not models(tmp_path).exists()
 

@@ -400,7 +400,7 @@ def test_a_line_says_what_is_set_where_there_is_no_front_end(
     line(engine_shell, "set temperature=0.2")
     panel = open_panel()
     assert panel_bundle(panel, current_session())["text/plain"] == panel_line(current_session())
-    monkeypatch.setattr("vm_magic.commands.table.can_update", lambda shell: False)
+    monkeypatch.setattr("vm_magic.commands.panel.can_update", lambda shell: False)
     capsys.readouterr()
     line(engine_shell, "panel")
     assert capsys.readouterr().out == (

@@ -56,7 +56,7 @@ def test_models_are_listed_with_their_sizes(shell: Any) -> None:
 
 def test_logs_show_the_engines_latest_lines(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
     line(shell, "logs")
-    assert "INFO vm_magic.commands.table: metal_limit=51.54GB" in capsys.readouterr().out
+    assert "INFO vm_magic.commands.load: metal_limit=51.54GB" in capsys.readouterr().out
     line(shell, "chat hi")
     line(shell, "logs 1")
     assert "request submitted" in capsys.readouterr().out

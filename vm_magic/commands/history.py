@@ -1,15 +1,69 @@
-"""Conversations to look at: one with all its messages, or the list of them."""
+"""``history`` and ``reset``: conversations, one with all its messages or the list of them."""
 
+import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from vm_magic.commands.base import Context, LineCommand
+from vm_magic.commands.parser import CommandParser
 from vm_magic.show.safe_markdown import safe_markdown
 from vm_magic.show.tables import Table
 from vm_magic.show.tool_cards import ToolOutcome, call_card, call_line
-from vm_magic.state.conversation import Conversation, Message
+from vm_magic.state import session as sessions
+from vm_magic.state.chat_flags import add_conversation_name
+from vm_magic.state.conversation import DEFAULT_CONVERSATION, Conversation, Message
 
 _LONGEST = 60
+
+
+def conversation_names(*more: str) -> list[str]:
+    """The conversations that there are, after the names in ``more``."""
+    session = sessions.peek_session()
+    return list(dict.fromkeys([*more, *(() if session is None else session.conversations)]))
+
+
+class Reset(LineCommand):
+    """Forgets messages."""
+
+    help = "forget a conversation"
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Which conversation, or all."""
+        add_conversation_name(parser, "--all", "every conversation")
+
+    def execute(self, context: Context, parsed: argparse.Namespace) -> None:
+        """Clear the conversation, and say how much was forgotten."""
+        named = [context.session.conversation(parsed.name)]
+        for conversation in context.session.conversations.values() if parsed.all else named:
+            count = len(conversation.messages)
+            conversation.clear()
+            print(f"conversation {conversation.name!r}: {count} messages forgotten")
+
+    def arguments(self) -> Iterable[str]:
+        """The conversations."""
+        return conversation_names(DEFAULT_CONVERSATION)
+
+
+class History(LineCommand):
+    """Shows conversations."""
+
+    help = "show a conversation, or list them all"
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Which conversation, or the list."""
+        add_conversation_name(parser, "--list", "all conversations in a table")
+
+    def execute(self, context: Context, parsed: argparse.Namespace) -> "HistoryView | Table":
+        """The conversation's view, or the table."""
+        conversations = context.session.conversations
+        if parsed.list:
+            return conversations_table(conversations)
+        return history_view(context.session.conversation(parsed.name), conversations)
+
+    def arguments(self) -> Iterable[str]:
+        """The conversations."""
+        return conversation_names(DEFAULT_CONVERSATION)
 
 
 @dataclass(frozen=True)

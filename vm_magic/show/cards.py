@@ -1,17 +1,13 @@
-"""What commands return: small objects with a text and an HTML form that hold numbers, never a model."""
+"""What commands return: small objects with a text and a rich form that hold numbers and text, never a model."""
 
 import html
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from engine.outputs import Reply
-from vm_magic.show.progress import size_text
-from vm_magic.show.tables import CARD_STYLE, Table, settings_text
+from vm_magic.show.safe_markdown import fenced
 
-if TYPE_CHECKING:
-    from vm_magic.state.session import Session
-
+CARD_STYLE = "display:inline-block;padding:8px 14px;border:1px solid #80808059;border-radius:6px;font-size:13px"
+"""Half transparent and without variables: reads on every theme, and a notebook that is not trusted keeps it."""
 _BAR_STYLE = (
     "display:inline-block;width:160px;height:8px;border-radius:4px;overflow:hidden;vertical-align:middle;"
     "margin-right:8px;background-color:#80808040"
@@ -61,36 +57,23 @@ class StatusCard:
         return f'<span style="{_BAR_STYLE}"><span style="{fill}"></span></span>'
 
 
-def status_card(session: "Session") -> StatusCard:
-    """What is loaded, its memory, the port and the last reply's speed."""
-    llm = session.loaded
-    settings = settings_text(session.settings)
-    if llm is None:
-        title = "no model is loaded; run %vllm_metal load smollm2 (or another model)"
-        return StatusCard(title, (("settings", settings),) if settings else ())
-    stats = llm.stats()
-    server = session.server
-    last = session.last_reply
-    blocks = f"{stats.num_used_blocks} of {stats.num_blocks} used, {stats.num_cached_blocks} cached"
-    fields = (
-        ("memory", llm.plan.log_line()),
-        ("KV blocks", blocks),
-        ("context", f"{llm.plan.max_model_len} tokens"),
-        ("requests", f"{stats.num_running} running, {stats.num_waiting} waiting"),
-        ("settings", settings or "the model's own"),
-        ("port", repr(server) if server else "closed; %vllm_metal serve opens it"),
-        ("last reply", speed_text(last) if last else "none yet"),
-    )
-    return StatusCard(llm.args.names[0], fields, stats.kv_cache_usage, _snippets(session))
+@dataclass(frozen=True)
+class CodeText:
+    """``text`` in ``language``; ``str()`` of it is the text. ``note`` stands below and is not part of it."""
 
+    text: str
+    language: str = "bash"
+    note: str = ""
 
-def _snippets(session: "Session") -> tuple[tuple[str, str], ...]:
-    server = session.server
-    if server is None:
-        return ()
-    from vm_magic.state.clients import Port, snippets
+    def __str__(self) -> str:
+        return self.text
 
-    return tuple((name, f"{code.text}{code.note}") for name, code in snippets(Port.of(server)).items())
+    def __repr__(self) -> str:
+        return f"{self.text.rstrip()}\n\n{self.note}" if self.note else self.text.rstrip()
+
+    def _repr_markdown_(self) -> str:
+        note = f"\n\n{self.note}" if self.note else ""
+        return fenced(self.text.rstrip("\n"), self.language) + note
 
 
 def speed_text(first: Reply, *later: Reply) -> str:
@@ -116,23 +99,3 @@ def speed_text(first: Reply, *later: Reply) -> str:
         f"prompt{'s' * bool(later)} {num_prompt} tokens, {num_cached} cached",
     ]
     return " · ".join(part for part in parts if part)
-
-
-def models_table(models: Sequence[Any]) -> Table:
-    """Models on this machine."""
-    rows = tuple((m.name, size_text(m.bytes), m.kind) for m in models)
-    return Table(
-        ("model", "size", "kind"), rows, "" if rows else "no models here yet; %vllm_metal load smollm2 fetches one"
-    )
-
-
-def metrics_table(registry: Any) -> Table:
-    """Samples of a Prometheus ``registry``; histograms as count and sum."""
-    rows = []
-    for family in registry.collect():
-        for sample in family.samples:
-            if sample.name.endswith(("_bucket", "_created")):
-                continue
-            labels = ", ".join(f"{k}={v}" for k, v in sample.labels.items() if k not in ("model_name", "engine"))
-            rows.append((sample.name, labels, f"{sample.value:g}"))
-    return Table(("metric", "labels", "value"), tuple(rows), "" if rows else "no metrics yet")

@@ -1,23 +1,28 @@
-"""The ``chat`` and ``complete`` commands: from a line and a cell's body to a reply that is shown, filed or stored."""
+"""``chat`` and ``complete``: from a line and a cell's body to a reply that is shown, filed or stored."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+import inspect
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Union
 
 from IPython.core.error import UsageError
+from IPython.core.getipython import get_ipython
 
 from engine.errors import RequestError
 from engine.outputs import Reply
 from vm_magic.chat.generation import ChatOptions, Generation, ask, start_chat, start_completion
 from vm_magic.chat.pending_reply import PendingReply
-from vm_magic.commands.arguments import command_parser, split_text
-from vm_magic.commands.cards import speed_text
+from vm_magic.commands.base import Context, TextCommand
+from vm_magic.commands.history import conversation_names
+from vm_magic.commands.parser import CommandParser
+from vm_magic.show.cards import speed_text
 from vm_magic.show.display import WAITING, NotebookView, ReplyView, SilentView, TerminalView, can_update, open_handle
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.reply_bundle import reply_bundle
 from vm_magic.show.reply_text import ReplyText
-from vm_magic.state.chat_flags import SAMPLING_FLAGS, TOOL_CHOICES
-from vm_magic.state.conversation import Message, render_prompt
+from vm_magic.state.chat_flags import SAMPLING_FLAGS, TOOL_CHOICES, add_chat_flags
+from vm_magic.state.conversation import DEFAULT_CONVERSATION, Message, render_prompt
 from vm_magic.state.session import Session
 
 if TYPE_CHECKING:
@@ -25,32 +30,85 @@ if TYPE_CHECKING:
     from vm_magic.chat.tools import NotebookTool
 
 _SAMPLING = (*(dest for _, dest, _, _ in SAMPLING_FLAGS), "stop", "logprobs")
-Talk = Union[Generation, "ToolLoop"]
+Running = Union[Generation, "ToolLoop"]
 
 
-def talk(session: Session, shell: Any, command: str, line: str, cell: str | None) -> Any:
-    """Both forms: a cell streams and files its Reply, a line returns it."""
-    parser = command_parser(command)
-    words, text = split_text(parser, line)
-    parsed = parser.read(words)
-    if cell is not None:
-        if text:
-            raise UsageError(f"{text!r} is no flag; the message goes into the cell's body")
-        text = cell.strip("\n") if command == "chat" else cell.removesuffix("\n")
-    if not parsed.raw:
-        text = render_prompt(text, shell.user_ns)
-    _check(parsed, shell)
-    options = chat_options(parsed, shell.user_ns)
-    if command == "chat":
-        under_way = _with_tools(start_chat(session, text, options), options, parsed)
-    else:
-        under_way = start_completion(session, text, options)
-    if parsed.detach:
-        assert isinstance(under_way, Generation), "checked: tools are not detached"
-        return _detached(under_way, parsed, shell)
-    if cell is None:
-        return _followed(under_way, parsed, shell, SilentView(), returned=True)
-    return _followed(under_way, parsed, shell, _view(parsed, shell), returned=False)
+class _Generate(TextCommand):
+    """What ``chat`` and ``complete`` share."""
+
+    body = "message"
+
+    def execute(self, context: Context, parsed: argparse.Namespace, text: str, *, cell: bool) -> Any:
+        """Both forms: a cell streams and files its Reply, a line returns it."""
+        session, shell = context.session, context.shell
+        if cell:
+            text = self.from_cell(text)
+        if not parsed.raw:
+            text = render_prompt(text, shell.user_ns)
+        _check(parsed, shell)
+        generation = self.start(session, text, chat_options(parsed, shell.user_ns), parsed)
+        if parsed.detach:
+            assert isinstance(generation, Generation), "checked: tools are not detached"
+            return _detached(generation, parsed, shell)
+        if not cell:
+            return _followed(generation, parsed, shell, SilentView(), returned=True)
+        return _followed(generation, parsed, shell, _view(parsed, shell), returned=False)
+
+    @abstractmethod
+    def from_cell(self, body: str) -> str:
+        """The text that a cell's body is."""
+
+    @abstractmethod
+    def start(self, session: Session, text: str, options: ChatOptions, parsed: argparse.Namespace) -> Running:
+        """Submit ``text``."""
+
+
+class Chat(_Generate):
+    """Sends a message."""
+
+    help = "send a message (cell form: the cell's body, streamed)"
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Sampling, conversation, tools, and how the reply is shown."""
+        add_chat_flags(parser, chat=True)
+
+    def from_cell(self, body: str) -> str:
+        """The body without empty lines around it."""
+        return body.strip("\n")
+
+    def start(self, session: Session, text: str, options: ChatOptions, parsed: argparse.Namespace) -> Running:
+        """Submit the message, with the tools that it may call."""
+        return _with_tools(start_chat(session, text, options), options, parsed)
+
+    def flag_values(self, flag: str, words: Sequence[str], fragment: str) -> Iterable[str]:
+        """Conversations and functions of the notebook, besides what flags allow."""
+        if flag == "--fork":
+            return conversation_names()
+        if flag in ("-c", "--conversation"):
+            return conversation_names(DEFAULT_CONVERSATION)
+        if flag == "--tools":
+            return _function_names(fragment)
+        if flag == "--tool-choice":
+            return [*TOOL_CHOICES, *_named_tools(words)]
+        return super().flag_values(flag, words, fragment)
+
+
+class Complete(_Generate):
+    """Continues a raw prompt."""
+
+    help = "continue a raw prompt (cell form: the cell's body, streamed)"
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Sampling, and how the reply is shown."""
+        add_chat_flags(parser, chat=False)
+
+    def from_cell(self, body: str) -> str:
+        """The body without the line end that every cell has."""
+        return body.removesuffix("\n")
+
+    def start(self, session: Session, text: str, options: ChatOptions, parsed: argparse.Namespace) -> Running:  # noqa: ARG002
+        """Submit the prompt."""
+        return start_completion(session, text, options)
 
 
 def _check(parsed: argparse.Namespace, shell: Any) -> None:
@@ -65,7 +123,7 @@ def _check(parsed: argparse.Namespace, shell: Any) -> None:
             raise UsageError(f"--tools does not go with --{name}: leave one of them out")
 
 
-def _with_tools(first: Generation, options: ChatOptions, parsed: argparse.Namespace) -> Talk:
+def _with_tools(first: Generation, options: ChatOptions, parsed: argparse.Namespace) -> Running:
     if not options.tools:
         return first
     from vm_magic.chat.tool_loop import ToolLoop
@@ -84,15 +142,15 @@ def _with_tools(first: Generation, options: ChatOptions, parsed: argparse.Namesp
     return ToolLoop(first, ask_again, options.tools, parsed.max_tool_rounds, longest)
 
 
-def _followed(under_way: Talk, parsed: argparse.Namespace, shell: Any, view: ReplyView, *, returned: bool) -> Any:
+def _followed(generation: Running, parsed: argparse.Namespace, shell: Any, view: ReplyView, *, returned: bool) -> Any:
     try:
-        reply = under_way.follow(view)
+        reply = generation.follow(view)
     except Interrupted as stopped:
         if stopped.reply is not None:
             _file(stopped.reply, parsed, shell)
         raise
     if not parsed.out:
-        _say_how_it_ended(reply, under_way, parsed)
+        _say_how_it_ended(reply, generation, parsed)
         if returned:
             return reply
     _file(reply, parsed, shell)
@@ -130,19 +188,19 @@ def _view(parsed: argparse.Namespace, shell: Any) -> ReplyView:
     return TerminalView()
 
 
-def _say_how_it_ended(reply: Reply, under_way: Talk, parsed: argparse.Namespace) -> None:
+def _say_how_it_ended(reply: Reply, generation: Running, parsed: argparse.Namespace) -> None:
     if reply.finish_reason == "length":
-        limit = under_way.stream.params.max_tokens
+        limit = generation.stream.params.max_tokens
         full = limit is None or reply.usage.completion_tokens < limit
         context = "the context is full: start anew with --new, or reload with a larger --max-model-len"
         print(context if full else f"cut off after {limit} tokens: a larger --max-tokens gives more")
     if reply.finish_reason == "repetition":
         print("ended: it repeated itself")
-    if under_way.stopped_at_limit:
+    if generation.stopped_at_limit:
         rounds = f"{parsed.max_tool_rounds} round{'s' * (parsed.max_tool_rounds > 1)}"
         print(f"stopped after {rounds} of tool calls: a larger --max-tool-rounds lets the model go on")
     if parsed.stats:
-        print(speed_text(*under_way.earlier_replies, reply))
+        print(speed_text(*generation.earlier_replies, reply))
 
 
 def chat_options(parsed: argparse.Namespace, namespace: Mapping[str, Any]) -> ChatOptions:
@@ -186,3 +244,18 @@ def read_tool_choice(choice: str | None, tools: "Sequence[NotebookTool]") -> str
             param="tool_choice",
         )
     return {"type": "function", "function": {"name": choice}}
+
+
+def _function_names(fragment: str) -> list[str]:
+    """The notebook's functions, imported ones too, behind the names that ``fragment`` has already."""
+    shell: Any = get_ipython()
+    done = fragment[: fragment.rfind(",") + 1]
+    taken = done.split(",")
+    found = ((name, value) for name, value in shell.user_ns.items() if name not in shell.user_ns_hidden)
+    names = [name for name, value in found if inspect.isroutine(value) and not name.startswith("_")]
+    return [done + name for name in names if name not in taken]
+
+
+def _named_tools(words: Sequence[str]) -> list[str]:
+    places = [i for i, word in enumerate(words[:-1]) if word == "--tools"]
+    return [name for i in places for name in words[i + 1].split(",")]

@@ -1,10 +1,12 @@
-"""``%vllm_metal bench``: its flags, and the table it gives."""
+"""``bench``: the speed of the loaded model."""
 
 import argparse
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vm_magic.commands.base import Context, LineCommand
+from vm_magic.commands.parser import CommandParser
 from vm_magic.show.display_bar import bar_for
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.tables import Table
@@ -16,28 +18,38 @@ if TYPE_CHECKING:
 HEADER = ("case", "prompt", "batch", "first token", "tokens/s", "per request")
 
 
-def add_bench_flags(parser: argparse.ArgumentParser) -> None:
-    """Give ``parser`` the flags of ``bench``."""
-    from engine.batch.bench import DEFAULT_BATCHES, DEFAULT_SECONDS
+class Bench(LineCommand):
+    """Measures the loaded model."""
 
-    sizes = ",".join(map(str, DEFAULT_BATCHES))
-    parser.add_argument(
-        "--seconds", type=float, default=DEFAULT_SECONDS, metavar="N", help=f"about how long ({DEFAULT_SECONDS:g})"
-    )
-    parser.add_argument(
-        "--batch", type=_sizes, default=DEFAULT_BATCHES, metavar="N,N", help=f"batch sizes to decode at ({sizes})"
-    )
-    parser.epilog = (
-        "Random prompts, which reuse nothing, fill no prefix cache and are not remembered by explain; they count in\n"
-        "metrics. The stop button shows what is measured so far. The result has .result.to_dict() for a file."
-    )
+    help = "speed of the loaded model, as one table"
+    needs_kernel = "measures the model in this kernel (vllm bench serve measures a server)"
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """How long, and which batch sizes."""
+        from engine.batch.bench import DEFAULT_BATCHES, DEFAULT_SECONDS
+
+        sizes = ",".join(map(str, DEFAULT_BATCHES))
+        parser.add_argument(
+            "--seconds", type=float, default=DEFAULT_SECONDS, metavar="N", help=f"about how long ({DEFAULT_SECONDS:g})"
+        )
+        parser.add_argument(
+            "--batch", type=_sizes, default=DEFAULT_BATCHES, metavar="N,N", help=f"batch sizes to decode at ({sizes})"
+        )
+        parser.epilog = (
+            "Random prompts, which reuse nothing, fill no prefix cache and are not remembered by explain; they count "
+            "in\nmetrics. The stop button shows what is measured so far. The result has .result.to_dict() for a file."
+        )
+
+    def execute(self, context: Context, parsed: argparse.Namespace) -> "BenchTable":
+        """Measure and give the table; ■ shows the table so far and raises Interrupted."""
+        return run_bench(context.session.require(), parsed, context.shell)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1,4,16") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,4,16") from None
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,0 +1,35 @@
+"""``panel``: memory, sampling, activity and the port as widgets."""
+
+import argparse
+
+from IPython.display import display
+
+from vm_magic.commands.base import Context, LineCommand
+from vm_magic.commands.parser import CommandParser
+from vm_magic.panel import close_left_panel, close_panel, open_panel, panel_bundle, panel_line
+from vm_magic.show.display import can_update
+
+
+class Panel(LineCommand):
+    """Opens the panel, or closes it; a terminal gets one line."""
+
+    help = "memory, sampling, activity and the port as widgets; while connected: the server's"
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """``--close``."""
+        parser.add_argument("--close", action="store_true", help="take the panel away")
+
+    def execute(self, context: Context, parsed: argparse.Namespace) -> None:
+        """Show the panel, or take it away."""
+        if parsed.close:
+            print("the panel is closed" if close_panel() else "no panel is open")
+        elif can_update(context.shell):
+            display(panel_bundle(open_panel(), context.session), raw=True)
+        else:
+            print(panel_line(context.session))
+
+
+def leave_panel() -> None:
+    """Close a panel of what the notebook left, and say so."""
+    if close_left_panel():
+        print("the panel is closed with what it showed; %vllm_metal panel opens the one of what is asked now")

@@ -1,0 +1,71 @@
+"""``status``: what is loaded or connected, and how it is doing."""
+
+import argparse
+
+from vm_magic.commands.base import Context, LineCommand
+from vm_magic.commands.connect import context_text, version_text
+from vm_magic.show.cards import StatusCard, speed_text
+from vm_magic.show.tables import settings_text
+from vm_magic.state.session import Session
+
+
+class Status(LineCommand):
+    """Shows the session as a card."""
+
+    help = "what is loaded, its memory, the port, the last reply's speed"
+
+    def execute(self, context: Context, parsed: argparse.Namespace) -> StatusCard:  # noqa: ARG002
+        """The card of this kernel's model, or of the connection."""
+        session = context.session
+        return status_card(session) if session.remote is None else remote_card(session)
+
+
+def status_card(session: Session) -> StatusCard:
+    """What is loaded, its memory, the port and the last reply's speed."""
+    llm = session.loaded
+    settings = settings_text(session.settings)
+    if llm is None:
+        title = "no model is loaded; run %vllm_metal load smollm2 (or another model)"
+        return StatusCard(title, (("settings", settings),) if settings else ())
+    stats = llm.stats()
+    server = session.server
+    last = session.last_reply
+    blocks = f"{stats.num_used_blocks} of {stats.num_blocks} used, {stats.num_cached_blocks} cached"
+    fields = (
+        ("memory", llm.plan.log_line()),
+        ("KV blocks", blocks),
+        ("context", f"{llm.plan.max_model_len} tokens"),
+        ("requests", f"{stats.num_running} running, {stats.num_waiting} waiting"),
+        ("settings", settings or "the model's own"),
+        ("port", repr(server) if server else "closed; %vllm_metal serve opens it"),
+        ("last reply", speed_text(last) if last else "none yet"),
+    )
+    return StatusCard(llm.args.names[0], fields, stats.kv_cache_usage, _snippets(session))
+
+
+def _snippets(session: Session) -> tuple[tuple[str, str], ...]:
+    server = session.server
+    if server is None:
+        return ()
+    from vm_magic.state.clients import Port, snippets
+
+    return tuple((name, f"{code.text}{code.note}") for name, code in snippets(Port.of(server)).items())
+
+
+def remote_card(session: Session) -> StatusCard:
+    """The connection, what the server says of itself, and the last reply's speed."""
+    remote = session.remote_llm()
+    state, last = remote.state(), session.last_reply
+    running = None if state.num_running is None else f"{state.num_running} running, {state.num_waiting or 0} waiting"
+    local = session.loaded
+    fields = (
+        ("server", ", ".join(filter(None, [remote.base_url, version_text(remote)]))),
+        ("key", f"from {remote.address.key_source}" if remote.address.key else "none"),
+        ("context", context_text(remote)),
+        ("requests", running or ""),
+        ("KV blocks", "" if state.kv_cache_usage is None else f"{state.kv_cache_usage:.1%} used"),
+        ("settings", settings_text(session.settings) or "the server's own"),
+        ("this kernel", f"{local.args.names[0]} stays loaded" if local is not None else ""),
+        ("last reply", speed_text(last) if last else "none yet"),
+    )
+    return StatusCard(f"{remote.model} (remote)", tuple(field for field in fields if field[1]), state.kv_cache_usage)
