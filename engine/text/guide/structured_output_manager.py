@@ -19,6 +19,7 @@ from engine.text.guide.repetition import RepetitionFinder
 from engine.text.guide.structural_tag import structural_tag_grammar
 from engine.text.guide.thinking_state import Place, ThoughtMarkers, ThoughtTracker, place_after_prompt, thought_markers
 from engine.text.guide.tool_grammar import tool_grammar
+from engine.text.parse.tool_parsers import TOOL_PARSERS
 from engine.text.tokens.tokenizer import Tokenizer
 
 
@@ -189,7 +190,8 @@ class Guides:
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(token for token in eos_token_ids if token < vocab_size)
         self._compiler = GrammarCompiler(tokenizer, vocab_size, self._eos_token_ids)
-        self._tool_call_parser = tool_call_parser
+        parser = TOOL_PARSERS.get(tool_call_parser or "")
+        self._demanded = parser.demanded if parser else None
         self.markers: ThoughtMarkers | None = thought_markers(reasoning_parser, reasoning_config or {}, tokenizer)
         start = self.markers.start if self.markers else ""
         self._start = tuple(tokenizer.encode(start, add_special_tokens=False)) if start else ()
@@ -240,7 +242,7 @@ class Guides:
         param = "structured_outputs" if calls is None else "tools"
         try:
             if calls is not None:
-                grammar = tool_grammar(self._tool_call_parser, calls, self._compiler.mark)
+                grammar = tool_grammar(self._demanded, calls, self._compiler.mark)
             elif tag is not None:
                 grammar = structural_tag_grammar(tag, self._compiler.mark)
             else:

@@ -1,8 +1,7 @@
 """The grammar of a demanded tool call (``tool_choice`` required, or a named function).
 
-In the model's own format where that is JSON behind marks (hermes and llama3_json); for all other
-parsers in vLLM's forms, which every parser here reads when a call is demanded: a list of
-``{"name": …, "parameters": {…}}`` for required, the arguments alone for a named function.
+In the form that the model's tool parser names, else in vLLM's forms, which every parser here reads when a call
+is demanded: a list of ``{"name": …, "parameters": {…}}`` for required, the arguments alone for a named function.
 """
 
 import json
@@ -12,24 +11,20 @@ from typing import Any
 from engine.errors import RequestError
 from engine.params.structured_outputs import ToolCalls
 from engine.text.guide.grammar import json_grammar, whitespace_options
-from engine.text.parse.tool_parsers.base import is_function_name
+from engine.text.parse.tool_parsers.base import DemandedForm, is_function_name
 
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
-_HERMES = ("hermes", "qwen2_5", "json_tools")
 
 
-def tool_grammar(parser: str | None, calls: ToolCalls, mark: Callable[[str], str]) -> str:
-    """llguidance's grammar of the calls that ``calls`` allows, as ``parser`` reads them.
+def tool_grammar(form: DemandedForm | None, calls: ToolCalls, mark: Callable[[str], str]) -> str:
+    """llguidance's grammar of the calls that ``calls`` allows, in the parser's ``form`` or vLLM's.
 
     ``mark`` writes a text of the format as the grammar needs it.
     """
-    if parser in _HERMES:
-        start, end = (mark(text) for text in ("<tool_call>", "</tool_call>"))
-        more = r' ("\n" call)*' if calls.parallel else ""
-        return _lark(f'start: call{more}\ncall: {start} "\\n" object "\\n" {end}', calls, "arguments")
-    if parser == "llama3_json":
-        more = ' ("; " object)*' if calls.parallel else ""
-        return _lark(f"start: object{more}", calls, "parameters")
+    if form is not None:
+        more = f" ({mark(form.separator)} call)*" if calls.parallel else ""
+        call = " ".join([*map(mark, form.begin), "object", *map(mark, form.end)])
+        return _lark(f"start: call{more}\ncall: {call}", calls, form.arguments_key)
     if calls.names:
         return json_grammar(_arguments(calls.callable_functions[0]))
     return json_grammar(_list_schema(calls))

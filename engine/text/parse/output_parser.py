@@ -22,7 +22,6 @@ from engine.text.parse.scan.output_sink import (
     ParsedEvent,
     ReasoningDelta,
     ToolCallDelta,
-    mistral_call_id,
     random_call_id,
 )
 from engine.text.parse.scan.scanner import Markers, MarkupError, Scanner, Steps
@@ -105,13 +104,13 @@ def make_output_parser(
     ``special_tokens`` are the texts of the tokenizer's special tokens. Raises ConfigError for parser
     names that are not known.
     """
-    reasoning = parser_named(REASONING_PARSERS, reasoning_parser, "reasoning_parser")
-    tool = parser_named(TOOL_PARSERS, tool_call_parser, "tool_call_parser")
+    reasoning: ReasoningParser | None = parser_named(REASONING_PARSERS, reasoning_parser, "reasoning_parser")
+    tool: ToolParser | None = parser_named(TOOL_PARSERS, tool_call_parser, "tool_call_parser")
     wanted = bool(tools) and tool_choice != "none"
     demanded = wanted and tool_choice not in (None, "auto")
     calls: ToolParser | None = _forced(tool, tool_choice) if demanded else tool if wanted else None
     scanner, schemas = Scanner(), ToolSchemas(tools)
-    make_call_id = make_call_id or (mistral_call_id if tool_call_parser == "mistral" else random_call_id)
+    make_call_id = make_call_id or (tool.make_call_id if tool else random_call_id)
     sink = OutputSink(max_calls=None if parallel_tool_calls else 1, make_call_id=make_call_id)
     if reasoning is HARMONY or tool is HARMONY_CALLS:
         with_calls = wanted and tool is HARMONY_CALLS

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from engine.text.template.recognition import Recognised
 
 
 @dataclass(frozen=True)
-class ReasoningParser:
+class ReasoningParser(Recognised):
     """A thought stands between ``start`` and ``end``.
 
     ``anywhere``: a thought may also begin in the middle of an answer. ``implicit``: without a known prompt,
@@ -60,85 +62,66 @@ _TURN_MARK = re.compile(
 )
 """What separates turns in the chat formats at hand: a thought that a message quotes ends with its turn."""
 
+
+def _think_templates(*marks: str) -> tuple[tuple[str, ...], ...]:
+    """Templates with either of ``<think>`` and ``</think>``, and with one of ``marks``."""
+    return tuple((mark, tag) for mark in marks or ("",) for tag in ("<think>", "</think>"))
+
+
 _THINK = ReasoningParser("<think>", "</think>")
 _IMPLICIT_THINK = ReasoningParser("<think>", "</think>", implicit=True)
 
-HARMONY = ReasoningParser("<|channel|>analysis<|message|>", "<|end|>", anywhere=True)
+HARMONY = ReasoningParser("<|channel|>analysis<|message|>", "<|end|>", anywhere=True, templates=(("<|channel|>",),))
 """gpt-oss: read by :mod:`engine.text.parse.harmony`, tool calls included."""
 
 REASONING_PARSERS: dict[str, ReasoningParser] = {
-    **dict.fromkeys(("qwen3", "glm45", "deepseek_v3", "olmo3", "holo2", "kimi_k2", "exaone4"), _THINK),
-    **dict.fromkeys(("minimax_m2", "step3", "step3p5", "nemotron_v3"), _IMPLICIT_THINK),
-    "deepseek_r1": ReasoningParser("<think>", "</think>", implicit=True, unopened=True),
-    "gemma4": ReasoningParser("<|channel>thought", "<channel|>", anywhere=True),
+    "gemma4": ReasoningParser("<|channel>thought", "<channel|>", anywhere=True, templates=(("<|channel>",),)),
     "openai_gptoss": HARMONY,
-    "mistral": ReasoningParser("[THINK]", "[/THINK]"),
-    "seed_oss": ReasoningParser("<seed:think>", "</seed:think>"),
-    "granite": ReasoningParser("Here is my thought process:", "Here is my response:", prose=True),
-    "hunyuan_a13b": ReasoningParser("<think>", "</think>", wrappers=("<answer>", "</answer>")),
-    "ernie45": ReasoningParser("<think>", "</think>", wrappers=("<response>", "</response>")),
-    "longcat": ReasoningParser("<longcat_think>", "</longcat_think>"),
-    "cohere2": ReasoningParser(
-        "<|START_THINKING|>",
-        "<|END_THINKING|>",
-        wrappers=("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
-    ),
-    "kimi_k3": ReasoningParser(
-        "<|open|>think<|sep|>",
-        "<|close|>think<|sep|>",
-        wrappers=("<|open|>response<|sep|>", "<|close|>response<|sep|>", "<|close|>message<|sep|>"),
-    ),
+    "seed_oss": ReasoningParser("<seed:think>", "</seed:think>", templates=(("<seed:think>",),)),
+    "longcat": ReasoningParser("<longcat_think>", "</longcat_think>", templates=(("<longcat_think>",),)),
     "muse_spark": ReasoningParser(
         "to=self<|message|>",
         "<|eom|>",
         anywhere=True,
         wrappers=("<|start|>assistant", "to=user<|message|>", "to=commentary<|message|>", "<|eot|>"),
+        templates=(("<atem:function_calls>",),),
     ),
+    "mistral": ReasoningParser("[THINK]", "[/THINK]", templates=(("[THINK]",),)),
+    "cohere2": ReasoningParser(
+        "<|START_THINKING|>",
+        "<|END_THINKING|>",
+        wrappers=("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
+        templates=(("<|START_THINKING|>",),),
+    ),
+    "granite": ReasoningParser(
+        "Here is my thought process:",
+        "Here is my response:",
+        prose=True,
+        templates=(("Here is my thought process:",),),
+    ),
+    "kimi_k3": ReasoningParser(
+        "<|open|>think<|sep|>",
+        "<|close|>think<|sep|>",
+        wrappers=("<|open|>response<|sep|>", "<|close|>response<|sep|>", "<|close|>message<|sep|>"),
+        vocab=frozenset({"<|open|>", "<|close|>", "<|sep|>"}),
+    ),
+    "hunyuan_a13b": replace(_THINK, wrappers=("<answer>", "</answer>"), templates=_think_templates("<answer>")),
+    "minimax_m2": replace(_IMPLICIT_THINK, templates=_think_templates("<minimax:tool_call>", "]~b]")),
+    "glm45": replace(_THINK, templates=_think_templates("<arg_key>")),
+    "deepseek_r1": replace(_IMPLICIT_THINK, unopened=True, templates=_think_templates("<｜Assistant｜>")),
+    "kimi_k2": replace(_THINK, templates=_think_templates("<|tool_calls_section_begin|>")),
+    "qwen3": replace(_THINK, templates=_think_templates()),
+    **dict.fromkeys(("deepseek_v3", "olmo3", "holo2", "exaone4"), _THINK),
+    **dict.fromkeys(("step3", "step3p5", "nemotron_v3"), _IMPLICIT_THINK),
+    "ernie45": replace(_THINK, wrappers=("<response>", "</response>")),
 }
-"""vLLM's names, and names in their manner for forms that mlx-lm reads."""
-
-
-def reasoning_markers(name: str) -> tuple[str, str]:
-    """The texts that begin and end a thought, for budgets and for grammars that wait for its end."""
-    parser = REASONING_PARSERS[name]
-    return parser.start, parser.end
-
-
-_BY_MARK = (
-    ("<|channel>", "gemma4"),
-    ("<|channel|>", "openai_gptoss"),
-    ("<seed:think>", "seed_oss"),
-    ("<longcat_think>", "longcat"),
-    ("<atem:function_calls>", "muse_spark"),
-    ("[THINK]", "mistral"),
-    ("<|START_THINKING|>", "cohere2"),
-    ("Here is my thought process:", "granite"),
-)
+"""vLLM's names, and names in their manner for forms that mlx-lm reads. A model's template and tokens are shown to the
+parsers in this order, and the first that recognises itself is taken."""
 
 
 def detect_reasoning_parser(template: str | None, vocab: Collection[str]) -> str | None:
-    """The parser for a model's chat template, else for the tokens that it has; None if it does not think."""
-    template = template or ""
-    for mark, name in _BY_MARK:
-        if mark in template:
+    """The parser for a model's chat template, or for the tokens that it has; None if it does not think."""
+    for name, parser in REASONING_PARSERS.items():
+        if parser.in_template(template or "") or parser.in_vocab(vocab):
             return name
-    if {"<|open|>", "<|close|>", "<|sep|>"} <= set(vocab):
-        return "kimi_k3"
-    if "<think>" not in template and "</think>" not in template:
-        return None
-    return _think_variant(template)
-
-
-def _think_variant(template: str) -> str:
-    """Which of the parsers for ``<think>`` a template belongs to."""
-    if "<answer>" in template:
-        return "hunyuan_a13b"
-    if "<minimax:tool_call>" in template or "]~b]" in template:
-        return "minimax_m2"
-    if "<arg_key>" in template:
-        return "glm45"
-    if "<｜Assistant｜>" in template:
-        return "deepseek_r1"
-    if "<|tool_calls_section_begin|>" in template:
-        return "kimi_k2"
-    return "qwen3"
+    return None

@@ -1,7 +1,6 @@
 """Where parsers put what they find: reasoning, content and tool calls, in the order in which the model wrote them."""
 
 import secrets
-import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -102,11 +101,6 @@ def _joined(events: Iterable[ParsedEvent]) -> ParsedDelta:
 def random_call_id(index: int, name: str) -> str:  # noqa: ARG001 - the signature of MakeCallId
     """An id as vLLM makes them."""
     return f"chatcmpl-tool-{secrets.token_hex(16)}"
-
-
-def mistral_call_id(index: int, name: str) -> str:  # noqa: ARG001 - the signature of MakeCallId
-    """Nine letters and digits: Mistral's templates refuse other ids when they come back."""
-    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
 class OutputSink:

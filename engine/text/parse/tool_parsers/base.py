@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.text.parse.scan.output_sink import OutputSink
+from engine.text.parse.scan.output_sink import MakeCallId, OutputSink, random_call_id
 from engine.text.parse.scan.scanner import MarkupError, Scanner, Steps
+from engine.text.template.recognition import Recognised
 
 
 class ToolSchemas:
@@ -84,13 +86,53 @@ def function_name(text: object, declared: frozenset[str] | None = None) -> str:
     return name
 
 
+@dataclass(frozen=True, slots=True)
+class DemandedForm:
+    """How a grammar writes calls that ``tool_choice`` demands.
+
+    A call is ``{"name": …, arguments_key: {…}}`` between the texts of ``begin`` and ``end`` (marks stand alone,
+    since they may be tokens of their own), several are separated by ``separator``.
+    """
+
+    arguments_key: str
+    begin: tuple[str, ...] = ()
+    end: tuple[str, ...] = ()
+    separator: str = "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatFacts(Recognised):
+    """What differs from one format of tool calls to the next beside its marks.
+
+    ``make_call_id`` gives ids to calls that bring none. ``demanded`` is the form of demanded calls; None: vLLM's
+    (:mod:`engine.text.parse.tool_parsers.forced`), which all parsers read when a call is demanded.
+    """
+
+    make_call_id: MakeCallId = random_call_id
+    demanded: DemandedForm | None = None
+
+
 class ToolParser(Protocol):
-    """One way to write tool calls.
+    """One way to write tool calls. What implements it is a :class:`FormatFacts` too.
 
     ``starts`` are the marks that a call begins with, ``ends`` those that it ends with. ``bare`` holds
     characters that, at the beginning of an answer, may begin a call without a mark. ``strays`` are marks
     that mean nothing by themselves behind a call, ends among them.
     """
+
+    @property
+    def make_call_id(self) -> MakeCallId:
+        """See :class:`FormatFacts`."""
+
+    @property
+    def demanded(self) -> DemandedForm | None:
+        """See :class:`FormatFacts`."""
+
+    def in_template(self, template: str) -> bool:
+        """See :class:`Recognised`."""
+
+    def in_vocab(self, vocab: Collection[str]) -> bool:
+        """See :class:`Recognised`."""
 
     @property
     def starts(self) -> tuple[str, ...]:

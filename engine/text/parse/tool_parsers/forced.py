@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from engine.text.parse.scan.lenient_json import LenientJson
 from engine.text.parse.scan.output_sink import OutputSink
 from engine.text.parse.scan.scanner import Scanner, Steps
-from engine.text.parse.tool_parsers.base import ToolParser, ToolSchemas
+from engine.text.parse.tool_parsers.base import FormatFacts, ToolParser, ToolSchemas
 from engine.text.parse.tool_parsers.json_calls import JsonCalls
 
 _REQUIRED = JsonCalls((), bare="[{")
 
 
 @dataclass(frozen=True)
-class ForcedCalls:
+class ForcedCalls(FormatFacts):
     """The model's own form (``native``, behind its marks) or vLLM's. ``name`` is the named function, if one is."""
 
     native: ToolParser | None

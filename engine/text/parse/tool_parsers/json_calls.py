@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from engine.text.parse.scan.lenient_json import LenientJson
 from engine.text.parse.scan.output_sink import OutputSink
 from engine.text.parse.scan.scanner import Emit, MarkupError, Scanner, Steps
-from engine.text.parse.tool_parsers.base import ToolSchemas, function_name
+from engine.text.parse.tool_parsers.base import DemandedForm, FormatFacts, ToolSchemas, function_name
 
 _NAME_KEYS = ("name", "tool_name", "function_name")
 _ARGUMENT_KEYS = ("arguments", "parameters", "args", "tool_input")
@@ -103,7 +103,7 @@ def _object_in(text: str) -> object:
 
 
 @dataclass(frozen=True)
-class JsonCalls:
+class JsonCalls(FormatFacts):
     """Objects with a name and arguments between ``starts`` and ``end``, one or several, in a list or not.
 
     ``bare`` characters begin a call without a mark; then the function must be one of the request's.
@@ -138,14 +138,32 @@ class JsonCalls:
                 return
 
 
-HERMES = JsonCalls(("<tool_call>",), ("</tool_call>",))
-LLAMA3_JSON = JsonCalls(("<|python_tag|>",), bare="{")
-GRANITE = JsonCalls(("<|tool_call|>", "<tool_call>"), ("</tool_call>",), bare="[")
-PHI4_MINI = JsonCalls(("functools",))
-JAMBA = JsonCalls(("<tool_calls>",), ("</tool_calls>",))
-INTERNLM = JsonCalls(("<|action_start|><|plugin|>", "<|action_start|> <|plugin|>"), ("<|action_end|>",))
-COHERE = JsonCalls(("<|START_ACTION|>",), ("<|END_ACTION|>",))
+HERMES = JsonCalls(
+    ("<tool_call>",),
+    ("</tool_call>",),
+    templates=(("<tool_call>",),),
+    demanded=DemandedForm("arguments", ("<tool_call>", "\n"), ("\n", "</tool_call>")),
+)
+LLAMA3_JSON = JsonCalls(
+    ("<|python_tag|>",),
+    bare="{",
+    templates=(("<|python_tag|>",), ("<|eot_id|>", '"parameters": ')),
+    demanded=DemandedForm("parameters", separator="; "),
+)
+GRANITE = JsonCalls(("<|tool_call|>", "<tool_call>"), ("</tool_call>",), bare="[", templates=(("<|tool_call|>",),))
+PHI4_MINI = JsonCalls(("functools",), templates=(("functools",),))
+JAMBA = JsonCalls(("<tool_calls>",), ("</tool_calls>",), templates=(("<tool_calls>",),))
+INTERNLM = JsonCalls(
+    ("<|action_start|><|plugin|>", "<|action_start|> <|plugin|>"),
+    ("<|action_end|>",),
+    templates=(("<|action_start|>",),),
+)
+COHERE = JsonCalls(("<|START_ACTION|>",), ("<|END_ACTION|>",), templates=(("<|START_ACTION|>",),))
 XLAM = JsonCalls(("[TOOL_CALLS]", "<tool_call>"), ("</tool_call>",), bare="[")
 GRANITE_20B_FC = JsonCalls(("<function_call>",))
 _GIGACHAT3 = "function call<|role_sep|>\n"
 GIGACHAT3 = JsonCalls((_GIGACHAT3, f"<|message_sep|>\n\n{_GIGACHAT3}", "<|function_call|>"))
+HARMONY_CALLS = JsonCalls(
+    ("<|channel|>commentary to=",), templates=(("<|channel|>commentary",), ("to=functions", "<|channel|>"))
+)
+"""Only its facts: :mod:`engine.text.parse.harmony` reads gpt-oss's calls together with its channels."""

@@ -1,12 +1,14 @@
 """Tool calls with the name outside of a JSON (or JSON-like) object of arguments."""
 
 import re
+import secrets
+import string
 from dataclasses import dataclass
 
 from engine.text.parse.scan.lenient_json import LenientJson
 from engine.text.parse.scan.output_sink import OutputSink
 from engine.text.parse.scan.scanner import MarkupError, Scanner, Steps
-from engine.text.parse.tool_parsers.base import ToolSchemas, function_name
+from engine.text.parse.tool_parsers.base import FormatFacts, ToolSchemas, function_name
 from engine.text.parse.tool_parsers.json_calls import JsonCalls
 
 _LONGEST_NAME = 256
@@ -14,7 +16,7 @@ _NUMBERED = re.compile(r"(?:functions\.)?(.+?):\d+")
 
 
 @dataclass(frozen=True)
-class NamedCalls:
+class NamedCalls(FormatFacts):
     """``begin`` name ``arguments`` {…} ``end``, any number of them in a section (``start`` … ``section_end``).
 
     ``raw_quote`` delimits strings without escapes. ``lead`` are texts before the name and ``tail`` those
@@ -108,8 +110,13 @@ class NamedCalls:
         return function_name(name.removeprefix("functions.")), None
 
 
+def mistral_call_id(index: int, name: str) -> str:  # noqa: ARG001 - the signature of MakeCallId
+    """Nine letters and digits: Mistral's templates refuse other ids when they come back."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+
 @dataclass(frozen=True)
-class MistralCalls:
+class MistralCalls(FormatFacts):
     """``[TOOL_CALLS]`` before a JSON list of calls, or before each ``name[ARGS]{…}``."""
 
     starts: tuple[str, ...] = ("[TOOL_CALLS]",)
@@ -126,9 +133,14 @@ class MistralCalls:
 
 _MISTRAL_LIST = JsonCalls(("[TOOL_CALLS]",))
 _MISTRAL_NAMED = NamedCalls("[TOOL_CALLS]", arguments="[ARGS]", id_mark="[CALL_ID]")
-MISTRAL = MistralCalls()
+MISTRAL = MistralCalls(templates=(("[TOOL_CALLS]",),), make_call_id=mistral_call_id)
 GEMMA4 = NamedCalls(
-    "<|tool_call>", lead=("call:",), end="<tool_call|>", raw_quote='<|"|>', more_strays=("<|tool_response>",)
+    "<|tool_call>",
+    lead=("call:",),
+    end="<tool_call|>",
+    raw_quote='<|"|>',
+    more_strays=("<|tool_response>",),
+    templates=(("<|tool_call>", "<tool_call|>"),),
 )
 FUNCTION_GEMMA = NamedCalls(
     "<start_function_call>",
@@ -136,6 +148,7 @@ FUNCTION_GEMMA = NamedCalls(
     end="<end_function_call>",
     raw_quote="<escape>",
     more_strays=("<start_function_response>",),
+    templates=(("<start_function_call>",),),
 )
 KIMI_K2 = NamedCalls(
     "<|tool_calls_section_begin|>",
@@ -143,6 +156,7 @@ KIMI_K2 = NamedCalls(
     begin="<|tool_call_begin|>",
     arguments="<|tool_call_argument_begin|>",
     end="<|tool_call_end|>",
+    templates=(("<|tool_calls_section_begin|>",),),
 )
 DEEPSEEK_V3 = NamedCalls(
     "<｜tool▁calls▁begin｜>",
@@ -152,6 +166,7 @@ DEEPSEEK_V3 = NamedCalls(
     arguments="\n```json\n",
     tail=("```",),
     end="<｜tool▁call▁end｜>",
+    templates=(("<｜tool▁calls▁begin｜>", "```json"),),
 )
 DEEPSEEK_V31 = NamedCalls(
     "<｜tool▁calls▁begin｜>",
@@ -159,4 +174,5 @@ DEEPSEEK_V31 = NamedCalls(
     begin="<｜tool▁call▁begin｜>",
     arguments="<｜tool▁sep｜>",
     end="<｜tool▁call▁end｜>",
+    templates=(("<｜tool▁calls▁begin｜>",),),
 )

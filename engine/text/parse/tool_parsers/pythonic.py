@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from engine.text.parse.scan.lenient_json import LenientJson, quoted
 from engine.text.parse.scan.output_sink import OutputSink
 from engine.text.parse.scan.scanner import Emit, MarkupError, Scanner, Steps
-from engine.text.parse.tool_parsers.base import ToolSchemas, function_name
+from engine.text.parse.tool_parsers.base import FormatFacts, ToolSchemas, function_name
 
 
 @dataclass(frozen=True)
-class PythonicCalls:
+class PythonicCalls(FormatFacts):
     """A list of calls with keyword arguments, between ``starts`` and ``ends`` or bare (then of declared functions).
 
     ``lines``: each call stands on a line of its own, without brackets and commas.
@@ -118,5 +118,8 @@ class PythonicCalls:
         return ends
 
 
-PYTHONIC = PythonicCalls()
+PYTHONIC = PythonicCalls(
+    templates=(("<|tool_list_start|>",), ("<|tool_call_start|>",)),
+    vocab=frozenset({"<|tool_call_start|>", "<|tool_call_end|>"}),
+)
 OLMO3 = PythonicCalls(("<function_calls>",), ("</function_calls>",), bare="", lines=True)

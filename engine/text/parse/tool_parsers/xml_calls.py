@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from engine.text.parse.scan.lenient_json import LenientJson, quoted
 from engine.text.parse.scan.output_sink import OutputSink
 from engine.text.parse.scan.scanner import Emit, Markers, MarkupError, Scanner, Steps
-from engine.text.parse.tool_parsers.base import ToolSchemas, function_name
+from engine.text.parse.tool_parsers.base import FormatFacts, ToolSchemas, function_name
 from engine.text.parse.tool_parsers.values import to_json
 
 _STATED = {
@@ -23,7 +23,7 @@ _NOT_TEXT = frozenset('{["-0123456789tfnTFN')
 
 
 @dataclass(frozen=True)
-class XmlCalls:
+class XmlCalls(FormatFacts):
     """The tags of one format.
 
     A section (``start`` … ``end``, optional) holds functions: ``open`` name ``name_end`` … ``close``.
@@ -215,6 +215,7 @@ QWEN3_CODER = XmlCalls(
     (">",),
     "</parameter>",
     newlines=True,
+    templates=(("<tool_call>", "<function="),),
 )
 SEED_OSS = XmlCalls(
     "<seed:tool_call>",
@@ -225,6 +226,7 @@ SEED_OSS = XmlCalls(
     "<parameter=",
     (">",),
     "</parameter>",
+    templates=(("<seed:tool_call>",),),
 )
 MINIMAX_M2 = XmlCalls(
     "<minimax:tool_call>",
@@ -236,6 +238,7 @@ MINIMAX_M2 = XmlCalls(
     (">",),
     "</parameter>",
     quoted=True,
+    templates=(("<minimax:tool_call>",),),
 )
 DEEPSEEK_V32 = XmlCalls(
     "<｜DSML｜function_calls>",
@@ -247,6 +250,7 @@ DEEPSEEK_V32 = XmlCalls(
     (">",),
     "</｜DSML｜parameter>",
     quoted=True,
+    templates=(("｜DSML｜",),),
 )
 DEEPSEEK_V4 = XmlCalls(
     "<｜DSML｜tool_calls>",
@@ -258,9 +262,20 @@ DEEPSEEK_V4 = XmlCalls(
     (">",),
     "</｜DSML｜parameter>",
     quoted=True,
+    templates=(("｜DSML｜", "'tool_calls>"),),
 )
 MINICPM5 = XmlCalls(
-    "", "", "<function name=", (">",), "</function>", "<param name=", (">",), "</param>", quoted=True, cdata=True
+    "",
+    "",
+    "<function name=",
+    (">",),
+    "</function>",
+    "<param name=",
+    (">",),
+    "</param>",
+    quoted=True,
+    cdata=True,
+    templates=(('<function name="', '<param name="'),),
 )
 GLM45 = XmlCalls(
     "<tool_call>",
@@ -271,6 +286,7 @@ GLM45 = XmlCalls(
     "<arg_key>",
     ("</arg_key>", "<arg_value>"),
     "</arg_value>",
+    templates=(("<arg_key>",),),
 )
 LONGCAT = XmlCalls(
     "<longcat_tool_call>",
@@ -281,6 +297,7 @@ LONGCAT = XmlCalls(
     "<longcat_arg_key>",
     ("</longcat_arg_key>", "<longcat_arg_value>"),
     "</longcat_arg_value>",
+    templates=(("<longcat_tool_call>",),),
 )
 KIMI_K3 = XmlCalls(
     "<|open|>tools<|sep|>",
@@ -294,6 +311,7 @@ KIMI_K3 = XmlCalls(
     quoted=True,
     whole='<|open|>json type="object"<|sep|>',
     whole_end="<|close|>json<|sep|>",
+    vocab=frozenset({"<|open|>", "<|close|>", "<|sep|>"}),
 )
 _ATEM = XmlCalls(
     "<atem:function_calls>",
@@ -309,7 +327,7 @@ _ATEM = XmlCalls(
 
 
 @dataclass(frozen=True)
-class MuseCalls:
+class MuseCalls(FormatFacts):
     """Muse Spark's tags, in messages whose header names the tool: ``to=f<|message|><atem:function_calls>…``."""
 
     header: str = "to="
@@ -328,4 +346,4 @@ class MuseCalls:
         yield from _ATEM.read(scanner, sink, tools, start)
 
 
-MUSE_SPARK = MuseCalls()
+MUSE_SPARK = MuseCalls(templates=((_ATEM.start,),))

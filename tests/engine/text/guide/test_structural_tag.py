@@ -1,16 +1,13 @@
 """Structural tags: which texts the grammar of a format admits."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 
 from engine.errors import RequestError
 from engine.text.guide.grammar import GrammarCompiler
 from engine.text.guide.structural_tag import structural_tag_grammar
 from engine.text.tokens.tokenizer import Tokenizer
-from tests import tiny_models
 
 INTEGER = {"type": "json_schema", "json_schema": {"type": "integer"}}
 ANY = {"type": "any_text"}
@@ -25,13 +22,6 @@ def const(text: str) -> dict[str, Any]:
 
 def sequence(*elements: Any) -> dict[str, Any]:
     return {"type": "sequence", "elements": list(elements)}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_models.write_tokenizer(folder, smollm2_gguf)
-    return Tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), eos_token="<|im_end|>")
 
 
 @pytest.fixture(scope="module")

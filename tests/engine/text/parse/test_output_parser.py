@@ -8,7 +8,7 @@ import pytest
 from engine.chat.parse_output import parse_output
 from engine.errors import ConfigError
 from engine.text.parse.output_parser import OutputParser, ParsedDelta, make_output_parser
-from engine.text.parse.reasoning_parsers import REASONING_PARSERS, detect_reasoning_parser, reasoning_markers
+from engine.text.parse.reasoning_parsers import REASONING_PARSERS, detect_reasoning_parser
 from engine.text.parse.tool_parsers import detect_tool_parser
 
 TOOLS = [
@@ -526,11 +526,10 @@ def test_chunks_must_make_up_the_text() -> None:
 
 
 def test_markers_of_every_parser_are_two_texts() -> None:
-    for name in REASONING_PARSERS:
-        start, end = reasoning_markers(name)
-        assert start
-        assert end
-        assert start != end
+    for parser in REASONING_PARSERS.values():
+        assert parser.start
+        assert parser.end
+        assert parser.start != parser.end
 
 
 def test_a_template_without_thoughts_or_tools_gets_no_parser() -> None:
