@@ -1,12 +1,10 @@
 """``engine.plan``: the memory plan from a config alone, without weights and without running anything."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-from engine.errors import ConfigError
 from engine.memory.plan import MemoryPlan, PlanInputs
 from engine.memory.plan_table import PlanTable, tabulate
 from engine.memory.planner import plan_memory
@@ -14,26 +12,11 @@ from engine.memory.step_cost import StepCost
 from engine.models.model_config import ModelConfig, read_model_config
 from engine.models.resolve import resolve
 from engine.params.engine_args import EngineArgs
+from engine.params.sizes import parse_size
 from engine.runner.device.devices import Device, describe_device, prepare_backend
 
 if TYPE_CHECKING:
     from engine.runner.kv.kv_spec import ModelCaches
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-
-
-def bytes_of(size: str | float, name: str = "device_memory") -> int:
-    """A size in bytes: a number, or text such as ``51.54GB``, ``48GiB``, ``800MB``."""
-    if isinstance(size, int | float):
-        return int(size)
-    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?i?b?)\s*", size, re.IGNORECASE)
-    unit = match.group(2).upper() if match else ""
-    unit = unit if unit.endswith("B") or not unit else unit + "B"
-    if not match or unit not in _UNITS:
-        flag = name.replace("_", "-")
-        raise ConfigError(f"--{flag} {size}: must be a size such as 51.54GB or 48GiB", flag=name, value=size)
-    return int(float(match.group(1)) * _UNITS[unit])
 
 
 def plan(
@@ -87,7 +70,7 @@ class _Sizes:
 
     @classmethod
     def of(cls, given: Mapping[str, str | float | None]) -> Self:
-        return cls(**{name: None if size is None else bytes_of(size, name) for name, size in given.items()})
+        return cls(**{name: None if size is None else parse_size(size, name) for name, size in given.items()})
 
     def device(self) -> Device:
         """This device, or one of that much memory: taken for a GPU, where checkpoints stay as they are."""

@@ -5,7 +5,6 @@ Pictures start from :func:`parts`; the text is vllm-metal's log line, a bar, the
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from decimal import ROUND_HALF_DOWN, Decimal
 from typing import Any, Literal, NamedTuple, Self
 
 from engine.errors import ConfigError
@@ -13,6 +12,7 @@ from engine.memory.cache_spec import KVCacheSpec
 from engine.memory.step_cost import StepCost
 from engine.params.engine_args import EngineArgs, check_batch
 from engine.params.flag_values import Auto
+from engine.params.sizes import exact_size, gb
 
 PartKind = Literal["weights", "overhead", "windows", "states", "kv", "outside"]
 BAR_WIDTH = 64
@@ -225,9 +225,11 @@ def _per_sequence(plan: MemoryPlan, groups: Sequence[KVCacheSpec]) -> str:
     if groups[0].kind == "state":
         kept = plan.num_checkpoints
         number = f"({plan.max_num_seqs} sequences + {kept} checkpoints)" if kept else f"{plan.max_num_seqs} sequences"
-        return f"{number} × {size(each)}"
+        return f"{number} × {exact_size(each)}"
     ahead = sum(map(plan.bytes_of, groups)) - plan.max_num_seqs * each
-    return f"{plan.max_num_seqs} sequences × {size(each)}" + (f" + {size(ahead)} for a step's tokens" if ahead else "")
+    return f"{plan.max_num_seqs} sequences × {exact_size(each)}" + (
+        f" + {exact_size(ahead)} for a step's tokens" if ahead else ""
+    )
 
 
 def log_line(plan: MemoryPlan) -> str:
@@ -271,7 +273,7 @@ def summary(plan: MemoryPlan) -> list[str]:
     most = "the whole context" if longest == context else f"of the model's {context}"
     return [
         f"max_model_len {plan.max_model_len}: {plan.max_concurrency:.2f} requests of full length at once, "
-        f"{size(plan.kv_bytes_at_max_len)} each; longest that fits: {longest} ({most})",
+        f"{exact_size(plan.kv_bytes_at_max_len)} each; longest that fits: {longest} ({most})",
         f"max_num_seqs {plan.max_num_seqs}: requests that run at once; others wait",
     ]
 
@@ -289,24 +291,6 @@ def bar(plan: MemoryPlan, width: int = BAR_WIDTH) -> str:
     pieces = [part for part in parts(plan) if part.num_bytes > 0]
     cells = _shares([part.num_bytes for part in pieces], width)
     return "".join(_GLYPHS[part.kind] * count for part, count in zip(pieces, cells, strict=True))
-
-
-def size(num_bytes: int) -> str:
-    """Bytes for people: ``14.56GB``, ``3.41MB``, ``20480B`` (powers of ten, as in the log line)."""
-    if abs(num_bytes) >= 10**9:
-        return gb(num_bytes)
-    return f"{num_bytes / 10**6:.2f}MB" if abs(num_bytes) >= 10**5 else f"{num_bytes}B"
-
-
-def gb(num_bytes: int) -> str:
-    """``14.96GB``, GB = 1e9 bytes."""
-    # A tie comes from a typed figure (51.54e9 for 48 GiB), whose true value is mostly a little less.
-    return f"{Decimal(num_bytes).scaleb(-9).quantize(Decimal('0.01'), ROUND_HALF_DOWN)}GB"
-
-
-def gib(num_bytes: int) -> str:
-    """``27.5``, as vLLM prints GiB."""
-    return f"{round(num_bytes / 2**30, 2)}"
 
 
 def layer_ranges(layers: Sequence[int]) -> str:
@@ -327,7 +311,7 @@ def _sums(plan: MemoryPlan) -> list[str]:
     lines.append(("", "= ", "usable", gb(plan.usable), ""))
     for part in parts(plan)[:-1]:
         sign = "= " if part.kind == "kv" else "− "
-        lines.append((_GLYPHS[part.kind], sign, part.name, size(part.num_bytes), part.remark))
+        lines.append((_GLYPHS[part.kind], sign, part.name, exact_size(part.num_bytes), part.remark))
     lines.append((_GLYPHS["outside"], "  ", "left alone", gb(plan.device_limit - plan.usable), parts(plan)[-1].remark))
     return [
         f"{glyph or ' '} {sign}{name:<16}{value:>9}  {remark}".rstrip() for glyph, sign, name, value, remark in lines
@@ -348,11 +332,11 @@ def _group_row(plan: MemoryPlan, group: KVCacheSpec) -> GroupRow:
         group.kind,
         _layers(group.layers),
         f"{group.bytes_per_token}B" if group.bytes_per_token else "–",
-        size(group.bytes_per_sequence(plan.max_model_len)),
+        exact_size(group.bytes_per_sequence(plan.max_model_len)),
         f"{group.window} tokens" if group.window else "all" if group.grows else "–",
         str(group.block_size) if group.bytes_per_token else "–",
         str(plan.num_blocks_of(group)) + (" slots" if group.kind == "state" else ""),
-        size(plan.bytes_of(group)),
+        exact_size(plan.bytes_of(group)),
     )
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError, MemoryPlanError
-from engine.memory.plan import MemoryPlan, size
+from engine.memory.plan import MemoryPlan
+from engine.params.sizes import exact_size
 
 MOST_PLANS = 200
 """More rows than this are refused: nobody reads them."""
@@ -65,12 +66,12 @@ class PlanTable:
     def _cells(self, row: PlanRow) -> tuple[str, ...]:
         numbers = row.figures
         found = {
-            "fits": f"no, {size(row.error.short_by)} short" if row.error else "yes",
+            "fits": f"no, {exact_size(row.error.short_by)} short" if row.error else "yes",
             "max_model_len": str(numbers.max_model_len),
             "longest": str(numbers.max_model_len_that_fits or "none"),
             "max_num_seqs": str(numbers.max_num_seqs),
             "full length": f"× {row.plan.max_concurrency:.2f}" if row.plan else "–",
-            "each": size(numbers.kv_bytes_at_max_len),
+            "each": exact_size(numbers.kv_bytes_at_max_len),
             "KV tokens": str(row.plan.max_tokens_cached) if row.plan else "–",
         }
         return tuple(str(row.settings.get(name, found.get(name))) for name in self.header)

@@ -17,11 +17,12 @@ from typing import Any
 
 from engine.errors import ConfigError, MemoryPlanError
 from engine.memory.cache_spec import KVCacheSpec, ceil_div
-from engine.memory.plan import MemoryPlan, PlanInputs, breakdown, gib
+from engine.memory.plan import MemoryPlan, PlanInputs, breakdown
 from engine.params.engine_args import DEFAULT_MEMORY_FRACTION, MAX_NUM_SEQS_LIMIT, option_value
 from engine.params.flag_values import Auto
 from engine.params.kv_dtype import kv_cache_dtype as known_kv_cache_dtype
 from engine.params.kv_dtype import unquantized_note
+from engine.params.sizes import gib
 
 MIN_BLOCKS = 16
 """Fewer blocks than this are refused (vllm-metal's PAGED_ATTENTION_MIN_BLOCKS)."""

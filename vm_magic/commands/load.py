@@ -5,12 +5,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from engine.params.sizes import size_text
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.engine_flags import ENGINE_OPTIONS, EngineCommand
 from vm_magic.commands.panel import leave_panel
 from vm_magic.commands.parser import pick
 from vm_magic.show.errors import Interrupted
-from vm_magic.show.progress import LoadProgress, size_text
+from vm_magic.show.progress import LoadProgress
 from vm_magic.show.tables import Table
 from vm_magic.state import session as sessions
 from vm_magic.state.references import release_references

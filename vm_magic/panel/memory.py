@@ -10,10 +10,10 @@ import ipywidgets as widgets
 
 from engine.errors import MemoryPlanError, VMMagicError
 from engine.params.flag_values import int_or_auto
+from engine.params.sizes import size_text
 from vm_magic.panel.snapshot import NO_MODEL, Seen
 from vm_magic.panel.style import bad, faint, good
 from vm_magic.show.plan_view import plan_picture_html
-from vm_magic.show.progress import size_text
 
 if TYPE_CHECKING:
     from engine.llm import LLM

@@ -3,8 +3,9 @@
 import html
 from typing import TYPE_CHECKING
 
-from engine.memory.plan import GROUP_HEADER, Part, PartKind, gb, group_rows, layer_ranges, parts, size, summary
+from engine.memory.plan import GROUP_HEADER, Part, PartKind, group_rows, layer_ranges, parts, summary
 from engine.memory.plan_table import MEANINGS
+from engine.params.sizes import exact_size, gb
 
 if TYPE_CHECKING:
     from engine.memory.plan import MemoryPlan
@@ -44,7 +45,7 @@ def plan_html(plan: "MemoryPlan") -> str:
 def plan_picture_html(plan: "MemoryPlan") -> str:
     """A stacked bar over the whole device and its legend; inline, without script, to embed anywhere."""
     pieces = [part for part in parts(plan) if part.num_bytes > 0]
-    spoken = ", ".join(f"{part.name} {size(part.num_bytes)}" for part in pieces)
+    spoken = ", ".join(f"{part.name} {exact_size(part.num_bytes)}" for part in pieces)
     label = f"memory of {gb(plan.device_limit)}: {spoken}"
     bar = "".join(_piece(part, part.num_bytes / plan.device_limit) for part in pieces)
     legend = "".join(_legend(part) for part in pieces)
@@ -82,11 +83,11 @@ def _headline(plan: "MemoryPlan") -> str:
 
 
 def _piece(part: Part, share: float) -> str:
-    text = f"<b>{size(part.num_bytes)}</b>" if share >= _NARROW else ""
+    text = f"<b>{exact_size(part.num_bytes)}</b>" if share >= _NARROW else ""
     if share >= _WIDE:
         text = f"{part.name}&nbsp;{text}"
     colour = "inherit" if part.kind == "outside" else "#fff"
-    title = html.escape(f"{part.name}: {size(part.num_bytes)}, {part.remark}")
+    title = html.escape(f"{part.name}: {exact_size(part.num_bytes)}, {part.remark}")
     return (
         f'<div title="{title}" style="flex:{share:.6f} 1 0;'
         f"min-width:3px;background-color:{_colour(part)};color:{colour};display:flex;align-items:center;"
@@ -105,7 +106,7 @@ def _legend(part: Part) -> str:
     )
     return (
         f'<span><span style="{swatch}"></span>{part.name}</span>'
-        f'<span style="text-align:right;font-variant-numeric:tabular-nums">{size(part.num_bytes)}</span>'
+        f'<span style="text-align:right;font-variant-numeric:tabular-nums">{exact_size(part.num_bytes)}</span>'
         f'<span style="opacity:.75">{html.escape(part.remark)}</span>'
     )
 

@@ -5,18 +5,11 @@ import threading
 import time
 from typing import Any
 
+from engine.params.sizes import size_text
 from vm_magic.show.display import DisplayHandle, can_update
 from vm_magic.show.reply_bundle import Bundle
 
 _INTERVAL = 0.1
-
-
-def size_text(num_bytes: float) -> str:
-    """Bytes for people: ``145.2MB`` (1e6), ``8.04GB`` (1e9)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.{2 if unit == 'GB' else 1}f}{unit}"
-    return f"{num_bytes:.0f}B"
 
 
 class LoadProgress:
