@@ -11,7 +11,7 @@ from engine.params.engine_args import EngineArgs
 from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import Constraints
 from engine.runner.sampling.sampling_metadata import check_token_ids
-from engine.text.guide.structured_output_manager import Guides
+from engine.text.guide.structured_output_manager import StructuredOutputManager
 from engine.text.parse.parser_choice import ParserChoice
 from engine.text.tokens.tokenizer import Tokenizer
 
@@ -25,13 +25,13 @@ class RequestMaker:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        guides: Guides,
+        structured_outputs: StructuredOutputManager,
         *,
         vocab_size: int,
         eos_token_ids: frozenset[int],
         seed: int | None,
     ) -> None:
-        self.guides = guides
+        self.structured_outputs = structured_outputs
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
@@ -44,7 +44,7 @@ class RequestMaker:
     ) -> Self:
         """For a loaded model whose logits are ``vocab_size`` wide."""
         eos_token_ids = config.eos_token_ids | tokenizer.eos_token_ids
-        guides = Guides(
+        structured_outputs = StructuredOutputManager(
             tokenizer,
             vocab_size,
             eos_token_ids,
@@ -52,7 +52,7 @@ class RequestMaker:
             tool_call_parser=parsers.tool_call_parser,
             reasoning_config=args.reasoning_config,
         )
-        return cls(tokenizer, guides, vocab_size=vocab_size, eos_token_ids=eos_token_ids, seed=args.seed)
+        return cls(tokenizer, structured_outputs, vocab_size=vocab_size, eos_token_ids=eos_token_ids, seed=args.seed)
 
     def make(
         self,
@@ -84,7 +84,7 @@ class RequestMaker:
             bad_words_token_ids=self._bad_words(params),
             priority=priority,
             cache_salt=cache_salt,
-            make_guide=self.guides.prepare(constraints, token_ids, params),
+            make_guide=self.structured_outputs.prepare(constraints, token_ids, params),
         )
 
     def _seed(self, params: SamplingParams) -> int:

@@ -83,11 +83,11 @@ def whole_steps(llm: LLM, repeats: int) -> None:
 
 def parts(llm: LLM, repeats: int) -> None:
     """Compiling, computing masks, applying them."""
-    guides = llm._requests.guides
-    first = milliseconds(lambda: guides.prepare(JSON, [1], GREEDY), 1)
-    again = milliseconds(lambda: guides.prepare(JSON, [1], GREEDY), repeats)
+    manager = llm._requests.structured_outputs
+    first = milliseconds(lambda: manager.prepare(JSON, [1], GREEDY), 1)
+    again = milliseconds(lambda: manager.prepare(JSON, [1], GREEDY), repeats)
     print(f"first grammar {first:.0f} ms (the vocabulary's trie included), each further one {again:.2f} ms")
-    make = guides.prepare(JSON, [1], GREEDY)
+    make = manager.prepare(JSON, [1], GREEDY)
     assert make is not None
     vocab_size = llm._requests.vocab_size
     for rows in (1, 8):

@@ -47,16 +47,16 @@ class _Tokens:
         return list(self.all.greedy_tokenize(self._tokenizer.token_text(token_id)))
 
 
-class Matcher:
+class GrammarMatcher:
     """Where one completion stands in its grammar."""
 
     def __init__(self, matcher: "LLMatcher", tokens: _Tokens) -> None:
         self._matcher = matcher
         self._tokens = tokens
 
-    def another(self) -> "Matcher":
-        """A second matcher in the same place."""
-        return Matcher(self._matcher.deep_copy(), self._tokens)
+    def another(self) -> "GrammarMatcher":
+        """A second matcher in the same state."""
+        return GrammarMatcher(self._matcher.deep_copy(), self._tokens)
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> None:
         """Set the bits of tokens that the grammar allows next, end tokens where it may end."""
@@ -102,7 +102,7 @@ class GrammarCompiler:
         self._loaded: _Tokens | None = None
         self._lock = threading.Lock()
 
-    def compile(self, grammar: str, param: str = "structured_outputs") -> Matcher:
+    def compile(self, grammar: str, param: str = "structured_outputs") -> GrammarMatcher:
         """A matcher at the grammar's beginning. Raises RequestError with what is wrong in it."""
         from llguidance import LLMatcher
 
@@ -112,7 +112,7 @@ class GrammarCompiler:
         if matcher.is_error() or not begins:
             why = _one_line(matcher.get_error()) or "no text satisfies it"
             raise RequestError(f"bad grammar or schema: {why}", param=param)
-        return Matcher(matcher, tokens)
+        return GrammarMatcher(matcher, tokens)
 
     def mark(self, text: str) -> str:
         """``text`` in a Lark grammar: a mark that is one token of its own stands by its number."""

@@ -62,7 +62,7 @@ def _last_mark(text: str) -> str:
     return found.group().strip() if found else text
 
 
-class Place(enum.Enum):
+class ThinkingState(enum.Enum):
     """Where a completion stands."""
 
     BEFORE = enum.auto()
@@ -71,26 +71,26 @@ class Place(enum.Enum):
     ANSWER = enum.auto()
 
 
-def place_after_prompt(markers: ThoughtMarkers, prompt_token_ids: list[int], tokenizer: Tokenizer) -> Place:
+def state_after_prompt(markers: ThoughtMarkers, prompt_token_ids: list[int], tokenizer: Tokenizer) -> ThinkingState:
     """Where output begins behind this prompt: templates open a thought, close it, or leave it to the model."""
     tail = tokenizer.decode(prompt_token_ids[-_PROMPT_TAIL:], skip_special_tokens=False)
     if markers.from_start:
-        return Place.ANSWER if tail.rstrip().endswith(markers.end) else Place.THOUGHT
+        return ThinkingState.ANSWER if tail.rstrip().endswith(markers.end) else ThinkingState.THOUGHT
     if tail.rstrip().endswith(markers.end):
-        return Place.ANSWER
+        return ThinkingState.ANSWER
     if markers.parser is not None:
         inside = REASONING_PARSERS[markers.parser].begins_inside(tail)
     else:
         inside = tail.rstrip().endswith(markers.start)
-    return Place.THOUGHT if inside else Place.BEFORE
+    return ThinkingState.THOUGHT if inside else ThinkingState.BEFORE
 
 
 class ThoughtTracker:
-    """Follows one completion's text from ``place`` on. Counts the tokens of thought behind the start marker."""
+    """Follows one completion's text from ``state`` on. Counts the tokens of thought behind the start marker."""
 
-    def __init__(self, markers: ThoughtMarkers, place: Place, tokenizer: Tokenizer) -> None:
+    def __init__(self, markers: ThoughtMarkers, state: ThinkingState, tokenizer: Tokenizer) -> None:
         self.markers = markers
-        self.place = place
+        self.state = state
         self.num_tokens = 0
         self._text = ""
         self._stream = tokenizer.decode_stream(skip_special_tokens=False)
@@ -99,18 +99,18 @@ class ThoughtTracker:
     def add(self, token_id: int) -> None:
         """Take a token."""
         self._text = (self._text + (self._stream.step(token_id) or ""))[-self._longest :]
-        if self.place is Place.THOUGHT:
+        if self.state is ThinkingState.THOUGHT:
             self.num_tokens += 1
             if self.markers.end in self._text:
                 self.end()
-        elif self.markers.start in self._text and (self.place is Place.BEFORE or self.markers.anywhere):
-            self.place, self._text = Place.THOUGHT, ""
-        elif self.place is Place.BEFORE and self._is_answer():
-            self.place = Place.ANSWER
+        elif self.markers.start in self._text and (self.state is ThinkingState.BEFORE or self.markers.anywhere):
+            self.state, self._text = ThinkingState.THOUGHT, ""
+        elif self.state is ThinkingState.BEFORE and self._is_answer():
+            self.state = ThinkingState.ANSWER
 
     def end(self) -> None:
         """The thought is over."""
-        self.place, self._text = Place.ANSWER, ""
+        self.state, self._text = ThinkingState.ANSWER, ""
 
     def _is_answer(self) -> bool:
         """Whether the text so far cannot become a start marker any more."""

@@ -12,9 +12,9 @@ from engine.core.token_guide import COMPLETE, TokenGuide
 from engine.errors import RequestError
 from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import Constraints, RepetitionDetection
-from engine.text.guide.repetition import RepetitionFinder
-from engine.text.guide.structured_output_manager import Guides
-from engine.text.guide.thinking_state import Place, place_after_prompt, thought_markers
+from engine.text.guide.completion_guide import RepetitionDetector
+from engine.text.guide.structured_output_manager import StructuredOutputManager
+from engine.text.guide.thinking_state import ThinkingState, state_after_prompt, thought_markers
 from engine.text.tokens.tokenizer import Tokenizer
 from tests import tiny_models
 
@@ -32,12 +32,14 @@ def tokenizer(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> T
     return Tokenizer(hf, eos_token="<|im_end|>")
 
 
-def make_guides(tokenizer: Tokenizer, parser: str | None = "qwen3", **options: object) -> Guides:
-    return Guides(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids, reasoning_parser=parser, **options)
+def make_manager(tokenizer: Tokenizer, parser: str | None = "qwen3", **options: object) -> StructuredOutputManager:
+    return StructuredOutputManager(
+        tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids, reasoning_parser=parser, **options
+    )
 
 
-def guide_of(guides: Guides, tokenizer: Tokenizer, prompt: str = "", **fields: object) -> TokenGuide:
-    made = guides.prepare(Constraints.from_request(**fields), tokenizer.encode(prompt), PARAMS)
+def guide_of(manager: StructuredOutputManager, tokenizer: Tokenizer, prompt: str = "", **fields: object) -> TokenGuide:
+    made = manager.prepare(Constraints.from_request(**fields), tokenizer.encode(prompt), PARAMS)
     assert made is not None
     return made()
 
@@ -81,10 +83,10 @@ def repeats(tokens: list[int], detection: RepetitionDetection) -> bool:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_repetition_is_found_exactly_when_the_tail_repeats(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.text.guide.repetition._ROOM", 37)
+    monkeypatch.setattr("engine.text.guide.completion_guide._HISTORY_ROOM", 37)
     rng = random.Random(seed)
     detection = RepetitionDetection(rng.randint(1, 9), rng.randint(0, 1), rng.randint(2, 4))
-    finder, tokens = RepetitionFinder(detection), []
+    detector, tokens = RepetitionDetector(detection), []
     for _ in range(600):
         if rng.random() < 0.1:
             pattern = [rng.randrange(3) for _ in range(rng.randint(1, 10))]
@@ -93,18 +95,18 @@ def test_repetition_is_found_exactly_when_the_tail_repeats(seed: int, monkeypatc
             added = [rng.randrange(3)]
         for token in added:
             tokens.append(token)
-            assert finder.add(token) == repeats(tokens, detection), tokens[-40:]
+            assert detector.add(token) == repeats(tokens, detection), tokens[-40:]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("end", ["</think>", "\n\nEnough now.</think>\n\n"])
 def test_a_budget_holds_at_every_cut_however_steps_overlap(tokenizer: Tokenizer, overlap: bool, end: str) -> None:
-    guides = make_guides(tokenizer, reasoning_config={"reasoning_end_str": end})
+    manager = make_manager(tokenizer, reasoning_config={"reasoning_end_str": end})
     script = tokenizer.encode("<think>\nOne two three four five six.</think>\n\nThe answer")
     thought = script.index(tokenizer.encode("</think>")[0]) - 1
     injected = tokenizer.encode(end)
     for budget in range(thought + 3):
-        guide = guide_of(guides, tokenizer, thinking_token_budget=budget)
+        guide = guide_of(manager, tokenizer, thinking_token_budget=budget)
         written = drive(guide, script, overlap=overlap)
         if budget <= thought:
             assert written[: 1 + budget] == script[: 1 + budget]
@@ -117,28 +119,28 @@ def test_a_budget_holds_at_every_cut_however_steps_overlap(tokenizer: Tokenizer,
 
 
 def test_repetition_ends_a_thought_at_the_same_token_however_steps_overlap(tokenizer: Tokenizer) -> None:
-    guides = make_guides(tokenizer)
+    manager = make_manager(tokenizer)
     script = tokenizer.encode("<think>\n" + "again and " * 150 + "</think>Done")
-    written = [drive(guide_of(guides, tokenizer), script, overlap=overlap) for overlap in (False, True)]
+    written = [drive(guide_of(manager, tokenizer), script, overlap=overlap) for overlap in (False, True)]
     assert written[0] == written[1]
     assert tokenizer.decode(written[0]).endswith("</think>Done")
     assert len(written[0]) < 150
-    off = guide_of(guides, tokenizer, repetition_detection={"max_pattern_size": 0, "min_count": 0})
+    off = guide_of(manager, tokenizer, repetition_detection={"max_pattern_size": 0, "min_count": 0})
     assert drive(off, script, overlap=True) == script
 
 
 def test_a_thought_that_ends_by_itself_is_not_ended_again(tokenizer: Tokenizer) -> None:
-    guides = make_guides(tokenizer)
+    manager = make_manager(tokenizer)
     asked = {"max_pattern_size": 2, "min_count": 3}
     script = tokenizer.encode("<think> no no no</think>Yes")
-    guide = guide_of(guides, tokenizer, repetition_detection=asked)
+    guide = guide_of(manager, tokenizer, repetition_detection=asked)
     assert drive(guide, script, overlap=True) == script
     assert guide.thinking_cut is None
 
 
 @pytest.mark.parametrize("in_flight", [False, True])
 def test_finish_thinking_lets_only_the_token_in_flight_pass(tokenizer: Tokenizer, in_flight: bool) -> None:
-    guide = guide_of(make_guides(tokenizer), tokenizer)
+    guide = guide_of(make_manager(tokenizer), tokenizer)
     for token in tokenizer.encode("<think>One two"):
         assert guide.advance(token) is None
     guide.finish_thinking(in_flight=in_flight)
@@ -152,23 +154,25 @@ def test_finish_thinking_lets_only_the_token_in_flight_pass(tokenizer: Tokenizer
 
 
 @pytest.mark.parametrize(
-    ("parser", "prompt", "place"),
+    ("parser", "prompt", "state"),
     [
-        ("qwen3", "<|im_start|>assistant\n", Place.BEFORE),
-        ("qwen3", "<|im_start|>assistant\n<think>\n", Place.THOUGHT),
-        ("qwen3", "<|im_start|>assistant\n<think>\nSo far", Place.THOUGHT),
-        ("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n", Place.ANSWER),
-        ("qwen3", "<|im_start|>user\nwhat is <think>?<|im_end|>\n<|im_start|>assistant\n", Place.BEFORE),
-        ("gemma4", "<|im_start|>model\n", Place.BEFORE),
-        ("gemma4", "<|im_start|>model\n<|channel>thought\n", Place.THOUGHT),
-        ("openai_gptoss", "<|start|>assistant", Place.THOUGHT),
-        ("openai_gptoss", "<|start|>assistant<|channel|>final<|message|>", Place.ANSWER),
+        ("qwen3", "<|im_start|>assistant\n", ThinkingState.BEFORE),
+        ("qwen3", "<|im_start|>assistant\n<think>\n", ThinkingState.THOUGHT),
+        ("qwen3", "<|im_start|>assistant\n<think>\nSo far", ThinkingState.THOUGHT),
+        ("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n", ThinkingState.ANSWER),
+        ("qwen3", "<|im_start|>user\nwhat is <think>?<|im_end|>\n<|im_start|>assistant\n", ThinkingState.BEFORE),
+        ("gemma4", "<|im_start|>model\n", ThinkingState.BEFORE),
+        ("gemma4", "<|im_start|>model\n<|channel>thought\n", ThinkingState.THOUGHT),
+        ("openai_gptoss", "<|start|>assistant", ThinkingState.THOUGHT),
+        ("openai_gptoss", "<|start|>assistant<|channel|>final<|message|>", ThinkingState.ANSWER),
     ],
 )
-def test_the_prompt_says_where_output_begins(tokenizer: Tokenizer, parser: str, prompt: str, place: Place) -> None:
+def test_the_prompt_says_where_output_begins(
+    tokenizer: Tokenizer, parser: str, prompt: str, state: ThinkingState
+) -> None:
     markers = thought_markers(parser, {}, tokenizer)
     assert markers is not None
-    assert place_after_prompt(markers, tokenizer.encode(prompt), tokenizer) is place
+    assert state_after_prompt(markers, tokenizer.encode(prompt), tokenizer) is state
 
 
 def test_markers_come_from_the_parser_or_the_reasoning_config(tokenizer: Tokenizer) -> None:
@@ -190,7 +194,7 @@ def allowed(guide: TokenGuide, tokenizer: Tokenizer) -> set[int] | None:
 
 
 def test_a_grammar_frees_the_thought_but_for_the_end_of_the_reply(tokenizer: Tokenizer) -> None:
-    guide = guide_of(make_guides(tokenizer), tokenizer, structured_outputs={"choice": ["yes", "no"]})
+    guide = guide_of(make_manager(tokenizer), tokenizer, structured_outputs={"choice": ["yes", "no"]})
     start, end = (tokenizer.encode(mark)[0] for mark in ("<think>", "</think>"))
     first = allowed(guide, tokenizer)
     assert first is not None
@@ -207,7 +211,7 @@ def test_a_grammar_frees_the_thought_but_for_the_end_of_the_reply(tokenizer: Tok
 
 
 def test_filling_a_mask_twice_changes_nothing(tokenizer: Tokenizer) -> None:
-    guide = guide_of(make_guides(tokenizer, None), tokenizer, structured_outputs={"regex": "a[bc]+"})
+    guide = guide_of(make_manager(tokenizer, None), tokenizer, structured_outputs={"regex": "a[bc]+"})
     assert allowed(guide, tokenizer) == allowed(guide, tokenizer)
     guide.advance(tokenizer.encode("ab")[0])
     later = allowed(guide, tokenizer)
@@ -217,10 +221,10 @@ def test_filling_a_mask_twice_changes_nothing(tokenizer: Tokenizer) -> None:
 
 
 def test_a_request_that_asks_for_nothing_has_no_guide(tokenizer: Tokenizer) -> None:
-    assert make_guides(tokenizer, None).prepare(None, [1], PARAMS) is None
-    assert make_guides(tokenizer, "qwen3").prepare(None, [1], PARAMS) is not None
+    assert make_manager(tokenizer, None).prepare(None, [1], PARAMS) is None
+    assert make_manager(tokenizer, "qwen3").prepare(None, [1], PARAMS) is not None
     with pytest.raises(RequestError, match="--reasoning-parser"):
-        make_guides(tokenizer, None).prepare(Constraints.from_request(thinking_token_budget=3), [1], PARAMS)
+        make_manager(tokenizer, None).prepare(Constraints.from_request(thinking_token_budget=3), [1], PARAMS)
 
 
 DEEP: dict[str, object] = {}
@@ -258,7 +262,7 @@ for _ in range(400):
     ids=lambda fields: f"{next(iter(fields))}-{next(iter(fields.values()))!r}"[:60],
 )
 def test_nonsense_of_any_type_is_the_clients_error(tokenizer: Tokenizer, fields: dict[str, object]) -> None:
-    guides = make_guides(tokenizer)
+    manager = make_manager(tokenizer)
     with pytest.raises(RequestError) as raised:
-        guides.prepare(Constraints.from_request(**fields), [1], PARAMS)
+        manager.prepare(Constraints.from_request(**fields), [1], PARAMS)
     assert "\n" not in str(raised.value)

@@ -12,7 +12,7 @@ import pytest
 from engine.core.token_guide import MakeGuide, TokenGuide
 from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import Constraints, ToolCalls
-from engine.text.guide.structured_output_manager import Guides
+from engine.text.guide.structured_output_manager import StructuredOutputManager
 from engine.text.guide.tool_grammar import tool_grammar
 from engine.text.parse.output_parser import make_output_parser
 from engine.text.parse.tool_parsers import TOOL_PARSERS
@@ -78,9 +78,9 @@ def demanded_texts(tokenizer: Tokenizer) -> Callable[[str, str], list[str]]:
 
 
 def make_guide(tokenizer: Tokenizer, name: str, choice: str) -> MakeGuide:
-    guides = Guides(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids, tool_call_parser=name)
+    manager = StructuredOutputManager(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids, tool_call_parser=name)
     constraints = Constraints.from_request(tools=TOOLS, tool_choice=CHOICES[choice])
-    make = guides.prepare(constraints, [1], SamplingParams())
+    make = manager.prepare(constraints, [1], SamplingParams())
     assert make is not None
     return make
 
