@@ -2,13 +2,12 @@
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from numbers import Integral
 from typing import Any, TypeVar
 
 from engine.errors import RequestError
 from engine.outputs import RequestOutput
-from engine.params.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
+from engine.params.sampling_params import DEFAULT_MAX_TOKENS, PARAMETERS, SamplingParams
 from engine.runtime.stream import RequestStream
 
 CHAT_OPTIONS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs")
@@ -34,7 +33,7 @@ def chat_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _belongs(name: str) -> str:
-    if name in {field.name for field in fields(SamplingParams)}:
+    if name in PARAMETERS:
         return f"give it as SamplingParams({name}=…)"
     return f"not known here; a chat takes sampling_params, {', '.join(CHAT_OPTIONS)}"
 

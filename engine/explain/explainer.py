@@ -8,23 +8,12 @@ from typing import Any
 from engine.chat.parse_output import collect_reply
 from engine.errors import RequestError
 from engine.explain.request_log import RequestLog, RequestRecord, common_prefix
-from engine.params.sampling_params import CONSTRAINTS, SamplingParams
+from engine.params.sampling_params import COMMON, CONSTRAINTS, SamplingParams
 from engine.params.structured_outputs import Constraints
 from engine.text.parse.output_parser import OutputParser
 from engine.text.tokens.detokenizer import whole_characters
 from engine.text.tokens.tokenizer import Tokenizer
 
-ALWAYS_SHOWN = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "max_tokens",
-    "seed",
-)
 _CONTEXT = 6
 """Tokens of context before a divergence."""
 Decode = Callable[[Sequence[int]], str]
@@ -283,7 +272,7 @@ def sampling_values(params: SamplingParams, max_tokens: int) -> list[SamplingVal
             continue
         value = getattr(params, field.name)
         plain = _is_default(field, value)
-        if field.name not in ALWAYS_SHOWN and plain:
+        if field.name not in COMMON and plain:
             continue
         source = params.sources.get(field.name, "default" if plain else "SamplingParams")
         if field.name == "max_tokens" and value is None:
@@ -332,7 +321,7 @@ def _fields(instance: Any) -> list[tuple[str, Any]]:
 
 
 def _place(name: str) -> int:
-    return ALWAYS_SHOWN.index(name) if name in ALWAYS_SHOWN else len(ALWAYS_SHOWN)
+    return COMMON.index(name) if name in COMMON else len(COMMON)
 
 
 def _is_default(field: "dataclasses.Field[Any]", value: object) -> bool:

@@ -4,22 +4,9 @@ from dataclasses import dataclass, replace
 
 from engine.errors import RequestError
 from engine.params.sampling_defaults import is_default_source
-from engine.params.sampling_params import SamplingParams
+from engine.params.sampling_params import SamplingParams, names_of
 
-LIVE_NAMES = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "ignore_eos",
-    "stop_token_ids",
-    "min_tokens",
-    "max_tokens",
-)
+LIVE_NAMES = names_of(lambda known: known.live)
 """Sampling values that reach running requests from their next token; the others are for requests to come."""
 
 

@@ -5,22 +5,21 @@ the model's ``generation_config.json`` > vLLM's defaults.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError, RequestError
-from engine.params.sampling_params import SamplingParams
+from engine.params.sampling_params import PARAMETERS, SamplingParams, names_of
 from engine.params.settings import Settings
 
+_LOG_ORDER = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+"""What vLLM's log line names first."""
 GENERATION_CONFIG_NAMES = {
-    "repetition_penalty": "repetition_penalty",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "max_new_tokens": "max_tokens",
+    PARAMETERS[name].generation_config: name
+    for name in sorted(
+        names_of(lambda known: bool(known.generation_config)),
+        key=lambda name: _LOG_ORDER.index(name) if name in _LOG_ORDER else len(_LOG_ORDER),
+    )
 }
 """What is read of a generation config, and its name here; in the order of vLLM's log line."""
 
@@ -33,9 +32,6 @@ def is_default_source(source: str | None) -> bool:
     None: nobody resolved defaults, the values are the request's own.
     """
     return source is not None and (source in _DEFAULT_SOURCES or source.startswith("preset "))
-
-
-_KNOWN = frozenset(field.name for field in fields(SamplingParams)) - {"sources"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class SamplingDefaults:
         ``source`` is what the origin of a given value is called; ``sources`` of the result has every value's.
         """
         for name in given:
-            if name not in _KNOWN:
+            if name not in PARAMETERS:
                 raise RequestError(f"Unknown sampling parameter {name!r}.", param=name)
         layers = (
             ("generation_config.json", _translate(self.generation_config)),
@@ -80,7 +76,7 @@ class SamplingDefaults:
             (source, {name: value for name, value in given.items() if value is not None}),
         )
         values: dict[str, Any] = {"max_tokens": None}
-        sources = dict.fromkeys(sorted(_KNOWN), "default")
+        sources = dict.fromkeys(PARAMETERS, "default")
         for origin, layer in layers:
             values.update(layer)
             sources.update(dict.fromkeys(layer, origin))

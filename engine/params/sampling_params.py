@@ -1,11 +1,33 @@
-"""``SamplingParams``: vLLM's field names, defaults and checks."""
+"""``SamplingParams``: vLLM's field names, defaults and checks, and all that is known of each parameter."""
 
-from collections.abc import Iterable, Mapping, Sequence
+# ruff: noqa: RUF009 - parameter() makes a dataclass field
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any, Self
 
 from engine.errors import RequestError
+from engine.params.flag_values import human_int
+from engine.params.sampling_field import (
+    BIASES,
+    GROUPS,
+    NUMBER,
+    SWITCH,
+    TEXT_OR_TEXTS,
+    TEXTS,
+    TOKEN_IDS,
+    WHOLE,
+    WHOLE_OR_NONE,
+    Flag,
+    Kind,
+    Range,
+    SamplingField,
+    Slider,
+    known_of,
+    parameter,
+    refuse,
+)
 from engine.params.structured_outputs import Constraints, RepetitionDetection, StructuredOutput, ThinkingBudget
 
 StructuredOutputsParams = StructuredOutput
@@ -19,39 +41,14 @@ DEFAULT_MAX_TOKENS = 16
 """Most tokens where nothing says otherwise (vLLM's default); chats go on to the end of the context."""
 MAX_COMPLETIONS = 16384
 """Most completions of one request (vLLM's ``VLLM_MAX_N_SEQUENCES`` default)."""
-CONSTRAINTS = ("structured_outputs", "thinking_token_budget", "repetition_detection")
-"""Fields that constrain one request's output (:meth:`SamplingParams.constraints`); no settings hold them."""
-_SEED_RANGE = (-(2**63), 2**63 - 1)
-_PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
-_SWITCHES = (
-    "ignore_eos",
-    "detokenize",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-)
-_KINDS: tuple[tuple[type, str, tuple[str, ...]], ...] = (
-    (Real, "a number", (*_PENALTIES, "temperature", "top_p", "min_p")),
-    (Integral, "a whole number", ("n", "top_k", "min_tokens")),
-    (Integral, "a whole number or None", ("seed", "max_tokens", "logprobs", "prompt_logprobs")),
-    (bool, "True or False", _SWITCHES),
-)
-"""What the values of which fields are."""
+_OPTIONAL_TOKEN_IDS = replace(TOKEN_IDS, optional=True)
+_LOGPROBS = (Range(-1, MAX_LOGPROBS, must=f"be between 0 and {MAX_LOGPROBS}, or -1 for the whole vocabulary"),)
 
 
-def _refuse(name: str, must: str, value: object) -> RequestError:
-    return RequestError(f"{name} must {must}, got {value}.", param=name)
-
-
-def _many(name: str, given: Any, kind: type, what: str) -> tuple[Any, ...]:
-    """The items of a list, each of ``kind``; None is an empty one."""
-    refusal = _refuse(name, f"be a list of {what}", repr(given))
-    if isinstance(given, str) or not isinstance(given, Iterable | None):
-        raise refusal
-    items = () if given is None else tuple(given)
-    if not all(isinstance(item, kind) for item in items):
-        raise refusal
-    return items
+def _constraint(type: Any, read: Callable[[Any], Any]) -> SamplingField:
+    """A field that constrains one request's output; its ``read`` says itself what is wrong. No settings hold it."""
+    kind = Kind(type, "constrain the output", (type,), "", read, optional=True)
+    return SamplingField(kind, settable=False, wire="own", constraint=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,76 +64,163 @@ class SamplingParams:
     :class:`RequestError` naming the field and its range.
     """
 
-    n: int = 1
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    bad_words: Sequence[str] = ()
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    max_tokens: int | None = DEFAULT_MAX_TOKENS
-    min_tokens: int = 0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    detokenize: bool = True
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    allowed_token_ids: Sequence[int] | None = None
-    structured_outputs: StructuredOutput | Mapping[str, Any] | None = None
-    thinking_token_budget: int | None = None
-    repetition_detection: RepetitionDetection | Mapping[str, Any] | None = None
+    n: int = parameter(
+        1,
+        SamplingField(WHOLE, ranges=(Range(low=1), Range(high=MAX_COMPLETIONS)), settable=False, wire="completions"),
+    )
+    presence_penalty: float = parameter(
+        0.0,
+        SamplingField(
+            NUMBER,
+            ranges=(Range(-2, 2),),
+            group="penalty",
+            flag=Flag("-2 to 2"),
+            slider=Slider(-2, 2, 0.05),
+            live=True,
+            generation_config="presence_penalty",
+        ),
+    )
+    frequency_penalty: float = parameter(
+        0.0,
+        SamplingField(
+            NUMBER,
+            ranges=(Range(-2, 2),),
+            group="penalty",
+            flag=Flag("-2 to 2"),
+            slider=Slider(-2, 2, 0.05),
+            live=True,
+            generation_config="frequency_penalty",
+        ),
+    )
+    repetition_penalty: float = parameter(
+        1.0,
+        SamplingField(
+            NUMBER,
+            ranges=(Range(1e-6, must="be greater than zero (at least 1e-6)"),),
+            group="penalty",
+            flag=Flag("above 1 discourages repeats"),
+            slider=Slider(0.5, 2, 0.01),
+            live=True,
+            generation_config="repetition_penalty",
+            server_default=True,
+        ),
+    )
+    temperature: float = parameter(
+        1.0,
+        SamplingField(
+            NUMBER,
+            ranges=(Range(0, must="be non-negative"),),
+            group="choice",
+            flag=Flag("0 always takes the likeliest token", short="-t"),
+            slider=Slider(0, 2, 0.05),
+            live=True,
+            generation_config="temperature",
+            server_default=True,
+        ),
+    )
+    top_p: float = parameter(
+        1.0,
+        SamplingField(
+            NUMBER,
+            ranges=(Range(0, 1, low_open=True),),
+            group="choice",
+            flag=Flag("keep the likeliest tokens up to this probability"),
+            slider=Slider(0.01, 1, 0.01),
+            live=True,
+            generation_config="top_p",
+            server_default=True,
+        ),
+    )
+    top_k: int = parameter(
+        0,
+        SamplingField(
+            WHOLE,
+            ranges=(Range(-1, must="be 0 or -1 (all tokens), or at least 1"),),
+            group="choice",
+            flag=Flag("keep the k likeliest tokens"),
+            slider=Slider(0, 200, 1),
+            live=True,
+            generation_config="top_k",
+            server_default=True,
+        ),
+    )
+    min_p: float = parameter(
+        0.0,
+        SamplingField(
+            NUMBER,
+            ranges=(Range(0, 1),),
+            group="choice",
+            flag=Flag("drop tokens below this share of the likeliest one"),
+            slider=Slider(0, 1, 0.01),
+            live=True,
+            generation_config="min_p",
+            server_default=True,
+        ),
+    )
+    seed: int | None = parameter(
+        None,
+        SamplingField(
+            WHOLE_OR_NONE,
+            ranges=(Range(-(2**63), 2**63 - 1, must="be a 64-bit integer"),),
+            group="seed",
+            flag=Flag("the same seed gives the same reply"),
+        ),
+    )
+    stop: Sequence[str] = parameter((), SamplingField(TEXT_OR_TEXTS))
+    stop_token_ids: Sequence[int] = parameter((), SamplingField(TOKEN_IDS, live=True))
+    bad_words: Sequence[str] = parameter((), SamplingField(TEXTS))
+    include_stop_str_in_output: bool = parameter(False, SamplingField(SWITCH))
+    ignore_eos: bool = parameter(False, SamplingField(SWITCH, live=True))
+    max_tokens: int | None = parameter(
+        DEFAULT_MAX_TOKENS,
+        SamplingField(
+            WHOLE_OR_NONE,
+            ranges=(Range(low=1),),
+            group="length",
+            flag=Flag("most tokens of the reply (default: to the end of the context)", read=human_int),
+            live=True,
+            wire="own",
+            generation_config="max_new_tokens",
+            server_default=True,
+        ),
+    )
+    min_tokens: int = parameter(
+        0, SamplingField(WHOLE, ranges=(Range(0, must="be greater than or equal to 0"),), live=True)
+    )
+    logprobs: int | None = parameter(None, SamplingField(WHOLE_OR_NONE, ranges=_LOGPROBS, wire="own"))
+    prompt_logprobs: int | None = parameter(
+        None, SamplingField(WHOLE_OR_NONE, ranges=_LOGPROBS, settable=False, wire="completions")
+    )
+    detokenize: bool = parameter(True, SamplingField(SWITCH, settable=False, wire="own"))
+    skip_special_tokens: bool = parameter(True, SamplingField(SWITCH))
+    spaces_between_special_tokens: bool = parameter(True, SamplingField(SWITCH))
+    logit_bias: Mapping[int, float] = parameter({}, SamplingField(BIASES, live=True, wire="own"))
+    allowed_token_ids: Sequence[int] | None = parameter(None, SamplingField(_OPTIONAL_TOKEN_IDS))
+    structured_outputs: StructuredOutput | Mapping[str, Any] | None = parameter(
+        None, _constraint(dict, StructuredOutput.from_structured_outputs)
+    )
+    thinking_token_budget: int | None = parameter(
+        None, _constraint(int, lambda budget: ThinkingBudget(budget).max_tokens)
+    )
+    repetition_detection: RepetitionDetection | Mapping[str, Any] | None = parameter(
+        None, _constraint(dict, RepetitionDetection.from_request)
+    )
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Per name, where its value came from; empty where nobody resolved defaults."""
 
     def __post_init__(self) -> None:
-        self._check_kinds()
-        self._normalise()
-        self._check()
-
-    def _check_kinds(self) -> None:
-        for kind, what, names in _KINDS:
-            for name in names:
-                value = getattr(self, name)
-                fine = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-                if not fine and not (value is None and what.endswith("None")):
-                    raise _refuse(name, f"be {what}", repr(value))
-
-    def _normalise(self) -> None:
         put = object.__setattr__
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        put(self, "stop", _many("stop", stop, str, "texts, or one text"))
-        put(self, "stop_token_ids", _many("stop_token_ids", self.stop_token_ids, Integral, "token ids"))
-        put(self, "bad_words", _many("bad_words", self.bad_words, str, "texts"))
-        try:
-            put(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
-        except (AttributeError, TypeError, ValueError):
-            raise _refuse("logit_bias", "map token ids to numbers", repr(self.logit_bias)) from None
-        if self.allowed_token_ids is not None:
-            put(self, "allowed_token_ids", _many("allowed_token_ids", self.allowed_token_ids, Integral, "token ids"))
-        if self.structured_outputs is not None:
-            put(self, "structured_outputs", StructuredOutput.from_structured_outputs(self.structured_outputs))
-        put(self, "repetition_detection", RepetitionDetection.from_request(self.repetition_detection))
+        for name, known in PARAMETERS.items():
+            put(self, name, known.check(name, getattr(self, name)))
         if 0 < self.temperature < SAMPLING_EPS:
             put(self, "temperature", 0.0)
         if self.top_k == -1:
             put(self, "top_k", 0)
+        self._check_texts()
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise refuse("min_tokens", f"be less than or equal to max_tokens={self.max_tokens}", self.min_tokens)
 
-    def _check(self) -> None:
-        self._check_filters()
-        self._check_lengths()
-        ThinkingBudget.from_request(self.thinking_token_budget)
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            if value is not None and not -1 <= value <= MAX_LOGPROBS:
-                raise _refuse(name, f"be between 0 and {MAX_LOGPROBS}, or -1 for the whole vocabulary", value)
+    def _check_texts(self) -> None:
         if any(not s for s in self.stop):
             raise RequestError("stop cannot contain an empty string.", param="stop")
         if self.stop and not self.detokenize:
@@ -145,36 +229,6 @@ class SamplingParams:
             raise RequestError("bad_words cannot contain an empty string.", param="bad_words")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is not None and empty!", param="allowed_token_ids")
-
-    def _check_filters(self) -> None:
-        low, high = _SEED_RANGE
-        ranges: tuple[tuple[str, bool, str], ...] = (
-            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "be in [-2, 2]"),
-            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "be in [-2, 2]"),
-            (
-                "repetition_penalty",
-                1e-6 <= self.repetition_penalty < float("inf"),
-                "be greater than zero (at least 1e-6)",
-            ),
-            ("temperature", 0.0 <= self.temperature < float("inf"), "be non-negative"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "be in (0, 1]"),
-            ("top_k", self.top_k >= 0, "be 0 or -1 (all tokens), or at least 1"),
-            ("min_p", 0.0 <= self.min_p <= 1.0, "be in [0, 1]"),
-            ("seed", self.seed is None or low <= self.seed <= high, "be a 64-bit integer"),
-        )
-        for name, fine, must in ranges:
-            if not fine:
-                raise _refuse(name, must, getattr(self, name))
-
-    def _check_lengths(self) -> None:
-        if not 1 <= self.n <= MAX_COMPLETIONS:
-            raise _refuse("n", "be at least 1" if self.n < 1 else f"be at most {MAX_COMPLETIONS}", self.n)
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise _refuse("max_tokens", "be at least 1", self.max_tokens)
-        if self.min_tokens < 0:
-            raise _refuse("min_tokens", "be greater than or equal to 0", self.min_tokens)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _refuse("min_tokens", f"be less than or equal to max_tokens={self.max_tokens}", self.min_tokens)
 
     @property
     def greedy(self) -> bool:
@@ -195,9 +249,25 @@ class SamplingParams:
 
     def replace(self, **changes: Any) -> Self:
         """A checked copy with ``changes``; unknown names are refused."""
-        known = {f.name for f in fields(self)} - {"sources"}
         for name in changes:
-            if name not in known:
+            if name not in PARAMETERS:
                 raise RequestError(f"Unknown sampling parameter {name!r}.", param=name)
         sources = {**self.sources, **dict.fromkeys(changes, "request")} if self.sources else {}
         return replace(self, **changes, sources=sources)
+
+
+PARAMETERS: Mapping[str, SamplingField] = MappingProxyType(
+    {made.name: known for made in fields(SamplingParams) if (known := known_of(made)) is not None}
+)
+"""What is known of each parameter, by name, in the order of the fields."""
+
+
+def names_of(wanted: Callable[[SamplingField], bool]) -> tuple[str, ...]:
+    """The names of the ``wanted`` parameters, in the order of the fields."""
+    return tuple(name for name, known in PARAMETERS.items() if wanted(known))
+
+
+COMMON = tuple(name for group in GROUPS for name, known in PARAMETERS.items() if known.group == group)
+"""The parameters that people turn most, in the order in which flags, sliders and ``explain`` list them."""
+CONSTRAINTS = names_of(lambda known: known.constraint)
+"""Fields that constrain one request's output (:meth:`SamplingParams.constraints`); no settings hold them."""

@@ -13,6 +13,7 @@ from engine.errors import ConfigError, EngineClosedError
 from engine.params.engine_args import ENGINE_FLAGS, EngineArgs, Flag
 from engine.params.kv_dtype import VLLM_NAMES
 from engine.params.sampling_defaults import GENERATION_CONFIG_NAMES
+from engine.params.sampling_params import names_of
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.cards import CodeText
@@ -27,7 +28,7 @@ HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3-270m": "g
 HUB_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "HF_HUB_CACHE")
 OURS_ALONE = ("no_api_key", "allowed_hosts")
 """Server options that vLLM does not have."""
-_VLLM_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+_VLLM_DEFAULTS = names_of(lambda known: known.server_default)
 """Sampling values that vLLM takes as a server's defaults; others come with each request."""
 
 

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import ipywidgets as widgets
@@ -12,6 +11,7 @@ import ipywidgets as widgets
 from engine.errors import VMMagicError
 from engine.params.live_sampling import LIVE_NAMES
 from engine.params.sampling_defaults import SamplingDefaults
+from engine.params.sampling_params import COMMON, PARAMETERS
 from engine.params.settings import MODEL_PRESET, PRESETS, THINKING_NAMES
 from vm_magic.panel.snapshot import Seen
 from vm_magic.panel.style import bad, faint
@@ -22,27 +22,9 @@ _OWN, _ON, _OFF = "model's own", "on", "off"
 _SWITCH: Mapping[str, bool | None] = {_OWN: None, _ON: True, _OFF: False}
 
 
-@dataclass(frozen=True)
-class SliderSpec:
-    """A parameter with a slider."""
-
-    name: str
-    low: float
-    high: float
-    step: float
-    whole: bool = False
-
-
-SLIDERS = (
-    SliderSpec("temperature", 0, 2, 0.05),
-    SliderSpec("top_p", 0.01, 1, 0.01),
-    SliderSpec("top_k", 0, 200, 1, whole=True),
-    SliderSpec("min_p", 0, 1, 0.01),
-    SliderSpec("presence_penalty", -2, 2, 0.05),
-    SliderSpec("frequency_penalty", -2, 2, 0.05),
-    SliderSpec("repetition_penalty", 0.5, 2, 0.01),
-)
-FIELDS = tuple(name for name in SETTABLE if name not in (*(spec.name for spec in SLIDERS), "preset", *THINKING_NAMES))
+SLIDERS = {name: slider for name in COMMON if (slider := PARAMETERS[name].slider) is not None}
+"""Parameters with a slider."""
+FIELDS = tuple(name for name in SETTABLE if name not in (*SLIDERS, "preset", *THINKING_NAMES))
 """Names with a text field, read as ``%vllm_metal set`` reads them."""
 _LOCAL_NOTE = (
     "Changes hold for all requests that do not say otherwise, from cells and clients, also for those that run "
@@ -146,7 +128,7 @@ class SamplingSection:
         self.finish.disabled = not thinks
 
     def _layout(self) -> widgets.Widget:
-        sliders = widgets.VBox([self.parameters[spec.name].widget for spec in SLIDERS])
+        sliders = widgets.VBox([self.parameters[name].widget for name in SLIDERS])
         fields = widgets.VBox([self.parameters[name].widget for name in FIELDS])
         more = widgets.Accordion(children=[fields], selected_index=None)
         more.set_title(0, "more: limits, stops, seed, tokens")
@@ -265,16 +247,17 @@ class SamplingSection:
 def _controls() -> dict[str, widgets.Widget]:
     wide, style = widgets.Layout(width="440px"), {"description_width": "150px"}
     controls: dict[str, widgets.Widget] = {}
-    for spec in SLIDERS:
-        kind = widgets.IntSlider if spec.whole else widgets.FloatSlider
-        controls[spec.name] = kind(
-            min=spec.low,
-            max=spec.high,
-            step=spec.step,
-            description=spec.name,
+    for name, slider in SLIDERS.items():
+        whole = PARAMETERS[name].kind.type is int
+        kind = widgets.IntSlider if whole else widgets.FloatSlider
+        controls[name] = kind(
+            min=slider.low,
+            max=slider.high,
+            step=slider.step,
+            description=name,
             # While it updates continuously a front end also sends back what it was told, moved to a whole step.
             continuous_update=False,
-            readout_format="d" if spec.whole else ".9",
+            readout_format="d" if whole else ".9",
             style=style,
             layout=wide,
         )

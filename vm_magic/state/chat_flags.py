@@ -3,24 +3,18 @@
 import argparse
 from typing import Any
 
-from engine.params.flag_values import human_int
-from engine.params.sampling_params import MAX_LOGPROBS
+from engine.params.sampling_params import COMMON, MAX_LOGPROBS, PARAMETERS
 
 FORMATS = ("markdown", "text", "code", "json")
 TOOL_CHOICES = ("auto", "none", "required")
 DEFAULT_TOOL_ROUNDS = 5
 DEFAULT_ALTERNATIVES = 5
-SAMPLING_FLAGS: tuple[tuple[tuple[str, ...], str, Any, str], ...] = (
-    (("-t", "--temperature"), "temperature", float, "0 always takes the likeliest token"),
-    (("--top-p",), "top_p", float, "keep the likeliest tokens up to this probability"),
-    (("--top-k",), "top_k", int, "keep the k likeliest tokens"),
-    (("--min-p",), "min_p", float, "drop tokens below this share of the likeliest one"),
-    (("--presence-penalty",), "presence_penalty", float, "-2 to 2"),
-    (("--frequency-penalty",), "frequency_penalty", float, "-2 to 2"),
-    (("--repetition-penalty",), "repetition_penalty", float, "above 1 discourages repeats"),
-    (("--max-tokens",), "max_tokens", human_int, "most tokens of the reply (default: to the end of the context)"),
-    (("--seed",), "seed", int, "the same seed gives the same reply"),
+SAMPLING_FLAGS: tuple[tuple[tuple[str, ...], str, Any, str], ...] = tuple(
+    (flag.names(name), name, flag.read or known.kind.type, flag.help)
+    for name in COMMON
+    if (flag := (known := PARAMETERS[name]).flag) is not None
 )
+"""Flags of sampling values: names, the parameter, how the text is read, help."""
 
 
 def add_stop_flag(parser: argparse.ArgumentParser) -> None:

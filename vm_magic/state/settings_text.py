@@ -1,25 +1,18 @@
 """Reads ``temperature=0.2 stop=["a b"]``: the words after ``%vllm_metal set``."""
 
 import ast
-import dataclasses
 import json
 import re
 from typing import Any
 
 from engine.errors import ConfigError, RequestError
-from engine.params.sampling_params import CONSTRAINTS, SamplingParams
+from engine.params.sampling_params import PARAMETERS, names_of
 from engine.params.settings import MODEL_PRESET, THINKING_NAMES, preset_values
 
 _KEY = re.compile(r"\s*([A-Za-z_][\w-]*)\s*=(?:\s+(?=\S)(?![A-Za-z_][\w-]*\s*=))?")
 MEMORY_NAMES = ("memory_fraction", "max_model_len", "max_num_seqs")
 """Names that ``set`` takes for a loaded model's memory plan."""
-_PER_REQUEST = ("n", "detokenize", "prompt_logprobs", "sources", *CONSTRAINTS)
-_WHOLE = ("seed", "logprobs", "max_tokens")
-SETTABLE = (
-    "preset",
-    *(f.name for f in dataclasses.fields(SamplingParams) if f.name not in _PER_REQUEST),
-    *THINKING_NAMES,
-)
+SETTABLE = ("preset", *names_of(lambda known: known.settable), *THINKING_NAMES)
 """Names that ``set`` takes: a preset's, those of sampling values, and two about thinking."""
 
 
@@ -88,10 +81,9 @@ def check_setting(name: str, value: Any) -> Any:
         return str(value or MODEL_PRESET)
     if value is None or name in THINKING_NAMES:
         return value  # Settings checks the latter
-    default = next(f.default for f in dataclasses.fields(SamplingParams) if f.name == name)
-    must = _type_fault(name, default, value)
-    if must:
-        raise RequestError(f"{name} must be {must}, got {value!r}.", param=name)
+    kind = PARAMETERS[name].kind
+    if not kind.takes_setting(value):
+        raise RequestError(f"{name} must be {kind.setting}, got {value!r}.", param=name)
     return value
 
 
@@ -103,19 +95,3 @@ def _memory_value(name: str, value: Any) -> Any:
 
     args = EngineArgs.from_options("set", {name: str(value)}, env={})
     return args.gpu_memory_utilization if name == "memory_fraction" else getattr(args, name)
-
-
-def _type_fault(name: str, default: object, value: object) -> str:
-    """What ``value`` should have been, or an empty string if its type is right."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(default, bool):
-        return "" if isinstance(value, bool) else "true or false"
-    if name in _WHOLE or isinstance(default, int):
-        return "" if number and value == int(value) and isinstance(value, int) else "a whole number"  # type: ignore[call-overload]
-    if isinstance(default, float):
-        return "" if number else "a number"
-    if name == "logit_bias":
-        return "" if isinstance(value, dict) else "a JSON object of token ids and biases"
-    if name == "stop":
-        return "" if isinstance(value, str | list) else "a text or a list of texts"
-    return "" if isinstance(value, list) else "a list"

@@ -2,7 +2,6 @@
 
 import asyncio
 import uuid
-from dataclasses import fields
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,10 +12,10 @@ from engine.openai.schema.protocol import ChatCompletionRequest, CompletionReque
 from engine.openai.schema.validation import check_generation
 from engine.openai.serving.chat_preparation import prepare_chat
 from engine.openai.serving.generation import Prompt, port_of
-from engine.params.sampling_params import CONSTRAINTS, SamplingParams
+from engine.params.sampling_params import SamplingParams, names_of
 
 router = APIRouter(tags=["OpenAI"])
-_SHOWN = tuple(field.name for field in fields(SamplingParams) if field.name not in ("sources", *CONSTRAINTS))
+_SHOWN = names_of(lambda known: not known.constraint)
 """The port keeps what constrains a request apart from its sampling values."""
 
 

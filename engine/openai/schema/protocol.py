@@ -2,17 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
+
+from engine.params.sampling_params import COMMON, PARAMETERS, names_of
 
 TokenId = Annotated[int, Field(ge=0)]
 JsonObject = dict[str, Any]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
-SAMPLING_FIELDS = (
-    *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty", "bad_words", "allowed_token_ids"),
-    *("include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "prompt_logprobs"),
-)
+SAMPLING_FIELDS = names_of(lambda known: known.wire != "own")
 """Fields that go to ``SamplingParams`` under the same name."""
 
 
@@ -47,32 +45,26 @@ class TemplateFields(RequestBody):
     tools: list[JsonObject] = Field(default_factory=list)
 
 
-class SamplingFields(RequestBody):
-    """What every generating route takes, under vLLM's names."""
+def _with_sampling_values(body: type[RequestBody]) -> type[RequestBody]:
+    """``body`` with the fields that go to ``SamplingParams`` as they are, made from what is known of each."""
+    values = sorted(names_of(lambda known: known.wire == "all"), key=lambda name: name not in COMMON)
+    types: dict[str, Any] = {name: (PARAMETERS[name].kind.type | None, None) for name in values}
+    return create_model(body.__name__, __base__=body, __module__=body.__module__, __doc__=body.__doc__, **types)
+
+
+@_with_sampling_values
+class SamplingValues(RequestBody):
+    """What every generating route takes under the name that ``SamplingParams`` has for it."""
 
     model: str | None = None
     stream: bool = False
     user: str | None = None
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
 
+class SamplingFields(SamplingValues):
+    """What every generating route takes, under vLLM's names."""
+
+    logit_bias: dict[str, float] | None = None
     structured_outputs: JsonObject | None = None
     repetition_detection: JsonObject | None = Field(
         None,
