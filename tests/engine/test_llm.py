@@ -78,6 +78,8 @@ def test_leaving_a_stream_early_frees_its_blocks(llm):
     while llm.stats().num_running:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    assert llm.stats().num_used_blocks == 0
+    assert llm.request_log.latest().outcome.completions[0].finish_reason == "abort"
 
 
 def test_an_abort_gives_what_was_there_and_says_so(llm):

@@ -135,9 +135,15 @@ def test_the_same_seed_gives_the_same_text_over_http(server: ServerHandle) -> No
 
 def test_an_over_long_prompt_keeps_vllms_first_words(server: ServerHandle) -> None:
     with http_client(server) as http:
-        response = http.post("/v1/completions", json={"prompt": [5] * 3000})
-    assert response.json()["error"]["message"].startswith("This model's maximum context length is 2048 tokens. ")
-    assert response.status_code == 400
+        chat = {"messages": [{"role": "user", "content": "word " * 3000}]}
+        replies = [
+            http.post("/v1/completions", json={"prompt": [5] * 3000}),
+            http.post("/v1/chat/completions", json=chat),
+            http.post("/v1/chat/completions", json={**chat, "stream": True}),
+        ]
+    for response in replies:
+        assert response.json()["error"]["message"].startswith("This model's maximum context length is 2048 tokens. ")
+        assert response.status_code == 400
 
 
 def test_tokens_outside_the_vocabulary_are_refused(server: ServerHandle) -> None:

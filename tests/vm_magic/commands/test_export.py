@@ -118,10 +118,12 @@ def test_each_client_gets_address_and_model_and_the_key_only_if_given(
     elif code.language == "toml":
         assert tomllib.loads(code.text)["model_providers"]["vm-magic"]["base_url"] == port.base_url
     assert model_id(port.model) in code.text
-    assert name == "llm" or "127.0.0.1:8000" in code.text
-    assert ("VLLM_API_KEY" in code.text + code.note) == (needs_key and (api_key is None or name == "codex")) or (
-        name == "llm"
-    )
+    if name == "llm":  # which reads address and key from the file that %vllm_metal llm writes
+        assert "%vllm_metal llm writes the entry and the key" in code.note
+        assert not any(word in code.text for word in ("VLLM_API_KEY", "127.0.0.1:8000", "sk-"))
+    else:
+        assert "127.0.0.1:8000" in code.text
+        assert ("VLLM_API_KEY" in code.text + code.note) == (needs_key and (api_key is None or name == "codex"))
 
 
 def test_codex_is_told_to_offer_no_web_search() -> None:

@@ -1,9 +1,11 @@
 """The panel without a browser: widgets in this process over the real engine, with a model that says what it is told."""
 
 import gc
+import re
 import threading
 from collections.abc import Callable, Iterator
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -12,10 +14,12 @@ from ipywidgets.widgets.widget import _instances
 
 from engine import LLM, SamplingParams
 from engine.errors import MemoryPlanError
+from engine.runtime.activity import Rate
 from tests.engine.test_live_settings import COUNTING, PROMPT, SLOW, wait_until
 from tests.vm_magic.helpers import line, shown
 from vm_magic.panel import close_panel, open_panel, panel_bundle, panel_line
 from vm_magic.panel.panel import Panel, widgets_below
+from vm_magic.panel.pictures import BUCKET_SECONDS, WINDOW_SECONDS, rates_per_second, throughput_svg
 from vm_magic.state.session import current_session
 
 ACTIVITY, SAMPLING, MEMORY, SERVER = range(4)
@@ -118,7 +122,7 @@ def test_apply_hands_over_what_changed_and_a_refusal_says_what_fits(
         asked.append(changed)
         raise MemoryPlanError("not enough. Mitigations: many.", flag="memory_fraction", max_model_len_that_fits=128)
 
-    monkeypatch.setattr(llm, "replan", refuse, raising=False)
+    monkeypatch.setattr(llm, "replan", refuse)
     show(panel, MEMORY)
     panel.memory.fraction.value = 0.1
     panel.memory.max_model_len.value = "256"
@@ -312,9 +316,52 @@ def test_blocks_are_drawn_by_holder_and_binned_where_they_are_many(panel: Panel)
     drawn = panel.activity.blocks.value
     assert f"{llm.plan.num_blocks} blocks of 16 tokens" in drawn
     assert len(drawn) < 40_000
-    assert "peak" in panel.activity.throughput.value or "no tokens" in panel.activity.throughput.value
     stream.abort()
     refreshed(panel, lambda: 'data-kind="0"' not in panel.activity.blocks.value)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Tokens by second, at second ``second``."""
+
+    rates: tuple[Rate, ...]
+    second: int
+
+
+def test_generated_tokens_are_counted_in_buckets_of_three_seconds_and_prompt_tokens_not_at_all() -> None:
+    counted = Counted((Rate(818, 0, 600), Rate(999, 500, 30), Rate(1001, 0, 15), Rate(1004, 0, 6)), second=1008)
+    values = rates_per_second(counted)
+    assert len(values) == WINDOW_SECONDS // BUCKET_SECONDS == 60
+    assert values[56:] == [0, 15.0, 2.0, 0]
+    assert sum(values) == 17.0, "what is older than the window does not count"
+    assert rates_per_second(Counted((Rate(0, 0, 3),), second=WINDOW_SECONDS + BUCKET_SECONDS)) == [0.0] * 60
+
+
+def test_the_bucket_under_way_counts_only_while_there_is_no_other() -> None:
+    assert rates_per_second(Counted((Rate(109, 0, 12), Rate(110, 0, 12)), second=110))[-2:] == [0, 8.0]
+    assert rates_per_second(Counted((Rate(105, 0, 3), Rate(110, 0, 12)), second=110))[-2:] == [0, 1.0]
+
+
+def test_the_line_of_throughput_has_its_peak_at_the_top_and_names_it() -> None:
+    drawn = throughput_svg(Counted((Rate(99, 0, 45), Rate(102, 0, 15)), second=109))
+    (line,) = re.findall(r'<polyline points="([^"]*)"', drawn)
+    heights = [float(point.split(",")[1]) for point in line.split()]
+    assert heights[56:] == [62.0, 6.0, 43.3, 62.0]
+    assert line.endswith(" 480,62.0")
+    assert drawn.count("peak 15.0 tokens/s") == 2
+    assert "3 minutes ago" in drawn
+    assert "no tokens in the last three minutes" in throughput_svg(Counted((Rate(99, 500, 0),), second=109))
+
+
+def test_the_panel_draws_the_speed_of_what_runs(panel: Panel) -> None:
+    llm = current_session().require()
+    panel.refresh()
+    assert "no tokens in the last three minutes" in panel.activity.throughput.value
+    (stream,) = running(llm, max_tokens=450)
+    refreshed(panel, lambda: "peak" in panel.activity.throughput.value)
+    stream.abort()
+    (peak,) = set(re.findall(r"peak ([\d.]+) tokens/s", panel.activity.throughput.value))
+    assert 0 < float(peak) <= 1 / SLOW
 
 
 def test_more_requests_than_rows_are_counted(panel: Panel) -> None:

@@ -133,10 +133,10 @@ def test_unknown_fields_are_accepted_and_logged(http: httpx.Client, server: Serv
 
 def test_an_over_long_prompt_is_a_bad_request(http: httpx.Client, client: openai.OpenAI) -> None:
     long = [{"role": "user", "content": "x" * 600}]
-    assert refused(http, "prompt", messages=long).startswith("This model's maximum context length is 512 tokens")
-    assert refused(http, "prompt", messages=long, stream=True)
-    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+    assert refused(http, "prompt", messages=long) == refused(http, "prompt", messages=long, stream=True)
+    with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="fake", messages=long)  # type: ignore[arg-type]
+    assert (caught.value.param, caught.value.type) == ("prompt", "BadRequestError")
 
 
 def test_a_trusted_request_template_is_used(serve: Serve) -> None:

@@ -85,18 +85,40 @@ FORCED = [
 ]
 
 
+def is_beginning(part: Any, whole: Any) -> bool:
+    """Whether JSON value ``part`` is ``whole``, but for what a cut leaves out at its end."""
+    if isinstance(part, str) and isinstance(whole, str):
+        return whole.startswith(part)
+    if isinstance(part, list) and isinstance(whole, list):
+        return len(part) <= len(whole) and all(map(is_beginning, part, whole))
+    if isinstance(part, dict) and isinstance(whole, dict):
+        return part.keys() <= whole.keys() and all(is_beginning(value, whole[key]) for key, value in part.items())
+    return bool(part == whole)
+
+
 @pytest.mark.parametrize(
     ("name", "choice", "whole"),
     [
         ("hermes", "required", CALL),
+        ("llama3_json", FORCED[1][0], f'{{"name": "f", "parameters": {FORCED[1][1]}}}'),
         *((name, *each) for name in ("hermes", "llama3_json", "gemma4", "openai", None) for each in FORCED),
     ],
 )
 def test_a_forced_call_cut_off_anywhere_is_no_answer(name: str | None, choice: Any, whole: str) -> None:
+    """And what it does give are calls of the whole one, in order, with those of their arguments that were there."""
     lead = "<|channel|>final<|message|>" if name == "openai" else ""
-    for size in range(len(whole)):
-        reply = parse_output(
+    bare_arguments_of_llama3 = name == "llama3_json" and whole == FORCED[1][1]  # a form that it does not write
+    cut = [
+        parse_output(
             lead + whole[:size], tool_call_parser=name, tools=TOOLS, tool_choice=choice, finish_reason="length"
         )
-        assert reply.text == ""
-        assert all(json.loads(call["function"]["arguments"]) is not None for call in reply.tool_calls)
+        for size in range(len(whole) + 1)
+    ]
+    made = [
+        [[call["function"]["name"], json.loads(call["function"]["arguments"])] for call in reply.tool_calls]
+        for reply in cut
+    ]
+    assert {reply.text for reply in cut[:-1]} == {""}
+    assert bool(made[-1]) == (cut[-1].text == "") == (not bare_arguments_of_llama3)
+    assert [calls for calls in made if not is_beginning(calls, made[-1])] == []
+    assert [len(calls) for calls in made] == sorted(len(calls) for calls in made)
