@@ -12,42 +12,86 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.chat.parse_output import parse_output
+    from engine.errors import (
+        ConfigError,
+        ContextLengthError,
+        EngineClosedError,
+        GenerationError,
+        MemoryInUseError,
+        MemoryPlanError,
+        ModelLoadError,
+        ModelNotFoundError,
+        OutOfMemoryError,
+        RequestError,
+        ServerError,
+        UnknownModelError,
+        UnknownResponseError,
+        UnsupportedOptionError,
+        VMMagicError,
+    )
     from engine.llm import LLM
     from engine.memory.plan import MemoryPlan
     from engine.outputs import CompletionDelta, CompletionOutput, Reply, RequestOutput
     from engine.params.sampling_params import SamplingParams, StructuredOutputsParams
     from engine.planning import plan, plan_table
 
-_HOMES = {
-    "LLM": "engine.llm",
-    "MemoryPlan": "engine.memory.planner",
-    "parse_output": "engine.chat.parse_output",
-    "plan": "engine.planning",
-    "plan_table": "engine.planning",
-    "SamplingParams": "engine.params.sampling_params",
-    "StructuredOutputsParams": "engine.params.sampling_params",
-    "CompletionDelta": "engine.outputs",
-    "CompletionOutput": "engine.outputs",
-    "Reply": "engine.outputs",
-    "RequestOutput": "engine.outputs",
-}
-
 __all__ = [
     "LLM",
     "CompletionDelta",
     "CompletionOutput",
+    "ConfigError",
+    "ContextLengthError",
+    "EngineClosedError",
+    "GenerationError",
+    "MemoryInUseError",
     "MemoryPlan",
+    "MemoryPlanError",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "OutOfMemoryError",
     "Reply",
+    "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "ServerError",
     "StructuredOutputsParams",
+    "UnknownModelError",
+    "UnknownResponseError",
+    "UnsupportedOptionError",
+    "VMMagicError",
     "parse_output",
     "plan",
     "plan_table",
 ]
 
+_HOMES = {
+    "engine.chat.parse_output": ("parse_output",),
+    "engine.llm": ("LLM",),
+    "engine.memory.plan": ("MemoryPlan",),
+    "engine.outputs": (
+        "CompletionDelta",
+        "CompletionOutput",
+        "Reply",
+        "RequestOutput",
+    ),
+    "engine.params.sampling_params": (
+        "SamplingParams",
+        "StructuredOutputsParams",
+    ),
+    "engine.planning": (
+        "plan",
+        "plan_table",
+    ),
+}
+"""Where the names are; those of errors are all in :mod:`engine.errors`."""
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = next((module for module, names in _HOMES.items() if name in names), "engine.errors")
+        return getattr(import_module(home), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,12 +1,30 @@
-"""A language model living inside the notebook: ``%load_ext vm_magic``, then ``%vllm_metal --help``."""
+"""A language model living inside the notebook: ``%load_ext vm_magic``, then ``%vllm_metal --help``.
+
+From Python, ``from vm_magic import LLM, SamplingParams``: all that :mod:`engine` gives, loaded when first used.
+"""
 
 from typing import TYPE_CHECKING, Any
 
+from vm_magic.shell.shadowed_engine import check_engine
+
 if TYPE_CHECKING:
+    from engine import *  # noqa: F403 - each name of engine is one of ours
     from engine.llm import LLM
     from vm_magic.remote.llm import RemoteLLM
 
-__all__ = ["current", "load_ipython_extension", "unload_ipython_extension"]
+check_engine()
+if not TYPE_CHECKING:  # type checkers see the names through the import above; they could not read a computed list
+    import engine
+
+    __all__ = [*engine.__all__, "current", "load_ipython_extension", "unload_ipython_extension"]
+
+    def __getattr__(name: str) -> Any:
+        if name in engine.__all__:
+            return getattr(engine, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
 
 
 def current() -> "LLM | RemoteLLM | None":
@@ -23,6 +41,7 @@ def current() -> "LLM | RemoteLLM | None":
 
 def load_ipython_extension(shell: Any) -> None:
     """``%load_ext vm_magic``: registers the magics; imports no model code."""
+    check_engine()
     from vm_magic.shell.extension import install
 
     install(shell)

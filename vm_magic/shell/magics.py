@@ -10,6 +10,7 @@ from traitlets.config import Config
 
 from engine.errors import VMMagicError
 from engine.openai.http.ring_log import RingLog
+from vm_magic.shell.shadowed_engine import check_engine
 from vm_magic.show.errors import HelpShown, Interrupted, short_error
 from vm_magic.state.live_settings import LiveTraits
 
@@ -36,10 +37,12 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
     @line_cell_magic  # type: ignore[untyped-decorator]
     def vllm_metal(self, line: str, cell: str | None = None) -> Any:
         """Run a language model inside this kernel: %vllm_metal --help lists the commands."""
+        check_engine()
         return self.shielded(lambda: self._run(line, cell))
 
     def chat_cell(self, line: str, cell: str) -> Any:
         """Send the cell's body to the loaded model: %vllm_metal chat --help lists the flags."""
+        check_engine()
         return self.shielded(lambda: self._run(f"chat {line}", cell))
 
     def shielded(self, action: Callable[[], Any]) -> Any:
