@@ -82,7 +82,7 @@ class HarmonyReader:
         try:
             yield from self.scanner.attempt(forced.read(self.scanner, self.sink, self.schemas, ""))
         except MarkupError:
-            self._drop_what_was_cut()  # what is no call is content
+            self._drop_what_was_cut(demanded=True)  # what is not a call is content
 
     def _arguments(self, name: str) -> Steps[None]:
         emit = self.sink.call(name)
@@ -94,6 +94,7 @@ class HarmonyReader:
         finally:
             self.sink.boundary()
 
-    def _drop_what_was_cut(self) -> None:
-        if self.scanner.at_end and not self.scanner.holds(_ENDS):
+    def _drop_what_was_cut(self, *, demanded: bool = False) -> None:
+        """Half a call that a limit cut off is dropped; where the model itself ended there, its text is kept."""
+        if (demanded or self.scanner.cut) and self.scanner.at_end and not self.scanner.holds(_ENDS):
             self.scanner.take_rest()

@@ -3,7 +3,7 @@
 ``OutputParser.feed`` takes text as it comes (with special tokens shown where
 ``needs_special_tokens`` says so) and gives what is certain; the concatenated deltas are the same
 however the text was cut. Nothing is lost: what turns out not to be a thought or a call is content.
-Only what the output's end cut off inside a call is neither: half a call is no answer.
+Only half a call at the end of output that a limit cut off is dropped: it is not an answer.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -74,7 +74,7 @@ class OutputParser:
     def finish(self, finish_reason: FinishReason | None = None) -> ParsedDelta:
         """The output is over: gives what was held back; arguments that were cut off are closed.
 
-        What a limit cut off before it was a call is dropped; where the model itself ended there, it is text.
+        What else there is of half a call is dropped where a limit cut it off; where the model itself ended, it is text.
         """
         self._scanner.close(cut=finish_reason in ("length", "abort"))
         next(self._steps, None)
@@ -256,7 +256,7 @@ class _MarkedReader:
             self.sink.content(self.scanner.take())
 
     def _calls(self, calls: ToolParser, start: str) -> Steps[bool]:
-        """Try to read calls. False, and nothing read, if the text is none; what the end cuts off is dropped."""
+        """Try to read calls. False, and nothing read, if the text is not a call. What a limit cut off is dropped."""
         mark = self.scanner.mark()
         seen = self.sink.num_seen
         self.scanner.at_end = False
@@ -266,7 +266,7 @@ class _MarkedReader:
             begun = self.sink.num_seen > seen
             if not begun:
                 self.scanner.rewind(mark)
-            dropped = begun or self._forced or (start and self.scanner.cut)
+            dropped = self._forced or ((begun or start) and self.scanner.cut)
             if self.scanner.at_end and dropped and not self.scanner.holds(calls.ends):
                 self.scanner.take_rest()
             elif not begun:

@@ -62,6 +62,28 @@ def test_half_an_argument_at_the_end_is_no_answer_either(name: str, call: str) -
         assert (reply.text, reply.finish_reason) == ("", "length")
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "shown", "made"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"text": "a", "ci', '"ci', [{"text": "a"}]),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"text": "a", "ci"', '"ci"', [{"text": "a"}]),
+        ("gemma4", '<|tool_call>call:f{text:<|"|>a<|"|>,ci', "ci", [{"text": "a"}]),
+        ("mistral", 'before [TOOL_CALLS]f[ARGS]{"text": "a"}[TOOL_CALLS]f[ARGS]{ behind', "before behind",
+         [{"text": "a"}, {}]),
+        ("olmo3", "<function_calls>\nf(text='a')\nf(text='b')\n behind", "behind", [{"text": "a"}, {"text": "b"}]),
+        ("openai", '<|channel|>commentary to=functions.f<|message|>{"text": "a", "ci', '"ci', [{"text": "a"}]),
+    ],
+)  # fmt: skip
+def test_where_the_model_itself_ends_in_half_an_argument_what_was_not_read_is_kept(
+    name: str, text: str, shown: str, made: list[dict[str, str]]
+) -> None:
+    for reason in ("stop", None):
+        for chunks in ([text], list(text)):
+            reply = parse_output(text, tool_call_parser=name, tools=TOOLS, chunks=chunks, finish_reason=reason)
+            assert [json.loads(call["function"]["arguments"]) for call in reply.tool_calls] == made
+            assert reply.text.strip() == shown
+
+
 def test_half_a_call_inside_a_thought_is_no_thought() -> None:
     reply = parse_output(
         '<think>I will call.\n<tool_call>{"name": "f',
