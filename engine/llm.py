@@ -13,8 +13,17 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from engine.batch.offline import chat_options, conversation_list, one_prompt, params_of_each, prompt_list, run_all
+from engine.batch.offline import (
+    chat_options,
+    chat_request,
+    conversation_list,
+    one_prompt,
+    params_of_each,
+    prompt_list,
+    run_all,
+)
 from engine.batch.score import Score, score_text
+from engine.chat.request import ChatPreparer, ChatRequest, Message, PreparedRequest, PromptRequest, TemplateOptions
 from engine.core.request import TRACELESS
 from engine.errors import RequestError
 from engine.explain.explainer import Explanation, make_explainer
@@ -27,13 +36,11 @@ from engine.params.live_sampling import LiveSampling
 from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
-from engine.params.structured_outputs import Constraints
 from engine.runner.device.devices import active_memory, describe_device, prepare_backend
 from engine.runtime.activity import Activity, BlockMap
 from engine.runtime.metrics import EngineMetrics
 from engine.runtime.request_maker import RequestMaker
 from engine.runtime.stream import RequestStream
-from engine.text.parse.output_parser import OutputParser, ToolChoice
 from engine.text.parse.parser_choice import ParserChoice
 from engine.text.template.chat_template import ChatTemplate
 from engine.text.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -47,7 +54,6 @@ if TYPE_CHECKING:
     from engine.runtime.llm_engine import EngineStats, LLMEngine
 
 logger = logging.getLogger("engine")
-Message = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -78,12 +84,11 @@ class LLM:
 
         resolved = resolve(self.args.model, self.args.revision, progress=progress)
         self.tokenizer: Tokenizer = load_tokenizer(resolved, self.args)
-        self._template = ChatTemplate.of_model(self.args, self.tokenizer)
-        self._parsers = ParserChoice.of_model(self.args, self._template.source, self.tokenizer)
-        self.reasoning_parser = self._parsers.reasoning_parser
-        self.tool_call_parser = self._parsers.tool_call_parser
+        template = ChatTemplate.of_model(self.args, self.tokenizer)
+        parsers = ParserChoice.of_model(self.args, template.source, self.tokenizer)
         self.metrics = EngineMetrics(self.args.names[0])
         self.settings = Settings()
+        self.preparer = ChatPreparer(self.tokenizer, template, parsers, self.settings)
         self.request_log = RequestLog()
         self._server: ServerHandle | None = None
         self.last_map: pandas.DataFrame | None = None
@@ -100,9 +105,9 @@ class LLM:
             self.settings,
             self.args.generation_config,
         )
-        self.notes = [*built.notes, *filter(None, [self._parsers.note, self.defaults.log_line()])]
+        self.notes = [*built.notes, *filter(None, [parsers.note, self.defaults.log_line()])]
         self._requests = RequestMaker.of_model(
-            self.args, built.config, self.tokenizer, self._parsers, built.engine.runner.vocab_size
+            self.args, built.config, self.tokenizer, parsers, built.engine.runner.vocab_size
         )
         self._activity = SnapshotPoller(self._thread.post, snapshot_activity)
         self._blocks = SnapshotPoller(self._thread.post, snapshot_blocks)
@@ -140,12 +145,22 @@ class LLM:
     @property
     def template_variables(self) -> frozenset[str]:
         """What of ``chat_template_kwargs`` the chat template reads, such as ``enable_thinking``."""
-        return self._template.variables
+        return self.preparer.template.variables
+
+    @property
+    def reasoning_parser(self) -> str | None:
+        """The name of the parser of thoughts, None where there is none."""
+        return self.preparer.parsers.reasoning_parser
+
+    @property
+    def tool_call_parser(self) -> str | None:
+        """The name of the parser of tool calls, None where there is none."""
+        return self.preparer.parsers.tool_call_parser
 
     @property
     def takes_tools(self) -> bool:
         """Whether tools can be used: the chat template shows them, and a parser reads the model's calls."""
-        return self._template.takes_tools and self.tool_call_parser is not None
+        return self.preparer.takes_tools
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer (vLLM's name)."""
@@ -164,35 +179,61 @@ class LLM:
         continue_final_message: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        reasoning_effort: str | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt text of a chat, from the model's template or ``chat_template`` (Jinja text, sandboxed)."""
-        template = self._template if chat_template is None else self._template.with_source(chat_template)
-        return template.render(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **{**self.settings.template_kwargs(template.variables), **(chat_template_kwargs or {})},
+        options = TemplateOptions(
+            chat_template,
+            chat_template_kwargs or {},
+            reasoning_effort,
+            documents,
+            add_generation_prompt,
+            continue_final_message,
         )
+        return self.preparer.render(messages, tools, options)
 
-    def output_parser(
-        self,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: ToolChoice = None,
-        prompt: str = "",
-        parallel_tool_calls: bool = True,
-    ) -> OutputParser:
-        """A parser for one completion: thoughts and tool calls apart from the answer.
-
-        ``prompt`` is the rendered prompt, which may open the thought. The request must run with
-        ``skip_special_tokens=False`` where the parser's ``needs_special_tokens`` says so.
-        """
-        return self._parsers.make(
-            tools=tools, tool_choice=tool_choice, prompt=prompt, parallel_tool_calls=parallel_tool_calls
-        )
+    def prepare(self, request: ChatRequest | PromptRequest) -> PreparedRequest:
+        """What :meth:`submit` takes: prompt, parser and constraints of ``request``. Raises RequestError."""
+        return self.preparer.prepare(request, self.plan.max_model_len)
 
     def submit(
+        self,
+        request: PreparedRequest,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> RequestStream:
+        """Queue a prepared request and return at once: the only way to the engine.
+
+        Raises ContextLengthError or another RequestError for what can never be served, and EngineClosedError.
+        """
+        request_id = request_id or f"req-{uuid.uuid4().hex}"
+        made = self._requests.make(
+            request_id,
+            request.token_ids,
+            request.params,
+            max_model_len=self.plan.max_model_len,
+            priority=priority,
+            cache_salt=cache_salt,
+            constraints=request.constraints,
+        )
+        thread = self._thread
+        stream = RequestStream(
+            request_id,
+            request.prompt,
+            request.token_ids,
+            request.params,
+            lambda: thread.abort(request_id),
+            lambda: thread.finish_thinking(request_id),
+        )
+        thread.submit(made, stream)
+        if cache_salt != TRACELESS:
+            self.request_log.add(stream, request, max_tokens=made.max_tokens, cache_salt=cache_salt)
+        return stream
+
+    def submit_prompt(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams,
@@ -200,46 +241,11 @@ class LLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
-        constraints: Constraints | None = None,
+        **fields: Any,
     ) -> RequestStream:
-        """Queue a request and return at once. ``prompt`` is text or token ids.
-
-        ``constraints``: a grammar, a thinking budget, repetition detection (``Constraints.from_request``
-        takes the fields of a request), if ``params`` ask for none. Raises ContextLengthError or another
-        RequestError for what can never be served, and EngineClosedError.
-        """
-        constraints = params.constraints(constraints)
-        text = prompt if isinstance(prompt, str) else None
-        token_ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        request_id = request_id or f"req-{uuid.uuid4().hex}"
-        request = self._requests.make(
-            request_id,
-            token_ids,
-            params,
-            max_model_len=self.plan.max_model_len,
-            priority=priority,
-            cache_salt=cache_salt,
-            constraints=constraints,
-        )
-        thread = self._thread
-        stream = RequestStream(
-            request_id,
-            text,
-            token_ids,
-            params,
-            lambda: thread.abort(request_id),
-            lambda: thread.finish_thinking(request_id),
-        )
-        self._thread.submit(request, stream)
-        if cache_salt != TRACELESS:
-            self.request_log.add(
-                stream,
-                max_tokens=request.max_tokens,
-                cache_salt=cache_salt,
-                constraints=constraints,
-                set_kwargs=self.settings.template_kwargs(self.template_variables) if self.settings.thinking() else {},
-            )
-        return stream
+        """:meth:`submit` for a raw prompt, text or token ids; ``fields`` as in :class:`PromptRequest`."""
+        prepared = self.prepare(PromptRequest(prompt=prompt, sampling=params, **fields))
+        return self.submit(prepared, request_id=request_id, priority=priority, cache_salt=cache_salt)
 
     def generate(
         self,
@@ -257,7 +263,7 @@ class LLM:
         wanted = prompt_list(prompts)
         each = params_of_each(sampling_params, len(wanted), self.sampling_params)
         requests = [(one_prompt(prompt), params) for prompt, params in zip(wanted, each, strict=True)]
-        return run_all(self.submit, requests, use_tqdm=use_tqdm)
+        return run_all(self.submit_prompt, requests, use_tqdm=use_tqdm)
 
     def chat(
         self,
@@ -267,7 +273,10 @@ class LLM:
         use_tqdm: bool = True,
         **template: Any,
     ) -> list[RequestOutput]:
-        """Reply to one conversation or many. ``template`` takes what :meth:`render_chat` takes."""
+        """Reply to one conversation or many. ``template`` takes what :meth:`render_chat` takes, and ``tool_choice``.
+
+        A text is what the model wrote, the marks of thoughts and calls included: :func:`engine.parse_output` reads it.
+        """
         options = chat_options(template)
         conversations = conversation_list(messages)
         each = params_of_each(sampling_params, len(conversations), self.sampling_params)
@@ -298,12 +307,12 @@ class LLM:
         cached_tokens, time (seconds), finish_reason, error. A row that fails says so in ``error``, the others go
         on. Interrupting raises MapInterrupted; ``last_map`` has what is done, and ``resume`` takes it from there.
         """
-        from engine.batch.local_client import LocalDoor
+        from engine.batch.local_client import LocalClient
         from engine.batch.map import MapRequest, map_prompts
 
-        door = LocalDoor(self, raw, schema, chat_template_kwargs or {})
+        client = LocalClient(self, raw, schema, chat_template_kwargs or {})
         request = MapRequest.of(template, params, variables=variables, resume=resume)
-        return map_prompts(door, rows, request, keep=self._keep_map, use_tqdm=use_tqdm)
+        return map_prompts(client, rows, request, keep=self._keep_map, use_tqdm=use_tqdm)
 
     def stream(
         self,
@@ -354,7 +363,7 @@ class LLM:
         ``num_alternatives`` of the likeliest tokens are kept at each place (at most 20). Raises RequestError
         for fewer than two tokens and ContextLengthError for what does not fit.
         """
-        return score_text(self.submit, self.tokenizer, text, num_alternatives)
+        return score_text(self.submit_prompt, self.tokenizer, text, num_alternatives)
 
     def serve(self, port: int = 0, **options: Any) -> "ServerHandle":
         """Open the OpenAI port on a background thread (options: ``engine.openai.server.want_server``).
@@ -433,13 +442,11 @@ class LLM:
         explainer = make_explainer(
             self.request_log,
             self.tokenizer,
-            self.output_parser,
             eos_token_ids=self._requests.eos_token_ids,
             block_size=self.plan.block_size,
             caching_wanted=self.args.enable_prefix_caching,
             reuses_prefixes=self._reuses_prefixes,
             recurrent=any(group.kind == "state" for group in self.plan.groups),
-            default_kwargs=self.args.default_chat_template_kwargs,
         )
         return explainer.explain_latest(count)
 
@@ -478,12 +485,9 @@ class LLM:
             return self._submit_chat(prompt, params, options)  # type: ignore[arg-type]
         if options:
             raise RequestError(f"{', '.join(options)}: only for a conversation (a list of messages)")
-        return self.submit(prompt, params)  # type: ignore[arg-type]
+        return self.submit_prompt(prompt, params)  # type: ignore[arg-type]
 
     def _submit_chat(
         self, messages: Sequence[Message], params: SamplingParams, options: Mapping[str, Any]
     ) -> RequestStream:
-        prompt = self.tokenize(self.render_chat(messages, **options), add_special_tokens=False)
-        stream = self.submit(prompt, params)
-        stream.template_kwargs = options.get("chat_template_kwargs", {})
-        return stream
+        return self.submit(self.prepare(chat_request(messages, params, options)))

@@ -37,7 +37,9 @@ class Benched(Protocol):
     plan: Any
     args: Any
 
-    def submit(self, prompt: str | Sequence[int], params: SamplingParams, *, cache_salt: str | None) -> RequestStream:
+    def submit_prompt(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, cache_salt: str | None
+    ) -> RequestStream:
         """Queue a request."""
 
     def stats(self) -> Any:
@@ -174,7 +176,7 @@ class Bench:
 
     def _submit(self, prompts: list[list[int]], max_tokens: int) -> list[RequestStream]:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-        return [self._llm.submit(prompt, params, cache_salt=TRACELESS) for prompt in prompts]
+        return [self._llm.submit_prompt(prompt, params, cache_salt=TRACELESS) for prompt in prompts]
 
     @staticmethod
     def _wait(streams: list[RequestStream], until: float | None) -> None:

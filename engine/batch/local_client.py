@@ -1,18 +1,22 @@
-"""Where ``LLM.map`` sends prompts in this process: templates, parsers and the engine's queue."""
+"""Where ``LLM.map`` sends prompts in this process: the engine's queue."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine.batch.map import Answer, chat_messages, work_seconds
-from engine.chat.parse_output import collect_reply
+from engine.chat.reply import read_whole
+from engine.chat.request import ChatRequest, PreparedRequest, PromptRequest, TemplateOptions
 from engine.errors import RequestError
 from engine.memory.plan import MemoryPlan
 from engine.params.sampling_defaults import SamplingDefaults
-from engine.params.sampling_params import DEFAULT_MAX_TOKENS
-from engine.params.structured_outputs import Constraints
+from engine.params.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
+from engine.params.structured_outputs import StructuredOutput
 from engine.runtime.stream import RequestStream
 from engine.text.parse.output_parser import OutputParser
+
+SOURCE = "map"
+"""What ``explain`` calls the origin of the values."""
 
 
 class Model(Protocol):
@@ -21,24 +25,16 @@ class Model(Protocol):
     plan: MemoryPlan
     defaults: SamplingDefaults
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, chat_template_kwargs: Mapping[str, Any] | None
-    ) -> str:
-        """The prompt text of a chat."""
+    def prepare(self, request: ChatRequest | PromptRequest) -> PreparedRequest:
+        """Prompt, parser and constraints of a request."""
 
-    def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text."""
-
-    def output_parser(self, *, prompt: str) -> OutputParser:
-        """A parser for one completion."""
-
-    def submit(self, prompt: str | Sequence[int], params: Any, *, constraints: Constraints | None) -> RequestStream:
+    def submit(self, request: PreparedRequest) -> RequestStream:
         """Queue a request."""
 
 
 @dataclass(frozen=True)
-class LocalDoor:
-    """Prompts as chats, or ``raw``, through ``model``. ``schema``: as :func:`schema_constraints` takes it."""
+class LocalClient:
+    """Prompts as chats, or ``raw``, through ``model``. ``schema``: as :meth:`StructuredOutput.from_schema` takes it."""
 
     model: Model
     raw: bool = False
@@ -48,7 +44,7 @@ class LocalDoor:
     def __post_init__(self) -> None:
         if self.raw and self.chat_template_kwargs:
             raise RequestError("chat_template_kwargs: only for chats; leave out raw=True", param="raw")
-        schema_constraints(self.schema)
+        StructuredOutput.from_schema(self.schema)
 
     @property
     def look_ahead(self) -> int:
@@ -63,25 +59,28 @@ class LocalDoor:
 
     def submit(self, prompt: str, params: Mapping[str, Any]) -> "LocalJob":
         """Queue one prompt. Raises RequestError (too long, empty …)."""
+        prepared = self.model.prepare(self.request(prompt, params))
+        return LocalJob(self.model.submit(prepared), prepared.new_parser())
+
+    def request(self, prompt: str, params: Mapping[str, Any]) -> ChatRequest | PromptRequest:
+        """What one row asks for."""
         sampling = self._resolve(params)
+        structured = StructuredOutput.from_schema(self.schema)
         if self.raw:
             if sampling.max_tokens is None:
                 sampling = sampling.replace(max_tokens=DEFAULT_MAX_TOKENS)
-            return LocalJob(self.model.submit(prompt, sampling, constraints=schema_constraints(self.schema)), None)
-        text = self.model.render_chat(
-            chat_messages(prompt, params.get("system")), chat_template_kwargs=self.chat_template_kwargs
+            return PromptRequest(prompt=prompt, sampling=sampling, structured_outputs=structured, source=SOURCE)
+        return ChatRequest(
+            messages=chat_messages(prompt, params.get("system")),
+            sampling=sampling,
+            structured_outputs=structured,
+            template=TemplateOptions(kwargs=self.chat_template_kwargs),
+            source=SOURCE,
         )
-        parser = self.model.output_parser(prompt=text)
-        if parser.needs_special_tokens:
-            sampling = sampling.replace(skip_special_tokens=False)
-        token_ids = self.model.tokenize(text, add_special_tokens=False)
-        stream = self.model.submit(token_ids, sampling, constraints=schema_constraints(self.schema))
-        stream.parsing, stream.template_kwargs, stream.source = {"prompt": text}, self.chat_template_kwargs, "map"
-        return LocalJob(stream, parser)
 
-    def _resolve(self, params: Mapping[str, Any]) -> Any:
+    def _resolve(self, params: Mapping[str, Any]) -> SamplingParams:
         sampling = {name: value for name, value in params.items() if name != "system"}
-        return self.model.defaults.resolve({"n": 1, **sampling}, "map")
+        return self.model.defaults.resolve({"n": 1, **sampling}, SOURCE)
 
 
 @dataclass(frozen=True)
@@ -110,29 +109,13 @@ class LocalJob:
             raise self.stream.error
         output = self.stream.snapshot()
         completion = output.outputs[0]
-        text, reasoning, finish_reason = completion.text, None, completion.finish_reason
-        if self.parser is not None:
-            reply = collect_reply(self.parser, [text], finish_reason)
-            text, reasoning, finish_reason = reply.text, reply.reasoning, reply.finish_reason
+        reply = read_whole(self.parser, completion.text, completion.finish_reason)
         return Answer(
-            text,
-            reasoning,
+            reply.text,
+            reply.reasoning,
             len(completion.token_ids),
             len(output.prompt_token_ids),
             output.num_cached_tokens,
             work_seconds(output.metrics),
-            finish_reason,
+            reply.finish_reason,
         )
-
-
-def schema_constraints(schema: Any) -> Constraints | None:
-    """Constraints for ``schema``: a JSON schema, a pydantic model, True for any JSON object; None for none."""
-    if schema is None:
-        return None
-    if hasattr(schema, "model_json_schema"):
-        schema = schema.model_json_schema()
-    if schema is not True and not isinstance(schema, Mapping):
-        raise RequestError(
-            f"schema: give a JSON schema (a dict), a pydantic model or True, got {schema!r}", param="schema"
-        )
-    return Constraints.from_request(structured_outputs={"json_object": True} if schema is True else {"json": schema})

@@ -1,6 +1,6 @@
 """``LLM.map``: prompts times parameters in one batch, a table out of it.
 
-A :class:`Door` is where prompts go: a model in this process, or a remote server.
+A :class:`MapClient` is where prompts go: a model in this process, or a remote server.
 """
 
 import queue
@@ -66,7 +66,7 @@ class Job(Protocol):
         """End the job soon."""
 
 
-class Door(Protocol):
+class MapClient(Protocol):
     """Where prompts go."""
 
     @property
@@ -106,12 +106,12 @@ class Rows:
         return sum(isinstance(one, Answer) and one.finish_reason != "abort" for one in self.outcomes)
 
 
-class ManyRun:
-    """Hands tasks to a door with bounded look-ahead and files what comes back."""
+class MapRun:
+    """Hands tasks to a client with bounded look-ahead and files what comes back."""
 
-    def __init__(self, door: Door, bar: "ProgressBar") -> None:
+    def __init__(self, client: MapClient, bar: "ProgressBar") -> None:
         self.rows = Rows()
-        self._door = door
+        self._client = client
         self._bar = bar
         self._num_tokens = 0
         self._jobs: dict[int, Job] = {}
@@ -127,7 +127,7 @@ class ManyRun:
                     self._file(slot, earlier or task.error or "")
                 else:
                     self._start(slot, task)
-                while len(self._jobs) >= self._door.look_ahead:
+                while len(self._jobs) >= self._client.look_ahead:
                     self._take_one()
             while self._jobs:
                 self._take_one()
@@ -137,7 +137,7 @@ class ManyRun:
 
     def _start(self, slot: int, task: Task) -> None:
         try:
-            job = self._door.submit(task.prompt, task.params)
+            job = self._client.submit(task.prompt, task.params)
         except RequestError as error:
             self._file(slot, str(error))
             return
@@ -257,7 +257,12 @@ class MapRequest:
 
 
 def map_prompts(
-    door: Door, source: Any, request: MapRequest, *, keep: Callable[["pandas.DataFrame"], None], use_tqdm: UseTqdm
+    client: MapClient,
+    source: Any,
+    request: MapRequest,
+    *,
+    keep: Callable[["pandas.DataFrame"], None],
+    use_tqdm: UseTqdm,
 ) -> "pandas.DataFrame":
     """Run ``request`` over the rows of ``source``; the DataFrame, also handed to ``keep`` however this ends.
 
@@ -265,12 +270,12 @@ def map_prompts(
     """
     import_pandas()
     for params in request.grid:
-        door.check(params)
+        client.check(params)
     table = read_table(source)
     per_row = len(request.prompts.templates) * len(request.grid)
     names = list(request.grid[0])
     bar = ProgressBar(None if table.total is None else table.total * per_row, shown=use_tqdm)
-    run = ManyRun(door, bar)
+    run = MapRun(client, bar)
 
     def finish() -> "pandas.DataFrame":
         bar.close()

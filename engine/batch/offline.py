@@ -5,19 +5,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeVar
 
+from engine.chat.request import ChatRequest, Message, TemplateOptions
 from engine.errors import RequestError
 from engine.outputs import RequestOutput
 from engine.params.sampling_params import DEFAULT_MAX_TOKENS, PARAMETERS, SamplingParams
 from engine.runtime.stream import RequestStream
 
-CHAT_OPTIONS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs")
-"""Keywords of a chat: how messages become a prompt."""
+_TEMPLATE_OPTIONS = {
+    "add_generation_prompt": "add_generation_prompt",
+    "continue_final_message": "continue_final_message",
+    "chat_template": "chat_template",
+    "chat_template_kwargs": "kwargs",
+    "reasoning_effort": "reasoning_effort",
+    "documents": "documents",
+}
+"""Keywords of a chat, and what :class:`TemplateOptions` calls them."""
+CHAT_OPTIONS = ("tools", "tool_choice", *_TEMPLATE_OPTIONS)
+"""Keywords of a chat: its tools, and how messages become a prompt."""
 _REFUSED = {
     "lora_request": "LoRA adapters are not in this version; leave it out",
     "mm_processor_kwargs": "this engine serves text only; leave it out",
     "chat_template_content_format": "LLM(model, chat_template_content_format=…) takes it",
     "tokenization_kwargs": "leave it out, or tokenize yourself and give token ids to generate()",
-    "priority": "llm.submit(prompt, params, priority=…) takes it",
+    "priority": "llm.submit_prompt(prompt, params, priority=…) takes it",
 }
 """Keywords of vLLM's ``LLM.chat`` that are refused, with what to do instead."""
 _Prompt = TypeVar("_Prompt")
@@ -30,6 +40,23 @@ def chat_options(given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in CHAT_OPTIONS:
             raise RequestError(f"{name}: {_REFUSED.get(name) or _belongs(name)}", param=name)
     return options
+
+
+def template_options(options: Mapping[str, Any]) -> TemplateOptions:
+    """How messages become a prompt, from the keywords of a chat."""
+    given = {ours: options[name] for name, ours in _TEMPLATE_OPTIONS.items() if options.get(name) is not None}
+    return TemplateOptions(**given)
+
+
+def chat_request(messages: Sequence[Message], params: SamplingParams, options: Mapping[str, Any]) -> ChatRequest:
+    """The request for one conversation; ``options`` as :func:`chat_options` gives them."""
+    return ChatRequest(
+        messages=messages,
+        sampling=params,
+        tools=options.get("tools"),
+        tool_choice=options.get("tool_choice"),
+        template=template_options(options),
+    )
 
 
 def _belongs(name: str) -> str:

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from engine.chat.reply import read_whole
 from engine.outputs import Reply
-from engine.text.parse.output_parser import OutputParser, ToolChoice, make_output_parser
+from engine.text.parse.output_parser import ToolChoice, make_output_parser
 
 
 def parse_output(
@@ -38,24 +39,7 @@ def parse_output(
         parallel_tool_calls=parallel_tool_calls,
         make_call_id=lambda index, _: f"call_{index}",
     )
-    return collect_reply(parser, pieces, finish_reason)
+    return read_whole(parser, pieces, finish_reason)
 
 
 ANY_TOOL: tuple[Mapping[str, Any], ...] = ({"type": "function", "function": {"name": ""}},)
-
-
-def collect_reply(parser: OutputParser, pieces: Iterable[str], finish_reason: str | None) -> Reply:
-    """Feed ``pieces`` to a parser and gather its deltas: text, reasoning (None if there is none) and tool calls."""
-    reply = Reply("")
-    reasoning = ""
-    for delta in [*map(parser.feed, pieces), parser.finish(finish_reason)]:
-        reply.text += delta.content
-        reasoning += delta.reasoning
-        for call in delta.tool_calls:
-            if call.name is not None:
-                function = {"name": call.name, "arguments": ""}
-                reply.tool_calls.append({"id": call.id, "type": "function", "function": function})
-            reply.tool_calls[call.index]["function"]["arguments"] += call.arguments
-    reply.reasoning = reasoning or None
-    reply.finish_reason = parser.finish_reason
-    return reply

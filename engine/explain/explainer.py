@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.chat.parse_output import collect_reply
+from engine.chat.reply import read_whole
 from engine.errors import RequestError
 from engine.explain.request_log import RequestLog, RequestRecord, common_prefix
 from engine.params.sampling_params import COMMON, CONSTRAINTS, SamplingParams
 from engine.params.structured_outputs import Constraints
-from engine.text.parse.output_parser import OutputParser
 from engine.text.tokens.detokenizer import whole_characters
 from engine.text.tokens.tokenizer import Tokenizer
 
@@ -95,36 +94,20 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Parsed:
-    """What a door's parser made of one completion; ``tool_calls`` have a name and arguments."""
-
-    content: str
-    reasoning: str | None = None
-    tool_calls: Sequence[Mapping[str, Any]] = ()
-
-
-Parse = Callable[[RequestRecord, str], Parsed]
-"""(request, the text of one of its completions) -> what it was parsed to."""
-
-
-@dataclass(frozen=True)
 class Explainer:
     """What is needed of an engine to explain its requests.
 
-    ``decode`` keeps special tokens. ``no_caching`` says why nothing is ever cached, or is empty;
-    ``default_kwargs`` are those of ``--default-chat-template-kwargs``. ``recurrent``: some layers have a state,
-    which is reused only where a checkpoint of it was kept.
+    ``decode`` keeps special tokens. ``no_caching`` says why nothing is ever cached, or is empty. ``recurrent``: some
+    layers have a state, which is reused only where a checkpoint of it was kept.
     """
 
     log: RequestLog
     decode: Decode
     token_text: Callable[[int], str]
-    parse: Parse
     eos_token_ids: frozenset[int]
     block_size: int
     no_caching: str = ""
     recurrent: bool = False
-    default_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def explain_latest(self, count: int = 1) -> Explanation:
         """The ``count``-th request from the end. Raises RequestError if no such request is remembered."""
@@ -153,7 +136,7 @@ class Explainer:
             prompt_token_ids=tuple(record.prompt_token_ids),
             tokens=tuple(whole_characters(record.prompt_token_ids, self.decode)),
             sampling=tuple(sampling_values(record.params, record.max_tokens)),
-            thinking=tuple(thinking_values(record, self.default_kwargs)),
+            thinking=tuple(thinking_values(record)),
             constraints=tuple(constraint_lines(record.constraints)),
             cache=cache,
             outputs=tuple(self._output(record, i) for i in range(len(outcome.completions))),
@@ -173,12 +156,12 @@ class Explainer:
     def _output(self, record: RequestRecord, index: int) -> Output:
         completion = record.outcome.completions[index]
         raw = self.decode(completion.token_ids)
-        parsed = self.parse(record, completion.text)
+        parsed = read_whole(record.new_parser(), completion.text)
         return Output(
             raw,
-            parsed.content,
+            parsed.text,
             parsed.reasoning,
-            tuple(parsed.tool_calls),
+            tuple(call["function"] for call in parsed.tool_calls),
             len(completion.token_ids),
             completion.finish_reason,
             self._why_it_stopped(record, index),
@@ -281,15 +264,10 @@ def sampling_values(params: SamplingParams, max_tokens: int) -> list[SamplingVal
     return sorted(result, key=lambda one: _place(one.name))
 
 
-def thinking_values(record: RequestRecord, default_kwargs: Mapping[str, Any]) -> list[SamplingValue]:
+def thinking_values(record: RequestRecord) -> list[SamplingValue]:
     """What the chat template was given, where one was rendered, and the thinking budget."""
-    layers = [
-        ("--default-chat-template-kwargs", default_kwargs),
-        ("set", record.set_kwargs),
-        (record.source, record.template_kwargs or {}),
-    ]
     found: dict[str, SamplingValue] = {}
-    for source, values in layers if record.template_kwargs is not None else ():
+    for source, values in record.account.template or ():
         found |= {name: SamplingValue(name, value, source) for name, value in values.items()}
     return [*found.values(), *_budget(record)]
 
@@ -299,7 +277,7 @@ def _budget(record: RequestRecord) -> list[SamplingValue]:
     asked = None if record.constraints is None else record.constraints.thinking
     if asked is not None:
         own = record.params.thinking_token_budget is not None
-        source = record.params.sources.get(name, "SamplingParams") if own else record.source
+        source = record.params.sources.get(name, "SamplingParams") if own else record.account.source
         return [SamplingValue(name, asked.max_tokens, source)]
     default = record.default_thinking_budget
     return [] if default is None else [SamplingValue(name, default, "set")]
@@ -332,37 +310,23 @@ def _is_default(field: "dataclasses.Field[Any]", value: object) -> bool:
 def make_explainer(
     log: RequestLog,
     tokenizer: Tokenizer,
-    output_parser: Callable[..., OutputParser],
     *,
     eos_token_ids: frozenset[int],
     block_size: int,
     caching_wanted: bool,
     reuses_prefixes: bool,
     recurrent: bool,
-    default_kwargs: Mapping[str, Any],
 ) -> Explainer:
-    """``output_parser`` makes the door's parser anew; ``caching_wanted`` is the flag, ``reuses_prefixes`` what is.
-
-    ``recurrent`` and ``default_kwargs`` as in :class:`Explainer`.
-    """
+    """``caching_wanted`` is what the flag says, ``reuses_prefixes`` what is; ``recurrent`` as in :class:`Explainer`."""
     why = "prefix caching is off (--no-enable-prefix-caching)"
     if caching_wanted and not reuses_prefixes:
         why = "this model runs on mlx-lm's contiguous caches, which keep nothing between requests"
-
-    def parse(record: RequestRecord, text: str) -> Parsed:
-        if record.parsing is None:  # where the door does not parse, all is content
-            return Parsed(text)
-        reply = collect_reply(output_parser(**record.parsing), [text], None)
-        return Parsed(reply.text, reply.reasoning, [call["function"] for call in reply.tool_calls])
-
     return Explainer(
         log=log,
         decode=lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=False),
         token_text=tokenizer.token_text,
-        parse=parse,
         eos_token_ids=eos_token_ids,
         block_size=block_size,
         no_caching="" if reuses_prefixes else why,
         recurrent=recurrent,
-        default_kwargs=default_kwargs,
     )

@@ -5,17 +5,17 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
+from engine.chat.request import Account, PreparedRequest
 from engine.outputs import RequestMetrics, RequestOutput
 from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import Constraints
 from engine.runtime.stream import RequestStream
+from engine.text.parse.output_parser import OutputParser
 
 MAX_RECORDS = 32
 """Requests remembered; a prompt token costs 4 bytes."""
@@ -47,9 +47,8 @@ class Outcome:
 class RequestRecord:
     """One request: what was asked, and (through :attr:`outcome`) what came of it.
 
-    ``prompt`` is None where the caller gave tokens. ``max_tokens`` is the limit in force.
-    :attr:`parsing` is what :meth:`engine.llm.LLM.output_parser` was asked for; None if nobody parsed.
-    ``set_kwargs`` is what the live settings gave chat templates then; the names below it are the stream's.
+    ``prompt`` is None where the caller gave tokens. ``max_tokens`` is the limit in force. ``account`` and
+    ``constraints`` were known before it was submitted.
     """
 
     number: int
@@ -60,12 +59,10 @@ class RequestRecord:
     max_tokens: int
     cache_salt: str | None
     stream: RequestStream | None
+    account: Account
     constraints: Constraints | None = None
-    parsing: Mapping[str, Any] | None = None
-    set_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    template_kwargs: Mapping[str, Any] | None = None
-    source: str = "request"
     default_thinking_budget: int | None = None
+    """The live setting's, for a request that has no budget of its own."""
     submitted: float = field(default_factory=time.time)
     _outcome: Outcome | None = None
 
@@ -75,8 +72,7 @@ class RequestRecord:
         stream = self.stream
         if self._outcome is None and stream is not None:
             # Live settings may have changed the values meanwhile.
-            self.parsing, self.params = stream.parsing, stream.params
-            self.template_kwargs, self.source = stream.template_kwargs, stream.source
+            self.params = stream.params
             self.default_thinking_budget = stream.default_thinking_budget
             self.max_tokens = stream.params.max_tokens or self.max_tokens
             finished = stream.finished  # before the snapshot, which may grow meanwhile
@@ -86,6 +82,10 @@ class RequestRecord:
             self._outcome, self.stream = outcome, None
         assert self._outcome is not None, "a record has its stream or its outcome"
         return self._outcome
+
+    def new_parser(self) -> OutputParser | None:
+        """A parser like the one that read each completion; None where all output was the answer."""
+        return None if self.account.make_parser is None else self.account.make_parser()
 
     def sequences(self) -> "Iterator[array[int]]":
         """Prompt and output tokens of each completion: what may lie in the prefix cache because of it."""
@@ -102,15 +102,9 @@ class RequestLog:
         self._numbers = itertools.count(1)
 
     def add(
-        self,
-        stream: RequestStream,
-        *,
-        max_tokens: int,
-        cache_salt: str | None = None,
-        constraints: Constraints | None = None,
-        set_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        self, stream: RequestStream, request: PreparedRequest, *, max_tokens: int, cache_salt: str | None = None
     ) -> RequestRecord:
-        """Remember the request behind ``stream``; the oldest one is forgotten when the log is full."""
+        """Remember ``request``, which ``stream`` runs; the oldest one is forgotten when the log is full."""
         with self._lock:
             record = RequestRecord(
                 next(self._numbers),
@@ -121,8 +115,8 @@ class RequestLog:
                 max_tokens,
                 cache_salt,
                 stream,
-                constraints,
-                set_kwargs=set_kwargs,
+                request.account,
+                request.constraints,
             )
             self._records.append(record)
             finished = [one for one in self._records if one.stream is not None and one.stream.finished]

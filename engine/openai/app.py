@@ -13,7 +13,7 @@ from engine.openai.http.options import ServerOptions
 from engine.openai.http.security import BodyLimitMiddleware, HostOriginMiddleware, KeyMiddleware
 from engine.openai.routes import chat, completions, messages, render, responses, service, tokens
 from engine.openai.routes.responses_store import ResponseStore
-from engine.openai.schema.backend import ServedEngine
+from engine.openai.serving.backend import ServedEngine
 from engine.openai.serving.generation import Port
 
 

@@ -18,7 +18,7 @@ from engine.errors import ConfigError, ServerError
 from engine.openai.app import create_app
 from engine.openai.http.options import KEEP_ALIVE_SECONDS, MAX_BODY_BYTES, ServerOptions, choose_api_keys
 from engine.openai.http.ring_log import RingLog
-from engine.openai.schema.backend import ServedEngine
+from engine.openai.serving.backend import ServedEngine
 from engine.openai.serving.generation import Port
 
 logger = logging.getLogger("engine.openai")

@@ -236,12 +236,18 @@ class SamplingParams:
         return self.temperature < SAMPLING_EPS
 
     def constraints(self, given: Constraints | None = None) -> Constraints | None:
-        """What :data:`CONSTRAINTS` ask for, else ``given``. Raises RequestError where both ask for something."""
+        """What :data:`CONSTRAINTS` ask for and ``given``. Raises RequestError where both ask for the same."""
         own = Constraints.from_request(**{name: getattr(self, name) for name in CONSTRAINTS})
-        if own is not None and given is not None:
-            names = ", ".join(name for name in CONSTRAINTS if getattr(self, name) is not None)
-            raise RequestError(f"{names} in SamplingParams and constraints exclude each other: give one.", param=names)
-        return given if own is None else own
+        if own is None or given is None:
+            return given if own is None else own
+        return own.joined(given)
+
+    def with_special_tokens(self) -> Self:
+        """A copy that shows special tokens in the text, because the parser of the output reads them."""
+        if not self.skip_special_tokens:
+            return self
+        sources = {**self.sources, "skip_special_tokens": "the output's parser"}
+        return replace(self, skip_special_tokens=False, sources=sources)
 
     def clone(self) -> Self:
         """A copy (vLLM's name)."""

@@ -6,7 +6,7 @@ of a constraint while tokens are being chosen (made by ``engine.text.guide.struc
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from engine.errors import RequestError
@@ -109,6 +109,19 @@ class StructuredOutput:
     def kind(self) -> str:
         """Which kind is given."""
         return next(name for name in _KINDS if getattr(self, name) is not None)
+
+    @classmethod
+    def from_schema(cls, schema: Any) -> Self | None:
+        """For a JSON schema (a mapping or a pydantic model), True for any JSON object; None for None."""
+        if schema is None:
+            return None
+        if hasattr(schema, "model_json_schema"):
+            schema = schema.model_json_schema()
+        if schema is not True and not isinstance(schema, Mapping):
+            raise RequestError(
+                f"schema: give a JSON schema (a dict), a pydantic model or True, got {schema!r}", param="schema"
+            )
+        return cls(json_object=True) if schema is True else cls(json=schema)
 
     @classmethod
     def from_structured_outputs(cls, value: Self | Mapping[str, Any]) -> Self:
@@ -258,6 +271,27 @@ class Constraints:
             RepetitionDetection.from_request(repetition_detection),
         )
         return None if made == cls() else made
+
+    def joined(self, other: Self) -> Self:
+        """Both together. Raises RequestError where they ask for the same."""
+        found: dict[str, Any] = {}
+        for part in fields(self):
+            values = [one for one in (getattr(self, part.name), getattr(other, part.name)) if one is not None]
+            if len(values) > 1:
+                raise RequestError(
+                    f"{_FIELD_NAMES[part.name]} was given twice, in SamplingParams and beside it: give one.",
+                    param=_FIELD_NAMES[part.name],
+                )
+            found |= dict.fromkeys([part.name], values[0]) if values else {}
+        return replace(self, **{**dict.fromkeys(_FIELD_NAMES), **found})
+
+
+_FIELD_NAMES = {
+    "structured": "structured_outputs",
+    "thinking": "thinking_token_budget",
+    "repetition": "repetition_detection",
+}
+"""What a request calls the parts of :class:`Constraints`."""
 
 
 def parse_json_text(text: str, what: str) -> Any:

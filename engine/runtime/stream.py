@@ -5,8 +5,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from engine.outputs import (
     CompletionDelta,
@@ -39,12 +38,6 @@ class RequestStream:
         self.prompt_logprobs: list[LogprobsAtPosition | None] | None = None
         self.num_cached_tokens = 0
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
-        self.parsing: Mapping[str, Any] | None = None
-        """What the chat door asked :meth:`engine.llm.LLM.output_parser` for, so that ``explain`` parses alike."""
-        self.template_kwargs: Mapping[str, Any] | None = None
-        """What the request gave the chat template; None where none was rendered. This too is for ``explain``."""
-        self.source = "request"
-        """What the origin of values that came with the request is called: ``request``, ``flag``, ``map``."""
         self.default_thinking_budget: int | None = None
         """The live setting's, for a request that has no budget of its own."""
         self._abort = abort

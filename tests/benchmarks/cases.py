@@ -106,7 +106,7 @@ def _our_decode(setup: _Setup, context: int) -> Measure:
     prompt = setup.prompt(context)
 
     def measure() -> float:
-        stream = setup.llm.submit(prompt, _params(), cache_salt=f"cold {next(_SALTS)}")
+        stream = setup.llm.submit_prompt(prompt, _params(), cache_salt=f"cold {next(_SALTS)}")
         return _between([time.perf_counter() for _ in stream])
 
     return measure
@@ -128,7 +128,7 @@ def _our_first_token(setup: _Setup, length: int) -> Measure:
 
 def _submit_and_wait(llm: LLM, prompt: list[int], salt: str) -> float:
     begin = time.perf_counter()
-    stream = llm.submit(prompt, _params(2), cache_salt=salt)
+    stream = llm.submit_prompt(prompt, _params(2), cache_salt=salt)
     next(stream)
     seconds = time.perf_counter() - begin
     stream.result()

@@ -52,7 +52,8 @@ def milliseconds(action: Callable[[], object], repeats: int) -> float:
 def step_times(llm: LLM, rows: int, constraints: list[Constraints | None]) -> dict[int, float]:
     """ms per token and row group: requests run together; the time from the first token to the last of each."""
     streams = [
-        llm.submit([5 + row] * 8, GREEDY, constraints=constraints[row % len(constraints)]) for row in range(rows)
+        llm.submit_prompt([5 + row] * 8, GREEDY, structured_outputs=_grammar(constraints[row % len(constraints)]))
+        for row in range(rows)
     ]
     outputs = [stream.result() for stream in streams]
     found: dict[int, list[float]] = {}
@@ -64,6 +65,10 @@ def step_times(llm: LLM, rows: int, constraints: list[Constraints | None]) -> di
         span = 1000 * (metrics.last_token_time - metrics.first_token_time) / max(1, count - 1)
         found.setdefault(row % len(constraints), []).append(span)
     return {kind: statistics.median(spans) for kind, spans in found.items()}
+
+
+def _grammar(constraints: Constraints | None) -> StructuredOutput | None:
+    return None if constraints is None else constraints.structured
 
 
 def whole_steps(llm: LLM, repeats: int) -> None:

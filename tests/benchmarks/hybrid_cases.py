@@ -85,7 +85,7 @@ def hybrid_cases() -> Iterator[Case]:
 
 def _first_token(llm: LLM, prompt: list[int], salt: str) -> float:
     begin = time.perf_counter()
-    stream = llm.submit(prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True), cache_salt=salt)
+    stream = llm.submit_prompt(prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True), cache_salt=salt)
     next(stream)
     seconds = time.perf_counter() - begin
     stream.result()

@@ -16,7 +16,7 @@ import time, vm_magic
 llm = vm_magic.current()
 prompt = llm.tokenize(llm.render_chat([{{"role": "user", "content": {text!r}}}]), False)
 begin = time.perf_counter()
-stream = llm.submit(prompt, llm.sampling_params(temperature=0, max_tokens=4))
+stream = llm.submit_prompt(prompt, llm.sampling_params(temperature=0, max_tokens=4))
 next(stream)
 print(time.perf_counter() - begin)
 stream.result()

@@ -12,10 +12,11 @@ import pytest
 
 import engine
 from engine import LLM, SamplingParams
+from engine.chat.request import PromptRequest
 from engine.errors import GenerationError, RequestError
 from engine.outputs import CompletionOutput
 from engine.params.sampling_params import StructuredOutputsParams
-from engine.params.structured_outputs import Constraints
+from engine.params.structured_outputs import ThinkingBudget
 from engine.runtime.stream import RequestStream
 from tests.engine.parity.oracle import assert_nothing_is_held, shrink_pool
 from tests.scripted_model import SUFFIX, THINK_END, install, write_scripted_model
@@ -34,7 +35,7 @@ ScriptedLLM = Callable[..., LLM]
 
 
 def submit(llm: LLM, params: SamplingParams = GREEDY, prompt: str = SUFFIX, **fields: Any) -> RequestStream:
-    return llm.submit(prompt, params, constraints=Constraints.from_request(**fields))
+    return llm.submit_prompt(prompt, params, **fields)
 
 
 def run(llm: LLM, params: SamplingParams = GREEDY, prompt: str = SUFFIX, **fields: Any) -> CompletionOutput:
@@ -130,7 +131,7 @@ DOORS: dict[str, Callable[[LLM, SamplingParams], str]] = {
     "stream": lambda llm, params: "".join(delta.text for delta in llm.stream(HELLO, params)),
     "astream": lambda llm, params: asyncio.run(collected(llm, params)),
     "achat": lambda llm, params: asyncio.run(llm.achat(HELLO, params)).outputs[0].text,
-    "submit": lambda llm, params: llm.submit(SUFFIX, params).result().outputs[0].text,
+    "submit": lambda llm, params: llm.submit_prompt(SUFFIX, params).result().outputs[0].text,
 }
 
 
@@ -159,8 +160,13 @@ def test_constraints_in_sampling_params_are_checked_when_made_and_come_from_one_
         with pytest.raises(RequestError, match=field):
             SamplingParams(**{field: value})
     llm = scripted_llm("text")
-    with pytest.raises(RequestError, match="structured_outputs in SamplingParams and constraints exclude each other"):
+    with pytest.raises(RequestError, match="structured_outputs was given twice, in SamplingParams and beside it"):
         submit(llm, GREEDY.replace(structured_outputs={"regex": "a"}), structured_outputs={"regex": "a"})
+    both = llm.prepare(
+        PromptRequest(prompt="a", sampling=GREEDY.replace(thinking_token_budget=3), structured_outputs={"regex": "a"})
+    ).constraints
+    assert both is not None
+    assert (both.thinking, both.structured) == (ThinkingBudget(3), StructuredOutputsParams(regex="a"))
     with pytest.raises(RequestError, match="structured_outputs is a request's own"):
         llm.settings.update(structured_outputs={"regex": "a"})
 
@@ -374,7 +380,9 @@ def test_a_demanded_call_is_one_whatever_the_model_would_say(
     wanted: Any = "required" if choice == "required" else {"type": "function", "function": {"name": "clock"}}
     for script in (0, 1):
         output = run(llm, prompt=f"<|script_{script}|>{SUFFIX}", tools=[WEATHER, CLOCK], tool_choice=wanted)
-        parsed = llm.output_parser(tools=[WEATHER, CLOCK], tool_choice=wanted)
+        parsed = llm.preparer.parsers.make(
+            tools=[WEATHER, CLOCK], tool_choice=wanted, prompt="", parallel_tool_calls=True
+        )
         deltas = [parsed.feed(output.text), parsed.finish(output.finish_reason)]
         calls = [call for delta in deltas for call in delta.tool_calls]
         names = [call.name for call in calls if call.name]

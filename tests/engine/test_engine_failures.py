@@ -31,7 +31,7 @@ def fail(*_: object, **__: object) -> None:
     [("abort_request", "abort", "could not be aborted"), ("finish_thinking", "finish_thinking", "told to answer")],
 )
 def test_a_command_that_fails_ends_its_own_request_only(llm, monkeypatch, method, ask, words):
-    asked, other = llm.submit([5, 6, 7], LONG), llm.submit([8, 9], LONG)
+    asked, other = llm.submit_prompt([5, 6, 7], LONG), llm.submit_prompt([8, 9], LONG)
     next(asked)
     llm._thread.call(lambda engine: monkeypatch.setattr(engine, method, fail))
     getattr(asked, ask)()
@@ -45,7 +45,7 @@ def test_a_command_that_fails_ends_its_own_request_only(llm, monkeypatch, method
 def test_a_request_that_cannot_be_queued_fails_alone(llm, monkeypatch):
     llm._thread.call(lambda engine: monkeypatch.setattr(engine, "_make_detokenizer", fail))
     with pytest.raises(GenerationError, match="could not be queued: RuntimeError: no such luck"):
-        llm.submit([5, 6, 7], GREEDY).result()
+        llm.submit_prompt([5, 6, 7], GREEDY).result()
     llm._thread.call(lambda _: monkeypatch.undo())
     assert len(llm.generate([[5, 6, 7]], GREEDY)[0].outputs[0].token_ids) == 10
     assert_nothing_is_held(llm)
@@ -65,9 +65,9 @@ def test_blocks_of_a_prompt_whose_request_ended_meanwhile_are_never_found_unwrit
                 engine.abort_request(name)
 
     llm._thread.call(lambda _: monkeypatch.setattr(engine, "_hand_out", hand_out_and_end))
-    running = llm.submit(first, LONG, request_id="first")
+    running = llm.submit_prompt(first, LONG, request_id="first")
     next(running)
-    streams.append(llm.submit(second, GREEDY, request_id="second"))
+    streams.append(llm.submit_prompt(second, GREEDY, request_id="second"))
     assert streams[0].result().outputs[0].finish_reason == "abort"
     running.result()
     llm._thread.call(lambda _: monkeypatch.undo())

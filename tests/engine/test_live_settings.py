@@ -13,7 +13,6 @@ from engine.errors import RequestError
 from engine.params.live_sampling import LiveSampling
 from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.settings import Settings
-from engine.params.structured_outputs import Constraints
 from tests.scripted_model import SUFFIX
 
 COUNTING = " ".join(str(number) for number in range(400))
@@ -73,8 +72,8 @@ def test_live_sampling_that_contradicts_a_request_leave_it_alone() -> None:
 def test_a_running_request_ends_when_its_limit_is_lowered(scripted_llm: Callable[..., LLM]) -> None:
     llm = scripted_llm(COUNTING, step_seconds=SLOW)
     llm.settings.update(temperature=0.0)
-    follows = llm.submit(PROMPT, llm.sampling_params())
-    own = llm.submit(PROMPT, llm.sampling_params(max_tokens=60))
+    follows = llm.submit_prompt(PROMPT, llm.sampling_params())
+    own = llm.submit_prompt(PROMPT, llm.sampling_params(max_tokens=60))
     wait_until(lambda: len(follows.snapshot().outputs[0].token_ids) >= 5)
     llm.settings.update(max_tokens=20)
     assert len(follows.result().outputs[0].token_ids) in range(20, 23)
@@ -103,8 +102,8 @@ def test_a_lower_temperature_reaches_a_running_http_stream(scripted_llm: Callabl
 
 def test_requests_that_wait_follow_too(scripted_llm: Callable[..., LLM]) -> None:
     llm = scripted_llm(COUNTING, step_seconds=SLOW, max_num_seqs=1)
-    first = llm.submit(PROMPT, SamplingParams(temperature=0, max_tokens=40))
-    second = llm.submit(PROMPT, llm.sampling_params(temperature=0))
+    first = llm.submit_prompt(PROMPT, SamplingParams(temperature=0, max_tokens=40))
+    second = llm.submit_prompt(PROMPT, llm.sampling_params(temperature=0))
     wait_until(lambda: len(first.snapshot().outputs[0].token_ids) >= 3)
     llm.settings.update(max_tokens=4)
     assert len(second.result().outputs[0].token_ids) == 4
@@ -114,9 +113,8 @@ def test_requests_that_wait_follow_too(scripted_llm: Callable[..., LLM]) -> None
 def test_a_live_budget_ends_the_thought_of_a_running_request(scripted_llm: Callable[..., LLM]) -> None:
     llm = scripted_llm(f"<think>{COUNTING}</think>Done.", reasoning_parser="qwen3", step_seconds=SLOW)
     params = llm.sampling_params(temperature=0, skip_special_tokens=False)
-    follows = llm.submit(PROMPT, params)
-    unlimited = Constraints.from_request(thinking_token_budget=-1)
-    own = llm.submit(PROMPT, params.replace(max_tokens=60), constraints=unlimited)
+    follows = llm.submit_prompt(PROMPT, params)
+    own = llm.submit_prompt(PROMPT, params.replace(max_tokens=60), thinking_token_budget=-1)
     wait_until(lambda: len(follows.snapshot().outputs[0].token_ids) >= 5)
     llm.settings.update(thinking_token_budget=12)
     done = follows.result().outputs[0]
@@ -139,7 +137,7 @@ def test_a_budget_set_before_holds_for_later_requests_until_it_is_removed(script
 def test_finish_thinking_ends_every_thought_now(scripted_llm: Callable[..., LLM]) -> None:
     llm = scripted_llm(f"<think>{COUNTING}</think>Done.", reasoning_parser="qwen3", step_seconds=SLOW)
     params = llm.sampling_params(temperature=0)
-    streams = [llm.submit(PROMPT, params) for _ in range(2)]
+    streams = [llm.submit_prompt(PROMPT, params) for _ in range(2)]
     wait_until(lambda: all(request.thinking for request in llm.activity().requests))
     llm.finish_thinking()
     assert [stream.result().outputs[0].thinking_cut for stream in streams] == ["request", "request"]
@@ -168,7 +166,7 @@ def test_bad_values_about_thinking_change_nothing(values: dict[str, object]) -> 
 
 def test_changes_from_many_threads_leave_the_engine_with_the_last(scripted_llm: Callable[..., LLM]) -> None:
     llm = scripted_llm(COUNTING, step_seconds=SLOW)
-    stream = llm.submit(PROMPT, llm.sampling_params(temperature=0, max_tokens=300))
+    stream = llm.submit_prompt(PROMPT, llm.sampling_params(temperature=0, max_tokens=300))
     wait_until(lambda: len(stream.snapshot().outputs[0].token_ids) >= 1)
 
     def turn(number: int) -> None:

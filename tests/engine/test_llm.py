@@ -83,7 +83,7 @@ def test_leaving_a_stream_early_frees_its_blocks(llm):
 
 
 def test_an_abort_gives_what_was_there_and_says_so(llm):
-    stream = llm.submit("Once upon a time", GREEDY.replace(max_tokens=400))
+    stream = llm.submit_prompt("Once upon a time", GREEDY.replace(max_tokens=400))
     first = next(stream)
     stream.abort()
     stream.abort()
@@ -196,7 +196,7 @@ def test_bad_words_and_allowed_tokens_are_kept(llm):
 )
 def test_what_can_never_be_served_is_refused_at_the_door(llm, prompt, params, error, text):
     with pytest.raises(error, match=text):
-        llm.submit(prompt, params)
+        llm.submit_prompt(prompt, params)
 
 
 @pytest.mark.parametrize("wrong", [None, 5, [None]])
@@ -239,7 +239,7 @@ def test_bad_options_are_refused_by_name(model, options, text):
 
 def test_a_failing_model_tells_everyone_and_the_engine_goes_on(llm, model, monkeypatch):
     engine = llm._thread.call(lambda engine: engine)
-    streams = [llm.submit(prompt, GREEDY.replace(max_tokens=300)) for prompt in ("One", "Two")]
+    streams = [llm.submit_prompt(prompt, GREEDY.replace(max_tokens=300)) for prompt in ("One", "Two")]
     next(streams[0])
 
     def broken(*_, **__):
@@ -268,7 +268,7 @@ def test_logits_that_are_not_numbers_fail_their_request_only(llm, monkeypatch):
         return mx.where(mx.array(bad)[:, None], mx.array(float("nan")), logits)
 
     llm._thread.call(lambda _: monkeypatch.setattr(backend, "forward", poisoned))
-    good, bad = llm.submit([5, 6], GREEDY), llm.submit([7, 6], GREEDY)
+    good, bad = llm.submit_prompt([5, 6], GREEDY), llm.submit_prompt([7, 6], GREEDY)
     assert good.result().outputs[0].finish_reason == "length"
     with pytest.raises(GenerationError, match="no finite logits"):
         bad.result()
@@ -294,14 +294,14 @@ def test_closing_ends_requests_threads_and_memory(model):
     gc.collect()
     before, threads = memory_in_use(), set(threading.enumerate())
     llm = LLM(model, max_model_len=512)
-    stream = llm.submit("Once upon a time", GREEDY.replace(max_tokens=400))
+    stream = llm.submit_prompt("Once upon a time", GREEDY.replace(max_tokens=400))
     next(stream)
     llm.close()
     llm.close()
     with pytest.raises(EngineClosedError, match="closed"):
         stream.result()
     with pytest.raises(EngineClosedError):
-        llm.submit("again", GREEDY)
+        llm.submit_prompt("again", GREEDY)
     assert llm.closed
     assert set(threading.enumerate()) <= threads
     assert memory_in_use() <= before

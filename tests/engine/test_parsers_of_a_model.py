@@ -3,13 +3,16 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import engine
-from engine import LLM
+from engine import LLM, SamplingParams
+from engine.chat.request import ChatRequest
 from engine.errors import ConfigError
 from engine.params.engine_args import EngineArgs
+from engine.text.parse.output_parser import OutputParser
 from tests.conftest import TinyModelDir
 
 THINKING_TEMPLATE = (
@@ -33,13 +36,20 @@ def load(folder: Path, **options: object) -> LLM:
     return LLM(str(folder), max_model_len=256, max_num_seqs=2, gpu_memory_utilization=0.2, **options)
 
 
+def parser_of(llm: LLM, **asked: Any) -> OutputParser:
+    """The parser of a chat's reply."""
+    request = ChatRequest(messages=[{"role": "user", "content": "hi"}], sampling=SamplingParams(), **asked)
+    parser = llm.prepare(request).new_parser()
+    assert parser is not None
+    return parser
+
+
 def test_parsers_are_chosen_from_the_template_and_said_in_one_line(thinking_model: Path) -> None:
     with load(thinking_model) as llm:
         assert (llm.reasoning_parser, llm.tool_call_parser) == ("qwen3", "hermes")
         line = "chosen from the chat template: --reasoning-parser qwen3 --tool-call-parser hermes"
         assert llm.notes.count(line) == 1
-        prompt = llm.render_chat([{"role": "user", "content": "hi"}])
-        parser = llm.output_parser(tools=TOOLS, prompt=prompt)
+        parser = parser_of(llm, tools=TOOLS)
         delta = parser.feed('Hm.</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>')
         parser.finish("stop")
         assert (delta.reasoning, delta.content, delta.tool_calls[0].arguments) == ("Hm.", "", "{}")
@@ -56,8 +66,8 @@ def test_a_template_without_marks_gets_no_parser_and_no_line(tiny_model_dir: Tin
     with load(tiny_model_dir()) as llm:
         assert (llm.reasoning_parser, llm.tool_call_parser) == (None, None)
         assert not any("chosen from" in note for note in llm.notes)
-        assert llm.output_parser(tools=TOOLS).feed("<tool_call>").content == "<tool_call>"
-        assert llm.output_parser().feed("<tool_call>").content == "<tool_call>"
+        assert parser_of(llm, tools=TOOLS).feed("<tool_call>").content == "<tool_call>"
+        assert parser_of(llm).feed("<tool_call>").content == "<tool_call>"
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.chat.request import Account, ChatRequest, PreparedRequest, PromptRequest
 from engine.errors import EngineClosedError, ModelNotFoundError
 from engine.models.local import CachedModel
 from engine.outputs import CompletionDelta, CompletionOutput, RequestMetrics, RequestOutput
@@ -15,7 +16,6 @@ from engine.params.engine_args import EngineArgs
 from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
-from engine.params.structured_outputs import Constraints
 from engine.text.parse.output_parser import OutputParser, make_output_parser
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
@@ -74,7 +74,6 @@ class FakeStream:
         self.finished = False
         self.aborted = False
         self.interrupt_after: int | None = None
-        self.parsing: Mapping[str, Any] | None = None
         self._deltas: queue.Queue[CompletionDelta] = queue.Queue()
         self._all: list[CompletionDelta] = []
         self._over = threading.Event()
@@ -146,11 +145,11 @@ class FakeLLM:
         self.servers: list[FakeServer] = []
         self.reasoning_parser: str | None = None
         self.tool_call_parser: str | None = None
-        self.tokenizer = None
+        self.tokenizer: Any = None
         self.takes_tools = True
         self.template_variables = frozenset({"enable_thinking"})
         self.prompt_end = ""
-        self.constraints: list[Constraints | None] = []
+        self.prepared: list[PreparedRequest] = []
         self.words = list(WORDS)
         self.delay = 0.0
         self.fail = False
@@ -161,17 +160,6 @@ class FakeLLM:
         MEMORY["bytes"] += 145_000_000
         MADE.append(self)
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, chat_template_kwargs: Any = None, tools: Any = None
-    ) -> str:
-        self.template_kwargs.append(chat_template_kwargs or {})
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
-
-    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        assert not add_special_tokens, "a rendered chat has its special tokens"
-        self.prompts.append(text)
-        return [1] * len(text.split())
-
     @property
     def defaults(self) -> SamplingDefaults:
         return SamplingDefaults({}, {}, self.settings)
@@ -179,27 +167,36 @@ class FakeLLM:
     def sampling_params(self, **given: Any) -> SamplingParams:
         return self.defaults.resolve(given)
 
-    def output_parser(self, *, prompt: str, tools: Any = None, tool_choice: Any = None) -> OutputParser:
+    def prepare(self, request: ChatRequest | PromptRequest) -> PreparedRequest:
+        if isinstance(request, PromptRequest):
+            assert isinstance(request.prompt, str)
+            text, account = request.prompt, Account(request.source)
+        else:
+            self.template_kwargs.append(request.template.variables())
+            text = "".join(f"<{m['role']}>{m['content']}" for m in request.messages) + "<assistant>"
+            account = Account(request.source, (), lambda: self._parser(request, text))
+        self.prompts.append(text)
+        return PreparedRequest(text, [1] * len(text.split()), request.sampling, request.constraints(), account)
+
+    def _parser(self, request: ChatRequest, prompt: str) -> OutputParser:
         return make_output_parser(
             reasoning_parser=self.reasoning_parser,
             tool_call_parser=self.tool_call_parser,
-            tools=tools,
-            tool_choice=tool_choice,
+            tools=request.tools,
+            tool_choice=request.tool_choice,
             prompt_suffix=prompt + self.prompt_end,
         )
 
-    def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, constraints: Constraints | None = None
-    ) -> FakeStream:
-        self.constraints.append(constraints)
-        if isinstance(prompt, str):
-            self.prompts.append(prompt)
-            prompt = [1] * len(prompt.split())
+    def submit(self, request: PreparedRequest) -> FakeStream:
+        self.prepared.append(request)
         logging.getLogger("engine.fake").info("request submitted")
-        stream = FakeStream(list(prompt), params, self.words, self.delay, self.fail)
+        stream = FakeStream(request.token_ids, request.params, self.words, self.delay, self.fail)
         stream.interrupt_after = self.interrupt_after
         self.streams.append(stream)
         return stream
+
+    def submit_prompt(self, prompt: str, params: SamplingParams) -> FakeStream:
+        return self.submit(self.prepare(PromptRequest(prompt=prompt, sampling=params)))
 
     def serve(
         self, port: int = 0, host: str = "127.0.0.1", api_key: Any = None, no_api_key: bool = False, **options: Any

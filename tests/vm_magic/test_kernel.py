@@ -102,7 +102,7 @@ def shows(text: str) -> Callable[[Any], bool]:
 
 
 def test_interrupt_keeps_the_partial_text_and_stops_run_all(ready: Kernel) -> None:
-    ready.run("llm.delay = 0.2\nother = llm.submit('somebody else', llm.sampling_params())")
+    ready.run("llm.delay = 0.2\nother = llm.submit_prompt('somebody else', llm.sampling_params())")
     first = ready.client.execute("%%chat\nhello")
     second = ready.client.execute("'not run'")
     messages = drain(ready, first, shows("alpha beta"))

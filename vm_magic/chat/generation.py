@@ -16,13 +16,14 @@ from vm_magic.state.session import Session
 
 if TYPE_CHECKING:
     from engine.llm import LLM, RequestStream
-    from engine.params.structured_outputs import Constraints
-    from engine.text.parse.output_parser import OutputParser, ToolChoice
+    from engine.text.parse.output_parser import ToolChoice
     from vm_magic.chat.tools import NotebookTool
     from vm_magic.remote.stream import RemoteStream
 
 DRAIN_SECONDS = 0.05
 ABORT_SECONDS = 5.0
+SOURCE = "flag"
+"""What ``explain`` calls the origin of values that a cell's flags give."""
 INTERRUPTED = "⏹ interrupted"
 FAILED = "⚠ failed"
 
@@ -131,35 +132,28 @@ class Generation:
         """Wait for the end; the Reply, added to conversation and session (a conversation takes no empty answer)."""
         output = self.stream.result()
         self._reader.read(self.stream.drain(0))
-        completion, shown = output.outputs[0], self._reader.shown
-        answer: Message = {"role": "assistant", "content": shown.text}
-        if shown.reasoning:
-            answer["reasoning"] = shown.reasoning
-        finish_reason = self._reader.finish_reason or completion.finish_reason
-        calls = finish_reason == "tool_calls"  # calls that were cut off are not made
+        reply = self._reader.reply
+        answer: Message = {"role": "assistant", "content": reply.text}
+        if reply.reasoning:
+            answer["reasoning"] = reply.reasoning
+        reply.finish_reason = reply.finish_reason or output.outputs[0].finish_reason
+        calls = reply.finish_reason == "tool_calls"  # calls that were cut off are not made
         if calls:
-            answer["tool_calls"] = self._reader.tool_calls
-        reply = Reply(
-            shown.text,
-            reasoning=shown.reasoning or None,
-            tool_calls=self._reader.tool_calls,
-            finish_reason=finish_reason,
-            usage=_usage(output, shown),
-            metrics=output.metrics,
-            logprobs=completion.logprobs,
-            messages=[*self._messages, answer],
-        )
-        if self.conversation is not None and shown.text and not calls:
+            answer["tool_calls"] = reply.tool_calls
+        reply.usage = _usage(output, reply.usage.reasoning_tokens)
+        reply.metrics, reply.logprobs = output.metrics, output.outputs[0].logprobs
+        reply.messages = [*self._messages, answer]
+        if self.conversation is not None and reply.text and not calls:
             self.conversation.messages = list(reply.messages)
         self.session.last_reply = reply
         return reply
 
 
-def _usage(output: RequestOutput, shown: ReplyText) -> Usage:
+def _usage(output: RequestOutput, num_reasoning_tokens: int) -> Usage:
     if isinstance(output, RemoteOutput):
-        return output.usage if output.usage.reasoning_tokens else output.counted(shown.num_reasoning_tokens)
+        return output.usage if output.usage.reasoning_tokens else output.counted(num_reasoning_tokens)
     num_tokens = len(output.outputs[0].token_ids)
-    return Usage(len(output.prompt_token_ids), num_tokens, output.num_cached_tokens, shown.num_reasoning_tokens)
+    return Usage(len(output.prompt_token_ids), num_tokens, output.num_cached_tokens, num_reasoning_tokens)
 
 
 def start_chat(session: Session, text: str, options: ChatOptions) -> Generation:
@@ -187,6 +181,8 @@ def ask(
         return Generation(
             session, remote_chat(session, messages, options), messages, conversation, ReplyReader(), earlier
         )
+    from engine.chat.request import ChatRequest, TemplateOptions
+
     llm = session.require()
     if options.tools and not llm.takes_tools:
         raise RequestError(
@@ -194,21 +190,26 @@ def ask(
             "functions (Qwen3, Gemma 4, Llama 3.1 …), or load with --chat-template FILE and --tool-call-parser NAME",
             param="tools",
         )
-    tools: dict[str, Any] = {"tools": options.tool_schemas} if options.tools else {}
     template_kwargs = thinking_kwargs(llm, options.think)
-    prompt = llm.render_chat(messages, chat_template_kwargs=template_kwargs, **tools)
-    if tools:
-        tools["tool_choice"] = options.tool_choice
-    parser = llm.output_parser(prompt=prompt, **tools)
+    request = ChatRequest(
+        messages=messages,
+        tools=options.tool_schemas or None,
+        tool_choice=options.tool_choice,
+        thinking_token_budget=options.thinking_token_budget,
+        template=TemplateOptions(kwargs=template_kwargs),
+        **_common(llm, options),
+    )
     try:
-        stream = _submit(llm, llm.tokenize(prompt, add_special_tokens=False), options, parser)
+        prepared = llm.prepare(request)
+        stream = llm.submit(prepared)
     except ContextLengthError as error:
         if "max_tokens" in options.sampling or len(messages) < 3:
             raise
         fix = "Start the conversation anew with --new, or load the model with a larger --max-model-len."
         raise ContextLengthError(f"{error} {fix}", param=error.param) from None
-    stream.parsing, stream.template_kwargs = {"prompt": prompt, **tools}, template_kwargs
-    return Generation(session, stream, messages, conversation, ReplyReader(parser, llm.tokenizer), earlier)
+    return Generation(
+        session, stream, messages, conversation, ReplyReader(prepared.new_parser(), llm.tokenizer), earlier
+    )
 
 
 def start_completion(session: Session, text: str, options: ChatOptions) -> Generation:
@@ -218,7 +219,10 @@ def start_completion(session: Session, text: str, options: ChatOptions) -> Gener
         raise RequestError("no prompt: write it after the flags, or in the cell's body", param="prompt")
     if llm is None:
         return Generation(session, remote_completion(session, text, options), [], None, ReplyReader())
-    return Generation(session, _submit(llm, text, options, None), [], None, ReplyReader(None, llm.tokenizer))
+    from engine.chat.request import PromptRequest
+
+    stream = llm.submit(llm.prepare(PromptRequest(prompt=text, **_common(llm, options))))
+    return Generation(session, stream, [], None, ReplyReader(None, llm.tokenizer))
 
 
 def remote_chat(session: Session, messages: list[Message], options: ChatOptions) -> "RemoteStream":
@@ -239,25 +243,12 @@ def remote_completion(session: Session, text: str, options: ChatOptions) -> "Rem
     return session.remote_llm().submit_completion(text, options.sampling, schema=options.schema)
 
 
-def _submit(
-    llm: "LLM", prompt: str | list[int], options: ChatOptions, parser: "OutputParser | None"
-) -> "RequestStream":
-    params = llm.defaults.resolve({"n": 1, **options.sampling}, "flag")
-    if parser is not None and parser.needs_special_tokens:
-        params = params.replace(skip_special_tokens=False)
-    stream = llm.submit(prompt, params, constraints=_constraints(options))
-    stream.source = "flag"
-    return stream
+def _common(llm: "LLM", options: ChatOptions) -> dict[str, Any]:
+    """What a chat and a raw prompt ask for alike."""
+    from engine.params.structured_outputs import StructuredOutput
 
-
-def _constraints(options: ChatOptions) -> "Constraints | None":
-    from engine.params.structured_outputs import Constraints
-
-    any_object, schema = {"json_object": True}, {"json": options.schema}
-    structured = None if options.schema is None else any_object if options.schema is True else schema
-    return Constraints.from_request(
-        structured_outputs=structured,
-        thinking_token_budget=options.thinking_token_budget,
-        tools=options.tool_schemas,
-        tool_choice=options.tool_choice,
-    )
+    return {
+        "sampling": llm.defaults.resolve({"n": 1, **options.sampling}, SOURCE),
+        "structured_outputs": StructuredOutput.from_schema(options.schema),
+        "source": SOURCE,
+    }

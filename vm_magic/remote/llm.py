@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.batch.map import Answer, MapRequest, chat_messages, map_prompts, work_seconds
+from engine.chat.reply import ReplyBuilder
 from engine.errors import ConfigError, RequestError
 from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.sampling_params import SamplingParams
@@ -187,9 +188,9 @@ class RemoteLLM:
         """:meth:`engine.llm.LLM.map`, with up to :data:`MAP_CONCURRENCY` prompts at the server at a time."""
         if hasattr(schema, "model_json_schema"):
             schema = schema.model_json_schema()
-        door = RemoteDoor(self, raw, schema, chat_template_kwargs or {})
+        client = RemoteMapClient(self, raw, schema, chat_template_kwargs or {})
         request = MapRequest.of(template, params, variables=variables, resume=resume)
-        return map_prompts(door, rows, request, keep=self._keep_map, use_tqdm=use_tqdm)
+        return map_prompts(client, rows, request, keep=self._keep_map, use_tqdm=use_tqdm)
 
     def close(self) -> None:
         """End our requests and close the connections; the server goes on. Safe to repeat."""
@@ -232,7 +233,7 @@ class RemoteLLM:
 
 
 @dataclass(frozen=True)
-class RemoteDoor:
+class RemoteMapClient:
     """Where a map sends its prompts."""
 
     llm: RemoteLLM
@@ -284,17 +285,16 @@ class RemoteJob:
 
     def answer(self) -> Answer:
         """What came so far; raises what ended it, if something failed."""
-        from vm_magic.show.reply_text import ReplyReader
-
         if self.stream.error is not None:
             raise self.stream.error
-        reader = ReplyReader()
-        reader.read(self.stream.drain(0))
+        builder = ReplyBuilder()
+        for delta in self.stream.drain(0):
+            builder.add(delta)
         output = self.stream.snapshot()
-        usage, shown = output.usage, reader.shown
+        usage = output.usage
         return Answer(
-            shown.text,
-            shown.reasoning or None,
+            builder.content,
+            builder.reasoning or None,
             usage.completion_tokens,
             usage.prompt_tokens,
             usage.cached_tokens,

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from engine.chat.reply import ParsedCompletionDelta
 from engine.errors import VMMagicError
 from engine.outputs import RequestOutput, Usage
 from engine.params.sampling_params import SamplingParams
 from engine.runtime.stream import RequestStream
 from vm_magic.remote.address import RemoteReplyError
 from vm_magic.remote.wire import RemoteOutput, read_chat_choice, read_text_choice, read_usage
-from vm_magic.show.reply_text import RemoteDelta
 
 if TYPE_CHECKING:
     from vm_magic.remote.client import RemoteClient
@@ -83,7 +83,7 @@ class RemoteStream(RequestStream):
     def _started(self) -> None:
         self.metrics.scheduled_time = time.monotonic()
 
-    def _take(self, event: Any, read: Callable[[Mapping[str, Any]], RemoteDelta]) -> None:
+    def _take(self, event: Any, read: Callable[[Mapping[str, Any]], ParsedCompletionDelta]) -> None:
         if not isinstance(event, Mapping):
             raise TypeError(f"an event is no object: {event!r}")
         if event.get("error"):
@@ -114,7 +114,7 @@ class RemoteStream(RequestStream):
     def _cut_off(self) -> None:
         if not self.finished and self._reason is None:
             self._reason = "abort"
-            self.put(RemoteDelta(0, "", [], finish_reason="abort", parsed=None))
+            self.put(ParsedCompletionDelta(0, "", [], finish_reason="abort", parsed=None))
         self._finish(None)
 
     def _finish(self, error: VMMagicError | None) -> None:

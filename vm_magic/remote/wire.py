@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from engine.chat.reply import ParsedCompletionDelta
 from engine.outputs import THINKING_CUTS, Logprob, LogprobsAtPosition, RequestOutput, Usage
-from vm_magic.show.reply_text import RemoteDelta
 
 if TYPE_CHECKING:
     from engine.text.parse.output_parser import ParsedDelta
@@ -74,7 +74,7 @@ def response_format(schema: Mapping[str, Any] | bool) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema}}
 
 
-def read_chat_choice(choice: Mapping[str, Any]) -> RemoteDelta:
+def read_chat_choice(choice: Mapping[str, Any]) -> ParsedCompletionDelta:
     """One choice of a chat chunk. The thought may be called ``reasoning`` or ``reasoning_content``."""
     from engine.text.parse.output_parser import ParsedDelta, ToolCallDelta
 
@@ -94,16 +94,16 @@ def read_chat_choice(choice: Mapping[str, Any]) -> RemoteDelta:
     return _delta(choice, parsed.content, bool(parsed), parsed)
 
 
-def read_text_choice(choice: Mapping[str, Any]) -> RemoteDelta:
+def read_text_choice(choice: Mapping[str, Any]) -> ParsedCompletionDelta:
     """One choice of a plain completion's chunk."""
     text = choice.get("text") or ""
     return _delta(choice, text, bool(text), None)
 
 
-def _delta(choice: Mapping[str, Any], text: str, news: bool, parsed: "ParsedDelta | None") -> RemoteDelta:
+def _delta(choice: Mapping[str, Any], text: str, news: bool, parsed: "ParsedDelta | None") -> ParsedCompletionDelta:
     logprobs, cut = read_logprobs(choice.get("logprobs")), str(choice.get("thinking_cut"))
     count = len(logprobs) if logprobs else int(news)  # servers send a chunk per token, unless they say otherwise
-    return RemoteDelta(
+    return ParsedCompletionDelta(
         int(choice.get("index") or 0),
         text,
         [NO_ID] * count,

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from engine.batch.scored_token import ScoredToken, unlikely_text
@@ -10,7 +10,7 @@ from vm_magic.show.growing_markdown import steady
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.safe_markdown import fenced, safe_markdown
 from vm_magic.show.token_html import escaped, legend_html, tokens_html, unlikely_html
-from vm_magic.show.tool_cards import call_card
+from vm_magic.show.tool_cards import ToolOutcome, call_card
 
 Format = Literal["markdown", "text", "code", "json"]
 Bundle = dict[str, Any]
@@ -71,8 +71,16 @@ def _thinking_title(reply: ReplyText, growing: bool) -> str:
 def _turn(reply: ReplyText, *, growing: bool) -> str:
     """One turn of the model in Markdown: thought, answer, calls."""
     thinking = growing and not reply.text and not reply.tool_calls
-    answer = safe_markdown(steady(reply.text) if growing and not reply.tool_calls else reply.text)
-    return folded(reply, growing=thinking) + _below(answer, _cards(reply))
+    pieces = reply.pieces()
+    shown = [_piece(piece, growing=growing and piece is pieces[-1]) for piece in pieces]
+    return folded(reply, growing=thinking) + "\n\n".join(filter(None, shown))
+
+
+def _piece(piece: "str | tuple[Mapping[str, Any], ToolOutcome | None]", *, growing: bool) -> str:
+    """A piece of the answer, or a call's card."""
+    if isinstance(piece, str):
+        return safe_markdown(steady(piece) if growing else piece)
+    return call_card(*piece)
 
 
 def _cards(reply: ReplyText) -> str:

@@ -10,12 +10,19 @@ from engine.errors import RequestError
 from engine.openai.http.sse import EventStream
 from engine.openai.http.version import system_fingerprint
 from engine.openai.schema.protocol import BatchChatCompletionRequest, ChatCompletionRequest, ChatFields, StreamOptions
-from engine.openai.serving.chat_preparation import Messages, finish_chat, start_chat
-from engine.openai.serving.generation import open_request, port_of, stream_options
+from engine.openai.serving.chat_preparation import Messages, start_chat
+from engine.openai.serving.generation import (
+    Choice,
+    Job,
+    finish_job,
+    named_reasoning,
+    open_request,
+    port_of,
+    stream_options,
+)
 from engine.openai.serving.logprobs import chat_logprobs, prompt_logprobs
-from engine.openai.serving.replies import ChatJob, Reply, named_reasoning
 from engine.outputs import CompletionDelta
-from engine.text.parse.scan.output_sink import ParsedDelta
+from engine.text.parse.scan.output_sink import ContentDelta, ParsedDelta, ParsedEvent, ReasoningDelta, ToolCallDelta
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -24,17 +31,17 @@ router = APIRouter(tags=["OpenAI"])
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
     """Reply to a conversation; with ``stream`` as server-sent events."""
     port = port_of(request)
-    chat = await start_chat(port, request, body, [body.messages])
+    job = await start_chat(port, request, body, [body.messages])
     echo = _echo(body, body.messages)
     if body.stream:
-        work = open_request(port, request, chat.job)
+        work = open_request(port, request, job)
         return EventStream(
-            _chunks(chat, body, echo, stream_options(port, body)),
+            _chunks(job, body, echo, stream_options(port, body)),
             work,
             keep_alive_seconds=port.options.keep_alive_seconds,
         )
-    await finish_chat(port, request, chat)
-    return JSONResponse(_response(chat, body, [echo]))
+    await finish_job(port, request, job)
+    return JSONResponse(_response(job, body, [echo]))
 
 
 @router.post("/v1/chat/completions/batch", response_model=None)
@@ -45,9 +52,9 @@ async def create_chat_completions(body: BatchChatCompletionRequest, request: Req
     if "n" in body.model_fields_set and body.n != 1:
         raise RequestError("Batch chat completions do not support n > 1.", param="n")
     port = port_of(request)
-    chat = await start_chat(port, request, body.model_copy(update={"n": 1}), body.messages)
-    await finish_chat(port, request, chat)
-    return JSONResponse(_response(chat, body, [_echo(body, messages) for messages in body.messages]))
+    job = await start_chat(port, request, body.model_copy(update={"n": 1}), body.messages)
+    await finish_job(port, request, job)
+    return JSONResponse(_response(job, body, [_echo(body, messages) for messages in body.messages]))
 
 
 def _echo(body: ChatFields, messages: Messages) -> str:
@@ -58,34 +65,31 @@ def _echo(body: ChatFields, messages: Messages) -> str:
     return content if isinstance(content, str) else "\n".join(part.get("text", "") for part in content)
 
 
-def _response(chat: ChatJob, body: ChatFields, echoes: list[str]) -> dict[str, Any]:
-    job = chat.job
+def _response(job: Job, body: ChatFields, echoes: list[str]) -> dict[str, Any]:
     response = {
         "id": job.id,
         "object": "chat.completion",
         "created": job.created,
         "model": job.model,
-        "choices": [
-            _choice(chat, body, reply, echoes[reply.choice.index // job.num_per_prompt]) for reply in chat.replies
-        ],
-        "usage": chat.usage(),
+        "choices": [_choice(job, body, choice, echoes[choice.index // job.num_per_prompt]) for choice in job.choices],
+        "usage": job.chat_usage(),
         "system_fingerprint": system_fingerprint(),
         "prompt_logprobs": prompt_logprobs(job.streams[0].prompt_logprobs),
     }
-    return response | _prompt_extras(chat, body)
+    return response | _prompt_extras(job, body)
 
 
-def _prompt_extras(chat: ChatJob, body: ChatFields) -> dict[str, Any]:
+def _prompt_extras(job: Job, body: ChatFields) -> dict[str, Any]:
     extras: dict[str, Any] = {}
     if body.return_token_ids:
-        extras["prompt_token_ids"] = chat.job.prompts[0].token_ids
+        extras["prompt_token_ids"] = job.prompts[0].token_ids
     if body.return_prompt_text:
-        extras["prompt_text"] = chat.job.prompts[0].text
+        extras["prompt_text"] = job.prompts[0].prompt
     return extras
 
 
-def _choice(chat: ChatJob, body: ChatFields, reply: Reply, echo: str) -> dict[str, Any]:
-    choice, message = reply.choice, reply.message()
+def _choice(job: Job, body: ChatFields, choice: Choice, echo: str) -> dict[str, Any]:
+    reply, message = choice.reply, choice.message()
     if echo:
         message["content"] = echo + (message["content"] or "")
     result: dict[str, Any] = {
@@ -93,30 +97,29 @@ def _choice(chat: ChatJob, body: ChatFields, reply: Reply, echo: str) -> dict[st
         "message": message,
         "logprobs": None,
         "finish_reason": reply.finish_reason,
-        "stop_reason": choice.stop_reason,
+        "stop_reason": reply.stop_reason,
         **choice.cut(),
     }
     if body.logprobs:
         num_top = body.top_logprobs or 0
-        result["logprobs"] = chat_logprobs(choice.token_ids, choice.logprobs, num_top, chat.job.names)
+        result["logprobs"] = chat_logprobs(reply.token_ids, reply.logprobs, num_top, job.names)
     if body.return_token_ids:
-        result["token_ids"] = choice.token_ids
+        result["token_ids"] = reply.token_ids
     return result
 
 
 async def _chunks(
-    chat: ChatJob, body: ChatFields, echo: str, options: StreamOptions
+    job: Job, body: ChatFields, echo: str, options: StreamOptions
 ) -> AsyncGenerator[dict[str, Any], None]:
-    job = chat.job
     head = {"id": job.id, "object": "chat.completion.chunk", "created": job.created, "model": job.model}
     head["system_fingerprint"] = system_fingerprint()
-    extras = _prompt_extras(chat, body)
+    extras = _prompt_extras(job, body)
     opened: set[int] = set()
-    before = chat.usage()
-    async for reply, delta, parsed in chat.deltas():
-        counts = chat.usage()
+    before = job.chat_usage()
+    async for choice, delta, parsed in job.deltas():
+        counts = job.chat_usage()
         usage = {"usage": counts} if options.continuous_usage_stats else {}
-        index = reply.choice.index
+        index = choice.index
         if index not in opened:
             opened.add(index)
             role = {"index": index, "delta": {"role": "assistant", "content": echo}, "finish_reason": None}
@@ -124,27 +127,45 @@ async def _chunks(
             yield head | {"choices": [role | {"logprobs": None}]} | known | extras
             extras = {}
         before = counts
-        chunk = _delta_choice(chat, body, reply, delta, parsed)
+        *earlier, last = _in_order(parsed)
+        for piece in earlier:
+            yield head | {"choices": [_piece(index, piece)]} | usage
+        chunk = _last_piece(job, body, choice, delta, last)
         if chunk["delta"] or delta.finish_reason or body.logprobs or body.return_token_ids:
             yield head | {"choices": [chunk]} | usage
     if options.include_usage:
-        yield head | {"choices": [], "usage": chat.usage()}
+        yield head | {"choices": [], "usage": job.chat_usage()}
 
 
-def _delta_choice(
-    chat: ChatJob, body: ChatFields, reply: Reply, delta: CompletionDelta, parsed: ParsedDelta
+def _in_order(parsed: ParsedDelta) -> list[ParsedDelta]:
+    """``parsed`` cut where one chunk could not tell its order: clients read reasoning, content, then calls."""
+    pieces, rank = [ParsedDelta()], 0
+    for event in parsed.events:
+        own = _RANKS[type(event)]
+        if own < rank:
+            pieces.append(ParsedDelta())
+        rank = own
+        pieces[-1].events.append(event)
+    return pieces
+
+
+_RANKS: dict[type[ParsedEvent], int] = {ReasoningDelta: 0, ContentDelta: 1, ToolCallDelta: 2}
+
+
+def _piece(index: int, parsed: ParsedDelta) -> dict[str, Any]:
+    return {"index": index, "delta": _delta(parsed), "logprobs": None, "finish_reason": None}
+
+
+def _last_piece(
+    job: Job, body: ChatFields, choice: Choice, delta: CompletionDelta, parsed: ParsedDelta
 ) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "index": reply.choice.index,
-        "delta": _delta(parsed),
-        "logprobs": None,
-        "finish_reason": reply.finish_reason,
-    }
+    """The choice of a chunk that tells of all of ``delta``'s tokens, and of the end."""
+    result = _piece(choice.index, parsed) | {"finish_reason": choice.reply.finish_reason}
     if delta.finish_reason is not None:
-        result |= {"stop_reason": delta.stop_reason, **reply.choice.cut()}
+        result |= {"stop_reason": delta.stop_reason, **choice.cut()}
     if body.logprobs and delta.token_ids:
         num_top = body.top_logprobs or 0
-        result["logprobs"] = chat_logprobs(delta.token_ids, delta.logprobs or [], num_top, chat.job.names)
+        result["logprobs"] = chat_logprobs(delta.token_ids, delta.logprobs or [], num_top, job.names)
     if body.return_token_ids:
         result["token_ids"] = delta.token_ids
     return result

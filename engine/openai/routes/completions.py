@@ -7,29 +7,28 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from engine.chat.request import PreparedRequest, PromptRequest
 from engine.errors import RequestError
 from engine.openai.http.sse import EventStream
 from engine.openai.http.version import system_fingerprint
-from engine.openai.schema.backend import ServedEngine
 from engine.openai.schema.protocol import CompletionRequest, StreamOptions
 from engine.openai.schema.validation import check_generation
+from engine.openai.serving.backend import ServedEngine
 from engine.openai.serving.generation import (
     Choice,
     Job,
     Port,
-    Prompt,
     finish_job,
     open_request,
     port_of,
     sampling_params,
     start_job,
     stream_options,
-    truncate,
+    truncation,
 )
 from engine.openai.serving.logprobs import completion_logprobs, prompt_logprobs
 from engine.outputs import CompletionDelta, LogprobsAtPosition
 from engine.params.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
-from engine.params.structured_outputs import Constraints
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -55,19 +54,11 @@ def _only_echo(body: CompletionRequest) -> bool:
 
 
 async def _start(port: Port, body: CompletionRequest, request: Request) -> Job:
-    params = completion_params(port.engine, body)
-    prompts = await asyncio.to_thread(completion_prompts, port.engine, body, params)
-    constraints = Constraints.from_request(
-        structured_outputs=body.structured_outputs,
-        response_format=body.response_format,
-        thinking_token_budget=body.thinking_token_budget,
-        repetition_detection=body.repetition_detection,
-    )
-    return await start_job(port, "cmpl", request, body, prompts, params, constraints)
+    prompts = await asyncio.to_thread(completion_prompts, port.engine, body)
+    return await start_job(port, "cmpl", request, body, prompts)
 
 
-def completion_params(engine: ServedEngine, body: CompletionRequest) -> SamplingParams:
-    """The sampling values in force for ``body``."""
+def _params(engine: ServedEngine, body: CompletionRequest) -> SamplingParams:
     own: dict[str, Any] = {"max_tokens": body.max_tokens, "logprobs": body.logprobs}
     if _only_echo(body):
         # The engine samples at least one token; it is not shown.
@@ -78,9 +69,10 @@ def completion_params(engine: ServedEngine, body: CompletionRequest) -> Sampling
     return params if params.max_tokens is not None else params.replace(max_tokens=DEFAULT_MAX_TOKENS)
 
 
-def completion_prompts(engine: ServedEngine, body: CompletionRequest, params: SamplingParams) -> list[Prompt]:
-    """The prompts of ``body`` as tokens. Raises RequestError if there is none."""
-    prompts = [_prompt(engine, body, item, params) for item in _prompt_items(body.prompt)]
+def completion_prompts(engine: ServedEngine, body: CompletionRequest) -> list[PreparedRequest]:
+    """The prompts of ``body``, ready to run. Raises RequestError if there is none."""
+    params = _params(engine, body)
+    prompts = [engine.prepare(_request(body, item, params)) for item in _prompt_items(body.prompt)]
     if not prompts:
         raise RequestError("`prompt` must not be an empty list.", param="prompt")
     return prompts
@@ -93,52 +85,78 @@ def _prompt_items(prompt: str | list[int] | list[str] | list[list[int]]) -> list
     return [tokens] if tokens else [item for item in prompt if not isinstance(item, int)]
 
 
-def _prompt(engine: ServedEngine, body: CompletionRequest, item: str | list[int], params: SamplingParams) -> Prompt:
-    whole = engine.tokenize(item, add_special_tokens=body.add_special_tokens) if isinstance(item, str) else item
-    token_ids = truncate(whole, body, params.max_tokens, engine.plan.max_model_len)
-    if isinstance(item, str) and len(token_ids) == len(whole):
-        return Prompt(token_ids, item)
-    return Prompt(token_ids, engine.tokenizer.decode(token_ids, skip_special_tokens=False) if body.echo else None)
+def _request(body: CompletionRequest, item: str | list[int], params: SamplingParams) -> PromptRequest:
+    return PromptRequest(
+        prompt=item,
+        add_special_tokens=body.add_special_tokens,
+        sampling=params,
+        structured_outputs=body.structured_outputs,
+        response_format=body.response_format,
+        thinking_token_budget=body.thinking_token_budget,
+        repetition_detection=body.repetition_detection,
+        truncation=truncation(body),
+    )
 
 
 def _response(job: Job, body: CompletionRequest) -> dict[str, Any]:
-    if _only_echo(body):
-        _drop_output(job)
     return {
         "id": job.id,
         "object": "text_completion",
         "created": job.created,
         "model": job.model,
         "choices": [_choice(job, body, choice) for choice in job.choices],
-        "usage": job.usage(),
+        "usage": _usage(job, body),
         "system_fingerprint": system_fingerprint(),
     }
 
 
-def _drop_output(job: Job) -> None:
-    for choice in job.choices:
-        choice.parts, choice.token_ids, choice.logprobs = [], [], []
-        choice.finish_reason, choice.stop_reason = "length", None
+def _whole(choice: Choice, body: CompletionRequest) -> CompletionDelta:
+    """All of a choice as one delta; without its output where only the prompt is echoed."""
+    reply = choice.reply
+    return _shown(
+        CompletionDelta(
+            choice.index, reply.content, reply.token_ids, reply.logprobs, reply.finish_reason, reply.stop_reason
+        ),
+        body,
+    )
+
+
+def _shown(delta: CompletionDelta, body: CompletionRequest) -> CompletionDelta:
+    if not _only_echo(body):
+        return delta
+    return CompletionDelta(delta.index, "", [], [], delta.finish_reason and "length")
+
+
+def _usage(job: Job, body: CompletionRequest) -> dict[str, Any]:
+    counts = job.usage()
+    if _only_echo(body):
+        counts |= {"completion_tokens": 0, "total_tokens": counts["prompt_tokens"]}
+    return counts
 
 
 def _choice(job: Job, body: CompletionRequest, choice: Choice) -> dict[str, Any]:
-    text, logprobs = choice.text, None
+    whole = _whole(choice, body)
+    logprobs = None
     if body.logprobs is not None:
-        logprobs = _logprobs(job, body, choice, choice.token_ids, choice.logprobs, begin=True)
-    if body.echo:
-        text = (job.prompt_of(choice).text or "") + text
+        logprobs = _logprobs(job, body, choice, whole.token_ids, whole.logprobs or [], begin=True)
     result = {
         "index": choice.index,
-        "text": text,
+        "text": (_echo(job, choice) if body.echo else "") + whole.text,
         "logprobs": logprobs,
-        "finish_reason": choice.finish_reason,
-        "stop_reason": choice.stop_reason,
+        "finish_reason": whole.finish_reason,
+        "stop_reason": whole.stop_reason,
     }
     if body.prompt_logprobs is not None:
         result["prompt_logprobs"] = prompt_logprobs(job.stream_of(choice).prompt_logprobs)
     if body.return_token_ids:
-        result |= {"token_ids": choice.token_ids, "prompt_token_ids": job.prompt_of(choice).token_ids}
+        result |= {"token_ids": whole.token_ids, "prompt_token_ids": job.prompt_of(choice).token_ids}
     return result
+
+
+def _echo(job: Job, choice: Choice) -> str:
+    """The prompt's text; where it came as tokens, or was cut, what they say."""
+    prompt = job.prompt_of(choice)
+    return job.decode(prompt.token_ids) if prompt.prompt is None else prompt.prompt
 
 
 def _logprobs(
@@ -163,18 +181,16 @@ def _logprobs(
 async def _chunks(job: Job, body: CompletionRequest, options: StreamOptions) -> AsyncGenerator[dict[str, Any], None]:
     head = {"id": job.id, "object": "text_completion", "created": job.created, "model": job.model}
     offsets: dict[int, int] = {}
-    async for choice, delta in job.deltas():
-        if _only_echo(body):
-            _drop_output(job)
-            delta = CompletionDelta(delta.index, "", [], [], delta.finish_reason and "length")
+    async for choice, news, _ in job.deltas():
+        delta = _shown(news, body)
         begin = choice.index not in offsets
         chunk = _delta_choice(job, body, choice, delta, offset=offsets.get(choice.index, 0), begin=begin)
         offsets[choice.index] = offsets.get(choice.index, 0) + _num_characters(chunk)
         if chunk["text"] or delta.finish_reason or chunk["logprobs"] or body.return_token_ids:
-            usage = {"usage": job.usage()} if options.continuous_usage_stats else {}
+            usage = {"usage": _usage(job, body)} if options.continuous_usage_stats else {}
             yield head | {"choices": [chunk]} | usage
     if options.include_usage:
-        yield head | {"choices": [], "usage": job.usage()}
+        yield head | {"choices": [], "usage": _usage(job, body)}
 
 
 def _num_characters(chunk: dict[str, Any]) -> int:
@@ -186,7 +202,7 @@ def _delta_choice(
 ) -> dict[str, Any]:
     text = delta.text
     if begin and body.echo:
-        text = (job.prompt_of(choice).text or "") + text
+        text = _echo(job, choice) + text
     result: dict[str, Any] = {
         "index": choice.index,
         "text": text,

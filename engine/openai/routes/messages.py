@@ -13,8 +13,7 @@ from engine.openai.schema.messages_protocol import CountTokensRequest, MessagesR
 from engine.openai.schema.protocol import ChatCompletionRequest
 from engine.openai.schema.validation import MESSAGES_REFUSED_FIELDS, check_extra_fields
 from engine.openai.serving.chat_preparation import prepare_chat, start_chat
-from engine.openai.serving.generation import open_request, port_of
-from engine.openai.serving.replies import ChatJob
+from engine.openai.serving.generation import Job, open_request, port_of
 
 router = APIRouter(tags=["Anthropic"])
 _PING = {"type": "ping"}
@@ -25,18 +24,18 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     """Reply to a conversation in Anthropic's form; with ``stream`` as its named events."""
     port = port_of(request)
     chat_body = _chat_body(body)
-    chat = await start_chat(port, request, chat_body, [chat_body.messages], prefix="msg")
+    job = await start_chat(port, request, chat_body, [chat_body.messages], prefix="msg")
     if body.stream:
         form = StreamForm(named_event, _errors, keep_alive=named_event(_PING), end=b"")
-        work = open_request(port, request, chat.job)
+        work = open_request(port, request, job)
         return EventStream(
-            _events(chat, MessageEvents()), work, keep_alive_seconds=port.options.keep_alive_seconds, form=form
+            _events(job, MessageEvents()), work, keep_alive_seconds=port.options.keep_alive_seconds, form=form
         )
     events = MessageEvents()
-    async with open_request(port, request, chat.job):
-        async for _ in _events(chat, events):
+    async with open_request(port, request, job):
+        async for _ in _events(job, events):
             pass
-    return JSONResponse(message_object(chat, events.blocks) | ending(chat.replies[0]))
+    return JSONResponse(message_object(job, events.blocks) | ending(job.choices[0].reply))
 
 
 @router.post(f"{MESSAGES_PATH}/count_tokens", response_model=None)
@@ -44,7 +43,7 @@ async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
     """How many tokens a conversation has as a prompt."""
     chat_body = _chat_body(body)
     prepared = await prepare_chat(port_of(request), chat_body, [chat_body.messages])
-    return JSONResponse({"input_tokens": len(prepared.prompts[0].token_ids)})
+    return JSONResponse({"input_tokens": len(prepared[0].token_ids)})
 
 
 def _chat_body(body: CountTokensRequest) -> ChatCompletionRequest:
@@ -56,13 +55,13 @@ def _errors(error: Exception) -> list[dict[str, Any]]:
     return [anthropic_error(describe(error))]
 
 
-async def _events(chat: ChatJob, events: MessageEvents) -> AsyncGenerator[dict[str, Any], None]:
-    yield {"type": "message_start", "message": message_object(chat, [])}
+async def _events(job: Job, events: MessageEvents) -> AsyncGenerator[dict[str, Any], None]:
+    yield {"type": "message_start", "message": message_object(job, [])}
     yield _PING
-    async for _, _, parsed in chat.deltas():
+    async for _, _, parsed in job.deltas():
         for event in events.feed(parsed):
             yield event
     for event in events.close():
         yield event
-    yield {"type": "message_delta", "delta": ending(chat.replies[0]), "usage": usage(chat)}
+    yield {"type": "message_delta", "delta": ending(job.choices[0].reply), "usage": usage(job)}
     yield {"type": "message_stop"}

@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from engine.openai.serving.replies import ChatJob, Reply
+from engine.chat.reply import ReplyBuilder
+from engine.openai.serving.generation import Job
 from engine.text.parse.scan.output_sink import ContentDelta, ParsedDelta, ReasoningDelta, ToolCallDelta
 
 JsonObject = dict[str, Any]
@@ -12,20 +13,20 @@ _CALLER = {"type": "direct"}
 _DELTA_TYPES = {"thinking": "thinking_delta", "text": "text_delta"}
 
 
-def message_object(chat: ChatJob, content: list[JsonObject]) -> JsonObject:
+def message_object(job: Job, content: list[JsonObject]) -> JsonObject:
     """A message that has not ended yet."""
     return {
-        "id": f"msg_{chat.job.id.removeprefix('msg-')}",
+        "id": f"msg_{job.id.removeprefix('msg-')}",
         "type": "message",
         "role": "assistant",
-        "model": chat.job.model,
+        "model": job.model,
         "content": content,
         "stop_reason": None,
         "stop_sequence": None,
         "stop_details": None,
         "container": None,
         "usage": {
-            **usage(chat),
+            **usage(job),
             "cache_creation": {"ephemeral_1h_input_tokens": 0, "ephemeral_5m_input_tokens": 0},
             "inference_geo": None,
             "service_tier": "standard",
@@ -33,9 +34,9 @@ def message_object(chat: ChatJob, content: list[JsonObject]) -> JsonObject:
     }
 
 
-def ending(reply: Reply) -> JsonObject:
+def ending(reply: ReplyBuilder) -> JsonObject:
     """Why the message ended, in Anthropic's words."""
-    sequence = reply.choice.stop_reason
+    sequence = reply.stop_reason
     if reply.finish_reason == "tool_calls":
         return {"stop_reason": "tool_use", "stop_sequence": None}
     if reply.finish_reason == "length":
@@ -45,9 +46,9 @@ def ending(reply: Reply) -> JsonObject:
     return {"stop_reason": "end_turn", "stop_sequence": None}
 
 
-def usage(chat: ChatJob) -> JsonObject:
+def usage(job: Job) -> JsonObject:
     """Token counts; cached prompt tokens are counted apart, as Anthropic does."""
-    counts = chat.usage()
+    counts = job.chat_usage()
     cached = counts["prompt_tokens_details"]["cached_tokens"]
     return {
         "input_tokens": counts["prompt_tokens"] - cached,

@@ -7,12 +7,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from engine.openai.routes.completions import completion_params, completion_prompts
+from engine.chat.request import PreparedRequest
+from engine.openai.routes.completions import completion_prompts
 from engine.openai.schema.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
 from engine.openai.schema.validation import check_generation
 from engine.openai.serving.chat_preparation import prepare_chat
-from engine.openai.serving.generation import Prompt, port_of
-from engine.params.sampling_params import SamplingParams, names_of
+from engine.openai.serving.generation import port_of
+from engine.params.sampling_params import names_of
 
 router = APIRouter(tags=["OpenAI"])
 _SHOWN = names_of(lambda known: not known.constraint)
@@ -23,9 +24,9 @@ _SHOWN = names_of(lambda known: not known.constraint)
 async def render_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
     """A chat's tokens and the sampling values in force (vLLM's GenerateRequest)."""
     prepared = await prepare_chat(port_of(request), body, [body.messages])
-    shown = _generate_request(request, body, prepared.prompts[0], prepared.params, "chatcmpl")
+    shown = _generate_request(request, body, prepared[0], "chatcmpl")
     if body.return_prompt_text:
-        shown["prompt_text"] = prepared.prompts[0].text
+        shown["prompt_text"] = prepared[0].prompt
     return JSONResponse(shown)
 
 
@@ -35,15 +36,12 @@ async def render_completion(body: CompletionRequest, request: Request) -> Respon
     port = port_of(request)
     port.check_model(body.model)
     check_generation(body)
-    params = completion_params(port.engine, body)
-    prompts = await asyncio.to_thread(completion_prompts, port.engine, body, params)
-    return JSONResponse([_generate_request(request, body, prompt, params, "cmpl") for prompt in prompts])
+    prompts = await asyncio.to_thread(completion_prompts, port.engine, body)
+    return JSONResponse([_generate_request(request, body, prompt, "cmpl") for prompt in prompts])
 
 
-def _generate_request(
-    request: Request, body: GenerationFields, prompt: Prompt, params: SamplingParams, prefix: str
-) -> dict[str, Any]:
-    engine = port_of(request).engine
+def _generate_request(request: Request, body: GenerationFields, prompt: PreparedRequest, prefix: str) -> dict[str, Any]:
+    engine, params = port_of(request).engine, prompt.params
     # Without a limit the engine goes to the end of the context; here that is said in tokens.
     room = max(1, engine.plan.max_model_len - len(prompt.token_ids))
     values = {name: getattr(params, name) for name in _SHOWN}

@@ -18,9 +18,8 @@ from engine.openai.schema.responses_input import input_messages, with_instructio
 from engine.openai.schema.responses_protocol import ResponsesRequest, chat_request, check_responses
 from engine.openai.schema.validation import RESPONSES_REFUSED_FIELDS, check_extra_fields
 from engine.openai.serving.chat_preparation import start_chat
-from engine.openai.serving.generation import Port, open_request, port_of
+from engine.openai.serving.generation import Job, Port, open_request, port_of
 from engine.openai.serving.logprobs import chat_logprobs
-from engine.openai.serving.replies import ChatJob
 from engine.outputs import CompletionDelta
 
 router = APIRouter(tags=["OpenAI"])
@@ -34,8 +33,8 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     check_responses(body)
     messages = input_messages(body.input, _history(store, body))
     chat_body = chat_request(body, with_instructions(body.instructions, messages))
-    chat = await start_chat(port, request, chat_body, [chat_body.messages], prefix="resp")
-    running = RunningResponse(ResponseBuilder(_response(body, chat)), chat, messages)
+    job = await start_chat(port, request, chat_body, [chat_body.messages], prefix="resp")
+    running = RunningResponse(ResponseBuilder(_response(body, job)), job, messages)
     if body.store:
         store.add(running)
     if body.background:
@@ -105,13 +104,13 @@ def _history(store: ResponseStore, body: ResponsesRequest) -> list[dict[str, Any
     return previous.conversation()
 
 
-def _response(body: ResponsesRequest, chat: ChatJob) -> JsonObject:
+def _response(body: ResponsesRequest, job: Job) -> JsonObject:
     """The object before any output: OpenAI's fields, with the values in force."""
-    params = chat.job.params
+    params = job.params
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
-        "created_at": chat.job.created,
+        "created_at": job.created,
         "completed_at": None,
         "status": "queued" if body.background else "in_progress",
         "background": body.background,
@@ -122,7 +121,7 @@ def _response(body: ResponsesRequest, chat: ChatJob) -> JsonObject:
         "max_output_tokens": body.max_output_tokens,
         "max_tool_calls": body.max_tool_calls,
         "metadata": body.metadata,
-        "model": chat.job.model,
+        "model": job.model,
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls,
         "presence_penalty": params.presence_penalty,
@@ -155,14 +154,14 @@ async def _finish(
 ) -> None:
     """Run to the end for a client that waits."""
     try:
-        async with open_request(port, request, running.chat.job):
+        async with open_request(port, request, running.job):
             async for _ in _events(body, running):
                 pass
     except ClientGoneError:
-        running.builder.cancelled(running.chat)
+        running.builder.cancelled(running.job)
         raise
     except Exception as error:
-        _drain(running.builder.failed(error, running.chat))
+        _drain(running.builder.failed(error, running.job))
         raise
     finally:
         store.settle(running)
@@ -177,22 +176,22 @@ def _streamed(
         store.settle(running)
 
     def errors(error: Exception) -> Iterator[JsonObject]:
-        yield from running.builder.failed(error, running.chat)
+        yield from running.builder.failed(error, running.job)
         store.settle(running)
 
     def left() -> None:
-        running.builder.cancelled(running.chat)
+        running.builder.cancelled(running.job)
         store.settle(running)
 
     form = StreamForm(named_event, errors, left, end=b"")
-    work = open_request(port, request, running.chat.job)
+    work = open_request(port, request, running.job)
     return EventStream(events(), work, keep_alive_seconds=port.options.keep_alive_seconds, form=form)
 
 
 def _in_background(
     port: Port, store: ResponseStore, request: Request, body: ResponsesRequest, running: RunningResponse
 ) -> Response:
-    running.work = OpenRequest(port.open_requests, _never, running.chat.job.streams)
+    running.work = OpenRequest(port.open_requests, _never, running.job.streams)
     queued = JSONResponse(running.builder.response)
     running.task = asyncio.create_task(_run_in_background(store, body, running, running.work))
     return _followed(port, request, running, -1) if body.stream else queued
@@ -206,9 +205,9 @@ async def _run_in_background(
             async for event in _events(body, running):
                 running.publish(event)
     except ResponseCancelledError:
-        running.builder.cancelled(running.chat)
+        running.builder.cancelled(running.job)
     except Exception as error:  # noqa: BLE001 - nobody awaits this: whoever asks for the response is told
-        for event in running.builder.failed(error, running.chat):
+        for event in running.builder.failed(error, running.job):
             running.publish(event)
     running.publish()
     store.settle(running)
@@ -221,7 +220,7 @@ def _followed(port: Port, request: Request, running: RunningResponse, after: int
         if running.builder.over:
             yield running.events[-1]
         else:
-            yield from running.builder.failed(error, running.chat)
+            yield from running.builder.failed(error, running.job)
 
     work = OpenRequest(port.open_requests, request.receive, ())
     form = StreamForm(named_event, errors, end=b"")
@@ -229,24 +228,24 @@ def _followed(port: Port, request: Request, running: RunningResponse, after: int
 
 
 async def _events(body: ResponsesRequest, running: RunningResponse) -> AsyncGenerator[JsonObject, None]:
-    builder, chat = running.builder, running.chat
+    builder, job = running.builder, running.job
     for event in builder.queued() if body.background else builder.started():
         yield event
     logprobs: list[JsonObject] = []
-    async for _, delta, parsed in chat.deltas():
-        logprobs += _logprobs(body, chat, delta)
+    async for _, delta, parsed in job.deltas():
+        logprobs += _logprobs(body, job, delta)
         for event in builder.feed(parsed, logprobs):
             yield event
         if parsed:
             logprobs = []
-    for event in builder.finished(chat):
+    for event in builder.finished(job):
         yield event
 
 
-def _logprobs(body: ResponsesRequest, chat: ChatJob, delta: CompletionDelta) -> list[JsonObject]:
+def _logprobs(body: ResponsesRequest, job: Job, delta: CompletionDelta) -> list[JsonObject]:
     if not body.with_logprobs or not delta.token_ids:
         return []
-    content = chat_logprobs(delta.token_ids, delta.logprobs or [], body.top_logprobs, chat.job.names)["content"]
+    content = chat_logprobs(delta.token_ids, delta.logprobs or [], body.top_logprobs, job.names)["content"]
     assert isinstance(content, list)
     return content
 

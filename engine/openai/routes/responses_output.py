@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.openai.http.errors import describe
-from engine.openai.serving.replies import ChatJob
+from engine.openai.serving.generation import Job
 from engine.text.parse.scan.output_sink import ContentDelta, ParsedDelta, ReasoningDelta, ToolCallDelta
 
 JsonObject = dict[str, Any]
@@ -55,37 +55,37 @@ class ResponseBuilder:
                 case ToolCallDelta():
                     yield from self._call(event)
 
-    def finished(self, chat: ChatJob) -> Iterator[JsonObject]:
+    def finished(self, job: Job) -> Iterator[JsonObject]:
         """The last events of a response that the model ended, or that ran out of tokens."""
-        status = "incomplete" if chat.replies[0].finish_reason == "length" else "completed"
+        status = "incomplete" if job.choices[0].reply.finish_reason == "length" else "completed"
         yield from self._close(status)
         if status == "incomplete":
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}
         else:
             self.response["completed_at"] = int(time.time())
-        self._end(status, chat)
+        self._end(status, job)
         yield self._snapshot(f"response.{status}")
 
-    def failed(self, error: Exception, chat: ChatJob) -> Iterator[JsonObject]:
+    def failed(self, error: Exception, job: Job) -> Iterator[JsonObject]:
         """The last event of a response that went wrong; what was written stays. Nothing if it was over."""
         if self.over:
             return
         yield from self._close("incomplete")
         self.response["error"] = {"code": "server_error", "message": describe(error)["error"]["message"]}
-        self._end("failed", chat)
+        self._end("failed", job)
         yield self._snapshot("response.failed")
 
-    def cancelled(self, chat: ChatJob) -> None:
+    def cancelled(self, job: Job) -> None:
         """End the response because somebody asked for it; there is no event for this. Nothing if it was over."""
         if self.over:
             return
         for _ in self._close("incomplete"):
             pass
-        self._end("cancelled", chat)
+        self._end("cancelled", job)
 
-    def _end(self, status: str, chat: ChatJob) -> None:
+    def _end(self, status: str, job: Job) -> None:
         self.response["status"] = status
-        self.response["usage"] = usage(chat)
+        self.response["usage"] = usage(job)
 
     def _text(self, kind: str, text: str, logprobs: Sequence[JsonObject]) -> Iterator[JsonObject]:
         if self._open is None or self._open["type"] != kind:
@@ -162,9 +162,9 @@ class ResponseBuilder:
 _ID_PREFIX = {"reasoning": "rs", "message": "msg"}
 
 
-def usage(chat: ChatJob) -> JsonObject:
+def usage(job: Job) -> JsonObject:
     """Token counts in the Responses API's form."""
-    counts = chat.usage()
+    counts = job.chat_usage()
     return {
         "input_tokens": counts["prompt_tokens"],
         "input_tokens_details": counts["prompt_tokens_details"] | {"cache_write_tokens": 0},

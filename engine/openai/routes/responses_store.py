@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import UnknownResponseError
 from engine.openai.http.lifetime import OpenRequest
 from engine.openai.routes.responses_output import JsonObject, ResponseBuilder
-from engine.openai.serving.replies import ChatJob
+from engine.openai.serving.generation import Job
 
 MAX_RESPONSES = 1000
 MAX_BYTES = 64 * 1024 * 1024
@@ -23,9 +23,9 @@ class ResponseCancelledError(Exception):
 class RunningResponse:
     """One response: its job, its object and, in the background, its events."""
 
-    def __init__(self, builder: ResponseBuilder, chat: ChatJob, messages: list[dict[str, Any]]) -> None:
+    def __init__(self, builder: ResponseBuilder, job: Job, messages: list[dict[str, Any]]) -> None:
         self.builder = builder
-        self.chat = chat
+        self.job = job
         self.events: list[JsonObject] = []
         self.num_bytes = 0
         self.work: OpenRequest | None = None
@@ -40,7 +40,7 @@ class RunningResponse:
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages up to this response's own, without instructions: what the next turn continues."""
-        reply = self.chat.replies[0].message()
+        reply = self.job.choices[0].message()
         kept = {name: reply[name] for name in ("role", "content", "reasoning", "tool_calls") if reply.get(name)}
         return [*self._messages, {"content": "", **kept}]
 

@@ -6,11 +6,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from engine.errors import RequestError
-from engine.openai.schema.backend import ServedEngine, ServedTokenizer
 from engine.openai.schema.protocol import DetokenizeRequest, TokenizeRequest
 from engine.openai.schema.validation import check_extra_fields
-from engine.openai.serving.chat_preparation import render_prompt
+from engine.openai.serving.backend import ServedEngine
+from engine.openai.serving.chat_preparation import template_options
 from engine.openai.serving.generation import port_of
+from engine.text.tokens.tokenizer import Tokenizer
 
 router = APIRouter(tags=["tokens"])
 
@@ -37,9 +38,9 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
 def _token_ids(engine: ServedEngine, body: TokenizeRequest) -> list[int]:
     if body.messages is None:
         special = body.add_special_tokens if "add_special_tokens" in body.model_fields_set else True
-        return engine.tokenize(body.prompt or "", add_special_tokens=special)
-    text = render_prompt(engine, body, body.messages)
-    return engine.tokenize(text, add_special_tokens=body.add_special_tokens)
+        return engine.tokenizer.encode(body.prompt or "", special)
+    text = engine.preparer.render(body.messages, body.tools, template_options(body))
+    return engine.tokenizer.encode(text, body.add_special_tokens)
 
 
 @router.post("/detokenize")
@@ -55,6 +56,6 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
     return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
 
-def _is_known(tokenizer: ServedTokenizer, token_id: int) -> bool:
+def _is_known(tokenizer: Tokenizer, token_id: int) -> bool:
     # The tokenizer takes 32 bits; a larger number is no token either.
     return token_id < 2**32 and tokenizer.hf.id_to_token(token_id) is not None

@@ -7,7 +7,6 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.errors import RequestError
-from engine.openai.schema.backend import ServedEngine
 from engine.openai.schema.protocol import ChatFields, GenerationFields, RequestBody
 from engine.params.sampling_params import MAX_LOGPROBS
 from engine.text.guide.tool_grammar import check_callable
@@ -107,8 +106,8 @@ def check_generation(request: GenerationFields) -> None:
         raise RequestError("`prompt_logprobs` are not available when `stream=True`.", param="prompt_logprobs")
 
 
-def check_chat(request: ChatFields, engine: ServedEngine) -> None:
-    """The rules between a chat's fields, and what they ask of ``engine``."""
+def check_chat(request: ChatFields, tool_call_parser: str | None) -> None:
+    """The rules between a chat's fields; ``tool_call_parser`` is the engine's, None where there is none."""
     check_generation(request)
     if request.top_logprobs is not None:
         if request.top_logprobs < -1:
@@ -122,7 +121,7 @@ def check_chat(request: ChatFields, engine: ServedEngine) -> None:
                 param="top_logprobs",
             )
     _check_tools(request)
-    if request.tools and request.tool_choice in (None, "auto") and engine.tool_call_parser is None:
+    if request.tools and request.tool_choice in (None, "auto") and tool_call_parser is None:
         raise RequestError(
             '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set: the calls of this '
             "model cannot be told from its chat template. Name a parser, or send tool_choice 'required' or 'none'.",

@@ -4,22 +4,24 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
 
+from engine.chat.reply import ReplyBuilder
+from engine.chat.request import PreparedRequest, Truncation
 from engine.errors import GenerationError, RequestError, UnknownModelError
 from engine.openai.http.lifetime import OpenRequest, OpenRequests, merge
 from engine.openai.http.options import ServerOptions
-from engine.openai.schema.backend import ServedEngine
 from engine.openai.schema.protocol import SAMPLING_FIELDS, GenerationFields, SamplingFields, StreamOptions
+from engine.openai.serving.backend import ServedEngine
 from engine.openai.serving.logprobs import TokenNames
-from engine.outputs import CompletionDelta, LogprobsAtPosition
+from engine.outputs import CompletionDelta
 from engine.params.sampling_params import SamplingParams
-from engine.params.structured_outputs import Constraints
 from engine.runtime.stream import RequestStream
+from engine.text.parse.scan.output_sink import ParsedDelta
 from engine.text.template.chat_template import RESERVED_VARIABLES
 
 _MAX_ID_LENGTH = 128
@@ -59,49 +61,32 @@ def port_of(request: Request) -> Port:
     return port
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as tokens, and as text where it came as text."""
-
-    token_ids: list[int]
-    text: str | None = None
-
-
 @dataclass
 class Choice:
-    """One completion, filled delta by delta."""
+    """One completion, read delta by delta."""
 
     index: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[LogprobsAtPosition] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    thinking_cut: str | None = None
-    parts: list[str] = field(default_factory=list)
+    reply: ReplyBuilder
 
-    @property
-    def text(self) -> str:
-        """All text so far."""
-        return "".join(self.parts)
-
-    def add(self, delta: CompletionDelta) -> None:
-        """Append ``delta``. Raises GenerationError if the engine ended the request."""
+    def add(self, delta: CompletionDelta) -> ParsedDelta:
+        """What ``delta`` adds, already added. Raises GenerationError if the engine ended the request."""
         if delta.finish_reason in ("abort", "error"):
             raise GenerationError(
                 "The request was aborted by the engine."
                 if delta.finish_reason == "abort"
                 else "The engine failed on this request."
             )
-        self.parts.append(delta.text)
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs or ()
-        self.finish_reason = delta.finish_reason
-        self.stop_reason = delta.stop_reason
-        self.thinking_cut = delta.thinking_cut or self.thinking_cut
+        return self.reply.add(delta)
 
     def cut(self) -> dict[str, str]:
         """``thinking_cut`` for the choice's JSON: why its thought was ended for the model; nothing if it was not."""
-        return {"thinking_cut": self.thinking_cut} if self.thinking_cut else {}
+        return {"thinking_cut": self.reply.thinking_cut} if self.reply.thinking_cut else {}
+
+    def message(self) -> dict[str, Any]:
+        """The assistant's message in OpenAI's form, with the reasoning under both of its names."""
+        content, calls = self.reply.content, self.reply.tool_calls
+        message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+        return message | named_reasoning(self.reply.reasoning) | ({"tool_calls": calls} if calls else {})
 
 
 @dataclass
@@ -110,13 +95,20 @@ class Job:
 
     id: str
     model: str
-    prompts: Sequence[Prompt]
+    prompts: Sequence[PreparedRequest]
     streams: Sequence[RequestStream]
     names: TokenNames
+    decode: Callable[[Sequence[int]], str]
+    """Tokens to text, special ones included."""
+    keeps_reasoning: bool = True
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.choices = [Choice(index) for index in range(len(self.streams) * self.num_per_prompt)]
+        each = [prompt for prompt in self.prompts for _ in range(self.num_per_prompt)]
+        self.choices = [
+            Choice(index, ReplyBuilder(prompt.new_parser(), keeps_reasoning=self.keeps_reasoning))
+            for index, prompt in enumerate(each)
+        ]
 
     @property
     def params(self) -> SamplingParams:
@@ -128,7 +120,7 @@ class Job:
         """Choices per prompt."""
         return self.params.n
 
-    def prompt_of(self, choice: Choice) -> Prompt:
+    def prompt_of(self, choice: Choice) -> PreparedRequest:
         """The prompt that ``choice`` continues."""
         return self.prompts[choice.index // self.num_per_prompt]
 
@@ -136,23 +128,32 @@ class Job:
         """The engine's request that ``choice`` belongs to."""
         return self.streams[choice.index // self.num_per_prompt]
 
-    async def deltas(self) -> AsyncIterator[tuple[Choice, CompletionDelta]]:
-        """Deltas as they come, already added to their choice."""
+    async def deltas(self) -> AsyncIterator[tuple[Choice, CompletionDelta, ParsedDelta]]:
+        """Deltas as they come, already added to their choice, each with what it was parsed to."""
         async for position, delta in merge(self.streams):
             choice = self.choices[position * self.num_per_prompt + delta.index]
-            choice.add(delta)
-            yield choice, delta
+            yield choice, delta, choice.add(delta)
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far."""
         num_prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
-        num_generated = sum(len(choice.token_ids) for choice in self.choices)
+        num_generated = sum(len(choice.reply.token_ids) for choice in self.choices)
         return {
             "prompt_tokens": num_prompt,
             "total_tokens": num_prompt + num_generated,
             "completion_tokens": num_generated,
             "prompt_tokens_details": {"cached_tokens": sum(max(0, s.num_cached_tokens) for s in self.streams)},
         }
+
+    def chat_usage(self) -> dict[str, Any]:
+        """:meth:`usage` in the chat API's form."""
+        num_reasoning = sum(choice.reply.num_reasoning_tokens for choice in self.choices)
+        return self.usage() | {"completion_tokens_details": {"reasoning_tokens": num_reasoning}}
+
+
+def named_reasoning(text: str) -> dict[str, str]:
+    """A thought as ``reasoning`` (vLLM's name) and ``reasoning_content`` (its old one, which others kept)."""
+    return {"reasoning": text, "reasoning_content": text} if text else {}
 
 
 def sampling_params(engine: ServedEngine, request: GenerationFields, **own: Any) -> SamplingParams:
@@ -170,22 +171,11 @@ def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
         raise RequestError(f"logit_bias must map token ids to numbers, got {bias}.", param="logit_bias") from None
 
 
-def truncate(token_ids: list[int], request: SamplingFields, max_tokens: int | None, max_model_len: int) -> list[int]:
-    """Apply ``truncate_prompt_tokens`` (-1: what fits beside the output)."""
-    limit = request.truncate_prompt_tokens
-    if limit is None:
-        return token_ids
-    if limit == -1:
-        limit = max(1, max_model_len - (max_tokens or 1))
-    if limit > max_model_len:
-        raise RequestError(
-            f"truncate_prompt_tokens value ({limit}) is greater than max_model_len ({max_model_len}). "
-            "Please request a smaller truncation size.",
-            param="truncate_prompt_tokens",
-        )
-    if request.truncation_side == "right":
-        return token_ids[:limit]
-    return token_ids[max(0, len(token_ids) - limit) :]
+def truncation(request: SamplingFields) -> Truncation | None:
+    """How the prompt may be cut."""
+    if request.truncate_prompt_tokens is None:
+        return None
+    return Truncation(request.truncate_prompt_tokens, request.truncation_side)
 
 
 async def start_job(
@@ -193,9 +183,9 @@ async def start_job(
     prefix: str,
     http: Request,
     request: GenerationFields,
-    prompts: Sequence[Prompt],
-    params: SamplingParams,
-    constraints: Constraints | None,
+    prompts: Sequence[PreparedRequest],
+    *,
+    keeps_reasoning: bool = True,
 ) -> Job:
     """Submit ``prompts``. If one is refused, none runs."""
     engine = port.engine
@@ -204,28 +194,34 @@ async def start_job(
     # Two clients may choose the same id; the engine's must be unique.
     unique = f"{job_id}-{secrets.token_hex(4)}" if asked else job_id
 
-    def submit(position: int, prompt: Prompt) -> RequestStream:
+    def submit(position: int, prompt: PreparedRequest) -> RequestStream:
         return engine.submit(
-            prompt.token_ids,
-            params,
+            prompt,
             request_id=f"{unique}-{position}" if len(prompts) > 1 else unique,
             priority=request.priority,
             cache_salt=request.cache_salt,
-            constraints=constraints,
         )
 
     streams: list[RequestStream] = []
     try:
         for position, prompt in enumerate(prompts):
             # Compiling a grammar takes a while, in which the other clients' streams must go on.
-            grammar = constraints is not None and constraints.structured is not None
+            grammar = prompt.constraints is not None and prompt.constraints.structured is not None
             streams.append(await asyncio.to_thread(submit, position, prompt) if grammar else submit(position, prompt))
     except BaseException:
         for stream in streams:
             stream.abort()
         raise
     names = TokenNames(engine.tokenizer.token_text, request.return_tokens_as_token_ids)
-    return Job(id=job_id, model=engine.args.names[0], prompts=prompts, streams=streams, names=names)
+    return Job(
+        id=job_id,
+        model=engine.args.names[0],
+        prompts=prompts,
+        streams=streams,
+        names=names,
+        decode=lambda token_ids: engine.tokenizer.decode(token_ids, skip_special_tokens=False),
+        keeps_reasoning=keeps_reasoning,
+    )
 
 
 async def finish_job(port: Port, http: Request, job: Job) -> None:

@@ -12,7 +12,7 @@ import pandas
 import pytest
 
 from engine import LLM
-from engine.batch.map import Answer, Earlier, ManyRun, MapInterrupted, ProgressBar
+from engine.batch.map import Answer, Earlier, MapInterrupted, MapRun, ProgressBar
 from engine.batch.prompt_table import Prompts, Task, combinations, read_table, task_key
 from engine.errors import ConfigError, EngineClosedError, GenerationError, RequestError
 from tests.conftest import ScriptedLLM, TinyModelDir
@@ -263,7 +263,7 @@ class FakeJob:
         self.end()
 
 
-class FakeDoor:
+class FakeClient:
     """Holds back what it was handed until ``look_ahead`` prompts are under way, then ends them from the back."""
 
     look_ahead = 3
@@ -294,26 +294,26 @@ def tasks(*prompts: str) -> list[Task]:
 
 
 def test_no_more_than_the_look_ahead_is_under_way_and_order_is_kept() -> None:
-    door = FakeDoor()
-    run = ManyRun(door, NO_BAR)
+    client = FakeClient()
+    run = MapRun(client, NO_BAR)
     pulled = 0
 
     def lazily() -> Iterator[Task]:
         nonlocal pulled
         for task in tasks(*"abcdefghij"):
             pulled += 1
-            assert pulled - run.rows.num_done <= door.look_ahead
+            assert pulled - run.rows.num_done <= client.look_ahead
             yield task
 
     run.run(lazily(), Earlier(None, ()))
-    assert door.most <= 3
+    assert client.most <= 3
     assert [outcome.text for _, outcome in run.rows.finished() if isinstance(outcome, Answer)] == list("ABCDEFGHIJ")
 
 
 def test_a_row_that_fails_is_marked_and_an_engine_that_fails_ends_the_map() -> None:
-    run = ManyRun(FakeDoor(GenerationError("the grammar failed")), NO_BAR)
+    run = MapRun(FakeClient(GenerationError("the grammar failed")), NO_BAR)
     run.run(tasks("a", "bad", "b"), Earlier(None, ()))
     assert [outcome for _, outcome in run.rows.finished()] == ["the grammar failed", "too long", "the grammar failed"]
-    run = ManyRun(FakeDoor(EngineClosedError("gone")), NO_BAR)
+    run = MapRun(FakeClient(EngineClosedError("gone")), NO_BAR)
     with pytest.raises(EngineClosedError, match="gone"):
         run.run(tasks(*"abcdef"), Earlier(None, ()))

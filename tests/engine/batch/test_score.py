@@ -15,7 +15,7 @@ from engine.errors import ContextLengthError, RequestError
 from engine.outputs import Logprob
 from engine.text.tokens.detokenizer import whole_characters
 from tests.engine.parity.oracle import oracle_logprobs
-from vm_magic.show.token_html import tokens_html, unlikely_html
+from vm_magic.show.token_html import score_html, tokens_html, unlikely_html
 
 TEXT = "The quick brown fox jumps over the lazy dog, and <b>again</b> it costs $5 or 3 < 4."
 
@@ -51,7 +51,7 @@ def test_a_score_is_the_same_when_its_beginning_is_in_memory(llm: LLM) -> None:
 
 def test_a_score_shows_its_tokens_escaped_and_the_least_likely_ones(llm: LLM) -> None:
     score = llm.score(TEXT, num_alternatives=3)
-    page, text = score._repr_html_(), repr(score)
+    page, text = score_html(score), repr(score)
     assert page.count("<span") >= len(score.tokens)
     assert "<b>again" not in page
     assert "&lt;" in page
@@ -83,7 +83,7 @@ def test_tokens_that_share_a_character_are_read_together(scripted_llm: Any) -> N
 def test_a_score_of_any_script_shows_its_characters(scripted_llm: Any) -> None:
     score = scripted_llm("ok").score("Hello 世界 😀!", num_alternatives=2)
     assert "".join(score.tokens) == "Hello 世界 😀!"
-    page = score._repr_html_().split("</pre>")[0]
+    page = score_html(score).split("</pre>")[0]
     assert "\ufffd" not in page
     assert "界</span>" in page
     assert "(part of a character)" in page

@@ -9,10 +9,11 @@ import httpx
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.chat.request import PreparedRequest
 from engine.errors import RequestError
 from engine.explain.request_log import MAX_RECORDS, RequestLog, common_prefix
 from engine.outputs import CompletionDelta
-from engine.params.structured_outputs import Constraints, StructuredOutput
+from engine.params.structured_outputs import StructuredOutput
 from engine.runtime.stream import RequestStream
 
 LONG = "The quick brown fox jumps over the lazy dog, and then it goes home to sleep until the next morning comes."
@@ -60,7 +61,7 @@ def test_an_explanation_holds_prompt_tokens_output_and_times(llm: LLM) -> None:
 def test_each_value_is_told_with_its_source(llm: LLM) -> None:
     llm.settings.update(preset="qwen-coding", min_p=0.05)
     resolved = llm.sampling_params(temperature=0.3, max_tokens=2)
-    llm.submit("One", resolved).result()
+    llm.submit_prompt("One", resolved).result()
     told = {value.name: (value.value, value.source) for value in llm.explain().sampling}
     assert told["temperature"] == (0.3, "request")
     assert told["top_k"] == (20, "preset qwen-coding")
@@ -68,7 +69,7 @@ def test_each_value_is_told_with_its_source(llm: LLM) -> None:
     assert told["frequency_penalty"] == (0.0, "default")
     assert told["max_tokens"] == (2, "request")
     llm.settings.reset()
-    llm.submit("One", llm.sampling_params(stop=["x"], logprobs=1)).abort()
+    llm.submit_prompt("One", llm.sampling_params(stop=["x"], logprobs=1)).abort()
     told = {value.name: (value.value, value.source) for value in llm.explain().sampling}
     assert told["top_k"] == (30, "--override-generation-config")
     assert told["stop"] == (("x",), "request")
@@ -123,7 +124,7 @@ def test_evicted_blocks_another_salt_and_prompt_logprobs_are_told_apart(llm: LLM
     llm.reset_prefix_cache()
     llm.generate(LONG, greedy())
     assert "not yet evicted" in llm.explain().cache.reason
-    llm.submit(LONG, greedy(), cache_salt="mine").result()
+    llm.submit_prompt(LONG, greedy(), cache_salt="mine").result()
     assert llm.explain().cache.reason == "no earlier request is remembered"
     llm.generate(LONG, greedy(prompt_logprobs=0))
     assert llm.explain().cache.reason == "prompt_logprobs need every prompt token computed"
@@ -135,7 +136,7 @@ def test_why_it_stopped_names_stop_strings_stop_tokens_and_aborts(llm: LLM) -> N
     assert llm.explain().outputs[0].stop.startswith("the stop token ")
     llm.generate("One", greedy(stop=[llm.tokenizer.token_text(text.token_ids[2])]))
     assert llm.explain().outputs[0].stop.startswith("the stop string ")
-    stream = llm.submit("One", SamplingParams(max_tokens=500, ignore_eos=True))
+    stream = llm.submit_prompt("One", SamplingParams(max_tokens=500, ignore_eos=True))
     assert llm.explain().outputs[0].stop == "still running"
     stream.abort()
     stream.result()
@@ -178,7 +179,7 @@ def test_a_chat_over_the_port_is_parsed_again_as_its_door_parsed_it(scripted_llm
 
 def test_constraints_are_told(llm: LLM) -> None:
     grammar = StructuredOutput(regex="[ab]+")
-    llm.submit("One", greedy(), constraints=Constraints(structured=grammar)).result()
+    llm.submit_prompt("One", greedy(), structured_outputs=grammar).result()
     assert any("regex" in row and "[ab]+" in row for row in llm.explain().constraints)
     llm.generate("One", greedy())
     assert llm.explain().constraints == ()
@@ -229,12 +230,16 @@ def stream_of(number: int) -> RequestStream:
     return stream
 
 
+def request_of(stream: RequestStream) -> PreparedRequest:
+    return PreparedRequest(None, stream.prompt_token_ids, stream.params)
+
+
 def test_the_log_is_bounded_and_lets_go_of_finished_streams() -> None:
     log = RequestLog()
     streams = [stream_of(i) for i in range(MAX_RECORDS + 8)]
     records = []
     for stream in streams:
-        records.append(log.add(stream, max_tokens=16))
+        records.append(log.add(stream, request_of(stream), max_tokens=16))
         stream.end()
     assert len(log) == MAX_RECORDS
     assert [record.stream is None for record in records[-3:]] == [True, True, False]
@@ -246,7 +251,7 @@ def test_the_log_is_bounded_and_lets_go_of_finished_streams() -> None:
 def test_a_failed_request_keeps_its_error() -> None:
     log = RequestLog()
     stream = stream_of(1)
-    record = log.add(stream, max_tokens=16)
+    record = log.add(stream, request_of(stream), max_tokens=16)
     assert not record.outcome.finished
     stream.end(RequestError("no finite logits"))
     assert (record.outcome.finished, record.outcome.error) == (True, "no finite logits")

@@ -112,10 +112,10 @@ def test_a_model_that_allocates_stays_within_the_limit_with_smaller_chunks(llm, 
 
 
 def test_a_prompt_waits_for_memory_while_others_run_and_then_has_the_right_tokens(llm, model):
-    running = llm.submit([5, 6], GREEDY.replace(max_tokens=60))
+    running = llm.submit_prompt([5, 6], GREEDY.replace(max_tokens=60))
     next(running)
     llm._thread.call(lambda engine: setattr(engine.admission, "free", lambda: 0))
-    waiting = llm.submit(PROMPT, GREEDY)
+    waiting = llm.submit_prompt(PROMPT, GREEDY)
     assert len(running.result().outputs[0].token_ids) == 60
     assert llm.stats().num_waiting == 1
     assert not waiting.drain(timeout=0.1)
@@ -126,7 +126,7 @@ def test_a_prompt_waits_for_memory_while_others_run_and_then_has_the_right_token
 def test_a_prompt_that_nothing_helps_ends_with_an_error_of_its_own(llm, model):
     admission = llm._thread.call(lambda engine: setattr(engine, "patience", 0.3) or engine.admission)
     llm._thread.call(lambda _: setattr(admission, "free", lambda: 0))
-    too_large, small = llm.submit(PROMPT, GREEDY), llm.submit([5], GREEDY)
+    too_large, small = llm.submit_prompt(PROMPT, GREEDY), llm.submit_prompt([5], GREEDY)
     began = time.monotonic()
     with pytest.raises(OutOfMemoryError, match=r"next 16 tokens of this prompt need .* GB are free; free memory"):
         too_large.result()
@@ -162,7 +162,7 @@ def test_an_allocation_that_fails_ends_the_requests_of_its_step_and_no_others(ll
 
     monkeypatch.setattr(InFlightStep, "submit", submit_too_much)
     llm._thread.call(lambda engine: monkeypatch.setattr(engine.scheduler, "max_num_seqs", 1))
-    fails, waits = llm.submit([7, 8, 9], GREEDY), llm.submit([5, 6], GREEDY)
+    fails, waits = llm.submit_prompt([7, 8, 9], GREEDY), llm.submit_prompt([5, 6], GREEDY)
     with pytest.raises(OutOfMemoryError, match="out of memory in this step"):
         fails.result()
     assert waits.result().outputs[0].token_ids == oracle_tokens(model, [5, 6], 8)
@@ -183,9 +183,9 @@ def test_a_step_that_fails_leaves_those_that_were_not_in_it_running(llm, model, 
 
     llm._thread.call(lambda _: monkeypatch.setattr(engine, "_hand_out", fail_once))
     llm._thread.call(lambda _: monkeypatch.setattr(engine, "_submit_first", submit_first))  # True: as on a GPU
-    first = llm.submit([5, 6], GREEDY.replace(max_tokens=400))
+    first = llm.submit_prompt([5, 6], GREEDY.replace(max_tokens=400))
     next(first)
-    second = llm.submit(PROMPT[:40], GREEDY)
+    second = llm.submit_prompt(PROMPT[:40], GREEDY)
     with pytest.raises(Exception, match="no such luck"):
         first.result()
     assert second.result().outputs[0].token_ids == oracle_tokens(model, PROMPT[:40], 8)

@@ -1,22 +1,24 @@
 """An engine without a model: it replies with a fixed text, slowly, badly or not at all, as a test wants."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
+from engine.chat.request import ChatPreparer, ChatRequest, PreparedRequest, PromptRequest
 from engine.errors import ContextLengthError, EngineClosedError, GenerationError, RequestError
+from engine.memory.plan import MemoryPlan
+from engine.openai.serving.backend import ServedEngine
 from engine.outputs import CompletionDelta, Logprob, LogprobsAtPosition
 from engine.params.engine_args import EngineArgs
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
-from engine.params.structured_outputs import Constraints
 from engine.runtime.metrics import EngineMetrics
 from engine.runtime.stream import RequestStream
-from engine.text.parse.output_parser import OutputParser, make_output_parser
+from engine.text.parse.parser_choice import ParserChoice
 from engine.text.template.chat_template import ChatTemplate
 from engine.text.tokens.detokenizer import Detokenizer
 from engine.text.tokens.tokenizer import Tokenizer
@@ -36,6 +38,7 @@ def byte_tokenizer() -> Tokenizer:
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     hf.decoder = decoders.ByteLevel()
     hf.add_special_tokens([AddedToken("<|start|>", special=True), AddedToken("<|end|>", special=True)])
+    hf.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 256)])
     return Tokenizer(hf, eos_token="<|end|>")
 
 
@@ -50,7 +53,7 @@ class FakeLLM:
     def __init__(self, reply: str = "Hello, wörld!", max_model_len: int = 512) -> None:
         self.args = EngineArgs(model="org/fake-model", served_model_name=("fake", "org/fake-model"))
         self.tokenizer = byte_tokenizer()
-        self.plan = SimpleNamespace(max_model_len=max_model_len)
+        self.plan = cast(MemoryPlan, SimpleNamespace(max_model_len=max_model_len))
         self.settings = Settings()
         self.metrics = EngineMetrics("fake")
         self.created = 1_700_000_000.0
@@ -66,62 +69,29 @@ class FakeLLM:
         self.reasoning_parser: str | None = None
         self.tool_call_parser: str | None = None
 
-    def output_parser(
-        self,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str | Mapping[str, Any] | None = None,
-        prompt: str = "",
-        parallel_tool_calls: bool = True,
-    ) -> OutputParser:
-        return make_output_parser(
-            reasoning_parser=self.reasoning_parser,
-            tool_call_parser=self.tool_call_parser,
-            tools=tools,
-            tool_choice=tool_choice,
-            prompt_suffix=prompt,
-            parallel_tool_calls=parallel_tool_calls,
-        )
+    @property
+    def preparer(self) -> ChatPreparer:
+        parsers = ParserChoice(self.reasoning_parser, self.tool_call_parser, None, frozenset())
+        return ChatPreparer(self.tokenizer, ChatTemplate(TEMPLATE), parsers, self.settings)
+
+    def prepare(self, request: ChatRequest | PromptRequest) -> PreparedRequest:
+        return self.preparer.prepare(request, self.plan.max_model_len)
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         wanted = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(**{"max_tokens": None, **self.settings.snapshot(), **wanted})
 
-    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        start = self.tokenizer.hf.token_to_id("<|start|>")
-        return [*([start] if add_special_tokens else []), *self.tokenizer.encode(text, False)]
-
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        chat_template: str | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str:
-        return ChatTemplate(chat_template or TEMPLATE).render(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **(chat_template_kwargs or {}),
-        )
-
     def submit(
         self,
-        prompt: str | Sequence[int],
-        params: SamplingParams,
+        request: PreparedRequest,
         *,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
-        constraints: Constraints | None = None,
     ) -> RequestStream:
         if self.closed:
             raise EngineClosedError("The engine is closed: load a model again.")
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        ids, params = request.token_ids, request.params
         if not ids:
             raise RequestError("The prompt is empty: give at least one token.", param="prompt")
         if len(ids) + (params.max_tokens or 1) > self.plan.max_model_len:
@@ -134,9 +104,14 @@ class FakeLLM:
             gone.set()
             self.aborted.set()
 
-        stream = RequestStream(request_id or "fake", None, ids, params, abort)
+        stream = RequestStream(request_id or "fake", request.prompt, ids, params, abort)
         self.submitted.append(stream)
-        given = {"request_id": request_id, "priority": priority, "cache_salt": cache_salt, "constraints": constraints}
+        given = {
+            "request_id": request_id,
+            "priority": priority,
+            "cache_salt": cache_salt,
+            "constraints": request.constraints,
+        }
         self.options.append(given)
         threading.Thread(target=self._generate, args=(stream, gone), daemon=True).start()
         return stream
@@ -183,3 +158,8 @@ class FakeLLM:
                 at[other] = Logprob(-0.25 if rank == 0 else float("-inf"), rank + 1, text(other))
             found.append(at)
         return found
+
+
+def served(llm: FakeLLM) -> ServedEngine:
+    """``llm`` as the port sees it: a type checker finds what it lacks."""
+    return llm

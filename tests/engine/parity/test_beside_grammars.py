@@ -7,7 +7,6 @@ import pytest
 
 from engine.llm import LLM
 from engine.params.sampling_params import SamplingParams
-from engine.params.structured_outputs import Constraints
 from tests.engine.parity.oracle import assert_nothing_is_held, mixed_prompts, oracle_tokens
 
 NUM_TOKENS = 12
@@ -29,13 +28,12 @@ def llm(request, tiny_model_dir) -> Iterator[LLM]:
 def test_free_requests_keep_their_tokens(llm: LLM, others: int) -> None:
     prompts = mixed_prompts(6 + others, 49152, 60)
     name = llm.args.model
-    free = [llm.submit(prompt, GREEDY) for prompt in prompts[:3]]
+    free = [llm.submit_prompt(prompt, GREEDY) for prompt in prompts[:3]]
     long = GREEDY.replace(max_tokens=40)
     constrained = [
-        llm.submit(prompt, long, constraints=Constraints.from_request(**FIELDS[number % len(FIELDS)]))
-        for number, prompt in enumerate(prompts[6:])
+        llm.submit_prompt(prompt, long, **FIELDS[number % len(FIELDS)]) for number, prompt in enumerate(prompts[6:])
     ]
-    free += [llm.submit(prompt, GREEDY) for prompt in prompts[3:6]]
+    free += [llm.submit_prompt(prompt, GREEDY) for prompt in prompts[3:6]]
     assert [stream.result().outputs[0].token_ids for stream in free] == [
         oracle_tokens(name, prompt, NUM_TOKENS) for prompt in prompts[:6]
     ]

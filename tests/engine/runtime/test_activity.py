@@ -19,7 +19,7 @@ LONG = "word " * 40 + PROMPT
 def test_requests_are_told_with_their_state_and_speed(scripted_llm: Callable[..., LLM]) -> None:
     llm = scripted_llm(COUNTING, step_seconds=SLOW, max_num_seqs=1)
     params = SamplingParams(temperature=0, max_tokens=200)
-    streams = [llm.submit(PROMPT, params, request_id=name) for name in ("one", "two")]
+    streams = [llm.submit_prompt(PROMPT, params, request_id=name) for name in ("one", "two")]
     wait_until(lambda: any(request.num_output_tokens > 4 for request in llm.activity().requests))
     activity = llm.activity()
     running, waiting = activity.requests
@@ -38,7 +38,7 @@ def test_requests_are_told_with_their_state_and_speed(scripted_llm: Callable[...
 def test_the_cached_share_of_a_prompt_is_told(scripted_llm: Callable[..., LLM]) -> None:
     llm = scripted_llm(COUNTING, step_seconds=SLOW)
     llm.generate(LONG, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
-    stream = llm.submit(LONG, SamplingParams(temperature=0, max_tokens=100))
+    stream = llm.submit_prompt(LONG, SamplingParams(temperature=0, max_tokens=100))
     wait_until(lambda: any(request.num_output_tokens for request in llm.activity().requests))
     share = llm.activity().requests[0].cached_share
     assert share is not None
@@ -69,7 +69,7 @@ def test_tokens_found_in_the_cache_are_not_counted_as_computed(scripted_llm: Cal
 def test_abort_ends_one_request_and_no_other(scripted_llm: Callable[..., LLM]) -> None:
     llm = scripted_llm(COUNTING, step_seconds=SLOW)
     params = SamplingParams(temperature=0, max_tokens=50)
-    one, two = (llm.submit(PROMPT, params, request_id=name) for name in ("one", "two"))
+    one, two = (llm.submit_prompt(PROMPT, params, request_id=name) for name in ("one", "two"))
     llm.abort("one")
     llm.abort("no such request")
     assert one.result().outputs[0].finish_reason == "abort"
@@ -83,7 +83,7 @@ def test_every_block_has_its_holder_and_blocks_of_several_are_shared(scripted_ll
     llm.generate(LONG, params.replace(max_tokens=2), use_tqdm=False)
     wait_until(lambda: (llm.block_map().owners == CACHED).sum() >= 2)
     cached = (llm.block_map().owners == CACHED).sum()
-    streams = [llm.submit(LONG, params, request_id=name) for name in ("one", "two")]
+    streams = [llm.submit_prompt(LONG, params, request_id=name) for name in ("one", "two")]
     wait_until(lambda: sum(request.num_output_tokens > 3 for request in llm.activity().requests) == 2)
     wait_until(lambda: llm.block_map().request_ids == ("one", "two"))
     blocks = llm.block_map()
@@ -98,7 +98,7 @@ def test_every_block_has_its_holder_and_blocks_of_several_are_shared(scripted_ll
 def test_a_long_step_keeps_nobody_waiting(scripted_llm: Callable[..., LLM]) -> None:
     llm = scripted_llm(COUNTING, step_seconds=0.5)
     llm.activity()
-    stream = llm.submit(PROMPT, SamplingParams(temperature=0, max_tokens=100))
+    stream = llm.submit_prompt(PROMPT, SamplingParams(temperature=0, max_tokens=100))
     wait_until(lambda: llm.stats().num_running == 1)
     before = time.monotonic()
     for _ in range(3):
@@ -109,7 +109,7 @@ def test_a_long_step_keeps_nobody_waiting(scripted_llm: Callable[..., LLM]) -> N
 
 def test_many_threads_may_look_at_once(scripted_llm: Callable[..., LLM]) -> None:
     llm = scripted_llm(COUNTING, step_seconds=0.001)
-    stream = llm.submit(PROMPT, SamplingParams(temperature=0, max_tokens=300))
+    stream = llm.submit_prompt(PROMPT, SamplingParams(temperature=0, max_tokens=300))
     seen: list[int] = []
     threads = [threading.Thread(target=lambda: seen.append(llm.block_map().num_blocks)) for _ in range(8)]
     for thread in threads:

@@ -70,10 +70,12 @@ def test_requests_go_on_with_the_same_tokens_while_memory_shrinks_and_grows(llm,
     moved = watch_moves(llm, monkeypatch)
     changes = {"max_num_seqs": 4, "max_model_len": 256}
     small, large = fraction_for(llm, 36, **changes), 0.5
-    in_front = llm.submit([7 + i % 150 for i in range(300)], GREEDY.replace(max_tokens=200))  # has the first blocks
-    streams = [llm.submit(prompt, GREEDY) for prompt in prompts[:3]]
+    in_front = llm.submit_prompt(
+        [7 + i % 150 for i in range(300)], GREEDY.replace(max_tokens=200)
+    )  # has the first blocks
+    streams = [llm.submit_prompt(prompt, GREEDY) for prompt in prompts[:3]]
     next(streams[0])
-    streams.append(llm.submit(prompts[3], GREEDY))
+    streams.append(llm.submit_prompt(prompts[3], GREEDY))
     in_front.abort()
     rounds = 0
     while not all(stream.finished for stream in streams):  # in prompts' chunks as in decodes
@@ -123,7 +125,7 @@ def test_shrinking_below_what_is_in_use_names_who_must_end_and_changes_nothing(p
     plain.replan(fraction=0.5, max_num_seqs=6, max_model_len=512)
     params = GREEDY.replace(max_tokens=60)
     prompts = [[11 + (i * k) % 150 for i in range(300)] for k in (3, 7)]
-    streams = [plain.submit(prompt, params, request_id=name) for prompt, name in zip(prompts, "ab", strict=True)]
+    streams = [plain.submit_prompt(prompt, params, request_id=name) for prompt, name in zip(prompts, "ab", strict=True)]
     for stream in streams:
         next(stream)
     before = plain.plan
@@ -156,12 +158,12 @@ def test_a_plan_that_does_not_fit_or_makes_no_sense_changes_nothing(plain):
 def test_the_new_plan_is_what_everyone_sees(plain):
     plain.replan(fraction=0.4, max_num_seqs=3, max_model_len=128)
     with pytest.raises(ContextLengthError, match="maximum context length is 128"):
-        plain.submit([5] * 200, GREEDY)
+        plain.submit_prompt([5] * 200, GREEDY)
     assert (plain.args.memory_fraction, plain.args.max_model_len, plain.args.max_num_seqs) == (0.4, 128, 3)
     info = next(row for row in plain.metrics.rows() if row.name == "vllm:cache_config_info")
     assert f"num_gpu_blocks={plain.plan.num_blocks}" in info.labels
     assert "gpu_memory_utilization=0.4" in info.labels
-    open_ended = plain.submit([5, 6, 7], GREEDY.replace(max_tokens=None))
+    open_ended = plain.submit_prompt([5, 6, 7], GREEDY.replace(max_tokens=None))
     next(open_ended)
     plain.replan(max_model_len=100)
     assert len(open_ended.result().outputs[0].token_ids) == 100 - 3

@@ -160,7 +160,7 @@ def test_a_thought_is_folded_away_with_its_length_and_kept_apart(
     assert (reply.text, reply.reasoning) == ("the answer", "a < b")
     assert 3 <= tokens <= 5
     assert reply.messages[-1] == {"role": "assistant", "content": "the answer", "reasoning": "a < b"}
-    assert loaded.streams[-1].parsing == {"prompt": "<user>hi<assistant>"}
+    assert (loaded.prepared[-1].prompt, loaded.prepared[-1].account.source) == ("<user>hi<assistant>", "flag")
 
 
 @pytest.mark.parametrize(("format", "plain"), [("text", "1"), ("code", "1"), ("json", "1")])
@@ -209,7 +209,7 @@ def test_a_budget_and_a_schema_constrain_the_request(shell: Any, loaded: fakes.F
     shell.user_ns.update(schema={"type": "object"}, Person=Person)
     loaded.words = ['{"a": 1}']
     cell(shell, "chat --json schema --thinking-token-budget 0", "hi")
-    constraints = loaded.constraints[-1]
+    constraints = loaded.prepared[-1].constraints
     assert constraints is not None
     assert constraints.thinking is not None
     assert constraints.structured is not None
@@ -217,12 +217,12 @@ def test_a_budget_and_a_schema_constrain_the_request(shell: Any, loaded: fakes.F
     assert shown(shell)["application/json"] == {"a": 1}
     for flag, kind, value in (("Person", "json", {"title": "Person"}), ("object", "json_object", True)):
         cell(shell, f"chat --json {flag} -f text", "hi")
-        structured = loaded.constraints[-1].structured  # type: ignore[union-attr]
+        structured = loaded.prepared[-1].constraints.structured  # type: ignore[union-attr]
         assert (structured.kind, getattr(structured, kind)) == (kind, value)  # type: ignore[union-attr]
     cell(shell, "vllm_metal complete --json object", "hi")
-    assert loaded.constraints[-1] is not None
+    assert loaded.prepared[-1].constraints is not None
     cell(shell, "chat", "hi")
-    assert loaded.constraints[-1] is None
+    assert loaded.prepared[-1].constraints is None
     with pytest.raises(RequestError, match="thinking_token_budget"):
         cell(shell, "chat --thinking-token-budget -2", "hi")
 
@@ -277,7 +277,7 @@ def test_a_failing_engine_keeps_the_partial_text_and_the_conversation_as_it_was(
 
 def test_an_interrupt_keeps_the_partial_text_and_only_this_request_ends(shell: Any, loaded: fakes.FakeLLM) -> None:
     loaded.delay = 0.04
-    other = loaded.submit("another client's prompt", SamplingParams(max_tokens=None))
+    other = loaded.submit_prompt("another client's prompt", SamplingParams(max_tokens=None))
     loaded.interrupt_after = 2
     with pytest.raises(KeyboardInterrupt, match=r"stopped after \d tokens"):
         cell(shell, "chat", "hi")

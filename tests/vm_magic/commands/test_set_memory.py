@@ -24,7 +24,7 @@ def llm(engine_shell: Any, tiny_model_dir: Any, capsys: Capture) -> Iterator[LLM
 def test_memory_changes_live_and_every_view_follows(engine_shell: Any, llm: LLM, capsys: Capture) -> None:
     line(engine_shell, "serve --port 0")
     capsys.readouterr()
-    running = llm.submit([5, 6, 7], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
+    running = llm.submit_prompt([5, 6, 7], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
     next(running)
     line(engine_shell, "set memory_fraction=0.5 max_model_len=256 max_num_seqs=2 temperature=0.3")
     printed = capsys.readouterr().out.splitlines()
@@ -44,7 +44,9 @@ def test_all_of_it_or_nothing(engine_shell: Any, llm: LLM) -> None:
     before = llm.plan
     with pytest.raises(RequestError, match="top_p must be in"):
         line(engine_shell, "set memory_fraction=0.5 top_p=2")
-    running = llm.submit([5] * 300, SamplingParams(temperature=0, max_tokens=200, ignore_eos=True), request_id="long")
+    running = llm.submit_prompt(
+        [5] * 300, SamplingParams(temperature=0, max_tokens=200, ignore_eos=True), request_id="long"
+    )
     with pytest.raises(MemoryInUseError, match=r"must end first: long \("):
         line(engine_shell, "set max_model_len=256 temperature=0.3")
     with pytest.raises(ConfigError, match="context length"):

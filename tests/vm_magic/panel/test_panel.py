@@ -56,7 +56,7 @@ def show(panel: Panel, section: int) -> None:
 
 def running(llm: LLM, number: int = 1, **given: Any) -> list[Any]:
     """Requests that run, each with a token at least."""
-    streams = [llm.submit(PROMPT, llm.sampling_params(**{"temperature": 0, **given})) for _ in range(number)]
+    streams = [llm.submit_prompt(PROMPT, llm.sampling_params(**{"temperature": 0, **given})) for _ in range(number)]
     wait_until(lambda: all(stream.snapshot().outputs[0].token_ids for stream in streams))
     return streams
 
@@ -366,7 +366,7 @@ def test_the_panel_draws_the_speed_of_what_runs(panel: Panel) -> None:
 
 def test_more_requests_than_rows_are_counted(panel: Panel) -> None:
     llm = current_session().require()
-    streams = [llm.submit(PROMPT, SamplingParams(temperature=0, max_tokens=450)) for _ in range(14)]
+    streams = [llm.submit_prompt(PROMPT, SamplingParams(temperature=0, max_tokens=450)) for _ in range(14)]
     refreshed(panel, lambda: "and 2 more" in panel.activity.more.value)
     for stream in streams:
         stream.abort()
@@ -514,7 +514,9 @@ def test_a_thousand_updates_leave_memory_flat(loaded_llm: Callable[..., LLM]) ->
             panel.tabs.selected_index = section
             panel.refresh()
         if all(stream.finished for stream in streams):
-            streams[:] = [llm.submit(PROMPT, llm.sampling_params(temperature=0, max_tokens=250)) for _ in range(3)]
+            streams[:] = [
+                llm.submit_prompt(PROMPT, llm.sampling_params(temperature=0, max_tokens=250)) for _ in range(3)
+            ]
 
     for _ in range(25):
         turn()

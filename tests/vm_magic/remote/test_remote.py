@@ -123,7 +123,7 @@ def test_tool_calls_arrive_in_pieces(server: FakeVLLM, remote: RemoteLLM) -> Non
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     reader = reading(remote.submit_chat(ASK, {}, tools=[tool], tool_choice="auto"))
     function = {"name": "f", "arguments": '{"a": 1}'}
-    assert reader.tool_calls == [{"id": "c1", "type": "function", "function": function}]
+    assert reader.reply.tool_calls == [{"id": "c1", "type": "function", "function": function}]
     assert reader.finish_reason == "tool_calls"
     assert server.bodies[0]["tools"] == [tool]
 

@@ -1,13 +1,16 @@
 """A model's Markdown is shown, and nothing of it runs."""
 
 import re
+from types import SimpleNamespace
 
 import mistune
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from IPython.core.formatters import DisplayFormatter
 
 from engine.outputs import Reply
+from vm_magic.show.formatters import add_formatters
 from vm_magic.show.safe_markdown import DOLLAR, open_fence, safe_markdown
 
 PIECES = [
@@ -159,4 +162,7 @@ def test_the_fence_that_is_open_at_the_end(text: str, fence: str | None) -> None
 
 
 def test_a_reply_that_a_notebook_shows_is_safe_too() -> None:
-    assert Reply("<img src=x> and **bold**")._repr_markdown_() == "&lt;img src=x> and **bold**"
+    shell = SimpleNamespace(display_formatter=DisplayFormatter())
+    add_formatters(shell)
+    shown = shell.display_formatter.format(Reply("<img src=x> and **bold**"))[0]
+    assert shown["text/markdown"] == "&lt;img src=x> and **bold**"

@@ -44,9 +44,9 @@ def test_a_prompt_is_continued(http: httpx.Client, llm: FakeLLM) -> None:
     reply = post(http)
     assert reply["choices"][0]["text"] == REPLY
     assert reply["usage"]["prompt_tokens"] == 3
-    assert llm.submitted[-1].prompt_token_ids == llm.tokenize("ab")
+    assert llm.submitted[-1].prompt_token_ids == llm.tokenizer.encode("ab")
     post(http, add_special_tokens=False)
-    assert llm.submitted[-1].prompt_token_ids == llm.tokenize("ab")[1:]
+    assert llm.submitted[-1].prompt_token_ids == llm.tokenizer.encode("ab")[1:]
 
 
 def test_sixteen_tokens_are_the_default_below_live_settings(http: httpx.Client, llm: FakeLLM) -> None:
@@ -116,10 +116,10 @@ def test_prompt_logprobs_and_token_ids_stand_at_each_choice(http: httpx.Client, 
     choice = post(http, prompt_logprobs=0, return_token_ids=True)["choices"][0]
     assert choice["prompt_logprobs"][0] is None
     assert len(choice["prompt_logprobs"]) == 3
-    assert choice["prompt_token_ids"] == llm.tokenize("ab")
+    assert choice["prompt_token_ids"] == llm.tokenizer.encode("ab")
     assert llm.tokenizer.decode(choice["token_ids"]) == REPLY
     chunks = stream(http, return_token_ids=True)
-    assert chunks[0]["choices"][0]["prompt_token_ids"] == llm.tokenize("ab")
+    assert chunks[0]["choices"][0]["prompt_token_ids"] == llm.tokenizer.encode("ab")
     assert [i for chunk in chunks for i in chunk["choices"][0]["token_ids"]] == choice["token_ids"]
 
 

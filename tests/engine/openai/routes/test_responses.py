@@ -1,18 +1,18 @@
 """``/v1/responses``: items, events in the order that clients rely on, the store."""
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from engine.chat.reply import ReplyBuilder
 from engine.errors import UnknownResponseError
 from engine.openai.routes.responses_output import ResponseBuilder
 from engine.openai.routes.responses_store import ResponseStore, RunningResponse
 from engine.openai.serving.generation import Choice
-from engine.openai.serving.replies import ChatJob, Reply
-from engine.text.parse.output_parser import make_output_parser
 from tests.engine.openai import strict, strict_more
 from tests.engine.openai.conftest import Serve, http_client
 from tests.engine.openai.fakes import FakeLLM
@@ -392,6 +392,5 @@ def test_the_store_is_bounded_in_number_and_bytes_and_forgets_the_oldest(http: h
     assert store.get(kept[4].id) is kept[4]
 
 
-def finished_chat() -> ChatJob:
-    parser = make_output_parser(reasoning_parser=None, tool_call_parser=None)
-    return ChatJob(None, [Reply(Choice(0), parser)])  # type: ignore[arg-type] - only its reply is asked for
+def finished_chat() -> Any:
+    return SimpleNamespace(choices=[Choice(0, ReplyBuilder())])  # only its reply is asked for

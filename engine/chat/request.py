@@ -1,0 +1,237 @@
+"""A request on its way to the engine: what is asked, whatever the door, and what becomes of it.
+
+Doors (``LLM.chat``, ``LLM.map``, ``%%chat``, chat completions, Responses, Messages) translate into a
+:class:`ChatRequest` or a :class:`PromptRequest`; :meth:`ChatPreparer.prepare` makes the :class:`PreparedRequest`
+that ``LLM.submit`` takes. Nowhere else do messages meet the template, the parser and the limits.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engine.errors import RequestError
+from engine.params.sampling_params import SamplingParams
+from engine.params.settings import Settings
+from engine.params.structured_outputs import Constraints, RepetitionDetection, StructuredOutput
+from engine.text.parse.output_parser import OutputParser, ToolChoice
+from engine.text.parse.parser_choice import ParserChoice
+from engine.text.template.chat_template import ChatTemplate
+from engine.text.tokens.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Layer = tuple[str, Mapping[str, Any]]
+"""The name of a source, and the values that come from it."""
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How messages become a prompt.
+
+    ``kwargs`` are vLLM's ``chat_template_kwargs``; ``reasoning_effort`` and ``documents`` are variables of the
+    template too, an effort also switches thinking on or off where ``kwargs`` do not. ``shows_tools`` False keeps the
+    tools out of the prompt.
+    """
+
+    chat_template: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_effort: str | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    shows_tools: bool = True
+
+    def variables(self) -> dict[str, Any]:
+        """All that the request itself gives the template."""
+        found = dict(self.kwargs)
+        if self.documents is not None:
+            found["documents"] = self.documents
+        if self.reasoning_effort is not None:
+            found.setdefault("reasoning_effort", self.reasoning_effort)
+            found.setdefault("enable_thinking", self.reasoning_effort != "none")
+        return found
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """vLLM's ``truncate_prompt_tokens`` (-1: what fits beside the output) and ``truncation_side``."""
+
+    limit: int
+    side: Literal["left", "right"] = "left"
+
+    def cut(self, token_ids: list[int], max_tokens: int | None, max_model_len: int) -> list[int]:
+        """The tokens that stay. Raises RequestError for a limit that no prompt may have."""
+        limit = max(1, max_model_len - (max_tokens or 1)) if self.limit == -1 else self.limit
+        if limit > max_model_len:
+            raise RequestError(
+                f"truncate_prompt_tokens value ({limit}) is greater than max_model_len ({max_model_len}). "
+                "Please request a smaller truncation size.",
+                param="truncate_prompt_tokens",
+            )
+        return token_ids[:limit] if self.side == "right" else token_ids[max(0, len(token_ids) - limit) :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What all requests may ask for. ``source`` is what ``explain`` calls the origin of their values.
+
+    ``tools`` and ``tool_choice`` have OpenAI's forms; a demanded call constrains the output of a raw prompt too.
+    """
+
+    sampling: SamplingParams
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool = True
+    structured_outputs: StructuredOutput | Mapping[str, Any] | None = None
+    response_format: Mapping[str, Any] | None = None
+    thinking_token_budget: int | None = None
+    repetition_detection: RepetitionDetection | Mapping[str, Any] | None = None
+    truncation: Truncation | None = None
+    source: str = "request"
+
+    def constraints(self) -> Constraints | None:
+        """What constrains the output, beside what ``sampling`` says. Raises RequestError."""
+        return Constraints.from_request(
+            structured_outputs=self.structured_outputs,
+            response_format=self.response_format,
+            tools=self.tools or None,
+            tool_choice=self.tool_choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            thinking_token_budget=self.thinking_token_budget,
+            repetition_detection=self.repetition_detection,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRequest(_Request):
+    """A conversation to reply to; ``messages`` have OpenAI's form."""
+
+    messages: Sequence[Message]
+    template: TemplateOptions = TemplateOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRequest(_Request):
+    """A raw prompt to continue: text or token ids. Its output is the answer as it is; nobody parses it."""
+
+    prompt: str | Sequence[int]
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True)
+class Account:
+    """What ``explain`` tells of a request beside its values, known before it is submitted.
+
+    ``template`` is what the chat template was given, the lower layer first; None where none was rendered.
+    ``make_parser`` makes the parser of one completion; None where all output is the answer.
+    """
+
+    source: str = "request"
+    template: tuple[Layer, ...] | None = None
+    make_parser: Callable[[], OutputParser] | None = None
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request that the engine can take. ``prompt`` is the text of ``token_ids``, None where it is not known."""
+
+    prompt: str | None
+    token_ids: list[int]
+    params: SamplingParams
+    constraints: Constraints | None = None
+    account: Account = Account()
+
+    def new_parser(self) -> OutputParser | None:
+        """A parser for one completion; None where all output is the answer."""
+        return None if self.account.make_parser is None else self.account.make_parser()
+
+
+class ChatPreparer:
+    """Makes prompts, parsers and constraints for one model. Runs in the caller's thread; thread-safe.
+
+    ``settings`` are the live ones.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, parsers: ParserChoice, settings: Settings) -> None:
+        self.template = template
+        self.parsers = parsers
+        self._tokenizer = tokenizer
+        self._settings = settings
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether tools can be used: the chat template shows them, and a parser reads the model's calls."""
+        return self.template.takes_tools and self.parsers.tool_call_parser is not None
+
+    def prepare(self, request: ChatRequest | PromptRequest, max_model_len: int) -> PreparedRequest:
+        """Render, tokenize, truncate; choose the parser; check the constraints. Raises RequestError."""
+        constraints = request.sampling.constraints(request.constraints())
+        if isinstance(request, PromptRequest):
+            text, whole, account = *self._prompt(request), Account(request.source)
+        else:
+            text, whole, account = self._chat(request)
+        params, token_ids = request.sampling, whole
+        if account.make_parser is not None and account.make_parser().needs_special_tokens:
+            params = params.with_special_tokens()
+        if request.truncation is not None:
+            token_ids = request.truncation.cut(whole, params.max_tokens, max_model_len)
+        known = text if len(token_ids) == len(whole) else None
+        return PreparedRequest(known, token_ids, params, constraints, account)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: TemplateOptions = TemplateOptions(),
+    ) -> str:
+        """The prompt's text. Raises RequestError, also for what the template refuses."""
+        template = self._chosen(options)
+        given: dict[str, Any] = {}
+        for _, values in self._live_layers(template, options):
+            given |= values
+        return template.render(
+            [_known_role(message) for message in messages],
+            tools=(tools or None) if options.shows_tools else None,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+            **given,
+        )
+
+    def _chat(self, request: ChatRequest) -> tuple[str, list[int], Account]:
+        options = request.template
+        text = self.render(request.messages, request.tools, options)
+        template = self._chosen(options)
+        layers = [
+            ("--default-chat-template-kwargs", template.default_kwargs),
+            *self._live_layers(template, options, request.source),
+        ]
+
+        def make_parser() -> OutputParser:
+            return self.parsers.make(
+                tools=request.tools or None,
+                tool_choice=request.tool_choice,
+                prompt=text,
+                parallel_tool_calls=request.parallel_tool_calls,
+            )
+
+        token_ids = self._tokenizer.encode(text, options.add_special_tokens)
+        return text, token_ids, Account(request.source, tuple(layers), make_parser)
+
+    def _prompt(self, request: PromptRequest) -> tuple[str | None, list[int]]:
+        if isinstance(request.prompt, str):
+            return request.prompt, self._tokenizer.encode(request.prompt, request.add_special_tokens)
+        return None, [int(token_id) for token_id in request.prompt]
+
+    def _chosen(self, options: TemplateOptions) -> ChatTemplate:
+        return self.template if options.chat_template is None else self.template.with_source(options.chat_template)
+
+    def _live_layers(self, template: ChatTemplate, options: TemplateOptions, source: str = "request") -> list[Layer]:
+        """What the template gets over its defaults: the live settings' switch, then the request's own."""
+        return [("set", self._settings.template_kwargs(template.variables)), (source, options.variables())]
+
+
+def _known_role(message: Message) -> Message:
+    """``developer`` is OpenAI's newer word for ``system``; most templates know only the older one."""
+    if isinstance(message, Mapping) and message.get("role") == "developer":
+        return {**message, "role": "system"}
+    return message
