@@ -191,7 +191,7 @@ class ChatPreparer:
             given |= values
         return template.render(
             [_known_role(message) for message in messages],
-            tools=(tools or None) if options.shows_tools else None,
+            tools=[_ordered(tool) for tool in tools] if tools and options.shows_tools else None,
             add_generation_prompt=options.add_generation_prompt,
             continue_final_message=options.continue_final_message,
             **given,
@@ -228,6 +228,16 @@ class ChatPreparer:
     def _live_layers(self, template: ChatTemplate, options: TemplateOptions, source: str = "request") -> list[Layer]:
         """What the template gets over its defaults: the live settings' switch, then the request's own."""
         return [("set", self._settings.template_kwargs(template.variables)), (source, options.variables())]
+
+
+def _ordered(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``tool`` with its names in OpenAI's order, as vLLM shows it: most templates print a tool as it is."""
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping):
+        return tool
+    first = [name for name in ("name", "description", "parameters") if name in function]
+    ordered = {name: function[name] for name in [*first, *(name for name in function if name not in first)]}
+    return {"type": "function", **tool, "function": ordered}
 
 
 def _known_role(message: Message) -> Message:

@@ -187,9 +187,9 @@ def _chat_tool(tool: JsonObject, where: str) -> JsonObject:
             "input_schema can be offered; leave it out.",
             param="tools",
         )
-    function = {"name": tool.get("name"), "parameters": tool.get("input_schema", {})}
     described = {"description": tool["description"]} if tool.get("description") else {}
-    return {"type": "function", "function": function | described}
+    function = {"name": tool.get("name"), **described, "parameters": tool.get("input_schema", {})}
+    return {"type": "function", "function": function}
 
 
 def _chat_tool_choice(choice: JsonObject) -> JsonObject:
