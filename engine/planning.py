@@ -107,11 +107,11 @@ class _Shapes:
     @classmethod
     def of(cls, args: EngineArgs, device: Device) -> Self:
         from engine.runner.kv.kv_spec import ModelCaches
-        from engine.runner.load.abstract_model import abstract_model_as_loaded
+        from engine.runner.load.formats import WEIGHT_READERS
 
         resolved = resolve(args.model, args.revision, part="config")
         config = read_model_config(resolved, args)
-        abstract = abstract_model_as_loaded(resolved, config, args, device)
+        abstract = WEIGHT_READERS[resolved.kind].abstract(resolved, config, args, device)
         return cls(config, ModelCaches(abstract.model), abstract.num_bytes)
 
     def inputs(self, args: EngineArgs, device: Device, given: _Sizes) -> PlanInputs:

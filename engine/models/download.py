@@ -10,24 +10,17 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from tqdm import tqdm
 
 from engine.errors import ModelNotFoundError
-from engine.models.local import Part, ResolvedModel, hub_cache, pick_gguf
+from engine.models.formats import FORMATS
+from engine.models.local import ResolvedModel, hub_cache
 from engine.models.pypi import Progress
-
-_TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.tiktoken", "tokenizer.model"]
-_PATTERNS: dict[Part, list[str]] = {
-    "weights": [*_TOKENIZER_PATTERNS, "model*.safetensors", "*.py"],
-    "config": ["config.json", "generation_config.json", "model.safetensors.index.json"],
-    "tokenizer": _TOKENIZER_PATTERNS,
-}
+from engine.models.weight_format import Wanted, WeightFormat
 
 
-def download(
-    model: str, repo: str, quant: str, revision: str | None, part: Part, progress: Progress | None
-) -> ResolvedModel:
-    """Bring ``part`` of ``repo`` into the Hugging Face cache. Raises :class:`ModelNotFoundError`."""
+def download(repo: str, revision: str | None, wanted: Wanted, progress: Progress | None) -> ResolvedModel:
+    """Bring what is wanted of ``repo`` into the Hugging Face cache. Raises :class:`ModelNotFoundError`."""
     try:
         files = [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()]
-        patterns = _patterns(model, files, quant, part)
+        found, patterns = _to_download(files, wanted)
         folder = Path(
             snapshot_download(
                 repo,
@@ -50,25 +43,21 @@ def download(
     except _connection_errors() as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ModelNotFoundError(
-            f"{model} is not in the Hugging Face cache and the hub cannot be reached ({reason}); "
+            f"{wanted.model} is not in the Hugging Face cache and the hub cannot be reached ({reason}); "
             f"run `hf download {repo}` where there is a network, or name a local folder"
         ) from None
-    if patterns[0].endswith(".gguf"):
-        return ResolvedModel(model, folder / patterns[0], "gguf")
-    return ResolvedModel(model, folder, "folder")
+    return ResolvedModel(wanted.model, found.open(folder, wanted), found.kind)
 
 
-def _patterns(model: str, files: list[str], quant: str, part: Part) -> list[str]:
-    """Which of a repository's ``files`` to download: the model's, or one GGUF file."""
-    ggufs = [name for name in files if name.endswith(".gguf")]
-    has_weights = any(name.startswith("model") and name.endswith(".safetensors") for name in files)
-    if not quant and part == "tokenizer" and any(name.startswith("tokenizer") for name in files):
-        return _PATTERNS[part]
-    if not quant and "config.json" in files and (has_weights or part == "config"):
-        return _PATTERNS[part]
-    if quant or ggufs:
-        return [pick_gguf(model, ggufs, quant)]
-    raise ModelNotFoundError(f"{model}: the repository holds neither safetensors with a config.json nor GGUF files")
+def _to_download(files: list[str], wanted: Wanted) -> tuple[WeightFormat, list[str]]:
+    """The format in which a repository is fetched, and patterns of those of its ``files`` that it takes."""
+    for one in reversed(FORMATS):
+        patterns = one.to_download(files, wanted)
+        if patterns is not None:
+            return one, patterns
+    raise ModelNotFoundError(
+        f"{wanted.model}: the repository holds neither safetensors with a config.json nor GGUF files"
+    )
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:

@@ -1,17 +1,15 @@
 """What a model's own files say, as :class:`ModelConfig`: no MLX, no weights read."""
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError, ModelLoadError
-from engine.models.gguf_config import gguf_config
-from engine.models.gguf_file import open_gguf
 from engine.models.local import ResolvedModel
 from engine.models.resolve import resolve
+from engine.models.weight_format import end_token_ids, read_json
 from engine.params.engine_args import EngineArgs
 
 _LENGTH_KEYS = (
@@ -53,7 +51,7 @@ def read_model_config(resolved: ResolvedModel, args: EngineArgs) -> ModelConfig:
     ``--hf-config-path`` replaces its ``config.json``, ``--generation-config`` its sampling defaults.
     """
     config = _hf_config(resolved, args)
-    own = {} if resolved.kind == "gguf" else read_json(resolved.path / "generation_config.json")
+    own = resolved.format.generation_config(resolved.path)
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ModelLoadError(f"{resolved.name}: config.json names no model_type; is this a language model?")
@@ -63,9 +61,9 @@ def read_model_config(resolved: ResolvedModel, args: EngineArgs) -> ModelConfig:
         path=resolved.path,
         hf_config=config,
         generation_config=_generation_config(args.generation_config, own),
-        context_length=context_length(config, _tokenizer_limit(resolved)),
+        context_length=context_length(config, resolved.format.tokenizer_limit(resolved.path)),
         vocab_size=int(text.get("vocab_size") or 0),
-        eos_token_ids=_end_token_ids((config, text, own)),
+        eos_token_ids=end_token_ids(config, own),
         model_type=model_type,
     )
 
@@ -86,27 +84,12 @@ def context_length(config: Mapping[str, Any], limit: float = math.inf) -> int:
     return int(min(length, limit))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from ``path``, {} if there is none. Raises :class:`ModelLoadError` for bad JSON."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ModelLoadError(f"{path}: not valid JSON; fetch the file again") from None
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path}: not a JSON object; fetch the file again")
-    return value
-
-
 def _hf_config(resolved: ResolvedModel, args: EngineArgs) -> dict[str, Any]:
     if args.hf_config_path is not None:
         given = Path(args.hf_config_path).expanduser()
         file = given if given.is_file() else resolve(args.hf_config_path, part="config").path / "config.json"
         return read_json(file)
-    if resolved.kind == "gguf":
-        return gguf_config(open_gguf(resolved.path))
-    return read_json(resolved.path / "config.json")
+    return resolved.format.config(resolved.path)
 
 
 def _generation_config(choice: str, own: dict[str, Any]) -> dict[str, Any]:
@@ -133,18 +116,3 @@ def _rope_scalings(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         return []
     nested = [value for value in rope.values() if isinstance(value, Mapping)]
     return nested or [rope]
-
-
-def _tokenizer_limit(resolved: ResolvedModel) -> float:
-    if resolved.kind == "gguf":
-        return math.inf
-    limit = read_json(resolved.path / "tokenizer_config.json").get("model_max_length")
-    return float(limit) if isinstance(limit, int | float) and limit > 0 else math.inf
-
-
-def _end_token_ids(sources: Iterable[Mapping[str, Any]]) -> frozenset[int]:
-    found: set[int] = set()
-    for source in sources:
-        value = source.get("eos_token_id")
-        found.update([value] if isinstance(value, int) else value or [])
-    return frozenset(found)

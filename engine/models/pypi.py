@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import ModelNotFoundError
+from engine.models.formats import format_of_file
+from engine.models.weight_format import WeightFormat
 
 Progress = Callable[[str, int, int], None]
 """``progress(stage, done_bytes, total_bytes)``; may be called from another thread."""
@@ -50,6 +52,13 @@ class PackageModel:
     def path(self) -> Path:
         """Where the file lies (or will) on this machine."""
         return cache_folder() / self.name / self.file_name
+
+    @property
+    def format(self) -> WeightFormat:
+        """What reads the file."""
+        found = format_of_file(self.file_name)
+        assert found is not None, f"{self.file_name} is of no known format"
+        return found
 
     @property
     def fetched(self) -> bool:

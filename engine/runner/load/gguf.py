@@ -5,8 +5,11 @@ bits, so they can stay packed; all other kinds are dequantized. Nothing is ever 
 """
 
 import importlib
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +19,15 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Type
 
 from engine.errors import ModelLoadError
-from engine.models.gguf_file import GGUFFile
+from engine.models.gguf_file import GGUFFile, open_gguf
+from engine.models.local import ResolvedModel
+from engine.models.model_config import ModelConfig
+from engine.models.pypi import Progress
+from engine.params.engine_args import EngineArgs
+from engine.runner.device.devices import Device
+from engine.runner.load.abstract_model import AbstractModel, build_abstract_model
+from engine.runner.load.weight_reader import PreparedWeights, WeightReader
+from engine.runner.load.weight_types import DTYPES, describe_weights, unpacks_easily
 
 GROUP_SIZE = 32
 PACKED_BITS = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q8_0: 8}
@@ -44,12 +55,64 @@ _GEMMA3 = {
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 
-Report = Callable[[int], None]
-"""Called with the bytes of the file that have been read so far."""
+
+class GGUFWeights(WeightReader):
+    """Weights of one GGUF file, tensor by tensor."""
+
+    def abstract(self, resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device) -> AbstractModel:
+        """From the file's header."""
+        choice = _choose(open_gguf(resolved.path), args, device)
+        return AbstractModel(build_abstract_model(config, choice.dtype), choice.num_bytes)
+
+    def prepare(
+        self, resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device
+    ) -> PreparedWeights:
+        """Packed or not, as the device takes it."""
+        file = open_gguf(resolved.path)
+        choice = _choose(file, args, device)
+        kinds = {info.type.name for info in file.tensors.values()} - {"F32"}
+        return PreparedWeights(
+            choice.num_bytes,
+            partial(build_abstract_model, config, choice.dtype),
+            partial(load_gguf, file, dict(config.hf_config), dtype=choice.dtype, keep_packed=choice.keep_packed),
+            lambda _: describe_weights(choice.dtype, sorted(kinds), choice.keep_packed),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """How a file is loaded: ``num_bytes`` in memory, packed matrices left so where ``keep_packed``."""
+
+    dtype: mx.Dtype
+    keep_packed: bool
+    num_bytes: int
+
+
+def _choose(file: GGUFFile, args: EngineArgs, device: Device) -> _Choice:
+    """float32 on CPUs; elsewhere the type in which the file's scales or values are exact."""
+    if args.dtype != "auto":
+        dtype = DTYPES[args.dtype]
+    elif device.kind == "cpu":
+        dtype = mx.float32
+    else:
+        dtype = mx.bfloat16 if any(info.type.name == "BF16" for info in file.tensors.values()) else mx.float16
+    unpacked = sum(math.prod(info.shape) for info in file.tensors.values()) * dtype.size
+    saved = sum(
+        math.prod(info.shape) * dtype.size - _packed_bytes(math.prod(info.shape), PACKED_BITS[info.type], dtype)
+        for info in file.tensors.values()
+        if info.type in PACKED_BITS
+    )
+    keep = bool(saved) and (device.runs_packed_weights_fast or not unpacks_easily(unpacked, device))
+    return _Choice(dtype, keep, unpacked - saved if keep else unpacked)
+
+
+def _packed_bytes(num_values: int, bits: int, dtype: mx.Dtype) -> int:
+    """Bytes of MLX's affine packing: the integers, a scale and a bias for each group."""
+    return num_values * bits // 8 + 2 * (num_values // GROUP_SIZE) * dtype.size
 
 
 def load_gguf(
-    file: GGUFFile, config: dict[str, Any], *, dtype: mx.Dtype, keep_packed: bool, report: Report
+    file: GGUFFile, config: dict[str, Any], report: Progress, *, dtype: mx.Dtype, keep_packed: bool
 ) -> nn.Module:
     """The model of ``file`` with its weights evaluated, tensor by tensor: about one copy in memory.
 
@@ -59,7 +122,7 @@ def load_gguf(
     model: nn.Module = module.Model(module.ModelArgs.from_dict(config))
     weights: dict[str, mx.array] = {}
     packed: dict[str, dict[str, int]] = {}
-    done = 0
+    done, total = 0, sum(info.num_bytes for info in file.tensors.values())
     for name, info in file.tensors.items():
         if name != _ROPE_FACTORS:
             path, leaf = _module_path(name, file)
@@ -69,7 +132,7 @@ def load_gguf(
             else:
                 weights[f"{path}.{leaf}"] = _dequantized(file, name, config, dtype)
         done += info.num_bytes
-        report(done)
+        report("load", done, total)
     weights = model.sanitize(weights) if hasattr(model, "sanitize") else weights
     nn.quantize(model, class_predicate=lambda path, _: packed.get(path, False))
     model.eval()

@@ -13,10 +13,9 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from engine.errors import ModelLoadError, RequestError
-from engine.models.gguf_file import open_gguf
 from engine.models.local import ResolvedModel
-from engine.models.model_config import read_json
 from engine.models.resolve import resolve
+from engine.models.weight_format import read_json
 from engine.params.engine_args import EngineArgs
 
 
@@ -97,24 +96,21 @@ def load_tokenizer(resolved: ResolvedModel, args: EngineArgs) -> Tokenizer:
     source = resolved
     if args.tokenizer is not None:
         source = resolve(args.tokenizer, part="tokenizer")
-    tokenizer = _from_gguf(source.path) if source.kind == "gguf" else _from_folder(source.path)
-    if source is not resolved and resolved.kind == "folder":
-        tokenizer.eos_token_ids |= _configured_end_ids(resolved.path)
-    elif source is not resolved:
-        tokenizer.eos_token_ids |= open_gguf(resolved.path).end_token_ids()
+    files = source.format.tokenizer_source(source.path)
+    tokenizer = _from_folder(files.folder) if files.metadata is None else _from_metadata(files.metadata)
+    for model in {source, resolved}:
+        tokenizer.eos_token_ids |= model.format.end_token_ids(model.path)
     return tokenizer
 
 
-def _from_gguf(path: Path) -> Tokenizer:
+def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     from engine.text.tokens.gguf_tokenizer import build_tokenizer, special_token
 
-    file = open_gguf(path)
     return Tokenizer(
-        build_tokenizer(file.metadata),
-        eos_token_ids=file.end_token_ids(),
-        bos_token=special_token(file.metadata, "bos"),
-        eos_token=special_token(file.metadata, "eos"),
-        chat_template=file.metadata.get("tokenizer.chat_template"),
+        build_tokenizer(metadata),
+        bos_token=special_token(metadata, "bos"),
+        eos_token=special_token(metadata, "eos"),
+        chat_template=metadata.get("tokenizer.chat_template"),
     )
 
 
@@ -128,7 +124,6 @@ def _from_folder(folder: Path) -> Tokenizer:
         hf = _through_transformers(folder)
     return Tokenizer(
         hf,
-        eos_token_ids=_configured_end_ids(folder),
         bos_token=_token_text(special.get("bos_token")),
         eos_token=_token_text(special.get("eos_token")),
         chat_template=_chat_template(folder, config),
@@ -162,17 +157,6 @@ def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ModelLoadError(f"{folder} has no tokenizer.json ({reason}); give one with --tokenizer") from None
     return backend
-
-
-def _configured_end_ids(folder: Path) -> frozenset[int]:
-    """End tokens that ``config.json`` and ``generation_config.json`` name."""
-    config = read_json(folder / "config.json")
-    sources = (config, config.get("text_config") or {}, read_json(folder / "generation_config.json"))
-    found: set[int] = set()
-    for source in sources:
-        value = source.get("eos_token_id")
-        found.update([value] if isinstance(value, int) else value or [])
-    return frozenset(found)
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ import pytest
 
 from engine.errors import ModelLoadError, ModelNotFoundError
 from engine.models import pypi as package_model
-from engine.models import resolve as hub
+from engine.models.gguf import pick_gguf
 from engine.models.local import cached_models
 from engine.models.resolve import resolve
 
@@ -161,7 +161,7 @@ def test_a_quantization_after_a_colon_picks_its_file(cache: FakeHubCache, tmp_pa
 def test_a_split_file_says_how_to_join_it() -> None:
     names = ["m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"]
     with pytest.raises(ModelLoadError, match="llama-gguf-split --merge"):
-        hub.pick_gguf("org/name:Q8_0", names, "Q8_0")
+        pick_gguf("org/name:Q8_0", names, "Q8_0")
 
 
 @pytest.mark.usefixtures("no_network", "cache")

@@ -221,7 +221,7 @@ def test_an_output_matrix_of_its_own_is_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", PACKED_BITS, ids=lambda kind: kind.name)
 def test_packed_weights_hold_the_files_values_bit_for_bit(tmp_path: Path, arch: str, kind: Type) -> None:
     file = open_gguf(write_gguf(tmp_path / "m.gguf", arch, kind))
-    options: dict[str, Any] = {"dtype": mx.float32, "report": lambda _: None}
+    options: dict[str, Any] = {"dtype": mx.float32, "report": lambda *_: None}
     packed = load_gguf(file, gguf_config(file), keep_packed=True, **options)
     plain = load_gguf(file, gguf_config(file), keep_packed=False, **options)
     for ours, exact in zip(packed.model.layers, plain.model.layers, strict=True):
@@ -234,7 +234,7 @@ def test_packed_weights_hold_the_files_values_bit_for_bit(tmp_path: Path, arch: 
 
 def test_packed_scales_are_exact_in_float16(tmp_path: Path) -> None:
     file = open_gguf(write_gguf(tmp_path / "m.gguf", "qwen3", Type.Q4_0))
-    model = load_gguf(file, gguf_config(file), dtype=mx.float16, keep_packed=True, report=lambda _: None)
+    model = load_gguf(file, gguf_config(file), dtype=mx.float16, keep_packed=True, report=lambda *_: None)
     projection = model.model.layers[0].mlp.up_proj
     blocks = file.blocks("blk.0.ffn_up.weight").reshape(512, -1, 18)
     stored = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]

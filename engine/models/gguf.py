@@ -1,0 +1,96 @@
+"""The format of llama.cpp's models: one GGUF file with everything in it, alone or several in a folder."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import ModelLoadError, ModelNotFoundError
+from engine.models.weight_format import TOKENIZER_FILES, CachedModel, TokenizerSource, Wanted, WeightFormat
+
+if TYPE_CHECKING:
+    from engine.models.gguf_file import GGUFFile
+
+_SUFFIX = ".gguf"
+_QUANT = re.compile(r"(?:^|[-._])((?:I?Q\d|TQ\d|BF16|F16|FP16|F32|MXFP4)\w*)(?=[-.]|$)", re.IGNORECASE)
+
+
+class GGUFFormat(WeightFormat):
+    """A GGUF file. The library that reads it is imported when one is read."""
+
+    kind = "gguf"
+    file_suffix = _SUFFIX
+
+    def claims(self, folder: Path, wanted: Wanted) -> bool:
+        """Where a quantization is named, or the folder has GGUF files and nothing else."""
+        return bool(wanted.quant) or (not (folder / "config.json").is_file() and any(folder.rglob(f"*{_SUFFIX}")))
+
+    def missing(self, folder: Path, wanted: Wanted) -> list[str]:
+        """A file of the quantization; of a folder without one, a tokenizer's own files."""
+        if quant := wanted.quant:
+            mark = quant.lower()
+            return [] if any(mark in name.lower() for name in _files(folder)) else [f"*{quant}*{_SUFFIX}"]
+        if wanted.part == "tokenizer":
+            return [] if any((folder / name).is_file() for name in TOKENIZER_FILES) else ["tokenizer.json"]
+        return []
+
+    def open(self, folder: Path, wanted: Wanted) -> Path:
+        """The one file that is meant."""
+        return folder / pick_gguf(wanted.model, _files(folder), wanted.quant)
+
+    def to_download(self, files: Sequence[str], wanted: Wanted) -> list[str] | None:
+        """The one file that is meant."""
+        ggufs = [name for name in files if name.endswith(_SUFFIX)]
+        return [pick_gguf(wanted.model, ggufs, wanted.quant)] if wanted.quant or ggufs else None
+
+    def cached(self, name: str, folder: Path) -> Iterator[CachedModel]:
+        """Each file, by its quantization where it is not alone."""
+        ggufs = [file for file in sorted(folder.rglob(f"*{_SUFFIX}")) if not file.name.lower().startswith("mmproj")]
+        alone = len(ggufs) == 1 and not (folder / "config.json").is_file()
+        for file in ggufs:
+            yield CachedModel(name if alone else f"{name}:{_quant_of(file.name)}", file, file.stat().st_size, self.kind)
+
+    def config(self, path: Path) -> dict[str, Any]:
+        """Made from the file's metadata."""
+        from engine.models.gguf_config import gguf_config
+
+        return gguf_config(_open(path))
+
+    def tokenizer_source(self, path: Path) -> TokenizerSource:
+        """The file's metadata."""
+        return TokenizerSource(path.parent, _open(path).metadata)
+
+    def end_token_ids(self, path: Path) -> frozenset[int]:
+        """The file's own, and control tokens with a turn-ending name."""
+        return _open(path).end_token_ids()
+
+
+def pick_gguf(model: str, names: Sequence[str], quant: str) -> str:
+    """The one GGUF file name that carries ``quant`` (or the only one). Errors name what there is."""
+    files = [name for name in names if not Path(name).name.lower().startswith("mmproj")]
+    mark = re.compile(rf"(?<![A-Za-z0-9]){re.escape(quant)}(?![A-Za-z0-9_])", re.IGNORECASE)
+    matching = [name for name in files if not quant or mark.search(Path(name).name)]
+    if len(matching) > 1 and all(re.search(r"-\d{5}-of-\d{5}", name) for name in matching):
+        raise ModelLoadError(f"{model}: {matching[0]} is split; join the parts with `llama-gguf-split --merge` first")
+    if len(matching) == 1:
+        return matching[0]
+    base = model.removesuffix(f":{quant}") if quant else model
+    choices = ", ".join(f"{base}:{name}" for name in sorted({_quant_of(file) for file in files})) or "none"
+    problem = f"{'several' if matching else 'no'} GGUF files{f' of {quant}' if quant else ''}"
+    raise ModelNotFoundError(f"{model}: {problem}; there are: {choices}")
+
+
+def _open(path: Path) -> "GGUFFile":
+    from engine.models.gguf_file import open_gguf
+
+    return open_gguf(path)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob(f"*{_SUFFIX}"))
+
+
+def _quant_of(name: str) -> str:
+    """The quantization in a GGUF file's name (``Q4_K_M``), or its stem."""
+    marks = _QUANT.findall(Path(name).name.removesuffix(_SUFFIX))
+    return str(marks[-1]) if marks else Path(name).stem
