@@ -10,7 +10,7 @@ from engine.errors import RequestError
 from engine.outputs import RequestOutput
 from engine.params.sampling_params import SamplingParams
 from engine.runtime.stream import RequestStream
-from engine.text.tokens.detokenizer import whole_characters
+from engine.text.tokens.token_texts import token_texts
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Score:
         scored = tuple(
             ScoredToken(text, None) if position is None else scored_token(position[token_id], position.values(), text)
             for token_id, text, position in zip(
-                token_ids, whole_characters(token_ids, decode), output.prompt_logprobs, strict=True
+                token_ids, token_texts(token_ids, decode), output.prompt_logprobs, strict=True
             )
         )
         logprobs = tuple(token.logprob for token in scored)

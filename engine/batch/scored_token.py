@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.outputs import Logprob
-from engine.text.tokens.detokenizer import REPLACEMENT
+from engine.text.tokens.text_stream import REPLACEMENT
 
 PART = "(part of a character)"
 _UNLIKELY_SHOWN = 10

@@ -10,7 +10,7 @@ from engine.errors import RequestError
 from engine.explain.request_log import RequestLog, RequestRecord, common_prefix
 from engine.params.sampling_params import COMMON, CONSTRAINTS, SamplingParams
 from engine.params.structured_outputs import Constraints
-from engine.text.tokens.detokenizer import whole_characters
+from engine.text.tokens.token_texts import token_texts
 from engine.text.tokens.tokenizer import Tokenizer
 
 _CONTEXT = 6
@@ -134,7 +134,7 @@ class Explainer:
             prompt=record.prompt if record.prompt is not None else self.decode(record.prompt_token_ids),
             prompt_parts=self._parts(record, cache),
             prompt_token_ids=tuple(record.prompt_token_ids),
-            tokens=tuple(whole_characters(record.prompt_token_ids, self.decode)),
+            tokens=tuple(token_texts(record.prompt_token_ids, self.decode)),
             sampling=tuple(sampling_values(record.params, record.max_tokens)),
             thinking=tuple(thinking_values(record)),
             constraints=tuple(constraint_lines(record.constraints)),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from engine.batch.scored_token import ScoredToken, scored_token
 from engine.chat.reply import ReplyBuilder
 from engine.outputs import THINKING_CUTS, CompletionDelta, LogprobsAtPosition, Reply
-from engine.text.tokens.detokenizer import WholeCharacters
+from engine.text.tokens.token_texts import TokenTexts
 from vm_magic.show.tool_cards import ToolOutcome, call_line
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class ReplyReader:
 
     def __init__(self, parser: "OutputParser | None" = None, tokenizer: "Tokenizer | None" = None) -> None:
         self._builder = ReplyBuilder(parser)
-        self._characters = (
-            None if tokenizer is None else WholeCharacters(lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
+        self._token_texts = (
+            None if tokenizer is None else TokenTexts(lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
         )
         self._tokens: list[ScoredToken] = []
 
@@ -103,12 +103,12 @@ class ReplyReader:
             if delta.index or self.finish_reason is not None:
                 continue
             self._tokens += map(self._scored, delta.logprobs or ())
-            if delta.finish_reason is not None and self._characters is not None and self._tokens:
-                self._tokens[-1] = replace(self._tokens[-1], text=self._tokens[-1].text + self._characters.rest())
+            if delta.finish_reason is not None and self._token_texts is not None and self._tokens:
+                self._tokens[-1] = replace(self._tokens[-1], text=self._tokens[-1].text + self._token_texts.rest())
             self._builder.add(delta)
 
     def _scored(self, position: LogprobsAtPosition) -> ScoredToken:
         """A token from its place's log-probabilities, of which the chosen token's come first."""
         token_id, chosen = next(iter(position.items()))
-        text = None if self._characters is None else self._characters.step(token_id)
+        text = None if self._token_texts is None else self._token_texts.step(token_id)
         return scored_token(chosen, position.values(), text)

@@ -98,7 +98,7 @@ class ThoughtTracker:
 
     def add(self, token_id: int) -> None:
         """Take a token."""
-        self._text = (self._text + (self._stream.step(token_id) or ""))[-self._longest :]
+        self._text = (self._text + self._stream.step(token_id))[-self._longest :]
         if self.state is ThinkingState.THOUGHT:
             self.num_tokens += 1
             if self.markers.end in self._text:

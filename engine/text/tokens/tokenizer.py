@@ -10,25 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from engine.errors import ModelLoadError, RequestError
 from engine.models.local import ResolvedModel
 from engine.models.resolve import resolve
 from engine.models.weight_format import read_json
 from engine.params.engine_args import EngineArgs
-
-
-class TokenStream:
-    """Text of one growing sequence: :meth:`step` returns what a token makes certain, or None."""
-
-    def __init__(self, hf: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
-        self._hf = hf
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-
-    def step(self, token_id: int) -> str | None:
-        """Add one token; None while its characters are incomplete or it shows nothing."""
-        return self._stream.step(self._hf, token_id)
+from engine.text.tokens.text_stream import TextStream
 
 
 class Tokenizer:
@@ -79,9 +67,9 @@ class Tokenizer:
         """The text of ``token_ids``."""
         return str(self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
-    def decode_stream(self, skip_special_tokens: bool = True) -> TokenStream:
+    def decode_stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for one sequence that grows token by token."""
-        return TokenStream(self.hf, skip_special_tokens)
+        return TextStream(self, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token by itself; bytes that are no whole character show as U+FFFD."""

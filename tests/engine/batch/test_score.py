@@ -13,7 +13,7 @@ from engine import LLM, SamplingParams
 from engine.batch.scored_token import scored_token, unlikely_text
 from engine.errors import ContextLengthError, RequestError
 from engine.outputs import Logprob
-from engine.text.tokens.detokenizer import whole_characters
+from engine.text.tokens.token_texts import token_texts
 from tests.engine.parity.oracle import oracle_logprobs
 from vm_magic.show.token_html import score_html, tokens_html, unlikely_html
 
@@ -71,13 +71,13 @@ def test_tokens_that_share_a_character_are_read_together(scripted_llm: Any) -> N
     text = "<|im_start|>It is 世界, 😀 and a ½-naïve — ok"
     ids = tokenizer.encode(text)
     assert any("\ufffd" in decode([token_id]) for token_id in ids)
-    texts = whole_characters(ids, decode)
+    texts = token_texts(ids, decode)
     assert "".join(texts) == text
     assert texts[texts.index("") + 1] == "世"
     cut = ids[: next(i for i, text in enumerate(texts) if not text) + 1]
-    assert whole_characters(cut, decode)[-1] == "\ufffd"
-    assert "".join(whole_characters(ids[-1:] + cut[-1:] * 40, decode)).startswith(" ok\ufffd")
-    assert whole_characters([], decode) == []
+    assert token_texts(cut, decode)[-1] == "\ufffd"
+    assert "".join(token_texts(ids[-1:] + cut[-1:] * 40, decode)).startswith(" ok\ufffd")
+    assert token_texts([], decode) == []
 
 
 def test_a_score_of_any_script_shows_its_characters(scripted_llm: Any) -> None:

@@ -8,6 +8,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from engine.params.sampling_params import SamplingParams
 from engine.text.tokens.detokenizer import Detokenizer, StopStrings
+from engine.text.tokens.text_stream import TextStream
+from engine.text.tokens.token_texts import token_texts
 
 
 class ByteTokenizer:
@@ -199,3 +201,25 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
     assert stops.feed("1") == ("a", None)
     assert stops.feed("!") == ("b1!", None)
     assert stops.flush() == ""
+
+
+def test_a_stream_goes_on_behind_bytes_that_stop_being_a_character() -> None:
+    """Token streams without a prompt, such as those that look for the end of a thought, meet any bytes too."""
+    for text in itertools.product((*"😀".encode(), *"é".encode(), *b"a"), repeat=4):
+        stream = TextStream(ByteTokenizer(), skip_special_tokens=False)
+        shown = "".join([*map(stream.step, text), stream.step(ord("b")), stream.flush()])
+        assert shown.endswith("b")
+
+
+def test_the_texts_of_tokens_keep_the_spaces_between_words() -> None:
+    hf = WordTokenizer().hf
+    assert token_texts([1, 2, 3, 4], hf.decode) == ["Hello", " world", " again", "!"]
+
+
+def test_the_texts_of_tokens_make_up_the_whole_text_whatever_the_bytes() -> None:
+    hf = ByteTokenizer().hf
+    for text in ("naïve 😀!", "", "\n漢字\n"):
+        assert "".join(token_texts(ids_of(text), hf.decode)) == text
+    texts = token_texts([0xF0, 0x9F, *b"ab", *[0xF0] * 20, *b"c"], hf.decode)
+    assert "".join(texts).replace("\ufffd", "") == "abc"
+    assert len(texts) == 25
