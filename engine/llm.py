@@ -446,7 +446,7 @@ class LLM:
             block_size=self.plan.block_size,
             caching_wanted=self.args.enable_prefix_caching,
             reuses_prefixes=self._reuses_prefixes,
-            recurrent=any(group.kind == "state" for group in self.plan.groups),
+            recurrent=any(group.recurrent for group in self.plan.groups),
         )
         return explainer.explain_latest(count)
 

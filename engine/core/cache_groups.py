@@ -6,10 +6,12 @@ states are in :mod:`engine.core.state_group`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import singledispatch
+from typing import ClassVar, Protocol
 
 from engine.core.block_pool import Block, BlockHash, BlockPool, hash_block
 from engine.core.request import Request
+from engine.memory.cache_spec import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 RUN_ROOM_TOKENS = 512
 """How much room to grow a new sequence looks for, so that its blocks stay in one run."""
@@ -21,11 +23,23 @@ chat shares what lies before them."""
 class KVCacheGroup(Protocol):
     """What the manager asks of a group of layers."""
 
+    recurrent: ClassVar[bool]
+    """Whether prefixes are reused from checkpoints only, which are chosen when a request begins."""
     pool: BlockPool
     block_size: int
 
     def num_cached_tokens(self, request: Request, limit: int) -> int:
         """Most leading tokens, up to ``limit``, that this group could reuse (a multiple of its block size)."""
+
+    def choose_checkpoints(self, request: Request, num_cached: int, num_shared: int, boundary: int) -> None:
+        """Choose what ``request`` keeps for others; it starts from ``num_cached`` tokens.
+
+        ``num_shared``: leading tokens that all groups of pages have. Every ``boundary`` tokens, blocks of all groups
+        end.
+        """
+
+    def chunk_end(self, request: Request, end: int) -> int:
+        """Where the next chunk should end, at most ``end``, so that what is there then can be kept."""
 
     def num_blocks_needed(self, request: Request, num_tokens: int, num_cached: int) -> int:
         """Free blocks that :meth:`allocate` would take, counting those it must wake from the cache."""
@@ -55,6 +69,12 @@ class KVCacheGroup(Protocol):
         """The blocks that ``request`` holds now, none before it starts."""
 
 
+@singledispatch
+def make_cache_group(spec: KVCacheSpec, pool: BlockPool) -> KVCacheGroup:
+    """The bookkeeping of a group of layers; each kind registers its own, beside its class."""
+    raise AssertionError(f"no bookkeeping for {pool.num_blocks} blocks of kind {spec.kind}")
+
+
 @dataclass(slots=True)
 class _Sequence:
     """What a request holds: blocks in order, how many of them are findable, the room kept for growth."""
@@ -68,6 +88,8 @@ class _Sequence:
 class FullAttentionGroup:
     """A page for every token."""
 
+    recurrent: ClassVar[bool] = False
+
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self.pool = pool
         self.block_size = block_size
@@ -79,6 +101,13 @@ class FullAttentionGroup:
         while (count + 1) * self.block_size <= limit and self._cached_block(request, count) is not None:
             count += 1
         return count * self.block_size
+
+    def choose_checkpoints(self, request: Request, num_cached: int, num_shared: int, boundary: int) -> None:
+        """Every full block is kept: nothing to choose."""
+
+    def chunk_end(self, request: Request, end: int) -> int:
+        """Chunks may end anywhere."""
+        return end
 
     def num_blocks_needed(self, request: Request, num_tokens: int, num_cached: int) -> int:
         """New blocks, plus cached ones that leave the free ones when shared."""
@@ -223,6 +252,16 @@ class SlidingWindowGroup(FullAttentionGroup):
     def _first_block(self, num_tokens: int) -> int:
         """The first block that the token at position ``num_tokens`` sees."""
         return max(0, num_tokens - self.window + 1) // self.block_size
+
+
+@make_cache_group.register
+def _full_attention(spec: FullAttentionSpec, pool: BlockPool) -> KVCacheGroup:
+    return FullAttentionGroup(pool, spec.block_size)
+
+
+@make_cache_group.register
+def _sliding_window(spec: SlidingWindowSpec, pool: BlockPool) -> KVCacheGroup:
+    return SlidingWindowGroup(pool, spec.block_size, spec.window)
 
 
 def _present(blocks: Sequence[Block | None]) -> list[Block]:

@@ -1,11 +1,14 @@
 """KV memory of sequences: prefix hits and one admission decision over all groups of layers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Self
 
-from engine.core.cache_groups import KVCacheGroup
+from engine.core import state_group  # noqa: F401  (registers its kind)
+from engine.core.block_pool import BlockPool
+from engine.core.cache_groups import KVCacheGroup, make_cache_group
 from engine.core.request import TRACELESS, Request
-from engine.core.state_group import StateGroup
+from engine.memory.cache_spec import KVCacheSpec
 
 
 class KVCacheManager:
@@ -14,7 +17,15 @@ class KVCacheManager:
     def __init__(self, groups: Sequence[KVCacheGroup]) -> None:
         self.groups = tuple(groups)
         self._boundary = math.lcm(*(group.block_size for group in self.groups))
-        self._states = [group for group in self.groups if isinstance(group, StateGroup)]
+        self._pages = [group for group in self.groups if not group.recurrent]
+        self._states = [group for group in self.groups if group.recurrent]
+
+    @classmethod
+    def of_specs(cls, planned: Iterable[tuple[KVCacheSpec, int]], *, enable_caching: bool) -> Self:
+        """Planned groups, each with its number of blocks."""
+        return cls(
+            [make_cache_group(spec, BlockPool(number, enable_caching=enable_caching)) for spec, number in planned]
+        )
 
     def num_cached_tokens(self, request: Request) -> int:
         """Leading tokens that every group could reuse. Requests for prompt logprobs reuse none.
@@ -24,7 +35,7 @@ class KVCacheManager:
         if request.params.prompt_logprobs is not None or request.cache_salt == TRACELESS:
             return 0
         limit = request.num_tokens - 1  # the last token is always left to compute
-        shared = self._common_prefix(request, limit, [group for group in self.groups if group not in self._states])
+        shared = self._common_prefix(request, limit, self._pages)
         cached = self._common_prefix(request, shared, self.groups) if self._states else shared
         for group in self._states:
             group.choose_checkpoints(request, cached, shared, self._boundary)

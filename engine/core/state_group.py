@@ -6,10 +6,12 @@ reads it once more and writes to another.
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from engine.core.block_pool import Block, BlockHash, BlockPool
-from engine.core.cache_groups import GENERATION_PROMPT_TOKENS, block_hashes
+from engine.core.cache_groups import GENERATION_PROMPT_TOKENS, KVCacheGroup, block_hashes, make_cache_group
 from engine.core.request import Request
+from engine.memory.cache_spec import StateSpec
 
 
 @dataclass(slots=True)
@@ -55,6 +57,8 @@ class StateGroup:
     one, an expendable checkpoint's, or one that nobody came back to while as many sequences began as there
     are slots. Others find these gone first, too.
     """
+
+    recurrent: ClassVar[bool] = True
 
     def __init__(self, pool: BlockPool, block_size: int, *, min_tokens: int = 64, min_shared_tokens: int = 64) -> None:
         self.pool = pool
@@ -231,3 +235,8 @@ class StateGroup:
     def _hash(self, request: Request, num_tokens: int) -> BlockHash:
         count = num_tokens // self.block_size
         return block_hashes(request, self.block_size, count)[count - 1]
+
+
+@make_cache_group.register
+def _state(spec: StateSpec, pool: BlockPool) -> KVCacheGroup:
+    return StateGroup(pool, spec.block_size)

@@ -5,16 +5,16 @@ Pictures start from :func:`parts`; the text is vllm-metal's log line, a bar, the
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from engine.errors import ConfigError
-from engine.memory.cache_spec import KVCacheSpec
+from engine.memory.cache_spec import KVCacheSpec, SetAside, SharedSpec
 from engine.memory.step_cost import StepCost
 from engine.params.engine_args import EngineArgs, check_batch
 from engine.params.flag_values import Auto
 from engine.params.sizes import exact_size, gb
 
-PartKind = Literal["weights", "overhead", "windows", "states", "kv", "outside"]
+PartKind = Literal["weights", "overhead", "kv", "outside"] | SetAside
 BAR_WIDTH = 64
 _GLYPHS: dict[PartKind, str] = {
     "weights": "█", "overhead": "▓", "windows": "▞", "states": "▒", "kv": "░", "outside": "·",
@@ -152,7 +152,7 @@ class MemoryPlan:
         """Blocks (of states: slots) that ``group`` may come to hold."""
         if group.grows:
             return self.num_blocks
-        checkpoints = self.num_checkpoints if group.kind == "state" else 0
+        checkpoints = self.num_checkpoints if group.recurrent else 0
         return group.blocks_of(self.max_num_seqs, self.max_model_len) + checkpoints
 
     def bytes_of(self, group: KVCacheSpec) -> int:
@@ -209,9 +209,9 @@ def parts(plan: MemoryPlan) -> list[Part]:
         Part("weights", plan.model_memory, "the model"),
         Part("overhead", plan.overhead, "activations and buffers of a step"),
     ]
-    kinds: tuple[tuple[PartKind, str], ...] = (("windows", "sliding"), ("states", "state"))
-    for part, kind in kinds:
-        groups = [group for group in plan.groups if group.kind == kind]
+    set_aside: tuple[SetAside, ...] = get_args(SetAside)
+    for part in set_aside:
+        groups = [group for group in plan.groups if group.part == part]
         if any(group.bytes_per_block for group in groups):
             found.append(Part(part, sum(map(plan.bytes_of, groups)), _per_sequence(plan, groups)))
     found.append(Part("kv", plan.kv_budget, _blocks(plan)))
@@ -220,16 +220,12 @@ def parts(plan: MemoryPlan) -> list[Part]:
 
 
 def _per_sequence(plan: MemoryPlan, groups: Sequence[KVCacheSpec]) -> str:
-    """How the bytes of windows or states come about."""
+    """How the bytes that are set aside come about."""
     each = sum(group.bytes_per_sequence(plan.max_model_len) for group in groups)
-    if groups[0].kind == "state":
-        kept = plan.num_checkpoints
-        number = f"({plan.max_num_seqs} sequences + {kept} checkpoints)" if kept else f"{plan.max_num_seqs} sequences"
-        return f"{number} × {exact_size(each)}"
-    ahead = sum(map(plan.bytes_of, groups)) - plan.max_num_seqs * each
-    return f"{plan.max_num_seqs} sequences × {exact_size(each)}" + (
-        f" + {exact_size(ahead)} for a step's tokens" if ahead else ""
-    )
+    kept = plan.num_checkpoints if all(group.recurrent for group in groups) else 0
+    number = f"({plan.max_num_seqs} sequences + {kept} checkpoints)" if kept else f"{plan.max_num_seqs} sequences"
+    ahead = sum(map(plan.bytes_of, groups)) - (plan.max_num_seqs + kept) * each
+    return f"{number} × {exact_size(each)}" + (f" + {exact_size(ahead)} for a step's tokens" if ahead else "")
 
 
 def log_line(plan: MemoryPlan) -> str:
@@ -280,10 +276,9 @@ def summary(plan: MemoryPlan) -> list[str]:
 
 def group_rows(plan: MemoryPlan) -> list[GroupRow]:
     """The plan's cache groups, in its order, and last the layers that need nothing."""
-    rows = [_group_row(plan, group) for group in plan.groups]
-    if shared := plan.inputs.shared_layers:
-        rows.append(GroupRow("shared", _layers(shared), "–", "0B", "–", "–", "0", "0B"))
-    return rows
+    shared = plan.inputs.shared_layers
+    groups = [*plan.groups, SharedSpec(shared)] if shared else plan.groups
+    return [_group_row(plan, group) for group in groups]
 
 
 def bar(plan: MemoryPlan, width: int = BAR_WIDTH) -> str:
@@ -333,9 +328,9 @@ def _group_row(plan: MemoryPlan, group: KVCacheSpec) -> GroupRow:
         _layers(group.layers),
         f"{group.bytes_per_token}B" if group.bytes_per_token else "–",
         exact_size(group.bytes_per_sequence(plan.max_model_len)),
-        f"{group.window} tokens" if group.window else "all" if group.grows else "–",
+        group.reach,
         str(group.block_size) if group.bytes_per_token else "–",
-        str(plan.num_blocks_of(group)) + (" slots" if group.kind == "state" else ""),
+        f"{plan.num_blocks_of(group)}{group.unit}",
         exact_size(plan.bytes_of(group)),
     )
 

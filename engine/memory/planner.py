@@ -170,7 +170,7 @@ class _Need:
 
     @property
     def state(self) -> int:
-        return sum(group.state_bytes for group in self.groups)
+        return sum(group.bytes_per_block for group in self.groups if group.recurrent)
 
     def num_checkpoints(self, available: int, length: int, num_seqs: int) -> int:
         """States to keep besides those of ``num_seqs`` sequences: a few, and none where they would cost a sequence."""

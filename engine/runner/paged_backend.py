@@ -14,12 +14,11 @@ from engine.memory.planner import next_pool_size
 from engine.runner.backends import join_rows
 from engine.runner.device.devices import clear_cache
 from engine.runner.kv import attention_patch
-from engine.runner.kv.attention_metadata import AttentionMetadata
 from engine.runner.kv.attention_patch import RowSelector
 from engine.runner.kv.input_batch import InputBatch, Int32
-from engine.runner.kv.kv_pool import KVPool, StatePool
-from engine.runner.kv.kv_spec import CacheLeaf, CacheTree, flatten, group_leaves
-from engine.runner.kv.paged_cache import LayerCache, PagedLayerCache, StateLayerCache
+from engine.runner.kv.kv_pool import Pool
+from engine.runner.kv.kv_spec import CacheTree, flatten, group_leaves
+from engine.runner.kv.paged_cache import LayerCache, make_group_cache
 
 Calls = Literal["flat", "rectangles", "sequences"]
 
@@ -44,16 +43,16 @@ class PagedBackend:
         self.block_size = block_size
         self.groups = group_leaves(flatten(tree))
         self.kv_cache_dtype = kv_cache_dtype
-        self.pools = [_make_pool(leaves, block_size, kv_cache_dtype) for leaves in self.groups]
-        self._views: dict[CacheLeaf, LayerCache] = {}
-        for leaves, pool in zip(self.groups, self.pools, strict=True):
-            for index, leaf in enumerate(leaves):
-                self._views[leaf] = _make_view(pool, index, leaf)
-        self._caches: list[LayerCache | CacheList] = [
-            CacheList(*(self._views[leaf] for leaf in entry)) if isinstance(entry, tuple) else self._views[entry]
-            for entry in tree
-        ]
         self.prefer_views = prefer_views
+        self._group_caches = [
+            make_group_cache(leaves[0].spec, leaves, block_size=block_size, kv_cache_dtype=kv_cache_dtype)
+            for leaves in self.groups
+        ]
+        self.pools = [cache.pool for cache in self._group_caches]
+        views = {leaf: view for cache in self._group_caches for leaf, view in cache.views.items()}
+        self._caches: list[LayerCache | CacheList] = [
+            CacheList(*(views[leaf] for leaf in entry)) if isinstance(entry, tuple) else views[entry] for entry in tree
+        ]
         self._selector = RowSelector(model)
         self._modules = attention_patch.install(model) if calls == "flat" else ()
         self._before: list[object] | None = None
@@ -67,7 +66,7 @@ class PagedBackend:
             if highest >= pool.num_blocks:
                 pool.grow(self._new_size(pool, highest + 1, limit))
 
-    def _new_size(self, pool: KVPool | StatePool, needed: int, limit: int) -> int:
+    def _new_size(self, pool: Pool, needed: int, limit: int) -> int:
         """Blocks to grow ``pool`` to: some more than ``needed``, if there is memory for them."""
         size = next_pool_size(pool.num_blocks, needed, limit)
         if self.free_memory is None or not pool.num_blocks:
@@ -149,7 +148,8 @@ class PagedBackend:
 
     def _call(self, batch: InputBatch, tokens: mx.array, rows: Int32 | None, *, flat: bool = False) -> mx.array:
         """Logits [rows, V] of one call with token ids [T, 1] or [1, T]; ``rows`` None: of all."""
-        self._prepare(batch, flat=flat)
+        for group, cache in enumerate(self._group_caches):
+            cache.begin(batch, group, flat=flat, prefer_views=self.prefer_views)
         pick = None if rows is None else mx.array(rows)
         if pick is not None:
             self._selector.pick = (lambda hidden: hidden[pick]) if flat else (lambda hidden: hidden[:, pick])
@@ -157,40 +157,7 @@ class PagedBackend:
             logits: mx.array = self.model(tokens, cache=self._caches)
         finally:
             self._selector.pick = None
-            for view in self._views.values():
-                if isinstance(view, PagedLayerCache):
-                    view.finish()
+            for cache in self._group_caches:
+                cache.finish()
         logits = logits.reshape(-1, logits.shape[-1])
         return logits if pick is None or logits.shape[0] == len(pick) else logits[pick]
-
-    def _prepare(self, batch: InputBatch, *, flat: bool) -> None:
-        begins = batch.scheduled_requests[0].start == 0
-        for group, leaves in enumerate(self.groups):
-            if leaves[0].kind == "state":
-                reads = mx.array([scheduled.block_tables[group][0] for scheduled in batch.scheduled_requests])
-                writes = mx.array([scheduled.block_tables[group][-1] for scheduled in batch.scheduled_requests])
-                for leaf in leaves:
-                    view = self._views[leaf]
-                    assert isinstance(view, StateLayerCache)
-                    view.start(reads, writes, begins=begins)
-                continue
-            metadata = AttentionMetadata(
-                batch, self.block_size, group=group, window=leaves[0].window,
-                prefer_views=self.prefer_views and flat,
-            )  # fmt: skip
-            for leaf in leaves:
-                view = self._views[leaf]
-                assert isinstance(view, PagedLayerCache)
-                view.metadata, view.flat = metadata, flat
-
-
-def _make_pool(leaves: Sequence[CacheLeaf], block_size: int, kv_cache_dtype: str) -> KVPool | StatePool:
-    if leaves[0].kind == "state":
-        return StatePool(leaves)
-    return KVPool([leaf.shape for leaf in leaves if leaf.shape is not None], block_size, kv_cache_dtype)
-
-
-def _make_view(pool: KVPool | StatePool, index: int, leaf: CacheLeaf) -> LayerCache:
-    if isinstance(pool, StatePool):
-        return StateLayerCache(pool, index)
-    return PagedLayerCache(pool, index, leaf.window)

@@ -48,10 +48,10 @@ def choose_backend(
         tree = probe_caches(model)
     except UnsupportedCacheError as error:
         return _contiguous(model, vocab_size, _fallback_line(f"its cache is {error}"), exact=exact)
-    has_state = any(leaf.kind == "state" for leaf in flatten(tree))
+    recurrent = any(leaf.spec.recurrent for leaf in flatten(tree))
     reason = ""
     ways: tuple[Calls, ...] = ("flat", "rectangles", "sequences")
-    for calls in ways[1:] if has_state else ways:
+    for calls in ways[1:] if recurrent else ways:
         backend = PagedBackend(
             model, tree, block_size, calls=calls, kv_cache_dtype=kv_cache_dtype, prefer_views=device == "cpu",
             max_rows=_MAX_ROWS_ON_CUDA if device == "cuda" else None,
@@ -142,7 +142,7 @@ def _tables(backend: Backend, number: int, blocks: range) -> tuple[list[int], ..
     """Block tables of one sequence: ``blocks`` where pages are kept, the slot ``number`` where states are."""
     if not isinstance(backend, PagedBackend):
         return ([],)
-    return tuple([number] if leaves[0].kind == "state" else list(blocks) for leaves in backend.groups)
+    return tuple(list(blocks) if leaves[0].spec.paged else [number] for leaves in backend.groups)
 
 
 def _request(tokens: list[int]) -> Request:

@@ -4,12 +4,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.core.block_pool import BlockPool
-from engine.core.cache_groups import FullAttentionGroup, KVCacheGroup, SlidingWindowGroup
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
-from engine.core.state_group import StateGroup
-from engine.memory.cache_spec import KVCacheSpec
 from engine.memory.plan import MemoryPlan
 from engine.memory.planner import pages_note, plan_memory
 from engine.memory.step_cost import AdmissionControl, StepCost
@@ -103,16 +99,6 @@ def _plan(
     return plan_memory(inputs), step_cost
 
 
-def _cache_group(spec: KVCacheSpec, plan: MemoryPlan, *, caching: bool) -> KVCacheGroup:
-    """The bookkeeping of one planned group."""
-    pool = BlockPool(plan.num_blocks_of(spec), enable_caching=caching)
-    if spec.kind == "state":
-        return StateGroup(pool, spec.block_size)
-    if spec.window is not None:
-        return SlidingWindowGroup(pool, spec.block_size, spec.window)
-    return FullAttentionGroup(pool, spec.block_size)
-
-
 def _assemble(
     backend: Backend,
     plan: MemoryPlan,
@@ -124,11 +110,12 @@ def _assemble(
     vocab_size: int,
 ) -> LLMEngine:
     caching = args.enable_prefix_caching and backend.paged
-    kv = KVCacheManager([_cache_group(spec, plan, caching=caching) for spec in plan.groups])
+    planned = [(spec, plan.num_blocks_of(spec)) for spec in plan.groups]
+    kv = KVCacheManager.of_specs(planned, enable_caching=caching)
     free = FreeMemory(device)
     if isinstance(backend, PagedBackend):
         backend.free_memory = free
-    per_token = sum(group.bytes_per_token for group in plan.groups if group.kind != "shared")
+    per_token = sum(group.bytes_per_token for group in plan.groups)
     admission = AdmissionControl(step_cost, per_token, free)
     scheduler = Scheduler(
         kv,

@@ -54,10 +54,7 @@ def _refuse_if_in_use(engine: LLMEngine, plan: MemoryPlan) -> None:
     if ending and len(scheduler.running) > plan.max_num_seqs:
         raise _in_use(engine, ending, f"max_num_seqs={plan.max_num_seqs} is less than the requests that run")
     if ending:
-        names = {"state": "state slots", "sliding": "window blocks"}
-        room = " and ".join(
-            f"{size} {names.get(spec.kind, 'KV blocks')}" for spec, size in zip(plan.groups, sizes, strict=True)
-        )
+        room = " and ".join(f"{size} {spec.block_name}" for spec, size in zip(plan.groups, sizes, strict=True))
         raise _in_use(engine, ending, f"memory_fraction={plan.fraction:g} with {room} is less than what is in use")
 
 

@@ -5,7 +5,7 @@ import pytest
 import engine
 from engine.errors import ConfigError, UnsupportedOptionError
 from engine.llm import LLM
-from engine.memory.cache_spec import KVCacheSpec
+from engine.memory.cache_spec import FullAttentionSpec
 from engine.params.engine_args import EngineArgs
 from engine.params.kv_dtype import kv_cache_dtype, unquantized_note
 from engine.params.sampling_params import SamplingParams
@@ -53,7 +53,7 @@ def test_contiguous_caches_are_not_kept_in_another_type():
 
 
 def test_an_architecture_that_falls_back_to_contiguous_caches_refuses_the_flag():
-    contiguous = KVCacheSpec("full", (0, 1), bytes_per_token=256)
+    contiguous = FullAttentionSpec((0, 1), bytes_per_token=256)
     with pytest.raises(ConfigError, match=r"--kv-cache-dtype float16: .*contiguous caches.*leave the flag out"):
         make_plan(groups=[contiguous], kv_cache_dtype="float16")
 

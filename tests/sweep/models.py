@@ -17,7 +17,6 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from engine.runner.backends import Backend
-from engine.runner.kv.kv_spec import CacheLeaf
 from engine.runner.paged_backend import PagedBackend
 from tests.engine.parity.bare_engine import BareEngine, greedy
 from tests.engine.parity.tiny_architectures import build
@@ -94,16 +93,9 @@ def groups(model: Any, backend: Backend) -> str:
     caches = make_prompt_cache(model)
     if not isinstance(backend, PagedBackend):
         return ", ".join(f"{kind}" for kind in dict.fromkeys(type(cache).__name__ for cache in caches))
-    kinds = Counter(_kind(leaf) for leaves in backend.groups for leaf in leaves)
+    kinds = Counter(leaf.spec.kind for leaves in backend.groups for leaf in leaves)
     attending = sum("self_attn" in layer for layer in model.layers)
     return ", ".join([*kinds, *(["shared"] if attending > len(caches) else [])])
-
-
-def _kind(leaf: CacheLeaf) -> str:
-    if leaf.shape is None or leaf.kind != "full":
-        return leaf.kind
-    one_head = leaf.shape.num_kv_heads == leaf.shape.num_value_heads == 1
-    return "latent" if one_head and leaf.shape.key_dim != leaf.shape.value_dim else "full"
 
 
 def _files() -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from copy import copy
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -9,6 +10,34 @@ from numpy.typing import NDArray
 
 from engine.runner.kv.kv_pages import Pages
 from engine.runner.kv.kv_spec import CacheLeaf, LayerShape
+
+
+class Pool(Protocol):
+    """The blocks of a group in device memory; their numbers are the bookkeeping's."""
+
+    num_blocks: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+
+    def grow(self, num_blocks: int) -> None:
+        """Make room for ``num_blocks`` blocks; those that are there keep their numbers and contents."""
+
+    def shrink(self, num_blocks: int, moves: Mapping[int, int]) -> None:
+        """Keep ``num_blocks`` blocks, after moving {old: new}."""
+
+    def snapshot(self) -> object:
+        """The blocks as they are, for :meth:`restore`; while it is kept, writing copies them."""
+
+    def restore(self, snapshot: object) -> None:
+        """Go back to a :meth:`snapshot`."""
+
+    def barrier(self) -> list[mx.array]:
+        """Small arrays that are known once all layers are written."""
+
+    def release(self) -> None:
+        """Give all memory back."""
 
 
 class KVPool:
@@ -32,7 +61,7 @@ class KVPool:
         return sum(pages.nbytes for pages in self.pages)
 
     def grow(self, num_blocks: int) -> None:
-        """Make room for ``num_blocks`` blocks, layer by layer so that only one is held twice."""
+        """See :class:`Pool`; layer by layer, so that only one is held twice."""
         if num_blocks <= self.num_blocks:
             return
         for pages in self.pages:
@@ -40,7 +69,7 @@ class KVPool:
         self.num_blocks = num_blocks
 
     def shrink(self, num_blocks: int, moves: Mapping[int, int]) -> None:
-        """Keep ``num_blocks`` blocks, after moving {old: new}; array by array, so that only one is held twice."""
+        """See :class:`Pool`; array by array, so that only one is held twice."""
         blocks = _sources(num_blocks, moves)
         slots = mx.array((blocks[:, None] * self.block_size + np.arange(self.block_size, dtype=np.int32)).reshape(-1))
         for pages in self.pages:
@@ -48,17 +77,17 @@ class KVPool:
         self.num_blocks = num_blocks
 
     def snapshot(self) -> object:
-        """The pages as they are, for :meth:`restore`; while it is kept, writing copies them."""
+        """See :class:`Pool`."""
         return [pages.snapshot() for pages in self.pages]
 
     def restore(self, snapshot: object) -> None:
-        """Go back to a :meth:`snapshot`."""
+        """See :class:`Pool`."""
         assert isinstance(snapshot, list)
         for pages, arrays in zip(self.pages, snapshot, strict=True):
             pages.arrays = arrays
 
     def barrier(self) -> list[mx.array]:
-        """Small arrays that are known once all layers are written: holding a page would make MLX copy it."""
+        """See :class:`Pool`; holding a page would make MLX copy it."""
         return [array[0, 0, 0].sum() for pages in (self.keys[-1], self.values[-1]) for array in pages.arrays]
 
     def release(self) -> None:
@@ -95,7 +124,7 @@ class StatePool:
         self.num_blocks = num_blocks
 
     def shrink(self, num_blocks: int, moves: Mapping[int, int]) -> None:
-        """As :meth:`KVPool.shrink`, of slots."""
+        """See :class:`Pool`."""
         slots = mx.array(_sources(num_blocks, moves))
         for states in self.arrays:
             states[:] = [mx.take(array, slots, axis=0) for array in states]
@@ -103,16 +132,16 @@ class StatePool:
         self.num_blocks = num_blocks
 
     def snapshot(self) -> object:
-        """As :meth:`KVPool.snapshot`."""
+        """See :class:`Pool`."""
         return [[copy(array) for array in states] for states in self.arrays]
 
     def restore(self, snapshot: object) -> None:
-        """Go back to a :meth:`snapshot`."""
+        """See :class:`Pool`."""
         assert isinstance(snapshot, list)
         self.arrays = snapshot
 
     def barrier(self) -> list[mx.array]:
-        """As :meth:`KVPool.barrier`."""
+        """See :class:`Pool`."""
         return [array.reshape(-1)[:1].sum() for array in self.arrays[-1]]
 
     def release(self) -> None:

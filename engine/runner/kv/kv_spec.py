@@ -7,15 +7,21 @@ anything, so this works before the weights are read, for any architecture that m
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
-from engine.memory.cache_spec import KVCacheSpec, KVVectors
-
-LeafKind = Literal["full", "sliding", "state"]
+from engine.memory.cache_spec import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    KVVectors,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    StateSpec,
+    merge_specs,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,33 +47,23 @@ class LayerShape:
         size = self.dtype.size
         return KVVectors(self.num_kv_heads, self.key_dim, size), KVVectors(self.num_value_heads, self.value_dim, size)
 
+    @property
+    def is_latent(self) -> bool:
+        """Whether all heads share one latent vector and one of positions (MLA), as in DeepSeek."""
+        return self.num_kv_heads == self.num_value_heads == 1 and self.key_dim != self.value_dim
+
 
 @dataclass(frozen=True, slots=True)
 class CacheLeaf:
-    """One cache of one layer: its kind, and what a token (keys and values) or a sequence (state) needs.
+    """One cache of one layer: what it costs, and the shapes of its keys and values or of its states.
 
     ``states`` are shapes, without the batch axis, and element types; ``place`` tells a layer's own caches apart.
     """
 
-    kind: LeafKind
-    layer: int
+    spec: KVCacheSpec
     shape: LayerShape | None = None
-    window: int | None = None
     states: tuple[tuple[tuple[int, ...], mx.Dtype], ...] = ()
     place: int = 0
-
-    @property
-    def is_latent(self) -> bool:
-        """Whether all heads share one latent vector and one of positions (MLA), as in DeepSeek."""
-        shape = self.shape
-        if self.kind != "full" or shape is None:
-            return False
-        return shape.num_kv_heads == shape.num_value_heads == 1 and shape.key_dim != shape.value_dim
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of one sequence's state."""
-        return sum(math.prod(shape) * dtype.size for shape, dtype in self.states)
 
 
 CacheTree = list[CacheLeaf | tuple[CacheLeaf, ...]]
@@ -112,28 +108,16 @@ def flatten(tree: CacheTree) -> list[CacheLeaf]:
 
 def group_leaves(leaves: Sequence[CacheLeaf]) -> list[list[CacheLeaf]]:
     """Leaves that need the same kind of memory together: full attention first, then windows, then state."""
-    order = {"full": 0, "sliding": 1, "state": 2}
     groups: dict[tuple[int, int], list[CacheLeaf]] = {}
     for leaf in leaves:
-        groups.setdefault((order[leaf.kind], leaf.window or 0), []).append(leaf)
+        groups.setdefault(leaf.spec.group_key, []).append(leaf)
     return [groups[key] for key in sorted(groups)]
 
 
-def group_spec(leaves: Sequence[CacheLeaf], block_size: int, chunk: int, kv_cache_dtype: str) -> KVCacheSpec:
+def group_spec(leaves: Sequence[CacheLeaf], block_size: int, chunk: int, kv_cache_dtype: str = "auto") -> KVCacheSpec:
     """One group for the memory plan; a step's ``chunk`` tokens run ahead of sliding windows."""
-    first, layers = leaves[0], tuple(leaf.layer for leaf in leaves)
-    if first.kind == "state":
-        return KVCacheSpec("state", layers, state_bytes=sum(leaf.state_bytes for leaf in leaves), block_size=block_size)
-    vectors = [vector for leaf in leaves if leaf.shape is not None for vector in leaf.shape.vectors]
-    return KVCacheSpec(
-        "latent" if all(leaf.is_latent for leaf in leaves) else first.kind,
-        layers,
-        sum(vector.num_bytes(kv_cache_dtype) for vector in vectors),
-        window=first.window,
-        ahead=0 if first.window is None else chunk,
-        block_size=block_size,
-        vectors=tuple(vectors),
-    )
+    spec = merge_specs([leaf.spec for leaf in leaves]).for_steps(block_size, chunk)
+    return spec if kv_cache_dtype == "auto" else spec.with_kv_cache_dtype(kv_cache_dtype)
 
 
 def shared_layers(model: nn.Module) -> tuple[int, ...]:
@@ -163,7 +147,7 @@ class ModelCaches:
         """
         if self._measured:
             return [replace(group, block_size=block_size) for group in self._measured]
-        groups = [group_spec(leaves, block_size, chunk, "auto") for leaves in self._leaves]
+        groups = [group_spec(leaves, block_size, chunk) for leaves in self._leaves]
         return groups if paged else [replace(group, vectors=()) for group in groups]
 
 
@@ -178,9 +162,9 @@ def _measured_groups(model: nn.Module) -> tuple[KVCacheSpec, ...]:
         model(mx.zeros((1, length), dtype=mx.int32), cache=caches)
         sizes.append(sum(int(cache.nbytes) for cache in caches))
     per_token, layers = max(1, (sizes[1] - sizes[0]) // 256), tuple(range(len(model.layers)))
-    groups = [KVCacheSpec("full", layers, per_token)]
+    groups: list[KVCacheSpec] = [FullAttentionSpec(layers, per_token)]
     if sizes[0] > 256 * per_token:
-        groups.append(KVCacheSpec("state", layers, state_bytes=sizes[0] - 256 * per_token))
+        groups.append(StateSpec(layers, state_bytes=sizes[0] - 256 * per_token))
     return tuple(groups)
 
 
@@ -206,20 +190,27 @@ def _leaves(layer: int, cache: Any, recorder: Any) -> CacheLeaf | tuple[CacheLea
 
 
 def _leaf(layer: int, cache: Any, recorder: Any) -> CacheLeaf:
+    """Recognises mlx-lm's kinds of caches by their types."""
     if type(cache) is ArraysCache:
         if any(array is None for array in recorder.cache):
             raise UnsupportedCacheError(f"a state that layer {layer} leaves empty")
-        return CacheLeaf("state", layer, states=tuple((array.shape[1:], array.dtype) for array in recorder.cache))
+        states = tuple((array.shape[1:], array.dtype) for array in recorder.cache)
+        size = sum(math.prod(shape) * dtype.size for shape, dtype in states)
+        return CacheLeaf(StateSpec((layer,), state_bytes=size), states=states)
     if type(cache) is RotatingKVCache and not cache.keep:
-        return CacheLeaf("sliding", layer, _shape(layer, recorder), window=int(cache.max_size))
+        return _pages(SlidingWindowSpec, layer, recorder, window=int(cache.max_size))
     if type(cache) is ChunkedKVCache:  # a chunk is never longer than what lies behind a window of its size
-        return CacheLeaf("sliding", layer, _shape(layer, recorder), window=int(cache.chunk_size))
+        return _pages(SlidingWindowSpec, layer, recorder, window=int(cache.chunk_size))
     if type(cache) is KVCache:
-        return CacheLeaf("full", layer, _shape(layer, recorder))
+        latent = recorder.shape is not None and recorder.shape.is_latent
+        return _pages(MLAAttentionSpec if latent else FullAttentionSpec, layer, recorder)
     raise UnsupportedCacheError(type(cache).__name__)
 
 
-def _shape(layer: int, recorder: _RecordingCache) -> LayerShape:
-    if recorder.shape is None:
+def _pages(kind: type[KVCacheSpec], layer: int, recorder: _RecordingCache, **given: int) -> CacheLeaf:
+    """A cache of keys and values; ``given`` are fields of its kind."""
+    shape = recorder.shape
+    if shape is None:
         raise UnsupportedCacheError(f"unused in layer {layer}")
-    return recorder.shape
+    per_token = sum(vector.num_bytes("auto") for vector in shape.vectors)
+    return CacheLeaf(kind((layer,), per_token, vectors=shape.vectors, **given), shape)

@@ -1,4 +1,4 @@
-"""A group's memory as an mlx-lm model sees it: one cache object per layer.
+"""A group's memory on the device, and as an mlx-lm model sees it: one cache object per layer.
 
 mlx-lm's models run unmodified on these. In a *flat* call every row is a sequence with one new
 token, and attention, which enters through :mod:`engine.runner.kv.attention_patch`, reads the pages
@@ -6,12 +6,18 @@ itself. In a *rectangular* call (layers with a recurrent state, or attention of 
 caches give back what was read, as mlx-lm's own do.
 """
 
+from collections.abc import Mapping, Sequence
+from functools import singledispatch
+from typing import Protocol
+
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
+from engine.memory.cache_spec import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec, StateSpec
 from engine.runner.kv.attention_metadata import AttentionMetadata, RowsRead, SequenceRead
-from engine.runner.kv.kv_pool import KVPool, StatePool
-from engine.runner.kv.kv_spec import UnsupportedCacheError
+from engine.runner.kv.input_batch import InputBatch
+from engine.runner.kv.kv_pool import KVPool, Pool, StatePool
+from engine.runner.kv.kv_spec import CacheLeaf, UnsupportedCacheError
 
 _lent: dict[int, "PagedLayerCache"] = {}
 """Id of the keys that a flat call was handed -> their cache, while the call is built (the cache holds them as long)."""
@@ -171,3 +177,92 @@ class StateLayerCache(ArraysCache):  # type: ignore[misc]
 
 
 LayerCache = PagedLayerCache | StateLayerCache
+
+
+class GroupCache(Protocol):
+    """A group's blocks on the device, and the caches that its layers are called with."""
+
+    @property
+    def pool(self) -> Pool:
+        """The blocks."""
+
+    @property
+    def views(self) -> Mapping[CacheLeaf, LayerCache]:
+        """The layers' caches."""
+
+    def begin(self, batch: InputBatch, group: int, *, flat: bool, prefer_views: bool) -> None:
+        """A call for ``batch`` is built now; the group is number ``group`` in block tables.
+
+        ``prefer_views``: see :class:`engine.runner.kv.attention_metadata.AttentionMetadata`.
+        """
+
+    def finish(self) -> None:
+        """The call is built."""
+
+
+@singledispatch
+def make_group_cache(
+    spec: KVCacheSpec, leaves: Sequence[CacheLeaf], *, block_size: int, kv_cache_dtype: str
+) -> GroupCache:
+    """The memory of one group's ``leaves``; each kind registers its own, beside its class."""
+    raise AssertionError(f"no memory for {len(leaves)} caches of kind {spec.kind} ({block_size=}, {kv_cache_dtype=})")
+
+
+class PagedGroupCache:
+    """Keys and values in pages; layers of a group have one layout of the call's tokens."""
+
+    def __init__(self, leaves: Sequence[CacheLeaf], block_size: int, kv_cache_dtype: str, window: int | None) -> None:
+        self.pool = KVPool([leaf.shape for leaf in leaves if leaf.shape is not None], block_size, kv_cache_dtype)
+        self.views = {leaf: PagedLayerCache(self.pool, index, window) for index, leaf in enumerate(leaves)}
+        self._window = window
+
+    def begin(self, batch: InputBatch, group: int, *, flat: bool, prefer_views: bool) -> None:
+        """See :class:`GroupCache`: where the call's tokens are written, and what they attend to."""
+        metadata = AttentionMetadata(
+            batch, self.pool.block_size, group=group, window=self._window, prefer_views=prefer_views and flat
+        )
+        for view in self.views.values():
+            view.metadata, view.flat = metadata, flat
+
+    def finish(self) -> None:
+        """See :class:`GroupCache`."""
+        for view in self.views.values():
+            view.finish()
+
+
+@make_group_cache.register
+def _full_attention(
+    _spec: FullAttentionSpec, leaves: Sequence[CacheLeaf], *, block_size: int, kv_cache_dtype: str
+) -> GroupCache:
+    return PagedGroupCache(leaves, block_size, kv_cache_dtype, None)
+
+
+@make_group_cache.register
+def _sliding_window(
+    spec: SlidingWindowSpec, leaves: Sequence[CacheLeaf], *, block_size: int, kv_cache_dtype: str
+) -> GroupCache:
+    return PagedGroupCache(leaves, block_size, kv_cache_dtype, spec.window)
+
+
+class StateGroupCache:
+    """One slot per sequence."""
+
+    def __init__(self, leaves: Sequence[CacheLeaf]) -> None:
+        self.pool = StatePool(leaves)
+        self.views = {leaf: StateLayerCache(self.pool, index) for index, leaf in enumerate(leaves)}
+
+    def begin(self, batch: InputBatch, group: int, *, flat: bool, **_reading: bool) -> None:
+        """See :class:`GroupCache`: a sequence reads its table's first slot and writes to its last."""
+        assert not flat, "a state goes from token to token: such layers need calls of whole sequences"
+        tables = [scheduled.block_tables[group] for scheduled in batch.scheduled_requests]
+        reads, writes = mx.array([table[0] for table in tables]), mx.array([table[-1] for table in tables])
+        for view in self.views.values():
+            view.start(reads, writes, begins=batch.scheduled_requests[0].start == 0)
+
+    def finish(self) -> None:
+        """See :class:`GroupCache`."""
+
+
+@make_group_cache.register
+def _state(_spec: StateSpec, leaves: Sequence[CacheLeaf], **_pages: object) -> GroupCache:
+    return StateGroupCache(leaves)

@@ -4,13 +4,20 @@ import random
 import pytest
 
 from engine.errors import ConfigError, MemoryPlanError
-from engine.memory.cache_spec import KVCacheSpec, KVVectors
+from engine.memory.cache_spec import (
+    FullAttentionSpec,
+    KVVectors,
+    MLAAttentionSpec,
+    SharedSpec,
+    SlidingWindowSpec,
+    StateSpec,
+)
 from engine.memory.plan import BAR_WIDTH, MemoryPlan, bar, parts
 from engine.memory.planner import MIN_POOL_BLOCKS, next_pool_size, what_if
 from tests.memory_plans import make_plan
 
 LIMIT = 51.54e9
-DENSE = KVCacheSpec("full", tuple(range(30)), bytes_per_token=225_280)
+DENSE = FullAttentionSpec(tuple(range(30)), bytes_per_token=225_280)
 
 
 def seed_plan(**changes) -> MemoryPlan:
@@ -36,8 +43,8 @@ def test_the_log_line_is_the_seeds_to_the_letter():
 
 def test_a_negative_budget_is_refused_in_the_seeds_words_with_the_flag_that_was_given():
     states = [
-        KVCacheSpec("full", (3,), bytes_per_token=20_480),
-        KVCacheSpec("state", (0, 1, 2), state_bytes=64_355_469),
+        FullAttentionSpec((3,), bytes_per_token=20_480),
+        StateSpec((0, 1, 2), state_bytes=64_355_469),
     ]
     with pytest.raises(MemoryPlanError) as refused:
         seed_plan(
@@ -111,7 +118,7 @@ def test_a_length_beyond_the_models_context_is_refused_by_name():
 
 def test_max_num_seqs_auto_is_what_fits_at_a_typical_length_and_at_most_256():
     assert seed_plan().max_num_seqs == 30_296_000_000 // (2048 * 225_280)
-    small = KVCacheSpec("full", (0,), bytes_per_token=1000)
+    small = FullAttentionSpec((0,), bytes_per_token=1000)
     assert seed_plan(groups=[small]).max_num_seqs == 256
     assert seed_plan(max_num_seqs=7).max_num_seqs == 7
 
@@ -120,9 +127,9 @@ def test_max_num_seqs_auto_is_never_an_error_while_one_sequence_fits():
     rng = random.Random(0)
     for _ in range(300):
         groups = [
-            KVCacheSpec("full", (0,), bytes_per_token=rng.randint(1, 300_000)),
-            KVCacheSpec("sliding", (1,), bytes_per_token=rng.randint(1, 300_000), window=rng.randint(1, 4096)),
-            KVCacheSpec("state", (2,), state_bytes=rng.randint(0, 200_000_000)),
+            FullAttentionSpec((0,), bytes_per_token=rng.randint(1, 300_000)),
+            SlidingWindowSpec((1,), bytes_per_token=rng.randint(1, 300_000), window=rng.randint(1, 4096)),
+            StateSpec((2,), state_bytes=rng.randint(0, 200_000_000)),
         ]
         limit = rng.randint(10**8, 10**11)
         length = rng.randint(256, 131_072)
@@ -144,8 +151,8 @@ def test_the_longest_that_fits_is_the_longest():
     rng = random.Random(1)
     for _ in range(100):
         groups = [
-            KVCacheSpec("full", (0,), bytes_per_token=rng.randint(1000, 300_000)),
-            KVCacheSpec("sliding", (1,), bytes_per_token=rng.randint(1, 9000), window=rng.randint(1, 4096)),
+            FullAttentionSpec((0,), bytes_per_token=rng.randint(1000, 300_000)),
+            SlidingWindowSpec((1,), bytes_per_token=rng.randint(1, 9000), window=rng.randint(1, 4096)),
         ]
         given = {"groups": groups, "fraction": 1.0, "model_memory": 0, "overhead": 0, "max_num_seqs": rng.randint(1, 4)}
         given["device_limit"] = rng.randint(10**9, 10**10)
@@ -158,8 +165,8 @@ def test_the_longest_that_fits_is_the_longest():
 
 def test_gemma_4s_sliding_layers_are_billed_for_their_window_only_so_131072_tokens_fit():
     groups = [
-        KVCacheSpec("full", tuple(range(5, 30, 6)), bytes_per_token=20_480),
-        KVCacheSpec("sliding", tuple(i for i in range(30) if i % 6 != 5), bytes_per_token=204_800, window=1024),
+        FullAttentionSpec(tuple(range(5, 30, 6)), bytes_per_token=20_480),
+        SlidingWindowSpec(tuple(i for i in range(30) if i % 6 != 5), bytes_per_token=204_800, window=1024),
     ]
     given = {"fraction": 0.75, "model_memory": 15.0e9, "overhead": 1.08e9}
     with pytest.raises(MemoryPlanError):
@@ -173,7 +180,7 @@ def test_gemma_4s_sliding_layers_are_billed_for_their_window_only_so_131072_toke
 
 @pytest.mark.parametrize(("model_memory", "state"), [(22.75e9, 63_000_000), (26.19e9, 154_000_000)])
 def test_qwen_3_6s_states_are_set_aside_for_the_sequences_that_fit_not_for_256(model_memory, state):
-    groups = [KVCacheSpec("full", (3,), bytes_per_token=40_960), KVCacheSpec("state", (0, 1, 2), state_bytes=state)]
+    groups = [FullAttentionSpec((3,), bytes_per_token=40_960), StateSpec((0, 1, 2), state_bytes=state)]
     given = {"groups": groups, "fraction": 0.75, "model_memory": model_memory, "overhead": 1.1e9}
     with pytest.raises(MemoryPlanError):
         seed_plan(**given, max_num_seqs=256, max_model_len=32_768)
@@ -189,7 +196,7 @@ def test_qwen_3_6s_states_are_set_aside_for_the_sequences_that_fit_not_for_256(m
 
 def test_checkpoints_never_cost_the_one_sequence_that_fits():
     """A budget of one state and one sequence's blocks, and 0 to 2 states more."""
-    groups = [KVCacheSpec("full", (3,), bytes_per_token=1000), KVCacheSpec("state", (0,), state_bytes=10**6)]
+    groups = [FullAttentionSpec((3,), bytes_per_token=1000), StateSpec((0,), state_bytes=10**6)]
     for spare in range(3):
         budget = 16 * 16 * 1000 + (1 + spare) * 10**6
         plan = make_plan(groups=groups, device_limit=budget, fraction=1.0, context_length=256, max_num_seqs=1)
@@ -197,14 +204,14 @@ def test_checkpoints_never_cost_the_one_sequence_that_fits():
 
 
 def test_shared_layers_cost_nothing_and_latent_ones_grow_like_full_ones():
-    shared = seed_plan(groups=[DENSE, KVCacheSpec("shared", (30, 31), bytes_per_token=99)])
+    shared = seed_plan(groups=[DENSE, SharedSpec((30, 31))])
     assert dataclasses.replace(shared, groups=(DENSE,), inputs=seed_plan().inputs) == seed_plan()
-    latent = seed_plan(groups=[KVCacheSpec("latent", (0,), bytes_per_token=1152)])
+    latent = seed_plan(groups=[MLAAttentionSpec((0,), bytes_per_token=1152)])
     assert latent.per_block_bytes == 16 * 1152
 
 
 def test_a_model_without_growing_layers_gets_blocks_that_cost_nothing():
-    plan = seed_plan(groups=[KVCacheSpec("state", (0,), state_bytes=10**8)], max_model_len="auto")
+    plan = seed_plan(groups=[StateSpec((0,), state_bytes=10**8)], max_model_len="auto")
     assert plan.max_model_len == 131_072
     assert plan.num_blocks == plan.max_num_seqs * 8192
     assert plan.state_memory <= plan.usable
@@ -220,7 +227,7 @@ def test_the_error_carries_every_number_of_the_plan():
 
 
 def test_the_text_for_people_shows_every_part_and_every_group():
-    plan = seed_plan(groups=[FULL, SLIDING, KVCacheSpec("state", (0, 1, 2, 5), state_bytes=10**6)])
+    plan = seed_plan(groups=[FULL, SLIDING, StateSpec((0, 1, 2, 5), state_bytes=10**6)])
     text = str(plan)
     assert plan.log_line() in text
     for words in ("device", "51.54GB", "weights", "14.96GB", "sliding windows", "states", "KV cache", "left alone"):
@@ -249,8 +256,8 @@ def test_the_bar_has_one_cell_at_least_for_every_part_and_always_its_width():
 
 
 def test_groups_and_parts_say_the_same_bytes():
-    state = KVCacheSpec("state", (0,), state_bytes=10**6)
-    plan = seed_plan(groups=[FULL, SLIDING, state, KVCacheSpec("shared", (7,), bytes_per_token=4)], max_num_seqs=9)
+    state = StateSpec((0,), state_bytes=10**6)
+    plan = seed_plan(groups=[FULL, SLIDING, state, SharedSpec((7,))], max_num_seqs=9)
     sizes = {part.kind: part.num_bytes for part in parts(plan)}
     assert plan.bytes_of(SLIDING) == sizes["windows"] == 9 * 65 * 16 * 8192
     assert plan.bytes_of(state) == sizes["states"] == (9 + 2) * 10**6
@@ -264,7 +271,7 @@ def test_a_terminal_shows_the_plan_as_its_text():
 
 
 def test_parts_of_the_device_add_up_to_the_whole():
-    plan = seed_plan(groups=[DENSE, KVCacheSpec("state", (30,), state_bytes=10**6)])
+    plan = seed_plan(groups=[DENSE, StateSpec((30,), state_bytes=10**6)])
     assert sum(part.num_bytes for part in parts(plan)) == plan.device_limit
 
 
@@ -283,8 +290,8 @@ def test_a_pool_grows_geometrically_and_never_past_its_limit():
         next_pool_size(10, 21, 20)
 
 
-SLIDING = KVCacheSpec("sliding", (30,), bytes_per_token=8192, window=1024, vectors=(KVVectors(8, 256, 2),) * 2)
-FULL = KVCacheSpec("full", (31,), bytes_per_token=4096, vectors=(KVVectors(2, 512, 2),) * 2)
+SLIDING = SlidingWindowSpec((30,), bytes_per_token=8192, window=1024, vectors=(KVVectors(8, 256, 2),) * 2)
+FULL = FullAttentionSpec((31,), bytes_per_token=4096, vectors=(KVVectors(2, 512, 2),) * 2)
 
 
 def test_what_if_changes_one_setting_and_plans_as_if_asked_for_at_once():
@@ -337,7 +344,7 @@ def test_what_if_follows_the_pages_element_type():
 
 
 def test_an_explicit_max_num_seqs_that_does_not_fit_is_refused_with_the_number_that_does():
-    groups = [FULL, KVCacheSpec("state", (0, 1, 2), state_bytes=154_000_000)]
+    groups = [FULL, StateSpec((0, 1, 2), state_bytes=154_000_000)]
     for length in (1024, 131_072):
         given = {"groups": groups, "fraction": 0.75, "model_memory": 26.19e9, "max_model_len": length}
         with pytest.raises(MemoryPlanError, match=r"max_num_seqs to \d+ or less") as refused:
@@ -363,7 +370,7 @@ def test_every_refusal_says_how_many_bytes_are_missing():
 
 
 def test_the_number_of_sequences_that_would_fit_may_be_beyond_what_auto_takes():
-    given = {"groups": [DENSE, KVCacheSpec("state", (30,), state_bytes=10**7)], "max_model_len": 2048}
+    given = {"groups": [DENSE, StateSpec((30,), state_bytes=10**7)], "max_model_len": 2048}
     with pytest.raises(MemoryPlanError, match=r"decrease max_num_seqs to \d+ or less") as refused:
         seed_plan(**given, max_num_seqs=5000)
     fits = refused.value.max_num_seqs_that_fits

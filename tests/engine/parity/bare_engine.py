@@ -11,6 +11,7 @@ from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
 from engine.core.state_group import StateGroup
+from engine.memory.cache_spec import SlidingWindowSpec, StateSpec
 from engine.params.sampling_params import SamplingParams
 from engine.runner.device.devices import describe_device
 from engine.runner.kv.kv_spec import num_logits
@@ -40,12 +41,12 @@ class BareEngine:
         caching = caching and self.backend.paged
         groups = []
         for leaves in self.backend.groups if isinstance(self.backend, PagedBackend) else [[None]]:
-            kind = leaves[0].kind if leaves[0] else "full"
-            if kind == "state":
+            spec = leaves[0].spec if leaves[0] else None
+            if isinstance(spec, StateSpec):
                 groups.append(StateGroup(BlockPool(num_seqs + 8, enable_caching=caching), BLOCK_SIZE, min_tokens=8))
-            elif kind == "sliding":
+            elif isinstance(spec, SlidingWindowSpec):
                 pool = BlockPool(num_blocks, enable_caching=caching)
-                groups.append(SlidingWindowGroup(pool, BLOCK_SIZE, leaves[0].window))
+                groups.append(SlidingWindowGroup(pool, BLOCK_SIZE, spec.window))
             else:
                 groups.append(FullAttentionGroup(BlockPool(num_blocks, enable_caching=caching), BLOCK_SIZE))
         kv = KVCacheManager(groups)
@@ -72,8 +73,8 @@ class BareEngine:
                 following.submit()
             if in_flight is not None:
                 for token in in_flight.read(str).tokens:
-                    if self.scheduler.update(token.share, token.token_id) is not None:
-                        self.runner.forget(token.share.request)
+                    if self.scheduler.update(token.scheduled, token.token_id) is not None:
+                        self.runner.forget(token.scheduled.request)
             in_flight = following
         for group in self.scheduler.kv.groups:
             group.pool.check()

@@ -48,7 +48,7 @@ def test_requests_alone_and_in_gathered_batches(name):
 
 
 def test_kinds_of_memory_are_found_out_from_the_model():
-    kinds = {name: {leaves[0].kind for leaves in BareEngine(tiny_model(name)).backend.groups}
+    kinds = {name: {leaves[0].spec.kind for leaves in BareEngine(tiny_model(name)).backend.groups}
              for name in ("llama", "gemma3_text", "qwen3_5", "mamba2", "gemma4_text", "gemma3n", "llama4")}  # fmt: skip
     assert kinds == {
         "llama": {"full"},

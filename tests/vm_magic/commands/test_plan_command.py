@@ -9,7 +9,7 @@ import pytest
 from IPython.core.error import UsageError
 
 from engine.errors import ConfigError, UnsupportedOptionError
-from engine.memory.cache_spec import KVCacheSpec, KVVectors
+from engine.memory.cache_spec import FullAttentionSpec, KVVectors
 from engine.memory.plan import MemoryPlan
 from engine.memory.plan_table import PlanTable
 from tests.memory_plans import make_plan
@@ -18,7 +18,7 @@ from tests.vm_magic import fakes
 from tests.vm_magic.helpers import line
 
 PLAN = make_plan(
-    groups=[KVCacheSpec("full", (0, 1), 4096, vectors=(KVVectors(4, 256, 2),) * 2)],
+    groups=[FullAttentionSpec((0, 1), 4096, vectors=(KVVectors(4, 256, 2),) * 2)],
     device_limit=10**9,
     fraction=0.5,
     model_memory=10**8,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engine.memory.cache_spec import KVCacheSpec, KVVectors
+from engine.memory.cache_spec import FullAttentionSpec, KVVectors, SlidingWindowSpec, StateSpec
 from engine.memory.plan import MemoryPlan, parts
 from engine.memory.plan_table import tabulate
 from engine.memory.planner import what_if
@@ -13,9 +13,9 @@ from tests.memory_plans import make_plan
 from vm_magic.show.plan_view import plan_html, plan_picture_html, plan_table_html
 
 GROUPS = [
-    KVCacheSpec("full", (2, 5), 20_480, vectors=(KVVectors(10, 512, 2),) * 2),
-    KVCacheSpec("sliding", (0, 1, 3, 4), 204_800, window=1024, vectors=(KVVectors(200, 256, 2),) * 2),
-    KVCacheSpec("state", (6,), state_bytes=64_000_000),
+    FullAttentionSpec((2, 5), 20_480, vectors=(KVVectors(10, 512, 2),) * 2),
+    SlidingWindowSpec((0, 1, 3, 4), 204_800, window=1024, vectors=(KVVectors(200, 256, 2),) * 2),
+    StateSpec((6,), state_bytes=64_000_000),
 ]
 
 
