@@ -4,11 +4,12 @@ import random
 
 import pytest
 
+from engine.core.block_pool import _RESERVED as RESERVED
 from engine.core.block_pool import BlockPool
 from engine.core.cache_groups import FullAttentionGroup
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.request import Request, RequestStatus
-from engine.core.scheduler import Scheduler
+from engine.core.scheduler import Scheduler, must_end
 from engine.core.step import SchedulerOutput
 from engine.core.token_guide import COMPLETE
 from engine.params.sampling_params import SamplingParams
@@ -373,3 +374,208 @@ def test_a_guide_ends_its_request_with_its_last_token_as_text():
     assert (request.status, request.status.finish_reason) == (RequestStatus.FINISHED_BY_GUIDE, "stop")
     assert (len(request.output_token_ids), request.stop_reason) == (3, None)
     assert pool.num_held_blocks == 0
+
+
+def scheduled_now(driver):
+    return [(s.request.request_id, s.start, s.num_tokens) for s in driver.step().scheduled_requests]
+
+
+def test_a_prompt_is_shared_with_one_that_is_admitted_in_the_same_step():
+    scheduler, pool = make_scheduler()
+    for name in "ab":
+        scheduler.add(make_request(name, 12))
+    assert scheduled_now(Driver(scheduler, pool)) == [("a", 0, 12), ("b", 8, 4)]
+
+
+def test_what_a_reply_filled_last_is_found_by_the_next_turn():
+    scheduler, pool = make_scheduler()
+    first = make_request("first", 6, max_tokens=3)
+    scheduler.add(first)
+    Driver(scheduler, pool).run()
+    second = make_request("second", [*first.all_token_ids, 7])
+    scheduler.add(second)
+    Driver(scheduler, pool).run()
+    assert second.num_cached_tokens == 8 == pool.num_free_cached * 4 - 4
+
+
+def test_a_decode_comes_before_a_prefill_that_ran_first_and_the_prefill_takes_all_the_rest():
+    scheduler, pool = make_scheduler(budget=16)
+    scheduler.add(make_request("long", range(100, 200)))
+    driver = Driver(scheduler, pool)
+    assert scheduled_now(driver) == [("long", 0, 16)]
+    scheduler.add(make_request("short", 3, max_tokens=20))
+    assert scheduled_now(driver) == [("long", 16, 8), ("short", 0, 3)]
+    assert scheduled_now(driver) == [("short", 3, 1), ("long", 24, 15)]
+
+
+def test_two_prompts_that_start_and_run_together_have_half_of_the_budget_each():
+    scheduler, pool = make_scheduler(budget=16)
+    for name, start in (("a", 100), ("b", 200)):
+        scheduler.add(make_request(name, range(start, start + 40)))
+    driver = Driver(scheduler, pool)
+    assert scheduled_now(driver) == [("a", 0, 8), ("b", 0, 8)]
+    assert scheduled_now(driver) == [("a", 8, 8), ("b", 8, 8)]
+
+
+def test_a_prompt_has_the_whole_budget_while_those_that_wait_have_no_room():
+    scheduler, pool = make_scheduler(budget=16, max_num_seqs=1)
+    scheduler.add(make_request("a", range(100, 140)))
+    driver = Driver(scheduler, pool)
+    assert scheduled_now(driver) == [("a", 0, 16)]
+    scheduler.add(make_request("b", range(200, 240)))
+    assert scheduled_now(driver) == [("a", 16, 16)]
+
+
+class StepMemory:
+    """Memory for so many prompt tokens a step, whoever asks."""
+
+    def __init__(self, *affordable):
+        self.affordable_by_step = list(affordable)
+        self.asked = []
+        self.left = 0
+
+    def begin(self):
+        self.left = self.affordable_by_step.pop(0) if self.affordable_by_step else 10**6
+
+    def affordable(self, num_tokens, start):
+        self.asked.append((num_tokens, start))
+        return min(num_tokens, self.left)
+
+
+def test_a_prompt_is_cut_to_what_memory_allows_and_decodes_are_not_asked_about():
+    scheduler, pool = make_scheduler(budget=32)
+    scheduler.memory = memory = StepMemory(10, 6)
+    scheduler.add(make_request("a", 20, max_tokens=5))
+    driver = Driver(scheduler, pool)
+    assert scheduled_now(driver) == [("a", 0, 10)]
+    assert scheduled_now(driver) == [("a", 10, 6)]
+    assert scheduled_now(driver) == [("a", 16, 4)]
+    driver.run()
+    assert memory.asked == [(20, 0), (10, 10), (4, 16)]
+
+
+def test_without_memory_for_a_running_prompt_decodes_go_on_and_nobody_starts():
+    scheduler, pool = make_scheduler(budget=16)
+    scheduler.memory = StepMemory(16, 16, 0, 16)
+    decode, long = make_request("decode", 4, max_tokens=9), make_request("long", range(100, 140), max_tokens=1)
+    scheduler.add(decode)
+    scheduler.add(long)
+    driver = Driver(scheduler, pool)
+    assert scheduled_now(driver) == [("decode", 0, 4), ("long", 0, 12)]
+    assert scheduled_now(driver) == [("decode", 4, 1), ("long", 12, 15)]
+    scheduler.add(make_request("late", 1))
+    assert scheduled_now(driver) == [("decode", 5, 1)]
+    assert scheduler.short_of_memory == [long]
+    assert [name for name, *_ in scheduled_now(driver)] == ["decode", "long", "late"]
+    assert scheduler.short_of_memory == []
+    driver.run()
+    assert pool.num_held_blocks == 0
+
+
+def test_a_prompt_that_memory_refuses_waits_with_nothing_held():
+    scheduler, pool = make_scheduler()
+    scheduler.memory = StepMemory(0, 0)
+    request, behind = make_request("a", 12), make_request("behind", 1)
+    scheduler.add(request)
+    scheduler.add(behind)
+    driver = Driver(scheduler, pool)
+    for _ in range(2):
+        assert scheduled_now(driver) == []
+        assert (scheduler.waiting, scheduler.running, scheduler.short_of_memory) == ([request, behind], [], [request])
+        assert (request.num_computed_tokens, request.num_cached_tokens, pool.num_held_blocks) == (0, -1, 0)
+    assert [name for name, *_ in scheduled_now(driver)] == ["a", "behind"]
+
+
+def test_preemption_takes_everything_back_and_is_counted_by_request_and_in_all():
+    scheduler, pool = make_scheduler()
+    one, two = make_request("one", 10, arrival_time=1.0), make_request("two", range(50, 60), arrival_time=2.0)
+    scheduler.add(one)
+    scheduler.add(two)
+    for _ in range(2):
+        scheduler.schedule()
+        for request in (two, one):
+            scheduler.preempt(request)
+            assert (request.status, request.num_computed_tokens) == (RequestStatus.PREEMPTED, 0)
+    assert (scheduler.running, scheduler.waiting, pool.num_held_blocks) == ([], [one, two], 0)
+    assert [request.metrics.num_preemptions for request in (one, two)] == [2, 2]
+    assert scheduler.num_preemptions == 4
+
+
+def test_a_preempted_request_keeps_what_it_found_at_first_and_when_that_was():
+    scheduler, _ = make_scheduler()
+    request = make_request("one", 10)
+    scheduler.add(request)
+    scheduler.schedule()
+    found = (request.num_cached_tokens, request.metrics.scheduled_time)
+    scheduler.preempt(request)
+    assert scheduler.schedule().scheduled_requests[0].start == 8, "its own blocks are found again"
+    assert (request.num_cached_tokens, request.metrics.scheduled_time) == found == (0, found[1])
+
+
+def test_the_least_urgent_gives_way_then_the_latest_then_the_last_of_its_siblings():
+    scheduler, pool = make_scheduler(num_blocks=12)
+    kinds = [("urgent", -1, 5.0, 0), ("early", 0, 1.0, 0), ("late", 0, 2.0, 0), ("sibling", 0, 2.0, 1)]
+    for i, (name, priority, arrival, index) in enumerate(reversed(kinds)):
+        prompt = range(100 * i, 100 * i + 10)
+        scheduler.add(make_request(name, prompt, 9, priority=priority, arrival_time=arrival, index=index))
+    assert [request.request_id for request in scheduler.waiting] == ["urgent", "early", "late", "sibling"]
+    driver = Driver(scheduler, pool)
+    assert len(scheduled_now(driver)) == 4
+    driver.run()
+    assert [request.request_id for step in driver.steps for request in step.preempted] == ["sibling", "late"]
+
+
+def test_what_must_end_for_smaller_pools_is_the_least_urgent_and_latest_and_no_more_of_it():
+    scheduler, pool = make_scheduler()
+    first = make_request("first", 12, arrival_time=1.0)
+    second = make_request("second", [*range(8), 90, 91, 92, 93], arrival_time=2.0)
+    urgent = make_request("urgent", range(200, 212), arrival_time=3.0, priority=-1)
+    for request in (first, second, urgent):
+        scheduler.add(request)
+    scheduler.schedule()
+    assert pool.num_held_blocks == 3 + 3 + 1, "two of the blocks are shared"
+
+    def ending(num_blocks, max_num_seqs=8):
+        return must_end(scheduler.running, scheduler.kv.groups, [num_blocks], max_num_seqs)
+
+    assert ending(7) == []
+    assert ending(6) == [second]
+    assert ending(5) == [second, first]
+    assert ending(2) == [second, first, urgent]
+    assert ending(7, max_num_seqs=3) == []
+    assert ending(7, max_num_seqs=2) == [second]
+    assert len(scheduler.running) == 3, "it only says which"
+
+
+def test_a_sequence_takes_no_blocks_that_another_keeps_room_in_until_that_one_ends():
+    """Room for growth is given back by its end, and when the sequence has grown past it."""
+    scheduler, pool = make_scheduler(num_blocks=64)
+    first = make_request("first", 4, max_tokens=40)
+    scheduler.add(first)
+    driver = Driver(scheduler, pool)
+    assert driver.step().scheduled_requests[0].block_tables[0] == [0]
+    assert pool._state.count(RESERVED) == 10
+    second = make_request("second", range(100, 104), max_tokens=8)
+    scheduler.add(second)
+    assert driver.step().scheduled_requests[-1].block_tables[0] == [11]
+    scheduler.finish(first, RequestStatus.FINISHED_ABORTED)
+    assert pool._state.count(RESERVED) == 2
+    driver.run()
+    assert pool._state.count(RESERVED) == 0
+    third = make_request("third", range(200, 204), max_tokens=200)
+    scheduler.add(third)
+    while third.num_output_tokens < 150:
+        driver.step()
+        assert pool._state.count(RESERVED) <= 128
+    driver.run()
+    assert pool._state.count(RESERVED) == 0
+
+
+def test_hashes_that_collide_give_nobody_anothers_blocks(monkeypatch):
+    monkeypatch.setattr("engine.core.cache_groups.hash_block", lambda parent, token_ids, salt=None: b"the same")
+    scheduler, pool = make_scheduler()
+    requests = [make_request("a", 12), make_request("other", range(50, 62)), make_request("again", 12)]
+    for request in requests:
+        scheduler.add(request)
+        Driver(scheduler, pool).run()
+    assert [request.num_cached_tokens for request in requests] == [0, 0, 4]
