@@ -1,4 +1,4 @@
-"""A block pool that becomes larger or smaller while sequences hold blocks: the books, without a model."""
+"""A block pool: what is said of its blocks, and becoming larger or smaller while sequences hold some. No model."""
 
 import random
 
@@ -81,3 +81,38 @@ def test_after_any_history_of_sizes_the_books_hold(seed):
         numbers = [block.block_id for blocks in held for block in blocks]
         assert len(set(numbers)) == len(numbers) == pool.num_held_blocks
         assert all(number < pool.num_blocks for number in numbers)
+
+
+def test_each_block_that_must_move_goes_to_the_first_gap_that_holds_it_and_its_neighbours():
+    for leaving, moved in (([10, 11], {10: 4, 11: 5}), ([9, 11], {9: 1, 11: 4})):
+        pool = BlockPool(12)
+        blocks = pool.allocate(12)
+        pool.free([blocks[i] for i in (1, 4, 5, *sorted({8, 9, 10, 11} - set(leaving)))])
+        assert pool.resize(8) == moved
+        pool.check()
+        assert [blocks[i].block_id for i in leaving] == list(moved.values())
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 9), (9, 4), (5, 5)])
+def test_a_pool_has_as_many_blocks_as_it_was_given(old, new):
+    pool = BlockPool(old)
+    pool.resize(new)
+    assert (pool.num_blocks, pool.num_free_blocks, len(pool.states())) == (new, new, new)
+    assert [block.block_id for block in pool.allocate(new)] == list(range(new))
+    assert not pool.can_allocate(1)
+
+
+def test_a_blocks_state_is_free_cached_held_or_shared():
+    pool = BlockPool(7)
+    held, shared, cached = pool.allocate(2), fill(pool, 2), fill(pool, 1, start=5)
+    pool.share(shared)
+    pool.share(shared[:1])
+    pool.free(cached)
+    expected = [pool.HELD] * 2 + [pool.SHARED] * 2 + [pool.CACHED] + [pool.FREE] * 2
+    assert pool.states().tolist() == expected
+    assert pool.states().dtype.itemsize == 1
+    pool.free(shared)
+    pool.free(shared[:1])
+    pool.free(held)
+    assert pool.states().tolist() == [pool.FREE] * 2 + [pool.HELD] * 2 + [pool.CACHED] + [pool.FREE] * 2
+    assert len({pool.FREE, pool.CACHED, pool.HELD, pool.SHARED}) == 4

@@ -309,3 +309,115 @@ def _resize(driver: StatesDriver, states: StateGroup, rng: random.Random) -> Non
     moves = states.pool.resize(max(held, driver.scheduler.max_num_seqs, rng.randrange(1, 10)))
     moved = {new: driver.slots.get(old) for old, new in moves.items()}
     driver.slots |= {slot: state for slot, state in moved.items() if state is not None}
+
+
+@pytest.mark.parametrize("max_tokens", [2, 30])
+@pytest.mark.parametrize("num_slots", [3, 6])
+def test_three_slots_are_enough_for_a_reply_that_the_next_turn_repeats(num_slots: int, max_tokens: int):
+    """One is the prompt's checkpoint, one the reply's, which may lie at the prompt's very end, and one is in use."""
+    scheduler, _ = make_hybrid(num_slots)
+    first = make_request("first", 52, max_tokens=max_tokens)
+    run(scheduler, first)
+    second = next_turn(first)
+    run(scheduler, second)
+    assert second.num_cached_tokens == (52 + max_tokens - 1) // BLOCK * BLOCK
+
+
+def test_a_prefix_counts_as_shared_from_the_smallest_number_of_tokens_on():
+    for num_shared, third_finds in ((12, 0), (16, 16)):
+        scheduler, _ = make_hybrid()
+        requests = [make_request(str(i), [*range(num_shared), *range(1000 * i, 1000 * i + 40)]) for i in range(1, 4)]
+        for request in requests:
+            run(scheduler, request)
+        assert [request.num_cached_tokens for request in requests] == [0, 0, third_finds]
+
+
+def test_two_that_begin_at_one_checkpoint_in_one_step_need_one_slot_each():
+    scheduler, _ = make_hybrid(num_slots=3)
+    run(scheduler, make_request("first", 50))
+    driver = run(scheduler, *(make_request(name, 50) for name in ("one", "two")))
+    assert [scheduled.start for scheduled in driver.steps[0].scheduled_requests] == [40, 40]
+
+
+def test_two_equal_prompts_side_by_side_leave_one_checkpoint():
+    scheduler, states = make_hybrid(num_slots=3)
+    driver = run(scheduler, *(make_request(name, 50, max_tokens=1) for name in ("one", "two")))
+    assert scheduler.num_preemptions == 0
+    assert len(driver.steps[1].scheduled_requests) == 2
+    assert states.pool.num_free_cached == 1
+
+
+def test_a_checkpoint_outlives_its_reader_where_another_slot_is_left():
+    scheduler, states = make_hybrid(num_slots=3, max_num_seqs=2)
+    run(scheduler, make_request("first", 50))
+    long, again = make_request("long", range(3000, 3004), max_tokens=60), make_request("again", 50, max_tokens=1)
+    scheduler.add(long)
+    scheduler.add(again)
+    driver = Driver(scheduler, scheduler.kv.groups[0].pool)
+    while not again.finished:
+        driver.step()
+    assert not long.finished
+    assert states.pool.num_free_cached > 0
+    third = make_request("third", 50)
+    scheduler.add(third)
+    driver.run()
+    assert (again.num_cached_tokens, third.num_cached_tokens) == (40, 40)
+
+
+class SlotDriver(Driver):
+    """Of models that have states only: a table is the slot to read and the slot to write."""
+
+    def check_scheduled(self, scheduled) -> None:
+        assert len(scheduled.block_tables[0]) == 2
+
+
+def test_a_model_of_states_only_finds_the_reply_that_the_next_turn_repeats():
+    states = StateGroup(BlockPool(6), BLOCK, min_tokens=8)
+    scheduler = Scheduler(KVCacheManager([states]), max_num_seqs=4, max_num_batched_tokens=64)
+    first = make_request("first", 50, max_tokens=30)
+    scheduler.add(first)
+    SlotDriver(scheduler, states.pool).run()
+    turn = next_turn(first)
+    scheduler.add(turn)
+    SlotDriver(scheduler, states.pool).run()
+    assert turn.num_cached_tokens == 76
+    assert states.pool.num_held_blocks == 0
+
+
+def test_completions_of_one_prompt_begin_apart_where_there_are_states():
+    scheduler, _ = make_hybrid()
+    parent, child = make_request("a", 20, max_tokens=3), make_request("a", 20, max_tokens=3, index=1)
+    scheduler.add(parent)
+    scheduler.add(child, fork_of=parent)
+    driver = Driver(scheduler, scheduler.kv.groups[0].pool).run()
+    assert shares_of(driver, parent)[0] == (0, 12)
+    assert shares_of(driver, child)[0] == (12, 20), "the checkpoint is found as a prefix"
+    assert [request.output_token_ids for request in (parent, child)] == [[1000, 1001, 1002]] * 2
+
+
+def test_hashes_that_collide_give_nobody_anothers_state(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("engine.core.cache_groups.hash_block", lambda parent, token_ids, salt=None: b"the same")
+    states = StateGroup(BlockPool(6), BLOCK, min_tokens=8)
+    scheduler = Scheduler(KVCacheManager([states]), max_num_seqs=4, max_num_batched_tokens=64)
+    requests = [make_request("first", 50, 1), make_request("other", range(70, 120), 1), make_request("again", 50, 1)]
+    for request in requests:
+        scheduler.add(request)
+        SlotDriver(scheduler, states.pool).run()
+    assert [request.num_cached_tokens for request in requests] == [0, 0, 40]
+
+
+def test_held_slots_are_the_one_in_use_and_the_checkpoint_that_is_read():
+    scheduler, states = make_hybrid()
+    run(scheduler, make_request("first", 50))
+    checkpoint = next(iter(states.pool._evictable))
+    request = make_request("again", 50)
+    assert states.held_blocks(request) == []
+    scheduler.add(request)
+    scheduler.schedule()
+    held = states.held_blocks(request)
+    assert len(held) == 2
+    assert checkpoint in held
+    assert held == sorted(states.block_table(request))
+    scheduler.kv.free_out_of_window(request)
+    assert states.held_blocks(request) == [states.block_table(request)[1]]
+    assert states.block_table(request) == states.held_blocks(request) * 2

@@ -1,9 +1,13 @@
 """Pages of a sliding window, as bookkeeping: what a long prompt leaves behind, and who gives way to it."""
 
+import random
+
+import pytest
+
 from engine.core.block_pool import BlockPool
 from engine.core.cache_groups import FullAttentionGroup, SlidingWindowGroup
 from engine.core.kv_cache_manager import KVCacheManager
-from engine.core.request import Request
+from engine.core.request import TRACELESS, Request
 from engine.core.scheduler import Scheduler
 from tests.engine.core.test_scheduler import Driver, make_request
 
@@ -47,3 +51,68 @@ def test_of_a_long_prompt_its_beginning_stays_longest():
     scheduler = make_scheduler(num_window_blocks=30)
     run(scheduler, make_request("long", range(1000, 1400)))
     assert run(scheduler, make_request("other", [*range(1000, 1032), *range(40)])).num_cached_tokens == 32
+
+
+def cached_at(cached: set[int], tokens: int) -> bool:
+    """Whether the pages of all positions that the token at position ``tokens`` sees, itself left out, are cached."""
+    return all(position // BLOCK in cached for position in range(max(0, tokens - WINDOW + 1), tokens))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_prefix_is_found_wherever_the_window_before_its_end_is_cached(seed: int):
+    rng = random.Random(seed)
+    group = SlidingWindowGroup(BlockPool(20), BLOCK, window=WINDOW)
+    request = make_request("a", 40)
+    group.allocate(request, 40, 0)
+    group.cache_blocks(request, 40)
+    cached = set(range(10))
+    for index, block in enumerate(group._sequences[request].blocks):
+        if rng.random() < 0.35 and block is not None:
+            group.pool.uncache(block)
+            cached.discard(index)
+    for limit in range(41):
+        ends = [end for end in range(0, limit + 1, BLOCK) if cached_at(cached, end)]
+        assert group.num_cached_tokens(request, limit) == max(ends), (limit, cached)
+
+
+def test_what_is_out_of_the_window_is_freed_at_the_token_that_no_longer_sees_it():
+    group = SlidingWindowGroup(BlockPool(20), BLOCK, window=WINDOW)
+    request = make_request("a", 40)
+    group.allocate(request, 40, 0)
+    for computed in range(41):
+        request.num_computed_tokens = computed
+        group.free_out_of_window(request)
+        sees = {position // BLOCK for position in range(max(0, computed - WINDOW + 1), 40)}
+        assert len(group.held_blocks(request)) == len(sees)
+        assert group.block_table(request)[: 10 - len(sees)] == [0] * (10 - len(sees))
+        assert group.pool.num_held_blocks == len(sees)
+    group.free(request)
+    assert group.pool.num_held_blocks == 0
+    assert group.held_blocks(request) == []
+
+
+def test_completions_of_one_long_prompt_share_the_window_before_its_end():
+    scheduler = make_scheduler(num_window_blocks=40)
+    parent, child = make_request("a", 30, max_tokens=6), make_request("a", 30, max_tokens=6, index=1)
+    scheduler.add(parent)
+    scheduler.add(child, fork_of=parent)
+    driver = Driver(scheduler, scheduler.kv.groups[0].pool).run()
+    starts = [s.start for step in driver.steps for s in step.scheduled_requests if s.request is child]
+    assert starts[0] == 28
+    assert child.output_token_ids == parent.output_token_ids == [1000 + i for i in range(6)]
+    assert [group.pool.num_held_blocks for group in scheduler.kv.groups] == [0, 0]
+
+
+def test_a_completion_that_comes_when_the_window_has_moved_on_begins_anew():
+    scheduler = make_scheduler(num_window_blocks=40)
+    parent = make_request("a", 30, max_tokens=60, cache_salt=TRACELESS)
+    scheduler.add(parent)
+    driver = Driver(scheduler, scheduler.kv.groups[0].pool)
+    while parent.num_output_tokens < 30:
+        driver.step()
+    child = make_request("a", 30, max_tokens=6, index=1, cache_salt=TRACELESS)
+    scheduler.add(child, fork_of=parent)
+    driver.run()
+    starts = [s.start for step in driver.steps for s in step.scheduled_requests if s.request is child]
+    assert starts[0] == 0
+    assert child.output_token_ids == [1000 + i for i in range(6)]
