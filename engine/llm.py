@@ -36,7 +36,8 @@ from engine.params.live_sampling import LiveSampling
 from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
-from engine.runner.device.devices import active_memory, describe_device, prepare_backend
+from engine.runner.device.devices import describe_device, prepare_backend
+from engine.runner.device.memory import active_memory
 from engine.runtime.activity import Activity, BlockMap
 from engine.runtime.metrics import EngineMetrics
 from engine.runtime.request_maker import RequestMaker

@@ -12,7 +12,7 @@ from engine.core.request import Request
 from engine.core.step import ScheduledRequest
 from engine.memory.planner import next_pool_size
 from engine.runner.backends import join_rows
-from engine.runner.device.devices import clear_cache
+from engine.runner.device.memory import clear_cache
 from engine.runner.kv import attention_patch
 from engine.runner.kv.attention_patch import RowSelector
 from engine.runner.kv.input_batch import InputBatch, Int32

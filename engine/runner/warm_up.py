@@ -14,7 +14,8 @@ from engine.core.step import ScheduledRequest
 from engine.memory.step_cost import StepCost
 from engine.params.sampling_params import SamplingParams
 from engine.runner.backends import Backend, ContiguousBackend
-from engine.runner.device.devices import DeviceKind, active_memory, clear_cache, peak_memory, reset_peak_memory
+from engine.runner.device.devices import DeviceKind
+from engine.runner.device.memory import active_memory, clear_cache, peak_memory, reset_peak_memory
 from engine.runner.kv.input_batch import InputBatch
 from engine.runner.kv.kv_pages import rounded
 from engine.runner.kv.kv_spec import UnsupportedCacheError, flatten, probe_caches

@@ -13,8 +13,8 @@ from engine.models.local import ResolvedModel
 from engine.models.model_config import ModelConfig
 from engine.params.engine_args import EngineArgs
 from engine.runner.backends import Backend
-from engine.runner.device.devices import Device, clear_cache, describe_device
-from engine.runner.device.free_memory import FreeMemory
+from engine.runner.device.devices import Device, describe_device
+from engine.runner.device.memory import FreeMemory, clear_cache
 from engine.runner.kv.kv_spec import ModelCaches, num_logits
 from engine.runner.load.loader import LoadedModel, load_model
 from engine.runner.load.plan_inputs import plan_inputs

@@ -11,7 +11,8 @@ from engine.core.request import NewRequest
 from engine.errors import EngineClosedError, GenerationError, OutOfMemoryError, VMMagicError
 from engine.models.local import ResolvedModel
 from engine.params.engine_args import EngineArgs
-from engine.runner.device.devices import is_out_of_memory, mlx_thread
+from engine.runner.device.memory import is_out_of_memory
+from engine.runner.device.threads import mlx_thread
 from engine.runtime.builder import BuiltEngine, build_engine
 from engine.runtime.llm_engine import MEMORY_HELP, LLMEngine
 from engine.runtime.metrics import EngineMetrics

@@ -11,7 +11,7 @@ from engine.llm import LLM
 from engine.memory.step_cost import AdmissionControl, StepCost
 from engine.params.sampling_params import SamplingParams
 from engine.runner.device.devices import Device
-from engine.runner.device.free_memory import FreeMemory
+from engine.runner.device.memory import FreeMemory
 from tests.engine.parity.oracle import assert_nothing_is_held, oracle_tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)

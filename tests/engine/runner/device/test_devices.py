@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.runner.device import devices
+from engine.runner.device import cgroups, devices, memory
 
 GIB = 1 << 30
 
@@ -75,12 +75,12 @@ def test_version_1_groups_are_read_and_their_no_limit_number_is_above_physical_m
 def test_processors_are_counted_by_quota_and_affinity(
     cgroup: str, files: dict[str, str], cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(cgroups.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     groups = tmp_path / "cgroup"
     for name, text in files.items():
         (groups / name).parent.mkdir(parents=True, exist_ok=True)
         (groups / name).write_text(f"{text}\n")
-    assert devices.usable_cpus(fake_proc(tmp_path, cgroup), groups) == cpus
+    assert cgroups.usable_cpus(fake_proc(tmp_path, cgroup), groups) == cpus
 
 
 def test_openblas_gets_as_many_threads_as_the_quota_allows_unless_the_user_said(
@@ -123,17 +123,16 @@ def test_the_device_of_this_machine_has_a_name_and_a_limit() -> None:
 def test_array_memory_is_counted_and_the_peak_can_be_reset() -> None:
     import mlx.core as mx
 
-    devices.reset_peak_memory()
-    before = devices.active_memory()
+    memory.reset_peak_memory()
+    before = memory.active_memory()
     array = mx.zeros((1024, 1024))
     mx.eval(array)
-    assert devices.active_memory() - before >= 4 << 20
-    assert devices.peak_memory() - before >= 4 << 20
+    assert memory.active_memory() - before >= 4 << 20
+    assert memory.peak_memory() - before >= 4 << 20
     del array
-    devices.clear_cache()
-    assert devices.cache_memory() == 0
-    assert devices.active_memory() - before < 4 << 20
-    assert devices.resident_memory() > 1 << 20
+    memory.clear_cache()
+    assert mx.get_cache_memory() == 0
+    assert memory.active_memory() - before < 4 << 20
 
 
 def test_the_set_up_leaves_the_limit_of_open_files_alone() -> None:
@@ -149,7 +148,7 @@ def test_the_set_up_leaves_the_limit_of_open_files_alone() -> None:
 def test_a_process_ends_well_after_a_thread_that_used_mlx_and_left_properly() -> None:
     code = """
 import threading
-from engine.runner.device.devices import leave_thread
+from engine.runner.device.threads import leave_thread
 def work():
     import mlx.core as mx
     import mlx_lm.utils
@@ -167,7 +166,7 @@ thread.join()
 def test_threads_that_use_mlx_one_after_another_share_a_stream() -> None:
     code = """
 import os, threading
-from engine.runner.device.devices import mlx_thread
+from engine.runner.device.threads import mlx_thread
 def work():
     import mlx.core as mx
     with mlx_thread():
@@ -187,7 +186,10 @@ assert max(later) <= first + 1, (first, later)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
 def test_free_memory_goes_back_to_the_system() -> None:
     code = """
-from engine.runner.device.devices import resident_memory, return_free_memory
+import os
+from engine.runner.device.memory import return_free_memory
+def resident_memory():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 blocks = [b"x" * (100_000 + number) for number in range(1000)]
 del blocks[:-1]
 before = resident_memory()
