@@ -88,10 +88,6 @@ class OpenRequest:
 
 async def merge(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, CompletionDelta]]:
     """Deltas of all ``streams`` as they come, each with its stream's position."""
-    if len(streams) == 1:
-        async for delta in streams[0]:
-            yield 0, delta
-        return
     queue: asyncio.Queue[tuple[int, CompletionDelta] | asyncio.Task[None]] = asyncio.Queue()
 
     async def pump(position: int, stream: RequestStream) -> None:

@@ -130,9 +130,16 @@ class Job:
 
     async def deltas(self) -> AsyncIterator[tuple[Choice, CompletionDelta, ParsedDelta]]:
         """Deltas as they come, already added to their choice, each with what it was parsed to."""
+        if len(self.streams) == 1:
+            async for delta in self.streams[0]:
+                yield self._read(0, delta)
+            return
         async for position, delta in merge(self.streams):
-            choice = self.choices[position * self.num_per_prompt + delta.index]
-            yield choice, delta, choice.add(delta)
+            yield self._read(position, delta)
+
+    def _read(self, position: int, delta: CompletionDelta) -> tuple[Choice, CompletionDelta, ParsedDelta]:
+        choice = self.choices[position * self.num_per_prompt + delta.index]
+        return choice, delta, choice.add(delta)
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far."""
