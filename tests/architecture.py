@@ -16,7 +16,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine.errors",),
-    ("engine.outputs",),
+    ("engine.outputs", "engine.format"),
     ("engine.params",),
     ("engine.models", "engine.memory"),
     ("engine.core",),

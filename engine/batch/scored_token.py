@@ -4,10 +4,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from engine.format.text import aligned
 from engine.outputs import Logprob
 from engine.text.tokens.text_stream import REPLACEMENT
 
 PART = "(part of a character)"
+UNLIKELY_HEADER = ("place", "token", "probability", "likelier")
 _UNLIKELY_SHOWN = 10
 _MOST_ALTERNATIVES = 21
 """The 20 that a request may ask for, and the token itself; the whole vocabulary is no tooltip."""
@@ -44,12 +46,10 @@ def scored_token(chosen: Logprob, all_of_them: Iterable[Logprob], text: str | No
 
 def unlikely_text(tokens: Sequence[ScoredToken]) -> str:
     """The least likely tokens as a table of text; empty if there are none."""
-    rows = [("place", "token", "probability", "likelier"), *unlikely_rows(tokens)]
+    rows = [UNLIKELY_HEADER, *unlikely_rows(tokens)]
     if len(rows) == 1:
         return ""
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(["least likely tokens", *(f"  {line}" for line in lines)])
+    return "\n".join(["least likely tokens", *(f"  {line}" for line in aligned(rows))])
 
 
 def percent(logprob: float) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from engine.errors import ConfigError
+from engine.format.text import aligned
 from engine.memory.cache_spec import KVCacheSpec, SetAside, SharedSpec
 from engine.memory.step_cost import StepCost
 from engine.params.engine_args import EngineArgs, check_batch
@@ -249,7 +250,7 @@ def describe(plan: MemoryPlan) -> str:
     """The log line, a bar with its legend, how many requests fit, the element type, and a table of groups."""
     rows = [GROUP_HEADER, *group_rows(plan)]
     meaning = [*summary(plan), *elements(plan)]
-    return "\n".join([log_line(plan), "", bar(plan), *_sums(plan), "", *meaning, "", *_aligned(rows)])
+    return "\n".join([log_line(plan), "", bar(plan), *_sums(plan), "", *meaning, "", *aligned(rows, numbers_from=2)])
 
 
 def elements(plan: MemoryPlan) -> list[str]:
@@ -340,16 +341,6 @@ def _layers(layers: Sequence[int]) -> str:
     if len(ranges) > _MOST_RANGES:
         ranges = ranges[:_MOST_RANGES].rpartition(",")[0] + ", …"
     return f"{len(layers)} ({ranges})"
-
-
-def _aligned(rows: Sequence[GroupRow]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
 
 
 def _shares(sizes: Sequence[int], width: int) -> list[int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError, MemoryPlanError
+from engine.format.text import aligned
 from engine.memory.plan import MemoryPlan
 from engine.params.sizes import exact_size
 
@@ -77,11 +78,7 @@ class PlanTable:
         return tuple(str(row.settings.get(name, found.get(name))) for name in self.header)
 
     def __str__(self) -> str:
-        lines = [self.header, *self.cells()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        return "\n".join(aligned([self.header, *self.cells()], numbers_from=0))
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         printer.text(str(self))

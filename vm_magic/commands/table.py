@@ -8,6 +8,7 @@ from typing import Any
 
 from IPython.core.error import UsageError
 
+from engine.format.text import aligned
 from vm_magic.commands.base import Command, Context
 from vm_magic.commands.parser import CommandParser
 
@@ -84,5 +85,5 @@ def candidates(before: Sequence[str], fragment: str, *, cell: bool = False) -> I
 
 def overview() -> str:
     """The list of commands."""
-    lines = [f"  {name.ljust(9)} {command(name).help}" for name in COMMANDS]
+    lines = aligned([(f"  {name}", command(name).help) for name in COMMANDS])
     return "\n".join(["%vllm_metal COMMAND", "", *lines, "", "%vllm_metal COMMAND --help shows a command's flags."])

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.format.text import shortened
 from engine.runtime.activity import CACHED, FREE, SHARED, BlockMap, Rate
 from vm_magic.panel.style import COLOURS, SHARED_COLOUR, faint, swatch
 
@@ -152,7 +153,7 @@ def _legend(blocks: BlockMap, palette: Palette) -> str:
 
 def short_id(request_id: str) -> str:
     """A request's id, cut where it is long."""
-    return request_id if len(request_id) <= 16 else f"{request_id[:15]}…"
+    return shortened(request_id, 16)
 
 
 def rates_per_second(activity: Rates) -> list[float]:

@@ -3,11 +3,14 @@
 import html
 from dataclasses import dataclass
 
+from engine.format.text import aligned
 from engine.outputs import Reply
 from vm_magic.show.safe_markdown import fenced
+from vm_magic.show.tables import row_html, table_html
 
 CARD_STYLE = "display:inline-block;padding:8px 14px;border:1px solid #80808059;border-radius:6px;font-size:13px"
 """Half transparent and without variables: reads on every theme, and a notebook that is not trusted keeps it."""
+_PLAIN = 'style="background:none"'
 _BAR_STYLE = (
     "display:inline-block;width:160px;height:8px;border-radius:4px;overflow:hidden;vertical-align:middle;"
     "margin-right:8px;background-color:#80808040"
@@ -27,18 +30,16 @@ class StatusCard:
     snippets: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
-        width = max((len(name) for name, _ in self.fields), default=0)
-        return "\n".join([self.title, *(f"  {name.ljust(width)}  {value}" for name, value in self.fields)])
+        return "\n".join([self.title, *(f"  {line}" for line in aligned(self.fields))])
 
     def _repr_html_(self) -> str:
         name_style = "text-align:left;opacity:.7;padding:1px 12px 1px 0;white-space:nowrap;vertical-align:top"
         value_style = "text-align:left;padding:1px 0"
-        rows = "".join(
-            f'<tr style="background:none"><td style="{name_style}">{html.escape(name)}</td>'
-            f'<td style="{value_style}">{self._bar(name)}{html.escape(value)}</td></tr>'
+        rows = [
+            row_html([html.escape(name), self._bar(name) + html.escape(value)], name_style, value_style, row=_PLAIN)
             for name, value in self.fields
-        )
-        table = f'<table style="margin:4px 0 0;border:none">{rows}</table>' if rows else ""
+        ]
+        table = table_html(rows, style="margin:4px 0 0;border:none") if rows else ""
         return f'<div style="{CARD_STYLE}"><b>{html.escape(self.title)}</b>{table}{self._snippets()}</div>'
 
     def _snippets(self) -> str:

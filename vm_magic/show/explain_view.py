@@ -6,14 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.explain.explainer import Explanation, Output, SamplingValue
+from engine.format.text import aligned, shortened
 from engine.outputs import THINKING_CUTS
 from vm_magic.show.cards import CARD_STYLE
 from vm_magic.show.explain_picture import prompt_html, time_bar_html, time_bar_text
+from vm_magic.show.tables import row_html, table_html
 from vm_magic.show.token_html import escaped
 from vm_magic.show.tool_cards import call_text
 
 _TOKENS_SHOWN = 40
 """Tokens of the prompt's end that the text form shows."""
+_LONGEST = 120
+"""Characters of a value that are shown."""
 _GOES_ON = "·"
 """Stands for a token whose character goes on in the next."""
 _PRE = (
@@ -49,8 +53,8 @@ class ExplainView:
     def __repr__(self) -> str:
         told = self.explanation
         sections = [
-            ("sampling", _aligned(told.sampling)),
-            ("chat template and thinking", _aligned(told.thinking)),
+            ("sampling", aligned(_value_rows(told.sampling))),
+            ("chat template and thinking", aligned(_value_rows(told.thinking))),
             ("constraints", list(told.constraints)),
             ("prefix cache", self._cache()),
             ("prompt", told.prompt.splitlines()),
@@ -67,7 +71,8 @@ class ExplainView:
         hit = self.explanation.cache
         lines = [f"{hit.num_cached_tokens} of {hit.num_prompt_tokens} prompt tokens from the cache; {hit.reason}"]
         if hit.here is not None:
-            lines += [f"here:      …{_short(hit.here)}", f"request {hit.nearest}: …{_short(hit.there)}"]
+            here, there = (shortened(repr(text), _LONGEST) for text in (hit.here, hit.there))
+            lines += [f"here:      …{here}", f"request {hit.nearest}: …{there}"]
         return lines
 
     def _last_tokens(self) -> str:
@@ -80,15 +85,16 @@ class ExplainView:
 
     def _repr_html_(self) -> str:
         told = self.explanation
-        rows = "".join(
-            f'<tr style="background:none">{_cell(one.name)}{_cell(_short(one.value))}{_cell(one.source)}</tr>'
-            for one in (*told.sampling, *told.thinking)
-        )
+        rows = [
+            row_html(map(html.escape, row), "text-align:left;padding:1px 12px 1px 0", row='style="background:none"')
+            for row in _value_rows((*told.sampling, *told.thinking))
+        ]
+        values = table_html(rows, style="border:none")
         constraints = "".join(f"<div>{html.escape(line)}</div>" for line in told.constraints)
         return (
             f'<div style="{CARD_STYLE};max-width:100%"><b>{html.escape(self.headline)}</b>'
             + time_bar_html(told)
-            + _details("sampling values and their sources", f'<table style="border:none">{rows}</table>{constraints}')
+            + _details("sampling values and their sources", values + constraints)
             + _details(self._cache()[0], self._cache_html(), is_open=True)
             + "".join(_output_html(output) for output in self._outputs)
             + "</div>"
@@ -99,10 +105,8 @@ class ExplainView:
         return parted + prompt_html(self.explanation)
 
 
-def _aligned(values: Sequence[SamplingValue]) -> list[str]:
-    rows = [(one.name, _short(one.value), one.source) for one in values]
-    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
-    return [f"{name.ljust(widths[0])}  {value.ljust(widths[1])}  {source}" for name, value, source in rows]
+def _value_rows(values: Sequence[SamplingValue]) -> list[tuple[str, str, str]]:
+    return [(one.name, shortened(repr(one.value), _LONGEST), one.source) for one in values]
 
 
 def _output_sections(output: Output) -> Iterator[tuple[str, list[str]]]:
@@ -137,12 +141,3 @@ def _parsed(output: Output) -> Iterator[tuple[str, str]]:
 
 def _details(title: str, body: str, *, is_open: bool = False) -> str:
     return f"<details{' open' if is_open else ''}><summary>{html.escape(title)}</summary>{body}</details>"
-
-
-def _cell(text: str) -> str:
-    return f'<td style="text-align:left;padding:1px 12px 1px 0">{html.escape(text)}</td>'
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:119]}…"

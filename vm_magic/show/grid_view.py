@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from engine.format.text import aligned, shortened
 from vm_magic.show.safe_markdown import plain_html
+from vm_magic.show.tables import LEFT, row_html, table_html
 
 if TYPE_CHECKING:
     import pandas
@@ -51,25 +53,17 @@ class GridView:
         return cls(" · ".join(parts), (*varied, "text", "tokens", "seconds", "finish"), rows, note)
 
     def __repr__(self) -> str:
-        short = [tuple(_short(" ".join(cell.split()), 60) for cell in row) for row in (self.header, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*short, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in short]
-        return "\n".join([self.caption, *lines, *([self.note] if self.note else [])])
+        rows = [[shortened(" ".join(cell.split()), 60) for cell in row] for row in (self.header, *self.rows)]
+        return "\n".join([self.caption, *aligned(rows), *([self.note] if self.note else [])])
 
     def bundle(self) -> dict[str, Any]:
         """Both forms, for a display."""
         return {"text/plain": repr(self), "text/html": self._repr_html_()}
 
     def _repr_html_(self) -> str:
-        head = "".join(f'<th style="text-align:left">{html.escape(name)}</th>' for name in self.header)
-        body = "".join(
-            "<tr>" + "".join(f'<td style="{_CELL}">{plain_html(cell)}</td>' for cell in row) + "</tr>"
-            for row in self.rows
-        )
-        caption, note = html.escape(self.caption), html.escape(self.note)
-        return (
-            f"<div>{caption}</div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><div>{note}</div>"
-        )
+        head = row_html(map(html.escape, self.header), LEFT, tag="th")
+        table = table_html([row_html(map(plain_html, row), _CELL) for row in self.rows], head)
+        return f"<div>{html.escape(self.caption)}</div>{table}<div>{html.escape(self.note)}</div>"
 
 
 def _view_row(row: Mapping[Any, Any], varied: Sequence[str]) -> tuple[str, ...]:
@@ -78,9 +72,5 @@ def _view_row(row: Mapping[Any, Any], varied: Sequence[str]) -> tuple[str, ...]:
     numbers = (
         ("", "") if failed else (str(row["tokens"]), f"{float(row['time']):.2f}" if row["time"] == row["time"] else "")
     )
-    first = (_short(str(row[name]), MAX_TEXT // 3) for name in varied)
-    return (*first, _short(text, MAX_TEXT), *numbers, "error" if failed else str(row["finish_reason"]))
-
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+    first = (shortened(str(row[name]), MAX_TEXT // 3) for name in varied)
+    return (*first, shortened(text, MAX_TEXT), *numbers, "error" if failed else str(row["finish_reason"]))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from engine.memory.plan import GROUP_HEADER, Part, PartKind, group_rows, layer_ranges, parts, summary
 from engine.memory.plan_table import MEANINGS
 from engine.params.sizes import exact_size, gb
+from vm_magic.show.tables import row_html, table_html
 
 if TYPE_CHECKING:
     from engine.memory.plan import MemoryPlan
@@ -25,6 +26,7 @@ _FONT = (
 _BAR = f"display:flex;gap:1px;height:36px;border-radius:6px;overflow:hidden;border:1px solid {_LINE}"
 _CELL = "padding:2px 12px 2px 0;text-align:right;white-space:nowrap;border:none"
 _GRID = "border-collapse:collapse;border:none;margin:8px 0 0;font-size:inherit"
+_HEAD = f'style="border-bottom:1px solid {_LINE}"'
 _WIDE, _NARROW = 0.17, 0.08
 """Shares of the bar from which a piece carries its name and size, or its size alone."""
 
@@ -58,21 +60,14 @@ def plan_picture_html(plan: "MemoryPlan") -> str:
 
 def plan_table_html(table: "PlanTable") -> str:
     """Plans side by side; what does not fit says how much is missing."""
-    head = "".join(
-        f'<th scope="col" title="{html.escape(MEANINGS.get(cell, ""))}" style="{_CELL};font-weight:600">'
-        f"{html.escape(cell)}</th>"
-        for cell in table.header
-    )
-    body = "".join(
-        f'<tr style="background:none;{"" if row.fits else "opacity:.65"}">'
-        + "".join(f'<td style="{_CELL}">{html.escape(cell)}</td>' for cell in cells)
-        + "</tr>"
+    cells = map(html.escape, table.header)
+    titles = [MEANINGS.get(name, "") for name in table.header]
+    head = row_html(cells, f"{_CELL};font-weight:600", tag="th", row=_HEAD, titles=titles)
+    rows = [
+        row_html(map(html.escape, cells), _CELL, row=f'style="background:none;{"" if row.fits else "opacity:.65"}"')
         for row, cells in zip(table.rows, table.cells(), strict=True)
-    )
-    return (
-        f'<div style="{_FONT};overflow-x:auto"><table style="{_GRID}">'
-        f'<thead><tr style="border-bottom:1px solid {_LINE}">{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    ]
+    return f'<div style="{_FONT};overflow-x:auto">{table_html(rows, head, _GRID)}</div>'
 
 
 def _headline(plan: "MemoryPlan") -> str:
@@ -113,16 +108,10 @@ def _legend(part: Part) -> str:
 
 def _groups(plan: "MemoryPlan") -> str:
     left = _CELL.replace("right", "left")
-    head = "".join(
-        f'<th scope="col" style="{left if i < 2 else _CELL};font-weight:600">{name}</th>'
-        for i, name in enumerate(GROUP_HEADER)
-    )
-    rows = []
+    bold = [f"{style};font-weight:600" for style in (left, left, _CELL)]
     layers_of = [*(group.layers for group in plan.groups), plan.inputs.shared_layers]
-    for row, layers in zip(group_rows(plan), layers_of, strict=False):
-        cells = [f'<td style="{left if i < 2 else _CELL}">{html.escape(cell)}</td>' for i, cell in enumerate(row)]
-        rows.append(f'<tr title="layers {layer_ranges(layers)}" style="background:none">{"".join(cells)}</tr>')
-    return (
-        f'<table style="{_GRID}">'
-        f'<thead><tr style="border-bottom:1px solid {_LINE}">{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    )
+    rows = [
+        row_html(map(html.escape, cells), left, left, _CELL, row=f'title="layers {ranges}" style="background:none"')
+        for cells, ranges in zip(group_rows(plan), map(layer_ranges, layers_of), strict=False)
+    ]
+    return table_html(rows, row_html(GROUP_HEADER, *bold, tag="th", row=_HEAD), _GRID)

@@ -8,7 +8,8 @@ import html
 from collections.abc import Sequence
 
 from engine.batch.score import Score
-from engine.batch.scored_token import PART, ScoredToken, percent, token_name, unlikely_rows
+from engine.batch.scored_token import PART, UNLIKELY_HEADER, ScoredToken, percent, token_name, unlikely_rows
+from vm_magic.show.tables import row_html, table_html
 
 PRE_STYLE = (
     "white-space:pre-wrap;overflow-wrap:break-word;margin:2px 0;padding:2px 0;line-height:1.7;font-size:13px;"
@@ -16,6 +17,7 @@ PRE_STYLE = (
 )
 _STEPS = ((0.9, ""), (0.5, "#fb8c0026"), (0.2, "#fb8c0059"), (0.05, "#f4511e80"), (0.0, "#d81b6099"))
 """Least probability and colour: pale where the token was expected, strong where it surprised."""
+_CELL = "text-align:left;padding:1px 12px 1px 0"
 SLIVER = "padding:0 2px"
 """Makes a token seen that has no text of its own."""
 
@@ -38,20 +40,13 @@ def legend_html() -> str:
 
 def unlikely_html(tokens: Sequence[ScoredToken]) -> str:
     """The least likely tokens and what was likelier, folded away: hovering is not possible everywhere."""
-    rows = "".join(
-        "<tr>" + "".join(f'<td style="text-align:left;padding:1px 12px 1px 0">{escaped(cell)}</td>' for cell in row)
-        + "</tr>"
-        for row in unlikely_rows(tokens)
-    )  # fmt: skip
+    rows = [row_html(map(escaped, row), _CELL) for row in unlikely_rows(tokens)]
     if not rows:
         return ""
-    head = "".join(
-        f'<th style="text-align:left;padding:1px 12px 1px 0">{name}</th>'
-        for name in ("place", "token", "probability", "likelier")
-    )
+    table = table_html(rows, row_html(UNLIKELY_HEADER, _CELL, tag="th"))
     return (
         '<details style="font-size:12px"><summary style="cursor:pointer">least likely tokens</summary>'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></details>"
+        f"{table}</details>"
     )
 
 

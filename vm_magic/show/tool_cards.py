@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.format.text import shortened
 from vm_magic.show.token_html import escaped
 
 _CARD = (
@@ -38,8 +39,8 @@ def call_text(call: Mapping[str, Any]) -> str:
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict):
-        return f"{function['name']}({_cut(function['arguments'], _LONGEST_ARGUMENT)})"
-    given = ", ".join(f"{name}={_cut(repr(value), _LONGEST_ARGUMENT)}" for name, value in arguments.items())
+        return f"{function['name']}({shortened(function['arguments'], _LONGEST_ARGUMENT)})"
+    given = ", ".join(f"{name}={shortened(repr(value), _LONGEST_ARGUMENT)}" for name, value in arguments.items())
     return f"{function['name']}({given})"
 
 
@@ -47,7 +48,7 @@ def call_line(call: Mapping[str, Any], outcome: ToolOutcome | None) -> str:
     """The call, and its result behind an arrow, in one line."""
     if outcome is None or outcome.running:
         return call_text(call)
-    result = _cut(" ".join(outcome.text.split()), _LONGEST_LINE)
+    result = shortened(" ".join(outcome.text.split()), _LONGEST_LINE)
     return f"{call_text(call)} → {'⚠ ' if outcome.failed else ''}{result}"
 
 
@@ -67,7 +68,3 @@ def call_card(call: Mapping[str, Any], outcome: ToolOutcome | None) -> str:
 
 def _card(colour: str, head: str, body: str) -> str:
     return f'<div style="{_CARD.format(colour=colour)}"><div>{head}</div>{body}</div>'
-
-
-def _cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[:longest]}…"

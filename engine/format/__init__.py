@@ -1,0 +1,1 @@
+"""Text for people: aligned columns, texts cut to a length."""

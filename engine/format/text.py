@@ -1,0 +1,21 @@
+"""Columns side by side, and long texts cut."""
+
+from collections.abc import Sequence
+
+
+def aligned(rows: Sequence[Sequence[str]], numbers_from: int | None = None) -> list[str]:
+    """``rows`` as lines with their columns below each other; those from ``numbers_from`` on stand to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first = len(widths) if numbers_from is None else numbers_from
+    return [
+        "  ".join(
+            cell.ljust(width) if i < first else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def shortened(text: str, longest: int) -> str:
+    """``text`` in at most ``longest`` characters, the last of them ``…`` if it is cut."""
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
