@@ -16,7 +16,7 @@ from engine.text.guide.grammar import GrammarMatcher
 from engine.text.guide.thinking_state import ThinkingState, ThoughtTracker
 
 _HISTORY_ROOM = 4096
-"""Tokens that fit behind the largest pattern before the history is moved back to the beginning of its array."""
+"""How many tokens are added to the history before its end is moved back to the beginning of the array."""
 
 
 class RepetitionDetector:
@@ -50,7 +50,7 @@ class RepetitionDetector:
 class CompletionGuide:
     """The :class:`engine.core.token_guide.TokenGuide` of one completion.
 
-    ``own_budget``: the request itself set the budget, or that there is none. ``repetition_everywhere``: also an
+    ``own_budget``: the request itself set the budget, or asked for none. ``repetition_everywhere``: also an
     answer that repeats itself is ended. ``start_token_ids`` are the tokens of the mark that begins a thought.
     """
 
@@ -124,7 +124,7 @@ class CompletionGuide:
         if self._state is ThinkingState.THOUGHT:
             self._think(token_id, begins=before is not ThinkingState.THOUGHT, waited=waited)
             return None
-        if before is ThinkingState.THOUGHT:  # it ended by itself: what was to end it is not needed any more
+        if before is ThinkingState.THOUGHT:  # the model ended it: the forced end is no longer needed
             self._forced, self._num_passing, self._ending = [], 0, None
             return None
         return self._answer(token_id)

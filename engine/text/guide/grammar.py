@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
-"""Between the parts of JSON: bounded, since small models otherwise write white space for ever."""
+"""Between the parts of JSON: bounded, since small models otherwise never stop writing white space."""
 
 
 class _Tokens:
-    """A model's tokens as llguidance has them: added tokens such as ``<tool_call>`` are no text there."""
+    """A model's tokens in llguidance, which does not treat added tokens such as ``<tool_call>`` as text."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> None:
         from llguidance import LLTokenizer
@@ -34,21 +34,21 @@ class _Tokens:
         self._tokenizer = tokenizer
 
     def mark(self, text: str) -> str:
-        """``text`` in a Lark grammar: by its number where it is a token that is no text."""
+        """``text`` in a Lark grammar: by its id where it is a token that llguidance does not treat as text."""
         token_id = self._tokenizer.hf.token_to_id(text)
         if token_id is not None and self.all.is_special_token(token_id):
             return f"<[{token_id}]>"
         return json.dumps(text, ensure_ascii=False)
 
     def spelled(self, token_id: int) -> list[int]:
-        """The text of a token that is no text to llguidance as ordinary tokens; empty for all others."""
+        """The text of such a token, spelled with ordinary tokens; empty for all other tokens."""
         if not self.all.is_special_token(token_id) or token_id in self._tokenizer.special_ids:
             return []
         return list(self.all.greedy_tokenize(self._tokenizer.token_text(token_id)))
 
 
 class GrammarMatcher:
-    """Where one completion stands in its grammar."""
+    """The state of one completion in its grammar."""
 
     def __init__(self, matcher: "LLMatcher", tokens: _Tokens) -> None:
         self._matcher = matcher
@@ -59,7 +59,7 @@ class GrammarMatcher:
         return GrammarMatcher(self._matcher.deep_copy(), self._tokens)
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> None:
-        """Set the bits of tokens that the grammar allows next, end tokens where it may end."""
+        """Set the bits of the tokens that the grammar allows next, including end tokens where it may end."""
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
 
     def accepts(self, token_id: int) -> bool:
@@ -88,7 +88,7 @@ class GrammarMatcher:
 
     @property
     def error(self) -> str | None:
-        """What went wrong, in one line."""
+        """What went wrong, as one line."""
         return _one_line(self._matcher.get_error()) if self._matcher.is_error() else None
 
 
@@ -115,7 +115,7 @@ class GrammarCompiler:
         return GrammarMatcher(matcher, tokens)
 
     def mark(self, text: str) -> str:
-        """``text`` in a Lark grammar: a mark that is one token of its own stands by its number."""
+        """``text`` in a Lark grammar; a mark that is a single token is written by its id."""
         return self._tokens().mark(text)
 
     def _tokens(self) -> _Tokens:
@@ -126,7 +126,7 @@ class GrammarCompiler:
 
 
 def grammar_text(structured: StructuredOutput) -> str:
-    """llguidance's grammar of any kind but tool calls and structural tags. Raises RequestError."""
+    """llguidance's grammar for every kind except tool calls and structural tags. Raises RequestError."""
     from llguidance import LLMatcher, grammar_from
 
     if structured.json_object:
@@ -169,7 +169,7 @@ def whitespace_options(structured: StructuredOutput | None = None) -> Any:
 
 
 def _closed(schema: Any) -> Any:
-    """A schema whose objects take no properties but their own."""
+    """A schema whose objects allow only the declared properties."""
     if isinstance(schema, list):
         return [_closed(part) for part in schema]
     if not isinstance(schema, Mapping):

@@ -1,8 +1,8 @@
 """xgrammar's structural tags as a grammar: ``{"type": "structural_tag", "format": {…}}``, and vLLM's older form.
 
 A format is a tree: texts and JSON in sequences, alternatives and tags, and free text in which triggers
-begin tags. llguidance tells one text from the next by its pattern, so free text that something follows
-must be followed by a constant text, which ends it.
+begin tags. llguidance tells one text from the next by its pattern, so free text that is not the
+last part must be followed by a constant text, which ends it.
 """
 
 import json
@@ -23,12 +23,12 @@ _FIELDS = {
     "triggered_tags": {"triggers", "tags", "at_least_one", "stop_after_first"},
     "tags_with_separator": {"tags", "separator", "at_least_one", "stop_after_first"},
 }
-"""The types of formats that are known, and what each takes."""
+"""The known types of formats, and the fields of each."""
 Format = Mapping[str, Any]
 
 
 def structural_tag_grammar(tag: Mapping[str, Any] | str, mark: Callable[[str], str]) -> str:
-    """llguidance's grammar of a structural tag. Raises RequestError with what is not understood in it."""
+    """llguidance's grammar of a structural tag. Raises RequestError that names what is not supported."""
     value = parse_json_text(tag, "structural_tag") if isinstance(tag, str) else tag
     root = value["format"] if isinstance(value, Mapping) and "format" in value else _older_form(value)
     rules = _Rules(mark)
@@ -57,14 +57,14 @@ def _older_form(value: Any) -> Format:
 
 
 class _Rules:
-    """The grammar's rules while a format is read. ``mark`` writes a text that may be one token of its own."""
+    """The grammar's rules while a format is read. ``mark`` writes a text that may be a single token."""
 
     def __init__(self, mark: Callable[[str], str]) -> None:
         self.lines = ["TEXT: /(.|\\n)*/"]
         self._mark = mark
 
     def sequence(self, parts: list[Format], *, last: bool) -> str:
-        """Formats one after the other; ``last`` says that nothing follows them."""
+        """Formats one after another; ``last`` means that nothing follows them."""
         parts = [inner for part in parts for inner in self._flat(part)]
         written, position = [], 0
         while position < len(parts):
@@ -78,7 +78,7 @@ class _Rules:
         return " ".join(written) or '""'
 
     def _flat(self, part: Format) -> list[Format]:
-        """A part as those that it is made of: sequences and tags are only their parts."""
+        """A part as the list of parts that it consists of: sequences and tags are replaced by theirs."""
         if part["type"] == "sequence":
             return [inner for element in _formats(part, "elements") for inner in self._flat(element)]
         if part["type"] == "tag":
@@ -89,7 +89,7 @@ class _Rules:
     def _single(self, part: Format, *, last: bool) -> str:
         kind = part["type"]
         if kind in ("any_text", "triggered_tags") and not last:
-            raise _error(f"{kind} must be the last part, or any_text be followed by a const_string or a tag")
+            raise _error(f"{kind} must be the last part (any_text may also be followed by a const_string or a tag)")
         if kind == "const_string":
             return self._mark(part["value"])
         if kind == "json_schema":
@@ -108,7 +108,7 @@ class _Rules:
         return self._rule(f"%json {json.dumps(schema, ensure_ascii=False)}")
 
     def _text_up_to(self, end: str) -> str:
-        """Free text and the first ``end``: no text where that is a token of its own, else one lazy pattern."""
+        """Free text and the first ``end``: no text where that is a single token, else one lazy pattern."""
         written = self._mark(end)
         return f"TEXT {written}" if written.startswith("<") else self._rule(f"TEXT {written}", "[lazy]")
 
@@ -127,7 +127,7 @@ class _Rules:
         begin = _text(tag, "begin")
         trigger = next((text for text in triggers if begin.startswith(text)), None)
         if trigger is None:
-            raise _error(f"begin must be a text that one of the triggers begins, got {begin!r}")
+            raise _error(f"begin must start with one of the triggers, got {begin!r}")
         rest = self.sequence([{**tag, "begin": begin[len(trigger) :]}], last=False)
         return f"{self._text_up_to(trigger)} {rest}"
 
@@ -163,7 +163,7 @@ def _formats(part: Format, key: str) -> list[Format]:
 
 
 def _tags(part: Format) -> list[Format]:
-    """The tags of a part; there the type need not be said."""
+    """The tags of a part; their type may be left out."""
     found = part.get("tags")
     found = found if isinstance(found, list) else []
     tags = [{"type": "tag", **tag} if isinstance(tag, Mapping) else tag for tag in found]

@@ -1,4 +1,4 @@
-"""Where a model's thought begins and ends, told from its tokens while they come."""
+"""Where a model's thought begins and ends, found in its tokens as they come."""
 
 import enum
 import re
@@ -9,7 +9,7 @@ from engine.text.parse.reasoning_parsers import HARMONY, REASONING_PARSERS
 from engine.text.tokens.tokenizer import Tokenizer
 
 _PROMPT_TAIL = 2048
-"""Prompt tokens looked at for an open thought: prompts may end in one that is continued."""
+"""Prompt tokens searched for an open thought: a prompt may end in a thought to be continued."""
 _FINAL = "<|channel|>final<|message|>"
 
 
@@ -32,7 +32,7 @@ class ThoughtMarkers:
 def thought_markers(parser: str | None, config: Mapping[str, str], tokenizer: Tokenizer) -> ThoughtMarkers | None:
     """From the reasoning parser and ``--reasoning-config``; None for a model that does not think.
 
-    ``reasoning_end_str`` may begin with a sentence that leads over to the answer.
+    ``reasoning_end_str`` may begin with a sentence that leads to the answer.
     """
     known = REASONING_PARSERS.get(parser or "")
     start, end = (known.start, known.end) if known is not None else ("", "")
@@ -63,7 +63,7 @@ def _last_mark(text: str) -> str:
 
 
 class ThinkingState(enum.Enum):
-    """Where a completion stands."""
+    """How far a completion is."""
 
     BEFORE = enum.auto()
     """Nothing written yet: a thought may begin."""
@@ -72,7 +72,7 @@ class ThinkingState(enum.Enum):
 
 
 def state_after_prompt(markers: ThoughtMarkers, prompt_token_ids: list[int], tokenizer: Tokenizer) -> ThinkingState:
-    """Where output begins behind this prompt: templates open a thought, close it, or leave it to the model."""
+    """The state in which output begins: templates open a thought, close it, or leave it to the model."""
     tail = tokenizer.decode(prompt_token_ids[-_PROMPT_TAIL:], skip_special_tokens=False)
     if markers.from_start:
         return ThinkingState.ANSWER if tail.rstrip().endswith(markers.end) else ThinkingState.THOUGHT
@@ -86,7 +86,7 @@ def state_after_prompt(markers: ThoughtMarkers, prompt_token_ids: list[int], tok
 
 
 class ThoughtTracker:
-    """Follows one completion's text from ``state`` on. Counts the tokens of thought behind the start marker."""
+    """Follows one completion's text from ``state`` on. Counts the thinking tokens after the start marker."""
 
     def __init__(self, markers: ThoughtMarkers, state: ThinkingState, tokenizer: Tokenizer) -> None:
         self.markers = markers
@@ -113,6 +113,6 @@ class ThoughtTracker:
         self.state, self._text = ThinkingState.ANSWER, ""
 
     def _is_answer(self) -> bool:
-        """Whether the text so far cannot become a start marker any more."""
+        """Whether the text so far can no longer become a start marker."""
         text = self._text.lstrip()
         return bool(text) and not self.markers.start.startswith(text)

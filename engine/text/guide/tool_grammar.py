@@ -1,6 +1,6 @@
 """The grammar of a demanded tool call (``tool_choice`` required, or a named function).
 
-In the form that the model's tool parser names, else in vLLM's forms, which every parser here reads when a call
+In the form that the model's tool parser defines, else in vLLM's forms, which every parser here reads when a call
 is demanded: a list of ``{"name": …, "parameters": {…}}`` for required, the arguments alone for a named function.
 """
 
@@ -31,7 +31,7 @@ def tool_grammar(form: DemandedForm | None, calls: ToolCalls, mark: Callable[[st
 
 
 def _lark(head: str, calls: ToolCalls, key: str) -> str:
-    """Rules for the objects of all functions under ``head``."""
+    """The rules of ``head``, and those for the objects of all functions."""
     functions = calls.callable_functions
     rules = [head, "object: " + " | ".join(f"object_{number}" for number in range(len(functions)))]
     for number, function in enumerate(functions):
@@ -44,7 +44,7 @@ def _lark(head: str, calls: ToolCalls, key: str) -> str:
 
 
 def check_callable(function: Mapping[str, Any]) -> None:
-    """Raise RequestError for a function that no reply can call: by its name, or by arguments that are no object."""
+    """Raise RequestError for a function that no reply can call: by its name, or by arguments that are not an object."""
     name, schema = function["name"], function.get("parameters") or {}
     if not is_function_name(name):
         raise RequestError(
@@ -68,7 +68,7 @@ def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _list_schema(calls: ToolCalls) -> dict[str, Any]:
-    """vLLM's form of demanded calls. Definitions move to the root, where references look for them."""
+    """vLLM's form of demanded calls. Definitions move to the root, where references point to."""
     definitions: dict[str, Any] = {}
     items = []
     for function in calls.callable_functions:

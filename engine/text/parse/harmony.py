@@ -24,7 +24,7 @@ _RECIPIENT = re.compile(r"to=(?:functions\.)?+([^\s<]+)")
 class HarmonyReader:
     """Reads harmony messages. Without ``with_calls`` a message to a function is content.
 
-    ``forced`` reads calls that a grammar demanded, which stand in the final message as JSON.
+    ``forced`` reads calls that a grammar demanded: they are JSON in the final message.
     """
 
     scanner: Scanner
@@ -54,11 +54,11 @@ class HarmonyReader:
                 mark = yield from self.scanner.until(_BETWEEN, self.sink.content)
 
     def _header_follows(self) -> Steps[bool]:
-        """Whether a header goes on here: a model may also answer with plain text."""
+        """Whether the header continues here: a model may also answer with plain text."""
         return (yield from self.scanner.after_space([_CHANNEL, _MESSAGE, "to="])) is not None
 
     def _header(self, begun: str) -> Steps[str | None]:
-        """A message behind its header; returns the mark that ended it."""
+        """A message after its header; returns the mark that ended it."""
         parts = [begun]
         mark = yield from self.scanner.until(_IN_HEADER, parts.append)
         return (yield from self._body("".join(parts))) if mark == _MESSAGE else mark

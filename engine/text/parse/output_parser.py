@@ -49,8 +49,8 @@ class OutputParser:
     """Parses one completion. Made by :func:`make_output_parser`; not for several threads at once.
 
     ``needs_special_tokens``: the request must run with ``skip_special_tokens=False``, since marks are
-    special tokens; the others are then left out here. After :meth:`finish`, ``finish_reason`` is the
-    one for chat doors: ``"tool_calls"`` where calls were made and the model stopped by itself.
+    special tokens; all others are then removed here. After :meth:`finish`, ``finish_reason`` is the
+    one for chats: ``"tool_calls"`` where calls were made and the model stopped by itself.
     """
 
     def __init__(self, scanner: Scanner, sink: OutputSink, steps: Steps[None], *, needs_special_tokens: bool) -> None:
@@ -97,12 +97,12 @@ def make_output_parser(
 ) -> OutputParser:
     """The parser for one completion of a request.
 
-    ``prompt_suffix`` is the rendered prompt or its end: it tells whether output begins inside a
-    thought. Where it is not known (empty), output is held back up to the first mark, which tells.
+    ``prompt_suffix`` is the rendered prompt or its end: it determines whether output begins
+    inside a thought. Where it is not known (empty), output is held back up to the first mark, which decides.
     Without tools, or with ``tool_choice="none"``, calls are not looked for. A ``required`` or named
     ``tool_choice`` also takes vLLM's forms (a JSON list of name and parameters; the bare arguments).
-    ``special_tokens`` are the texts of the tokenizer's special tokens. Raises ConfigError for parser
-    names that are not known.
+    ``special_tokens`` are the texts of the tokenizer's special tokens. Raises ConfigError for unknown
+    parser names.
     """
     reasoning: ReasoningParser | None = parser_named(REASONING_PARSERS, reasoning_parser, "reasoning_parser")
     tool: ToolParser | None = parser_named(TOOL_PARSERS, tool_call_parser, "tool_call_parser")
@@ -130,7 +130,7 @@ def make_output_parser(
 
 
 def parser_named(table: Mapping[str, Any], name: str | None, flag: str) -> Any:
-    """The entry of a parser table, None for None and "none". Raises ConfigError for other unknown names."""
+    """The entry of a parser table; None for None and "none". Raises ConfigError for unknown names."""
     if name is None or name == "none":
         return None
     if name not in table:
@@ -145,7 +145,7 @@ def parser_named(table: Mapping[str, Any], name: str | None, flag: str) -> Any:
 
 
 def _forced(tool: ToolParser | None, tool_choice: ToolChoice) -> ToolParser:
-    """What reads a reply that must be calls."""
+    """The parser of a reply that must consist of calls."""
     name = None
     if isinstance(tool_choice, Mapping):
         function = tool_choice.get("function")
@@ -164,7 +164,7 @@ def _read_plain(scanner: Scanner, sink: OutputSink) -> Steps[None]:
 
 @dataclass(frozen=True)
 class _MarkedReader:
-    """Reads output whose thoughts and calls stand between marks. ``dropped`` are special tokens that mean nothing."""
+    """Reads output whose thoughts and calls are between marks. ``dropped`` are special tokens without a meaning."""
 
     scanner: Scanner
     sink: OutputSink
@@ -174,7 +174,7 @@ class _MarkedReader:
     dropped: tuple[str, ...]
 
     def read(self, inside: bool | None) -> Steps[None]:
-        """The whole output; ``inside`` says whether it begins in a thought, None that its first mark does."""
+        """The whole output; ``inside`` says whether it begins in a thought, None that its first mark decides."""
         markers = Markers([*_marks(self.reasoning, self.calls), *self.dropped])
         if self.reasoning and (inside or (inside is None and (yield from self._ends_first(self.reasoning)))):
             yield from self.scanner.skip_space()
@@ -189,7 +189,7 @@ class _MarkedReader:
             yield from self._marked(mark)
 
     def _cut_mark(self, text: str) -> None:
-        """The beginning of a mark, cut off: text, but behind a call or where there must be calls."""
+        """The beginning of a mark, cut off: text, except after a call or where calls are demanded."""
         around_calls = self.calls and any(m.startswith(text) for m in (*self.calls.starts, *self.calls.strays))
         if not (around_calls and (self.sink.num_seen or self._forced)):
             self.sink.content(text)
@@ -199,7 +199,7 @@ class _MarkedReader:
         return isinstance(self.calls, ForcedCalls)
 
     def _ends_first(self, reasoning: ReasoningParser) -> Steps[bool]:
-        """Whether a thought ends before one begins: then the prompt, which is not known, began it."""
+        """Whether a thought ends before one begins: then it began in the prompt, which is not known."""
         starts = self.calls.starts if self.calls else ()
         place = self.scanner.mark()
         found = yield from self.scanner.until(Markers([reasoning.start, reasoning.end, *starts]), lambda _: None)

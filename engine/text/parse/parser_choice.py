@@ -1,4 +1,4 @@
-"""Which parsers a model gets: those that flags name, else those that its chat template shows."""
+"""Which parsers a model gets: those named by flags, else those recognised in its chat template."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from engine.text.tokens.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ParserChoice:
-    """The names in force (None: no parser), a line about them for the user, and the model's special tokens."""
+    """The names in use (None: no parser), a line about them for the user, and the model's special tokens."""
 
     reasoning_parser: str | None
     tool_call_parser: str | None
@@ -23,7 +23,7 @@ class ParserChoice:
 
     @classmethod
     def of_model(cls, args: EngineArgs, template: str | None, tokenizer: Tokenizer) -> Self:
-        """Choose for a model. Raises ConfigError for names that are not known and for tools without a parser."""
+        """Choose for a model. Raises ConfigError for unknown names and for tools without a parser."""
         parser_named(REASONING_PARSERS, args.reasoning_parser, "reasoning_parser")
         parser_named(TOOL_PARSERS, args.tool_call_parser, "tool_call_parser")
         added = tokenizer.hf.get_added_tokens_decoder().values()
@@ -37,7 +37,7 @@ class ParserChoice:
         reasoning, tools = (None if name == "none" else name for name in (reasoning, tools))
         if args.enable_auto_tool_choice and tools is None:
             raise ConfigError(
-                "--enable-auto-tool-choice requires --tool-call-parser: the chat template shows no form that is known",
+                "--enable-auto-tool-choice requires --tool-call-parser: the chat template shows no known call format",
                 flag="enable_auto_tool_choice",
                 value=True,
             )

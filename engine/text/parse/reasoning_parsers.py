@@ -1,4 +1,4 @@
-"""How models mark their thoughts: vLLM's parser names, their markers, and which of them a template uses."""
+"""How models mark their reasoning: vLLM's parser names, their markers, and which of them a template uses."""
 
 import re
 from collections.abc import Collection
@@ -9,11 +9,11 @@ from engine.text.template.recognition import Recognised
 
 @dataclass(frozen=True)
 class ReasoningParser(Recognised):
-    """A thought stands between ``start`` and ``end``.
+    """A thought is enclosed in ``start`` and ``end``.
 
     ``anywhere``: a thought may also begin in the middle of an answer. ``implicit``: without a known prompt,
-    output begins inside the thought; ``unopened``: also behind a prompt that opens none. ``wrappers`` are marks
-    around answers, left out of them. ``prose``: the marks are words, and an end without a start may be an answer's.
+    output begins inside the thought; ``unopened``: also after a prompt that does not open one. ``wrappers`` are marks
+    around answers and not part of them. ``prose``: the marks are words, and an end without a start may be an answer's.
     """
 
     start: str
@@ -30,9 +30,9 @@ class ReasoningParser(Recognised):
         return (self.start, self.end, *self.wrappers)
 
     def begins_inside(self, prompt_suffix: str) -> bool | None:
-        """Whether output begins inside a thought behind this prompt; None where only the output can tell.
+        """Whether output begins inside a thought after this prompt; None where only the output can tell.
 
-        A prompt that marks no thought leaves it to the model's custom, unless it ends in a tool's result.
+        After a prompt without a thought, ``unopened`` decides, unless the prompt ends in a tool's result.
         """
         if not prompt_suffix:
             return self.implicit or (False if self.prose else None)
@@ -47,7 +47,7 @@ class ReasoningParser(Recognised):
         return self._open_turn(prompt_suffix)[1].rstrip().endswith(_END)
 
     def _open_turn(self, prompt_suffix: str) -> tuple[str | None, str]:
-        """The last mark of a turn and what stands behind it."""
+        """The last mark of a turn and the text after it."""
         text = prompt_suffix.replace(self.start, _START).replace(self.end, _END)
         marks = list(_TURN_MARK.finditer(text))
         return (marks[-1].group(), text[marks[-1].end() :]) if marks else (None, text)
@@ -55,12 +55,12 @@ class ReasoningParser(Recognised):
 
 _START, _END = "\x00start\x00", "\x00end\x00"
 _ROLE = 1
-"""Words that a turn begins with: the speaker's role. More of them are an answer that is continued."""
+"""Number of words at the beginning of a turn that name its speaker. More words are an answer to be continued."""
 _TURN_MARK = re.compile(
     r"<\|[^|<>\s]{1,40}\|?>|<[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>"
     r"|</?tool_response>|</?seed:(?:bos|eos)>|\]~[!b]?\]|\[e~\["
 )
-"""What separates turns in the chat formats at hand: a thought that a message quotes ends with its turn."""
+"""What separates turns in the known chat formats: a thought that a message quotes ends with its turn."""
 
 
 def _think_templates(*marks: str) -> tuple[tuple[str, ...], ...]:
@@ -115,8 +115,8 @@ REASONING_PARSERS: dict[str, ReasoningParser] = {
     **dict.fromkeys(("step3", "step3p5", "nemotron_v3"), _IMPLICIT_THINK),
     "ernie45": replace(_THINK, wrappers=("<response>", "</response>")),
 }
-"""vLLM's names, and names in their manner for forms that mlx-lm reads. A model's template and tokens are shown to the
-parsers in this order, and the first that recognises itself is taken."""
+"""vLLM's names, and similar names for formats that only mlx-lm reads. A model's template and tokens are matched in this
+order, and the first parser that recognises itself is chosen."""
 
 
 def detect_reasoning_parser(template: str | None, vocab: Collection[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Chat messages as a template wants them: content as strings or as parts, tool arguments as objects."""
+"""Chat messages as a template needs them: content as strings or as parts, tool arguments as objects."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,7 +115,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
             arguments = json.loads(arguments)
         except json.JSONDecodeError as error:
             raise RequestError(
-                f"{where}.tool_calls has arguments that are no JSON: {error}.", param="messages"
+                f"{where}.tool_calls has arguments that are not valid JSON: {error}.", param="messages"
             ) from None
     return {**call, "function": {**function, "arguments": arguments or {}}}
 

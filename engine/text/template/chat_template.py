@@ -27,10 +27,10 @@ from engine.text.tokens.tokenizer import Tokenizer
 RESERVED_VARIABLES = frozenset(
     ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
 )
-"""Names that ``chat_template_kwargs`` may not set: they have fields of their own."""
+"""Names that ``chat_template_kwargs`` may not set: they have their own fields."""
 
 _END_MARK = "<<vm-magic:end-of-the-final-message>> "
-"""Appended to the message that is continued; the blank at its end shows whether the template trims."""
+"""Appended to the message that is continued; the space at its end shows whether the template trims."""
 
 
 class _TemplateRaised(jinja2.TemplateError):
@@ -38,7 +38,7 @@ class _TemplateRaised(jinja2.TemplateError):
 
 
 class _IgnoreGeneration(Extension):
-    """``{% generation %}``: marks the assistant's tokens for training; here only its body counts."""
+    """``{% generation %}``: marks the assistant's tokens for training; here only its body matters."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 reads a class attribute
 
@@ -51,7 +51,7 @@ class _IgnoreGeneration(Extension):
 def load_template(flag_value: str | None, tokenizer_template: str | None) -> str | None:
     """The template's text: from ``--chat-template`` (a file, or the text itself), else the tokenizer's.
 
-    Raises ConfigError for a file that is not there and for text that is no Jinja.
+    Raises ConfigError for a file that is not there and for text that is not valid Jinja.
     """
     if flag_value is None:
         return tokenizer_template
@@ -72,7 +72,7 @@ def _read_template(value: str) -> str:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     raise ConfigError(
-        f"--chat-template {value}: no such file, and no Jinja text either (that would hold {{{{ or {{%)",
+        f"--chat-template {value}: no such file, and not Jinja text either (it would contain {{{{ or {{%)",
         flag="chat_template",
         value=value,
     )
@@ -83,7 +83,7 @@ class ChatTemplate:
     """A chat template and the variables that it always gets.
 
     ``source`` may be None: the model has no template and :meth:`render` says how to give one.
-    ``wanted_format`` None: the content's format is told from the template.
+    ``wanted_format`` None: the content's format is detected in the template.
     """
 
     source: str | None
@@ -115,7 +115,7 @@ class ChatTemplate:
 
     @property
     def variables(self) -> frozenset[str]:
-        """Names that the template reads, besides what every template gets; none without a template."""
+        """Names that the template reads, besides those that every template gets; empty without a template."""
         return self._compiled().variables if self.source else frozenset()
 
     @property
@@ -174,7 +174,7 @@ class ChatTemplate:
             return _compile(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise RequestError(
-                f"The chat template is no Jinja: line {error.lineno}: {error.message}", param="chat_template"
+                f"The chat template is not valid Jinja: line {error.lineno}: {error.message}", param="chat_template"
             ) from None
 
 

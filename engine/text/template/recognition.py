@@ -1,4 +1,4 @@
-"""By what a model's files show in which format it writes."""
+"""Recognising the format in which a model writes, by its chat template and its tokens."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Recognised:
-    """A format that chat templates show.
+    """A format that can be recognised.
 
-    ``templates`` are alternatives: texts that stand in a template together. ``vocab`` are tokens that together
-    show the format where no template does.
+    ``templates`` are alternatives, each a tuple of texts that all occur in the template. ``vocab`` are added tokens,
+    all of which the model has.
     """
 
     templates: tuple[tuple[str, ...], ...] = ()
     vocab: frozenset[str] = frozenset()
 
     def in_template(self, template: str) -> bool:
-        """Whether a chat template shows the format."""
+        """Whether a chat template uses the format."""
         return any(all(text in template for text in texts) for texts in self.templates)
 
     def in_vocab(self, vocab: Collection[str]) -> bool:
-        """Whether a model's added tokens show the format."""
+        """Whether a model's added tokens include those of the format."""
         return bool(self.vocab) and self.vocab.issubset(vocab)

@@ -11,8 +11,8 @@ from engine.text.tokens.text_stream import DecodingTokenizer, TextStream
 class DetokenizerStep:
     """What one step showed. ``stop_reason`` is the stop string that was met, else None.
 
-    ``num_tokens_kept`` counts the step's tokens up to the one that completed the stop string; the
-    ones behind it are to be dropped.
+    ``num_tokens_kept`` counts the step's tokens up to the one that completed the stop string; those
+    after it are to be dropped.
     """
 
     text_delta: str
@@ -97,8 +97,8 @@ class Detokenizer:
     ) -> DetokenizerStep:
         """Take the completion's next tokens and give the text that can be shown.
 
-        ``finished`` says that no token follows: what was held back is released.
-        ``ends_on_stop_token`` says that the last token is an EOS or stop token: its text is shown
+        ``finished`` means that no token follows: what was held back is released.
+        ``ends_on_stop_token`` means that the last token is an EOS or stop token: its text is shown
         only with ``include_stop_str_in_output`` (and is never searched for stop strings). After a
         ``stop_reason`` the completion is over and nothing may be fed.
         """

@@ -1,7 +1,7 @@
 """Which token of a sequence shows which part of its text: for log-probabilities, scores and token views.
 
 A :class:`~engine.text.tokens.text_stream.TextStream` gives text as soon as it is certain, whichever token brought it;
-here each token has its own text, and invalid bytes do not wait for ever.
+here each token has its own text, and invalid bytes wait for a few tokens only.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from engine.text.tokens.text_stream import REPLACEMENT
 
 _LONGEST = 8
-"""Tokens that may wait for one another: a character has at most four bytes; what goes on longer is not text."""
+"""Tokens that may wait for one another: a character has at most four bytes; a longer run of bytes is not text."""
 
 
 class TokenTexts:
@@ -40,7 +40,7 @@ class TokenTexts:
         return self._close(self._open_text()) if self._open else ""
 
     def _open_text(self) -> str:
-        # Decoders strip a leading space from the first token of a text: decode behind the tokens before.
+        # Decoders strip a leading space from the first token of a text: decode together with the tokens before.
         whole = self._decode([*self._context, *self._open])
         if whole.startswith(self._context_text):
             return whole.removeprefix(self._context_text)

@@ -72,7 +72,7 @@ class Tokenizer:
         return TextStream(self, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
-        """The text of one token by itself; bytes that are no whole character show as U+FFFD."""
+        """The text of one token by itself; bytes that are not a whole character show as U+FFFD."""
         return str(self.hf.decode([token_id], skip_special_tokens=False))
 
 

@@ -17,7 +17,7 @@ _ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "/": "/", '"'
 _HEX = set("0123456789abcdefABCDEF")
 _LONGEST_WORD = 4096
 _DEEPEST = 100
-"""Levels of nesting: each costs a few of Python's frames."""
+"""Levels of nesting: each takes several of Python's stack frames."""
 
 
 def quoted(text: str) -> str:
@@ -42,7 +42,7 @@ def number(text: str) -> str | None:
 
 
 class LenientJson:
-    """Reads one JSON value at the scanner's place.
+    """Reads one JSON value at the scanner's position.
 
     ``stops`` are marks that end a call: outside a string they end the value. ``raw_quote`` is a mark
     that delimits strings without escapes (Gemma 4's).
@@ -51,9 +51,9 @@ class LenientJson:
     def __init__(self, scanner: Scanner, stops: Sequence[str] = (), raw_quote: str = "") -> None:
         self._scanner = scanner
         self.cut = False
-        """Whether a string had no end."""
+        """Whether a string was not closed."""
         self._ran_over = False
-        """Whether it had none although quotes stood in it: then it was not cut off but malformed."""
+        """Whether it was not closed although it contains quotes: then it was malformed, not cut off."""
         self._depth = 0
         self._stops = tuple(stops)
         self._raw_quote = raw_quote
@@ -61,8 +61,11 @@ class LenientJson:
         self._quotes = {quote: Markers([quote, "\\"]) for quote in "\"'"}
 
     def value(self, emit: Emit, lead: str = "") -> Steps[None]:
-        """Read a value and emit it behind ``lead``. Raises MarkupError where there is none (nothing emitted),
-        and behind a value that was malformed inside (emitted up to there, and closed)."""
+        """Read a value and emit it after ``lead``.
+
+        Raises MarkupError where there is no value (nothing was emitted), and after a malformed value (which was
+        emitted up to the fault, and closed).
+        """
         yield from self._scanner.skip_space()
         char = yield from self._scanner.peek()
         if char == "{":
@@ -89,7 +92,7 @@ class LenientJson:
             raise MarkupError("quote")
 
     def key(self) -> Steps[str]:
-        """An object's key, quoted or bare, with its colon read over."""
+        """An object's key, quoted or bare; its colon is consumed."""
         quote = yield from self._opening_quote()
         if quote is not None:
             parts: list[str] = []
@@ -135,7 +138,7 @@ class LenientJson:
         emit(end)
 
     def _member(self, member: Callable[[Emit, str], Steps[None]], emit: Emit, lead: str) -> Steps[None]:
-        """A member; if it fails before anything of it was handed on, its text is unread again."""
+        """A member; if it fails before any of it was emitted, its text can be read again."""
         mark = self._scanner.mark()
 
         def settle(text: str) -> None:
@@ -151,7 +154,7 @@ class LenientJson:
             self._scanner.release(mark)
 
     def _more(self, end: str, *, first: bool) -> Steps[bool]:
-        """Whether another member follows; reads over commas and over ``end``. Raises where there is neither."""
+        """Whether another member follows; consumes commas and ``end``. Raises MarkupError where there is neither."""
         separated = first
         while True:
             yield from self._scanner.skip_space()
@@ -173,7 +176,7 @@ class LenientJson:
     def string(self, quote: str, emit: Emit, ends_here: Callable[[], Steps[bool]]) -> Steps[None]:
         """The inside of a string up to its closing quote, or to the end of the text.
 
-        ``ends_here`` says of a quote, by what follows, whether it closes the string or belongs to it.
+        ``ends_here`` decides by the text after a quote whether it closes the string or belongs to it.
         """
 
         def emit_plain(text: str) -> None:

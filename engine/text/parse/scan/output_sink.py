@@ -104,18 +104,18 @@ def random_call_id(index: int, name: str) -> str:  # noqa: ARG001 - the signatur
 
 
 class OutputSink:
-    """Collects deltas. White space that templates put around thoughts and calls is left out.
+    """Collects events. White space that templates put around thoughts and calls is left out.
 
-    ``num_calls`` counts calls handed on, ``num_seen`` also those past ``max_calls``, which are dropped.
+    ``num_calls`` counts the calls passed on, ``num_seen`` also those past ``max_calls``, which are dropped.
     """
 
     def __init__(self, *, max_calls: int | None, make_call_id: MakeCallId) -> None:
         self.num_calls = 0
         self.num_seen = 0
         self.fresh = True
-        """Whether the answer has only white space since the beginning, the last thought or the last call."""
+        """Whether the answer has had only white space since the beginning, the last thought or the last call."""
         self.knows_thoughts = False
-        """Whether a thought began, or the mark that begins one was quoted: then its end may be a quotation too."""
+        """Whether a thought began, or its start mark was quoted: then its end mark may be a quotation too."""
         self._max_calls = max_calls
         self._make_call_id = make_call_id
         self._delta = ParsedDelta()
@@ -158,13 +158,13 @@ class OutputSink:
         self._reasoning_begun = True
 
     def begin_thought(self) -> None:
-        """A thought begins; a second one goes on a line of its own."""
+        """A thought begins; a second one starts on a new line."""
         self._reasoning_space = "\n" if self._reasoning_begun else ""
         self._thought_opens = self.knows_thoughts = True
         self.boundary()
 
     def boundary(self) -> None:
-        """A thought or a call stands here: white space around it belongs to no text."""
+        """There is a thought or a call here: white space around it is not part of any text."""
         self.fresh = self._bounded = True
 
     def call(self, name: str, call_id: str | None = None) -> Emit:

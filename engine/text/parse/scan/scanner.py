@@ -2,7 +2,7 @@
 
 Parsers are generators that yield when they need more text and are resumed when there is some (or when
 nothing more comes). Every choice depends on the text alone, never on how it was cut, so the result
-is the same for all cuts; what is certain is handed on at once.
+is the same for all cuts; what is certain is emitted at once.
 """
 
 import re
@@ -62,7 +62,7 @@ class Scanner:
         self._num_marks = 0
 
     def feed(self, text: str) -> None:
-        """Add text; what was read and lies before every mark is forgotten."""
+        """Add text; what was read before every mark is forgotten."""
         keep = min([self._position, *(place - self._forgotten for place in self._marks.values())])
         self._text = self._text[keep:] + text
         self._position -= keep
@@ -73,7 +73,7 @@ class Scanner:
         self.closed, self.cut = True, cut
 
     def mark(self) -> int:
-        """Remember this place, so that :meth:`rewind` can go back to it until :meth:`release`."""
+        """Remember this position, so that :meth:`rewind` can go back to it until :meth:`release`."""
         self._num_marks += 1
         self._marks[self._num_marks] = self._forgotten + self._position
         return self._num_marks
@@ -88,7 +88,7 @@ class Scanner:
         self._marks.pop(mark, None)
 
     def attempt(self, steps: Steps[T]) -> Steps[T]:
-        """Run a part of a parser. If it raises MarkupError before :meth:`commit`, its text is unread again."""
+        """Run a part of a parser. If it raises MarkupError before :meth:`commit`, its text can be read again."""
         mark = self.mark()
         try:
             return (yield from steps)
@@ -121,15 +121,15 @@ class Scanner:
         self._text = self._text[: self._position] + text + self._text[self._position :]
 
     def rest(self) -> str:
-        """What there is behind this place."""
+        """The text after this position."""
         return self._text[self._position :]
 
     def holds(self, marks: Sequence[str]) -> bool:
-        """Whether one of ``marks`` stands somewhere behind this place."""
+        """Whether one of ``marks`` occurs after this position."""
         return any(mark in self.rest() for mark in marks)
 
     def take_rest(self) -> str:
-        """Read what there is."""
+        """Read the rest of the text so far."""
         rest = self.rest()
         self._position = len(self._text)
         return rest
@@ -141,14 +141,14 @@ class Scanner:
         return self._text[self._position : self._position + size]
 
     def skip_space(self) -> Steps[str]:
-        """Read over white space and return it."""
+        """Consume white space and return it."""
         taken: list[str] = []
         while (yield from self.peek()).isspace():
             taken.append(self.take())
         return "".join(taken)
 
     def after_space(self, marks: Sequence[str]) -> Steps[str | None]:
-        """Which of ``marks`` comes next behind white space, "" at the end of the text; nothing is read."""
+        """Which of ``marks`` comes next after white space, "" at the end of the text; nothing is read."""
         place = self.mark()
         yield from self.skip_space()
         found = yield from self.at(marks)
@@ -169,21 +169,21 @@ class Scanner:
             yield
 
     def accept(self, *marks: str) -> Steps[str | None]:
-        """Read over the mark that comes next, if one does."""
+        """Consume the mark that comes next, if one does."""
         found = yield from self.at(marks)
         if found:
             self._position += len(found)
         return found
 
     def expect(self, *marks: str) -> Steps[str]:
-        """Read over one of ``marks``, or raise MarkupError."""
+        """Consume one of ``marks``, or raise MarkupError."""
         found = yield from self.accept(*marks)
         if found is None:
             raise MarkupError(marks)
         return found
 
     def until(self, markers: Markers, emit: Emit, emit_cut: Emit | None = None) -> Steps[str | None]:
-        """Emit text up to the first marker, read over it and return it; None when the text ended.
+        """Emit text up to the first marker, consume it and return it; None when the text ended.
 
         The beginning of a marker that the end cuts off goes to ``emit_cut``, if there is one.
         """

@@ -40,12 +40,12 @@ TOOL_PARSERS: dict[str, ToolParser] = {
     "olmo3": OLMO3,
     "xlam": json_calls.XLAM,
 }
-"""A template is shown to the parsers in this order, and the first that recognises itself is taken, by the first of
-its names: formats whose marks others hold too stand behind those."""
+"""Templates are matched in this order, and the first parser that recognises itself is chosen, under the first of its
+names. So a format whose marks are part of another's comes after that one."""
 
 
 def detect_tool_parser(template: str | None, vocab: Collection[str] = ()) -> str | None:
-    """The parser for a model's chat template, else for its added tokens; None where neither shows a known form."""
+    """The parser for a model's chat template, else for its added tokens; None where neither shows a known format."""
     by_template = (name for name, parser in TOOL_PARSERS.items() if parser.in_template(template or ""))
     by_vocab = (name for name, parser in TOOL_PARSERS.items() if parser.in_vocab(vocab))
     return next(by_template, None) or next(by_vocab, None)

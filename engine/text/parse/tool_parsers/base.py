@@ -36,7 +36,7 @@ _NAMES = {"int": "integer", "float": "number", "double": "number", "bool": "bool
 _NAMES |= {"dict": "object", "map": "object", "list": "array", "tuple": "array", "none": "null"}
 _DEEPEST = 8
 _NAME = re.compile(r"[\w.:/@$+-]{1,256}")
-"""OpenAI's characters, and those that other makers of tools add."""
+"""The characters that OpenAI allows, and those that other makers of tools add."""
 
 
 def _kinds(schema: Any, root: Any, depth: int) -> set[str]:
@@ -79,7 +79,7 @@ def is_function_name(text: str) -> bool:
 
 
 def function_name(text: object, declared: frozenset[str] | None = None) -> str:
-    """``text`` as a function's name, one of ``declared`` if given. Raises MarkupError for what is none."""
+    """``text`` as a function's name, one of ``declared`` if given. Raises MarkupError for any other text."""
     name = text.strip() if isinstance(text, str) else ""
     if not is_function_name(name) or (declared is not None and name not in declared):
         raise MarkupError("name")
@@ -90,8 +90,8 @@ def function_name(text: object, declared: frozenset[str] | None = None) -> str:
 class DemandedForm:
     """How a grammar writes calls that ``tool_choice`` demands.
 
-    A call is ``{"name": …, arguments_key: {…}}`` between the texts of ``begin`` and ``end`` (marks stand alone,
-    since they may be tokens of their own), several are separated by ``separator``.
+    A call is ``{"name": …, arguments_key: {…}}`` between the texts of ``begin`` and ``end``, in which each mark is an
+    item, since it may be a single token. Several calls are separated by ``separator``.
     """
 
     arguments_key: str
@@ -102,9 +102,9 @@ class DemandedForm:
 
 @dataclass(frozen=True, kw_only=True)
 class FormatFacts(Recognised):
-    """What differs from one format of tool calls to the next beside its marks.
+    """What differs between formats of tool calls, besides their marks.
 
-    ``make_call_id`` gives ids to calls that bring none. ``demanded`` is the form of demanded calls; None: vLLM's
+    ``make_call_id`` makes ids for calls that have none. ``demanded`` is the form of demanded calls; None: vLLM's
     (:mod:`engine.text.parse.tool_parsers.forced`), which all parsers read when a call is demanded.
     """
 
@@ -113,11 +113,11 @@ class FormatFacts(Recognised):
 
 
 class ToolParser(Protocol):
-    """One way to write tool calls. What implements it is a :class:`FormatFacts` too.
+    """One way to write tool calls; implementations inherit :class:`FormatFacts`.
 
     ``starts`` are the marks that a call begins with, ``ends`` those that it ends with. ``bare`` holds
     characters that, at the beginning of an answer, may begin a call without a mark. ``strays`` are marks
-    that mean nothing by themselves behind a call, ends among them.
+    without a meaning after a call, ends among them.
     """
 
     @property
@@ -140,19 +140,19 @@ class ToolParser(Protocol):
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """Marks that end calls: what stands before one was not cut off."""
+        """Marks that end calls: text before one of them was not cut off."""
 
     @property
     def strays(self) -> tuple[str, ...]:
-        """Marks that are dropped behind a call."""
+        """Marks that are dropped after a call."""
 
     @property
     def bare(self) -> str:
         """First characters of calls without a mark."""
 
     def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
-        """Read calls behind ``start`` (empty for a bare one).
+        """Read calls after ``start`` (empty for a bare one).
 
-        Raises MarkupError where the text is no call: before ``sink.call``, all of it becomes content;
-        after it, what is left unread does.
+        Raises MarkupError where the text is not a call: before ``sink.call``, all of it becomes content;
+        after it, the part not yet read does.
         """

@@ -16,7 +16,7 @@ _REQUIRED = JsonCalls((), bare="[{")
 
 @dataclass(frozen=True)
 class ForcedCalls(FormatFacts):
-    """The model's own form (``native``, behind its marks) or vLLM's. ``name`` is the named function, if one is."""
+    """The model's own form (``native``, after its marks) or vLLM's. ``name`` is the named function, if one is."""
 
     native: ToolParser | None
     name: str | None
@@ -42,7 +42,7 @@ class ForcedCalls(FormatFacts):
         return "{" if self.name else "[{"
 
     def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
-        """The native form behind its mark (or where that is a bare object too), else vLLM's."""
+        """The native form after its mark (or where that is a bare object too), else vLLM's."""
         if self.native and (start or (self.name and "{" in self.native.bare)):
             yield from self.native.read(scanner, sink, tools, start)
         elif self.name:

@@ -1,4 +1,4 @@
-"""Tool calls written as JSON: one object or a list, behind a mark or bare."""
+"""Tool calls written as JSON: one object or a list, after a mark or without one."""
 
 import json
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ class CallObject:
         self._has_unknown = False
 
     def read(self) -> Steps[None]:
-        """Read one object. Raises MarkupError where it is no call, and behind malformed arguments."""
+        """Read one object. Raises MarkupError where it is not a call, and after malformed arguments."""
         yield from self._scanner.expect("{")
         yield from self._members()
         if not self._begun:
-            told = self._arguments is not None or (self._names is None and not self._has_unknown)
-            if not self._name or not told:
+            is_call = self._arguments is not None or (self._names is None and not self._has_unknown)
+            if not self._name or not is_call:
                 raise MarkupError("a call needs a name and arguments")
             self._begin()(self._arguments or "{}")
 
@@ -104,7 +104,7 @@ def _object_in(text: str) -> object:
 
 @dataclass(frozen=True)
 class JsonCalls(FormatFacts):
-    """Objects with a name and arguments between ``starts`` and ``end``, one or several, in a list or not.
+    """Objects with a name and arguments between ``starts`` and ``ends``: one or several, in a list or not.
 
     ``bare`` characters begin a call without a mark; then the function must be one of the request's.
     """
@@ -116,11 +116,11 @@ class JsonCalls(FormatFacts):
 
     @property
     def strays(self) -> tuple[str, ...]:
-        """Marks that mean nothing behind a call."""
+        """Marks without a meaning after a call."""
         return (*self.ends, *self.more_strays)
 
     def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
-        """Objects and lists of them up to the end mark, or to whatever is neither."""
+        """Objects and lists of them, up to the end mark or to any other text."""
         names = None if start else tools.names
         seen = sink.num_seen
         while True:

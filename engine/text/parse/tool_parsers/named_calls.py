@@ -17,11 +17,11 @@ _NUMBERED = re.compile(r"(?:functions\.)?(.+?):\d+")
 
 @dataclass(frozen=True)
 class NamedCalls(FormatFacts):
-    """``begin`` name ``arguments`` {…} ``end``, any number of them in a section (``start`` … ``section_end``).
+    """``begin`` name ``arguments`` {…} ``end``, any number of times in a section (``start`` … ``section_end``).
 
     ``raw_quote`` delimits strings without escapes. ``lead`` are texts before the name and ``tail`` those
-    behind the object, all of which may be missing. A name ``functions.f:0`` is f's, and the call's id;
-    so is what follows ``id_mark`` in a name. ``more_strays`` mean nothing behind a call either.
+    after the object; each may be missing. The name ``functions.f:0`` calls f and is the call's id too; what
+    follows ``id_mark`` in a name is also an id. ``more_strays`` are further marks without a meaning after a call.
     """
 
     start: str
@@ -42,7 +42,7 @@ class NamedCalls(FormatFacts):
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """A call's and the section's."""
+        """The ends of a call and of the section."""
         return tuple(filter(None, (self.end, self.section_end)))
 
     @property
@@ -52,7 +52,7 @@ class NamedCalls(FormatFacts):
 
     @property
     def bare(self) -> str:
-        """None: calls always begin with a mark."""
+        """Empty: calls always begin with a mark."""
         return ""
 
     def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:  # noqa: ARG002
@@ -86,7 +86,7 @@ class NamedCalls(FormatFacts):
             raise MarkupError(text)  # its beginning is there
 
     def _name(self, scanner: Scanner) -> Steps[str]:
-        """The text before the arguments, whose mark is read over; the brace is not."""
+        """The text before the arguments; their mark is consumed, the brace is not."""
         marks = [mark for mark in (self.arguments, self.end, self.section_end, "{") if mark]
         name = ""
         while not (found := (yield from scanner.at(marks))):
@@ -100,7 +100,7 @@ class NamedCalls(FormatFacts):
         return name.strip()
 
     def _parts(self, name: str) -> tuple[str, str | None]:
-        """The function's name and the id that the text may hold."""
+        """The function's name and the id, if the text contains one."""
         if self.id_mark and self.id_mark in name:
             name, _, call_id = name.partition(self.id_mark)
             return function_name(name), call_id.strip()
@@ -111,7 +111,7 @@ class NamedCalls(FormatFacts):
 
 
 def mistral_call_id(index: int, name: str) -> str:  # noqa: ARG001 - the signature of MakeCallId
-    """Nine letters and digits: Mistral's templates refuse other ids when they come back."""
+    """Nine letters and digits: Mistral's templates refuse any other ids in later messages."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 

@@ -10,9 +10,9 @@ from engine.text.parse.tool_parsers.base import FormatFacts, ToolSchemas, functi
 
 @dataclass(frozen=True)
 class PythonicCalls(FormatFacts):
-    """A list of calls with keyword arguments, between ``starts`` and ``ends`` or bare (then of declared functions).
+    """A list of calls with keyword arguments, between ``starts`` and ``ends`` or bare (declared functions only).
 
-    ``lines``: each call stands on a line of its own, without brackets and commas.
+    ``lines``: each call is on its own line, without brackets and commas.
     """
 
     starts: tuple[str, ...] = ("<|tool_call_start|>",)
@@ -26,7 +26,7 @@ class PythonicCalls(FormatFacts):
         return self.ends
 
     def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
-        """The calls of one list; models leave the brackets of a single call out."""
+        """The calls of one list; models sometimes omit the brackets around a single call."""
         names = None if start else tools.names
         yield from scanner.skip_space()
         listed = yield from scanner.accept("[")
@@ -96,7 +96,7 @@ class PythonicCalls(FormatFacts):
         return key
 
     def _string_ends(self, scanner: Scanner) -> Steps[bool]:
-        """Whether what follows a quote is the next argument or the end of the call: templates escape none."""
+        """Whether what follows a quote is the next argument or the end of the call: templates do not escape quotes."""
         place = scanner.mark()
         yield from scanner.skip_space()
         char = yield from scanner.peek()

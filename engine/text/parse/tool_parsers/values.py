@@ -17,7 +17,7 @@ _LONGEST_LITERAL = 100_000
 def to_json(text: str, kinds: frozenset[str]) -> str:
     """``text`` as one JSON value of a type in ``kinds`` (none: whatever it looks like).
 
-    Text that no declared type admits stays a string: nothing is lost, and a validator says what is wrong.
+    Text that fits none of the declared types stays a string: nothing is lost, and a validator reports what is wrong.
     """
     stripped = text.strip()
     if not kinds:

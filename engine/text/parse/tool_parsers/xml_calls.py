@@ -1,4 +1,4 @@
-"""Tool calls written as tags, a tag a parameter; values are text, typed by the tool's schema."""
+"""Tool calls written as tags, one per parameter; values are text, typed by the tool's schema."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ _STATED = {
         for kind in ("string", "object", "array", "number", "integer", "boolean", "null")
     },
 }
-"""DeepSeek's tags say of a value whether it is text, Kimi K3's of what type it is."""
+"""DeepSeek's tags state whether a value is text, Kimi K3's of which type it is."""
 _NOT_TEXT = frozenset('{["-0123456789tfnTFN')
-"""What a JSON value begins with: elsewhere an undeclared value is certainly text."""
+"""First characters of JSON values: an undeclared value that begins otherwise is certainly text."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class XmlCalls(FormatFacts):
     """The tags of one format.
 
     A section (``start`` … ``end``, optional) holds functions: ``open`` name ``name_end`` … ``close``.
-    A parameter is ``key`` name ``key_end`` value ``value_end``. ``quoted`` names stand in quotes, with
-    other attributes behind them. ``newlines``: a line break on either side of a value is not part of it.
-    ``whole`` and ``whole_end`` stand around all arguments as one JSON object, instead of parameters.
+    A parameter is ``key`` name ``key_end`` value ``value_end``. ``quoted``: names are in quotes, followed by
+    other attributes. ``newlines``: a line break on either side of a value is not part of it.
+    ``whole`` and ``whole_end`` enclose all arguments as one JSON object, instead of parameters.
     """
 
     start: str
@@ -63,7 +63,7 @@ class XmlCalls(FormatFacts):
 
     @property
     def bare(self) -> str:
-        """None: calls always begin with a tag."""
+        """Empty: calls always begin with a tag."""
         return ""
 
     def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
@@ -94,7 +94,7 @@ class _XmlReader:
         yield from self.function(check_name=False)
 
     def function(self, *, check_name: bool) -> Steps[None]:
-        """One function behind its opening tag, up to and with its closing tag."""
+        """One function after its opening tag, up to and including its closing tag."""
         name = function_name((yield from self._function_name()), self.tools.names if check_name else None)
         self.scanner.commit()
         emit = self.sink.call(name)
@@ -108,7 +108,7 @@ class _XmlReader:
             emit("}")
 
     def _whole(self, emit: Emit) -> Steps[None]:
-        """The arguments as one JSON object behind its opening tag, up to and with the function's closing tag."""
+        """The arguments as one JSON object after its opening tag, up to and including the function's closing tag."""
         layout = self.format
         yield from self.scanner.skip_space()
         yield from self.scanner.accept(layout.whole)
@@ -162,7 +162,7 @@ class _XmlReader:
             yield from self.scanner.accept("\r\n", "\n")
 
     def _value(self, lead: str, kinds: frozenset[str], emit: Emit) -> Steps[None]:
-        """A value up to its closing tag: text is handed on as it comes, the rest when it is whole."""
+        """A value up to its closing tag: text is passed on as it comes, the rest when it is whole."""
         cdata = self.format.cdata and (yield from self.scanner.accept("<![CDATA["))
         close = "]]>" + self.format.value_end if cdata else self.format.value_end
         first = yield from self.scanner.peek()
@@ -337,7 +337,7 @@ class MuseCalls(FormatFacts):
     bare: str = ""
 
     def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
-        """The functions of a section, behind the message's header if one is there."""
+        """The functions of a section, after the message's header if one is there."""
         if start == self.header:
             yield from scanner.word("<")
             yield from scanner.expect("<|message|>")
