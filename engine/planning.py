@@ -9,7 +9,7 @@ from engine.memory.plan import MemoryPlan, PlanInputs
 from engine.memory.plan_table import PlanTable, tabulate
 from engine.memory.planner import plan_memory
 from engine.memory.step_cost import StepCost
-from engine.models.model_config import ModelConfig, read_model_config
+from engine.models.model_config import ModelConfig, read_model_config, text_config
 from engine.models.resolve import resolve
 from engine.params.engine_args import EngineArgs
 from engine.params.sizes import parse_size
@@ -62,7 +62,7 @@ def plan_table(
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Bytes that the user gave instead of what is found out."""
+    """Sizes in bytes that the user gave; None where they are to be determined."""
 
     device_memory: int | None
     model_memory: int | None
@@ -115,7 +115,7 @@ class _Shapes:
         return cls(config, ModelCaches(abstract.model), abstract.num_bytes)
 
     def inputs(self, args: EngineArgs, device: Device, given: _Sizes) -> PlanInputs:
-        """What the plan follows from, with the sizes that the user gave in place of those found out."""
+        """What the plan follows from, with the sizes that the user gave in place of those determined."""
         from engine.runner.load.plan_inputs import plan_inputs
 
         estimated = estimated_step_cost(self.config, fused=device.kind != "cpu")
@@ -135,7 +135,7 @@ def estimated_step_cost(config: ModelConfig, fused: bool) -> StepCost:
 
     Where attention is not ``fused`` (CPUs), the scores of every row over its whole context are held at once.
     """
-    text = {**config.hf_config, **(config.hf_config.get("text_config") or {})}
+    text = text_config(config.hf_config)
     hidden = int(text.get("hidden_size") or 4096)
     widest = int(text.get("intermediate_size") or 4 * hidden)
     heads = int(text.get("num_attention_heads") or 32)

@@ -65,7 +65,7 @@ class PlanInputs:
         shared_layers: tuple[int, ...],
         context_length: int,
     ) -> Self:
-        """What ``args`` ask of a model on a device that computes ``chunk_size`` tokens in a step if not told."""
+        """What ``args`` ask of a model on a device that computes ``chunk_size`` tokens in a step by default."""
         return cls(
             device_limit=device_limit,
             model_memory=model_memory,

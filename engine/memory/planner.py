@@ -27,9 +27,9 @@ from engine.params.sizes import gib
 MIN_BLOCKS = 16
 """Fewer blocks than this are refused (vllm-metal's PAGED_ATTENTION_MIN_BLOCKS)."""
 TYPICAL_SEQUENCE_LENGTH = 2048
-"""Tokens that a sequence is taken to hold when ``max_num_seqs`` is found out."""
+"""Assumed sequence length, in tokens, when ``max_num_seqs`` is chosen automatically."""
 _SEQUENCES_PER_CHECKPOINT = 8
-"""Slots that no sequence uses hold checkpoints too: these are for the time when all run."""
+"""Checkpoints are reserved at this rate, for when all sequences run; idle slots hold checkpoints too."""
 MIN_POOL_BLOCKS = 64
 """Blocks of the smallest pool."""
 _VLLM_HELP = "https://docs.vllm.ai/en/latest/configuration/conserving_memory/"
@@ -51,7 +51,7 @@ def plan_memory(inputs: PlanInputs) -> MemoryPlan:
 
 
 def _divide(need: "_Need") -> MemoryPlan:
-    """The plan, whether it is of use or not."""
+    """The plan, whether or not it is usable."""
     asked = need.asked
     usable = int(asked.device_limit * asked.fraction)
     room = usable - asked.model_memory
@@ -187,7 +187,7 @@ class _Need:
         )
 
     def longest_with_checkpoint(self, room: int) -> int:
-        """:meth:`longest` beside a state for the prefix cache, unless nothing fits there."""
+        """:meth:`longest` with one state kept for the prefix cache, unless nothing fits then."""
         kept = self.state if self.asked.prefix_caching else 0
         return self.longest(room - kept) or self.longest(room)
 
@@ -210,7 +210,7 @@ class _Need:
 
 @dataclass(frozen=True, slots=True)
 class _Shortage:
-    """What an error says of a plan that does not fit; ``available`` is what weights and overhead leave."""
+    """What an error says of a plan that does not fit; ``available``: bytes left after weights and overhead."""
 
     plan: MemoryPlan
     need: _Need

@@ -48,7 +48,7 @@ class AdmissionControl:
     def affordable(self, num_tokens: int, start: int) -> int:
         """How many of ``num_tokens`` prompt tokens, from position ``start``, the step may compute; 0 for none.
 
-        Halved until they fit beside the step's other chunks.
+        Halved until they fit together with the step's other chunks.
         """
         if self._left is None:
             self._left = self.free()
@@ -64,7 +64,7 @@ class AdmissionControl:
         return self.step_cost.bytes(num_tokens, start + num_tokens) + num_tokens * self.bytes_per_token
 
     def shortage(self, num_tokens: int, start: int) -> str:
-        """What a chunk misses, in words."""
+        """What a chunk lacks, in words."""
         rows = min(num_tokens, SMALLEST_CHUNK)
         return (
             f"the next {rows} tokens of this prompt need {self.need(rows, start) / 1e9:.2f} GB of memory, "

@@ -24,7 +24,7 @@ class FolderFormat(WeightFormat):
     kind = "folder"
 
     def claims(self, folder: Path, wanted: Wanted) -> bool:
-        """Any folder, unless a quantization says that one of its files is meant."""
+        """Any folder, unless the user named a quantization, and so one file in it."""
         return folder.is_dir() and not wanted.quant
 
     def missing(self, folder: Path, wanted: Wanted) -> list[str]:

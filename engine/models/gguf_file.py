@@ -87,7 +87,7 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Read the header of ``path``. Raises :class:`ModelLoadError` where it is no GGUF file or cut short."""
+    """Read the header of ``path``. Raises :class:`ModelLoadError` if it is not a GGUF file or is truncated."""
     stat = path.stat()
     return _open(path, stat.st_mtime_ns, stat.st_size)
 

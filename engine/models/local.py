@@ -52,7 +52,7 @@ def cached_models() -> list[CachedModel]:
     for folder in repos:
         try:
             found += _models_in(folder)
-        except (OSError, ValueError):  # an unreadable or half-written entry is no model
+        except (OSError, ValueError):  # an unreadable or half-written entry is not a model
             continue
     return found
 

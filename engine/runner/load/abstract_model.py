@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from engine.errors import ModelLoadError
-from engine.models.model_config import ModelConfig
+from engine.models.model_config import ModelConfig, text_config
 from engine.runner.load.weight_types import DTYPES
 
 _SAFETENSORS_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -27,7 +27,7 @@ class AbstractModel:
 def build_abstract_model(config: ModelConfig, dtype: mx.Dtype | None = None) -> nn.Module:
     """The model of ``config`` with unevaluated parameters, quantized as its config says. Takes no memory.
 
-    ``dtype`` None is what the config says.
+    ``dtype`` None: the type that the config names.
     """
     check_architecture(config)
     from mlx_lm.utils import _get_classes
@@ -39,7 +39,7 @@ def build_abstract_model(config: ModelConfig, dtype: mx.Dtype | None = None) -> 
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelLoadError(f"{config.name}: config.json is incomplete ({type(error).__name__}: {reason})") from error
-    model.set_dtype(dtype or _said_dtype(hf_config))
+    model.set_dtype(dtype or _declared_dtype(hf_config))
     quantization = hf_config.get("quantization") or {}
     if "bits" in quantization:
         _quantize(model, quantization)
@@ -72,7 +72,7 @@ def _quantize(model: nn.Module, quantization: Mapping[str, Any]) -> None:
     nn.quantize(model, group_size, bits, mode=quantization.get("mode", "affine"), class_predicate=wanted)
 
 
-def _said_dtype(config: Mapping[str, Any]) -> mx.Dtype:
-    text = {**config, **(config.get("text_config") or {})}
+def _declared_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    text = text_config(config)
     name = text.get("torch_dtype") or text.get("dtype") or "bfloat16"
     return DTYPES.get(str(name), mx.bfloat16)

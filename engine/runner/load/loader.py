@@ -58,13 +58,13 @@ def load_model(resolved: ResolvedModel, args: EngineArgs, progress: Progress | N
 
 
 def _text_only_line(config: ModelConfig) -> str | None:
-    """A line for checkpoints that see or hear: mlx-lm's models drop those weights."""
+    """A line about vision and audio weights, which mlx-lm's models leave out."""
     parts = [name for name in ("vision", "audio") if config.hf_config.get(f"{name}_config")]
     return f"only the text part is loaded, not {' and '.join(parts)}: this engine serves text" if parts else None
 
 
 def _terms(resolved: ResolvedModel) -> str | None:
-    """What the licence of a built-in model asks to be said."""
+    """The notice that the licence of a built-in model requires."""
     packaged = PACKAGE_MODELS.get(resolved.name)
     return packaged.terms or None if packaged else None
 

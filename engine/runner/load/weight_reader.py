@@ -19,7 +19,7 @@ class PreparedWeights:
     """Weights that are about to be read: ``num_bytes`` of them on the device.
 
     ``abstract`` gives the model without them; ``read`` reads them, tells its progress in bytes and gives the model;
-    ``describe`` says in a few words how that model holds them.
+    ``describe`` describes in a few words how that model holds them.
     """
 
     num_bytes: int

@@ -9,12 +9,14 @@ import pytest
 
 import engine
 from engine.errors import ConfigError, MemoryPlanError, ModelLoadError
+from engine.models.formats import FORMATS
 from engine.models.local import ResolvedModel
 from engine.models.model_config import context_length, read_model_config
 from engine.models.resolve import resolve
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device
 from engine.runner.load import loader
+from engine.runner.load.formats import WEIGHT_READERS
 from engine.runner.load.loader import LoadedModel, load_model
 from engine.runner.load.weight_types import packed_modules
 from tests.tiny_models import family_config, tiny_config, write_weights
@@ -160,6 +162,10 @@ def test_a_gguf_file_stays_packed_on_a_gpu_and_is_unpacked_on_a_cpu(
     on(monkeypatch, CPU)
     plain = load_model(smollm2, EngineArgs("smollm2"))
     assert (plain.dtype, plain.num_bytes) == (mx.float32, 538_060_032)
+
+
+def test_every_format_that_is_recognised_has_a_reader_of_its_weights() -> None:
+    assert sorted(one.kind for one in FORMATS) == sorted(WEIGHT_READERS)
 
 
 def test_progress_goes_up_to_all_bytes_and_can_cancel(tiny_model_dir: Any) -> None:
