@@ -137,7 +137,7 @@ class LLM:
         return server if server is not None and server.running else None
 
     def sampling_params(self, **given: Any) -> SamplingParams:
-        """Sampling values in force for a request that says ``given`` (see :mod:`engine.params.sampling_defaults`).
+        """Sampling values for a request that gives ``given`` (see :mod:`engine.params.sampling_defaults`).
 
         ``max_tokens`` None means up to the end of the context.
         """
@@ -382,7 +382,7 @@ class LLM:
         return self._thread.call(lambda engine: engine.stats())
 
     def what_if(self, **settings: Any) -> "MemoryPlan":
-        """The plan in force with other ``settings`` (see :func:`engine.memory.planner.what_if`); changes nothing."""
+        """The current plan with other ``settings`` (see :func:`engine.memory.planner.what_if`); changes nothing."""
         from engine.memory.planner import what_if
 
         return what_if(self.plan, **settings)
@@ -428,7 +428,7 @@ class LLM:
         return self._blocks.latest(self._thread.call)
 
     def abort(self, request_id: str) -> None:
-        """End a request soon, whoever sent it; its last delta says ``abort``. Nothing happens for one that is over."""
+        """End a request soon, whoever sent it; its last delta says ``abort``. A request that is over is left alone."""
         self._thread.abort(request_id)
 
     def finish_thinking(self) -> None:

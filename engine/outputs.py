@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FinishReason = str
-"""``"stop"``, ``"length"``, ``"abort"``, ``"error"`` or ``"repetition"``; at the chat doors also ``"tool_calls"``."""
+"""``"stop"``, ``"length"``, ``"abort"``, ``"error"`` or ``"repetition"``; for chats also ``"tool_calls"``."""
 
 THINKING_CUTS: Mapping[str, str] = {
     "budget": "ended at its budget",

@@ -56,7 +56,7 @@ def read_table(source: Any) -> Table:
     """Rows of a DataFrame, a Series, or any iterable of mappings or of plain values.
 
     Missing values (None, NaN) are left out of a row, so that ``{{ name }}`` fails there and
-    ``{{ name | default("…") }}`` works. Raises RequestError for what is no table.
+    ``{{ name | default("…") }}`` works. Raises RequestError for what is not a table.
     """
     if type(source).__module__.partition(".")[0] == "pandas":
         return _read_pandas(source)
@@ -164,7 +164,7 @@ class Prompts:
         unknown = sorted(set(names) - table.columns - self._known)
         if unknown:
             raise RequestError(
-                f"template: {', '.join(unknown)} is no column; there are: {', '.join(sorted(table.columns))}",
+                f"template: {', '.join(unknown)} is not a column; the columns are: {', '.join(sorted(table.columns))}",
                 param="template",
             )
 

@@ -12,7 +12,7 @@ PART = "(part of a character)"
 UNLIKELY_HEADER = ("place", "token", "probability", "likelier")
 _UNLIKELY_SHOWN = 10
 _MOST_ALTERNATIVES = 21
-"""The 20 that a request may ask for, and the token itself; the whole vocabulary is no tooltip."""
+"""The 20 that a request may ask for, and the token itself; the whole vocabulary is too much for a tooltip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class ScoredToken:
 
 
 def scored_token(chosen: Logprob, all_of_them: Iterable[Logprob], text: str | None = None) -> ScoredToken:
-    """One position; ``text`` is the chosen token's where it is another than by itself."""
+    """One position; ``text`` is the chosen token's, where it differs from the token's own."""
     ranked = sorted(all_of_them, key=lambda one: -one.logprob)[:_MOST_ALTERNATIVES]
     return ScoredToken(
         (chosen.decoded_token or "") if text is None else text,
@@ -59,7 +59,7 @@ def percent(logprob: float) -> str:
 
 
 def token_name(text: str) -> str:
-    """A token's text in quotes, as far as it is one."""
+    """A token's text in quotes; a part of a character is named as such."""
     return PART if not text or REPLACEMENT in text else repr(text)
 
 

@@ -1,7 +1,7 @@
 """A reply read as it comes: the only place where deltas become content, reasoning, tool calls and counts.
 
 The port's four formats, ``%%chat``, maps, ``explain`` and ``parse_output`` all read here, so a whole reply is the sum
-of what its stream told, in the order in which the model wrote it.
+of its stream, in the order in which the model wrote it.
 """
 
 import copy
@@ -56,7 +56,7 @@ class ReplyBuilder:
         return self._append(parsed)
 
     def finish(self, reason: FinishReason | None) -> ParsedDelta:
-        """The output is over without a delta that says so: what the parser held back, already added."""
+        """The output ended without a delta that says so: what the parser held back, already added."""
         if self._parser is None:
             self.finish_reason = reason
             return ParsedDelta()
@@ -99,7 +99,7 @@ class ReplyBuilder:
     def _parse(self, delta: CompletionDelta) -> ParsedDelta:
         over = delta.finish_reason
         if isinstance(delta, ParsedCompletionDelta) and delta.parsed is not None:
-            # A call that the server was told to make ends with "stop" in vLLM.
+            # A call that the server was required to make ends with "stop" in vLLM.
             called = over == "stop" and (self._tool_calls or delta.parsed.tool_calls)
             self.finish_reason = "tool_calls" if called else over
             return delta.parsed

@@ -1,6 +1,6 @@
-"""A request on its way to the engine: what is asked, whatever the door, and what becomes of it.
+"""A request on its way to the engine: what was asked, whoever asked, and what the engine gets.
 
-Doors (``LLM.chat``, ``LLM.map``, ``%%chat``, chat completions, Responses, Messages) translate into a
+All entry points (``LLM.chat``, ``LLM.map``, ``%%chat``, chat completions, Responses, Messages) translate into a
 :class:`ChatRequest` or a :class:`PromptRequest`; :meth:`ChatPreparer.prepare` makes the :class:`PreparedRequest`
 that ``LLM.submit`` takes. Nowhere else do messages meet the template, the parser and the limits.
 """
@@ -112,7 +112,7 @@ class ChatRequest(_Request):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRequest(_Request):
-    """A raw prompt to continue: text or token ids. Its output is the answer as it is; nobody parses it."""
+    """A raw prompt to continue: text or token ids. Its output is not parsed."""
 
     prompt: str | Sequence[int]
     add_special_tokens: bool = True

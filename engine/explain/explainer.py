@@ -20,7 +20,7 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class SamplingValue:
-    """One sampling value in force, and where it came from."""
+    """One sampling value and where it came from."""
 
     name: str
     value: Any
@@ -248,7 +248,7 @@ class Explainer:
 
 
 def sampling_values(params: SamplingParams, max_tokens: int) -> list[SamplingValue]:
-    """The values in force: the common ones always, others where they are not the default; constraints apart."""
+    """The values that applied: the common ones always, others where they are not the default; constraints apart."""
     result = []
     for field in dataclasses.fields(params):
         if field.name in ("sources", *CONSTRAINTS):

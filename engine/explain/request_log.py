@@ -1,4 +1,4 @@
-"""A bounded memory of the latest requests, from every door: what ``explain`` looks at."""
+"""A bounded memory of the latest requests, whoever sent them: what ``explain`` looks at."""
 
 import itertools
 import threading
@@ -47,7 +47,7 @@ class Outcome:
 class RequestRecord:
     """One request: what was asked, and (through :attr:`outcome`) what came of it.
 
-    ``prompt`` is None where the caller gave tokens. ``max_tokens`` is the limit in force. ``account`` and
+    ``prompt`` is None where the caller gave tokens. ``max_tokens`` is the limit that applied. ``account`` and
     ``constraints`` were known before it was submitted.
     """
 
@@ -68,7 +68,7 @@ class RequestRecord:
 
     @property
     def outcome(self) -> Outcome:
-        """The result so far; once the request is over, its stream (with logprobs and all) is let go."""
+        """The result so far; once the request is over, its stream (logprobs included) is released."""
         stream = self.stream
         if self._outcome is None and stream is not None:
             # Live settings may have changed the values meanwhile.

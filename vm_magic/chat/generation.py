@@ -186,7 +186,7 @@ def ask(
     llm = session.require()
     if options.tools and not llm.takes_tools:
         raise RequestError(
-            "--tools: this model's chat template has no form for tools that is known here; take a model that calls "
+            "--tools: this model's chat template has no known form for tools; take a model that calls "
             "functions (Qwen3, Gemma 4, Llama 3.1 …), or load with --chat-template FILE and --tool-call-parser NAME",
             param="tools",
         )

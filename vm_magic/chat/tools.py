@@ -77,7 +77,7 @@ def _read_tool(name: str, namespace: Mapping[str, Any]) -> NotebookTool:
         raise _refusal(f"--tools {name}: no function of that name in this notebook; define it in a cell first")
     function = namespace[name]
     if not callable(function):
-        raise _refusal(f"--tools {name}: {type(function).__name__} is no function")
+        raise _refusal(f"--tools {name}: {type(function).__name__} is not a function")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

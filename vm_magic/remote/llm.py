@@ -40,8 +40,8 @@ class RemoteLLM:
 
     ``url`` is http or https (``/v1`` is added where there is no path). ``api_key`` None takes ``VLLM_API_KEY``
     or ``OPENAI_API_KEY``; ``key_source`` is what messages call its origin. ``model`` None takes the only model
-    that is served. Raises ConfigError and RemoteConnectionError. Nothing is known here of templates, tokens or
-    memory: those are the server's.
+    that is served. Raises ConfigError and RemoteConnectionError. Templates, tokens and
+    memory are the server's.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RemoteLLM:
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Where sampling values come from, as far as it is decided here: the server has its own below."""
+        """Where sampling values come from on this side; below them are the server's own defaults."""
         return SamplingDefaults({}, {}, self.settings)
 
     @property
@@ -90,7 +90,7 @@ class RemoteLLM:
             return [RemoteModel(one["id"], one.get("max_model_len"), one.get("parent")) for one in found]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RemoteConnectionError(
-                f"{self.base_url}/models is no list of models; is the address that of an OpenAI server's API?"
+                f"{self.base_url}/models is not a list of models; is the address that of an OpenAI server's API?"
             ) from None
 
     def metrics_text(self) -> str:

@@ -74,7 +74,7 @@ class RemoteStream(RequestStream):
             raise
         except VMMagicError as error:
             self._finish(error)
-        except Exception as error:  # noqa: BLE001 - the request ends here, and whoever waits is told
+        except Exception as error:  # noqa: BLE001 - the request ends here, and whoever waits gets the error
             said = client.address.hidden(f"{type(error).__name__}: {error}")
             self._finish(RemoteReplyError(f"{client.address.base_url} sent a reply that cannot be read: {said}"))
         else:
@@ -85,7 +85,7 @@ class RemoteStream(RequestStream):
 
     def _take(self, event: Any, read: Callable[[Mapping[str, Any]], ParsedCompletionDelta]) -> None:
         if not isinstance(event, Mapping):
-            raise TypeError(f"an event is no object: {event!r}")
+            raise TypeError(f"an event is not an object: {event!r}")
         if event.get("error"):
             error = event["error"]
             said = error.get("message") if isinstance(error, Mapping) else error

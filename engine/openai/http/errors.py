@@ -15,7 +15,7 @@ from engine.openai.http.unsupported_routes import not_found
 
 logger = logging.getLogger("engine.openai")
 MESSAGES_PATH = "/v1/messages"
-"""Below it errors are told in Anthropic's form."""
+"""Below this path errors have Anthropic's form."""
 _ANTHROPIC_TYPES = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
     HTTPStatus.FORBIDDEN: "permission_error",
@@ -40,7 +40,7 @@ def error_body(message: str, *, type: str, code: int, param: str | None = None) 
 
 
 def describe(error: Exception) -> dict[str, Any]:
-    """The body for ``error``. What is not meant for users is logged and told in general words."""
+    """The body for ``error``. What is not meant for users is logged and described in general words."""
     if isinstance(error, RequestError):
         return error_body(str(error), type=error.type, code=error.code, param=error.param)
     if isinstance(error, ServerStoppingError):

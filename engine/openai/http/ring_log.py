@@ -55,7 +55,7 @@ class _Upward(logging.Handler):
     """Hands records of ``logger`` up as if its level had not been raised.
 
     Levels of the loggers above do not stop a record on its way to their handlers: one ``logging.basicConfig``
-    in a notebook, which IPython calls by itself, would print the engine's every line below whatever cell runs.
+    in a notebook, which IPython calls, would print every line of the engine's below whatever cell runs.
     """
 
     def __init__(self, logger: logging.Logger) -> None:

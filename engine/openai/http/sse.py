@@ -51,7 +51,7 @@ class StreamForm:
 
 
 class EventStream(Response):
-    """A stream of ``events`` that ends as its ``form`` says (``[DONE]`` unless told otherwise).
+    """A stream of ``events`` that ends as its ``form`` says (``[DONE]`` by default).
 
     Headers go out at once. A comment line is sent after ``keep_alive_seconds`` of silence. What
     goes wrong on the way becomes an error event; a client that leaves ends ``work``.
@@ -85,7 +85,7 @@ class EventStream(Response):
         except ClientGoneError:
             self._form.left()
             return
-        except Exception as error:  # noqa: BLE001 - the response began: its client is told inside the stream
+        except Exception as error:  # noqa: BLE001 - the response began: its client gets the error inside the stream
             for data in self._form.errors(error):
                 await self._send(send, self._form.encode(data))
         if self._form.end:

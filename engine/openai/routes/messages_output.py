@@ -1,4 +1,4 @@
-"""A message under way: content blocks, and the events that tell of them (Anthropic's Messages API)."""
+"""A message under way: content blocks, and their events (Anthropic's Messages API)."""
 
 import json
 from collections.abc import Iterator

@@ -22,7 +22,7 @@ _SHOWN = names_of(lambda known: not known.constraint)
 
 @router.post("/v1/chat/completions/render", response_model=None)
 async def render_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
-    """A chat's tokens and the sampling values in force (vLLM's GenerateRequest)."""
+    """A chat's tokens and the sampling values that apply (vLLM's GenerateRequest)."""
     prepared = await prepare_chat(port_of(request), body, [body.messages])
     shown = _generate_request(request, body, prepared[0], "chatcmpl")
     if body.return_prompt_text:

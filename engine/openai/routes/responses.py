@@ -105,7 +105,7 @@ def _history(store: ResponseStore, body: ResponsesRequest) -> list[dict[str, Any
 
 
 def _response(body: ResponsesRequest, job: Job) -> JsonObject:
-    """The object before any output: OpenAI's fields, with the values in force."""
+    """The object before any output: OpenAI's fields, with the values that apply."""
     params = job.params
     return {
         "id": f"resp_{uuid.uuid4().hex}",
@@ -206,7 +206,7 @@ async def _run_in_background(
                 running.publish(event)
     except ResponseCancelledError:
         running.builder.cancelled(running.job)
-    except Exception as error:  # noqa: BLE001 - nobody awaits this: whoever asks for the response is told
+    except Exception as error:  # noqa: BLE001 - nobody awaits this: whoever asks for the response gets the error
         for event in running.builder.failed(error, running.job):
             running.publish(event)
     running.publish()

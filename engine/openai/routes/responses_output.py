@@ -1,4 +1,4 @@
-"""A response under way: its object, and the events that tell of it in the order that clients rely on.
+"""A response under way: its object, and its events in the order that clients rely on.
 
 Plain, streamed and background responses are all built here, so the final object is the same for each.
 """

@@ -57,5 +57,5 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
 
 
 def _is_known(tokenizer: Tokenizer, token_id: int) -> bool:
-    # The tokenizer takes 32 bits; a larger number is no token either.
+    # The tokenizer takes 32 bits; a larger number is not a token either.
     return token_id < 2**32 and tokenizer.hf.id_to_token(token_id) is not None

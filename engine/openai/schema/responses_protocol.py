@@ -21,7 +21,7 @@ _OWN_NAMES = {"tools", "tool_choice", "stream", "top_logprobs", "reasoning_effor
 
 
 class ReasoningOptions(RequestBody):
-    """How much to think. ``summary`` is accepted: the thought itself is told, in full."""
+    """How much to think. ``summary`` is accepted: the thought itself is sent in full."""
 
     effort: Effort | None = None
     summary: str | None = None
@@ -58,7 +58,7 @@ class ResponsesRequest(SamplingFields, TemplateFields, ReplyFields):
 
     @property
     def with_logprobs(self) -> bool:
-        """Whether the answer's tokens are told with their log-probabilities."""
+        """Whether the answer's tokens come with their log-probabilities."""
         return "message.output_text.logprobs" in self.include
 
 

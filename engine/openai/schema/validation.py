@@ -79,7 +79,7 @@ _HOSTED = (
 
 
 def refuse_kind(where: str, kind: object, param: str) -> RequestError:
-    """The error for a tool, or a choice, that is no function."""
+    """The error for a tool, or a choice, that is not a function."""
     why = KINDS_NOT_CALLED.get(kind, _HOSTED) if isinstance(kind, str) else _HOSTED
     return RequestError(f"{where} is of type {kind!r}: {why}.", param=param)
 

@@ -112,7 +112,7 @@ class Job:
 
     @property
     def params(self) -> SamplingParams:
-        """The sampling values in force."""
+        """The sampling values that apply."""
         return self.streams[0].params
 
     @property
@@ -244,7 +244,7 @@ def open_request(port: Port, http: Request, job: Job) -> OpenRequest:
 
 
 def stream_options(port: Port, request: GenerationFields) -> StreamOptions:
-    """The options in force; without any, usage is told only where the port always tells it."""
+    """The options that apply; without any, usage is sent only where the port always sends it."""
     options = request.stream_options or StreamOptions(include_usage=False)
     forced = options.include_usage or port.options.enable_force_include_usage
     return options.model_copy(update={"include_usage": forced})

@@ -179,7 +179,7 @@ def test_mistakes_are_told_before_anything_runs(llm: LLM) -> None:
     table = texts(3)
     asked = llm.stats().prefix_queries
     for template, params, message in (
-        ("{{ txet }}", {}, "txet is no column; there are: text"),
+        ("{{ txet }}", {}, "txet is not a column; the columns are: text"),
         ("{{ text", {}, "template, line 1"),
         (TEMPLATE, {"temprature": 0}, "temprature"),
         (TEMPLATE, {"temperature": [0, -1]}, "temperature must be non-negative"),

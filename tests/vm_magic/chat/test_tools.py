@@ -210,7 +210,7 @@ def test_a_demanded_call_is_made_in_the_first_turn_only(shell: Any, llm: LLM) ->
     ("flags", "told"),
     [
         ("--tools nothing", "no function of that name"),
-        ("--tools number", "int is no function"),
+        ("--tools number", "int is not a function"),
         ("--tools get_weather --tool-choice other", "one of --tools"),
         ("--tool-choice required", "goes with --tools"),
         ("--tools get_weather --json object", "does not go with --json"),

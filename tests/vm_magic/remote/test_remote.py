@@ -283,7 +283,7 @@ def test_nobody_there_and_no_api_are_told_in_one_line(server: FakeVLLM) -> None:
     ):
         RemoteLLM(f"http://127.0.0.1:{port}")
     server.models = "nothing"  # type: ignore[assignment]
-    with pytest.raises(RemoteConnectionError, match="is no list of models"):
+    with pytest.raises(RemoteConnectionError, match="is not a list of models"):
         RemoteLLM(server.url)
 
 
