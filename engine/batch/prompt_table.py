@@ -18,7 +18,7 @@ LIST_VALUED = frozenset(("stop", "stop_token_ids", "bad_words", "allowed_token_i
 
 
 @dataclass(frozen=True)
-class Table:
+class PromptTable:
     """Rows as template variables. ``labels`` are the rows' index; ``columns`` is None where rows may differ."""
 
     rows: Iterable[Mapping[str, Any]]
@@ -52,7 +52,7 @@ def import_pandas() -> Any:
     return pandas
 
 
-def read_table(source: Any) -> Table:
+def read_table(source: Any) -> PromptTable:
     """Rows of a DataFrame, a Series, or any iterable of mappings or of plain values.
 
     Missing values (None, NaN) are left out of a row, so that ``{{ name }}`` fails there and
@@ -66,7 +66,7 @@ def read_table(source: Any) -> Table:
             param="rows",
         )
     total = len(source) if isinstance(source, Sequence) else None
-    return Table(map(_plain_row, source), itertools.count(), total)
+    return PromptTable(map(_plain_row, source), itertools.count(), total)
 
 
 def _plain_row(row: Any) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _plain_row(row: Any) -> dict[str, Any]:
     return _present(values)
 
 
-def _read_pandas(source: Any) -> Table:
+def _read_pandas(source: Any) -> PromptTable:
     pandas = import_pandas()
     if isinstance(source, pandas.Series):
         source = source.to_frame(source.name if source.name is not None else PLAIN_VARIABLE)
@@ -82,7 +82,7 @@ def _read_pandas(source: Any) -> Table:
         raise RequestError(f"map wants a DataFrame or a Series, got {type(source).__name__}", param="rows")
     names = [str(name) for name in source.columns]
     rows = (_present(dict(zip(names, row, strict=True))) for row in source.itertuples(index=False, name=None))
-    return Table(rows, source.index, len(source), frozenset(names), source.index.name)
+    return PromptTable(rows, source.index, len(source), frozenset(names), source.index.name)
 
 
 def _present(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class Prompts:
             except TemplateSyntaxError as error:
                 raise RequestError(f"template, line {error.lineno}: {error.message}", param="template") from None
 
-    def tasks(self, table: Table, grid: Sequence[Mapping[str, Any]]) -> Iterator[Task]:
+    def tasks(self, table: PromptTable, grid: Sequence[Mapping[str, Any]]) -> Iterator[Task]:
         """All tasks, row by row; raises RequestError for a variable that no row can have."""
         for label, row in zip(table.labels, table.rows, strict=False):
             for compiled, names in self._compiled:
@@ -158,7 +158,7 @@ class Prompts:
         except Exception as error:  # noqa: BLE001 - the row's own objects may raise anything; only this row fails
             return "", f"template: {type(error).__name__}: {error}"
 
-    def _check_names(self, names: Iterable[str], table: Table) -> None:
+    def _check_names(self, names: Iterable[str], table: PromptTable) -> None:
         if table.columns is None:
             return
         unknown = sorted(set(names) - table.columns - self._known)

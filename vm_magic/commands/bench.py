@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.parser import CommandParser
-from vm_magic.show.display_bar import bar_for
 from vm_magic.show.errors import Interrupted
+from vm_magic.show.progress import bar_for
 from vm_magic.show.tables import Table
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from engine.params.sampling_params import names_of
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.cards import CodeText
-from vm_magic.state.clients import CLIENTS, Port, snippets
+from vm_magic.state.clients import CLIENTS, Endpoint, snippets
 from vm_magic.state.session import Session
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def _export_client(session: Session, client: str, *, show_key: bool) -> CodeText
     """
     remote = session.remote
     if remote is not None and client != "llm":
-        return snippets(Port.of_remote(remote, show_key=show_key))[client]
-    return snippets(Port.of(open_port(session), show_key=show_key))[client]
+        return snippets(Endpoint.of_remote(remote, show_key=show_key))[client]
+    return snippets(Endpoint.of(open_port(session), show_key=show_key))[client]
 
 
 def open_port(session: Session) -> "ServerHandle":

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import RequestError
 from vm_magic.commands.base import Context, TextCommand
 from vm_magic.commands.parser import CommandParser
-from vm_magic.show.display_bar import DisplayBar, bar_for
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.grid_view import GridView
+from vm_magic.show.progress import DisplayBar, bar_for
 from vm_magic.state.chat_flags import SAMPLING_FLAGS, add_stop_flag, variable_name
 from vm_magic.state.live_settings import thinking_kwargs
 

@@ -47,9 +47,9 @@ def _snippets(session: Session) -> tuple[tuple[str, str], ...]:
     server = session.server
     if server is None:
         return ()
-    from vm_magic.state.clients import Port, snippets
+    from vm_magic.state.clients import Endpoint, snippets
 
-    return tuple((name, f"{code.text}{code.note}") for name, code in snippets(Port.of(server)).items())
+    return tuple((name, f"{code.text}{code.note}") for name, code in snippets(Endpoint.of(server)).items())
 
 
 def remote_card(session: Session) -> StatusCard:

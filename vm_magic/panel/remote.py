@@ -12,7 +12,7 @@ from vm_magic.panel.snapshot import Seen
 from vm_magic.panel.style import faint
 from vm_magic.remote.metrics import ServerState
 from vm_magic.remote.watch import RemoteActivity
-from vm_magic.state.clients import Port
+from vm_magic.state.clients import Endpoint
 
 CLIENTS = ("openai", "curl")
 """What every OpenAI-compatible server answers."""
@@ -77,7 +77,7 @@ class RemoteServerSection(ClientsPart):
             return
         self._shown = state
         self.show_key.layout.display = "none" if remote.address.key is None else ""
-        self.show(Port.of_remote(remote, show_key=self.show_key.value))
+        self.show(Endpoint.of_remote(remote, show_key=self.show_key.value))
 
 
 def remote_head_parts(activity: RemoteActivity) -> list[str]:

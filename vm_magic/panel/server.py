@@ -11,7 +11,7 @@ import ipywidgets as widgets
 from engine.errors import VMMagicError
 from vm_magic.panel.snapshot import NO_MODEL, Seen
 from vm_magic.panel.style import bad, faint
-from vm_magic.state.clients import CLIENTS, KEY_VARIABLE, Port, snippets
+from vm_magic.state.clients import CLIENTS, KEY_VARIABLE, Endpoint, snippets
 from vm_magic.state.session import Session
 
 
@@ -29,7 +29,7 @@ class ClientsPart:
         for widget in (self.show_key, self.client):
             widget.observe(lambda _: redraw(), "value")
 
-    def show(self, port: Port, proxied: str | None = None) -> None:
+    def show(self, port: Endpoint, proxied: str | None = None) -> None:
         """Show where ``port`` is (``proxied``: through the hub) and the chosen client's snippet."""
         self.address.value = address_html(port, proxied)
         code = snippets(port)[self.client.value]
@@ -80,7 +80,7 @@ class ServerSection(ClientsPart):
             self.address.value = faint(NO_MODEL if seen.llm is None else "the port is closed")
             self.snippet.value = ""
             return
-        self.show(Port.of(server, show_key=self.show_key.value), proxied_url(server.port))
+        self.show(Endpoint.of(server, show_key=self.show_key.value), proxied_url(server.port))
 
     def _start(self, _: Any) -> None:
         self._act(lambda session: session.serve({}))
@@ -109,7 +109,7 @@ def _is_open(seen: Seen) -> bool:
     return seen.session.server is not None and server is not None and server.running
 
 
-def address_html(port: Port, proxied: str | None = None) -> str:
+def address_html(port: Endpoint, proxied: str | None = None) -> str:
     """Where clients connect: the address, the hub's one where there is a hub, and the key or that there is one."""
     rows = [("base_url", port.base_url), ("model", port.model)]
     if proxied is not None:

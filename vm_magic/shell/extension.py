@@ -13,10 +13,8 @@ from traitlets.config import Config
 
 from engine.openai.http.ring_log import RingLog
 from vm_magic.panel import close_panel
-from vm_magic.shell.completion import Matcher, make_matcher
+from vm_magic.shell.hooks import Matcher, add_formatters, keep_questions, make_matcher, remove_formatters
 from vm_magic.shell.magics import VLLMMetal
-from vm_magic.shell.question_marks import keep_questions
-from vm_magic.show.formatters import add_formatters, remove_formatters
 from vm_magic.state.references import release_references
 from vm_magic.state.settings_text import SETTABLE
 

@@ -1,4 +1,4 @@
-"""Load progress: a bar in one display handle, or tqdm in a terminal."""
+"""Progress as a bar in one display handle, which what was waited for takes the place of."""
 
 import html
 import threading
@@ -6,14 +6,21 @@ import time
 from typing import Any
 
 from engine.params.sizes import size_text
-from vm_magic.show.display import DisplayHandle, can_update
+from vm_magic.show.display import DisplayHandle, can_update, open_handle
 from vm_magic.show.reply_bundle import Bundle
 
 _INTERVAL = 0.1
+"""Seconds between two updates of a bar."""
+
+
+def _bundle(text: str, done: int, total: int) -> Bundle:
+    """A bar with ``text`` behind it; without a ``total`` it only moves."""
+    known = f' value="{done}" max="{total}"' if total else ""
+    return {"text/plain": text, "text/html": f"<div><progress{known}></progress> {html.escape(text)}</div>"}
 
 
 class LoadProgress:
-    """Shows ``progress(stage, done, total)`` in bytes; called from any thread."""
+    """Shows ``progress(stage, done, total)`` in bytes; called from any thread. In a terminal it is tqdm's bar."""
 
     def __init__(self, shell: Any, model: str) -> None:
         self.model = model
@@ -58,8 +65,7 @@ class LoadProgress:
     def _bundle(self, stage: str, done: int, total: int) -> Bundle:
         share = f"{size_text(done)} of {size_text(total)}" if total else ""
         text = f"{self.model}: {stage} {share} ({self.seconds:.1f} s)"
-        bar = f'<progress value="{done}" max="{total}"></progress>' if total else "<progress></progress>"
-        return {"text/plain": text, "text/html": f"<div>{bar} {html.escape(text)}</div>"}
+        return _bundle(text, done, total)
 
     def _advance_bar(self, stage: str, done: int, total: int, new_stage: bool) -> None:
         from tqdm import tqdm
@@ -73,3 +79,55 @@ class LoadProgress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class DisplayBar:
+    """Shows progress with tqdm's methods; called (``bar(total=…, desc=…)``) it gives itself, as vLLM's ``use_tqdm``."""
+
+    def __init__(self, shell: Any, desc: str) -> None:
+        self._desc = desc
+        self._total: int | None = None
+        self._postfix, self._count = "", 0
+        self._started = time.monotonic()
+        self._last = float("-inf")
+        self._update = open_handle(shell, self._bundle())
+
+    def __call__(self, *, total: int | None = None, desc: str = "", **_: Any) -> "DisplayBar":
+        """Begin; other keywords of tqdm's are about its looks."""
+        self._total, self._desc, self._started = total, desc or self._desc, time.monotonic()
+        self._show()
+        return self
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """What stands behind the bar."""
+        self._postfix = text
+        if refresh:
+            self._show()
+
+    def update(self, n: int = 1) -> None:
+        """Count ``n`` more."""
+        self._count += n
+        self._show()
+
+    def close(self) -> None:
+        """Nothing: :meth:`replace` says what stays."""
+
+    def replace(self, bundle: Bundle) -> None:
+        """Show ``bundle`` in the bar's place."""
+        self._update(bundle)
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if now - self._last >= _INTERVAL:
+            self._last = now
+            self._update(self._bundle())
+
+    def _bundle(self) -> Bundle:
+        of = f"{self._count} of {self._total}" if self._total is not None else str(self._count)
+        text = f"{self._desc}: {of} ({time.monotonic() - self._started:.1f} s) {self._postfix}".rstrip()
+        return _bundle(text, self._count, self._total or 0)
+
+
+def bar_for(shell: Any, desc: str) -> DisplayBar | None:
+    """A bar where ``shell`` can replace what it displayed; None in a terminal, where tqdm is for that."""
+    return DisplayBar(shell, desc) if can_update(shell) else None

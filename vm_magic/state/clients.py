@@ -15,7 +15,7 @@ _MESSAGES = 'messages = [{"role": "user", "content": "Hello!"}]\n'
 
 
 @dataclass(frozen=True)
-class Port:
+class Endpoint:
     """Where clients connect. ``api_key`` is written out if given; else they read :data:`KEY_VARIABLE`."""
 
     base_url: str
@@ -59,53 +59,53 @@ class Port:
         return f"Set {KEY_VARIABLE} to the key ({self.key_place}), or add --show-key."
 
 
-def _openai(port: Port) -> CodeText:
+def _openai(endpoint: Endpoint) -> CodeText:
     text = (
-        f"{port.python_import()}from openai import OpenAI\n\n"
-        f"client = OpenAI(base_url={port.base_url!r}, api_key={port.python_key()})\n"
-        f"{_MESSAGES}reply = client.chat.completions.create(model={port.model!r}, messages=messages)\n"
+        f"{endpoint.python_import()}from openai import OpenAI\n\n"
+        f"client = OpenAI(base_url={endpoint.base_url!r}, api_key={endpoint.python_key()})\n"
+        f"{_MESSAGES}reply = client.chat.completions.create(model={endpoint.model!r}, messages=messages)\n"
         "print(reply.choices[0].message.content)\n"
     )
-    return CodeText(text, "python", port.note())
+    return CodeText(text, "python", endpoint.note())
 
 
-def _anthropic(port: Port) -> CodeText:
+def _anthropic(endpoint: Endpoint) -> CodeText:
     text = (
-        f"{port.python_import()}from anthropic import Anthropic\n\n"
-        f"client = Anthropic(base_url={port.root_url!r}, api_key={port.python_key()})\n"
-        f"{_MESSAGES}reply = client.messages.create(model={port.model!r}, max_tokens=1024, messages=messages)\n"
+        f"{endpoint.python_import()}from anthropic import Anthropic\n\n"
+        f"client = Anthropic(base_url={endpoint.root_url!r}, api_key={endpoint.python_key()})\n"
+        f"{_MESSAGES}reply = client.messages.create(model={endpoint.model!r}, max_tokens=1024, messages=messages)\n"
         "print(reply.content[-1].text)\n"
     )
-    return CodeText(text, "python", port.note())
+    return CodeText(text, "python", endpoint.note())
 
 
-def _curl(port: Port) -> CodeText:
-    key = f"${KEY_VARIABLE}" if port.api_key is None else port.api_key
-    header = f'  -H "Authorization: Bearer {key}" \\\n' if port.needs_key else ""
+def _curl(endpoint: Endpoint) -> CodeText:
+    key = f"${KEY_VARIABLE}" if endpoint.api_key is None else endpoint.api_key
+    header = f'  -H "Authorization: Bearer {key}" \\\n' if endpoint.needs_key else ""
     text = (
-        f"curl {port.base_url}/chat/completions \\\n{header}"
+        f"curl {endpoint.base_url}/chat/completions \\\n{header}"
         '  -H "Content-Type: application/json" \\\n'
-        f'  -d \'{{"model": "{port.model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n'
+        f'  -d \'{{"model": "{endpoint.model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n'
     )
-    return CodeText(text, "bash", port.note())
+    return CodeText(text, "bash", endpoint.note())
 
 
-def _llm(port: Port) -> CodeText:
-    text = f"llm -m {model_id(port.model)} 'Hello!'\n"
+def _llm(endpoint: Endpoint) -> CodeText:
+    text = f"llm -m {model_id(endpoint.model)} 'Hello!'\n"
     return CodeText(text, "bash", "%vllm_metal llm writes the entry and the key that this needs.")
 
 
-def _codex(port: Port) -> CodeText:
+def _codex(endpoint: Endpoint) -> CodeText:
     text = (
-        f'model = "{port.model}"\nmodel_provider = "vm-magic"\nweb_search = "disabled"\n\n'
-        f'[model_providers.vm-magic]\nname = "vm-magic"\nbase_url = "{port.base_url}"\n'
-        'wire_api = "responses"\n' + (f'env_key = "{KEY_VARIABLE}"\n' if port.needs_key else "")
+        f'model = "{endpoint.model}"\nmodel_provider = "vm-magic"\nweb_search = "disabled"\n\n'
+        f'[model_providers.vm-magic]\nname = "vm-magic"\nbase_url = "{endpoint.base_url}"\n'
+        'wire_api = "responses"\n' + (f'env_key = "{KEY_VARIABLE}"\n' if endpoint.needs_key else "")
     )
-    key = f"; {KEY_VARIABLE} must hold the key" if port.needs_key else ""
+    key = f"; {KEY_VARIABLE} must hold the key" if endpoint.needs_key else ""
     return CodeText(text, "toml", f"This goes into ~/.codex/config.toml{key}.")
 
 
-CLIENTS: Mapping[str, Callable[[Port], CodeText]] = {
+CLIENTS: Mapping[str, Callable[[Endpoint], CodeText]] = {
     "openai": _openai,
     "anthropic": _anthropic,
     "llm": _llm,
@@ -120,6 +120,6 @@ def model_id(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2] or model
 
 
-def snippets(port: Port) -> dict[str, CodeText]:
+def snippets(endpoint: Endpoint) -> dict[str, CodeText]:
     """All clients' texts."""
-    return {name: make(port) for name, make in CLIENTS.items()}
+    return {name: make(endpoint) for name, make in CLIENTS.items()}

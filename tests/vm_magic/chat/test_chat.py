@@ -47,6 +47,13 @@ def test_the_line_form_returns_the_reply_and_shows_nothing(shell: Any, loaded: f
     assert shell.display_pub.outputs == []
 
 
+@pytest.mark.parametrize("command", ["chat", "complete", "grid", "score"])
+def test_a_text_that_ends_in_a_question_mark_is_not_a_call_for_help(shell: Any, command: str) -> None:
+    transformed = shell.transform_cell(f"%vllm_metal {command} --raw Is it so?")
+    assert transformed == f"get_ipython().run_line_magic('vllm_metal', '{command} --raw Is it so?')\n"
+    assert "pinfo" in shell.transform_cell(f"%vllm_metal {command}?")
+
+
 def test_a_question_in_a_string_or_cell_body_is_left_alone(shell: Any, loaded: fakes.FakeLLM) -> None:
     shell.run_cell("text = '''\n%vllm_metal chat how?\n'''").raise_error()
     assert shell.user_ns["text"] == "\n%vllm_metal chat how?\n"

@@ -14,7 +14,7 @@ from vm_magic.commands.serve import SERVER_OPTIONS
 from vm_magic.commands.shell_text import read_shell_text
 from vm_magic.commands.table import command_parser
 from vm_magic.show.cards import CodeText
-from vm_magic.state.clients import CLIENTS, Port, model_id, snippets
+from vm_magic.state.clients import CLIENTS, Endpoint, model_id, snippets
 
 HUB = "org/Tiny 0.1B"
 
@@ -111,7 +111,7 @@ def test_our_own_short_name_and_flags_are_translated_and_said() -> None:
 def test_each_client_gets_address_and_model_and_the_key_only_if_given(
     name: str, api_key: str | None, needs_key: bool
 ) -> None:
-    port = Port("http://127.0.0.1:8000/v1", "org/tiny", needs_key, api_key if needs_key else None)
+    port = Endpoint("http://127.0.0.1:8000/v1", "org/tiny", needs_key, api_key if needs_key else None)
     code = CLIENTS[name](port)
     if code.language == "python":
         ast.parse(code.text)
@@ -127,12 +127,12 @@ def test_each_client_gets_address_and_model_and_the_key_only_if_given(
 
 
 def test_codex_is_told_to_offer_no_web_search() -> None:
-    config = tomllib.loads(snippets(Port("http://h:1/v1", "m", needs_key=False))["codex"].text)
+    config = tomllib.loads(snippets(Endpoint("http://h:1/v1", "m", needs_key=False))["codex"].text)
     assert config["web_search"] == "disabled"
 
 
 def test_the_anthropic_sdk_gets_the_address_without_v1() -> None:
-    assert "base_url='http://h:1'" in snippets(Port("http://h:1/v1", "m", needs_key=False))["anthropic"].text
+    assert "base_url='http://h:1'" in snippets(Endpoint("http://h:1/v1", "m", needs_key=False))["anthropic"].text
 
 
 def test_code_is_fenced_in_a_notebook_and_plain_elsewhere() -> None:

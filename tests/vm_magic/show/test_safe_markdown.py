@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from IPython.core.formatters import DisplayFormatter
 
 from engine.outputs import Reply
-from vm_magic.show.formatters import add_formatters
+from vm_magic.shell.hooks import add_formatters
 from vm_magic.show.safe_markdown import DOLLAR, open_fence, safe_markdown
 
 PIECES = [
