@@ -168,7 +168,7 @@ def test_tool_call_arguments_are_objects_for_the_template() -> None:
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     assert render(source, [message]) == "x=[1]"
     call["function"] = {"name": "f", "arguments": "{"}
-    with pytest.raises(RequestError, match="no JSON"):
+    with pytest.raises(RequestError, match="not valid JSON"):
         render(source, [message])
 
 
