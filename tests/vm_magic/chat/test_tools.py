@@ -234,7 +234,7 @@ def test_what_cannot_be_is_refused_before_anything_is_asked(shell: Any, llm: LLM
 def test_a_model_without_a_form_for_tools_says_so_in_one_line(shell: Any, loaded: fakes.FakeLLM) -> None:
     shell.user_ns["get_weather"] = get_weather
     loaded.takes_tools = False
-    with pytest.raises(RequestError, match=r"^--tools: this model's chat template has no form for tools"):
+    with pytest.raises(RequestError, match=r"^--tools: this model's chat template has no known form for tools"):
         cell(shell, "chat --tools get_weather", "Weather?")
 
 
