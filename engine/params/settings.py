@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.errors import ConfigError, RequestError
 from engine.params.sampling_params import CONSTRAINTS, SamplingParams
+from engine.params.structured_outputs import ThinkingBudget
 
 THINKING_NAMES = ("enable_thinking", "thinking_token_budget")
 """Settings beside the sampling values."""
@@ -140,13 +141,8 @@ def _checked_thinking(values: Mapping[str, Any]) -> dict[str, Any]:
     switch, budget = (values.get(name) for name in THINKING_NAMES)
     if switch is not None and not isinstance(switch, bool):
         raise RequestError(f"enable_thinking must be true or false, got {switch!r}.", param="enable_thinking")
-    whole = isinstance(budget, int) and not isinstance(budget, bool)
-    if budget is not None and not (whole and budget >= -1):
-        raise RequestError(
-            f"thinking_token_budget must be a non-negative integer or -1 for unlimited, got {budget!r}.",
-            param="thinking_token_budget",
-        )
-    given = {"enable_thinking": switch, "thinking_token_budget": None if budget == -1 else budget}
+    asked = ThinkingBudget.from_request(budget)
+    given = {"enable_thinking": switch, "thinking_token_budget": None if asked is None else asked.limit}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from engine.errors import RequestError
+from engine.params.tool_choice import demanded_names, tool_functions
 
 MAX_PATTERN_SIZE = 1024
 """Longest pattern, in tokens, that repetition detection looks for."""
@@ -26,21 +27,10 @@ class ToolCalls:
     names: tuple[str, ...] = ()
     parallel: bool = True
 
-    def __post_init__(self) -> None:
-        known = [function["name"] for function in self.functions]
-        if not known:
-            raise RequestError("tool_choice needs tools: give at least one.", param="tools")
-        for name in self.names:
-            if name not in known:
-                raise RequestError(f"tool_choice names {name!r}, which is not among the tools.", param="tool_choice")
-
     @property
     def functions(self) -> list[Mapping[str, Any]]:
         """The tools' ``function`` objects, all with a name."""
-        found = [tool.get("function", tool) if isinstance(tool, Mapping) else None for tool in self.tools]
-        if any(not isinstance(function, Mapping) or not isinstance(function.get("name"), str) for function in found):
-            raise RequestError("every tool must be a function with a name.", param="tools")
-        return [function for function in found if isinstance(function, Mapping)]
+        return tool_functions(self.tools)
 
     @property
     def callable_functions(self) -> list[Mapping[str, Any]]:
@@ -55,19 +45,8 @@ class ToolCalls:
         parallel: bool = True,
     ) -> Self | None:
         """OpenAI's ``tools`` and ``tool_choice``; None where no call is demanded (``auto``, ``none``, nothing)."""
-        if tool_choice is None or tool_choice in ("none", "auto"):
-            return None
-        if tool_choice == "required":
-            return cls(tuple(tools or ()), (), parallel)
-        if isinstance(tool_choice, Mapping):
-            function = tool_choice.get("function", tool_choice)
-            name = function.get("name") if isinstance(function, Mapping) else None
-            if tool_choice.get("type", "function") == "function" and isinstance(name, str):
-                return cls(tuple(tools or ()), (name,), parallel=False)
-        raise RequestError(
-            f"tool_choice must be none, auto, required or a function's name object, got {tool_choice!r}.",
-            param="tool_choice",
-        )
+        names = demanded_names(tool_choice, tools or ())
+        return None if names is None else cls(tuple(tools or ()), names, parallel and not names)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from engine.openai.schema.protocol import (
     SamplingFields,
     TemplateFields,
 )
-from engine.openai.schema.validation import refuse_kind
+from engine.params.tool_choice import refuse_kind
 
 _INCLUDABLE = ("reasoning.encrypted_content", "message.output_text.logprobs")
 _OWN_NAMES = {"tools", "tool_choice", "stream", "top_logprobs", "reasoning_effort"}

@@ -9,6 +9,7 @@ from typing import Any
 from engine.errors import RequestError
 from engine.openai.schema.protocol import ChatFields, GenerationFields, RequestBody
 from engine.params.sampling_params import MAX_LOGPROBS
+from engine.params.tool_choice import demanded_names, refuse_kind
 from engine.text.guide.tool_grammar import check_callable
 
 logger = logging.getLogger("engine.openai")
@@ -67,23 +68,6 @@ MESSAGES_REFUSED_FIELDS: dict[str, Refusal] = {
 """More of them, for the Messages API."""
 
 
-KINDS_NOT_CALLED = {
-    "custom": "a tool that takes free text is not supported; offer a function with one parameter of type string",
-    "allowed_tools": "a choice among some of the tools is not supported; send only the tools that may be called",
-}
-"""Types of ``tools`` and of ``tool_choice`` that are neither functions nor run by OpenAI, and what to do instead."""
-_HOSTED = (
-    "this server runs no tools itself, so only functions can be offered; leave it out "
-    '(Codex: web_search = "disabled" in its config.toml)'
-)
-
-
-def refuse_kind(where: str, kind: object, param: str) -> RequestError:
-    """The error for a tool, or a choice, that is not a function."""
-    why = KINDS_NOT_CALLED.get(kind, _HOSTED) if isinstance(kind, str) else _HOSTED
-    return RequestError(f"{where} is of type {kind!r}: {why}.", param=param)
-
-
 def check_extra_fields(request: RequestBody, also: Mapping[str, Refusal] = MappingProxyType({})) -> None:
     """Refuse by name what cannot be honoured; log the rest of the unknown fields."""
     ignored = []
@@ -120,7 +104,9 @@ def check_chat(request: ChatFields, tool_call_parser: str | None) -> None:
                 f"which is greater than max allowed: {MAX_LOGPROBS}",
                 param="top_logprobs",
             )
-    _check_tools(request)
+    for position, tool in enumerate(request.tools):
+        _check_tool(tool, position)
+    demanded_names(request.tool_choice, request.tools)
     if request.tools and request.tool_choice in (None, "auto") and tool_call_parser is None:
         raise RequestError(
             '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set: the calls of this '
@@ -129,37 +115,7 @@ def check_chat(request: ChatFields, tool_call_parser: str | None) -> None:
         )
 
 
-def _check_tools(request: ChatFields) -> None:
-    names = [_tool_name(tool, position) for position, tool in enumerate(request.tools)]
-    choice = request.tool_choice
-    if choice is None:
-        return
-    if isinstance(choice, str):
-        if choice not in ("none", "auto", "required"):
-            raise RequestError(
-                f"`tool_choice` must be 'none', 'auto', 'required' or a function, got {choice!r}.", param="tool_choice"
-            )
-        if not names and choice == "required":
-            raise RequestError("When using `tool_choice`, `tools` must be set.", param="tool_choice")
-        return
-    if not names:
-        raise RequestError("When using `tool_choice`, `tools` must be set.", param="tool_choice")
-    if choice.get("type") in KINDS_NOT_CALLED:
-        raise refuse_kind("tool_choice", choice["type"], "tool_choice")
-    function = choice.get("function")
-    named = function.get("name") if choice.get("type") == "function" and isinstance(function, dict) else None
-    if named is None:
-        raise RequestError(
-            'A named `tool_choice` must read {"type": "function", "function": {"name": …}}.', param="tool_choice"
-        )
-    if named not in names:
-        raise RequestError(
-            f"The tool {named!r} that `tool_choice` names is not among the `tools`: {', '.join(names)}.",
-            param="tool_choice",
-        )
-
-
-def _tool_name(tool: dict[str, Any], position: int) -> str:
+def _check_tool(tool: dict[str, Any], position: int) -> None:
     function = tool.get("function")
     if tool.get("type", "function") != "function":
         raise refuse_kind(f"tools[{position}]", tool["type"], "tools")
@@ -174,4 +130,3 @@ def _tool_name(tool: dict[str, Any], position: int) -> str:
     if parameters is not None and not isinstance(parameters, dict):
         raise RequestError(f"tools[{position}].function.parameters must be a JSON schema.", param="tools")
     check_callable(function)
-    return name
