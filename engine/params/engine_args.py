@@ -108,7 +108,7 @@ class EngineArgs:
     gpu_memory_utilization: float | Auto = "auto"
     max_num_seqs: int | Auto = "auto"
     max_num_batched_tokens: int | None = None
-    """None: 2048 on GPUs, 512 on CPUs, where a longer chunk only delays others."""
+    """None: 2048 on GPUs, 512 on CPUs, where a longer chunk would only delay other requests."""
     block_size: int = DEFAULT_BLOCK_SIZE
     enable_prefix_caching: bool = True
     kv_cache_dtype: str = "auto"
@@ -190,7 +190,7 @@ class EngineArgs:
 
     @property
     def memory_fraction(self) -> float:
-        """The fraction in force."""
+        """The fraction, :data:`DEFAULT_MEMORY_FRACTION` for ``auto``."""
         value = self.gpu_memory_utilization
         return DEFAULT_MEMORY_FRACTION if value == "auto" else float(value)
 
@@ -244,7 +244,7 @@ class EngineArgs:
 
 
 def check_batch(max_num_seqs: int | Auto, max_num_batched_tokens: int | None) -> None:
-    """Refuse more sequences than a step has tokens, in vLLM's words: some of them would never run."""
+    """Raise ConfigError, in vLLM's words, for more sequences than a step has tokens: some of them would never run."""
     if max_num_batched_tokens is None or max_num_seqs == "auto" or max_num_batched_tokens >= max_num_seqs:
         return
     raise ConfigError(

@@ -8,7 +8,7 @@ QUANTIZED_BITS = {"int8": 8, "int4": 4}
 """Quantized pages: integers of so many bits, with a scale and a bias for each group of elements."""
 KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", *QUANTIZED_BITS)
 VLLM_NAMES = {"int8": "int8_per_token_head", "int4": "int4_per_token_head"}
-"""What vLLM calls integer pages. It has one scale for each token and head; ours are as fine or finer."""
+"""vLLM's names for integer pages. It has one scale for each token and head; ours are as fine or finer."""
 _ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"} | {theirs: x for x, theirs in VLLM_NAMES.items()}
 _INSTEAD = {"fp8": "int8", "mxfp8": "int8", "nvfp4": "int4", "mxfp4": "int4", "turboquant": "int4"}
 """Beginnings of vLLM's other values, and the nearest here."""
@@ -43,8 +43,10 @@ def group_size(length: int) -> int | None:
 
 
 def vector_bytes(length: int, element_bytes: int, kv_cache_dtype: str) -> int:
-    """Bytes of a key or value vector whose own elements take ``element_bytes``; those of a vector that cannot be
-    quantized stay as they are, and so do scales and biases."""
+    """Bytes of a key or value vector whose own elements take ``element_bytes``.
+
+    Scales and biases have elements of that size too, and so has a vector that cannot be quantized.
+    """
     bits, group = QUANTIZED_BITS.get(kv_cache_dtype), group_size(length)
     if bits is None or group is None:
         return length * _ELEMENT_BYTES.get(kv_cache_dtype, element_bytes)
@@ -58,10 +60,10 @@ def unquantized_note(kv_cache_dtype: str, lengths: Iterable[int]) -> str | None:
     found = {length for length in lengths if length}
     plain = sorted(length for length in found if group_size(length) is None)
     if not found:
-        return f"--kv-cache-dtype {kv_cache_dtype}: this model keeps states, no pages, and states stay as they are"
+        return f"--kv-cache-dtype {kv_cache_dtype}: this model keeps states, not pages, and states stay as they are"
     if not plain:
         return None
-    said = f"--kv-cache-dtype {kv_cache_dtype}: head dimension {', '.join(map(str, plain))} is no multiple of 32"
+    said = f"--kv-cache-dtype {kv_cache_dtype}: head dimension {', '.join(map(str, plain))} is not a multiple of 32"
     if len(plain) == len(found):
         raise ConfigError(f"{said}; use auto, float16 or bfloat16", flag="kv_cache_dtype", value=kv_cache_dtype)
     return f"{said}: such keys or values keep the model's own element type"

@@ -1,4 +1,4 @@
-"""What live settings mean for requests that run already: they follow in what they did not say themselves."""
+"""Live settings in requests that already run: they replace whatever the request did not set itself."""
 
 from dataclasses import dataclass, replace
 
@@ -7,14 +7,14 @@ from engine.params.sampling_defaults import is_default_source
 from engine.params.sampling_params import SamplingParams, names_of
 
 LIVE_NAMES = names_of(lambda known: known.live)
-"""Sampling values that reach running requests from their next token; the others are for requests to come."""
+"""Sampling values that reach running requests from their next token on; the others apply to new requests."""
 
 
 @dataclass(frozen=True)
 class LiveSampling:
     """Live sampling overrides: the defaults as they are now. ``base`` is what a request that says nothing gets.
 
-    ``thinking_token_budget`` None: no budget for those that did not ask for one.
+    ``thinking_token_budget`` None: no budget for requests that did not ask for one.
     """
 
     base: SamplingParams
@@ -37,6 +37,6 @@ class LiveSampling:
             return params
 
     def max_tokens_for(self, params: SamplingParams, num_prompt_tokens: int) -> int:
-        """How many tokens a request with ``params`` may have in all."""
+        """How many tokens a request with ``params`` may generate."""
         room = max(1, self.max_model_len - num_prompt_tokens)
         return room if params.max_tokens is None else min(params.max_tokens, room)

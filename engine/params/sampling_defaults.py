@@ -21,7 +21,7 @@ GENERATION_CONFIG_NAMES = {
         key=lambda name: _LOG_ORDER.index(name) if name in _LOG_ORDER else len(_LOG_ORDER),
     )
 }
-"""What is read of a generation config, and its name here; in the order of vLLM's log line."""
+"""Names in a generation config, and those that they have here; in the order of vLLM's log line."""
 
 _DEFAULT_SOURCES = ("default", "generation_config.json", "--override-generation-config", "set")
 
@@ -29,7 +29,7 @@ _DEFAULT_SOURCES = ("default", "generation_config.json", "--override-generation-
 def is_default_source(source: str | None) -> bool:
     """Whether a value with this origin came from the defaults, the live settings included, not from its request.
 
-    None: nobody resolved defaults, the values are the request's own.
+    None: no defaults were resolved, so the values are the request's own.
     """
     return source is not None and (source in _DEFAULT_SOURCES or source.startswith("preset "))
 

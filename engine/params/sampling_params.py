@@ -206,7 +206,7 @@ class SamplingParams:
         None, _constraint(dict, RepetitionDetection.from_request)
     )
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
-    """Per name, where its value came from; empty where nobody resolved defaults."""
+    """Per name, where its value came from; empty where no defaults were resolved."""
 
     def __post_init__(self) -> None:
         put = object.__setattr__

@@ -45,7 +45,7 @@ PRESET_FIELDS = frozenset(name for values in PRESETS.values() for name in values
 
 
 class Settings:
-    """Values set by the user for all requests that do not say otherwise, also for those under way.
+    """Values set by the user for all requests that do not say otherwise, including those that already run.
 
     Sampling values, a preset below what is set by name, and two about thinking: ``enable_thinking``
     (the chat template's switch) and ``thinking_token_budget``. Thread-safe; values are checked when set.
@@ -63,15 +63,14 @@ class Settings:
 
     @property
     def preset(self) -> str | None:
-        """The preset in force, or None: the model's own values hold."""
+        """The chosen preset, or None: the model's own values apply."""
         return self._preset
 
     def update(self, *, preset: str | None = None, **values: Any) -> None:
         """Set ``values`` (sampling names); ``None`` removes one. Raises RequestError, changing nothing.
 
-        ``preset`` names a set of :data:`engine.params.presets.PRESETS`, or ``model`` for none: whatever was
-        set before of the names that presets decide is forgotten, so that the preset is in force.
-        Raises ConfigError for an unknown one.
+        ``preset`` names a set of :data:`PRESETS`, or ``model`` for none: whatever was set before of the names
+        that presets decide is forgotten, so that the preset's values apply. Raises ConfigError for an unknown one.
         """
         with self._lock:
             thinking = {**self._thinking, **{name: values.pop(name) for name in THINKING_NAMES if name in values}}
@@ -79,7 +78,7 @@ class Settings:
             chosen = None if chosen == MODEL_PRESET else chosen
             kept = self._values if preset is None else _without(self._values, PRESET_FIELDS)
             for name in set(CONSTRAINTS).intersection(values):
-                raise RequestError(f"{name} is a request's own, not a setting.", param=name)
+                raise RequestError(f"{name} belongs to a single request; it is not a setting.", param=name)
             merged = {name: value for name, value in {**kept, **values}.items() if value is not None}
             SamplingParams().replace(**{**preset_values(chosen or MODEL_PRESET), **merged})
             thinking = _checked_thinking(thinking)
@@ -87,7 +86,7 @@ class Settings:
             self._tell()
 
     def snapshot(self) -> Mapping[str, Any]:
-        """A copy of the sampling values in force here, the preset's included."""
+        """A copy of the sampling values that are set, the preset's included."""
         with self._lock:
             return {**preset_values(self._preset or MODEL_PRESET), **self._values}
 
@@ -102,7 +101,7 @@ class Settings:
         return {} if switch is None else {name: switch for name in THINKING_SWITCHES if name in variables}
 
     def everything(self) -> Mapping[str, Any]:
-        """All that is in force here, as ``set`` would take it: preset, sampling values, thinking."""
+        """All that is set, as ``set`` would take it: preset, sampling values, thinking."""
         with self._lock:
             preset = {"preset": self._preset} if self._preset else {}
             return {**preset, **self.snapshot(), **self._thinking}

@@ -1,7 +1,7 @@
-"""What a request's output must look like: a grammar, a thinking budget, an end to endless repetition.
+"""What a request's output must look like: a grammar, a thinking budget, an end to repetition.
 
-:class:`Constraints` is what a user may say, checked here; :class:`TokenGuide` is what the engine asks
-of a constraint while tokens are being chosen (made by ``engine.text.guide.structured_output_manager``).
+:class:`Constraints` is what a user may say, checked here. While tokens are chosen the engine asks a
+:class:`engine.core.token_guide.TokenGuide`, made by ``engine.text.guide.structured_output_manager``.
 """
 
 import json
@@ -144,7 +144,7 @@ _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag",
 class ThinkingBudget:
     """At most ``max_tokens`` tokens of thought, then its end is written for the model; 0: no thinking, -1: no limit.
 
-    No limit is a wish of its own: live settings do not overrule it.
+    A request that asks for no limit keeps none: live settings do not override it.
     """
 
     max_tokens: int
@@ -169,10 +169,11 @@ class ThinkingBudget:
 
 @dataclass(frozen=True, slots=True)
 class RepetitionDetection:
-    """Ends what repeats: a pattern of ``min_pattern_size`` to ``max_pattern_size`` tokens, ``min_count`` times.
+    """Detects repeating token sequences and ends them.
 
-    The names and checks are vLLM's; ``max_pattern_size`` 0 turns detection off. Inside a thought the
-    thought is ended and the answer follows (``thinking_cut`` says so), elsewhere the reply ends with
+    A pattern of ``min_pattern_size`` to ``max_pattern_size`` tokens repeats if it comes ``min_count`` times in a row.
+    The names and checks are vLLM's; ``max_pattern_size`` 0 turns detection off. Inside a thought only the
+    thought is ended, and the answer follows (``thinking_cut`` says so); elsewhere the reply ends with
     ``finish_reason`` ``repetition``.
     """
 
@@ -206,7 +207,7 @@ class RepetitionDetection:
 
 
 THOUGHT_REPETITION = RepetitionDetection(max_pattern_size=256, min_pattern_size=16, min_count=8)
-"""In force inside thoughts where a request says nothing: at least 128 tokens that repeat exactly, eight times over.
+"""Applies inside thoughts where a request says nothing: at least 128 tokens that repeat exactly, eight times over.
 Shorter patterns repeat at their multiples too, so one token 128 times is found as well."""
 
 

@@ -231,7 +231,7 @@ def test_memory_is_planned_while_the_slider_moves_and_replanned_under_a_request(
     expect(notebook.output(3)).to_contain_text(f"blocks {before}", timeout=PATIENCE)
     notebook.shot("panel-memory", panel.root)
     panel.button("Apply").click()
-    expect(panel.root.get_by_role("status")).to_contain_text("in force", timeout=PATIENCE)
+    expect(panel.root.get_by_role("status")).to_contain_text("applied", timeout=PATIENCE)
     expect(panel.head).to_contain_text(f"of {planned} blocks", timeout=PATIENCE)
     text = len(streams[0].text)
     wait_until(lambda: len(streams[0].text) > text, "the request runs on")

@@ -59,10 +59,10 @@ def test_an_architecture_that_falls_back_to_contiguous_caches_refuses_the_flag()
 
 
 def test_heads_that_cannot_be_quantized_are_refused_or_named():
-    with pytest.raises(ConfigError, match="--kv-cache-dtype int4: head dimension 80 is no multiple of 32; use auto"):
+    with pytest.raises(ConfigError, match="--kv-cache-dtype int4: head dimension 80 is not a multiple of 32; use auto"):
         unquantized_note("int4", [80, 80])
     assert unquantized_note("int4", [64, 128]) is unquantized_note("float16", [80]) is None
-    assert "head dimension 16 is no multiple of 32: such keys or values keep" in str(
+    assert "head dimension 16 is not a multiple of 32: such keys or values keep" in str(
         unquantized_note("int8", [512, 16])
     )
     assert "states stay as they are" in str(unquantized_note("int8", []))
@@ -71,7 +71,7 @@ def test_heads_that_cannot_be_quantized_are_refused_or_named():
 def test_a_model_whose_heads_are_too_small_is_refused_in_the_plan_and_at_load(tiny_model_dir):
     folder = str(tiny_model_dir("llama"))
     for door in (engine.plan, LLM):
-        with pytest.raises(ConfigError, match="--kv-cache-dtype int8: head dimension 16 is no multiple of 32"):
+        with pytest.raises(ConfigError, match="--kv-cache-dtype int8: head dimension 16 is not a multiple of 32"):
             door(folder, kv_cache_dtype="int8")
 
 
@@ -101,7 +101,7 @@ def test_latent_vectors_are_quantized_and_short_rotary_keys_stay(tiny_model_dir)
                "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
     folder = str(tiny_model_dir("deepseek_v3", **latent, **experts))
     with LLM(folder, kv_cache_dtype="int8", max_model_len=512, gpu_memory_utilization=0.2) as llm:
-        assert any("head dimension 8 is no multiple of 32" in note for note in llm.notes)
+        assert any("head dimension 8 is not a multiple of 32" in note for note in llm.notes)
         assert llm.plan.per_block_bytes == 16 * 4 * (72 + 32)
         assert len(llm.generate([[5, 6, 7]], GREEDY)[0].outputs[0].token_ids) == 6
 

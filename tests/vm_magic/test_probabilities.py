@@ -66,7 +66,7 @@ def test_the_number_may_be_left_out_in_the_line_form_too(shell: Any, real: LLM) 
     assert reply.messages[0]["content"] == "What is it?"
     assert len(reply.logprobs) == 2
     assert len(line(shell, "chat -n -t 0 --max-tokens 2 --logprobs 1 What?").logprobs[0]) == 1
-    with pytest.raises(UsageError, match="not a number from 0 to 20"):
+    with pytest.raises(UsageError, match="not a whole number from 0 to 20"):
         line(shell, "chat --logprobs 21 What?")
 
 

@@ -9,7 +9,7 @@ import ipywidgets as widgets
 
 from engine.runtime.activity import RequestActivity
 from vm_magic.panel.pictures import Palette, block_map_svg, short_id, throughput_svg
-from vm_magic.panel.snapshot import NO_MODEL, Seen, Source
+from vm_magic.panel.snapshot import NO_MODEL, PanelSnapshot, Source
 from vm_magic.panel.style import faint, swatch
 
 MOST_ROWS = 12
@@ -82,18 +82,18 @@ class ActivitySection:
             [self.header, *(row.widget for row in self.rows), self.more, self.blocks, self.throughput]
         )
 
-    def refresh(self, seen: Seen) -> None:
+    def refresh(self, snapshot: PanelSnapshot) -> None:
         """Show the requests, the blocks and the speed as they are."""
-        self._source = seen.source
-        activity = seen.activity
+        self._source = snapshot.source
+        activity = snapshot.activity
         if activity is None:
             self._show_nothing()
             return
         names = [request.request_id for request in activity.requests]
-        drawn = () if seen.blocks is None else seen.blocks.request_ids
+        drawn = () if snapshot.blocks is None else snapshot.blocks.request_ids
         self.palette.assign(list(dict.fromkeys([*drawn, *names])))
-        if seen.blocks is not None:
-            self.blocks.value = f"<h4>KV blocks</h4>{block_map_svg(seen.blocks, self.palette)}"
+        if snapshot.blocks is not None:
+            self.blocks.value = f"<h4>KV blocks</h4>{block_map_svg(snapshot.blocks, self.palette)}"
         self._show_requests(activity.requests)
         self.throughput.value = f"<h4>Generated tokens per second</h4>{throughput_svg(activity)}"
 
@@ -129,12 +129,12 @@ def header_html(columns: Sequence[str]) -> str:
 
 def row_html(request: RequestActivity, palette: Palette, columns: Sequence[str] = COLUMNS) -> str:
     """A request as the cells of a row."""
-    door = "notebook" if request.request_id.startswith(_NOTEBOOK_PREFIXES) else "port"
+    origin = "notebook" if request.request_id.startswith(_NOTEBOOK_PREFIXES) else "port"
     speed = "" if request.tokens_per_second is None else f"{request.tokens_per_second:.1f} tok/s"
     first = request.time_to_first_token
     cells = {
         "request": f"{swatch(palette.colour(request.request_id))}"
-        f"<code>{html.escape(short_id(request.request_id))}</code> {faint(door)}",
+        f"<code>{html.escape(short_id(request.request_id))}</code> {faint(origin)}",
         "state": "thinking" if request.thinking and request.state == "running" else request.state,
         "prompt": _prompt_text(request) if "prompt" in columns else "",
         "tokens": str(request.num_output_tokens),

@@ -11,7 +11,7 @@ import ipywidgets as widgets
 from engine.errors import MemoryPlanError, VMMagicError
 from engine.params.flag_values import int_or_auto
 from engine.params.sizes import size_text
-from vm_magic.panel.snapshot import NO_MODEL, Seen
+from vm_magic.panel.snapshot import NO_MODEL, PanelSnapshot
 from vm_magic.panel.style import bad, faint, good
 from vm_magic.show.plan_view import plan_picture_html
 
@@ -25,7 +25,7 @@ _STEP = 0.01
 
 
 class MemorySection:
-    """Fraction, length and number of sequences: what they would mean, at once; the engine only on *Apply*."""
+    """Fraction, length and number of sequences: the plan is shown at once and changed only on *Apply*."""
 
     title = "Memory"
     wants_blocks = False
@@ -71,39 +71,39 @@ class MemorySection:
         self.apply.on_click(self._apply)
         self.undo.on_click(self._undo)
 
-    def refresh(self, seen: Seen) -> None:
-        """Follow the plan in force: another model, or a plan changed elsewhere."""
-        plan = None if seen.llm is None else seen.llm.plan
-        if seen.llm is self._llm and plan is self._plan:
+    def refresh(self, snapshot: PanelSnapshot) -> None:
+        """Follow the current plan: another model, or a plan changed elsewhere."""
+        plan = None if snapshot.llm is None else snapshot.llm.plan
+        if snapshot.llm is self._llm and plan is self._plan:
             return
-        self._llm, self._plan = seen.llm, plan
+        self._llm, self._plan = snapshot.llm, plan
         for widget in (self.fraction, self.max_model_len, self.max_num_seqs):
             widget.disabled = plan is None
         if plan is None:
             self.identity.value, self.verdict.value = faint(NO_MODEL), ""
             self.apply.disabled = self.undo.disabled = True
             return
-        self._show_in_force(plan)
+        self._show_current(plan)
 
     def wanted(self) -> dict[str, Any]:
-        """What the fields say otherwise than the plan in force, as ``LLM.replan`` takes it. Raises ValueError."""
+        """What the fields change in the current plan, as ``LLM.replan`` takes it. Raises ValueError."""
         plan = self._plan
         assert plan is not None, "there is a plan once the fields can be changed"
         fraction = round(self.fraction.value, 4)
-        # A front end moves what it is told to a whole step and sends that back.
+        # A front end rounds a value that it gets to a whole step and sends that back.
         is_moved = abs(fraction - plan.fraction) > _STEP / 2 + 1e-9
         changed: dict[str, Any] = {"fraction": fraction} if is_moved else {}
-        for field, in_force in ((self.max_model_len, plan.max_model_len), (self.max_num_seqs, plan.max_num_seqs)):
+        for field, current in ((self.max_model_len, plan.max_model_len), (self.max_num_seqs, plan.max_num_seqs)):
             name = field.description
             try:
                 value = int_or_auto(field.value.strip() or "auto")
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            if value != in_force:
+            if value != current:
                 changed[name] = value
         return changed
 
-    def _show_in_force(self, plan: "MemoryPlan") -> None:
+    def _show_current(self, plan: "MemoryPlan") -> None:
         self._syncing = True
         try:
             self.fraction.value = plan.fraction
@@ -116,7 +116,7 @@ class MemorySection:
 
     def _moved(self, change: Any) -> None:
         if change["owner"] is self.fraction and math.isclose(change["old"], change["new"], abs_tol=1e-9):
-            return  # the front end's sum of steps
+            return  # rounding by the front end
         with self._lock:
             if not self._syncing and self._llm is not None:
                 self._preview(self._llm)
@@ -138,7 +138,7 @@ class MemorySection:
         with self._lock:
             if self._plan is not None:
                 self.verdict.value = ""
-                self._show_in_force(self._plan)
+                self._show_current(self._plan)
 
     def _apply(self, _: Any) -> None:
         with self._lock:
@@ -160,12 +160,12 @@ class MemorySection:
                 self.apply.disabled = False
             return
         with self._lock:
-            self.verdict.value = good("in force: " + " ".join(f"{name}={value}" for name, value in changed.items()))
+            self.verdict.value = good("applied: " + " ".join(f"{name}={value}" for name, value in changed.items()))
         self._wake()
 
 
 def refusal(error: Exception) -> str:
-    """A refusal in words, with the largest length that fits where the plan knows it."""
+    """An error in words, with the largest length that fits where the plan knows it."""
     if not isinstance(error, MemoryPlanError):
         return str(error)
     fits = error.numbers.get("max_model_len_that_fits")
@@ -174,18 +174,18 @@ def refusal(error: Exception) -> str:
     return f"{short}. The largest max_model_len that fits is {fits}." if fits else f"{short}."
 
 
-def identity_html(plan: "MemoryPlan", in_force: "MemoryPlan") -> str:
+def identity_html(plan: "MemoryPlan", current: "MemoryPlan") -> str:
     """The identity from the device's limit to the requests that fit, each figure with what it was; and the picture."""
     steps: list[tuple[str, str, str, str]] = [
-        ("", "limit", size_text(plan.device_limit), size_text(in_force.device_limit)),
-        ("→", "usable", size_text(plan.usable), size_text(in_force.usable)),
-        ("−", "weights", size_text(plan.model_memory), size_text(in_force.model_memory)),
-        ("−", "overhead", size_text(plan.overhead), size_text(in_force.overhead)),
-        ("−", "state", size_text(plan.state_memory), size_text(in_force.state_memory)),
-        ("=", "KV cache", size_text(plan.kv_budget), size_text(in_force.kv_budget)),
-        ("→", "blocks", str(plan.num_blocks), str(in_force.num_blocks)),
-        ("→", "tokens", str(plan.max_tokens_cached), str(in_force.max_tokens_cached)),
-        ("→", "full-length requests", f"{plan.max_concurrency:.4g}", f"{in_force.max_concurrency:.4g}"),
+        ("", "limit", size_text(plan.device_limit), size_text(current.device_limit)),
+        ("→", "usable", size_text(plan.usable), size_text(current.usable)),
+        ("−", "weights", size_text(plan.model_memory), size_text(current.model_memory)),
+        ("−", "overhead", size_text(plan.overhead), size_text(current.overhead)),
+        ("−", "state", size_text(plan.state_memory), size_text(current.state_memory)),
+        ("=", "KV cache", size_text(plan.kv_budget), size_text(current.kv_budget)),
+        ("→", "blocks", str(plan.num_blocks), str(current.num_blocks)),
+        ("→", "tokens", str(plan.max_tokens_cached), str(current.max_tokens_cached)),
+        ("→", "full-length requests", f"{plan.max_concurrency:.4g}", f"{current.max_concurrency:.4g}"),
     ]
     chain = "".join(_step(*step) for step in steps)
     fits = (

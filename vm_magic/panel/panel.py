@@ -14,27 +14,27 @@ from vm_magic.panel.memory import MemorySection
 from vm_magic.panel.remote import RemoteActivitySection, RemoteServerSection, remote_head_parts
 from vm_magic.panel.sampling import SamplingSection
 from vm_magic.panel.server import ServerSection
-from vm_magic.panel.snapshot import NO_MODEL, Looker, Section, Seen
+from vm_magic.panel.snapshot import NO_MODEL, PanelSnapshot, Poller, Section
 from vm_magic.panel.style import ROOT_CLASS, SHEET, bad, faint
 from vm_magic.state.session import Session
 
 logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 0.5
-MOVED = "the notebook asks another model now; %vllm_metal panel opens its panel"
+MOVED = "the notebook uses another model now; %vllm_metal panel opens its panel"
 
 
 class Panel:
-    """A window on the session that :paramref:`get_session` gives: on the model of this kernel, or, where it is
-    connected as the panel is made, on the remote server.
+    """A view of the session that ``get_session`` gives: of this kernel's model, or, if the notebook is connected when
+    the panel is made, of the remote server.
 
     The kernel's own loop stands still while a cell runs, so a thread of the panel's refreshes it, at most
     every :data:`REFRESH_SECONDS`; it looks at the engine through snapshots and sends only what changed.
-    Front-end events come on the main thread or on a subshell's. One lock orders them all. Nothing of
-    the engine's or the port's threads comes here.
+    Front-end events come on the main thread or on a subshell's. One lock orders them all. Threads of
+    the engine and of the port never come here.
     """
 
     def __init__(self, get_session: Callable[[], Session], *, refresh_seconds: float | None = REFRESH_SECONDS) -> None:
-        self._looker = Looker(get_session)
+        self._poller = Poller(get_session)
         self.remote = get_session().remote is not None
         self._lock = threading.RLock()
         self._wake = threading.Event()
@@ -71,20 +71,20 @@ class Panel:
     def refresh(self) -> None:
         """Look at the session once and show what changed; requests and blocks only while they are in front.
 
-        What a hand can move is always shown as it is: a tab that comes to the front takes the first touch.
+        Controls are always up to date, so that a tab that comes to the front can be used at once.
         """
         front = self.sections[self.tabs.selected_index or 0]
-        seen = self._looker.look(with_blocks=front.wants_blocks)
+        snapshot = self._poller.snapshot(with_blocks=front.wants_blocks)
         with self._lock:
             if self.closed:
                 return
-            if (seen.remote is not None) != self.remote:
+            if (snapshot.remote is not None) != self.remote:
                 self.head.value = faint(MOVED)
             else:
-                self.head.value = head_html(seen)
+                self.head.value = head_html(snapshot)
                 for section in self.sections:
                     if section is front or section is not self.activity:
-                        section.refresh(seen)
+                        section.refresh(snapshot)
 
     def close(self) -> None:
         """Take the widgets, their observers and the thread away. Safe to repeat."""
@@ -114,34 +114,36 @@ class Panel:
             if self.closed:
                 return
             try:
-                self._looker.poll()
+                self._poller.poll()
                 self.refresh()
             except Exception as error:
-                # The thread ends here: it says so in the log and in the panel, which else would stand still.
+                # The thread ends here: it says so in the log and in the panel, which would otherwise just stand still.
                 logger.exception("the panel stopped")
                 with self._lock:
                     self.head.value = bad(f"the panel stopped ({error}); %vllm_metal logs says more")
                 return
-            pause.wait(0.05)  # a hand on a slider wakes the thread often
+            pause.wait(0.05)  # a moving slider wakes the thread often
 
 
-def head_html(seen: Seen) -> str:
+def head_html(snapshot: PanelSnapshot) -> str:
     """The panel's first line: the model, requests, speed, blocks, port."""
-    if seen.remote is not None and seen.server is not None:
-        return _head(seen.remote.model, [html.escape(seen.remote.base_url), *remote_head_parts(seen.server)])
-    if seen.llm is None or seen.activity is None:
+    if snapshot.remote is not None and snapshot.server is not None:
+        return _head(
+            snapshot.remote.model, [html.escape(snapshot.remote.base_url), *remote_head_parts(snapshot.server)]
+        )
+    if snapshot.llm is None or snapshot.activity is None:
         return f'<div class="vmp-head"><b>vllm_metal</b>{faint(NO_MODEL)}</div>'
-    activity = seen.activity
+    activity = snapshot.activity
     rates = [request.tokens_per_second for request in activity.requests if request.state == "running"]
     speed = sum(rate for rate in rates if rate is not None)
-    port = seen.session.server
+    port = snapshot.session.server
     parts = [
         f"{activity.num_running} running, {activity.num_waiting} waiting",
         f"{speed:.1f} tokens/s" if speed else "idle" if not activity.requests else "prefill",
         f"{activity.num_used_blocks} of {activity.num_blocks} blocks used",
         f"port {port.port}" if port is not None else "port closed",
     ]
-    return _head(seen.llm.args.names[0], parts)
+    return _head(snapshot.llm.args.names[0], parts)
 
 
 def _head(name: str, parts: list[str]) -> str:
@@ -151,13 +153,13 @@ def _head(name: str, parts: list[str]) -> str:
 
 def widgets_below(widget: widgets.Widget) -> Iterator[widgets.Widget]:
     """``widget`` and all widgets in it, their layouts and styles included."""
-    seen: set[int] = set()
+    done: set[int] = set()
     left: list[Any] = [widget]
     while left:
         one = left.pop()
-        if not isinstance(one, widgets.Widget) or id(one) in seen:
+        if not isinstance(one, widgets.Widget) or id(one) in done:
             continue
-        seen.add(id(one))
+        done.add(id(one))
         yield one
         left += [getattr(one, name) for name in one.keys if name in ("layout", "style")]
         left += getattr(one, "children", ())

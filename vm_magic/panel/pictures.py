@@ -38,7 +38,7 @@ class Palette:
         self._taken: dict[str, int] = {}
 
     def assign(self, request_ids: Sequence[str]) -> None:
-        """Take note of the requests there are; colours of those gone are free again."""
+        """Note which requests there are; the colours of those that are gone become free."""
         self._taken = {name: number for name, number in self._taken.items() if name in set(request_ids)}
         for name in request_ids:
             if name not in self._taken:

@@ -1,4 +1,4 @@
-"""The panel's sections that are otherwise for a remote server: its requests and figures, its address."""
+"""The panel's sections that differ for a remote server: its requests and figures, its address."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import ipywidgets as widgets
 from vm_magic.panel.activity import ActivitySection
 from vm_magic.panel.pictures import throughput_svg
 from vm_magic.panel.server import ClientsPart
-from vm_magic.panel.snapshot import Seen
+from vm_magic.panel.snapshot import PanelSnapshot
 from vm_magic.panel.style import faint
 from vm_magic.remote.metrics import ServerState
 from vm_magic.remote.watch import RemoteActivity
@@ -24,7 +24,7 @@ MEMORY_NOTE = (
 
 
 class RemoteActivitySection(ActivitySection):
-    """This notebook's requests at the server, and what the server says of all of them."""
+    """This notebook's requests at the server, and the server's figures for all of them."""
 
     wants_blocks = False
     columns = ("request", "state", "tokens", "speed", "first token")
@@ -34,10 +34,10 @@ class RemoteActivitySection(ActivitySection):
         """The server's figures, in the place where a panel of this kernel draws the blocks."""
         return self.blocks
 
-    def refresh(self, seen: Seen) -> None:
+    def refresh(self, snapshot: PanelSnapshot) -> None:
         """Show the requests and the figures as they are."""
-        self._source = seen.source
-        activity = seen.server
+        self._source = snapshot.source
+        activity = snapshot.server
         if activity is None:
             self._show_nothing()
             return
@@ -69,9 +69,9 @@ class RemoteServerSection(ClientsPart):
             ]
         )
 
-    def refresh(self, seen: Seen) -> None:
+    def refresh(self, snapshot: PanelSnapshot) -> None:
         """Follow the connection."""
-        remote = seen.remote
+        remote = snapshot.remote
         state = (remote, self.show_key.value, self.client.value)
         if remote is None or state == self._shown:
             return

@@ -13,7 +13,7 @@ from engine.params.live_sampling import LIVE_NAMES
 from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.sampling_params import COMMON, PARAMETERS
 from engine.params.settings import MODEL_PRESET, PRESETS, THINKING_NAMES
-from vm_magic.panel.snapshot import Seen
+from vm_magic.panel.snapshot import PanelSnapshot
 from vm_magic.panel.style import bad, faint
 from vm_magic.state.live_settings import can_switch_thinking, change_settings
 from vm_magic.state.settings_text import SETTABLE, read_settings
@@ -27,20 +27,20 @@ SLIDERS = {name: slider for name in COMMON if (slider := PARAMETERS[name].slider
 FIELDS = tuple(name for name in SETTABLE if name not in (*SLIDERS, "preset", *THINKING_NAMES))
 """Names with a text field, read as ``%vllm_metal set`` reads them."""
 _LOCAL_NOTE = (
-    "Changes hold for all requests that do not say otherwise, from cells and clients, also for those that run "
+    "Changes apply to all requests that do not say otherwise, from cells and clients, including those that already run "
     f"(sliders, thinking, {', '.join(name for name in LIVE_NAMES if name in FIELDS)}; "
     "the other fields from the next request on)."
 )
 _REMOTE_NOTE = (
     "Changes are sent with this notebook's requests that do not say otherwise, from the next one on. "
-    "What is not set here is the server's own, which it does not tell: vLLM's default stands in its place."
+    "What is not set here is the server's own, which is not known here: vLLM's default is shown in its place."
 )
 _LOCAL_WORDS = {"default": "vLLM's default", "generation_config.json": "the model's own"}
 _REMOTE_WORDS = {"default": "the server's own"}
 
 
 class Parameter:
-    """A slider or field for one name: its value in force, where that comes from, and a button that forgets it."""
+    """A slider or field for one name: its current value, where that comes from, and a button that forgets it."""
 
     def __init__(self, name: str, control: widgets.Widget, forget: Callable[[str], None]) -> None:
         self.name = name
@@ -49,7 +49,7 @@ class Parameter:
         self.source = widgets.HTML(layout=widgets.Layout(width="150px"))
         self.undo = widgets.Button(
             icon="undo",
-            tooltip=f"forget {name}: the model's own value holds again",
+            tooltip=f"forget {name}: the model's own value applies again",
             layout=widgets.Layout(width="30px", height="24px", padding="0", visibility="hidden"),
         )
         self.undo.on_click(lambda _: forget(name))
@@ -82,7 +82,7 @@ class SamplingSection:
         self._wake = wake
         self._words = _REMOTE_WORDS if remote else _LOCAL_WORDS
         self._remote = remote
-        self._seen: Seen | None = None
+        self._snapshot: PanelSnapshot | None = None
         self._shown: Any = None
         self._syncing = False
         self.message = widgets.HTML()
@@ -90,7 +90,7 @@ class SamplingSection:
             options=[MODEL_PRESET, *PRESETS], description="preset", layout=widgets.Layout(width="260px")
         )
         self.forget_all = widgets.Button(
-            description="Forget all", tooltip="the model's own values hold again", layout=widgets.Layout(width="100px")
+            description="Forget all", tooltip="the model's own values apply again", layout=widgets.Layout(width="100px")
         )
         self.switch = widgets.Dropdown(
             options=list(_SWITCH), description="thinking", layout=widgets.Layout(width="260px")
@@ -102,7 +102,7 @@ class SamplingSection:
             tooltip="most tokens of thought",
             layout=widgets.Layout(width="190px"),
         )
-        if not remote:  # no server offers it
+        if not remote:  # no server can do it
             self.finish = widgets.Button(
                 description="Finish thinking now",
                 icon="forward",
@@ -115,16 +115,16 @@ class SamplingSection:
         self.widget = self._layout()
         self._listen()
 
-    def refresh(self, seen: Seen) -> None:
-        """Follow what was set elsewhere; the user's own hand on a slider is never pushed back."""
-        self._seen = seen
-        state = self._state(seen)
+    def refresh(self, snapshot: PanelSnapshot) -> None:
+        """Follow what was set elsewhere; a slider that the user is moving is left alone."""
+        self._snapshot = snapshot
+        state = self._state(snapshot)
         if state != self._shown:
             self._shown = state
-            self._show(seen)
+            self._show(snapshot)
         if self._remote:
             return
-        thinks = seen.activity is not None and any(request.thinking for request in seen.activity.requests)
+        thinks = snapshot.activity is not None and any(request.thinking for request in snapshot.activity.requests)
         self.finish.disabled = not thinks
 
     def _layout(self) -> widgets.Widget:
@@ -161,7 +161,7 @@ class SamplingSection:
         return lambda change: self._change_number(name, change["old"], change["new"])
 
     def _change_number(self, name: str, before: float, now: float) -> None:
-        if not math.isclose(before, now, abs_tol=1e-9):  # a front end's sum of steps, 0.9500000000000002, is no hand
+        if not math.isclose(before, now, abs_tol=1e-9):  # not a front end's rounding, 0.9500000000000002
             self._change({name: round(now, 9)})
 
     def _change_text(self, name: str, text: str) -> None:
@@ -177,17 +177,17 @@ class SamplingSection:
 
     def _change(self, values: Mapping[str, Any]) -> None:
         with self._lock:
-            if self._syncing or self._seen is None:
+            if self._syncing or self._snapshot is None:
                 return
             try:
-                change_settings(self._seen.session, values)
+                change_settings(self._snapshot.session, values)
             except VMMagicError as error:
                 self.message.value = bad(str(error))
                 return
             self.message.value = ""
-            self._shown = self._state(self._seen)
-            # What moved is left alone, so that a slider under the user's hand does not jump.
-            self._show(self._seen, but=frozenset(values))
+            self._shown = self._state(self._snapshot)
+            # What the user moved is left alone, so that its slider does not jump.
+            self._show(self._snapshot, but=frozenset(values))
 
     def _forget(self, name: str) -> None:
         self._change({name: None})
@@ -195,8 +195,8 @@ class SamplingSection:
 
     def _forget_all(self, _: Any) -> None:
         with self._lock:
-            if self._seen is not None:
-                self._seen.session.settings.reset()
+            if self._snapshot is not None:
+                self._snapshot.session.settings.reset()
                 self.message.value = ""
                 self._wake_after_forgetting()
 
@@ -207,17 +207,17 @@ class SamplingSection:
 
     def _finish_thinking(self, _: Any) -> None:
         with self._lock:
-            llm = None if self._seen is None else self._seen.llm
+            llm = None if self._snapshot is None else self._snapshot.llm
         if llm is not None:
             llm.finish_thinking()
             self._wake()
 
-    def _state(self, seen: Seen) -> Any:
-        return seen.source, dict(seen.session.settings.everything())
+    def _state(self, snapshot: PanelSnapshot) -> Any:
+        return snapshot.source, dict(snapshot.session.settings.everything())
 
-    def _show(self, seen: Seen, but: frozenset[str] = frozenset()) -> None:
-        settings = seen.session.settings
-        defaults = SamplingDefaults({}, {}, settings) if seen.source is None else seen.source.defaults
+    def _show(self, snapshot: PanelSnapshot, but: frozenset[str] = frozenset()) -> None:
+        settings = snapshot.session.settings
+        defaults = SamplingDefaults({}, {}, settings) if snapshot.source is None else snapshot.source.defaults
         everything = settings.everything()
         resolved = defaults.resolve({})
         self._syncing = True
@@ -230,18 +230,18 @@ class SamplingSection:
                 else:
                     is_set = resolved.sources[name] == "set"
                     parameter.show(everything[name] if is_set else getattr(resolved, name), source, is_set)
-            self._show_thinking(seen, everything)
+            self._show_thinking(snapshot, everything)
             self.preset.value = settings.preset or MODEL_PRESET
             self.forget_all.disabled = not everything
         finally:
             self._syncing = False
 
-    def _show_thinking(self, seen: Seen, everything: Mapping[str, Any]) -> None:
+    def _show_thinking(self, snapshot: PanelSnapshot, everything: Mapping[str, Any]) -> None:
         switch, budget = (everything.get(name) for name in THINKING_NAMES)
         self.switch.value = next(name for name, value in _SWITCH.items() if value is switch)
         self.budget.value = "" if budget is None else str(budget)
-        self.switch.disabled = seen.llm is not None and not can_switch_thinking(seen.llm)
-        self.budget.disabled = seen.llm is not None and not seen.llm.reasoning_parser
+        self.switch.disabled = snapshot.llm is not None and not can_switch_thinking(snapshot.llm)
+        self.budget.disabled = snapshot.llm is not None and not snapshot.llm.reasoning_parser
 
 
 def _controls() -> dict[str, widgets.Widget]:

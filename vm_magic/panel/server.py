@@ -9,14 +9,14 @@ from typing import Any
 import ipywidgets as widgets
 
 from engine.errors import VMMagicError
-from vm_magic.panel.snapshot import NO_MODEL, Seen
+from vm_magic.panel.snapshot import NO_MODEL, PanelSnapshot
 from vm_magic.panel.style import bad, faint
 from vm_magic.state.clients import CLIENTS, KEY_VARIABLE, Endpoint, snippets
 from vm_magic.state.session import Session
 
 
 class ClientsPart:
-    """An address, its key while that is asked for, and what clients need to connect there."""
+    """An address, its key while it is to be shown, and what clients need to connect there."""
 
     def __init__(self, redraw: Callable[[], None], clients: Sequence[str]) -> None:
         self.show_key = widgets.ToggleButton(description="Show key", icon="eye", layout=widgets.Layout(width="120px"))
@@ -65,19 +65,19 @@ class ServerSection(ClientsPart):
         self.start.on_click(self._start)
         self.stop.on_click(self._stop)
 
-    def refresh(self, seen: Seen) -> None:
+    def refresh(self, snapshot: PanelSnapshot) -> None:
         """Follow the port, whoever opened or closed it."""
-        self._session = seen.session
-        server = seen.session.server if _is_open(seen) else None
-        state = (seen.llm is None, server, self.show_key.value, self.client.value)
+        self._session = snapshot.session
+        server = snapshot.session.server if _is_open(snapshot) else None
+        state = (snapshot.llm is None, server, self.show_key.value, self.client.value)
         if state == self._shown:
             return
         self._shown = state
-        self.start.disabled = seen.llm is None or server is not None
+        self.start.disabled = snapshot.llm is None or server is not None
         self.stop.disabled = self.show_key.disabled = self.client.disabled = server is None
         if server is None:
             self.show_key.value = False
-            self.address.value = faint(NO_MODEL if seen.llm is None else "the port is closed")
+            self.address.value = faint(NO_MODEL if snapshot.llm is None else "the port is closed")
             self.snippet.value = ""
             return
         self.show(Endpoint.of(server, show_key=self.show_key.value), proxied_url(server.port))
@@ -104,9 +104,9 @@ class ServerSection(ClientsPart):
         self._wake()
 
 
-def _is_open(seen: Seen) -> bool:
-    server = None if seen.llm is None else seen.llm.server
-    return seen.session.server is not None and server is not None and server.running
+def _is_open(snapshot: PanelSnapshot) -> bool:
+    server = None if snapshot.llm is None else snapshot.llm.server
+    return snapshot.session.server is not None and server is not None and server.running
 
 
 def address_html(port: Endpoint, proxied: str | None = None) -> str:

@@ -18,7 +18,7 @@ NO_MODEL = "no model is loaded; run %vllm_metal load smollm2 (or another model)"
 
 
 class Source(Protocol):
-    """What the sections ask alike of the engine of this kernel and of a remote server."""
+    """What the sections need of this kernel's engine and of a remote server alike."""
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -29,7 +29,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Seen:
+class PanelSnapshot:
     """The session at one moment. ``blocks`` only where a section draws them.
 
     While it is connected, ``remote`` and ``server`` say what is there, and ``llm`` and ``activity`` are None.
@@ -44,7 +44,7 @@ class Seen:
 
     @property
     def source(self) -> Source | None:
-        """Whom the panel steers."""
+        """What the panel controls."""
         return self.llm if self.remote is None else self.remote
 
 
@@ -55,12 +55,12 @@ class Section(Protocol):
     widget: Any
     wants_blocks: bool
 
-    def refresh(self, seen: Seen) -> None:
-        """Show ``seen``; what did not change is not sent."""
+    def refresh(self, snapshot: PanelSnapshot) -> None:
+        """Show ``snapshot``; what did not change is not sent."""
 
 
-class Looker:
-    """Looks at the session and what it steers; waits for neither."""
+class Poller:
+    """Takes snapshots of the session and of what the panel controls; waits for neither."""
 
     def __init__(self, get_session: Callable[[], Session]) -> None:
         self._get_session = get_session
@@ -72,19 +72,19 @@ class Looker:
         if remote is not None:
             self._watched(remote).poll()
 
-    def look(self, *, with_blocks: bool) -> Seen:
+    def snapshot(self, *, with_blocks: bool) -> PanelSnapshot:
         """The session as it is now."""
         session = self._get_session()
         remote = session.remote
         if remote is not None:
-            return Seen(session, remote=remote, server=self._watched(remote).look())
+            return PanelSnapshot(session, remote=remote, server=self._watched(remote).look())
         llm = session.loaded
         if llm is None:
-            return Seen(session)
+            return PanelSnapshot(session)
         try:
-            return Seen(session, llm, llm.activity(), llm.block_map() if with_blocks else None)
+            return PanelSnapshot(session, llm, llm.activity(), llm.block_map() if with_blocks else None)
         except EngineClosedError:
-            return Seen(session)
+            return PanelSnapshot(session)
 
     def _watched(self, remote: "RemoteLLM") -> ServerWatch:
         if self._watch is None or self._watch.remote is not remote:

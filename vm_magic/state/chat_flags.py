@@ -53,7 +53,7 @@ def add_chat_flags(parser: argparse.ArgumentParser, *, chat: bool) -> None:
         const=DEFAULT_ALTERNATIVES,
         metavar="N",
         default=argparse.SUPPRESS,
-        help="show the reply's tokens coloured by probability; hovering tells the N likeliest of each place (5)",
+        help="show the reply's tokens coloured by probability; hovering shows the N likeliest at each place (5)",
     )
     parser.add_argument("--raw", action="store_true", help="take {{ }} as typed")
     parser.add_argument("--no-stream", action="store_true", help="show the reply when it is complete")
@@ -127,14 +127,14 @@ def tool_names(text: str) -> list[str]:
 def alternatives(text: str) -> int:
     """A whole number from 0 to 20."""
     if not text.isdigit() or int(text) > MAX_LOGPROBS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {MAX_LOGPROBS}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {MAX_LOGPROBS}")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number of at least 1."""
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 

@@ -12,7 +12,7 @@ Message = dict[str, Any]
 
 @dataclass
 class Conversation:
-    """Messages in OpenAI's form. ``busy`` while a detached reply is on its way.
+    """Messages in OpenAI's form. ``busy`` while a detached reply is being generated.
 
     ``forked_from`` is the name of the conversation that this one began as a copy of.
     """

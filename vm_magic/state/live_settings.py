@@ -1,4 +1,4 @@
-"""The live settings' doors in the notebook: one function that changes them, and ``%config VLLMMetal.temperature``."""
+"""How the notebook changes live settings: one function, and ``%config VLLMMetal.temperature``."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def change_settings(session: "Session", values: Mapping[str, Any]) -> None:
-    """Set ``values`` (None removes one) for the requests that run and those to come; all of them or none.
+    """Set ``values`` (None removes one) for running requests and new ones; all of them or none.
 
     :data:`MEMORY_NAMES` change the loaded model's memory plan. Raises RequestError for a thinking switch or
     budget that the loaded model has no use for, and what ``LLM.replan`` raises.

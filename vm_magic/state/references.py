@@ -1,4 +1,4 @@
-"""Lets go of what a notebook keeps behind the user's back: ``Out``, ``_``, the last traceback.
+"""Releases what a notebook keeps unasked: ``Out``, ``_``, the last traceback.
 
 Any of these can hold an array or a model, whose memory ``unload`` then could not give back.
 """

@@ -43,7 +43,8 @@ def _from_value(value: object, name: str) -> Mapping[str, Any]:
         schema: Mapping[str, Any] = make()
         return schema
     raise RequestError(
-        f"--json {name}: {type(value).__name__} is no schema; give a dict, JSON text or a pydantic model", param="json"
+        f"--json {name}: {type(value).__name__} is not a schema; give a dict, JSON text or a pydantic model",
+        param="json",
     )
 
 
@@ -51,7 +52,7 @@ def _parsed(text: str, where: str) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise RequestError(f"{where}: not JSON: {error}", param="json") from None
+        raise RequestError(f"{where}: not valid JSON: {error}", param="json") from None
     if not isinstance(value, dict):
         raise RequestError(f"{where}: a schema is a JSON object, not {type(value).__name__}", param="json")
     return value

@@ -55,7 +55,7 @@ class MessagesRequest(CountTokensRequest, SamplingFields, ReplyFields):
 
 
 def chat_request(body: CountTokensRequest) -> ChatCompletionRequest:
-    """The chat that ``body`` asks for: what both APIs share goes over under its own name."""
+    """The chat that ``body`` asks for: fields that both APIs share keep their names."""
     shared = (
         body.model_fields_set & type(body).model_fields.keys() & ChatCompletionRequest.model_fields.keys()
     ) - _OWN_NAMES

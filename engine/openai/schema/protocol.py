@@ -26,7 +26,7 @@ class RequestBody(BaseModel):
 
 
 class StreamOptions(RequestBody):
-    """What a stream tells besides its text."""
+    """What a stream reports besides its text."""
 
     include_usage: bool = True
     continuous_usage_stats: bool = False

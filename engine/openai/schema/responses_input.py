@@ -19,7 +19,7 @@ def input_messages(given: str | Sequence[Mapping[str, Any]], history: Sequence[M
 
 
 def with_instructions(instructions: str | None, messages: Sequence[Message]) -> list[Message]:
-    """``messages`` behind one system message: templates allow no second one, and only at the beginning."""
+    """``messages`` behind one system message: most templates allow only one, at the beginning."""
     texts = [instructions] if instructions else []
     rest = list(messages)
     while rest and rest[0].get("role") in ("system", "developer"):

@@ -216,7 +216,7 @@ def test_a_demanded_call_is_made_in_the_first_turn_only(shell: Any, llm: LLM) ->
         ("--tools get_weather --json object", "does not go with --json"),
         ("--tools get_weather --detach", "does not go with --detach"),
         ("--tools get-weather", "not a variable name"),
-        ("--tools get_weather --max-tool-rounds 0", "from 1 on"),
+        ("--tools get_weather --max-tool-rounds 0", "at least 1"),
         ("--tools bad_hints", "no JSON form"),
     ],
 )

@@ -139,7 +139,7 @@ def test_apply_replans_the_engine_while_a_request_runs_on(panel: Panel) -> None:
     before = llm.plan.num_blocks
     panel.memory.fraction.value = 0.01
     panel.memory.apply.click()
-    assert "in force: fraction=0.01" in panel.memory.verdict.value
+    assert "applied: fraction=0.01" in panel.memory.verdict.value
     assert llm.plan.num_blocks < before
     assert llm.plan.num_blocks == llm.stats().num_blocks
     refreshed(panel, lambda: panel.memory.apply.disabled)

@@ -33,9 +33,9 @@ def test_a_schema_is_text_a_variable_a_model_a_file_or_any_object(tmp_path: Path
     ("text", "says"),
     [
         ("nobody", "no such variable or file.*object"),
-        ("number", "int is no schema"),
-        ("text", "--json text: not JSON"),
-        ('{"a":', "--json: not JSON"),
+        ("number", "int is not a schema"),
+        ("text", "--json text: not valid JSON"),
+        ('{"a":', "--json: not valid JSON"),
     ],
 )
 def test_anything_else_says_what_would_do(text: str, says: str) -> None:
