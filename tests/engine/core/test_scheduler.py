@@ -1,6 +1,7 @@
 """The scheduler without a model: a fake runner 'samples' the next integer."""
 
 import random
+import time
 
 import pytest
 
@@ -11,7 +12,7 @@ from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.request import Request, RequestStatus
 from engine.core.scheduler import Scheduler, must_end
 from engine.core.step import SchedulerOutput
-from engine.core.token_guide import COMPLETE
+from engine.core.token_guide import COMPLETE, REPETITION_STOP_REASON
 from engine.params.sampling_params import SamplingParams
 
 
@@ -579,3 +580,51 @@ def test_hashes_that_collide_give_nobody_anothers_blocks(monkeypatch):
         scheduler.add(request)
         Driver(scheduler, pool).run()
     assert [request.num_cached_tokens for request in requests] == [0, 0, 4]
+
+
+def test_a_stop_token_may_be_the_first_that_min_tokens_allows():
+    scheduler, pool = make_scheduler()
+    request = make_request("a", 3, max_tokens=9, eos_token_ids=frozenset({1002}))
+    request.params = request.params.replace(min_tokens=3)
+    scheduler.add(request)
+    Driver(scheduler, pool).run()
+    assert (len(request.output_token_ids), request.status) == (3, RequestStatus.FINISHED_STOPPED)
+
+
+def test_a_guide_that_finds_repetition_ends_its_request_and_names_the_reason():
+    scheduler, pool = make_scheduler()
+    guide = WaitingGuide()
+    guide.advance = lambda token_id: REPETITION_STOP_REASON if token_id == 1002 else None
+    request = make_request("guided", 5, 10, guide=guide)
+    scheduler.add(request)
+    Driver(scheduler, pool).run()
+    assert (request.status, request.status.finish_reason) == (RequestStatus.FINISHED_REPETITION, "repetition")
+    assert (len(request.output_token_ids), request.stop_reason) == (3, REPETITION_STOP_REASON)
+
+
+def test_a_request_that_waits_for_its_guide_leaves_the_whole_budget_to_others():
+    scheduler, pool = make_scheduler(budget=8)
+    scheduler.add(make_request("guided", 4, 6, guide=WaitingGuide()))
+    driver = Driver(scheduler, pool)
+    assert scheduled_now(driver) == [("guided", 0, 4)]
+    scheduler.add(make_request("long", range(100, 140)))
+    assert scheduled_now(driver) == [("long", 0, 8)]
+
+
+def test_the_end_of_one_request_leaves_the_siblings_of_others_waiting_for_theirs():
+    scheduler, pool = make_scheduler(caching=False)
+    gone, parent = make_request("gone", range(50, 62)), make_request("a", 12)
+    child, orphan = make_request("a", 12, index=1), make_request("gone", range(50, 62), index=1)
+    scheduler.add(gone)
+    scheduler.add(parent)
+    scheduler.add(child, fork_of=parent)
+    scheduler.add(orphan, fork_of=gone)
+    before = time.monotonic()
+    scheduler.finish(gone, RequestStatus.FINISHED_ABORTED)
+    assert before <= gone.metrics.finished_time <= time.monotonic()
+    assert scheduled_now(Driver(scheduler, pool)) == [("a", 0, 12), ("a", 8, 4), ("gone", 0, 12)]
+    assert pool.num_held_blocks == 3 + 1 + 3
+    late = make_request("a", 12, index=2)
+    scheduler.add(late, fork_of=parent)
+    scheduler.finish(late, RequestStatus.FINISHED_ABORTED)
+    assert scheduler._forks == {}, "nothing is kept of what is over"
