@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections import Counter
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -55,8 +56,9 @@ def parity(kv_cache_dtype: str = "auto") -> dict[str, str]:
                 engine.start(chunk=16)
             for prompt, theirs, request in zip(prompts, expected, engine.generate(prompts, NUM_TOKENS), strict=True):
                 kinds[_compare(model, prompt, theirs, request.output_token_ids)] += 1
-        paged = isinstance(engine.backend, PagedBackend)
-        found[name] = f"{engine.backend.calls if paged else 'contiguous: ' + str(engine.note)} {dict(kinds)}"  # type: ignore[union-attr]
+        backend = engine.backend
+        how = backend.calls if isinstance(backend, PagedBackend) else f"contiguous: {engine.note}"
+        found[name] = f"{how} {dict(kinds)}"
         engine.backend.close()
     return found
 
@@ -89,7 +91,7 @@ def pools() -> dict[str, dict[str, float]]:
                 continue
             for leaves, pool in zip(engine.backend.groups, engine.backend.pools, strict=True):
                 spec = group_spec(leaves, engine.backend.block_size, 512, dtype)
-                planned = num_blocks * (spec.state_bytes or spec.bytes_per_token * spec.block_size)
+                planned = num_blocks * spec.bytes_per_block
                 pool.release()
                 before = _memory_in_use()
                 pool.grow(num_blocks)
@@ -154,7 +156,7 @@ def _timed(engine: BareEngine, prompt: list[int]) -> float:
 def main() -> int:
     """Print one JSON object; fails where a token is wrong or a pool is off the plan by 1%."""
     only = set(sys.argv[1:]) or {"parity", "pools", "hybrid"}
-    report: dict[str, Any] = {"device": describe_device().name, "mlx": mx.__version__}
+    report: dict[str, Any] = {"device": describe_device().name, "mlx": version("mlx")}
     for check in (parity, pools, hybrid):
         if check.__name__ in only:
             report[check.__name__] = check()

@@ -10,14 +10,16 @@ import pytest
 from traitlets.config import Config
 
 from tests.vm_magic import fakes
+from vm_magic.state import session
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def shell(engine_shell: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name, stand_in in fakes.replacements():
-        monkeypatch.setattr(f"vm_magic.state.session.{name}", stand_in)
+    for name in fakes.REPLACED:  # so that the real ones come back
+        monkeypatch.setattr(session, name, getattr(session, name))
+    fakes.install()
     return engine_shell
 
 

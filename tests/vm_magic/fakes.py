@@ -1,39 +1,55 @@
 """A scripted model: the LLM's doors without an engine. Words, delays and failures are set per instance."""
 
-import logging
-import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from engine.batch.bench import BenchResult, BenchRow
 from engine.chat.request import Account, ChatRequest, PreparedRequest, PromptRequest
 from engine.errors import EngineClosedError, ModelNotFoundError
+from engine.memory.cache_spec import FullAttentionSpec
+from engine.memory.plan import MemoryPlan
 from engine.models.weight_format import CachedModel
-from engine.outputs import CompletionDelta, CompletionOutput, RequestMetrics, RequestOutput
+from engine.outputs import CompletionDelta
 from engine.params.engine_args import EngineArgs
 from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
+from engine.runtime.metrics import EngineMetrics
+from engine.runtime.stream import RequestStream
 from engine.text.parse.output_parser import OutputParser, make_output_parser
+from tests.memory_plans import make_plan
+from vm_magic.state import session
+from vm_magic.state.session import Progress
+
+if TYPE_CHECKING:  # for mypy each stand-in is a subclass, so that its signatures cannot drift from the real class's
+    from engine.batch.bench import Bench as _Bench
+    from engine.llm import LLM as _LLM
+    from engine.openai.server import ServerHandle as _ServerHandle
+    from engine.runtime.llm_engine import EngineStats as _EngineStats
+else:  # a kernel under test needs neither MLX nor a web server
+    _Bench = _LLM = _ServerHandle = _EngineStats = object
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 MEMORY = {"bytes": 1_000_000}
 MADE: list["FakeLLM"] = []
 
 
-@dataclass
-class FakePlan:
-    model_memory: int = 145_000_000
-    max_model_len: int = 2048
-
-    def log_line(self) -> str:
-        return "metal_limit=51.54GB, fraction=0.90, usable_metal=46.39GB, num_blocks=128, max_tokens_cached=2048"
+GIGABYTE = 10**9
+MODEL_BYTES = 145_000_000
 
 
-@dataclass
-class FakeStats:
+def small_plan() -> MemoryPlan:
+    """A plan of 128 blocks, 2048 tokens, on a 64 GB Mac."""
+    group = FullAttentionSpec((0,), 22_500_000)
+    return make_plan(groups=[group], device_limit=51.54 * GIGABYTE, model_memory=MODEL_BYTES, context_length=2048)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeStats(_EngineStats):
     num_running: int = 0
     num_waiting: int = 0
     num_blocks: int = 128
@@ -43,18 +59,18 @@ class FakeStats:
     kv_cache_usage: float = 0.25
 
 
-@dataclass
-class FakeServer:
-    model: str
-    port: int
-    host: str
-    api_key: str | None
-    options: Mapping[str, Any]
-    running: bool = True
-    base_url: str = field(init=False)
+class FakeServer(_ServerHandle):
+    """A port that nobody listens on. ``options``: what was asked of it beside what a test may ask it for."""
 
-    def __post_init__(self) -> None:
-        self.base_url = f"http://{self.host}:{self.port}/v1"
+    running = True
+
+    def __init__(self, model: str, port: int, host: str, api_key: str | None, options: Mapping[str, Any]) -> None:
+        self.model = model
+        self.port = port
+        self.host = host
+        self.api_key = api_key
+        self.options = options
+        self.base_url = f"http://{host}:{port}/v1"
 
     def stop(self) -> None:
         self.running = False
@@ -63,74 +79,71 @@ class FakeServer:
         return f"{self.model} at {self.base_url}"
 
 
-class FakeStream:
+class FakeStream(RequestStream):
     """Gives the words of ``script`` one by one from a thread, as the engine's thread would."""
 
     def __init__(
         self, prompt_ids: list[int], params: SamplingParams, script: list[str], delay: float, fail: bool
     ) -> None:
-        self.prompt_token_ids = prompt_ids
-        self.params = params
-        self.finished = False
-        self.aborted = False
-        self.interrupt_after: int | None = None
-        self._deltas: queue.Queue[CompletionDelta] = queue.Queue()
-        self._all: list[CompletionDelta] = []
-        self._over = threading.Event()
         self._stop = threading.Event()
+        super().__init__("r", None, prompt_ids, params, self._stop.set)
+        self.num_cached_tokens = 4
+        self.interrupt_after: int | None = None
         self._fail = fail
-        self._metrics = RequestMetrics(arrival_time=time.monotonic())
         threading.Thread(target=self._produce, args=(script, delay), daemon=True).start()
+
+    @property
+    def aborted(self) -> bool:
+        return self._stop.is_set()
 
     def _produce(self, script: list[str], delay: float) -> None:
         limit = self.params.max_tokens if self.params.max_tokens is not None else len(script) + 1
-        self._metrics.first_token_time = time.monotonic()
+        self.metrics.first_token_time = time.monotonic()
         for i, word in enumerate(script[:limit]):
             if self._stop.wait(delay):
                 break
-            self._put(CompletionDelta(0, word if i == 0 else f" {word}", [i]))
-        if not self._fail:
-            reason = "abort" if self._stop.is_set() else "length" if limit < len(script) else "stop"
-            self._put(CompletionDelta(0, "", [], finish_reason=reason))
-        self._metrics.last_token_time = time.monotonic()
-        self.finished = True
-        self._over.set()
-
-    def _put(self, delta: CompletionDelta) -> None:
-        self._all.append(delta)
-        self._deltas.put(delta)
+            self.put(CompletionDelta(0, word if i == 0 else f" {word}", [i]))
+        self.metrics.last_token_time = time.monotonic()
+        if self._fail:
+            self.end(EngineClosedError("the engine's thread failed; load the model again"))
+            return
+        reason = "abort" if self.aborted else "length" if limit < len(script) else "stop"
+        self.put(CompletionDelta(0, "", [], finish_reason=reason))
+        self.end()
 
     def drain(self, timeout: float | None = None) -> list[CompletionDelta]:
-        found = []
-        if self.interrupt_after is not None and len(self._all) >= self.interrupt_after:
+        if self.interrupt_after is not None and self.num_tokens >= self.interrupt_after:
             self.interrupt_after = None
             raise KeyboardInterrupt
-        try:
-            found.append(self._deltas.get(timeout=timeout))
-            while True:
-                found.append(self._deltas.get_nowait())
-        except queue.Empty:
-            return found
-
-    def abort(self) -> None:
-        self.aborted = True
-        self._stop.set()
-
-    def result(self) -> RequestOutput:
-        while not self._over.wait(0.05):
-            pass
-        if self._fail:
-            raise EngineClosedError("the engine's thread failed; load the model again")
-        text = "".join(d.text for d in self._all)
-        tokens = [t for d in self._all for t in d.token_ids]
-        completion = CompletionOutput(0, text, tokens, finish_reason=self._all[-1].finish_reason)
-        return RequestOutput("r", None, self.prompt_token_ids, [completion], True, None, self._metrics, 4)
+        return super().drain(timeout)
 
 
-class FakeLLM:
+class FakeBench(_Bench):
+    """Gives ``rows``; an exception among them is raised."""
+
+    def __init__(self, rows: Sequence[BenchRow | BaseException]) -> None:
+        self.rows = rows
+        self.result = BenchResult({"model": "tiny", "machine": "a <b>fast</b> one"}, notes=["a note"])
+
+    def run(self) -> Iterator[BenchRow]:
+        for row in self.rows:
+            if isinstance(row, BaseException):
+                raise row
+            self.result.rows.append(row)
+            yield row
+        self.result.complete = True
+
+
+class FakeLLM(_LLM):
     """What ``engine.LLM`` promises to the magics."""
 
-    def __init__(self, model: str, *, progress: Any = None, **options: Any) -> None:
+    closed = False
+    reasoning_parser: str | None = None
+    tool_call_parser: str | None = None
+    takes_tools = True
+    template_variables = frozenset({"enable_thinking"})
+
+    def __init__(self, model: str, *, progress: Progress | None = None, **options: Any) -> None:
         fake_find(EngineArgs(model))
         for done in range(0, 101, 20):
             if progress:
@@ -138,16 +151,13 @@ class FakeLLM:
             if model == "slow":
                 time.sleep(5)
         self.args = EngineArgs.from_options(model, options)
-        self.plan = FakePlan()
+        self.plan = small_plan()
         self.settings = Settings()
         self.notes = ["CPU: float32 (fastest here)"]
-        self.closed = False
+        self.metrics = EngineMetrics(self.args.names[0])
+        self.defaults = SamplingDefaults({}, {}, self.settings)
         self.servers: list[FakeServer] = []
-        self.reasoning_parser: str | None = None
-        self.tool_call_parser: str | None = None
         self.tokenizer: Any = None
-        self.takes_tools = True
-        self.template_variables = frozenset({"enable_thinking"})
         self.prompt_end = ""
         self.prepared: list[PreparedRequest] = []
         self.words = list(WORDS)
@@ -159,10 +169,6 @@ class FakeLLM:
         self.streams: list[FakeStream] = []
         MEMORY["bytes"] += 145_000_000
         MADE.append(self)
-
-    @property
-    def defaults(self) -> SamplingDefaults:
-        return SamplingDefaults({}, {}, self.settings)
 
     def sampling_params(self, **given: Any) -> SamplingParams:
         return self.defaults.resolve(given)
@@ -187,24 +193,43 @@ class FakeLLM:
             prompt_suffix=prompt + self.prompt_end,
         )
 
-    def submit(self, request: PreparedRequest) -> FakeStream:
+    def submit(
+        self,
+        request: PreparedRequest,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> FakeStream:
+        assert (request_id, priority, cache_salt) == (None, 0, None), "no magic sends these"
         self.prepared.append(request)
-        logging.getLogger("engine.fake").info("request submitted")
         stream = FakeStream(request.token_ids, request.params, self.words, self.delay, self.fail)
         stream.interrupt_after = self.interrupt_after
         self.streams.append(stream)
         return stream
 
-    def submit_prompt(self, prompt: str, params: SamplingParams) -> FakeStream:
-        return self.submit(self.prepare(PromptRequest(prompt=prompt, sampling=params)))
+    def submit_prompt(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        **fields: Any,
+    ) -> FakeStream:
+        prepared = self.prepare(PromptRequest(prompt=prompt, sampling=params, **fields))
+        return self.submit(prepared, request_id=request_id, priority=priority, cache_salt=cache_salt)
 
-    def serve(
-        self, port: int = 0, host: str = "127.0.0.1", api_key: Any = None, no_api_key: bool = False, **options: Any
-    ) -> FakeServer:
-        key = None if no_api_key else api_key[0] if api_key else "random"
+    def serve(self, port: int = 0, **options: Any) -> FakeServer:
+        host, keys = options.pop("host", "127.0.0.1"), options.pop("api_key", None)
+        key = None if options.pop("no_api_key", False) else keys[0] if keys else "random"
         self._stop_servers()
         self.servers.append(FakeServer(self.args.names[0], port or 54321, host, key, options))
         return self.servers[-1]
+
+    def bench(self, **options: Any) -> FakeBench:
+        raise AssertionError(f"a test brings its own bench; asked: {options}")
 
     @property
     def server(self) -> FakeServer | None:
@@ -224,14 +249,16 @@ class FakeLLM:
             server.stop()
 
 
-def fake_find(args: EngineArgs, progress: Any = None) -> None:
+def fake_llm(model: str, progress: Progress | None, **options: Any) -> FakeLLM:
+    return FakeLLM(model, progress=progress, **options)
+
+
+def fake_find(args: EngineArgs, progress: Progress | None = None) -> None:
     if args.model == "missing":
         raise ModelNotFoundError("no model named missing here; %vllm_metal load smollm2 fetches one")
 
 
 def fake_models() -> list[CachedModel]:
-    from pathlib import Path
-
     return [
         CachedModel("smollm2", Path("/m/smollm2.gguf"), 93_000_000, "gguf"),
         CachedModel("org/Tiny-0.1B", Path("/m/tiny"), 200_000_000, "folder"),
@@ -244,23 +271,23 @@ class PlanRecord:
     options: Mapping[str, Any]
 
 
+def fake_memory() -> int:
+    return MEMORY["bytes"]
+
+
 def fake_plan(model: str, **options: Any) -> PlanRecord:
     return PlanRecord(model, options)
 
 
-def replacements() -> Iterator[tuple[str, Any]]:
-    """(name in vm_magic.state.session, what stands in for it)."""
-    yield "new_llm", lambda model, progress, **options: FakeLLM(model, progress=progress, **options)
-    yield "find_model", fake_find
-    yield "memory_in_use", lambda: MEMORY["bytes"]
-    yield "new_plan", fake_plan
-    yield "new_plan_table", fake_plan
-    yield "cached_models", fake_models
+REPLACED = ("new_llm", "find_model", "memory_in_use", "new_plan", "new_plan_table", "cached_models")
+"""Functions of :mod:`vm_magic.state.session` that :func:`install` replaces."""
 
 
 def install() -> None:
     """Stand in for the engine in this process (a kernel under test runs this)."""
-    import vm_magic.state.session
-
-    for name, stand_in in replacements():
-        setattr(vm_magic.state.session, name, stand_in)
+    session.new_llm = fake_llm
+    session.find_model = fake_find
+    session.memory_in_use = fake_memory
+    session.new_plan = fake_plan
+    session.new_plan_table = fake_plan
+    session.cached_models = fake_models

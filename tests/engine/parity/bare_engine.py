@@ -1,12 +1,13 @@
 """Scheduler and runner around a model object: no tokenizer, no thread, small pools."""
 
 from collections.abc import Sequence
+from typing import Any, Self
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 from engine.core.block_pool import BlockPool
-from engine.core.cache_groups import FullAttentionGroup, SlidingWindowGroup
+from engine.core.cache_groups import FullAttentionGroup, KVCacheGroup, SlidingWindowGroup
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
@@ -25,7 +26,15 @@ BLOCK_SIZE = 8
 class BareEngine:
     """Greedy generation through the real scheduler, caches and runner, one step in flight."""
 
-    def __init__(self, model, *, paged=True, prefer_views=True, max_rows=None, kv_cache_dtype="auto"):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        paged: bool = True,
+        prefer_views: bool = True,
+        max_rows: int | None = None,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
         self.vocab_size = num_logits(model)
         self.backend, self.note = choose_backend(
             model, paged=paged, block_size=BLOCK_SIZE, kv_cache_dtype=kv_cache_dtype, device=describe_device().kind,
@@ -36,12 +45,13 @@ class BareEngine:
             self.backend.max_rows = max_rows or self.backend.max_rows
         self.start()
 
-    def start(self, *, num_blocks=400, chunk=512, caching=True, num_seqs=40):
+    def start(self, *, num_blocks: int = 400, chunk: int = 512, caching: bool = True, num_seqs: int = 40) -> Self:
         """Empty caches and pools of a chosen size."""
         caching = caching and self.backend.paged
-        groups = []
-        for leaves in self.backend.groups if isinstance(self.backend, PagedBackend) else [[None]]:
-            spec = leaves[0].spec if leaves[0] else None
+        groups: list[KVCacheGroup] = []
+        for spec in (
+            [each[0].spec for each in self.backend.groups] if isinstance(self.backend, PagedBackend) else [None]
+        ):
             if isinstance(spec, StateSpec):
                 groups.append(StateGroup(BlockPool(num_seqs + 8, enable_caching=caching), BLOCK_SIZE, min_tokens=8))
             elif isinstance(spec, SlidingWindowSpec):
@@ -82,6 +92,6 @@ class BareEngine:
         return requests
 
 
-def greedy(model, prompt: Sequence[int], num_tokens: int) -> list[int]:
+def greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
     """The oracle."""
     return [int(token) for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=num_tokens)]

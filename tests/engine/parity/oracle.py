@@ -2,19 +2,22 @@
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
+from numpy.typing import NDArray
 
 from engine.llm import LLM
 from engine.models.resolve import resolve
 from engine.params.engine_args import EngineArgs
 from engine.runner.load.loader import load_model
+from engine.runtime.llm_engine import LLMEngine
 
 
 @cache
-def oracle_model(name: str):
+def oracle_model(name: str) -> Any:
     return load_model(resolve(name), EngineArgs(model=name)).model
 
 
@@ -24,7 +27,7 @@ def oracle_tokens(name: str, prompt: Sequence[int], num_tokens: int) -> list[int
     return [token if isinstance(token, int) else int(token.item()) for token, _ in steps]
 
 
-def oracle_logprobs(name: str, tokens: Sequence[int]) -> np.ndarray:
+def oracle_logprobs(name: str, tokens: Sequence[int]) -> NDArray[np.float32]:
     """Log-probabilities [T, V] after each token of a sequence."""
     logits = oracle_model(name)(mx.array([list(tokens)]))[0].astype(mx.float32)
     return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
@@ -43,7 +46,7 @@ def shrink_pool(llm: LLM, num_blocks: int) -> None:
     from engine.core.cache_groups import FullAttentionGroup
     from engine.core.kv_cache_manager import KVCacheManager
 
-    def swap(engine):
+    def swap(engine: LLMEngine) -> None:
         old = engine.scheduler.kv.groups[0]
         pool = BlockPool(num_blocks, enable_caching=old.pool.enable_caching)
         engine.scheduler.kv = KVCacheManager([FullAttentionGroup(pool, old.block_size)])
@@ -57,4 +60,9 @@ def assert_nothing_is_held(llm: LLM) -> None:
     stats = llm.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
     assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
-    llm._thread.call(lambda engine: [group.pool.check() for group in engine.scheduler.kv.groups])
+
+    def check(engine: LLMEngine) -> None:
+        for group in engine.scheduler.kv.groups:
+            group.pool.check()
+
+    llm._thread.call(check)

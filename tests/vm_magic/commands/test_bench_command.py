@@ -1,33 +1,16 @@
 """``%vllm_metal bench``: its table, over an engine that measures nothing."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from engine.batch.bench import BenchResult, BenchRow
+from engine.batch.bench import BenchRow
 from engine.errors import EngineClosedError
-from tests.vm_magic.fakes import FakeLLM
+from tests.vm_magic.fakes import FakeBench, FakeLLM
 from tests.vm_magic.helpers import line, shown
 from vm_magic.show.errors import Interrupted, MagicUsageError
 
 ROWS = [BenchRow("prefill", 512, 1, 0.25, 2048.0, 512), BenchRow("decode", 32, 4, 1.5, 100.0, 400)]
-
-
-class FakeBench:
-    """Gives ``ROWS``; an exception among them is raised."""
-
-    def __init__(self, rows: list[Any]) -> None:
-        self.rows = rows
-        self.result = BenchResult({"model": "tiny", "machine": "a <b>fast</b> one"}, notes=["a note"])
-
-    def run(self) -> Iterator[BenchRow]:
-        for row in self.rows:
-            if isinstance(row, BaseException):
-                raise row
-            self.result.rows.append(row)
-            yield row
-        self.result.complete = True
 
 
 def test_the_table_has_numbers_machine_and_notes(shell: Any, loaded: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +20,7 @@ def test_the_table_has_numbers_machine_and_notes(shell: Any, loaded: FakeLLM, mo
         asked.update(options)
         return FakeBench(list(ROWS))
 
-    monkeypatch.setattr(FakeLLM, "bench", lambda _, **options: bench(**options), raising=False)
+    monkeypatch.setattr(FakeLLM, "bench", lambda _, **options: bench(**options))
     table = line(shell, "bench --seconds 3 --batch 1,4")
     assert asked == {"seconds": 3.0, "batch_sizes": (1, 4)}
     text = repr(table)
@@ -55,7 +38,7 @@ def test_the_table_has_numbers_machine_and_notes(shell: Any, loaded: FakeLLM, mo
 
 def test_stopping_shows_what_was_measured(shell: Any, loaded: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeBench([ROWS[0], KeyboardInterrupt()])
-    monkeypatch.setattr(FakeLLM, "bench", lambda _, **options: fake, raising=False)
+    monkeypatch.setattr(FakeLLM, "bench", lambda _, **options: fake)
     with pytest.raises(Interrupted, match="the table has what was measured"):
         line(shell, "bench")
     assert "512 tokens" in shown(shell)["text/plain"]

@@ -1,5 +1,6 @@
 """Settings, status, lists and logs."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -54,22 +55,22 @@ def test_models_are_listed_with_their_sizes(shell: Any) -> None:
     assert "<td" in table._repr_html_()
 
 
-def test_logs_show_the_engines_latest_lines(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+def test_logs_show_the_latest_lines_of_the_engine_and_of_the_magics(
+    shell: Any, loaded: fakes.FakeLLM, capsys: Capture
+) -> None:
     line(shell, "logs")
     assert "INFO vm_magic.commands.load: metal_limit=51.54GB" in capsys.readouterr().out
-    line(shell, "chat hi")
+    logging.getLogger("engine.runtime").info("a line of the engine")
+    logging.getLogger("another").info("a line of somebody else")
     line(shell, "logs 1")
-    assert "request submitted" in capsys.readouterr().out
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 1
+    assert shown[0].endswith("INFO engine.runtime: a line of the engine")
 
 
 def test_metrics_are_a_table_without_buckets(shell: Any, loaded: fakes.FakeLLM) -> None:
-    from prometheus_client import CollectorRegistry, Counter, Histogram
-
-    registry = CollectorRegistry()
-    Counter("vllm:prompt_tokens", "-", ["model_name"], registry=registry).labels("smollm2").inc(5)
-    Histogram("vllm:e2e_request_latency_seconds", "-", registry=registry).observe(1)
-    loaded.metrics = type("Metrics", (), {"registry": registry})()  # type: ignore[attr-defined]
+    loaded.metrics.observe_preemption()
     text = repr(line(shell, "metrics"))
-    assert "vllm:prompt_tokens_total" in text
-    assert "_sum" in text
+    assert [row.split()[-1] for row in text.splitlines() if "vllm:num_preemptions_total" in row] == ["1"]
+    assert "vllm:e2e_request_latency_seconds_sum" in text
     assert "_bucket" not in text
