@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from engine.batch.bench import Bench
     from engine.memory.plan import MemoryPlan
     from engine.openai.server import ServerHandle
-    from engine.runtime.llm_engine import EngineStats, LLMEngine
+    from engine.runtime.activity import EngineStats
+    from engine.runtime.llm_engine import LLMEngine
 
 logger = logging.getLogger("engine")
 Progress = Callable[[str, int, int], None]

@@ -142,9 +142,11 @@ class Scheduler:
 
     def _fair_share(self, request: Request, missing: int) -> int:
         """At most half of the budget for one prefill while others want to start."""
+        if missing <= 1:  # first: a decode would look at all the others for nothing
+            return missing
         others = any(r is not request and self._num_missing(r) > 1 for r in self.running)
         room = len(self.running) < self.max_num_seqs
-        if missing > 1 and (others or (self.waiting and room)):
+        if others or (self.waiting and room):
             return min(missing, max(1, self.max_num_batched_tokens // 2))
         return missing
 

@@ -1,4 +1,4 @@
-"""What the engine is doing, as values to look at: requests under way, blocks by holder, speed over time."""
+"""What the engine is doing, as values: requests under way, counters, blocks by holder, speed over time."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -56,31 +56,48 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine's counters between two steps. ``prefix_*`` and the last three count since the model was loaded.
+
+    ``num_running`` and ``num_waiting`` count completions: a request with ``n`` of them counts ``n`` times.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_free_blocks: int = 0
+    kv_cache_usage: float = 0.0
+    prefix_queries: int = 0
+    """Tokens of all prompts."""
+    prefix_hits: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    """Computed here, not found in the prefix cache."""
+    generation_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Activity:
-    """A look at the engine between two steps. ``prefix_*`` count since loading.
+    """A snapshot of the engine between two steps: its requests and its counters.
 
     ``rates`` has an entry per second with tokens, oldest first; ``second`` is the clock's now.
     """
 
     requests: tuple[RequestActivity, ...]
-    num_blocks: int
-    num_used_blocks: int
-    num_cached_blocks: int
-    kv_cache_usage: float
-    prefix_queries: int
-    prefix_hits: int
-    num_preemptions: int
+    stats: EngineStats
     rates: tuple[Rate, ...]
     second: int
 
     @property
     def num_running(self) -> int:
-        """Requests that the scheduler runs."""
+        """Requests that the scheduler runs, each counted once."""
         return sum(request.state == "running" for request in self.requests)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait, preempted ones included."""
+        """Requests that wait, preempted ones included, each counted once."""
         return len(self.requests) - self.num_running
 
 

@@ -38,7 +38,8 @@ class EngineThread:
         self._build: Callable[[], BuiltEngine] | None = build
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._built: Future[BuiltEngine] = Future()
-        self._streams: dict[str, RequestStream] = {}
+        self._handed_over: dict[str, RequestStream] = {}
+        """Streams of requests that the engine has not taken yet; it keeps the others."""
         self._lock = threading.Lock()
         self._closing = False
         self._failure: BaseException | None = None
@@ -63,8 +64,8 @@ class EngineThread:
         """Hand a request over; its news come through ``stream``."""
         with self._lock:
             self._check_open()
-            self._streams[request.request_id] = stream
-        self._about(request.request_id, "queued", lambda engine: engine.add_request(request, stream))
+            self._handed_over[request.request_id] = stream
+        self._about(request.request_id, "queued", lambda engine: self._add(engine, request, stream))
 
     def abort(self, request_id: str) -> None:
         """End a request soon. Safe for ids that are unknown or over."""
@@ -118,6 +119,11 @@ class EngineThread:
 
         self._commands.put(guarded)
 
+    def _add(self, engine: LLMEngine, request: NewRequest, stream: RequestStream) -> None:
+        with self._lock:
+            self._handed_over.pop(request.request_id, None)
+        engine.add_request(request, stream)
+
     def _check_open(self) -> None:
         if self._closing or self._failure is not None or not self._thread.is_alive():
             raise self._closed_error()
@@ -146,7 +152,7 @@ class EngineThread:
         finally:
             with self._lock:
                 self._closing = True
-            self._end_streams()
+            self._end_streams(engine)
             engine.close()
 
     def _make(self) -> LLMEngine | None:
@@ -178,7 +184,6 @@ class EngineThread:
                 log.tick(idle=not engine.has_work)
             except Exception as error:  # noqa: BLE001  (a failing step: its requests are told, the engine goes on)
                 engine.fail_step(_failure("the model failed", error))
-            self._forget_finished()
 
     def _take_commands(self, engine: LLMEngine) -> bool:
         """Run what others asked for; waits while there is no work. False: close."""
@@ -193,15 +198,10 @@ class EngineThread:
             command(engine)
             block = False
 
-    def _forget_finished(self) -> None:
+    def _end_streams(self, engine: LLMEngine) -> None:
         with self._lock:
-            for request_id in [name for name, stream in self._streams.items() if stream.finished]:
-                del self._streams[request_id]
-
-    def _end_streams(self) -> None:
-        with self._lock:
-            streams, self._streams = list(self._streams.values()), {}
-        for stream in streams:
+            streams, self._handed_over = list(self._handed_over.values()), {}
+        for stream in (*streams, *engine.streams()):
             stream.end(self._closed_error())
 
 

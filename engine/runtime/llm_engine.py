@@ -14,7 +14,7 @@ from engine.outputs import THINKING_CUTS, CompletionDelta, LogprobsAtPosition
 from engine.params.live_sampling import LiveSampling
 from engine.params.sampling_params import SamplingParams
 from engine.runner.model_runner import InFlightStep, ModelRunner, PromptLogprobs, SampledToken, StepResult
-from engine.runtime.activity import Throughput
+from engine.runtime.activity import EngineStats, Throughput
 from engine.runtime.metrics import EngineMetrics
 from engine.runtime.stream import RequestStream
 from engine.text.tokens.detokenizer import Detokenizer
@@ -24,26 +24,6 @@ PATIENCE = 5.0
 """Seconds that a request waits for memory while nothing else runs; then it ends with an error."""
 MEMORY_HELP = "free memory on this device, lower max_num_seqs, or load a smaller model"
 MakeDetokenizer = Callable[[list[int], SamplingParams], Detokenizer]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A look at the engine between two steps. ``prefix_*`` and the last three count since loading."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_blocks: int = 0
-    num_used_blocks: int = 0
-    num_cached_blocks: int = 0
-    num_free_blocks: int = 0
-    kv_cache_usage: float = 0.0
-    prefix_queries: int = 0
-    """Tokens of all prompts."""
-    prefix_hits: int = 0
-    num_preemptions: int = 0
-    prompt_tokens: int = 0
-    """Computed here, not found in the prefix cache."""
-    generation_tokens: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -185,6 +165,10 @@ class LLMEngine:
     def requests(self) -> list[list[Request]]:
         """The completions of every request under way, in order of arrival."""
         return [[completion.request for completion in group.completions] for group in self._groups.values()]
+
+    def streams(self) -> list[RequestStream]:
+        """The streams of every request under way."""
+        return [group.stream for group in self._groups.values()]
 
     def fail_request(self, request_id: str, error: VMMagicError) -> None:
         """End one request with an error. Unknown ids are over already."""

@@ -69,16 +69,9 @@ class SnapshotPoller(Generic[T]):
 def snapshot_activity(engine: LLMEngine) -> Activity:
     """All requests under way, in order of arrival, and the engine's counters."""
     now = time.monotonic()
-    stats = engine.stats()
     return Activity(
         requests=tuple(_request(requests, now) for requests in engine.requests()),
-        num_blocks=stats.num_blocks,
-        num_used_blocks=stats.num_used_blocks,
-        num_cached_blocks=stats.num_cached_blocks,
-        kv_cache_usage=stats.kv_cache_usage,
-        prefix_queries=stats.prefix_queries,
-        prefix_hits=stats.prefix_hits,
-        num_preemptions=stats.num_preemptions,
+        stats=engine.stats(),
         rates=engine.throughput.recent(now),
         second=int(now),
     )

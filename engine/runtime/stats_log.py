@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from engine.runtime.llm_engine import EngineStats
+from engine.runtime.activity import EngineStats
 
 logger = logging.getLogger("engine")
 INTERVAL_SECONDS = 10.0
@@ -34,7 +34,7 @@ class StatsLog:
 
 
 def line(before: EngineStats, now: EngineStats, seconds: float) -> str:
-    """The line in vLLM's words, for the ``seconds`` between two looks."""
+    """The line in vLLM's words, for the ``seconds`` between ``before`` and ``now``."""
     queries = now.prefix_queries - before.prefix_queries
     hits = now.prefix_hits - before.prefix_hits
     return (

@@ -140,7 +140,7 @@ def head_html(snapshot: PanelSnapshot) -> str:
     parts = [
         f"{activity.num_running} running, {activity.num_waiting} waiting",
         f"{speed:.1f} tokens/s" if speed else "idle" if not activity.requests else "prefill",
-        f"{activity.num_used_blocks} of {activity.num_blocks} blocks used",
+        f"{activity.stats.num_used_blocks} of {activity.stats.num_blocks} blocks used",
         f"port {port.port}" if port is not None else "port closed",
     ]
     return _head(snapshot.llm.args.names[0], parts)

@@ -628,3 +628,20 @@ def test_the_end_of_one_request_leaves_the_siblings_of_others_waiting_for_theirs
     scheduler.add(late, fork_of=parent)
     scheduler.finish(late, RequestStatus.FINISHED_ABORTED)
     assert scheduler._forks == {}, "nothing is kept of what is over"
+
+
+def test_scheduling_decodes_asks_each_request_a_fixed_number_of_times(monkeypatch):
+    def questions(num_requests):
+        scheduler, pool = make_scheduler(num_blocks=1000, max_num_seqs=num_requests, budget=256)
+        for number in range(num_requests):
+            scheduler.add(make_request(str(number), range(number * 10, number * 10 + 2), max_tokens=40))
+        driver = Driver(scheduler, pool)
+        while sum(request.num_output_tokens > 1 for request in scheduler.running) < num_requests:
+            driver.step()
+        asked, num_missing = [], Scheduler._num_missing
+        monkeypatch.setattr(Scheduler, "_num_missing", lambda self, r: asked.append(r) or num_missing(self, r))
+        assert len(driver.step().scheduled_requests) == num_requests
+        monkeypatch.undo()
+        return len(asked)
+
+    assert questions(64) == 8 * questions(8)

@@ -43,7 +43,7 @@ def test_the_cached_share_of_a_prompt_is_told(scripted_llm: Callable[..., LLM]) 
     share = llm.activity().requests[0].cached_share
     assert share is not None
     assert 0.5 < share < 1
-    assert llm.activity().prefix_hits > 0
+    assert llm.activity().stats.prefix_hits > 0
     stream.abort()
 
 

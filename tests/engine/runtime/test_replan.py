@@ -7,6 +7,7 @@ import pytest
 from engine.errors import ConfigError, ContextLengthError, MemoryInUseError, MemoryPlanError
 from engine.llm import LLM
 from engine.params.sampling_params import SamplingParams
+from engine.runtime.stream import RequestStream
 from tests.engine.parity.oracle import assert_nothing_is_held, mixed_prompts
 from tests.engine.parity.tiny_architectures import CONFIGS
 
@@ -174,7 +175,8 @@ def test_the_new_plan_is_what_everyone_sees(plain):
 def test_a_request_made_under_the_plan_before_is_refused_by_the_new_one(plain):
     plain.replan(fraction=0.5, max_num_seqs=6, max_model_len=512)
     late = plain._requests.make("late", [5] * 100, GREEDY, max_model_len=512)
+    stream = RequestStream("late", None, late.prompt_token_ids, GREEDY, abort=lambda: None)
     plain.replan(max_model_len=128)
     with pytest.raises(ContextLengthError, match="maximum context length is 128"):
-        plain._thread.call(lambda engine: engine.add_request(late, None))
+        plain._thread.call(lambda engine: engine.add_request(late, stream))
     plain.replan(max_model_len=512)

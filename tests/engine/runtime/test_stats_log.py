@@ -3,7 +3,7 @@
 import logging
 from dataclasses import replace
 
-from engine.runtime.llm_engine import EngineStats
+from engine.runtime.activity import EngineStats
 from engine.runtime.stats_log import StatsLog
 
 
