@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # for mypy each stand-in is a subclass, so that its signature
     from engine.batch.bench import Bench as _Bench
     from engine.llm import LLM as _LLM
     from engine.openai.server import ServerHandle as _ServerHandle
-    from engine.runtime.llm_engine import EngineStats as _EngineStats
+    from engine.runtime.activity import EngineStats as _EngineStats
 else:  # a kernel under test needs neither MLX nor a web server
     _Bench = _LLM = _ServerHandle = _EngineStats = object
 
