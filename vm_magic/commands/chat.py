@@ -17,8 +17,9 @@ from vm_magic.commands.base import Context, TextCommand
 from vm_magic.commands.history import conversation_names
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.cards import speed_text
-from vm_magic.show.display import WAITING, NotebookView, ReplyView, SilentView, TerminalView, can_update, open_handle
+from vm_magic.show.display import WAITING, NotebookView, ReplyView, SilentView, TerminalView
 from vm_magic.show.errors import Interrupted
+from vm_magic.show.handle import can_update, open_handle
 from vm_magic.show.reply_bundle import reply_bundle
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.state.chat_flags import SAMPLING_FLAGS, TOOL_CHOICES, add_chat_flags
@@ -204,7 +205,7 @@ def _say_how_it_ended(reply: Reply, generation: Running, parsed: argparse.Namesp
 
 
 def chat_options(parsed: argparse.Namespace, namespace: Mapping[str, Any]) -> ChatOptions:
-    """What the flags of one message say. Raises RequestError for schemas and tools that are none."""
+    """What the flags of one message say. Raises RequestError for a wrong schema or tool."""
     given = vars(parsed)
     tools: tuple[NotebookTool, ...] = ()
     if given.get("tools"):

@@ -40,7 +40,7 @@ class Connect(LineCommand):
         parser.add_argument("--close", action="store_true", help="end the connection")
 
     def execute(self, context: Context, parsed: argparse.Namespace) -> None:
-        """Do so, and print what came of it."""
+        """Connect or disconnect, and print the result."""
         print(connect(context.session, parsed, context.shell.user_ns))
         leave_panel()
 

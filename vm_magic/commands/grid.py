@@ -74,7 +74,7 @@ class Grid(TextCommand):
             metavar="SCHEMA",
             help="replies are JSON of this schema: JSON text, a variable (dict or pydantic model), a file, or: object",
         )
-        parser.add_argument("--resume", action="store_true", help="take what the last map or grid has done from there")
+        parser.add_argument("--resume", action="store_true", help="take over what the last map or grid has done")
         parser.add_argument(
             "-o",
             "--out",
@@ -109,7 +109,7 @@ class Grid(TextCommand):
             ) from None
         except BaseException:
             if bar is not None:
-                bar.replace({"text/plain": "no prompt was sent to its end"})
+                bar.replace({"text/plain": "no prompt was completed"})
             raise
         return _file(shell, frame, parsed, bar, returned=not cell)
 
@@ -203,7 +203,7 @@ def _axis(name: str, value: Any) -> tuple[Any, bool]:
         return value.to_frame(name), True
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
         raise RequestError(
-            f"--over {name}: a DataFrame, a Series or a list is wanted, not {type(value).__name__}", param="over"
+            f"--over {name}: expected a DataFrame, a Series or a list, not {type(value).__name__}", param="over"
         )
     items = list(value)
     if items and all(isinstance(item, Mapping) for item in items):

@@ -140,7 +140,7 @@ def _find(text: str, model_id: str, path: Path) -> tuple[str, tuple[int, int] | 
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        raise ConfigError(f"{path}{line}: not valid YAML; mend it first, nothing was written", flag="llm") from None
+        raise ConfigError(f"{path}{line}: not valid YAML; correct it first, nothing was written", flag="llm") from None
     if root is None:
         return "", None
     if not isinstance(root, yaml.SequenceNode) or root.flow_style:
@@ -162,7 +162,7 @@ def _read_keys(path: Path) -> dict[str, Any]:
     except ValueError:
         known = None
     if not isinstance(known, dict):
-        raise ConfigError(f"{path} is not a JSON object; mend it first, nothing was written", flag="llm")
+        raise ConfigError(f"{path} is not a JSON object; correct it first, nothing was written", flag="llm")
     return known
 
 

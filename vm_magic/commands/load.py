@@ -36,7 +36,7 @@ class Load(EngineCommand, LineCommand):
 
 
 def load_model(context: Context, model: str, options: dict[str, Any]) -> None:
-    """Load and say what came of it; ■ leaves nothing half-loaded."""
+    """Load, and print and log the result; ■ leaves nothing half-loaded."""
     session = context.session
     shown: list[LoadProgress] = []
 

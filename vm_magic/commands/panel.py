@@ -7,7 +7,7 @@ from IPython.display import display
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.parser import CommandParser
 from vm_magic.panel import close_left_panel, close_panel, open_panel, panel_bundle, panel_line
-from vm_magic.show.display import can_update
+from vm_magic.show.handle import can_update
 
 
 class Panel(LineCommand):
@@ -30,6 +30,6 @@ class Panel(LineCommand):
 
 
 def leave_panel() -> None:
-    """Close a panel of what the notebook left, and say so."""
+    """Close a panel that shows a model which the notebook no longer uses, and say so."""
     if close_left_panel():
-        print("the panel is closed with what it showed; %vllm_metal panel opens the one of what is asked now")
+        print("the panel is closed: it showed another model; %vllm_metal panel opens the one for the model in use now")

@@ -57,7 +57,8 @@ class Plan(EngineCommand, LineCommand):
         parser.epilog = (
             "Several values with commas give a table: --max-model-len 32K,64K --gpu-memory-utilization 0.6,0.9\n"
             f"(also {listed}).\n"
-            "Without MODEL: the plan in force, or what it would be with another fraction, length, number or type."
+            "Without MODEL: the plan of the loaded model, or what it would be with another fraction, length, number or "
+            "type."
         )
 
     def execute(self, context: Context, parsed: argparse.Namespace) -> Any:

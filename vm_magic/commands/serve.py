@@ -21,7 +21,7 @@ SERVER_SWITCHES = {
     "trust_request_chat_template": "let requests bring their own chat template",
     "enable_request_id_headers": "answer with X-Request-Id",
     "enable_log_requests": "log each request (%%vllm_metal logs)",
-    "enable_force_include_usage": "tell usage at the end of every stream, asked for or not",
+    "enable_force_include_usage": "send usage at the end of every stream, requested or not",
     "exclude_tools_when_tool_choice_none": "leave tools out of the prompt of a request with tool_choice none",
 }
 SERVER_OPTIONS = (

@@ -105,7 +105,7 @@ def _forget_config(shell: Any) -> None:
 
 
 def _close_session() -> bool:
-    """Free the model and forget the session. Says whether there was one: until a command ran, there is none."""
+    """Free the model and forget the session. Says whether there was one: the first command makes it."""
     if "vm_magic.state.session" not in sys.modules:
         return False
     from vm_magic.state.session import close_session, peek_session

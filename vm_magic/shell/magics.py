@@ -26,7 +26,7 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
         self.logs = logs
 
     def configure(self, values: Mapping[str, Any]) -> None:
-        """Set ``values`` as a configuration file does. A bad one is said in one line, and the others hold."""
+        """Set ``values`` as a configuration file does. A bad one is reported in one line; the others are kept."""
         for name, value in values.items():
             try:
                 self.update_config(Config({type(self).__name__: {name: value}}))

@@ -1,4 +1,4 @@
-"""Tells of a module of the user's that is named ``engine``, as ours is. Imports nothing of the project."""
+"""Recognizes a module of the user's that is named ``engine``, as ours is. Imports nothing of the project."""
 
 import sys
 from importlib.util import find_spec

@@ -3,12 +3,11 @@
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
-
-from IPython.core.displaypub import DisplayPublisher
+from typing import Literal, Protocol
 
 from engine.batch.scored_token import unlikely_text
-from vm_magic.show.reply_bundle import Bundle, Format, growing_bundle, reply_bundle
+from vm_magic.show.handle import Bundle
+from vm_magic.show.reply_bundle import Format, growing_bundle, reply_bundle
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.tool_cards import call_line
 
@@ -18,11 +17,6 @@ UPDATE_INTERVAL = 1 / 15
 """Seconds between two updates of a display handle: quick enough to read along, light on the browser."""
 PICTURE_INTERVAL = 1 / 4
 """The same where each token is a coloured span: several hundred bytes each."""
-
-
-def can_update(shell: Any) -> bool:
-    """Whether ``shell`` can replace what it displayed (a notebook); a terminal prints a new copy."""
-    return type(shell.display_pub) is not DisplayPublisher
 
 
 class ReplyView(Protocol):
@@ -121,34 +115,3 @@ class TerminalView:
                 break
             sys.stdout.write(f"{chr(10) if self._written or self._num_calls else ''}{call_line(call, outcome)}")
             self._num_calls += 1
-
-
-class DisplayHandle:
-    """One place in a cell's output: the first call displays a bundle there, later ones replace it.
-
-    Safe from any thread: ipykernel keeps the header of the cell in a context variable; what is shown
-    runs in a copy of the opening cell's context, so it lands there whatever runs by then. An interrupt
-    while the first one is sent leaves a handle that replaces it all the same.
-    """
-
-    def __init__(self, shell: Any) -> None:
-        import contextvars
-        import uuid
-
-        self._shell = shell
-        self._transient = {"display_id": uuid.uuid4().hex}
-        self._context = contextvars.copy_context()
-        self._opened = False
-
-    def __call__(self, bundle: Bundle) -> None:
-        """Show ``bundle``."""
-        opened, self._opened = self._opened, True
-        publish = self._shell.display_pub.publish
-        self._context.copy().run(publish, bundle, {}, transient=self._transient, update=opened)
-
-
-def open_handle(shell: Any, bundle: Bundle) -> DisplayHandle:
-    """Display ``bundle`` and return what replaces it."""
-    handle = DisplayHandle(shell)
-    handle(bundle)
-    return handle

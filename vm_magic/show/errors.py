@@ -24,7 +24,7 @@ class MagicUsageError(UsageError):  # type: ignore[misc]
 
 
 class InternalError(MagicUsageError):
-    """An exception that nobody foresaw: a fault of this package."""
+    """An unexpected exception: a bug in this package."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from engine.batch.scored_token import ScoredToken, unlikely_text
 from vm_magic.show.growing_markdown import steady
+from vm_magic.show.handle import Bundle
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.safe_markdown import fenced, safe_markdown
 from vm_magic.show.token_html import escaped, legend_html, tokens_html, unlikely_html
 from vm_magic.show.tool_cards import ToolOutcome, call_card
 
 Format = Literal["markdown", "text", "code", "json"]
-Bundle = dict[str, Any]
 LATEST_WORDS = 80
 """Characters of a growing thought that its folded title shows."""
 

@@ -1,7 +1,7 @@
 """Markdown from a model, made safe to show: a page must not run what a model wrote, nor fetch it.
 
 Notebooks trust a cell's own output, so raw HTML in a reply would run. Here tags become text, images become
-links, and links keep only schemes that open a page. Code and maths stay as written; a dollar that is no maths is
+links, and links keep only schemes that open a page. Code and maths stay as written; a dollar that is not maths is
 kept from becoming some: a page would typeset all between two prices.
 """
 

@@ -60,5 +60,5 @@ class Table:
 
 
 def settings_text(settings: Settings) -> str:
-    """``preset=qwen-coding temperature=0.6 top_p=0.95 …``: what is in force, the preset's values included."""
+    """``preset=qwen-coding temperature=0.6 top_p=0.95 …``: the values set, the preset's included."""
     return " ".join(f"{name}={value}" for name, value in settings.everything().items())

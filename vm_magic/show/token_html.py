@@ -19,7 +19,7 @@ _STEPS = ((0.9, ""), (0.5, "#fb8c0026"), (0.2, "#fb8c0059"), (0.05, "#f4511e80")
 """Least probability and colour: pale where the token was expected, strong where it surprised."""
 _CELL = "text-align:left;padding:1px 12px 1px 0"
 SLIVER = "padding:0 2px"
-"""Makes a token seen that has no text of its own."""
+"""Makes a token without text of its own visible."""
 
 
 def tokens_html(tokens: Sequence[ScoredToken]) -> str:

@@ -1,4 +1,4 @@
-"""A tool call and what came of it, as a card and as a line of text. All of it is the model's: escaped."""
+"""A tool call and its outcome, as a card and as a line of text. All of it is the model's: escaped."""
 
 import json
 from collections.abc import Mapping

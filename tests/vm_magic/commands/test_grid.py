@@ -125,7 +125,7 @@ def test_mistakes_are_one_line(shell: Any, llm: LLM) -> None:
         ("grid -o 1x Hi", MagicUsageError, "'1x' is not a variable name"),
         ("grid -t 0,x Hi", MagicUsageError, "'0,x' is not a list such as 0,0.7"),
         ("grid --over nothing Hi", RequestError, "--over nothing: no such variable"),
-        ("grid --over shown Hi", RequestError, "a DataFrame, a Series or a list is wanted, not str"),
+        ("grid --over shown Hi", RequestError, "expected a DataFrame, a Series or a list, not str"),
         ("grid -t 0", RequestError, "no prompt"),
         ("grid --temprature 0 Hi", ConfigError, "did you mean --temperature"),
         ("grid -t -1 Hi", RequestError, "temperature must be non-negative"),
