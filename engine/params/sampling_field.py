@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Kind:
+class ValueKind:
     """What the values of a parameter are.
 
     ``type`` is how flags and request bodies take them; ``json`` the Python types of a setting's value, which
@@ -63,20 +63,20 @@ def _items(kind: type) -> Callable[[Any], tuple[Any, ...]]:
 
 
 _texts = _items(str)
-NUMBER = Kind(float, "be a number", (int, float), "a number", _scalar(Real))
-WHOLE = Kind(int, "be a whole number", (int,), "a whole number", _scalar(Integral))
+NUMBER = ValueKind(float, "be a number", (int, float), "a number", _scalar(Real))
+WHOLE = ValueKind(int, "be a whole number", (int,), "a whole number", _scalar(Integral))
 WHOLE_OR_NONE = replace(WHOLE, must="be a whole number or None", optional=True)
-SWITCH = Kind(bool, "be True or False", (bool,), "true or false", _scalar(bool))
-TEXTS = Kind(list[str], "be a list of texts", (list,), "a list", _texts)
-TEXT_OR_TEXTS = Kind(
+SWITCH = ValueKind(bool, "be True or False", (bool,), "true or false", _scalar(bool))
+TEXTS = ValueKind(list[str], "be a list of texts", (list,), "a list", _texts)
+TEXT_OR_TEXTS = ValueKind(
     str | list[str],
     "be a list of texts, or one text",
     (str, list),
     "a text or a list of texts",
     lambda value: _texts([value] if isinstance(value, str) else value),
 )
-TOKEN_IDS = Kind(list[int], "be a list of token ids", (list,), "a list", _items(Integral))
-BIASES = Kind(
+TOKEN_IDS = ValueKind(list[int], "be a list of token ids", (list,), "a list", _items(Integral))
+BIASES = ValueKind(
     dict[str, float],
     "map token ids to numbers",
     (dict,),
@@ -110,7 +110,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Flag:
+class ChatFlag:
     """The flag of ``chat``, ``complete`` and ``grid``; its name is the parameter's. ``read``: its text as a value."""
 
     help: str
@@ -143,11 +143,11 @@ class SamplingField:
     ``constraint``: it belongs to :class:`engine.params.structured_outputs.Constraints`.
     """
 
-    kind: Kind
+    kind: ValueKind
     _: KW_ONLY
     ranges: tuple[Range, ...] = ()
     group: Group | None = None
-    flag: Flag | None = None
+    flag: ChatFlag | None = None
     slider: Slider | None = None
     live: bool = False
     settable: bool = True

@@ -19,11 +19,11 @@ from engine.params.sampling_field import (
     TOKEN_IDS,
     WHOLE,
     WHOLE_OR_NONE,
-    Flag,
-    Kind,
+    ChatFlag,
     Range,
     SamplingField,
     Slider,
+    ValueKind,
     known_of,
     parameter,
     refuse,
@@ -47,7 +47,7 @@ _LOGPROBS = (Range(-1, MAX_LOGPROBS, must=f"be between 0 and {MAX_LOGPROBS}, or 
 
 def _constraint(type: Any, read: Callable[[Any], Any]) -> SamplingField:
     """A field that constrains one request's output; its ``read`` says itself what is wrong. No settings hold it."""
-    kind = Kind(type, "constrain the output", (type,), "", read, optional=True)
+    kind = ValueKind(type, "constrain the output", (type,), "", read, optional=True)
     return SamplingField(kind, settable=False, wire="own", constraint=True)
 
 
@@ -74,7 +74,7 @@ class SamplingParams:
             NUMBER,
             ranges=(Range(-2, 2),),
             group="penalty",
-            flag=Flag("-2 to 2"),
+            flag=ChatFlag("-2 to 2"),
             slider=Slider(-2, 2, 0.05),
             live=True,
             generation_config="presence_penalty",
@@ -86,7 +86,7 @@ class SamplingParams:
             NUMBER,
             ranges=(Range(-2, 2),),
             group="penalty",
-            flag=Flag("-2 to 2"),
+            flag=ChatFlag("-2 to 2"),
             slider=Slider(-2, 2, 0.05),
             live=True,
             generation_config="frequency_penalty",
@@ -98,7 +98,7 @@ class SamplingParams:
             NUMBER,
             ranges=(Range(1e-6, must="be greater than zero (at least 1e-6)"),),
             group="penalty",
-            flag=Flag("above 1 discourages repeats"),
+            flag=ChatFlag("above 1 discourages repeats"),
             slider=Slider(0.5, 2, 0.01),
             live=True,
             generation_config="repetition_penalty",
@@ -111,7 +111,7 @@ class SamplingParams:
             NUMBER,
             ranges=(Range(0, must="be non-negative"),),
             group="choice",
-            flag=Flag("0 always takes the likeliest token", short="-t"),
+            flag=ChatFlag("0 always takes the likeliest token", short="-t"),
             slider=Slider(0, 2, 0.05),
             live=True,
             generation_config="temperature",
@@ -124,7 +124,7 @@ class SamplingParams:
             NUMBER,
             ranges=(Range(0, 1, low_open=True),),
             group="choice",
-            flag=Flag("keep the likeliest tokens up to this probability"),
+            flag=ChatFlag("keep the likeliest tokens up to this probability"),
             slider=Slider(0.01, 1, 0.01),
             live=True,
             generation_config="top_p",
@@ -137,7 +137,7 @@ class SamplingParams:
             WHOLE,
             ranges=(Range(-1, must="be 0 or -1 (all tokens), or at least 1"),),
             group="choice",
-            flag=Flag("keep the k likeliest tokens"),
+            flag=ChatFlag("keep the k likeliest tokens"),
             slider=Slider(0, 200, 1),
             live=True,
             generation_config="top_k",
@@ -150,7 +150,7 @@ class SamplingParams:
             NUMBER,
             ranges=(Range(0, 1),),
             group="choice",
-            flag=Flag("drop tokens below this share of the likeliest one"),
+            flag=ChatFlag("drop tokens below this share of the likeliest one"),
             slider=Slider(0, 1, 0.01),
             live=True,
             generation_config="min_p",
@@ -163,7 +163,7 @@ class SamplingParams:
             WHOLE_OR_NONE,
             ranges=(Range(-(2**63), 2**63 - 1, must="be a 64-bit integer"),),
             group="seed",
-            flag=Flag("the same seed gives the same reply"),
+            flag=ChatFlag("the same seed gives the same reply"),
         ),
     )
     stop: Sequence[str] = parameter((), SamplingField(TEXT_OR_TEXTS))
@@ -177,7 +177,7 @@ class SamplingParams:
             WHOLE_OR_NONE,
             ranges=(Range(low=1),),
             group="length",
-            flag=Flag("most tokens of the reply (default: to the end of the context)", read=human_int),
+            flag=ChatFlag("most tokens of the reply (default: to the end of the context)", read=human_int),
             live=True,
             wire="own",
             generation_config="max_new_tokens",

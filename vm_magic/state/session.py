@@ -34,7 +34,7 @@ def new_llm(model: str, progress: Progress | None, **options: Any) -> "LLM":
 def find_model(args: EngineArgs, progress: Progress) -> None:
     """Download ``args.model`` unless it is here, and look at its configuration.
 
-    Raises ModelNotFoundError, ModelLoadError where it is no language model, ConfigError for too long a length.
+    Raises ModelNotFoundError, ModelLoadError where it is not a language model, ConfigError for too long a length.
     """
     from engine.memory.plan import check_length
     from engine.models.model_config import read_model_config
