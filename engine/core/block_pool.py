@@ -108,7 +108,7 @@ class BlockPool:
             block.ref_count += 1
 
     def free(self, blocks: Sequence[Block], *, evict_first: bool = False) -> None:
-        """Let go of ``blocks`` (a sequence's, in order). Its end is evicted before its beginning.
+        """Give ``blocks`` back (a sequence's, in order). Its end is evicted before its beginning.
 
         ``evict_first``: and all of them before whatever else is cached.
         """

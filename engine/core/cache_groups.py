@@ -45,7 +45,7 @@ class KVCacheGroup(Protocol):
         """Free blocks that :meth:`allocate` would take, counting those it must wake from the cache."""
 
     def free_out_of_window(self, request: Request) -> None:
-        """Let go of what the next token to compute needs no more."""
+        """Free what the next token to compute no longer needs."""
 
     def allocate(self, request: Request, num_tokens: int, num_cached: int) -> None:
         """Give ``request`` blocks for its first ``num_tokens`` tokens, ``num_cached`` of them reused."""
@@ -80,7 +80,7 @@ class _Sequence:
     """What a request holds: blocks in order, how many of them are findable, the room kept for growth."""
 
     blocks: list[Block | None] = field(default_factory=list)
-    """None where a window has left its block behind."""
+    """None where a block was freed, since the window has moved past it."""
     num_registered: int = 0
     reserved: range = range(0)
 
@@ -163,7 +163,7 @@ class FullAttentionGroup:
         sequence.num_registered = max(sequence.num_registered, num_full)
 
     def free(self, request: Request) -> None:
-        """Let go of the blocks and of the room kept for growth."""
+        """Free the blocks and the room kept for growth."""
         sequence = self._sequences.pop(request, None)
         if sequence is not None:
             self.pool.release(sequence.reserved)
@@ -182,11 +182,11 @@ class FullAttentionGroup:
         self._sequences[child] = _Sequence(shared, min(source.num_registered, count))
 
     def block_table(self, request: Request) -> list[int]:
-        """Block numbers of ``request`` in order; 0 for those left behind, which nobody reads."""
+        """Block numbers of ``request`` in order; 0 for those freed behind a window, which nobody reads."""
         return [0 if block is None else block.block_id for block in self._sequences[request].blocks]
 
     def held_blocks(self, request: Request) -> list[int]:
-        """The blocks that ``request`` holds now, those left behind excluded."""
+        """The blocks that ``request`` holds now; those freed behind a window are not among them."""
         sequence = self._sequences.get(request)
         return [] if sequence is None else [block.block_id for block in sequence.blocks if block is not None]
 
@@ -227,7 +227,7 @@ class FullAttentionGroup:
 
 
 class SlidingWindowGroup(FullAttentionGroup):
-    """Pages of the last ``window`` tokens; those behind it are let go, also while a long prompt runs.
+    """Pages of the last ``window`` tokens; those behind it are freed, also while a long prompt runs.
 
     A prefix is cached for this group if the blocks of the window before its end are.
     """

@@ -52,7 +52,7 @@ class KVCacheManager:
             limit = found  # a group that could do with less may now find less
 
     def free_out_of_window(self, request: Request) -> None:
-        """Let go of what the next token of ``request`` needs no more."""
+        """Free what the next token of ``request`` no longer needs."""
         for group in self.groups:
             group.free_out_of_window(request)
 

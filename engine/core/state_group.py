@@ -16,7 +16,7 @@ from engine.memory.cache_spec import StateSpec
 
 @dataclass(slots=True)
 class _State:
-    """A sequence's slot; the checkpoint that the step under way starts from, if it does; the last one in its reply."""
+    """A sequence's slot, the checkpoint that the current step starts from, if any, and the last one in its reply."""
 
     current: Block
     source: Block | None = None
@@ -104,7 +104,7 @@ class StateGroup:
         return 1 + int(source is not None and source.ref_count == 0 and not self._must_reuse(source))
 
     def free_out_of_window(self, request: Request) -> None:
-        """Let go of the checkpoint that the last step started from."""
+        """Free the checkpoint that the last step started from."""
         state = self._states.get(request)
         if state is not None and state.source is not None:
             self.pool.free([state.source])
@@ -130,7 +130,7 @@ class StateGroup:
         """States are kept when a sequence moves on from them, not before they are written."""
 
     def free(self, request: Request) -> None:
-        """Let go of the slot and of the checkpoint that the last step started from."""
+        """Free the slot and the checkpoint that the last step started from."""
         self._targets.pop(request, None)
         state = self._states.pop(request, None)
         if state is not None:

@@ -1,6 +1,6 @@
 """From token rows to logits, over pages or over mlx-lm's own contiguous caches.
 
-Both answer the calls of :class:`Backend`, so the scheduler and the sampler know no difference.
+Both answer the calls of :class:`Backend`, so the scheduler and the sampler see no difference.
 """
 
 from collections.abc import Mapping, Sequence

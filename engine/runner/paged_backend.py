@@ -67,7 +67,7 @@ class PagedBackend:
                 pool.grow(self._new_size(pool, highest + 1, limit))
 
     def _new_size(self, pool: Pool, needed: int, limit: int) -> int:
-        """Blocks to grow ``pool`` to: some more than ``needed``, if there is memory for them."""
+        """Blocks to grow ``pool`` to: more than ``needed`` where memory allows."""
         size = next_pool_size(pool.num_blocks, needed, limit)
         if self.free_memory is None or not pool.num_blocks:
             return size
@@ -126,7 +126,7 @@ class PagedBackend:
         return [array for pool in self.pools for array in pool.barrier()]
 
     def forget(self, request: Request) -> None:
-        """Pages and slots belong to the block pools: nothing to drop."""
+        """Nothing to drop: pages and slots belong to the block pools."""
 
     def release(self) -> None:
         """Give the pools' memory back; they grow again when used."""

@@ -24,7 +24,7 @@ T = TypeVar("T")
 _Command = Callable[[LLMEngine], None]
 _POLL = 0.1
 _STUCK = 0.05
-"""Seconds between looks for memory while there is none."""
+"""Seconds between checks for free memory while there is none."""
 logger = logging.getLogger("engine")
 
 
@@ -61,7 +61,7 @@ class EngineThread:
         return self._thread.is_alive() and not self._closing
 
     def submit(self, request: NewRequest, stream: RequestStream) -> None:
-        """Hand a request over; its news come through ``stream``."""
+        """Hand a request over; its deltas come through ``stream``."""
         with self._lock:
             self._check_open()
             self._handed_over[request.request_id] = stream

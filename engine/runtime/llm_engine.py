@@ -36,7 +36,7 @@ class _Completion:
 
 @dataclass(eq=False, slots=True)
 class _Group:
-    """A request with its ``n`` completions and the stream that its news go to."""
+    """A request with its ``n`` completions and the stream that its deltas go to."""
 
     stream: RequestStream
     completions: list[_Completion] = field(default_factory=list)
@@ -94,24 +94,28 @@ class LLMEngine:
 
     @property
     def stuck(self) -> bool:
-        """Whether the last :meth:`step` found memory for nothing."""
+        """Whether the last :meth:`step` could schedule nothing for lack of memory."""
         return self._stuck_since is not None and self.has_work
 
     def step(self) -> None:
-        """Schedule a step, run it, and hand out what the step before it sampled. See :meth:`fail_step`."""
+        """Schedule the next step, build it for the device, and hand out the tokens of the step in flight.
+
+        Each request under way gets the tokens that it still needs, within the step's budget. The next step is submitted
+        before the tokens of the last one are read, or after (``submit_first``). If this raises, :meth:`fail_step`
+        ends the requests of the step that failed.
+        """
         self._suspects = ()
-        step = self.scheduler.schedule()
-        self._suspects, following = step.scheduled_requests, None
-        if step.scheduled_requests:
-            following = self.runner.execute(step)
-        at_once = self._submit_first or self._in_flight is None
-        if following is not None and at_once:
+        scheduled = self.scheduler.schedule()
+        self._suspects = scheduled.scheduled_requests
+        following = self.runner.execute(scheduled) if scheduled.scheduled_requests else None
+        submit_now = self._submit_first or self._in_flight is None
+        if following is not None and submit_now:
             following.submit()
         self._end_short_of_memory(waits=following is None and self._in_flight is None)
         self.drain()
-        self._suspects = step.scheduled_requests
-        self._in_flight = following if at_once else self._submit_if_wanted(following)
-        self._observe_state(len(step.preempted))
+        self._suspects = scheduled.scheduled_requests
+        self._in_flight = following if submit_now else self._submit_if_wanted(following)
+        self._observe_state(len(scheduled.preempted))
 
     def add_request(self, new: NewRequest, stream: RequestStream) -> None:
         """Queue a request; its ``n`` completions share the blocks of the prompt.
@@ -177,7 +181,7 @@ class LLMEngine:
             self._fail(group, error)
 
     def fail_all(self, error: VMMagicError) -> None:
-        """Tell everyone that waits, and start again from empty pages."""
+        """End all requests with an error, and start again from empty pages."""
         self._in_flight = None
         for group in list(self._groups.values()):
             self._fail(group, error)
@@ -220,7 +224,7 @@ class LLMEngine:
         self.runner.recover()
 
     def stats(self) -> EngineStats:
-        """A look at the engine now."""
+        """The engine's counters now."""
         pool = self.scheduler.kv.groups[0].pool
         return replace(
             self._counts,
@@ -240,7 +244,7 @@ class LLMEngine:
         self.runner.close()
 
     def _end_short_of_memory(self, *, waits: bool) -> None:
-        """Where ``waits`` for memory is all that the engine does, end the first request that it waits for, in time."""
+        """Where the engine can do nothing but wait for memory (``waits``), end one request once patience is over."""
         short_of_memory = self.scheduler.short_of_memory
         if not waits or not short_of_memory:
             self._stuck_since = None
@@ -422,7 +426,7 @@ class LLMEngine:
 
 
 def _log_cut_thought(request: Request) -> None:
-    """Say of a completion that ended if its thought was ended for it."""
+    """Log that a completion's thought was ended from outside, if it was."""
     cut = None if request.guide is None else request.guide.thinking_cut
     if cut is not None:
         logger.info("Request %s: thinking %s.", request.request_id, THINKING_CUTS[cut])

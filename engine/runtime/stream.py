@@ -1,4 +1,4 @@
-"""The hand-over of a request's news from the engine thread to whoever waits for them."""
+"""A request's deltas, handed from the engine's thread to whoever waits for them."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ _WAIT_SLICE = 0.2
 
 
 class RequestStream:
-    """News of one request, to be iterated (``for`` or ``async for``) or awaited whole by :meth:`result`.
+    """Deltas of one request, to be iterated (``for`` or ``async for``) or awaited whole by :meth:`result`.
 
     Any thread may call any method; one consumer at a time takes the deltas. If the request or the
     engine fails, iteration and :meth:`result` raise the error after what came before it.
@@ -145,7 +145,7 @@ class RequestStream:
             )
 
     def put(self, delta: CompletionDelta) -> None:
-        """Add news (the engine thread calls this)."""
+        """Add a delta (the engine thread calls this)."""
         with self._changed:
             output = self._outputs[delta.index]
             self._texts[delta.index].append(delta.text)
