@@ -93,7 +93,7 @@ def test_what_is_out_of_the_window_is_freed_at_the_token_that_no_longer_sees_it(
 
 def test_completions_of_one_long_prompt_share_the_window_before_its_end():
     scheduler = make_scheduler(num_window_blocks=40)
-    parent, child = make_request("a", 30, max_tokens=6), make_request("a", 30, max_tokens=6, index=1)
+    parent, child = (make_request("a", 30, max_tokens=6, index=i, cache_salt=TRACELESS) for i in (0, 1))
     scheduler.add(parent)
     scheduler.add(child, fork_of=parent)
     driver = Driver(scheduler, scheduler.kv.groups[0].pool).run()

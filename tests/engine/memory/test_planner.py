@@ -388,3 +388,149 @@ def test_a_step_never_has_fewer_tokens_than_sequences():
         seed_plan(max_num_batched_tokens=8, max_num_seqs=9)
     with pytest.raises(ConfigError, match="max_num_batched_tokens"):
         what_if(seed_plan(max_num_batched_tokens=8), max_num_seqs=9)
+
+
+def test_the_text_for_people_to_the_letter():
+    plan = make_plan(
+        groups=[
+            FullAttentionSpec((2, 5, 8), bytes_per_token=6144, vectors=(KVVectors(24, 128, 2),)),
+            SlidingWindowSpec((0, 1, 3, 4), bytes_per_token=8192, window=1024, ahead=512),
+            StateSpec((6, 7, 9, 11, 13, 15, 17, 19, 21, 23), state_bytes=2_000_000),
+        ],
+        shared_layers=(24, 25), device_limit=16e9, model_memory=3.21e9, overhead=450e6, fraction=0.75,
+        context_length=32_768, max_model_len=8192, max_num_seqs=16, memory_flag="memory_fraction",
+    )  # fmt: skip
+    lines = str(plan).split("\n")
+    assert lines[0] == plan.log_line()
+    assert lines[1:] == [
+        "",
+        "████████████▓▓▞▒░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░················",
+        "    device            16.00GB",
+        "  × fraction             0.75  memory_fraction",
+        "  = usable            12.00GB",
+        "█ − weights            3.21GB  the model",
+        "▓ − overhead         450.00MB  activations and buffers of a step",
+        "▞ − sliding windows  142.61MB  16 sequences × 8.52MB + 6.29MB for a step's tokens",
+        "▒ − states            38.00MB  (16 sequences + 3 checkpoints) × 2.00MB",
+        "░ = KV cache           8.16GB  83001 blocks × 16 tokens = 1328016 tokens (98304 bytes a block)",
+        "·   left alone         4.00GB  25% of the device, for everything else",
+        "",
+        "max_model_len 8192: 16.00 requests of full length at once, 60.85MB each; longest that fits: 32768 (the whole "
+        "context)",
+        "max_num_seqs 16: requests that run at once; others wait",
+        "keys and values: 2 bytes an element, the model's own type here; --dtype and --kv-cache-dtype change it",
+        "",
+        "group    layers                          per token  per sequence       window  block    blocks    memory",
+        "full     3 (2, 5, 8)                         6144B       50.33MB          all     16     83001    8.16GB",
+        "sliding  4 (0-1, 3-4)                        8192B        8.52MB  1024 tokens     16      1088  142.61MB",
+        "state    10 (6-7, 9, 11, 13, 15, 17, …)          –        2.00MB            –      –  19 slots   38.00MB",
+        "shared   2 (24-25)                               –            0B            –      –         0        0B",
+    ]
+
+
+def test_the_text_for_people_says_what_does_not_fit_and_what_costs_nothing():
+    plan = make_plan(groups=[StateSpec((0, 1), state_bytes=10**7)], max_num_seqs=2, prefix_caching=False)
+    text = str(plan)
+    assert "▒ − states            20.00MB  2 sequences × 10.00MB\n" in text
+    assert "512 blocks that cost nothing: no layer keeps tokens\n" in text
+    assert "keys and values" not in text
+    short = seed_plan(groups=[DENSE], max_model_len=1024, max_num_seqs=1, fraction=0.75, model_memory=30e9)
+    assert f"longest that fits: {short.max_model_len_that_fits} (of the model's 131072)" in str(short)
+    int8 = make_plan(
+        groups=[FullAttentionSpec((0,), bytes_per_token=1024, vectors=(KVVectors(2, 128, 4),))], kv_cache_dtype="int8"
+    )
+    assert "keys and values: int8; --dtype and --kv-cache-dtype change it" in str(int8)
+
+
+def test_a_bars_cells_are_in_proportion_and_the_largest_remainders_are_rounded_up():
+    def cells(*sizes: int) -> list[int]:
+        plan = make_plan(
+            groups=[FullAttentionSpec((0,), bytes_per_token=1)], device_limit=sum(sizes), model_memory=sizes[0],
+            overhead=sizes[1], fraction=1 - sizes[3] / sum(sizes), max_model_len=64,
+        )  # fmt: skip
+        found = bar(plan, 16)
+        return [found.count(glyph) for glyph in "█▓░·"]
+
+    assert cells(4000, 4000, 4000, 4000) == [4, 4, 4, 4]
+    assert cells(1000, 1000, 12_000, 2000) == [1, 1, 12, 2]
+    assert cells(2600, 3700, 5300, 4400) == [3, 4, 5, 4]
+    assert cells(1, 1, 159_996, 2) == [1, 1, 13, 1]
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.001, 2.0])
+def test_a_fraction_out_of_range_is_refused_with_its_value_and_range(fraction: float):
+    with pytest.raises(ConfigError, match=r"fraction .*: must be \(0, 1\]") as refused:
+        what_if(seed_plan(), fraction=fraction)
+    assert (refused.value.flag, refused.value.value, refused.value.allowed) == ("fraction", fraction, "(0, 1]")
+    assert what_if(seed_plan(), fraction=1.0).usable == LIMIT
+
+
+@pytest.mark.parametrize("name", ["max_model_len", "max_num_seqs"])
+def test_a_length_or_number_below_one_is_refused_with_its_value_and_range(name: str):
+    with pytest.raises(ConfigError, match=f"{name} 0: must be at least 1, or auto") as refused:
+        what_if(seed_plan(), **{name: 0})
+    assert (refused.value.flag, refused.value.value, refused.value.allowed) == (name, 0, "[1, ∞)")
+    assert getattr(what_if(seed_plan(), **{name: 1}), name) == 1
+
+
+def test_a_length_beyond_the_models_is_refused_with_its_value_and_range():
+    with pytest.raises(ConfigError) as refused:
+        seed_plan(max_model_len=131_073)
+    assert (refused.value.flag, refused.value.value, refused.value.allowed) == ("max_model_len", 131_073, "[1, 131072]")
+    assert seed_plan(fraction=1.0, max_model_len=131_072).max_model_len == 131_072
+
+
+def test_the_error_carries_the_groups_and_the_inputs_themselves():
+    with pytest.raises(MemoryPlanError) as refused:
+        seed_plan(fraction=0.5)
+    assert refused.value.groups == (DENSE,)
+    assert refused.value.inputs.context_length == 131_072
+
+
+def test_the_longest_length_leaves_room_for_one_checkpoint_if_anything_fits_then():
+    """Pages of 1000 bytes a token, states as large as 160 tokens; room for 640 and 320 tokens beside one state."""
+    state = 160_000
+    given = {
+        "groups": [FullAttentionSpec((0,), bytes_per_token=1000), StateSpec((1,), state_bytes=state)],
+        "fraction": 1.0, "max_model_len": "auto", "max_num_seqs": 1,
+    }  # fmt: skip
+    plan = make_plan(**given, device_limit=640_000 + state)
+    assert (plan.max_model_len, plan.num_checkpoints, plan.max_model_len_that_fits) == (480, 1, 640)
+    assert make_plan(**given, device_limit=640_000 + state, prefix_caching=False).max_model_len == 640
+    tight = make_plan(**given, device_limit=320_000 + state)
+    assert (tight.max_model_len, tight.num_checkpoints) == (320, 0), "with a checkpoint not even 16 blocks would fit"
+
+
+def test_a_budget_of_nothing_is_refused_unless_blocks_cost_nothing():
+    group, state = FullAttentionSpec((0,), bytes_per_token=1000), StateSpec((0,), state_bytes=10**6)
+    alone = {"fraction": 1.0, "model_memory": 10**8, "max_num_seqs": 1, "max_model_len": 256, "prefix_caching": False}
+    for budget in (-1, 0):
+        with pytest.raises(MemoryPlanError, match="not enough Metal memory for KV cache"):
+            make_plan(**alone, groups=[group], device_limit=10**8 + budget)
+    with pytest.raises(MemoryPlanError, match=r"num_blocks too low \(0 < minimum 16\)"):
+        make_plan(**alone, groups=[group], device_limit=10**8 + 1)
+    assert make_plan(**alone, groups=[state], device_limit=10**8 + 10**6).kv_budget == 0
+
+
+def test_a_refusal_names_the_length_or_the_number_of_sequences_that_fits_only_where_one_does():
+    group = FullAttentionSpec((0,), bytes_per_token=1000)
+    given = {"groups": [group], "fraction": 1.0, "max_model_len": 4096, "max_num_seqs": 1}
+    with pytest.raises(MemoryPlanError) as refused:
+        make_plan(**given, device_limit=15 * 16_000)
+    assert refused.value.max_model_len_that_fits == 0
+    assert "decrease" not in str(refused.value)
+    with pytest.raises(MemoryPlanError, match=r"the estimated maximum model length is 320\. Try increasing") as refused:
+        make_plan(**given, device_limit=20 * 16_000)
+    assert "max_num_seqs" not in str(refused.value)
+    windows = [group, SlidingWindowSpec((1,), bytes_per_token=1000, window=1600)]
+    with pytest.raises(MemoryPlanError, match=r"decreasing `max_model_len` or max_num_seqs to 7 or less when"):
+        make_plan(**{**given, "groups": windows, "max_num_seqs": 8}, device_limit=4_096_000 + 7 * 101 * 16_000 + 9)
+
+
+def test_a_pool_keeps_its_size_while_it_is_enough_and_doubles_when_it_is_not():
+    assert next_pool_size(100, 100, 1000) == 100
+    assert next_pool_size(0, 0, 1000) == 0
+    assert next_pool_size(100, 101, 1000) == 200
+    assert next_pool_size(100, 101, 150) == 150
+    assert next_pool_size(100, 300, 1000) == 300
+    assert next_pool_size(0, 1, 1000) == MIN_POOL_BLOCKS
