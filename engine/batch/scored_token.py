@@ -4,9 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from engine.format.text import aligned
+from engine.format.text import REPLACEMENT, aligned
 from engine.outputs import Logprob
-from engine.text.tokens.text_stream import REPLACEMENT
 
 PART = "(part of a character)"
 UNLIKELY_HEADER = ("place", "token", "probability", "likelier")

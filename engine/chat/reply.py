@@ -8,11 +8,13 @@ import copy
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.outputs import CompletionDelta, FinishReason, LogprobsAtPosition, Reply, Usage
-from engine.text.parse.output_parser import OutputParser
 from engine.text.parse.scan.output_sink import ContentDelta, ParsedDelta, ReasoningDelta, ToolCallDelta
+
+if TYPE_CHECKING:
+    from engine.text.parse.output_parser import OutputParser
 
 
 @dataclass(slots=True)
@@ -30,7 +32,7 @@ class ReplyBuilder:
     ``("reasoning", text)``, ``("content", text)`` and ``("tool_call", index)``.
     """
 
-    def __init__(self, parser: OutputParser | None = None, *, keeps_reasoning: bool = True) -> None:
+    def __init__(self, parser: "OutputParser | None" = None, *, keeps_reasoning: bool = True) -> None:
         self._parser = parser
         self._keeps_reasoning = keeps_reasoning
         self._parts: list[tuple[str, list[str]]] = []
@@ -152,7 +154,7 @@ class ReplyBuilder:
 
 
 def read_whole(
-    parser: OutputParser | None, text: str | Iterable[str], finish_reason: FinishReason | None = None
+    parser: "OutputParser | None", text: str | Iterable[str], finish_reason: FinishReason | None = None
 ) -> Reply:
     """The reply that ``parser`` makes of ``text``, or of the pieces of a text."""
     builder = ReplyBuilder(parser)

@@ -19,3 +19,7 @@ def aligned(rows: Sequence[Sequence[str]], numbers_from: int | None = None) -> l
 def shortened(text: str, longest: int) -> str:
     """``text`` in at most ``longest`` characters, the last of them ``…`` if it is cut."""
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+REPLACEMENT = "\ufffd"
+"""What bytes that are not a character decode to."""

@@ -6,8 +6,8 @@ from typing import Protocol
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-REPLACEMENT = "\ufffd"
-"""What bytes that are not a character decode to."""
+from engine.format.text import REPLACEMENT
+
 _PRIME_TOKENS = range(4, 25)
 """How many prompt tokens the stream starts from: the fewest that decode to whole characters."""
 

@@ -6,7 +6,7 @@ here each token has its own text, and invalid bytes wait for a few tokens only.
 
 from collections.abc import Callable, Iterable, Sequence
 
-from engine.text.tokens.text_stream import REPLACEMENT
+from engine.format.text import REPLACEMENT
 
 _LONGEST = 8
 """Tokens that may wait for one another: a character has at most four bytes; a longer run of bytes is not text."""
