@@ -56,7 +56,10 @@ def test_two_hundred_rows_come_in_order_as_one_by_one_and_one_failure_stays_alon
     assert (good.tokens <= 6).all()
     assert (good.time > 0).all()
     for label in ("row 0", "row 1", "row 60", "row 122", "row 199"):
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": found.loc[label, "prompt"]}]
+        messages: list[dict[str, Any]] = [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": found.loc[label, "prompt"]},
+        ]
         output = llm.chat(messages, llm.sampling_params(temperature=0, max_tokens=6))[0]
         assert found.loc[label, "text"] == output.outputs[0].text
         assert found.loc[label, "prompt_tokens"] == len(output.prompt_token_ids)

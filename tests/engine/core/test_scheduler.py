@@ -12,8 +12,9 @@ from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.request import Request, RequestStatus
 from engine.core.scheduler import Scheduler, must_end
 from engine.core.step import SchedulerOutput
-from engine.core.token_guide import COMPLETE, REPETITION_STOP_REASON
+from engine.core.token_guide import REPETITION_STOP_REASON
 from engine.params.sampling_params import SamplingParams
+from tests.engine.core.stand_ins import LimitedMemory, WaitingGuide
 
 
 def make_scheduler(num_blocks=64, *, max_num_seqs=8, budget=64, caching=True, block_size=4):
@@ -315,27 +316,6 @@ def test_any_mix_of_requests_ends_right_and_leaks_nothing(seed):
     assert pool.num_free_blocks == pool.num_blocks
 
 
-class WaitingGuide:
-    """Waits for its tokens' values between its ``first`` and ``last`` token, and ends after ``stop`` tokens."""
-
-    forced_token = error = thinking_cut = None
-
-    def __init__(self, first=0, last=10**9, stop=10**9):
-        self.first, self.last, self.stop = first, last, stop
-        self.taken = []
-
-    @property
-    def waits(self):
-        return self.first <= len(self.taken) < self.last
-
-    def fill_bitmask(self, words):
-        return False
-
-    def advance(self, token_id):
-        self.taken.append(token_id)
-        return COMPLETE if len(self.taken) >= self.stop else None
-
-
 def requests_by_step(driver, request):
     return [
         [scheduled for scheduled in output.scheduled_requests if scheduled.request is request]
@@ -427,25 +407,9 @@ def test_a_prompt_has_the_whole_budget_while_those_that_wait_have_no_room():
     assert scheduled_now(driver) == [("a", 16, 16)]
 
 
-class StepMemory:
-    """Memory for so many prompt tokens a step, whoever asks."""
-
-    def __init__(self, *affordable):
-        self.affordable_by_step = list(affordable)
-        self.asked = []
-        self.left = 0
-
-    def begin(self):
-        self.left = self.affordable_by_step.pop(0) if self.affordable_by_step else 10**6
-
-    def affordable(self, num_tokens, start):
-        self.asked.append((num_tokens, start))
-        return min(num_tokens, self.left)
-
-
 def test_a_prompt_is_cut_to_what_memory_allows_and_decodes_are_not_asked_about():
     scheduler, pool = make_scheduler(budget=32)
-    scheduler.memory = memory = StepMemory(10, 6)
+    scheduler.memory = memory = LimitedMemory(10, 6)
     scheduler.add(make_request("a", 20, max_tokens=5))
     driver = Driver(scheduler, pool)
     assert scheduled_now(driver) == [("a", 0, 10)]
@@ -457,7 +421,7 @@ def test_a_prompt_is_cut_to_what_memory_allows_and_decodes_are_not_asked_about()
 
 def test_without_memory_for_a_running_prompt_decodes_go_on_and_nobody_starts():
     scheduler, pool = make_scheduler(budget=16)
-    scheduler.memory = StepMemory(16, 16, 0, 16)
+    scheduler.memory = LimitedMemory(16, 16, 0, 16)
     decode, long = make_request("decode", 4, max_tokens=9), make_request("long", range(100, 140), max_tokens=1)
     scheduler.add(decode)
     scheduler.add(long)
@@ -475,7 +439,7 @@ def test_without_memory_for_a_running_prompt_decodes_go_on_and_nobody_starts():
 
 def test_a_prompt_that_memory_refuses_waits_with_nothing_held():
     scheduler, pool = make_scheduler()
-    scheduler.memory = StepMemory(0, 0)
+    scheduler.memory = LimitedMemory(0, 0)
     request, behind = make_request("a", 12), make_request("behind", 1)
     scheduler.add(request)
     scheduler.add(behind)
@@ -593,8 +557,7 @@ def test_a_stop_token_may_be_the_first_that_min_tokens_allows():
 
 def test_a_guide_that_finds_repetition_ends_its_request_and_names_the_reason():
     scheduler, pool = make_scheduler()
-    guide = WaitingGuide()
-    guide.advance = lambda token_id: REPETITION_STOP_REASON if token_id == 1002 else None
+    guide = WaitingGuide(ends=lambda token_id: REPETITION_STOP_REASON if token_id == 1002 else None)
     request = make_request("guided", 5, 10, guide=guide)
     scheduler.add(request)
     Driver(scheduler, pool).run()

@@ -5,25 +5,24 @@ from collections.abc import Iterable
 import mlx.core as mx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from engine.params.sampling_params import SamplingParams
 from engine.runner.sampling.sampler import Sampler
 from engine.runner.sampling.sampling_metadata import SamplingMetadata, SamplingRow
+from tests.engine.core.stand_ins import FreeGuide
 
 GREEDY = SamplingParams(temperature=0)
 
 
-class FixedGuide:
+class FixedGuide(FreeGuide):
     """Allows some tokens, or forces one."""
 
-    waits = True
-    error = thinking_cut = None
-
     def __init__(self, allowed: Iterable[int] | None = None, forced: int | None = None) -> None:
+        super().__init__(waits=True, forced=forced)
         self.allowed = None if allowed is None else list(allowed)
-        self.forced_token = forced
 
-    def fill_bitmask(self, words: np.ndarray) -> bool:
+    def fill_bitmask(self, words: NDArray[np.int32]) -> bool:
         if self.allowed is None:
             return False
         assert not words.any(), "every row begins with nothing allowed"
@@ -31,16 +30,10 @@ class FixedGuide:
             words[token // 32] |= np.uint32(1 << token % 32).astype(np.int32)
         return True
 
-    def advance(self, token_id: int) -> str | None:
-        return None
 
-    def finish_thinking(self, in_flight: bool) -> None:
-        raise AssertionError("the sampler decides nothing")
-
-
-def token_ids(logits: np.ndarray, rows: list[SamplingRow]) -> list[int]:
+def token_ids(logits: NDArray[np.float32], rows: list[SamplingRow]) -> list[int]:
     metadata = SamplingMetadata.build(rows, logits.shape[-1])
-    return Sampler().sample(mx.array(logits), metadata).token_ids.tolist()
+    return [int(token) for token in np.array(Sampler().sample(mx.array(logits), metadata).token_ids)]
 
 
 @pytest.mark.parametrize("vocab_size", [5, 32, 33, 100, 1025])
