@@ -12,8 +12,8 @@ import pytest
 from engine import LLM
 from engine.errors import RequestError
 from tests.vm_magic.helpers import cell, line, shown
-from vm_magic.show.display import TerminalView
 from vm_magic.show.reply_text import ReplyText
+from vm_magic.show.reply_view import TerminalView
 from vm_magic.state.session import current_session
 
 TEMPLATE = """\

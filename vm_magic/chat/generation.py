@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Self
 from engine.errors import ContextLengthError, RequestError
 from engine.outputs import Reply, RequestOutput, Usage
 from vm_magic.remote.wire import RemoteOutput
-from vm_magic.show.display import ReplyView
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.reply_text import ReplyReader, ReplyText
+from vm_magic.show.reply_view import ReplyView
 from vm_magic.state.conversation import Conversation, Message
 from vm_magic.state.live_settings import thinking_kwargs
 from vm_magic.state.session import Session

@@ -6,7 +6,7 @@ from contextvars import copy_context
 
 from engine.outputs import Reply
 from vm_magic.chat.generation import Generation
-from vm_magic.show.display import ReplyView
+from vm_magic.show.reply_view import ReplyView
 
 
 class PendingReply:

@@ -7,9 +7,9 @@ from typing import Any
 from engine.outputs import Reply
 from vm_magic.chat.generation import FAILED, INTERRUPTED, Generation
 from vm_magic.chat.tools import MAX_RESULT_LENGTH, NotebookTool, arguments_text
-from vm_magic.show.display import ReplyView
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.reply_text import ReplyText
+from vm_magic.show.reply_view import ReplyView
 from vm_magic.show.tool_cards import ToolOutcome
 from vm_magic.state.conversation import Conversation, Message
 

@@ -17,11 +17,11 @@ from vm_magic.commands.base import Context, TextCommand
 from vm_magic.commands.history import conversation_names
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.cards import speed_text
-from vm_magic.show.display import WAITING, NotebookView, ReplyView, SilentView, TerminalView
+from vm_magic.show.display_handle import can_update, open_handle
 from vm_magic.show.errors import Interrupted
-from vm_magic.show.handle import can_update, open_handle
 from vm_magic.show.reply_bundle import reply_bundle
 from vm_magic.show.reply_text import ReplyText
+from vm_magic.show.reply_view import WAITING, NotebookView, ReplyView, SilentView, TerminalView
 from vm_magic.state.chat_flags import SAMPLING_FLAGS, TOOL_CHOICES, add_chat_flags
 from vm_magic.state.conversation import DEFAULT_CONVERSATION, Message, render_prompt
 from vm_magic.state.session import Session

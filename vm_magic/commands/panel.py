@@ -7,7 +7,7 @@ from IPython.display import display
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.parser import CommandParser
 from vm_magic.panel import close_left_panel, close_panel, open_panel, panel_bundle, panel_line
-from vm_magic.show.handle import can_update
+from vm_magic.show.display_handle import can_update
 
 
 class Panel(LineCommand):

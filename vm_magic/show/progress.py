@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from engine.params.sizes import size_text
-from vm_magic.show.handle import Bundle, DisplayHandle, can_update, open_handle
+from vm_magic.show.display_handle import Bundle, DisplayHandle, can_update, open_handle
 
 _INTERVAL = 0.1
 """Seconds between two updates of a bar."""

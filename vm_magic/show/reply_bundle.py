@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from engine.batch.scored_token import ScoredToken, unlikely_text
+from vm_magic.show.display_handle import Bundle
 from vm_magic.show.growing_markdown import steady
-from vm_magic.show.handle import Bundle
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.safe_markdown import fenced, safe_markdown
 from vm_magic.show.token_html import escaped, legend_html, tokens_html, unlikely_html

@@ -9,7 +9,8 @@ from fastapi.responses import JSONResponse, Response
 from engine.openai.http.errors import MESSAGES_PATH, anthropic_error, describe
 from engine.openai.http.sse import EventStream, StreamForm, named_event
 from engine.openai.routes.messages_output import MessageEvents, ending, message_object, usage
-from engine.openai.schema.messages_protocol import CountTokensRequest, MessagesRequest, chat_request
+from engine.openai.schema.messages_input import chat_request
+from engine.openai.schema.messages_protocol import CountTokensRequest, MessagesRequest
 from engine.openai.schema.protocol import ChatCompletionRequest
 from engine.openai.schema.validation import MESSAGES_REFUSED_FIELDS, check_extra_fields
 from engine.openai.serving.chat_preparation import prepare_chat, start_chat

@@ -1,1 +1,1 @@
-"""Request bodies: their fields, their checks."""
+"""Request bodies: their fields, their checks, and what they are as a chat."""

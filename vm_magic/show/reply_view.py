@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 from engine.batch.scored_token import unlikely_text
-from vm_magic.show.handle import Bundle
+from vm_magic.show.display_handle import Bundle
 from vm_magic.show.reply_bundle import Format, growing_bundle, reply_bundle
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.tool_cards import call_line
