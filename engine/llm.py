@@ -28,7 +28,6 @@ from engine.core.request import TRACELESS
 from engine.errors import RequestError
 from engine.explain.explainer import Explanation, make_explainer
 from engine.explain.request_log import RequestLog
-from engine.models.model_config import ModelConfig
 from engine.models.resolve import resolve
 from engine.outputs import CompletionDelta, RequestOutput
 from engine.params.engine_args import EngineArgs
@@ -99,7 +98,6 @@ class LLM:
         self._thread, built = start_engine(resolved, self.args, self.tokenizer, self.metrics, progress)
         # Also when the object is dropped, and at exit, where a thread inside MLX would abort the process.
         weakref.finalize(self, self._thread.close)
-        self.model_config: ModelConfig = built.config
         self.plan: MemoryPlan = built.plan
         self.defaults = SamplingDefaults(
             built.config.generation_config,

@@ -69,8 +69,6 @@ class Explanation:
     number: int
     request_id: str
     prompt: str
-    prompt_parts: tuple[str, str, str]
-    """The prompt as it was computed: found in the cache, known from an earlier request but not found, new."""
     prompt_token_ids: tuple[int, ...]
     tokens: tuple[str, ...]
     sampling: tuple[SamplingValue, ...]
@@ -85,12 +83,6 @@ class Explanation:
     num_preemptions: int
     finished: bool
     error: str | None
-
-    def timing(self) -> str:
-        """The times as one line."""
-        spans = (("queue", self.queue_time), ("prefill", self.prefill_time), ("decode", self.decode_time))
-        parts = [f"{name} {seconds:.3f} s" for name, seconds in spans if seconds is not None]
-        return " · ".join([*parts, *([f"{self.num_preemptions} preemptions"] if self.num_preemptions else [])])
 
 
 @dataclass(frozen=True)
@@ -126,19 +118,17 @@ class Explainer:
         """Everything known of ``record`` now."""
         outcome = record.outcome
         metrics = outcome.metrics
-        cache = self._cache_hit(record)
         scheduled, first, last = metrics.scheduled_time, metrics.first_token_time, metrics.last_token_time
         return Explanation(
             number=record.number,
             request_id=record.request_id,
             prompt=record.prompt if record.prompt is not None else self.decode(record.prompt_token_ids),
-            prompt_parts=self._parts(record, cache),
             prompt_token_ids=tuple(record.prompt_token_ids),
             tokens=tuple(token_texts(record.prompt_token_ids, self.decode)),
             sampling=tuple(sampling_values(record.params, record.max_tokens)),
             thinking=tuple(thinking_values(record)),
             constraints=tuple(constraint_lines(record.constraints)),
-            cache=cache,
+            cache=self._cache_hit(record),
             outputs=tuple(self._output(record, i) for i in range(len(outcome.completions))),
             queue_time=metrics.queue_time,
             prefill_time=None if first is None or scheduled is None else first - scheduled,
@@ -147,11 +137,6 @@ class Explainer:
             finished=outcome.finished,
             error=outcome.error,
         )
-
-    def _parts(self, record: RequestRecord, cache: CacheHit) -> tuple[str, str, str]:
-        ids, hit = record.prompt_token_ids, cache.num_cached_tokens
-        shared = max(hit, cache.num_shared_tokens)
-        return self.decode(ids[:hit]), self.decode(ids[hit:shared]), self.decode(ids[shared:])
 
     def _output(self, record: RequestRecord, index: int) -> Output:
         completion = record.outcome.completions[index]

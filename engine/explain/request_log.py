@@ -2,11 +2,10 @@
 
 import itertools
 import threading
-import time
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -63,7 +62,6 @@ class RequestRecord:
     constraints: Constraints | None = None
     default_thinking_budget: int | None = None
     """The live setting's, for a request that has no budget of its own."""
-    submitted: float = field(default_factory=time.time)
     _outcome: Outcome | None = None
 
     @property

@@ -1,7 +1,6 @@
 """The engine's Prometheus metrics under vLLM's names, in a registry of their own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -27,17 +26,6 @@ _REQUEST_BUCKETS = (
 _STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _N_BUCKETS = (1, 2, 5, 10, 20)
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
-
-
-@dataclass(frozen=True, slots=True)
-class MetricRow:
-    """One line of a table. For a histogram ``value`` is the mean and ``count`` the observations."""
-
-    name: str
-    labels: str
-    value: float
-    count: int | None
-    help: str
 
 
 class EngineMetrics:
@@ -177,24 +165,6 @@ class EngineMetrics:
     def render(self) -> bytes:
         """All metrics as Prometheus text (:data:`CONTENT_TYPE`)."""
         return generate_latest(self.registry)
-
-    def rows(self) -> list[MetricRow]:
-        """All metrics as rows of a table, histograms as their mean and count."""
-        rows: list[MetricRow] = []
-        for family in self.registry.collect():
-            samples = [sample for sample in family.samples if not sample.name.endswith(("_created", "_bucket"))]
-            counts = {
-                sample.name.removesuffix("_count"): sample.value for sample in samples if family.type == "histogram"
-            }
-            for sample in samples:
-                labels = ", ".join(f"{k}={v}" for k, v in sample.labels.items() if k not in self._labels)
-                if family.type != "histogram":
-                    rows.append(MetricRow(sample.name, labels, sample.value, None, family.documentation))
-                elif sample.name.endswith("_sum"):
-                    count = int(counts[family.name])
-                    mean = sample.value / count if count else 0.0
-                    rows.append(MetricRow(family.name, labels, mean, count, family.documentation))
-        return rows
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return self._labelled(Gauge(f"vllm:{name}", text, list(self._labels), registry=self.registry))

@@ -336,8 +336,9 @@ def test_a_reply_that_repeats_itself_ends_where_that_is_asked_for(scripted_llm: 
     assert output.text.startswith("Start. no no no")
     assert len(output.token_ids) <= 8
     assert llm.explain().outputs[0].stop == "it repeated itself (repetition_detection)"
-    ended = {row.labels: row.value for row in llm.metrics.rows() if row.name == "vllm:request_success_total"}
-    assert (ended["finished_reason=repetition"], ended["finished_reason=stop"]) == (1, 0)
+    samples = [sample for family in llm.metrics.registry.collect() for sample in family.samples]
+    ended = {one.labels["finished_reason"]: one.value for one in samples if one.name == "vllm:request_success_total"}
+    assert (ended["repetition"], ended["stop"]) == (1, 0)
     assert run(llm, GREEDY.replace(max_tokens=100)).finish_reason == "length"
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from vm_magic.remote.stream import RemoteStream
 
 DRAIN_SECONDS = 0.05
-ABORT_SECONDS = 5.0
 SOURCE = "flag"
 """What ``explain`` calls the origin of values that a cell's flags give."""
 INTERRUPTED = "⏹ interrupted"

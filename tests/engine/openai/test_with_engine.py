@@ -96,8 +96,9 @@ def test_eight_clients_get_pythons_tokens_while_others_leave(llm: LLM, server: S
         thread.join()
     assert [found[number] for number in range(len(PROMPTS))] == expected
     wait_for_rest(llm)
-    ended = {row.labels: row.value for row in llm.metrics.rows() if row.name == "vllm:request_success_total"}
-    assert ended["finished_reason=abort"] == 2
+    samples = [sample for family in llm.metrics.registry.collect() for sample in family.samples]
+    ended = {one.labels["finished_reason"]: one.value for one in samples if one.name == "vllm:request_success_total"}
+    assert ended["abort"] == 2
 
 
 def test_a_chat_is_what_python_says(llm: LLM, server: ServerHandle) -> None:

@@ -1,4 +1,4 @@
-"""Engine metrics: vLLM's names and labels, and a table of them."""
+"""Engine metrics: vLLM's names and labels."""
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -112,12 +112,3 @@ def test_two_engines_do_not_share_their_counts() -> None:
     first, second = EngineMetrics("m"), EngineMetrics("m")
     first.observe_preemption()
     assert samples(second)["vllm:num_preemptions_total", ""] == 0
-
-
-def test_the_table_shows_a_histogram_as_its_mean_and_count() -> None:
-    rows = {row.name: row for row in finished_metrics().rows() if row.labels == ""}
-    decode = rows["vllm:request_decode_time_seconds"]
-    assert (decode.value, decode.count) == (4.0, 1)
-    assert rows["vllm:num_requests_running"].count is None
-    ended = [row for row in finished_metrics().rows() if row.name == "vllm:request_success_total"]
-    assert {row.labels: row.value for row in ended}["finished_reason=length"] == 1

@@ -161,9 +161,9 @@ def test_the_new_plan_is_what_everyone_sees(plain):
     with pytest.raises(ContextLengthError, match="maximum context length is 128"):
         plain.submit_prompt([5] * 200, GREEDY)
     assert (plain.args.memory_fraction, plain.args.max_model_len, plain.args.max_num_seqs) == (0.4, 128, 3)
-    info = next(row for row in plain.metrics.rows() if row.name == "vllm:cache_config_info")
-    assert f"num_gpu_blocks={plain.plan.num_blocks}" in info.labels
-    assert "gpu_memory_utilization=0.4" in info.labels
+    (info,) = (family for family in plain.metrics.registry.collect() if family.name == "vllm:cache_config_info")
+    labels = info.samples[0].labels
+    assert (labels["num_gpu_blocks"], labels["gpu_memory_utilization"]) == (str(plain.plan.num_blocks), "0.4")
     open_ended = plain.submit_prompt([5, 6, 7], GREEDY.replace(max_tokens=None))
     next(open_ended)
     plain.replan(max_model_len=100)
