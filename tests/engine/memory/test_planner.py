@@ -534,3 +534,45 @@ def test_a_pool_keeps_its_size_while_it_is_enough_and_doubles_when_it_is_not():
     assert next_pool_size(100, 101, 150) == 150
     assert next_pool_size(100, 300, 1000) == 300
     assert next_pool_size(0, 1, 1000) == MIN_POOL_BLOCKS
+
+
+def test_a_refusal_for_windows_names_the_length_and_the_number_of_sequences_that_fit():
+    groups = [FullAttentionSpec((0,), bytes_per_token=1000), SlidingWindowSpec((1,), bytes_per_token=1000, window=4096)]
+    given = {"groups": groups, "device_limit": 20 * 10**6, "fraction": 1.0, "max_num_seqs": 8}
+    with pytest.raises(MemoryPlanError) as refused:
+        make_plan(**given, max_model_len=4096)
+    fits, seqs = refused.value.max_model_len_that_fits, refused.value.max_num_seqs_that_fits
+    assert str(refused.value).endswith(
+        f"Mitigations: increase gpu_memory_utilization, decrease max_model_len to {fits} or less, "
+        f"decrease max_num_seqs to {seqs} or less, use a smaller or more quantized model."
+    )
+    assert make_plan(**given, max_model_len=fits).max_model_len == fits > 1000
+    assert make_plan(**{**given, "max_num_seqs": seqs}, max_model_len=4096).max_num_seqs == seqs == 3
+
+
+def test_checkpoints_are_whole_and_there_are_none_without_states():
+    assert seed_plan().num_checkpoints == 0
+    groups = [FullAttentionSpec((3,), bytes_per_token=1000), StateSpec((0,), state_bytes=10**6)]
+    plan = make_plan(
+        groups=groups, device_limit=16 * 16_000 + 1_500_000, fraction=1.0, context_length=256, max_num_seqs=1
+    )
+    assert plan.num_checkpoints == 0
+
+
+def test_auto_takes_one_sequence_where_no_second_one_fits():
+    plan = make_plan(groups=[FullAttentionSpec((0,), bytes_per_token=1000)], device_limit=4 * 10**6, fraction=1.0,
+                     max_model_len=2048)  # fmt: skip
+    assert plan.max_num_seqs == 1
+
+
+def test_heads_that_no_page_type_holds_are_refused_with_their_size():
+    group = FullAttentionSpec((0,), bytes_per_token=1280, vectors=(KVVectors(4, 80, 4),))
+    with pytest.raises(ConfigError, match="--kv-cache-dtype int8: head dimension 80"):
+        make_plan(groups=[group], kv_cache_dtype="int8")
+
+
+def test_what_needs_nothing_has_no_cell_in_the_bar_and_every_element_size_is_told():
+    vectors = (KVVectors(2, 128, 4), KVVectors(2, 64, 2))
+    plan = make_plan(groups=[FullAttentionSpec((0,), bytes_per_token=1280, vectors=vectors)], model_memory=10**8)
+    assert sorted(set(bar(plan))) == sorted("█░·")
+    assert "keys and values: 2/4 bytes an element" in str(plan)
