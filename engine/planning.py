@@ -107,7 +107,7 @@ class _Shapes:
     @classmethod
     def of(cls, args: EngineArgs, device: Device) -> Self:
         from engine.runner.kv.kv_spec import ModelCaches
-        from engine.runner.load.formats import WEIGHT_READERS
+        from engine.runner.load.loader import WEIGHT_READERS
 
         resolved = resolve(args.model, args.revision, part="config")
         config = read_model_config(resolved, args)
@@ -116,7 +116,7 @@ class _Shapes:
 
     def inputs(self, args: EngineArgs, device: Device, given: _Sizes) -> PlanInputs:
         """What the plan follows from, with the sizes that the user gave in place of those determined."""
-        from engine.runner.load.plan_inputs import plan_inputs
+        from engine.runner.load.loader import plan_inputs
 
         estimated = estimated_step_cost(self.config, fused=device.kind != "cpu")
         return plan_inputs(

@@ -46,7 +46,7 @@ class WeightFormat(ABC):
     """How models of one format are recognised, and what their files say without their weights. No state, no MLX.
 
     ``kind`` is the format's name in :class:`~engine.models.local.ResolvedModel`, and that of the reader of its weights
-    in ``engine/runner/load/formats.py``. ``file_suffix``: what a file that is a whole model ends with, if any is.
+    in ``engine/runner/load/loader.py``. ``file_suffix``: what a file that is a whole model ends with, if any is.
     """
 
     kind: str

@@ -16,8 +16,7 @@ from engine.runner.backends import Backend
 from engine.runner.device.devices import Device, describe_device
 from engine.runner.device.memory import FreeMemory, clear_cache
 from engine.runner.kv.kv_spec import ModelCaches, num_logits
-from engine.runner.load.loader import LoadedModel, load_model
-from engine.runner.load.plan_inputs import plan_inputs
+from engine.runner.load.loader import LoadedModel, load_model, plan_inputs
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
 from engine.runner.warm_up import choose_backend, measure_step_cost

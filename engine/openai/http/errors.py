@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from engine.errors import EngineClosedError, GenerationError, RequestError
-from engine.openai.http.unsupported_routes import not_found
 
 logger = logging.getLogger("engine.openai")
 MESSAGES_PATH = "/v1/messages"
@@ -23,6 +22,35 @@ _ANTHROPIC_TYPES = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
 }
+
+_POOLING = "it runs models that generate text, none that embed, rank or classify"
+_MEDIA = "it serves text only"
+_LORA = "adapters cannot be changed while it runs"
+_DEVELOPER = "it has no developer routes"
+NOT_OFFERED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score", "/generative_scoring"),
+            *("/rerank", "/v1/rerank", "/v2/rerank"),
+        ),
+        _POOLING,
+    ),
+    **dict.fromkeys(("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/realtime"), _MEDIA),
+    **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), _LORA),
+    "/inference/v1/generate": "send token ids as the `prompt` of /v1/completions, with `return_token_ids`",
+    "/abort_requests": "close the connection of a request to end it",
+    "/invocations": "use /v1/chat/completions or /v1/completions",
+    "/tokenizer_info": "use /tokenize and /detokenize",
+    **dict.fromkeys(
+        (
+            *("/server_info", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache", "/collective_rpc"),
+            *("/sleep", "/wake_up", "/is_sleeping", "/pause", "/resume", "/is_paused"),
+            *("/start_profile", "/stop_profile"),
+        ),
+        _DEVELOPER,
+    ),
+}
+"""Routes that vLLM has and this server does not: why not, or what to use instead."""
 
 
 class ServerStoppingError(Exception):
@@ -83,6 +111,13 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ClientGoneError, _on_client_gone)
     for kind in (RequestError, EngineClosedError, GenerationError, ServerStoppingError):
         app.add_exception_handler(kind, _on_exception)
+
+
+def not_found(path: str, detail: str) -> str:
+    """The message of a 404 for ``path``; ``detail`` is what the router says."""
+    if path in NOT_OFFERED:
+        return f"This server does not offer {path}: {NOT_OFFERED[path]}."
+    return f"This server knows no route {path}." if detail == "Not Found" else detail
 
 
 async def _on_client_gone(_request: Request, _error: Exception) -> Response:

@@ -8,7 +8,6 @@ from fastapi.responses import JSONResponse, Response
 
 from engine.errors import RequestError
 from engine.openai.http.sse import EventStream
-from engine.openai.http.version import system_fingerprint
 from engine.openai.schema.protocol import BatchChatCompletionRequest, ChatCompletionRequest, ChatFields, StreamOptions
 from engine.openai.serving.chat_preparation import Messages, start_chat
 from engine.openai.serving.generation import (
@@ -19,6 +18,7 @@ from engine.openai.serving.generation import (
     open_request,
     port_of,
     stream_options,
+    system_fingerprint,
 )
 from engine.openai.serving.logprobs import chat_logprobs, prompt_logprobs
 from engine.outputs import CompletionDelta

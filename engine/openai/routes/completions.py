@@ -10,7 +10,6 @@ from fastapi.responses import JSONResponse, Response
 from engine.chat.request import PreparedRequest, PromptRequest
 from engine.errors import RequestError
 from engine.openai.http.sse import EventStream
-from engine.openai.http.version import system_fingerprint
 from engine.openai.schema.protocol import CompletionRequest, StreamOptions
 from engine.openai.schema.validation import check_generation
 from engine.openai.serving.backend import ServedEngine
@@ -24,6 +23,7 @@ from engine.openai.serving.generation import (
     sampling_params,
     start_job,
     stream_options,
+    system_fingerprint,
     truncation,
 )
 from engine.openai.serving.logprobs import completion_logprobs, prompt_logprobs

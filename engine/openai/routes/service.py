@@ -8,9 +8,8 @@ from fastapi.responses import JSONResponse, Response
 
 from engine.errors import UnknownModelError
 from engine.openai.http.http_metrics import HttpMetrics
-from engine.openai.http.version import package_version
 from engine.openai.serving.backend import ServedEngine
-from engine.openai.serving.generation import port_of
+from engine.openai.serving.generation import package_version, port_of
 from engine.runtime.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["service"])

@@ -6,6 +6,8 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import Request
@@ -248,3 +250,17 @@ def stream_options(port: Port, request: GenerationFields) -> StreamOptions:
     options = request.stream_options or StreamOptions(include_usage=False)
     forced = options.include_usage or port.options.enable_force_include_usage
     return options.model_copy(update={"include_usage": forced})
+
+
+@cache
+def package_version() -> str:
+    """The version of the installed distribution, ``unknown`` from a bare source tree."""
+    try:
+        return version("vm-magic")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def system_fingerprint() -> str:
+    """What made a reply: the same text for all replies of one version."""
+    return f"vm-magic-{package_version()}"

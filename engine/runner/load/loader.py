@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 
+from engine.memory.plan import PlanInputs
 from engine.memory.planner import plan_memory
 from engine.memory.step_cost import StepCost
 from engine.models.local import ResolvedModel
@@ -18,10 +19,13 @@ from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device, describe_device, prepare_backend
 from engine.runner.kv.kv_spec import ModelCaches
 from engine.runner.load.abstract_model import check_architecture
-from engine.runner.load.formats import WEIGHT_READERS
-from engine.runner.load.plan_inputs import plan_inputs
-from engine.runner.load.weight_reader import PreparedWeights
+from engine.runner.load.folder import FolderWeights
+from engine.runner.load.gguf import GGUFWeights
+from engine.runner.load.weight_reader import PreparedWeights, WeightReader
 from engine.runner.load.weight_types import main_dtype, parameter_bytes
+
+WEIGHT_READERS: dict[str, WeightReader] = {"folder": FolderWeights(), "gguf": GGUFWeights()}
+"""The readers of weights, by the ``kind`` of the format (``engine/models/formats.py``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,34 @@ def load_model(resolved: ResolvedModel, args: EngineArgs, progress: Progress | N
     more = (_text_only_line(config), _terms(resolved))
     notes = [f"{backend or device.name}, {weights.describe(model)}", *filter(None, more)]
     return LoadedModel(model, config, parameter_bytes(model), main_dtype(model), notes)
+
+
+def plan_inputs(
+    caches: ModelCaches,
+    config: ModelConfig,
+    args: EngineArgs,
+    device: Device,
+    *,
+    paged: bool,
+    model_memory: int,
+    overhead: StepCost,
+) -> PlanInputs:
+    """The inputs of a memory plan, before, during and after a load.
+
+    ``model_memory`` is the weights' bytes; ``paged``: keys and values lie in pages.
+    """
+    context = config.context_length
+    chunk = min(args.batched_tokens(device.chunk_size), context)
+    return PlanInputs.from_args(
+        args,
+        device_limit=device.memory_limit,
+        chunk_size=device.chunk_size,
+        model_memory=model_memory,
+        overhead=overhead,
+        groups=caches.groups(args.block_size, chunk, paged=paged),
+        shared_layers=caches.shared_layers,
+        context_length=context,
+    )
 
 
 def _text_only_line(config: ModelConfig) -> str | None:

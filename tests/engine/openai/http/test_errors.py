@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from engine.openai.http.unsupported_routes import NOT_OFFERED
+from engine.openai.http.errors import NOT_OFFERED
 from engine.openai.server import ServerHandle
 from tests.engine.openai import strict
 from tests.engine.openai.conftest import Serve, http_client

@@ -16,8 +16,7 @@ from engine.models.resolve import resolve
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device
 from engine.runner.load import loader
-from engine.runner.load.formats import WEIGHT_READERS
-from engine.runner.load.loader import LoadedModel, load_model
+from engine.runner.load.loader import WEIGHT_READERS, LoadedModel, load_model
 from engine.runner.load.weight_types import packed_modules
 from tests.tiny_models import family_config, tiny_config, write_weights
 
