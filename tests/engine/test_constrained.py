@@ -167,7 +167,7 @@ def test_constraints_in_sampling_params_are_checked_when_made_and_come_from_one_
     ).constraints
     assert both is not None
     assert (both.thinking, both.structured) == (ThinkingBudget(3), StructuredOutputsParams(regex="a"))
-    with pytest.raises(RequestError, match="structured_outputs is a request's own"):
+    with pytest.raises(RequestError, match="structured_outputs belongs to a single request"):
         llm.settings.update(structured_outputs={"regex": "a"})
 
 
