@@ -116,3 +116,16 @@ def test_a_blocks_state_is_free_cached_held_or_shared():
     pool.free(held)
     assert pool.states().tolist() == [pool.FREE] * 2 + [pool.HELD] * 2 + [pool.CACHED] + [pool.FREE] * 2
     assert len({pool.FREE, pool.CACHED, pool.HELD, pool.SHARED}) == 4
+
+
+def test_a_pool_whose_cache_is_reset_finds_nothing_and_held_blocks_stay_held():
+    pool = BlockPool(6)
+    held, cached = fill(pool, 2), fill(pool, 2, start=5)
+    pool.free(cached)
+    pool.reset_cache()
+    pool.check()
+    assert [pool.find_cached(hash_block(None, [i]), [i]) for i in (0, 1, 5, 6)] == [None] * 4
+    assert (pool.num_held_blocks, pool.num_free_cached, pool.num_free_blocks) == (2, 0, 4)
+    assert [block.block_id for block in pool.allocate(4)] == [2, 3, 4, 5]
+    pool.cache(held[0], hash_block(None, [0]), [0])
+    assert pool.find_cached(hash_block(None, [0]), [0]) is held[0]

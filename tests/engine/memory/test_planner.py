@@ -12,8 +12,10 @@ from engine.memory.cache_spec import (
     SlidingWindowSpec,
     StateSpec,
 )
-from engine.memory.plan import BAR_WIDTH, MemoryPlan, bar, parts
+from engine.memory.plan import BAR_WIDTH, MemoryPlan, PlanInputs, bar, parts
 from engine.memory.planner import MIN_POOL_BLOCKS, next_pool_size, what_if
+from engine.memory.step_cost import StepCost
+from engine.params.engine_args import EngineArgs
 from tests.memory_plans import make_plan
 
 LIMIT = 51.54e9
@@ -576,3 +578,21 @@ def test_what_needs_nothing_has_no_cell_in_the_bar_and_every_element_size_is_tol
     plan = make_plan(groups=[FullAttentionSpec((0,), bytes_per_token=1280, vectors=vectors)], model_memory=10**8)
     assert sorted(set(bar(plan))) == sorted("█░·")
     assert "keys and values: 2/4 bytes an element" in str(plan)
+
+
+def test_the_inputs_are_what_the_arguments_ask_for_and_what_the_model_and_device_are():
+    args = EngineArgs(
+        "m", gpu_memory_utilization=0.7, max_model_len=512, max_num_seqs=7, max_num_batched_tokens=99, block_size=32,
+        kv_cache_dtype="int8", enable_prefix_caching=False,
+    )  # fmt: skip
+    overhead = StepCost(1.0)
+    given = {"device_limit": 10**9, "model_memory": 10**8, "shared_layers": (5,), "context_length": 4096}
+    inputs = PlanInputs.from_args(args, chunk_size=64, overhead=overhead, groups=[DENSE], **given)
+    assert inputs == PlanInputs(
+        **given, overhead=overhead, groups=(DENSE,), block_size=32, fraction=0.7, memory_flag="gpu_memory_utilization",
+        max_model_len=512, max_num_seqs=7, max_num_batched_tokens=99, kv_cache_dtype="int8", prefix_caching=False,
+    )  # fmt: skip
+    assert inputs.overhead is overhead
+    plain = PlanInputs.from_args(EngineArgs("m"), chunk_size=64, overhead=overhead, groups=[DENSE], **given)
+    assert plain.max_num_batched_tokens == EngineArgs("m").batched_tokens(64) != EngineArgs("m").batched_tokens(65)
+    assert plain.prefix_caching
