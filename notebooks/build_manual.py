@@ -18,9 +18,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "bench-results"
-HELP_COLUMNS = "86"
+HELP_COLUMNS = "80"
 STYLE = """\
-div.cell_input pre, div.cell_output pre { white-space: pre-wrap; }
+div.cell_input pre, div.cell_output pre, div.highlight-text pre { white-space: pre-wrap; }
 div.cell_output .text_html, div.cell_output .text_html > div { overflow-x: auto; }
 div.cell_output .text_html table { font-size: 12px !important; }
 div.cell_output .text_html :is(td, th) { padding-right: 8px !important; white-space: normal !important; }
@@ -29,7 +29,7 @@ div.cell_output .text_html :is(td, th) { padding-right: 8px !important; white-sp
 ENVIRONMENT = {
     "VLLM_METAL_MEMORY_FRACTION": "as `--gpu-memory-utilization`: `auto` (0.90) or a number in (0, 1]",
     "VLLM_METAL_USE_PAGED_ATTENTION": "`0` takes mlx-lm's own contiguous caches instead of pages",
-    "VLLM_API_KEY": "the port's key, where no `--api-key` is given",
+    "VLLM_API_KEY": "the port's key without `--api-key`, and the key that `connect` sends (else `OPENAI_API_KEY`)",
     "HF_HOME": "folder of Hugging Face files; models are in its `hub`",
     "HF_HUB_CACHE": "folder of Hugging Face models",
     "HF_HUB_OFFLINE": "`1`: no network, only models that are here",
@@ -73,7 +73,7 @@ def options_page() -> str:
     """The engine's flags, environment variables, settings of a running model, and what is refused."""
     from engine.params.engine_args import ENGINE_FLAGS
     from engine.params.vllm_flags import ACCEPTED_NO_OPS, REFUSED_FLAGS
-    from vm_magic.state.settings_text import SETTABLE
+    from vm_magic.state.settings_text import MEMORY_NAMES, SETTABLE
 
     flags = [
         (f"`--{flag.name}`", f"`{flag.metavar or ' '.join(flag.choices) or 'on, off'}`", escaped(flag.help))
@@ -92,6 +92,9 @@ def options_page() -> str:
             "## Settings of a running model\n",
             "`%vllm_metal set NAME=VALUE` changes these while requests run, for all that do not say otherwise:",
             ", ".join(f"`{name}`" for name in SETTABLE) + ".\n",
+            "The memory plan of a loaded model changes likewise, and its requests go on: "
+            + ", ".join(f"`{name}`" for name in MEMORY_NAMES)
+            + ".\n",
             "## Flags of vLLM that are refused\n",
             "They are refused by name, never ignored.\n",
             table(("flag", "instead"), [(f"`--{name}`", escaped(text)) for name, text in REFUSED_FLAGS.items()]),

@@ -124,7 +124,7 @@ def _anchors(tokenizer: tokenizers.Tokenizer, script: str, suffix: str, texts: S
     found = [(start[0], 1 - len(start))]
     for text in texts:
         token = tokenizer.token_to_id(text)
-        assert token is not None, f"{text!r} is no token: give it as extra_tokens"
+        assert token is not None, f"{text!r} is not a token: give it as extra_tokens"
         if ids.count(token) == 1 and token not in start[:1]:
             found.append((token, ids.index(token) + 1))
     return found

@@ -1,11 +1,16 @@
-"""What the README shows works as it stands."""
+"""What the README shows works as it stands, and what the documents name is there."""
 
+import json
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NAMED_PATH = re.compile(r"(?<![\w./-])(?:engine|vm_magic|tests|notebooks)(?:/[\w-]+)+(?:\.\w+)?")
+NAMED_OBJECT = re.compile(r"(?<![\w./-])(?:engine|vm_magic|tests)(?:\.(?!py\b)\w+)+")
 
 
 @pytest.mark.weights
@@ -41,3 +46,41 @@ def test_the_table_of_commands_names_every_command_and_no_other() -> None:
     cells = [row.split("|")[1] for row in table.group(1).splitlines()]
     named = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
     assert named == set(COMMANDS)
+
+
+def documents() -> dict[str, str]:
+    """README, CONTRIBUTING, the pages of the manual and what its notebooks' cells say, by file name."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "notebooks").glob("*.md")]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in pages}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts[path.name] = "\n".join("".join(cell["source"]) for cell in cells)
+    return texts
+
+
+def named_in_documents(pattern: re.Pattern[str]) -> list[tuple[str, str]]:
+    return sorted({(document, name) for document, text in documents().items() for name in pattern.findall(text)})
+
+
+def test_every_file_that_the_documents_name_is_there() -> None:
+    named = [(document, path) for document, path in named_in_documents(NAMED_PATH) if "/NAME." not in path]
+    assert ("how_it_works.md", "engine/runtime/llm_engine.py") in named
+    assert [(document, path) for document, path in named if not (ROOT / path).exists()] == []
+
+
+def exists(name: str) -> bool:
+    """Whether ``name`` is a module of this project or a name in one."""
+    if ROOT.joinpath(*name.split(".")).is_dir() or ROOT.joinpath(*name.split(".")).with_suffix(".py").is_file():
+        return True  # not imported: some of tests take long to
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_every_module_and_name_of_ours_in_the_documents_is_there() -> None:
+    named = named_in_documents(NAMED_OBJECT)
+    assert ("memory.ipynb", "engine.plan_table") in named
+    assert [(document, name) for document, name in named if not exists(name)] == []
+    assert not exists("engine.no_such_name")

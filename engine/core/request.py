@@ -64,7 +64,7 @@ def check_length(num_prompt: int, max_tokens: int | None, limit: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request at the engine's door, already templated, tokenized and checked."""
+    """A request as it enters the engine, already templated, tokenized and checked."""
 
     request_id: str
     prompt_token_ids: list[int]

@@ -71,7 +71,7 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
         choices=KV_CACHE_DTYPES,
     ),
     Flag("dtype", str, "element type of weights and activations", choices=DTYPES),
-    Flag("seed", int, "seed of requests that bring none", "N"),
+    Flag("seed", int, "seed of requests without one of their own", "N"),
     Flag("revision", str, "branch, tag or commit of a hub model", "REV"),
     Flag("tokenizer", str, "tokenizer folder or hub id, if not the model's own", "PATH"),
     Flag("hf_config_path", str, "folder or hub id of config.json, if not the model's own", "PATH"),

@@ -14,7 +14,12 @@ from vm_magic.state import session as sessions
 if TYPE_CHECKING:
     from engine.memory.plan import MemoryPlan
 
-PLAN_SIZES = ("device_memory", "model_memory", "overhead")
+PLAN_SIZES = {
+    "device_memory": "the device's memory, such as 51.54GB (default: this machine's)",
+    "model_memory": "the weights' memory (default: from the files' headers)",
+    "overhead": "memory of a step's arrays (default: an estimate)",
+}
+"""Sizes to plan with, and the help of their flags."""
 LISTED = (
     "max_model_len",
     "gpu_memory_utilization",
@@ -48,11 +53,9 @@ class Plan(EngineCommand, LineCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Sizes to plan with, besides the engine's flags."""
-        for name in PLAN_SIZES:
+        for name, text in PLAN_SIZES.items():
             flag = f"--{name.replace('_', '-')}"
-            parser.add_argument(
-                flag, metavar="BYTES", default=argparse.SUPPRESS, help="a size such as 51.54GB, as given"
-            )
+            parser.add_argument(flag, metavar="BYTES", default=argparse.SUPPRESS, help=text)
         listed = ", ".join(f"--{name.replace('_', '-')}" for name in LISTED[2:])
         parser.epilog = (
             "Several values with commas give a table: --max-model-len 32K,64K --gpu-memory-utilization 0.6,0.9\n"

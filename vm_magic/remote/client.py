@@ -125,7 +125,7 @@ class RemoteClient:
                     return
             event = reader.close()
         except ValueError:
-            raise RemoteReplyError(f"{self.address.base_url} sent what is no JSON; is it an OpenAI server?") from None
+            raise RemoteReplyError(f"{self.address.base_url} did not send JSON; is it an OpenAI server?") from None
         if event is not None:
             yield event
 

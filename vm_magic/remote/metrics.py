@@ -41,7 +41,7 @@ class RemoteMetrics:
     text: str
 
     def collect(self) -> Iterator[Any]:
-        """Metric families. Raises RequestError for what is no Prometheus text."""
+        """Metric families. Raises RequestError for what is not Prometheus text."""
         from prometheus_client.parser import text_string_to_metric_families
 
         try:

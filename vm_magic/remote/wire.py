@@ -34,7 +34,7 @@ class EventReader:
     _data: list[str] = field(default_factory=list)
 
     def feed(self, line: str) -> Any:
-        """The event that ``line`` ends, or None. Raises ValueError for data that is no JSON."""
+        """The event that ``line`` ends, or None. Raises ValueError for data that is not JSON."""
         if line.startswith("data:"):
             self._data.append(line[5:].removeprefix(" "))
             return None

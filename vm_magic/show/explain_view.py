@@ -41,7 +41,7 @@ class ExplainView:
 
     @property
     def _scored(self) -> bool:
-        """Whether the request asked for nothing but its prompt's log-probabilities; the one token is no answer."""
+        """Whether the request asked for nothing but its prompt's log-probabilities; the one token is not an answer."""
         told = self.explanation
         asked = any(one.name == "prompt_logprobs" for one in told.sampling)
         return asked and all(output.num_tokens == 1 and output.finish_reason != "abort" for output in told.outputs)

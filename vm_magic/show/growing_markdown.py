@@ -26,7 +26,7 @@ def steady(text: str) -> str:
 
 
 def _without_half_table(lines: list[str]) -> list[str]:
-    """Hold back a table's head until the row below it is complete, and each row until it is: bars are no text."""
+    """Hold back a table's head until the row below it is complete, and each row until it is: bars are not text."""
     end = len(lines) - (lines[-1] == "")
     start = end
     while start and "|" in lines[start - 1]:

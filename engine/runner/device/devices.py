@@ -77,7 +77,7 @@ def choose_blas() -> str | None:
 
 
 def _limit_blas_threads(env: MutableMapping[str, str], num_cpus: int) -> None:
-    """Give OpenBLAS, which counts a machine's processors and knows no quota, ``num_cpus`` threads unless the user did.
+    """Give OpenBLAS, which counts a machine's processors and ignores quotas, ``num_cpus`` threads unless the user did.
 
     Threads beyond a container's quota spin until it is used up, and all of them stand still.
     """

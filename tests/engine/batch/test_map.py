@@ -175,7 +175,7 @@ def test_the_bar_tells_the_speed_before_a_prompt_is_done_and_counts_no_token_twi
     assert re.fullmatch(r"[1-9]\d* tokens/s", next(text for text in bar.told if text)), "while both run"
     assert bar.told.count("one more") == 2
     llm.map(["a", "b"], "{{ text }}", temperature=0, max_tokens=50, use_tqdm=again, resume=done)
-    assert again.told == ["", "one more"] * 2, "what was taken over is no speed"
+    assert again.told == ["", "one more"] * 2, "rows taken over have no speed"
 
 
 def test_mistakes_are_told_before_anything_runs(llm: LLM) -> None:

@@ -196,7 +196,7 @@ def test_aborting_a_request_that_waits_for_its_first_token_ends_at_once(server: 
             True,
             "CUDA out of memory",
         ),
-        ([chunk(content="Hel"), "data: {not json\n\n"], True, "no JSON"),
+        ([chunk(content="Hel"), "data: {not json\n\n"], True, "did not send JSON"),
         ([chunk(content="Hel"), {"choices": [{"index": 0, "delta": {"tool_calls": [3]}}]}], True, "cannot be read"),
         ([chunk(content="Hel"), [1]], True, "cannot be read"),
     ],
