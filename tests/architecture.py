@@ -1,4 +1,4 @@
-"""The house: which package may import which, and its picture in CONTRIBUTING.md.
+"""Which package may import which, and the picture of it in CONTRIBUTING.md.
 
 ``python -m tests.architecture`` draws the picture anew and prints the counts.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
-FLOORS: tuple[tuple[str, ...], ...] = (
+LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.errors",),
     ("engine.outputs", "engine.format"),
     ("engine.params",),
@@ -35,17 +35,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("vm_magic.shell",),
     ("vm_magic",),
 )
-"""From the ground up. A room imports from floors below its own; rooms of one floor do not know each other."""
+"""From the bottom up. A package imports only from layers below its own, so not from the others of its layer."""
 
 INSIDE: dict[str, tuple[str, ...]] = {
     "engine.text": ("tokens", "template", "parse.scan", "parse.tool_parsers", "parse", "guide"),
     "engine.runner": ("device", "kv", "sampling", "load", ""),
     "engine.openai": ("http", "schema", "serving", "routes", ""),
 }
-"""Rooms with packages of their own, again from the ground up; "" is the files that lie directly in the room."""
+"""Packages with layers of their own, again from the bottom up; "" is the files that lie directly in the package."""
 
 _MARKS = ("<!-- drawn by python -m tests.architecture -->\n", "<!-- end of the drawing -->\n")
-_PLACES = {name: (floor, name) for floor, names in enumerate(FLOORS) for name in names}
+_LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
 
 @dataclass(frozen=True)
@@ -102,29 +102,29 @@ def module_of(path: Path) -> str:
     return ".".join(part for part in path.relative_to(ROOT).with_suffix("").parts if part != "__init__")
 
 
-def room_of(module: str) -> str:
-    """The room that a module of this project belongs to: its first two names."""
+def top_package(module: str) -> str:
+    """The package of :data:`LAYERS` that a module of this project belongs to: its first two names."""
     return ".".join(module.split(".")[:2])
 
 
 def package_of(module: str) -> str:
-    """The package that a module lies in, below its room too."""
+    """The package that a module lies in, however deep."""
     return module if ROOT.joinpath(*module.split(".")).is_dir() else module.rpartition(".")[0] or module
 
 
-def place_inside(module: str) -> int:
-    """How high a module lies inside its room; 0 for all where the room has no packages."""
-    room = room_of(module)
-    inner = package_of(module).removeprefix(room).lstrip(".")
-    return INSIDE[room].index(inner) if room in INSIDE else 0
+def layer_inside(module: str) -> int:
+    """The layer of a module inside its top package; 0 for all where that has no layers of its own."""
+    top = top_package(module)
+    inner = package_of(module).removeprefix(top).lstrip(".")
+    return INSIDE[top].index(inner) if top in INSIDE else 0
 
 
 def may_import(importer: str, imported: str) -> bool:
     """Whether the order allows one module to import the other."""
-    above, below = room_of(importer), room_of(imported)
+    above, below = top_package(importer), top_package(imported)
     if above == below:
-        return place_inside(importer) >= place_inside(imported)
-    return _PLACES[below][0] < _PLACES[above][0]
+        return layer_inside(importer) >= layer_inside(imported)
+    return _LAYER[below] < _LAYER[above]
 
 
 def files_of(*packages: str) -> dict[str, set[str]]:
@@ -143,16 +143,16 @@ def circle(arrows: Mapping[str, set[str]]) -> list[str]:
 
 
 def packages_and_arrows() -> dict[str, set[str]]:
-    """Each package (and module that is a room by itself) with those that it imports."""
+    """Each package (and each module that LAYERS lists itself) with those that it imports."""
     arrows: dict[str, set[str]] = {}
     for name, imported in files_of("engine", "vm_magic").items():
-        home = _package_or_room(name)
-        arrows.setdefault(home, set()).update({_package_or_room(one) for one in imported} - {home})
+        home = _package_or_listed(name)
+        arrows.setdefault(home, set()).update({_package_or_listed(one) for one in imported} - {home})
     return arrows
 
 
-def _package_or_room(module: str) -> str:
-    return module if module in _PLACES else package_of(module)
+def _package_or_listed(module: str) -> str:
+    return module if module in _LAYER else package_of(module)
 
 
 def first_sentence(name: str) -> str:
@@ -164,15 +164,15 @@ def first_sentence(name: str) -> str:
 
 
 def picture() -> str:
-    """The floors from the top down, each room with what it is for."""
+    """The layers from the top down, each package with what it is for."""
     lines = []
-    for number, floor in reversed(list(enumerate(FLOORS, 1))):
-        for room in floor:
-            label = f"{number:>2}" if room == floor[0] else "  "
-            lines.append(f"{label} {room:<18} {first_sentence(room)}")
-            for inner in reversed(INSIDE.get(room, ())):
+    for number, layer in reversed(list(enumerate(LAYERS, 1))):
+        for package in layer:
+            label = f"{number:>2}" if package == layer[0] else "  "
+            lines.append(f"{label} {package:<18} {first_sentence(package)}")
+            for inner in reversed(INSIDE.get(package, ())):
                 if inner:
-                    lines.append(f"     .{inner:<20} {first_sentence(f'{room}.{inner}')}")
+                    lines.append(f"     .{inner:<20} {first_sentence(f'{package}.{inner}')}")
     return "```\n" + "\n".join(lines) + "\n```\n"
 
 
@@ -189,7 +189,7 @@ def main() -> None:
     files = files_of("engine", "vm_magic")
     up = sum(not may_import(a, b) for a, imported in files.items() for b in imported)
     sys.stdout.write(
-        f"{len(arrows)} packages on {len(FLOORS)} floors, {sum(map(len, arrows.values()))} arrows, {up} up, "
+        f"{len(arrows)} packages in {len(LAYERS)} layers, {sum(map(len, arrows.values()))} arrows, {up} up, "
         f"circles of packages: {circle(arrows) or 'none'}, circles of files: {circle(files) or 'none'}\n"
     )
 

@@ -1,4 +1,4 @@
-"""The one-way order of the rooms, checked on every import statement (lazy and type-only ones too), and the tail."""
+"""The one-way order of the packages, checked on every import statement (lazy and type-only ones too), and the tail."""
 
 import ast
 import re
@@ -9,8 +9,8 @@ import pytest
 
 from tests.architecture import (
     CONTRIBUTING,
-    FLOORS,
     INSIDE,
+    LAYERS,
     ROOT,
     circle,
     drawn,
@@ -21,8 +21,8 @@ from tests.architecture import (
     module_of,
     modules_named,
     packages_and_arrows,
-    room_of,
     sources,
+    top_package,
 )
 
 PACKAGES = ("engine", "vm_magic")
@@ -33,17 +33,17 @@ NOTEBOOK = {"IPython", "ipywidgets", "ipykernel", "traitlets", "vm_magic"}
 
 
 @pytest.mark.parametrize("path", sources(*PACKAGES), ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_imports_only_from_rooms_below_its_own(path: Path) -> None:
+def test_a_module_imports_only_from_layers_below_its_own(path: Path) -> None:
     module = module_of(path)
-    assert room_of(module) in {room for floor in FLOORS for room in floor}, f"{module} is in no room of FLOORS"
+    assert top_package(module) in {package for layer in LAYERS for package in layer}, f"LAYERS lacks {module}"
     for found in imports_of(path):
         if found.module.split(".")[0] in PACKAGES:
             assert may_import(module, found.module), f"{found}: that lies above or beside it"
 
 
-def test_every_room_of_the_list_is_there() -> None:
-    names = [room for floor in FLOORS for room in floor]
-    names += [f"{room}.{inner}" for room, inners in INSIDE.items() for inner in inners if inner]
+def test_every_package_of_the_list_is_there() -> None:
+    names = [package for layer in LAYERS for package in layer]
+    names += [f"{package}.{inner}" for package, inners in INSIDE.items() for inner in inners if inner]
     assert [name for name in names if not exists(name)] == []
 
 
@@ -80,7 +80,7 @@ def test_only_the_runner_imports_mlx() -> None:
     found = [
         str(one)
         for path in sources(*PACKAGES)
-        if room_of(module_of(path)) != "engine.runner"
+        if top_package(module_of(path)) != "engine.runner"
         for one in imports_of(path)
         if one.module.split(".")[0] in MLX
     ]
