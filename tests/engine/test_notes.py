@@ -1,4 +1,4 @@
-"""What a user is told at load about the model's architecture, on a whole engine."""
+"""What a user is told about a model's architecture when it is loaded, on a whole engine."""
 
 import json
 import shutil

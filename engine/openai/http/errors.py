@@ -117,7 +117,7 @@ def not_found(path: str, detail: str) -> str:
     """The message of a 404 for ``path``; ``detail`` is what the router says."""
     if path in NOT_OFFERED:
         return f"This server does not offer {path}: {NOT_OFFERED[path]}."
-    return f"This server knows no route {path}." if detail == "Not Found" else detail
+    return f"This server has no route {path}." if detail == "Not Found" else detail
 
 
 async def _on_client_gone(_request: Request, _error: Exception) -> Response:

@@ -1,4 +1,7 @@
-"""Where a model's thought begins and ends, found in its tokens as they come."""
+"""Where a model's thought begins and ends, found in its tokens as they come.
+
+The budget of a thought is kept by :mod:`engine.text.guide.completion_guide`.
+"""
 
 import enum
 import re
