@@ -10,23 +10,14 @@ import time
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from engine.batch.offline import (
-    chat_options,
-    chat_request,
-    conversation_list,
-    one_prompt,
-    params_of_each,
-    prompt_list,
-    run_all,
-)
+from engine.batch.offline import chat_requests, one_request, params_of_each, prompt_requests, run_all
 from engine.batch.score import Score, score_text
 from engine.chat.request import ChatPreparer, ChatRequest, Message, PreparedRequest, PromptRequest, TemplateOptions
 from engine.core.request import TRACELESS
 from engine.errors import RequestError
-from engine.explain.explainer import Explanation, make_explainer
+from engine.explain.explainer import Explainer, Explanation
 from engine.explain.request_log import RequestLog
 from engine.models.resolve import resolve
 from engine.outputs import CompletionDelta, RequestOutput
@@ -256,14 +247,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete one prompt or many; results in order. Interruptible: all are then aborted.
 
-        A prompt is a text, token ids, or vLLM's ``{"prompt": …}`` or ``{"prompt_token_ids": …}``.
+        A prompt is a string, token ids, or vLLM's ``{"prompt": …}`` or ``{"prompt_token_ids": …}``.
 
         Without ``sampling_params`` the model's recommended values apply, with vLLM's 16 tokens.
         """
-        wanted = prompt_list(prompts)
-        each = params_of_each(sampling_params, len(wanted), self.sampling_params)
-        requests = [(one_prompt(prompt), params) for prompt, params in zip(wanted, each, strict=True)]
-        return run_all(self.submit_prompt, requests, use_tqdm=use_tqdm)
+        requests = prompt_requests(prompts, sampling_params, self.sampling_params)
+        return run_all(self._start, requests, use_tqdm=use_tqdm)
 
     def chat(
         self,
@@ -277,11 +266,8 @@ class LLM:
 
         A text is what the model wrote, the marks of thoughts and calls included: :func:`engine.parse_output` reads it.
         """
-        options = chat_options(template)
-        conversations = conversation_list(messages)
-        each = params_of_each(sampling_params, len(conversations), self.sampling_params)
-        submit = partial(self._submit_chat, options=options)
-        return run_all(submit, zip(conversations, each, strict=True), use_tqdm=use_tqdm)
+        requests = chat_requests(messages, sampling_params, self.sampling_params, template)
+        return run_all(self._start, requests, use_tqdm=use_tqdm)
 
     def map(
         self,
@@ -324,7 +310,7 @@ class LLM:
 
         Leaving the loop early ends the request.
         """
-        stream = self._submit_any(prompt, sampling_params, template)
+        stream = self._start(one_request(prompt, sampling_params or self.sampling_params(), template))
         try:
             yield from stream
         finally:
@@ -337,7 +323,7 @@ class LLM:
         **template: Any,
     ) -> AsyncIterator[CompletionDelta]:
         """:meth:`stream` for ``async for``."""
-        stream = self._submit_any(prompt, sampling_params, template)
+        stream = self._start(one_request(prompt, sampling_params or self.sampling_params(), template))
         try:
             async for delta in stream:
                 yield delta
@@ -349,7 +335,7 @@ class LLM:
     ) -> RequestOutput:
         """:meth:`chat` with one conversation, to be awaited. Cancelling the task ends the request."""
         (params,) = params_of_each(sampling_params, 1, self.sampling_params)
-        stream = self._submit_any(messages, params, template)
+        stream = self._start(one_request(messages, params, template))
         try:
             async for _ in stream:
                 pass
@@ -439,14 +425,13 @@ class LLM:
 
         Raises RequestError if no such request is remembered (the latest 32 are).
         """
-        explainer = make_explainer(
+        explainer = Explainer.of_model(
             self.request_log,
             self.tokenizer,
+            self.plan,
             eos_token_ids=self._requests.eos_token_ids,
-            block_size=self.plan.block_size,
             caching_wanted=self.args.enable_prefix_caching,
             reuses_prefixes=self._reuses_prefixes,
-            recurrent=any(group.recurrent for group in self.plan.groups),
         )
         return explainer.explain_latest(count)
 
@@ -461,6 +446,9 @@ class LLM:
             server.stop()
         self._thread.close()
 
+    def _start(self, request: ChatRequest | PromptRequest) -> RequestStream:
+        return self.submit(self.prepare(request))
+
     def _keep_map(self, frame: "pandas.DataFrame") -> None:
         self.last_map = frame
 
@@ -473,21 +461,3 @@ class LLM:
             logger.warning("live settings contradict the model's own: %s", error)
             return
         self._thread.post(lambda engine: engine.follow(live))
-
-    def _submit_any(
-        self,
-        prompt: str | Sequence[int] | Sequence[Message],
-        params: SamplingParams | None,
-        template: Mapping[str, Any],
-    ) -> RequestStream:
-        params, options = params or self.sampling_params(), chat_options(template)
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            return self._submit_chat(prompt, params, options)  # type: ignore[arg-type]
-        if options:
-            raise RequestError(f"{', '.join(options)}: only for a conversation (a list of messages)")
-        return self.submit_prompt(prompt, params)  # type: ignore[arg-type]
-
-    def _submit_chat(
-        self, messages: Sequence[Message], params: SamplingParams, options: Mapping[str, Any]
-    ) -> RequestStream:
-        return self.submit(self.prepare(chat_request(messages, params, options)))

@@ -69,7 +69,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     thinking_cut: str | None = None
-    """Why the thought was ended for the model: ``budget``, ``repetition`` or ``request``; None if it was not."""
+    """Why the engine ended the thought: ``budget``, ``repetition`` or ``request``; None if it did not."""
 
     @property
     def finished(self) -> bool:
@@ -93,7 +93,7 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class CompletionDelta:
-    """News of one completion: text and tokens since the last delta.
+    """What was added to one completion: text and tokens since the last delta.
 
     ``text`` may be empty while a character or a possible stop string is held back. The delta that
     carries ``finish_reason`` is the last of its ``index``. ``logprobs`` has one entry per token.

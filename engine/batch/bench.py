@@ -109,12 +109,12 @@ class Bench:
         self._room = (stats.num_free_blocks or stats.num_blocks) * llm.plan.block_size
         self.result = BenchResult(describe(llm, device))
         if stats.num_running or stats.num_waiting:
-            self.result.notes.append("other requests were running: the numbers are theirs too")
+            self.result.notes.append("other requests were running: the figures include their load")
         if len(self._batches) < len(set(batch_sizes)):
             self.result.notes.append(f"batches above max_num_seqs ({most}) are left out")
 
     def run(self) -> Iterator[BenchRow]:
-        """Measure; ends all of its requests however it is left."""
+        """Measure; however it is left, its requests are ended."""
         self._deadline = time.monotonic() + self._seconds
         self._first_tokens([self._prompt(DECODE_PROMPT)])
         for row in itertools.chain(self._prefill(), self._decode()):
@@ -193,7 +193,7 @@ class Bench:
             stream.result()
 
     def _prompt(self, length: int) -> list[int]:
-        """Tokens that nobody has asked before."""
+        """Random tokens, which no cache holds."""
         return self._random.choices(range(self._vocab_size), k=length)
 
 

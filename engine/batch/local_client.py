@@ -1,6 +1,6 @@
 """Where ``LLM.map`` sends prompts in this process: the engine's queue."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ from engine.chat.request import ChatRequest, PreparedRequest, PromptRequest, Tem
 from engine.errors import RequestError
 from engine.memory.plan import MemoryPlan
 from engine.params.sampling_defaults import SamplingDefaults
-from engine.params.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
+from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import StructuredOutput
 from engine.runtime.stream import RequestStream
 from engine.text.parse.output_parser import OutputParser
@@ -67,8 +67,7 @@ class LocalClient:
         sampling = self._resolve(params)
         structured = StructuredOutput.from_schema(self.schema)
         if self.raw:
-            if sampling.max_tokens is None:
-                sampling = sampling.replace(max_tokens=DEFAULT_MAX_TOKENS)
+            sampling = sampling.with_default_max_tokens()
             return PromptRequest(prompt=prompt, sampling=sampling, structured_outputs=structured, source=SOURCE)
         return ChatRequest(
             messages=chat_messages(prompt, params.get("system")),
@@ -89,19 +88,6 @@ class LocalJob:
 
     stream: RequestStream
     parser: OutputParser | None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens so far."""
-        return self.stream.num_tokens
-
-    def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """``callback()`` once the request is over."""
-        self.stream.add_done_callback(callback)
-
-    def abort(self) -> None:
-        """End the request soon."""
-        self.stream.abort()
 
     def answer(self) -> Answer:
         """What came so far; raises what ended the request, if something failed."""

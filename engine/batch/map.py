@@ -49,21 +49,29 @@ class Answer:
     finish_reason: str | None
 
 
-class Job(Protocol):
-    """One prompt under way."""
+class PromptStream(Protocol):
+    """A prompt's request, in this process or at a server."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens so far."""
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """``callback()`` once the job is over, from any thread; at once if it is."""
-
-    def answer(self) -> Answer:
-        """What came so far; raises what ended the job, if something failed."""
+        """``callback()`` once the request is over, from any thread; at once if it is."""
 
     def abort(self) -> None:
-        """End the job soon."""
+        """End the request soon."""
+
+
+class MapJob(Protocol):
+    """One prompt under way."""
+
+    @property
+    def stream(self) -> PromptStream:
+        """Its request."""
+
+    def answer(self) -> Answer:
+        """What came so far; raises what ended the request, if something failed."""
 
 
 class MapClient(Protocol):
@@ -76,7 +84,7 @@ class MapClient(Protocol):
     def check(self, params: Mapping[str, Any]) -> None:
         """Raise for parameters that no prompt could have."""
 
-    def submit(self, prompt: str, params: Mapping[str, Any]) -> Job:
+    def submit(self, prompt: str, params: Mapping[str, Any]) -> MapJob:
         """Begin; ``params`` are sampling values and ``system``. Raises RequestError where only this prompt is wrong."""
 
 
@@ -114,7 +122,7 @@ class MapRun:
         self._client = client
         self._bar = bar
         self._num_tokens = 0
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[int, MapJob] = {}
         self._over: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def run(self, tasks: Iterable[Task], done: "Earlier") -> None:
@@ -142,7 +150,7 @@ class MapRun:
             self._file(slot, str(error))
             return
         self._jobs[slot] = job
-        job.add_done_callback(lambda: self._over.put(slot))
+        job.stream.add_done_callback(lambda: self._over.put(slot))
 
     def _take_one(self) -> None:
         while True:
@@ -152,7 +160,7 @@ class MapRun:
             except queue.Empty:
                 self._bar.show(self._tokens_so_far())
         job = self._jobs.pop(slot)
-        self._num_tokens += job.num_tokens
+        self._num_tokens += job.stream.num_tokens
         try:
             self._file(slot, job.answer())
         except (RequestError, GenerationError) as error:
@@ -164,12 +172,12 @@ class MapRun:
 
     def _tokens_so_far(self) -> int:
         """Tokens generated in this run, those of the prompts under way included."""
-        return self._num_tokens + sum(job.num_tokens for job in self._jobs.values())
+        return self._num_tokens + sum(job.stream.num_tokens for job in self._jobs.values())
 
     def _end_all(self) -> None:
         """Abort what runs and keep what it wrote."""
         for job in self._jobs.values():
-            job.abort()
+            job.stream.abort()
         deadline = time.monotonic() + END_SECONDS
         while self._jobs:
             try:

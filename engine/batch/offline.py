@@ -1,14 +1,14 @@
-"""Lists of prompts: which sampling values go with which prompt, and waiting for all of them."""
+"""What ``LLM.generate``, ``chat`` and ``stream`` are given, as requests; and waiting for a list of them."""
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any
 
-from engine.chat.request import ChatRequest, Message, TemplateOptions
+from engine.chat.request import ChatRequest, Message, PromptRequest, TemplateOptions
 from engine.errors import RequestError
 from engine.outputs import RequestOutput
-from engine.params.sampling_params import DEFAULT_MAX_TOKENS, PARAMETERS, SamplingParams
+from engine.params.sampling_params import PARAMETERS, SamplingParams
 from engine.runtime.stream import RequestStream
 
 _TEMPLATE_OPTIONS = {
@@ -30,7 +30,45 @@ _REFUSED = {
     "priority": "llm.submit_prompt(prompt, params, priority=…) takes it",
 }
 """Keywords of vLLM's ``LLM.chat`` that are refused, with what to do instead."""
-_Prompt = TypeVar("_Prompt")
+Request = ChatRequest | PromptRequest
+Default = Callable[[], SamplingParams]
+"""The sampling values of a request that gives none."""
+
+
+def prompt_requests(
+    prompts: Any, given: SamplingParams | Sequence[SamplingParams] | None, default: Default
+) -> list[Request]:
+    """What ``LLM.generate`` submits. Raises RequestError."""
+    wanted = prompt_list(prompts)
+    each = params_of_each(given, len(wanted), default)
+    return [
+        PromptRequest(prompt=one_prompt(prompt), sampling=params) for prompt, params in zip(wanted, each, strict=True)
+    ]
+
+
+def chat_requests(
+    messages: Any,
+    given: SamplingParams | Sequence[SamplingParams] | None,
+    default: Default,
+    keywords: Mapping[str, Any],
+) -> list[Request]:
+    """What ``LLM.chat`` submits; ``keywords`` are those of :data:`CHAT_OPTIONS`. Raises RequestError."""
+    options = chat_options(keywords)
+    conversations = conversation_list(messages)
+    each = params_of_each(given, len(conversations), default)
+    return [chat_request(one, params, options) for one, params in zip(conversations, each, strict=True)]
+
+
+def one_request(
+    prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams, keywords: Mapping[str, Any]
+) -> Request:
+    """What ``LLM.stream`` submits: a conversation (messages) with its ``keywords``, or a raw prompt."""
+    options = chat_options(keywords)
+    if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+        return chat_request(prompt, params, options)  # type: ignore[arg-type]
+    if options:
+        raise RequestError(f"{', '.join(options)}: only for a conversation (a list of messages)")
+    return PromptRequest(prompt=prompt, sampling=params)  # type: ignore[arg-type]
 
 
 def chat_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,17 +139,16 @@ def one_prompt(prompt: Any) -> str | list[int]:
 
 
 def _no_prompt(given: Any) -> RequestError:
-    must = "a prompt is a text, a list of token ids, or {'prompt': …} or {'prompt_token_ids': …}"
+    must = "a prompt is a string, a list of token ids, or {'prompt': …} or {'prompt_token_ids': …}"
     return RequestError(f"{must}, not {given!r:.100}", param="prompt")
 
 
 def params_of_each(
-    given: SamplingParams | Sequence[SamplingParams] | None, count: int, default: Callable[[], SamplingParams]
+    given: SamplingParams | Sequence[SamplingParams] | None, count: int, default: Default
 ) -> Sequence[SamplingParams]:
     """Sampling values of each of ``count`` requests."""
     if given is None:
-        resolved = default()
-        given = resolved if resolved.max_tokens is not None else resolved.replace(max_tokens=DEFAULT_MAX_TOKENS)
+        given = default().with_default_max_tokens()
     if isinstance(given, SamplingParams):
         return [given] * count
     if len(given) != count:
@@ -120,16 +157,13 @@ def params_of_each(
 
 
 def run_all(
-    submit: Callable[[_Prompt, SamplingParams], RequestStream],
-    requests: Iterable[tuple[_Prompt, SamplingParams]],
-    *,
-    use_tqdm: bool,
+    submit: Callable[[Request], RequestStream], requests: Iterable[Request], *, use_tqdm: bool
 ) -> list[RequestOutput]:
     """Submit all, wait for all; if anything raises, abort the rest."""
     streams: list[RequestStream] = []
     try:
-        for prompt, params in requests:
-            streams.append(submit(prompt, params))
+        for request in requests:
+            streams.append(submit(request))
         waited: Iterable[RequestStream] = streams
         if use_tqdm and len(streams) > 1:
             from tqdm.auto import tqdm

@@ -62,7 +62,7 @@ def read_table(source: Any) -> PromptTable:
         return _read_pandas(source)
     if isinstance(source, str | bytes | Mapping) or not isinstance(source, Iterable):
         raise RequestError(
-            f"map wants a DataFrame, a Series or a list of rows (mappings or texts), got {type(source).__name__}",
+            f"map takes a DataFrame, a Series or a list of rows (mappings or strings), got {type(source).__name__}",
             param="rows",
         )
     total = len(source) if isinstance(source, Sequence) else None
@@ -79,7 +79,7 @@ def _read_pandas(source: Any) -> PromptTable:
     if isinstance(source, pandas.Series):
         source = source.to_frame(source.name if source.name is not None else PLAIN_VARIABLE)
     if not isinstance(source, pandas.DataFrame):
-        raise RequestError(f"map wants a DataFrame or a Series, got {type(source).__name__}", param="rows")
+        raise RequestError(f"map takes a DataFrame or a Series, got {type(source).__name__}", param="rows")
     names = [str(name) for name in source.columns]
     rows = (_present(dict(zip(names, row, strict=True))) for row in source.itertuples(index=False, name=None))
     return PromptTable(rows, source.index, len(source), frozenset(names), source.index.name)
@@ -132,7 +132,7 @@ class Prompts:
         self._compiled: list[tuple[Template, set[str]]] = []
         for source in self.templates:
             if not isinstance(source, str):
-                raise RequestError(f"template: must be a text, got {type(source).__name__}", param="template")
+                raise RequestError(f"template: must be a string, got {type(source).__name__}", param="template")
             try:
                 names = meta.find_undeclared_variables(environment.parse(source))
                 self._compiled.append((environment.from_string(source, globals=dict(self.variables)), names))

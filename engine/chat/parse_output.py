@@ -29,7 +29,7 @@ def parse_output(
     """
     pieces = [text] if chunks is None else list(chunks)
     if "".join(pieces) != text:
-        raise ValueError("chunks must make up the text: their concatenation is another")
+        raise ValueError("chunks must make up the text, but joined they give another")
     parser = make_output_parser(
         reasoning_parser=reasoning_parser,
         tool_call_parser=tool_call_parser,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ParsedCompletionDelta(CompletionDelta):
-    """News that was parsed elsewhere (by a remote server). ``parsed`` None: a raw completion's."""
+    """A delta that was parsed elsewhere (by a remote server). ``parsed`` is None for a raw completion."""
 
     parsed: ParsedDelta | None = None
 

@@ -120,7 +120,7 @@ class PromptRequest(_Request):
 
 @dataclass(frozen=True)
 class Account:
-    """What ``explain`` tells of a request beside its values, known before it is submitted.
+    """What ``explain`` shows of a request beside its values; known before it is submitted.
 
     ``template`` is what the chat template was given, the lower layer first; None where none was rendered.
     ``make_parser`` makes the parser of one completion; None where all output is the answer.

@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from engine.chat.reply import read_whole
 from engine.errors import RequestError
 from engine.explain.request_log import RequestLog, RequestRecord, common_prefix
+from engine.memory.plan import MemoryPlan
 from engine.params.sampling_params import COMMON, CONSTRAINTS, SamplingParams
 from engine.params.structured_outputs import Constraints
 from engine.text.tokens.token_texts import token_texts
@@ -101,15 +102,40 @@ class Explainer:
     no_caching: str = ""
     recurrent: bool = False
 
+    @classmethod
+    def of_model(
+        cls,
+        log: RequestLog,
+        tokenizer: Tokenizer,
+        plan: MemoryPlan,
+        *,
+        eos_token_ids: frozenset[int],
+        caching_wanted: bool,
+        reuses_prefixes: bool,
+    ) -> Self:
+        """``caching_wanted`` is what the flag says, ``reuses_prefixes`` whether the engine does."""
+        why = "prefix caching is off (--no-enable-prefix-caching)"
+        if caching_wanted and not reuses_prefixes:
+            why = "this model runs on mlx-lm's contiguous caches, which keep nothing between requests"
+        return cls(
+            log=log,
+            decode=lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=False),
+            token_text=tokenizer.token_text,
+            eos_token_ids=eos_token_ids,
+            block_size=plan.block_size,
+            no_caching="" if reuses_prefixes else why,
+            recurrent=any(group.recurrent for group in plan.groups),
+        )
+
     def explain_latest(self, count: int = 1) -> Explanation:
         """The ``count``-th request from the end. Raises RequestError if no such request is remembered."""
         record = self.log.latest(count)
         if record is None:
             known = len(self.log)
             raise RequestError(
-                f"there is no request {count} from the end: {known} are remembered"
+                f"there is no request {count} from the end: the latest {known} are remembered"
                 if known
-                else "there was no request yet; ask something first (%%chat, or a client)",
+                else "there was no request yet: ask something first (%%chat, or a client)",
                 param="count",
             )
         return self.explain(record)
@@ -290,28 +316,3 @@ def _place(name: str) -> int:
 def _is_default(field: "dataclasses.Field[Any]", value: object) -> bool:
     factory = field.default_factory
     return bool(value == (field.default if factory is dataclasses.MISSING else factory()))
-
-
-def make_explainer(
-    log: RequestLog,
-    tokenizer: Tokenizer,
-    *,
-    eos_token_ids: frozenset[int],
-    block_size: int,
-    caching_wanted: bool,
-    reuses_prefixes: bool,
-    recurrent: bool,
-) -> Explainer:
-    """``caching_wanted`` is what the flag says, ``reuses_prefixes`` what is; ``recurrent`` as in :class:`Explainer`."""
-    why = "prefix caching is off (--no-enable-prefix-caching)"
-    if caching_wanted and not reuses_prefixes:
-        why = "this model runs on mlx-lm's contiguous caches, which keep nothing between requests"
-    return Explainer(
-        log=log,
-        decode=lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=False),
-        token_text=tokenizer.token_text,
-        eos_token_ids=eos_token_ids,
-        block_size=block_size,
-        no_caching="" if reuses_prefixes else why,
-        recurrent=recurrent,
-    )

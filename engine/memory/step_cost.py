@@ -6,6 +6,8 @@ A process that runs out of memory is killed, or aborts.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from engine.params.sizes import exact_size
+
 SMALLEST_CHUNK = 16
 """Tokens; a prompt is not cut into smaller chunks to save memory."""
 
@@ -67,6 +69,6 @@ class AdmissionControl:
         """What a chunk lacks, in words."""
         rows = min(num_tokens, SMALLEST_CHUNK)
         return (
-            f"the next {rows} tokens of this prompt need {self.need(rows, start) / 1e9:.2f} GB of memory, "
-            f"{self.free() / 1e9:.2f} GB are free"
+            f"the next {rows} tokens of this prompt need {exact_size(self.need(rows, start))} of memory, "
+            f"{exact_size(self.free())} are free"
         )

@@ -127,7 +127,7 @@ class ServerHandle:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedServer:
     """A port that may be opened: its options, and the numbers that will do, the first free one of them."""
 
     options: ServerOptions
@@ -182,7 +182,7 @@ def want_server(
     exclude_tools_when_tool_choice_none: bool = False,
     keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
     max_body_bytes: int = MAX_BODY_BYTES,
-) -> Wanted:
+) -> WantedServer:
     """Check the options of a server on ``host:port`` (0: a free one). Raises ConfigError for bad ones.
 
     Without ``api_key`` the key is ``VLLM_API_KEY`` or a random one; ``no_api_key`` opens the port,
@@ -206,7 +206,7 @@ def want_server(
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port {port}: must be from 0 to 65535", flag="port", value=port, allowed="0 to 65535")
     last = min(port + _NUM_NEXT_PORTS, 65535) if port_is_default and port else port
-    return Wanted(options, range(port, last + 1))
+    return WantedServer(options, range(port, last + 1))
 
 
 def _end_requests(port: Port, loop: asyncio.AbstractEventLoop) -> None:

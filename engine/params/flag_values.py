@@ -65,5 +65,5 @@ def reasoning_config(text: str | Mapping[str, Any]) -> dict[str, Any]:
         if key not in ("reasoning_start_str", "reasoning_end_str"):
             raise ValueError(f"{key!r} is not known; it takes reasoning_start_str and reasoning_end_str")
         if not isinstance(marker, str) or not marker:
-            raise ValueError(f"{key} must be a text such as </think>, got {marker!r}")
+            raise ValueError(f"{key} must be a string such as </think>, got {marker!r}")
     return value

@@ -249,6 +249,10 @@ class SamplingParams:
         sources = {**self.sources, "skip_special_tokens": "the output's parser"}
         return replace(self, skip_special_tokens=False, sources=sources)
 
+    def with_default_max_tokens(self) -> Self:
+        """These values; where they set no ``max_tokens``, with vLLM's 16."""
+        return self if self.max_tokens is not None else self.replace(max_tokens=DEFAULT_MAX_TOKENS)
+
     def clone(self) -> Self:
         """A copy (vLLM's name)."""
         return replace(self)

@@ -82,7 +82,7 @@ class StructuredOutput:
             raise RequestError("choice must be a list of at least one text.", param="structured_outputs")
         for name in ("regex", "grammar", "whitespace_pattern"):
             if not isinstance(getattr(self, name), str | None):
-                raise RequestError(f"{name} must be a text.", param="structured_outputs")
+                raise RequestError(f"{name} must be a string.", param="structured_outputs")
 
     @property
     def kind(self) -> str:

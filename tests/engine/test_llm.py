@@ -54,7 +54,7 @@ def test_prompts_and_values_come_in_every_form_that_vllm_takes(llm):
     with pytest.raises(RequestError, match="lengths of prompts and params"):
         llm.generate(["a", "b"], [GREEDY])
     for wrong in ([None], [{"text": "a"}], [1.5]):
-        with pytest.raises(RequestError, match="a prompt is a text"):
+        with pytest.raises(RequestError, match="a prompt is a string"):
             llm.generate(wrong, GREEDY)
 
 
@@ -201,7 +201,7 @@ def test_what_can_never_be_served_is_refused_at_the_door(llm, prompt, params, er
 
 @pytest.mark.parametrize("wrong", [None, 5, [None]])
 def test_what_is_no_prompt_and_no_conversation_is_refused_in_one_line(llm, wrong):
-    with pytest.raises(RequestError, match="a prompt is a text, a list of token ids"):
+    with pytest.raises(RequestError, match="a prompt is a string, a list of token ids"):
         llm.generate(wrong)
     if not isinstance(wrong, list):
         with pytest.raises(RequestError, match="messages must be a list"):

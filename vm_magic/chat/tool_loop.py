@@ -1,4 +1,4 @@
-"""A chat in which the model may call functions of the notebook: ask, call, tell, ask again."""
+"""A chat in which the model may call functions of the notebook: ask, call, return the results, ask again."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

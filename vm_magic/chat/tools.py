@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 MAX_RESULT_LENGTH = 8000
-"""Most characters of a result that the model is given, and fewer where its context is short."""
+"""Most characters of a result that the model is sent; fewer where its context is short."""
 CANCEL_SECONDS = 5.0
 
 
@@ -36,12 +36,12 @@ class NotebookTool:
     def call(self, arguments: str, longest: int = MAX_RESULT_LENGTH) -> ToolOutcome:
         """Check ``arguments`` (JSON) and call the function; a result of over ``longest`` characters is cut.
 
-        What goes wrong is the outcome; ■ goes through.
+        An error is an outcome too; ■ is raised.
         """
         started = time.monotonic()
         try:
             text, failed = _result_text(self._run(self._checked(arguments))), False
-        except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001 - told to the model
+        except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001 - the model reads it
             text, failed = _error_text(error), True
         return ToolOutcome(_bounded(text, longest), failed, time.monotonic() - started)
 

@@ -11,7 +11,7 @@ from vm_magic.commands.parser import CommandParser
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.grid_view import GridView
 from vm_magic.show.progress import DisplayBar, bar_for
-from vm_magic.state.chat_flags import SAMPLING_FLAGS, add_stop_flag, variable_name
+from vm_magic.state.chat_flags import SAMPLING_FLAGS, add_json_flag, add_stop_flag, add_think_flag, variable_name
 from vm_magic.state.live_settings import thinking_kwargs
 
 if TYPE_CHECKING:
@@ -62,18 +62,8 @@ class Grid(TextCommand):
             help="a DataFrame, Series or list of the notebook: a prompt for each row; may be repeated",
         )
         parser.add_argument("--complete", action="store_true", help="prompts are raw text: no chat template")
-        parser.add_argument(
-            "--think",
-            action=argparse.BooleanOptionalAction,
-            default=None,
-            help="turns thinking on or off in the chat template (enable_thinking)",
-        )
-        parser.add_argument(
-            "--json",
-            dest="schema",
-            metavar="SCHEMA",
-            help="replies are JSON of this schema: JSON text, a variable (dict or pydantic model), a file, or: object",
-        )
+        add_think_flag(parser)
+        add_json_flag(parser, "replies are")
         parser.add_argument("--resume", action="store_true", help="take over what the last map or grid has done")
         parser.add_argument(
             "-o",

@@ -75,7 +75,7 @@ class RemoteClient:
     def ask(
         self, path: str, *, root: bool = False, timeout: float = CONNECT_SECONDS
     ) -> concurrent.futures.Future[httpx.Response]:
-        """:meth:`get` for those who do not wait: returns at once, and the future raises what ``get`` does."""
+        """:meth:`get` without waiting: returns at once, and the future raises what ``get`` does."""
         return self.begin(self._answer((self.address.root if root else self.address.base_url) + path, timeout))
 
     async def _answer(self, url: str, timeout: float) -> httpx.Response:
@@ -149,7 +149,7 @@ class RemoteClient:
 
 
 def body_of(response: httpx.Response) -> Any:
-    """The body as JSON, or as text where it is none."""
+    """The body as JSON, or as text where it is not JSON."""
     with contextlib.suppress(ValueError):
         return json.loads(response.content)
     return "" if "<html" in response.text[:500].lower() else response.text

@@ -98,11 +98,11 @@ class RemoteLLM:
         return self._client.get("/metrics", root=True).text
 
     def ask_metrics(self, timeout: float) -> "Future[httpx.Response]":
-        """:meth:`metrics_text` for those who do not wait: a response to come, or its error."""
+        """:meth:`metrics_text` without waiting: the future of the response, or of its error."""
         return self._client.ask("/metrics", root=True, timeout=timeout)
 
     def state(self) -> ServerState:
-        """Requests and KV cache on the server, as far as it tells."""
+        """Requests and KV cache on the server, as far as it reports them."""
         from vm_magic.remote.metrics import read_state
 
         try:
@@ -111,7 +111,7 @@ class RemoteLLM:
             return ServerState()
 
     def version(self) -> str | None:
-        """What the server calls its version; None where it does not tell."""
+        """What the server calls its version; None where it does not say."""
         try:
             found = self._client.get("/version", root=True).json()
         except (RequestError, ValueError):
@@ -269,19 +269,6 @@ class RemoteJob:
     """One prompt of a map at the server."""
 
     stream: RemoteStream
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens so far."""
-        return self.stream.num_tokens
-
-    def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """``callback()`` once the reply is over."""
-        self.stream.add_done_callback(callback)
-
-    def abort(self) -> None:
-        """Close its connection."""
-        self.stream.abort()
 
     def answer(self) -> Answer:
         """What came so far; raises what ended it, if something failed."""

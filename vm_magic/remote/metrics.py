@@ -16,7 +16,7 @@ _STATE_NAMES = (RUNNING, WAITING, *KV_USAGE, GENERATED, *PREFIX_QUERIES, *PREFIX
 
 @dataclass(frozen=True)
 class ServerState:
-    """What a vLLM server's ``/metrics`` say now; None where it does not tell. ``generation_tokens`` and ``prefix_*``
+    """What a vLLM server's ``/metrics`` say now; None where it does not say. ``generation_tokens`` and ``prefix_*``
     (tokens looked up in the prefix cache, and found there) count since the server started."""
 
     num_running: int | None = None

@@ -29,7 +29,7 @@ class RemoteStream(RequestStream):
         super().__init__(f"remote-{uuid.uuid4().hex}", prompt, [], params, self._cancel)
         self.usage: Usage | None = None
         self.thinking = False
-        """Whether the news that came last were of a thought."""
+        """Whether the latest delta belonged to a thought."""
         self._future: Future[None] | None = None
         self._num_tokens = 0
         self._reason: str | None = None
@@ -47,7 +47,7 @@ class RemoteStream(RequestStream):
         return self
 
     def snapshot(self) -> RemoteOutput:
-        """Everything that came so far; counted here until the server says its usage."""
+        """Everything that came so far; counted here until the server reports its usage."""
         output = super().snapshot()
         usage = self.usage or Usage(completion_tokens=self._num_tokens)
         values = {name: getattr(output, name) for name in RequestOutput.__slots__}

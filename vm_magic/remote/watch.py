@@ -1,4 +1,4 @@
-"""What a panel sees of a remote server: this notebook's requests there, and the server's own figures."""
+"""What a panel shows of a remote server: this notebook's requests there, and the server's own figures."""
 
 import math
 import time
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vm_magic.remote.stream import RemoteStream
 
 POLL_SECONDS = 2.0
-"""Shortest time between two questions for ``/metrics``."""
+"""Shortest time between two requests for ``/metrics``."""
 POLL_TIMEOUT = 1.5
 PAUSE_WITHOUT_METRICS = 60.0
 """Until a server that shows no ``/metrics`` is asked again."""
@@ -100,7 +100,7 @@ class ServerWatch:
         if before is None or generated is None:
             return
         then, count = before
-        new = int(generated - count if generated >= count else generated)  # less than before: the server began anew
+        new = int(generated - count if generated >= count else generated)  # less than before: the server restarted
         first, last = int(then), int(now)
         num_seconds = max(1, last - first)
         for place in range(num_seconds):
@@ -109,7 +109,7 @@ class ServerWatch:
 
 
 def request_activity(stream: "RemoteStream", now: float) -> RequestActivity:
-    """A stream as the panel lists it: ``waiting`` until its first token; of its prompt the server alone knows."""
+    """A stream as the panel lists it: ``waiting`` until its first token; only the server knows its prompt's tokens."""
     metrics, num_tokens = stream.metrics, stream.num_tokens
     return RequestActivity(
         request_id=stream.request_id,

@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from engine.text.parse.output_parser import ParsedDelta
 
 NO_ID = -1
-"""Stands for a token whose id the server does not tell; alternatives have -2, -3 and so on."""
+"""Stands for a token whose id the server does not send; alternatives have -2, -3 and so on."""
 
 
 @dataclass(slots=True)
 class RemoteOutput(RequestOutput):
-    """A :class:`RequestOutput` whose counts come from the server: it knows the prompt's tokens, we do not."""
+    """A :class:`RequestOutput` whose counts come from the server: it knows the prompt's tokens, this side does not."""
 
     usage: Usage = field(default_factory=Usage)
 
     def counted(self, num_reasoning_tokens: int) -> Usage:
-        """The usage with the thought's tokens as counted here, for servers that do not tell."""
+        """The usage with the thought's tokens as counted here, for servers that do not report them."""
         return replace(self.usage, reasoning_tokens=num_reasoning_tokens)
 
 
@@ -102,7 +102,7 @@ def read_text_choice(choice: Mapping[str, Any]) -> ParsedCompletionDelta:
 
 def _delta(choice: Mapping[str, Any], text: str, news: bool, parsed: "ParsedDelta | None") -> ParsedCompletionDelta:
     logprobs, cut = read_logprobs(choice.get("logprobs")), str(choice.get("thinking_cut"))
-    count = len(logprobs) if logprobs else int(news)  # servers send a chunk per token, unless they say otherwise
+    count = len(logprobs) if logprobs else int(news)  # servers send a chunk per token, unless they report otherwise
     return ParsedCompletionDelta(
         int(choice.get("index") or 0),
         text,

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class ReplyText:
     """What there is to show of a reply.
 
-    ``num_reasoning_tokens`` counts the tokens of the thought, ``thinking_cut`` says why it was ended for the model,
-    if it was. ``layout`` is the order of the answer: pieces of text, and numbers of ``tool_calls``; empty for the text
+    ``num_reasoning_tokens`` counts the tokens of the thought, ``thinking_cut`` says why the engine ended it,
+    if it did. ``layout`` is the order of the answer: pieces of text, and numbers of ``tool_calls``; empty for the text
     and then the calls. ``outcomes`` are those of the first ``tool_calls``. ``tokens`` are there where
     log-probabilities were asked for; the answer begins behind the first ``num_tokens_before_answer``. ``earlier`` are
     the model's turns before this one in the same cell.

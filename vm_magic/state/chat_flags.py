@@ -29,6 +29,26 @@ def add_stop_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_think_flag(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` ``--think`` and ``--no-think``."""
+    parser.add_argument(
+        "--think",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="turns thinking on or off in the chat template (enable_thinking)",
+    )
+
+
+def add_json_flag(parser: argparse.ArgumentParser, what: str) -> None:
+    """Give ``parser`` ``--json``; ``what`` is what will be JSON, with its verb."""
+    parser.add_argument(
+        "--json",
+        dest="schema",
+        metavar="SCHEMA",
+        help=f"{what} JSON of this schema: JSON text, a variable (dict or pydantic model), a file, or: object",
+    )
+
+
 def add_chat_flags(parser: argparse.ArgumentParser, *, chat: bool) -> None:
     """Give ``parser`` the flags of ``complete``, and with ``chat`` those of a conversation too."""
     for names, dest, kind, text in SAMPLING_FLAGS:
@@ -37,12 +57,7 @@ def add_chat_flags(parser: argparse.ArgumentParser, *, chat: bool) -> None:
     if chat:
         _add_conversation_flags(parser)
         _add_tool_flags(parser)
-    parser.add_argument(
-        "--json",
-        dest="schema",
-        metavar="SCHEMA",
-        help="the reply is JSON of this schema: JSON text, a variable (dict or pydantic model), a file, or: object",
-    )
+    add_json_flag(parser, "the reply is")
     parser.add_argument(
         "-o", "--out", metavar="NAME", type=variable_name, help="store the reply in this variable and show nothing"
     )
@@ -72,12 +87,7 @@ def _add_conversation_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="begin the conversation of -c as a copy of NAME, which stays as it is: -c second --fork default",
     )
-    parser.add_argument(
-        "--think",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="turns thinking on or off in the chat template (enable_thinking)",
-    )
+    add_think_flag(parser)
     parser.add_argument(
         "--thinking-token-budget",
         type=int,

@@ -68,7 +68,7 @@ def error_body(message: str, *, type: str, code: int, param: str | None = None) 
 
 
 def describe(error: Exception) -> dict[str, Any]:
-    """The body for ``error``. What is not meant for users is logged and described in general words."""
+    """The body for ``error``. What is not meant for users is logged, and described in general words."""
     if isinstance(error, RequestError):
         return error_body(str(error), type=error.type, code=error.code, param=error.param)
     if isinstance(error, ServerStoppingError):
@@ -83,7 +83,7 @@ def describe(error: Exception) -> dict[str, Any]:
 
 
 def anthropic_error(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The same error as the Messages API tells it."""
+    """The same error in the Messages API's form."""
     error = body["error"]
     kind = _ANTHROPIC_TYPES.get(error["code"], "invalid_request_error" if error["code"] < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": error["message"]}, "request_id": None}

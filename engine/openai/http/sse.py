@@ -39,7 +39,7 @@ def _nothing() -> None:
 class StreamForm:
     """How an API writes its streams.
 
-    ``errors`` gives the events that tell of a failure midway; ``left`` is called when the client
+    ``errors`` gives the events that report a failure midway; ``left`` is called when the client
     has gone before the end.
     """
 
@@ -48,6 +48,9 @@ class StreamForm:
     left: Callable[[], None] = _nothing
     keep_alive: bytes = KEEP_ALIVE
     end: bytes = DONE
+
+
+OPENAI_FORM = StreamForm()
 
 
 class EventStream(Response):
@@ -65,7 +68,7 @@ class EventStream(Response):
         work: OpenRequest,
         *,
         keep_alive_seconds: float,
-        form: StreamForm = StreamForm(),
+        form: StreamForm = OPENAI_FORM,
     ) -> None:
         # X-Accel-Buffering: proxies of nginx's kind hold streams back without it.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})

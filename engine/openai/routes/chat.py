@@ -7,7 +7,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from engine.errors import RequestError
-from engine.openai.http.sse import EventStream
 from engine.openai.schema.protocol import BatchChatCompletionRequest, ChatCompletionRequest, ChatFields, StreamOptions
 from engine.openai.serving.chat_preparation import Messages, start_chat
 from engine.openai.serving.generation import (
@@ -15,8 +14,8 @@ from engine.openai.serving.generation import (
     Job,
     finish_job,
     named_reasoning,
-    open_request,
     port_of,
+    stream_job,
     stream_options,
     system_fingerprint,
 )
@@ -34,12 +33,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     job = await start_chat(port, request, body, [body.messages])
     echo = _echo(body, body.messages)
     if body.stream:
-        work = open_request(port, request, job)
-        return EventStream(
-            _chunks(job, body, echo, stream_options(port, body)),
-            work,
-            keep_alive_seconds=port.options.keep_alive_seconds,
-        )
+        return stream_job(port, request, job, _chunks(job, body, echo, stream_options(port, body)))
     await finish_job(port, request, job)
     return JSONResponse(_response(job, body, [echo]))
 
@@ -138,7 +132,7 @@ async def _chunks(
 
 
 def _in_order(parsed: ParsedDelta) -> list[ParsedDelta]:
-    """``parsed`` cut where one chunk could not tell its order: clients read reasoning, content, then calls."""
+    """``parsed`` cut where one chunk could not show its order: clients read reasoning, content, then calls."""
     pieces, rank = [ParsedDelta()], 0
     for event in parsed.events:
         own = _RANKS[type(event)]
@@ -159,7 +153,7 @@ def _piece(index: int, parsed: ParsedDelta) -> dict[str, Any]:
 def _last_piece(
     job: Job, body: ChatFields, choice: Choice, delta: CompletionDelta, parsed: ParsedDelta
 ) -> dict[str, Any]:
-    """The choice of a chunk that tells of all of ``delta``'s tokens, and of the end."""
+    """The choice of a chunk that carries all of ``delta``'s tokens, and the end."""
     result = _piece(choice.index, parsed) | {"finish_reason": choice.reply.finish_reason}
     if delta.finish_reason is not None:
         result |= {"stop_reason": delta.stop_reason, **choice.cut()}

@@ -9,7 +9,6 @@ from fastapi.responses import JSONResponse, Response
 
 from engine.chat.request import PreparedRequest, PromptRequest
 from engine.errors import RequestError
-from engine.openai.http.sse import EventStream
 from engine.openai.schema.protocol import CompletionRequest, StreamOptions
 from engine.openai.schema.validation import check_generation
 from engine.openai.serving.backend import ServedEngine
@@ -18,17 +17,17 @@ from engine.openai.serving.generation import (
     Job,
     Port,
     finish_job,
-    open_request,
     port_of,
     sampling_params,
     start_job,
+    stream_job,
     stream_options,
     system_fingerprint,
     truncation,
 )
 from engine.openai.serving.logprobs import completion_logprobs, prompt_logprobs
 from engine.outputs import CompletionDelta, LogprobsAtPosition
-from engine.params.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
+from engine.params.sampling_params import SamplingParams
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -41,10 +40,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     check_generation(body)
     job = await _start(port, body, request)
     if body.stream:
-        work = open_request(port, request, job)
-        return EventStream(
-            _chunks(job, body, stream_options(port, body)), work, keep_alive_seconds=port.options.keep_alive_seconds
-        )
+        return stream_job(port, request, job, _chunks(job, body, stream_options(port, body)))
     await finish_job(port, request, job)
     return JSONResponse(_response(job, body))
 
@@ -65,8 +61,7 @@ def _params(engine: ServedEngine, body: CompletionRequest) -> SamplingParams:
         own["max_tokens"] = 1
     if body.echo and body.prompt_logprobs is None and body.logprobs is not None:
         own["prompt_logprobs"] = body.logprobs
-    params = sampling_params(engine, body, **own)
-    return params if params.max_tokens is not None else params.replace(max_tokens=DEFAULT_MAX_TOKENS)
+    return sampling_params(engine, body, **own).with_default_max_tokens()
 
 
 def completion_prompts(engine: ServedEngine, body: CompletionRequest) -> list[PreparedRequest]:
@@ -154,7 +149,7 @@ def _choice(job: Job, body: CompletionRequest, choice: Choice) -> dict[str, Any]
 
 
 def _echo(job: Job, choice: Choice) -> str:
-    """The prompt's text; where it came as tokens, or was cut, what they say."""
+    """The prompt's text; where it came as tokens, or was cut, the text of its tokens."""
     prompt = job.prompt_of(choice)
     return job.decode(prompt.token_ids) if prompt.prompt is None else prompt.prompt
 

@@ -7,14 +7,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from engine.openai.http.errors import MESSAGES_PATH, anthropic_error, describe
-from engine.openai.http.sse import EventStream, StreamForm, named_event
+from engine.openai.http.sse import StreamForm, named_event
 from engine.openai.routes.messages_output import MessageEvents, ending, message_object, usage
 from engine.openai.schema.messages_input import chat_request
 from engine.openai.schema.messages_protocol import CountTokensRequest, MessagesRequest
 from engine.openai.schema.protocol import ChatCompletionRequest
 from engine.openai.schema.validation import MESSAGES_REFUSED_FIELDS, check_extra_fields
 from engine.openai.serving.chat_preparation import prepare_chat, start_chat
-from engine.openai.serving.generation import Job, open_request, port_of
+from engine.openai.serving.generation import Job, open_request, port_of, stream_job
 
 router = APIRouter(tags=["Anthropic"])
 _PING = {"type": "ping"}
@@ -28,10 +28,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     job = await start_chat(port, request, chat_body, [chat_body.messages], prefix="msg")
     if body.stream:
         form = StreamForm(named_event, _errors, keep_alive=named_event(_PING), end=b"")
-        work = open_request(port, request, job)
-        return EventStream(
-            _events(job, MessageEvents()), work, keep_alive_seconds=port.options.keep_alive_seconds, form=form
-        )
+        return stream_job(port, request, job, _events(job, MessageEvents()), form)
     events = MessageEvents()
     async with open_request(port, request, job):
         async for _ in _events(job, events):

@@ -18,7 +18,7 @@ from engine.openai.schema.responses_input import input_messages, with_instructio
 from engine.openai.schema.responses_protocol import ResponsesRequest, chat_request, check_responses
 from engine.openai.schema.validation import RESPONSES_REFUSED_FIELDS, check_extra_fields
 from engine.openai.serving.chat_preparation import start_chat
-from engine.openai.serving.generation import Job, Port, open_request, port_of
+from engine.openai.serving.generation import Job, Port, open_request, port_of, stream_job
 from engine.openai.serving.logprobs import chat_logprobs
 from engine.outputs import CompletionDelta
 
@@ -184,8 +184,7 @@ def _streamed(
         store.settle(running)
 
     form = StreamForm(named_event, errors, left, end=b"")
-    work = open_request(port, request, running.job)
-    return EventStream(events(), work, keep_alive_seconds=port.options.keep_alive_seconds, form=form)
+    return stream_job(port, request, running.job, events(), form)
 
 
 def _in_background(

@@ -68,7 +68,7 @@ def chat_messages(messages: Sequence[Mapping[str, Any]]) -> Iterator[JsonObject]
 
 def _blocks(content: Any, where: str) -> list[Mapping[str, Any]]:
     if not isinstance(content, list) or not all(isinstance(block, Mapping) for block in content):
-        raise RequestError(f"{where}.content must be a text or a list of blocks.", param="messages")
+        raise RequestError(f"{where}.content must be a string or a list of blocks.", param="messages")
     return content
 
 
@@ -127,13 +127,13 @@ def _block_text(block: Mapping[str, Any], where: str) -> str:
             "in one prompt.",
             param="messages",
         )
-    raise RequestError(f"{where} is of type {kind!r}, which this server does not read here.", param="messages")
+    raise RequestError(f"{where} is of type {kind!r}, which this server does not accept here.", param="messages")
 
 
 def _text_of(block: Mapping[str, Any], name: str, where: str) -> str:
     text = block.get(name)
     if not isinstance(text, str):
-        raise RequestError(f"{where}.{name} must be a text.", param="messages")
+        raise RequestError(f"{where}.{name} must be a string.", param="messages")
     return text
 
 

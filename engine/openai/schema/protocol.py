@@ -126,7 +126,7 @@ class BatchChatCompletionRequest(ChatFields):
 
 
 class CompletionRequest(GenerationFields):
-    """``POST /v1/completions``. ``prompt`` is a text, a list of texts, a list of tokens or several of these."""
+    """``POST /v1/completions``. ``prompt`` is a string, token ids, or a list of either."""
 
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
     max_tokens: int | None = None

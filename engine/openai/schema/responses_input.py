@@ -35,13 +35,13 @@ def _add_item(messages: list[Message], item: Mapping[str, Any], where: str) -> N
         message = _open_assistant(messages, for_thought=True)
         message["reasoning"] = message.get("reasoning", "") + _reasoning_text(item)
     elif kind == "function_call":
-        _check_texts(item, ("call_id", "name", "arguments"), where)
+        _check_strings(item, ("call_id", "name", "arguments"), where)
         call = {"name": item["name"], "arguments": item["arguments"]}
         message = _open_assistant(messages)
         whole = {"id": item["call_id"], "type": "function", "function": call}
         message["tool_calls"] = [*message.get("tool_calls", ()), whole]
     elif kind == "function_call_output":
-        _check_texts(item, ("call_id",), where)
+        _check_strings(item, ("call_id",), where)
         messages.append(_tool_message(messages, item))
     elif kind == "item_reference":
         raise RequestError(
@@ -92,7 +92,7 @@ def _text(content: Any) -> str:
     return "\n".join(str(part["text"]) for part in parts if isinstance(part, Mapping) and "text" in part)
 
 
-def _check_texts(item: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+def _check_strings(item: Mapping[str, Any], names: Iterable[str], where: str) -> None:
     for name in names:
         if not isinstance(item.get(name), str):
-            raise RequestError(f"{where}.{name} must be a text.", param="input")
+            raise RequestError(f"{where}.{name} must be a string.", param="input")

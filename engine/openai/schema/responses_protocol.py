@@ -21,7 +21,7 @@ _OWN_NAMES = {"tools", "tool_choice", "stream", "top_logprobs", "reasoning_effor
 
 
 class ReasoningOptions(RequestBody):
-    """How much to think. ``summary`` is accepted: the thought itself is sent in full."""
+    """How much to think. ``summary`` is accepted and ignored: the thought itself is sent in full."""
 
     effort: Effort | None = None
     summary: str | None = None
@@ -76,7 +76,7 @@ def check_responses(body: ResponsesRequest) -> None:
 
 
 def chat_request(body: ResponsesRequest, messages: list[dict[str, Any]]) -> ChatCompletionRequest:
-    """The chat that ``body`` asks for: what both APIs share goes over under its own name."""
+    """The chat that ``body`` asks for: fields that both APIs share keep their names."""
     shared = (
         body.model_fields_set & type(body).model_fields.keys() & ChatCompletionRequest.model_fields.keys()
     ) - _OWN_NAMES

@@ -109,8 +109,9 @@ def check_chat(request: ChatFields, tool_call_parser: str | None) -> None:
     demanded_names(request.tool_choice, request.tools)
     if request.tools and request.tool_choice in (None, "auto") and tool_call_parser is None:
         raise RequestError(
-            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set: the calls of this '
-            "model cannot be told from its chat template. Name a parser, or send tool_choice 'required' or 'none'.",
+            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set: how this model '
+            "writes calls cannot be recognised from its chat template. Name a parser, or send tool_choice 'required' "
+            "or 'none'.",
             param="tools",
         )
 
@@ -126,7 +127,7 @@ def _check_tool(tool: dict[str, Any], position: int) -> None:
         )
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not name:
-        raise RequestError(f"tools[{position}].function.name must be a text that is not empty.", param="tools")
+        raise RequestError(f"tools[{position}].function.name must be a non-empty string.", param="tools")
     if parameters is not None and not isinstance(parameters, dict):
         raise RequestError(f"tools[{position}].function.parameters must be a JSON schema.", param="tools")
     check_callable(function)

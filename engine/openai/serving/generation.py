@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +17,7 @@ from engine.chat.request import PreparedRequest, Truncation
 from engine.errors import GenerationError, RequestError, UnknownModelError
 from engine.openai.http.lifetime import OpenRequest, OpenRequests, merge
 from engine.openai.http.options import ServerOptions
+from engine.openai.http.sse import OPENAI_FORM, EventStream, StreamForm
 from engine.openai.schema.protocol import SAMPLING_FIELDS, GenerationFields, SamplingFields, StreamOptions
 from engine.openai.serving.backend import ServedEngine
 from engine.openai.serving.logprobs import TokenNames
@@ -81,7 +82,7 @@ class Choice:
         return self.reply.add(delta)
 
     def cut(self) -> dict[str, str]:
-        """``thinking_cut`` for the choice's JSON: why its thought was ended for the model; nothing if it was not."""
+        """``thinking_cut`` for the choice's JSON: why the engine ended its thought; empty if it did not."""
         return {"thinking_cut": self.reply.thinking_cut} if self.reply.thinking_cut else {}
 
     def message(self) -> dict[str, Any]:
@@ -238,6 +239,18 @@ async def finish_job(port: Port, http: Request, job: Job) -> None:
     async with open_request(port, http, job):
         async for _ in job.deltas():
             pass
+
+
+def stream_job(
+    port: Port,
+    http: Request,
+    job: Job,
+    events: AsyncGenerator[Mapping[str, Any], None],
+    form: StreamForm = OPENAI_FORM,
+) -> EventStream:
+    """The response that runs ``job`` and sends ``events``, until it ends, the client leaves or the port closes."""
+    work = open_request(port, http, job)
+    return EventStream(events, work, keep_alive_seconds=port.options.keep_alive_seconds, form=form)
 
 
 def open_request(port: Port, http: Request, job: Job) -> OpenRequest:

@@ -173,7 +173,7 @@ def _tags(part: Format) -> list[Format]:
 def _text(part: Format, key: str) -> str:
     found = part.get(key)
     if not isinstance(found, str):
-        raise _error(f"{key} must be a text, got {found!r}")
+        raise _error(f"{key} must be a string, got {found!r}")
     return found
 
 

@@ -242,6 +242,7 @@ class FakeJob:
         self._lock = threading.Lock()
         self._over = False
         self._callbacks: list[Callable[[], None]] = []
+        self.stream = self
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         with self._lock:

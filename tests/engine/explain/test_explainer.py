@@ -41,7 +41,7 @@ def test_without_a_request_there_is_nothing_to_explain(llm: LLM) -> None:
     with pytest.raises(RequestError, match="no request yet"):
         llm.explain()
     llm.generate("One", greedy())
-    with pytest.raises(RequestError, match="1 are remembered"):
+    with pytest.raises(RequestError, match="the latest 1 are remembered"):
         llm.explain(2)
 
 
