@@ -129,3 +129,22 @@ def test_a_pool_whose_cache_is_reset_finds_nothing_and_held_blocks_stay_held():
     assert [block.block_id for block in pool.allocate(4)] == [2, 3, 4, 5]
     pool.cache(held[0], hash_block(None, [0]), [0])
     assert pool.find_cached(hash_block(None, [0]), [0]) is held[0]
+
+
+@pytest.mark.parametrize("evict_first", [False, True])
+def test_a_sequences_end_is_evicted_before_its_beginning_and_before_or_after_all_others(evict_first):
+    pool = BlockPool(5)
+    others, mine = fill(pool, 2, start=50), fill(pool, 3)
+    pool.free(others)
+    pool.free(mine, evict_first=evict_first)
+    order = [block.block_id for block in pool.allocate(5)]
+    assert order == ([4, 3, 2, 1, 0] if evict_first else [1, 0, 4, 3, 2])
+
+
+def test_only_blocks_that_are_held_can_be_cached_and_their_hashes_have_16_bytes():
+    pool = BlockPool(2)
+    (block,) = pool.allocate(1)
+    pool.free([block])
+    with pytest.raises(AssertionError, match="is not held"):
+        pool.cache(block, hash_block(None, [0]), [0])
+    assert {len(hash_block(parent, [1, 2])) for parent in (None, b"0" * 16)} == {16}

@@ -17,10 +17,10 @@ from engine.params.sampling_params import SamplingParams
 from tests.engine.core.stand_ins import LimitedMemory, WaitingGuide
 
 
-def make_scheduler(num_blocks=64, *, max_num_seqs=8, budget=64, caching=True, block_size=4):
+def make_scheduler(num_blocks=64, *, max_num_seqs=8, budget=64, caching=True, block_size=4, memory=None):
     pool = BlockPool(num_blocks, enable_caching=caching)
     kv = KVCacheManager([FullAttentionGroup(pool, block_size)])
-    return Scheduler(kv, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget), pool
+    return Scheduler(kv, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, memory=memory), pool
 
 
 def make_request(name, prompt, max_tokens=4, **changes):
@@ -408,8 +408,8 @@ def test_a_prompt_has_the_whole_budget_while_those_that_wait_have_no_room():
 
 
 def test_a_prompt_is_cut_to_what_memory_allows_and_decodes_are_not_asked_about():
-    scheduler, pool = make_scheduler(budget=32)
-    scheduler.memory = memory = LimitedMemory(10, 6)
+    memory = LimitedMemory(10, 6)
+    scheduler, pool = make_scheduler(budget=32, memory=memory)
     scheduler.add(make_request("a", 20, max_tokens=5))
     driver = Driver(scheduler, pool)
     assert scheduled_now(driver) == [("a", 0, 10)]
@@ -420,8 +420,7 @@ def test_a_prompt_is_cut_to_what_memory_allows_and_decodes_are_not_asked_about()
 
 
 def test_without_memory_for_a_running_prompt_decodes_go_on_and_nobody_starts():
-    scheduler, pool = make_scheduler(budget=16)
-    scheduler.memory = LimitedMemory(16, 16, 0, 16)
+    scheduler, pool = make_scheduler(budget=16, memory=LimitedMemory(16, 16, 0, 16))
     decode, long = make_request("decode", 4, max_tokens=9), make_request("long", range(100, 140), max_tokens=1)
     scheduler.add(decode)
     scheduler.add(long)
@@ -437,10 +436,11 @@ def test_without_memory_for_a_running_prompt_decodes_go_on_and_nobody_starts():
     assert pool.num_held_blocks == 0
 
 
-def test_a_prompt_that_memory_refuses_waits_with_nothing_held():
-    scheduler, pool = make_scheduler()
-    scheduler.memory = LimitedMemory(0, 0)
-    request, behind = make_request("a", 12), make_request("behind", 1)
+@pytest.mark.parametrize("length", [2, 12])
+def test_a_prompt_that_memory_refuses_waits_with_nothing_held(length):
+    scheduler, pool = make_scheduler(memory=LimitedMemory(0, 0))
+    assert scheduler.short_of_memory == []
+    request, behind = make_request("a", length), make_request("behind", 1)
     scheduler.add(request)
     scheduler.add(behind)
     driver = Driver(scheduler, pool)
@@ -474,7 +474,9 @@ def test_a_preempted_request_keeps_what_it_found_at_first_and_when_that_was():
     found = (request.num_cached_tokens, request.metrics.scheduled_time)
     scheduler.preempt(request)
     assert scheduler.schedule().scheduled_requests[0].start == 8, "its own blocks are found again"
-    assert (request.num_cached_tokens, request.metrics.scheduled_time) == found == (0, found[1])
+    assert (request.num_cached_tokens, request.metrics.scheduled_time) == found
+    assert found[0] == 0
+    assert found[1] is not None
 
 
 def test_the_least_urgent_gives_way_then_the_latest_then_the_last_of_its_siblings():
@@ -608,3 +610,57 @@ def test_scheduling_decodes_asks_each_request_a_fixed_number_of_times(monkeypatc
         return len(asked)
 
     assert questions(64) == 8 * questions(8)
+
+
+def test_who_comes_after_one_that_gave_way_is_still_in_the_step():
+    scheduler, pool = make_scheduler(num_blocks=4)
+    scheduler.add(make_request("first", 3, arrival_time=1.0))
+    scheduler.add(make_request("last", range(50, 55), arrival_time=3.0))
+    driver = Driver(scheduler, pool)
+    driver.step()
+    scheduler.add(make_request("between", range(70, 71), arrival_time=2.0))
+    assert [name for name, *_ in scheduled_now(driver)] == ["first", "last", "between"]
+    step = driver.step()
+    assert [request.request_id for request in step.preempted] == ["last"]
+    assert [s.request.request_id for s in step.scheduled_requests] == ["first", "between"]
+    driver.run()
+
+
+def test_a_request_starts_with_the_last_token_of_the_budget():
+    scheduler, pool = make_scheduler(budget=2)
+    scheduler.add(make_request("a", 1))
+    driver = Driver(scheduler, pool)
+    driver.step()
+    scheduler.add(make_request("b", range(50, 60)))
+    assert scheduled_now(driver) == [("a", 1, 1), ("b", 0, 1)]
+
+
+def test_a_sibling_that_waits_for_its_prompt_lets_others_pass():
+    scheduler, pool = make_scheduler(budget=16)
+    parent = make_request("a", 40)
+    scheduler.add(parent)
+    scheduler.add(make_request("a", 40, index=1), fork_of=parent)
+    scheduler.add(make_request("other", range(100, 108)))
+    assert scheduled_now(Driver(scheduler, pool)) == [("a", 0, 8), ("other", 0, 8)]
+
+
+def test_a_request_ends_with_a_final_status_only():
+    scheduler, _ = make_scheduler()
+    request = make_request("a", 3)
+    scheduler.add(request)
+    with pytest.raises(AssertionError, match="is not final"):
+        scheduler.finish(request, RequestStatus.PREEMPTED)
+
+
+def test_a_request_that_finds_a_prefix_but_no_room_has_computed_nothing_yet():
+    scheduler, pool = make_scheduler(num_blocks=8)
+    scheduler.add(make_request("first", 12, max_tokens=1))
+    driver = Driver(scheduler, pool).run()
+    scheduler.add(make_request("holder", range(100, 117), max_tokens=4))
+    driver.step()
+    again = make_request("again", [*range(12), *range(50, 58)])
+    scheduler.add(again)
+    driver.step()
+    assert (again.status, again.num_computed_tokens, again.num_cached_tokens) == (RequestStatus.WAITING, 0, -1)
+    driver.run()
+    assert again.num_cached_tokens > 0

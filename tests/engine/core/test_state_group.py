@@ -217,10 +217,11 @@ def test_another_salt_finds_no_checkpoint_and_caching_off_takes_none():
 
 
 def test_many_requests_over_few_slots_end_with_clean_books():
-    scheduler, _ = make_hybrid(num_slots=5, budget=32)
+    scheduler, states = make_hybrid(num_slots=5, budget=32)
     requests = [make_request(str(i), [*range(40), *range(i * 97, i * 97 + 7 * i)], max_tokens=5) for i in range(12)]
     run(scheduler, *requests)
     assert all(len(request.output_token_ids) == 5 for request in requests)
+    assert (states._states, states._targets) == ({}, {})
 
 
 def test_groups_of_different_block_sizes_agree_on_a_prefix():
@@ -421,3 +422,16 @@ def test_held_slots_are_the_one_in_use_and_the_checkpoint_that_is_read():
     scheduler.kv.free_out_of_window(request)
     assert states.held_blocks(request) == [states.block_table(request)[1]]
     assert states.block_table(request) == states.held_blocks(request) * 2
+
+
+def test_while_sequences_hold_most_slots_a_pass_is_counted_from_what_is_there_or_kept_anyway():
+    """From the checkpoint that a prompt begins at, and from the one of a shared prefix."""
+    for before, length, chunks in (
+        (make_request("before", 16, max_tokens=1), 20, [(8, 20)]),
+        (make_request("before", [*range(16), *range(900, 940)], max_tokens=1), 28, [(0, 16), (16, 28)]),
+    ):
+        scheduler, _ = make_hybrid(num_slots=5)
+        run(scheduler, before)
+        others = [make_request(str(i), range(100 * i, 100 * i + 3), max_tokens=9) for i in range(1, 4)]
+        request = make_request("request", length, max_tokens=1)
+        assert shares_of(run(scheduler, *others, request), request) == chunks

@@ -9,6 +9,7 @@ from engine.core.cache_groups import FullAttentionGroup, SlidingWindowGroup
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.request import TRACELESS, Request
 from engine.core.scheduler import Scheduler
+from engine.core.step import ScheduledRequest
 from tests.engine.core.test_scheduler import Driver, make_request
 
 BLOCK, WINDOW, CHUNK = 4, 10, 16
@@ -22,9 +23,22 @@ def make_scheduler(num_window_blocks: int) -> Scheduler:
     return Scheduler(KVCacheManager(groups), max_num_seqs=2, max_num_batched_tokens=CHUNK)
 
 
+class WindowDriver(Driver):
+    """A block for every few tokens in each table, and those that the window shows are the sequence's own."""
+
+    def check_scheduled(self, scheduled: ScheduledRequest) -> None:
+        group = self.scheduler.kv.groups[1]
+        for table in scheduled.block_tables:
+            assert len(table) == -(-scheduled.end // BLOCK)
+        first = max(0, scheduled.start - WINDOW + 1) // BLOCK
+        shown = scheduled.block_tables[1][first:]
+        assert set(shown) <= set(group.held_blocks(scheduled.request))
+        assert len(set(shown)) == len(shown)
+
+
 def run(scheduler: Scheduler, request: Request) -> Request:
     scheduler.add(request)
-    Driver(scheduler, scheduler.kv.groups[0].pool).run()
+    WindowDriver(scheduler, scheduler.kv.groups[0].pool).run()
     for group in scheduler.kv.groups:
         group.pool.check()
         assert group.pool.num_held_blocks == 0
