@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from engine.errors import ConfigError, EngineClosedError, GenerationError, RequestError, UnknownModelError, VMMagicError
+from engine.format.text import shortened
 from engine.openai.http.options import DEFAULT_PORT
 
 KEY_VARIABLES = ("VLLM_API_KEY", "OPENAI_API_KEY")
@@ -75,7 +76,7 @@ class Address:
         """``text`` in one line, without the key."""
         text = " ".join(text.split())
         text = text.replace(self.key, "•••") if self.key else text
-        return text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]} …"
+        return shortened(text, _LONGEST_ERROR)
 
     def refusal(self, status: int, body: Any, *, location: str | None = None) -> VMMagicError:
         """The error for an HTTP status and what came with it (JSON or text)."""
