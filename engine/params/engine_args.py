@@ -83,7 +83,7 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
     Flag(
         "chat_template_content_format",
         str,
-        "whether the template gets content as a string or as OpenAI's parts: auto tells it from the template",
+        "whether the template gets content as a string or as OpenAI's parts: auto reads it from the template",
         choices=CONTENT_FORMATS,
     ),
     Flag("default_chat_template_kwargs", json_object, "variables that every chat template gets", "JSON"),
@@ -91,7 +91,12 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
         "reasoning_parser", str, "how thoughts are marked: qwen3, gemma4 … or none (default: from the template)", "NAME"
     ),
     Flag("tool_call_parser", str, "how tool calls are written: hermes … or none (default: from the template)", "NAME"),
-    Flag("enable_auto_tool_choice", bool, "let the model decide to call tools (on where a parser is)", kind="switch"),
+    Flag(
+        "enable_auto_tool_choice",
+        bool,
+        "let the model decide to call tools (on if there is a parser for them)",
+        kind="switch",
+    ),
     Flag(
         "reasoning_config", reasoning_config, "reasoning_start_str and reasoning_end_str for thinking budgets", "JSON"
     ),
