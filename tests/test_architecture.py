@@ -26,7 +26,7 @@ from tests.architecture import (
 )
 
 PACKAGES = ("engine", "vm_magic")
-LONGEST_FUNCTION = 60
+LONGEST_FUNCTION = 50
 LONGEST_FILE = 500
 MLX = {"mlx", "mlx_lm"}
 NOTEBOOK = {"IPython", "ipywidgets", "ipykernel", "traitlets", "vm_magic"}
