@@ -314,6 +314,7 @@ def test_any_mix_of_requests_ends_right_and_leaks_nothing(seed):
     assert all(r.output_token_ids == [1000 + i for i in range(r.max_tokens)] for r in kept)
     assert pool.num_held_blocks == 0
     assert pool.num_free_blocks == pool.num_blocks
+    assert pool._state.count(RESERVED) == 0, "room that nobody grows into any more"
 
 
 def requests_by_step(driver, request):
@@ -664,3 +665,22 @@ def test_a_request_that_finds_a_prefix_but_no_room_has_computed_nothing_yet():
     assert (again.status, again.num_computed_tokens, again.num_cached_tokens) == (RequestStatus.WAITING, 0, -1)
     driver.run()
     assert again.num_cached_tokens > 0
+
+
+def test_a_sequence_that_must_grow_elsewhere_gives_back_the_room_that_it_leaves():
+    pool = BlockPool(12, enable_caching=False)
+    group = FullAttentionGroup(pool, 4)
+    mine, long, other = (make_request(name, 4, max_tokens=12) for name in ("mine", "long", "other"))
+    long.max_tokens = 28
+    group.allocate(mine, 4, 0)
+    group.allocate(long, 32, 0)
+    group.allocate(other, 4, 0)
+    assert [group.block_table(request) for request in (mine, long, other)] == [[0], list(range(4, 12)), [1]]
+    group.free(long)
+    group.allocate(mine, 8, 0)
+    assert group.block_table(mine) == [0, 4]
+    assert [i for i in range(12) if pool._state[i] == RESERVED] == [5, 6]
+    for request in (mine, other):
+        group.free(request)
+    assert pool._state.count(RESERVED) == 0
+    assert [block.block_id for block in pool.allocate(12)] == list(range(12))
