@@ -72,6 +72,13 @@ def test_a_forced_token_comes_whatever_else_is_asked_for() -> None:
     assert token_ids(logits, rows) == [7, 49, int(logits[2].argmax())]
 
 
+def test_the_first_token_of_the_vocabulary_can_be_forced_too() -> None:
+    logits = np.zeros((2, 50), np.float32)
+    logits[:, 9] = 1.0
+    rows = [SamplingRow(GREEDY, guide=FixedGuide(forced=0)), SamplingRow(GREEDY)]
+    assert token_ids(logits, rows) == [0, 9]
+
+
 def test_a_mask_that_allows_nothing_gives_no_token() -> None:
     logits = np.zeros((2, 40), np.float32)
     rows = [SamplingRow(params, guide=FixedGuide([])) for params in (GREEDY, SamplingParams(seed=1))]
