@@ -130,6 +130,10 @@ class Account:
     template: tuple[Layer, ...] | None = None
     make_parser: Callable[[], OutputParser] | None = None
 
+    def new_parser(self) -> OutputParser | None:
+        """A parser for one completion; None where all output is the answer."""
+        return None if self.make_parser is None else self.make_parser()
+
 
 @dataclass(frozen=True)
 class PreparedRequest:
@@ -143,7 +147,7 @@ class PreparedRequest:
 
     def new_parser(self) -> OutputParser | None:
         """A parser for one completion; None where all output is the answer."""
-        return None if self.account.make_parser is None else self.account.make_parser()
+        return self.account.new_parser()
 
 
 class ChatPreparer:
@@ -171,7 +175,8 @@ class ChatPreparer:
         else:
             text, whole, account = self._chat(request)
         params, token_ids = request.sampling, whole
-        if account.make_parser is not None and account.make_parser().needs_special_tokens:
+        parser = account.new_parser()
+        if parser is not None and parser.needs_special_tokens:
             params = params.with_special_tokens()
         if request.truncation is not None:
             token_ids = request.truncation.cut(whole, params.max_tokens, max_model_len)
@@ -185,11 +190,19 @@ class ChatPreparer:
         options: TemplateOptions = TemplateOptions(),
     ) -> str:
         """The prompt's text. Raises RequestError, also for what the template refuses."""
-        template = self._chosen(options)
+        return self._render(messages, tools, options, self._layers(options))
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        options: TemplateOptions,
+        layers: Sequence[Layer],
+    ) -> str:
         given: dict[str, Any] = {}
-        for _, values in self._live_layers(template, options):
+        for _, values in layers[1:]:  # the template has its defaults
             given |= values
-        return template.render(
+        return self._chosen(options).render(
             [_known_role(message) for message in messages],
             tools=[_ordered(tool) for tool in tools] if tools and options.shows_tools else None,
             add_generation_prompt=options.add_generation_prompt,
@@ -199,12 +212,8 @@ class ChatPreparer:
 
     def _chat(self, request: ChatRequest) -> tuple[str, list[int], Account]:
         options = request.template
-        text = self.render(request.messages, request.tools, options)
-        template = self._chosen(options)
-        layers = [
-            ("--default-chat-template-kwargs", template.default_kwargs),
-            *self._live_layers(template, options, request.source),
-        ]
+        layers = self._layers(options, request.source)  # once: live settings may change meanwhile
+        text = self._render(request.messages, request.tools, options, layers)
 
         def make_parser() -> OutputParser:
             return self.parsers.make(
@@ -225,9 +234,14 @@ class ChatPreparer:
     def _chosen(self, options: TemplateOptions) -> ChatTemplate:
         return self.template if options.chat_template is None else self.template.with_source(options.chat_template)
 
-    def _live_layers(self, template: ChatTemplate, options: TemplateOptions, source: str = "request") -> list[Layer]:
-        """What the template gets over its defaults: the live settings' switch, then the request's own."""
-        return [("set", self._settings.template_kwargs(template.variables)), (source, options.variables())]
+    def _layers(self, options: TemplateOptions, source: str = "request") -> list[Layer]:
+        """What the template gets: its defaults, then the live settings' switch, then the request's own."""
+        template = self._chosen(options)
+        return [
+            ("--default-chat-template-kwargs", template.default_kwargs),
+            ("set", self._settings.template_kwargs(template.variables)),
+            (source, options.variables()),
+        ]
 
 
 def _ordered(tool: Mapping[str, Any]) -> Mapping[str, Any]:

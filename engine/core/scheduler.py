@@ -31,7 +31,7 @@ class StepMemory(Protocol):
 class Scheduler:
     """First come, first served within a priority (a lower number goes first).
 
-    A decode is never short_of_memory by a prefill: running requests with one token left come first. While
+    A decode never waits for a prefill: running requests with one token left come first. While
     others wait, one prefill takes at most half of the budget, so that a short request behind a
     long one has its first token within two steps.
     """

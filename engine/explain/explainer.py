@@ -167,7 +167,7 @@ class Explainer:
     def _output(self, record: RequestRecord, index: int) -> Output:
         completion = record.outcome.completions[index]
         raw = self.decode(completion.token_ids)
-        parsed = read_whole(record.new_parser(), completion.text)
+        parsed = read_whole(record.account.new_parser(), completion.text)
         return Output(
             raw,
             parsed.text,

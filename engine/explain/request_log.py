@@ -14,7 +14,6 @@ from engine.outputs import RequestMetrics, RequestOutput
 from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import Constraints
 from engine.runtime.stream import RequestStream
-from engine.text.parse.output_parser import OutputParser
 
 MAX_RECORDS = 32
 """Requests remembered; a prompt token costs 4 bytes."""
@@ -80,10 +79,6 @@ class RequestRecord:
             self._outcome, self.stream = outcome, None
         assert self._outcome is not None, "a record has its stream or its outcome"
         return self._outcome
-
-    def new_parser(self) -> OutputParser | None:
-        """A parser like the one that read each completion; None where all output was the answer."""
-        return None if self.account.make_parser is None else self.account.make_parser()
 
     def sequences(self) -> "Iterator[array[int]]":
         """Prompt and output tokens of each completion: what may lie in the prefix cache because of it."""
