@@ -91,15 +91,10 @@ class StructuredOutput:
 
     @classmethod
     def from_schema(cls, schema: Any) -> Self | None:
-        """For a JSON schema (a mapping or a pydantic model), True for any JSON object; None for None."""
+        """For what :func:`plain_schema` takes; None for None."""
+        schema = plain_schema(schema)
         if schema is None:
             return None
-        if hasattr(schema, "model_json_schema"):
-            schema = schema.model_json_schema()
-        if schema is not True and not isinstance(schema, Mapping):
-            raise RequestError(
-                f"schema: give a JSON schema (a dict), a pydantic model or True, got {schema!r}", param="schema"
-            )
         return cls(json_object=True) if schema is True else cls(json=schema)
 
     @classmethod
@@ -272,6 +267,15 @@ _FIELD_NAMES = {
     "repetition": "repetition_detection",
 }
 """What a request calls the parts of :class:`Constraints`."""
+
+
+def plain_schema(schema: Any) -> Mapping[str, Any] | bool | None:
+    """A JSON schema from a mapping or a pydantic model; True (any JSON object) and None stay. Raises RequestError."""
+    if hasattr(schema, "model_json_schema"):
+        schema = schema.model_json_schema()
+    if schema is None or schema is True or isinstance(schema, Mapping):
+        return schema
+    raise RequestError(f"schema: give a JSON schema (a dict), a pydantic model or True, got {schema!r}", param="schema")
 
 
 def parse_json_text(text: str, what: str) -> Any:

@@ -10,6 +10,7 @@ from engine.errors import ConfigError, RequestError
 from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import THINKING_SWITCHES, Settings
+from engine.params.structured_outputs import plain_schema
 from vm_magic.remote.address import Address, RemoteConnectionError
 from vm_magic.remote.metrics import ServerState
 from vm_magic.remote.stream import RemoteStream
@@ -186,9 +187,7 @@ class RemoteLLM:
         **params: Any,
     ) -> "pandas.DataFrame":
         """:meth:`engine.llm.LLM.map`, with up to :data:`MAP_CONCURRENCY` prompts at the server at a time."""
-        if hasattr(schema, "model_json_schema"):
-            schema = schema.model_json_schema()
-        client = RemoteMapClient(self, raw, schema, chat_template_kwargs or {})
+        client = RemoteMapClient(self, raw, plain_schema(schema), chat_template_kwargs or {})
         request = MapRequest.of(template, params, variables=variables, resume=resume)
         return map_prompts(client, rows, request, keep=self._keep_map, use_tqdm=use_tqdm)
 
@@ -250,8 +249,6 @@ class RemoteMapClient:
         """Raise RequestError for values out of range and unknown names."""
         if self.raw and ("system" in params or self.chat_template_kwargs):
             raise RequestError("system and chat_template_kwargs: only for chats; leave out raw=True", param="raw")
-        if self.schema not in (None, True) and not isinstance(self.schema, Mapping):
-            raise RequestError("schema: give a JSON schema (a dict), a pydantic model or True", param="schema")
         self.llm.check(_without_system(params))
 
     def submit(self, prompt: str, params: Mapping[str, Any]) -> "RemoteJob":
