@@ -66,21 +66,28 @@ class FolderFormat(WeightFormat):
 
 @dataclass(frozen=True, slots=True)
 class StoredWeights:
-    """What safetensors files say of themselves: bytes by element type (``BF16``), and bytes in all (0: unknown)."""
+    """What safetensors files say of themselves: bytes by element type (``BF16``), and bytes in all (0: unknown).
+
+    ``names`` are those of the tensors in the files here, file after file, as they lie in them.
+    """
 
     bytes_by_dtype: Counter[str] = field(default_factory=Counter)
     num_bytes: int = 0
+    names: tuple[str, ...] = ()
 
 
 def stored_weights(folder: Path) -> StoredWeights:
     """From the headers of the files where all are here, else from the index."""
     sizes: Counter[str] = Counter()
-    for path in folder.glob("model*.safetensors"):
-        sizes += _bytes_by_dtype(path)
+    names: list[str] = []
+    for path in sorted(folder.glob("model*.safetensors")):
+        for name, dtype, num_bytes in _tensors(path):
+            sizes[dtype] += num_bytes
+            names.append(name)
     if missing_shards(folder):
         metadata = read_json(folder / "model.safetensors.index.json").get("metadata") or {}
-        return StoredWeights(sizes, int(metadata.get("total_size") or 0))
-    return StoredWeights(sizes, sizes.total())
+        return StoredWeights(sizes, int(metadata.get("total_size") or 0), tuple(names))
+    return StoredWeights(sizes, sizes.total(), tuple(names))
 
 
 def missing_shards(folder: Path) -> list[str]:
@@ -92,13 +99,11 @@ def missing_shards(folder: Path) -> list[str]:
     return [] if any(folder.glob("model*.safetensors")) else ["model.safetensors"]
 
 
-def _bytes_by_dtype(path: Path) -> Counter[str]:
-    """Bytes of the tensors in a safetensors file by their type's name, from its header."""
+def _tensors(path: Path) -> list[tuple[str, str, int]]:
+    """Name, element type and bytes of the tensors in a safetensors file, in the order of their data."""
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))
-    sizes: Counter[str] = Counter()
-    for name, entry in header.items():
-        if name != "__metadata__":
-            sizes[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
-    return sizes
+    header.pop("__metadata__", None)
+    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    return [(name, entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0]) for name, entry in entries]

@@ -14,13 +14,12 @@ from engine.models.pypi import Progress
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device
 from engine.runner.load.abstract_model import AbstractModel, build_abstract_model
+from engine.runner.load.pieces import Pieces, in_file_order
 from engine.runner.load.weight_reader import PreparedWeights, WeightReader
 from engine.runner.load.weight_types import Converted, convert, describe_weights, main_dtype
 
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 """Floating types by their names in safetensors headers."""
-_CACHE_BYTES = 1 << 28
-"""Buffers freed by conversions are given back when they reach this size."""
 
 
 class FolderWeights(WeightReader):
@@ -48,7 +47,7 @@ class FolderWeights(WeightReader):
         return PreparedWeights(
             converted.num_bytes,
             lambda: converted.model,
-            partial(_materialise, converted.model),
+            partial(_materialise, converted.model, stored_weights(resolved.path).names),
             partial(_describe, converted),
         )
 
@@ -75,17 +74,16 @@ def _lazy_model(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs) 
     return model
 
 
-def _materialise(model: nn.Module, report: Progress) -> nn.Module:
-    """Read the weights parameter by parameter, so that progress shows and an interrupt is noticed."""
-    parameters = tree_flatten(model.parameters())
-    total = sum(value.nbytes for _, value in parameters)
-    done = 0
-    for _, value in parameters:
-        mx.eval(value)
-        done += value.nbytes
-        if mx.get_cache_memory() > _CACHE_BYTES:
-            mx.clear_cache()
-        report("load", done, total)
+def _materialise(model: nn.Module, names: tuple[str, ...], report: Progress) -> nn.Module:
+    """Read the weights as they lie in the files, piece by piece: progress shows and an interrupt is noticed."""
+    parameters = in_file_order(tree_flatten(model.parameters()), names)
+    total = sum(value.nbytes for value in parameters)
+    pieces = Pieces(total)
+    for value in parameters:
+        if pieces.add(value):
+            report("load", pieces.done, total)
+    pieces.finish()
+    report("load", pieces.done, total)
     return model
 
 

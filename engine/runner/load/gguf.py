@@ -7,7 +7,6 @@ bits, so they can stay packed; all other kinds are dequantized. Nothing is ever 
 import importlib
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from engine.models.pypi import Progress
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device
 from engine.runner.load.abstract_model import AbstractModel, build_abstract_model
+from engine.runner.load.pieces import Pieces
 from engine.runner.load.weight_reader import PreparedWeights, WeightReader
 from engine.runner.load.weight_types import DTYPES, describe_weights, unpacks_easily
 
@@ -114,25 +114,13 @@ def _packed_bytes(num_values: int, bits: int, dtype: mx.Dtype) -> int:
 def load_gguf(
     file: GGUFFile, config: dict[str, Any], report: Progress, *, dtype: mx.Dtype, keep_packed: bool
 ) -> nn.Module:
-    """The model of ``file`` with its weights evaluated, tensor by tensor: about one copy in memory.
+    """The model of ``file`` with its weights evaluated, piece by piece: about one copy in memory.
 
     ``keep_packed`` leaves Q4_0, Q4_1 and Q8_0 as they are, with scales of ``dtype``.
     """
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     model: nn.Module = module.Model(module.ModelArgs.from_dict(config))
-    weights: dict[str, mx.array] = {}
-    packed: dict[str, dict[str, int]] = {}
-    done, total = 0, sum(info.num_bytes for info in file.tensors.values())
-    for name, info in file.tensors.items():
-        if name != _ROPE_FACTORS:
-            path, leaf = _module_path(name, file)
-            if keep_packed and info.type in PACKED_BITS and leaf == "weight":
-                packed[path] = {"group_size": GROUP_SIZE, "bits": PACKED_BITS[info.type]}
-                weights.update({f"{path}.{part}": value for part, value in _packed(file, name, config, dtype)})
-            else:
-                weights[f"{path}.{leaf}"] = _dequantized(file, name, config, dtype)
-        done += info.num_bytes
-        report("load", done, total)
+    weights, packed = _read(file, config, report, dtype=dtype, keep_packed=keep_packed)
     weights = model.sanitize(weights) if hasattr(model, "sanitize") else weights
     nn.quantize(model, class_predicate=lambda path, _: packed.get(path, False))
     model.eval()
@@ -140,6 +128,32 @@ def load_gguf(
     if _ROPE_FACTORS in file.tensors:
         _set_rope_factors(model, file, config)
     return model
+
+
+def _read(
+    file: GGUFFile, config: dict[str, Any], report: Progress, *, dtype: mx.Dtype, keep_packed: bool
+) -> tuple[dict[str, mx.array], dict[str, dict[str, int]]]:
+    """Weights by their names in the model, and the bits of the modules whose matrices are left packed."""
+    weights: dict[str, mx.array] = {}
+    packed: dict[str, dict[str, int]] = {}
+    done, total = 0, sum(info.num_bytes for info in file.tensors.values())
+    pieces = Pieces(total)
+    for name, info in sorted(file.tensors.items(), key=lambda item: item[1].offset):
+        done += info.num_bytes
+        if name == _ROPE_FACTORS:
+            continue
+        path, leaf = _module_path(name, file)
+        if keep_packed and info.type in PACKED_BITS and leaf == "weight":
+            packed[path] = {"group_size": GROUP_SIZE, "bits": PACKED_BITS[info.type]}
+            parts = _packed(file, name, config, dtype)
+        else:
+            parts = {leaf: _dequantized(file, name, config, dtype)}
+        weights |= {f"{path}.{part}": array for part, array in parts.items()}
+        if pieces.add(*parts.values()):
+            report("load", done, total)
+    pieces.finish()
+    report("load", total, total)
+    return weights, packed
 
 
 def _assign(model: nn.Module, weights: dict[str, mx.array], file: GGUFFile) -> None:
@@ -164,20 +178,18 @@ def _dequantized(file: GGUFFile, name: str, config: dict[str, Any], dtype: mx.Dt
     values = _rows_for_half_split_rope(file.values(name), name, file, config)
     if file.architecture == "gemma3" and name.endswith("norm.weight"):
         values = values - np.float32(1.0)  # GGUF stores 1 + w, the model keeps w
-    array = mx.array(values).astype(dtype)
-    mx.eval(array)
-    return array
+    return mx.array(values).astype(dtype)
 
 
-def _packed(file: GGUFFile, name: str, config: dict[str, Any], dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+def _packed(file: GGUFFile, name: str, config: dict[str, Any], dtype: mx.Dtype) -> dict[str, mx.array]:
     """A tensor's blocks bit for bit as MLX's affine weight, scales and biases."""
     rows = _rows_for_half_split_rope(file.blocks(name), name, file, config)
     weight, scales, biases = repack(np.asarray(rows), file.tensors[name].type)
-    arrays = {"weight": mx.array(weight), "scales": mx.array(scales), "biases": mx.array(biases)}
-    for part in ("scales", "biases"):
-        arrays[part] = arrays[part].astype(dtype)
-    mx.eval(arrays)
-    yield from arrays.items()
+    return {
+        "weight": mx.array(weight),
+        "scales": mx.array(scales).astype(dtype),
+        "biases": mx.array(biases).astype(dtype),
+    }
 
 
 def repack(
