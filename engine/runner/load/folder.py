@@ -80,8 +80,8 @@ def _materialise(model: nn.Module, names: tuple[str, ...], report: Progress) -> 
     total = sum(value.nbytes for value in parameters)
     pieces = Pieces(total)
     for value in parameters:
-        if pieces.add(value):
-            report("load", pieces.done, total)
+        pieces.add(value)
+        report("load", pieces.done, total)
     pieces.finish()
     report("load", pieces.done, total)
     return model

@@ -149,8 +149,8 @@ def _read(
         else:
             parts = {leaf: _dequantized(file, name, config, dtype)}
         weights |= {f"{path}.{part}": array for part, array in parts.items()}
-        if pieces.add(*parts.values()):
-            report("load", done, total)
+        pieces.add(*parts.values())
+        report("load", done, total)
     pieces.finish()
     report("load", total, total)
     return weights, packed

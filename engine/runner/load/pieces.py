@@ -27,14 +27,12 @@ class Pieces:
         self._begun: list[mx.array] = []
         self._begun_bytes = 0
 
-    def add(self, *arrays: mx.array) -> bool:
-        """Take ``arrays``; True where that filled a piece, and so the one before it was waited for."""
+    def add(self, *arrays: mx.array) -> None:
+        """Take ``arrays``; where they fill a piece it is begun, and the one before it waited for."""
         self._piece += arrays
         self._piece_bytes += sum(array.nbytes for array in arrays)
-        if self._piece_bytes < self._limit:
-            return False
-        self._begin()
-        return True
+        if self._piece_bytes >= self._limit:
+            self._begin()
 
     def finish(self) -> None:
         """Complete all that was added."""
