@@ -35,7 +35,7 @@ class PagedBackend:
 
     def __init__(
         self, model: nn.Module, tree: CacheTree, block_size: int, *, calls: Calls,
-        kv_cache_dtype: str = "auto", prefer_views: bool, max_rows: int | None = None,
+        kv_cache_dtype: str = "auto", max_views: int, max_rows: int | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.calls = calls
@@ -43,7 +43,7 @@ class PagedBackend:
         self.block_size = block_size
         self.groups = group_leaves(flatten(tree))
         self.kv_cache_dtype = kv_cache_dtype
-        self.prefer_views = prefer_views
+        self.max_views = max_views
         self._group_caches = [
             make_group_cache(leaves[0].spec, leaves, block_size=block_size, kv_cache_dtype=kv_cache_dtype)
             for leaves in self.groups
@@ -149,7 +149,7 @@ class PagedBackend:
     def _call(self, batch: InputBatch, tokens: mx.array, rows: Int32 | None, *, flat: bool = False) -> mx.array:
         """Logits [rows, V] of one call with token ids [T, 1] or [1, T]; ``rows`` None: of all."""
         for group, cache in enumerate(self._group_caches):
-            cache.begin(batch, group, flat=flat, prefer_views=self.prefer_views)
+            cache.begin(batch, group, flat=flat, max_views=self.max_views)
         pick = None if rows is None else mx.array(rows)
         if pick is not None:
             self._selector.pick = (lambda hidden: hidden[pick]) if flat else (lambda hidden: hidden[:, pick])

@@ -16,6 +16,7 @@ from engine.params.sampling_params import SamplingParams
 from engine.runner.backends import Backend, ContiguousBackend
 from engine.runner.device.devices import DeviceKind
 from engine.runner.device.memory import active_memory, clear_cache, peak_memory, reset_peak_memory
+from engine.runner.kv.attention_metadata import MAX_VIEWS
 from engine.runner.kv.input_batch import InputBatch
 from engine.runner.kv.kv_pages import rounded
 from engine.runner.kv.kv_spec import UnsupportedCacheError, flatten, probe_caches
@@ -54,7 +55,7 @@ def choose_backend(
     ways: tuple[Calls, ...] = ("flat", "rectangles", "sequences")
     for calls in ways[1:] if recurrent else ways:
         backend = PagedBackend(
-            model, tree, block_size, calls=calls, kv_cache_dtype=kv_cache_dtype, prefer_views=device == "cpu",
+            model, tree, block_size, calls=calls, kv_cache_dtype=kv_cache_dtype, max_views=MAX_VIEWS[device],
             max_rows=_MAX_ROWS_ON_CUDA if device == "cuda" else None,
         )  # fmt: skip
         problem = _problem(backend, model, vocab_size, exact=exact)

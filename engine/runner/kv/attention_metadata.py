@@ -1,8 +1,8 @@
 """Where a call's rows are written in a group's pages, and what each row attends to.
 
 The reference path, on every backend MLX has. A sequence whose blocks are consecutive is read as a
-view, without a copy; others are gathered block by block. A window only moves the first position
-that is read.
+view, without a copy; others are gathered block by block, or position by position where MLX would
+misread a view. A window only moves the first position that is read.
 """
 
 import itertools
@@ -13,13 +13,21 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
+from engine.runner.device.devices import DeviceKind
 from engine.runner.kv.input_batch import InputBatch, Int32
 from engine.runner.kv.kv_pages import Pages
 
-_MAX_VIEWS = 16
+MAX_VIEWS: dict[DeviceKind, int] = {"cpu": 16, "metal": 1, "cuda": 0}
+"""Most decode rows of a call that may attend one by one over views of the pages, by device.
+
+None on CUDA: for one query row and no mask MLX 0.32.4 takes keys that are a slice of a longer array for the beginning
+of a cache of mlx-lm's, and reads from another place than theirs (``unslice_kv`` in its attention, which undoes the
+slice; also where the slice is of a gathered copy). A row there reads an array of its own length. Several query rows,
+or any mask as an array, are read where they lie.
+"""
 _MIN_VIEW_CONTEXT = 384
-"""On a CPU, decode rows of at least this context attend one by one over views rather than gathered
-together: measured, the copies cost more from about here on."""
+"""Several decode rows attend one by one from this mean context on, measured on a CPU: gathered together, the copies
+cost more."""
 _MIN_SLICE = 4
 """Runs of at least this many slots are written as a slice, shorter ones with a scatter."""
 
@@ -39,11 +47,20 @@ class SequenceRead:
     window: int | None
     blocks: Int32
     block_size: int
+    copied: bool
+    """Whether what is read must be an array of its own: see :data:`MAX_VIEWS`."""
 
     @property
     def num_rows(self) -> int:
         """Rows of this sequence."""
         return self.last - self.first
+
+    @cached_property
+    def slots(self) -> Int32:
+        """Where the positions [begin, end) lie in the pages."""
+        positions = np.arange(self.end - self.begin, dtype=np.int32) + self.begin % self.block_size
+        slots: Int32 = self.blocks[positions // self.block_size] * self.block_size + positions % self.block_size
+        return slots
 
     @cached_property
     def first_slot(self) -> int | None:
@@ -86,18 +103,19 @@ class AttentionMetadata:
     """One call's writes and reads in one group; built once, used by all its layers."""
 
     def __init__(
-        self, batch: InputBatch, block_size: int, *, group: int = 0, window: int | None = None, prefer_views: bool
+        self, batch: InputBatch, block_size: int, *, group: int = 0, window: int | None = None, max_views: int
     ) -> None:
         self.block_size = block_size
         self.num_rows = batch.num_rows
         self.num_calls = len(batch.scheduled_requests)
         self._window = window
         self._group = group
+        self._max_views = max_views
         self._indices: dict[tuple[int, int, int], mx.array] = {}
         self.positions = mx.array(batch.positions)
         self.start = batch.scheduled_requests[0].start
         self._plan_writes(batch.slots(block_size, group))
-        self.parts = self._plan_reads(batch, prefer_views)
+        self.parts = self._plan_reads(batch)
 
     def write(self, pages: Pages, rows: mx.array) -> Pages:
         """``pages`` with ``rows`` ([T, heads, 1, dim] or [1, heads, T, dim]) in their slots."""
@@ -121,6 +139,8 @@ class AttentionMetadata:
     def _read(self, part: SequenceRead | RowsRead, pages: mx.array) -> mx.array:
         if isinstance(part, RowsRead):
             return self._gather(pages, -1, part.tables)
+        if part.copied:
+            return self._gather(pages, part.first, part.slots[None], size=1)
         slot = part.first_slot
         if slot is not None:
             return pages[:, :, slot : slot + part.end - part.begin]
@@ -146,19 +166,20 @@ class AttentionMetadata:
         queries = as_sequence(queries)
         return as_rows(mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=mask, sinks=sinks))
 
-    def _gather(self, pages: mx.array, key: int, tables: Int32) -> mx.array:
-        """Blocks ``tables`` [B, n] of ``pages`` as [B, heads, n * block_size, dim], copied in whole blocks.
+    def _gather(self, pages: mx.array, key: int, tables: Int32, *, size: int | None = None) -> mx.array:
+        """Blocks ``tables`` [B, n], of ``size`` slots each, of ``pages``: a new array [B, heads, n * size, dim].
 
-        ``key`` names the tables: layers of one shape share the index.
+        ``size`` None: whole blocks. ``key`` names the tables: layers of one shape share the index.
         """
         _, heads, slots, dim = pages.shape
-        num_blocks = slots // self.block_size
+        size = size or self.block_size
+        num_blocks = slots // size
         index = self._indices.get((key, heads, num_blocks))
         if index is None:
             first = np.arange(heads, dtype=np.int32)[None, :, None] * num_blocks
             index = self._indices[key, heads, num_blocks] = mx.array(first + tables[:, None])
-        found = pages.reshape(heads * num_blocks, self.block_size * dim)[index]
-        return found.reshape(tables.shape[0], heads, tables.shape[1] * self.block_size, dim)
+        found = pages.reshape(heads * num_blocks, size * dim)[index]
+        return found.reshape(tables.shape[0], heads, tables.shape[1] * size, dim)
 
     def _plan_writes(self, slots: Int32) -> None:
         cuts = np.flatnonzero(np.diff(slots) != 1) + 1
@@ -174,13 +195,11 @@ class AttentionMetadata:
             index = None if rest.all() else mx.array(np.flatnonzero(rest).astype(np.int32))
             self._scattered = (index, mx.array(slots[rest]))
 
-    def _plan_reads(self, batch: InputBatch, prefer_views: bool) -> Sequence[SequenceRead | RowsRead]:
+    def _plan_reads(self, batch: InputBatch) -> Sequence[SequenceRead | RowsRead]:
         reads = [self._sequence(batch, i) for i in range(len(batch.scheduled_requests))]
         single = reads[: batch.num_single]
         one_by_one = len(single) <= 1 or (
-            prefer_views
-            and len(single) <= _MAX_VIEWS
-            and np.mean([read.end - read.begin for read in single]) >= _MIN_VIEW_CONTEXT
+            len(single) <= self._max_views and np.mean([read.end - read.begin for read in single]) >= _MIN_VIEW_CONTEXT
         )
         return reads if one_by_one else [self.rows(single), *reads[batch.num_single :]]
 
@@ -197,6 +216,7 @@ class AttentionMetadata:
             self._window,
             np.asarray(blocks, dtype=np.int32),
             self.block_size,
+            copied=scheduled.num_tokens == 1 and self._max_views == 0,
         )
 
     def rows(self, reads: Sequence[SequenceRead]) -> RowsRead:

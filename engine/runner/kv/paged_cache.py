@@ -190,10 +190,10 @@ class GroupCache(Protocol):
     def views(self) -> Mapping[CacheLeaf, LayerCache]:
         """The layers' caches."""
 
-    def begin(self, batch: InputBatch, group: int, *, flat: bool, prefer_views: bool) -> None:
+    def begin(self, batch: InputBatch, group: int, *, flat: bool, max_views: int) -> None:
         """A call for ``batch`` is built now; the group is number ``group`` in block tables.
 
-        ``prefer_views``: see :class:`engine.runner.kv.attention_metadata.AttentionMetadata`.
+        ``max_views``: see :data:`engine.runner.kv.attention_metadata.MAX_VIEWS`.
         """
 
     def finish(self) -> None:
@@ -216,11 +216,13 @@ class PagedGroupCache:
         self.views = {leaf: PagedLayerCache(self.pool, index, window) for index, leaf in enumerate(leaves)}
         self._window = window
 
-    def begin(self, batch: InputBatch, group: int, *, flat: bool, prefer_views: bool) -> None:
-        """See :class:`GroupCache`: where the call's tokens are written, and what they attend to."""
-        metadata = AttentionMetadata(
-            batch, self.pool.block_size, group=group, window=self._window, prefer_views=prefer_views and flat
-        )
+    def begin(self, batch: InputBatch, group: int, *, flat: bool, max_views: int) -> None:
+        """See :class:`GroupCache`: where the call's tokens are written, and what they attend to.
+
+        A rectangular call has one read, so no more than one view.
+        """
+        max_views = max_views if flat else min(max_views, 1)
+        metadata = AttentionMetadata(batch, self.pool.block_size, group=group, window=self._window, max_views=max_views)
         for view in self.views.values():
             view.metadata, view.flat = metadata, flat
 
@@ -251,7 +253,7 @@ class StateGroupCache:
         self.pool = StatePool(leaves)
         self.views = {leaf: StateLayerCache(self.pool, index) for index, leaf in enumerate(leaves)}
 
-    def begin(self, batch: InputBatch, group: int, *, flat: bool, **_reading: bool) -> None:
+    def begin(self, batch: InputBatch, group: int, *, flat: bool, **_reading: int) -> None:
         """See :class:`GroupCache`: a sequence reads its table's first slot and writes to its last."""
         assert not flat, "a state goes from token to token: such layers need calls of whole sequences"
         tables = [scheduled.block_tables[group] for scheduled in batch.scheduled_requests]

@@ -31,7 +31,7 @@ class BareEngine:
         model: Any,
         *,
         paged: bool = True,
-        prefer_views: bool = True,
+        max_views: int | None = None,
         max_rows: int | None = None,
         kv_cache_dtype: str = "auto",
     ) -> None:
@@ -41,7 +41,7 @@ class BareEngine:
             vocab_size=self.vocab_size,
         )  # fmt: skip
         if isinstance(self.backend, PagedBackend):
-            self.backend.prefer_views = prefer_views
+            self.backend.max_views = self.backend.max_views if max_views is None else max_views
             self.backend.max_rows = max_rows or self.backend.max_rows
         self.start()
 

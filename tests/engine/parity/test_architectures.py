@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from engine.runner.kv import paged_cache
+from engine.runner.kv.attention_metadata import MAX_VIEWS
 from engine.runner.paged_backend import PagedBackend
 from tests.engine.parity.bare_engine import BLOCK_SIZE, BareEngine, greedy
 from tests.engine.parity.oracle import mixed_prompts
@@ -40,8 +41,8 @@ def test_requests_alone_and_in_gathered_batches(name):
     model = tiny_model(name)
     prompts = mixed_prompts(4, VOCAB, 90, seed=2)
     expected = [greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
-    for prefer_views in (True, False):
-        engine = BareEngine(model, prefer_views=prefer_views)
+    for max_views in MAX_VIEWS.values():
+        engine = BareEngine(model, max_views=max_views)
         assert [tokens(engine.start().generate([prompt], NUM_TOKENS))[0] for prompt in prompts] == expected
         assert tokens(engine.start().generate(prompts, NUM_TOKENS)) == expected
         engine.backend.close()

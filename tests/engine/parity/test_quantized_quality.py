@@ -42,7 +42,7 @@ LEAST_AGREEMENT = {"int8": 0.95, "int4": 0.6}
 
 def logprobs(model, token_ids, dtype):
     """Log-probabilities [T, V] after each token, computed as a prompt in one chunk over pages of ``dtype``."""
-    backend = PagedBackend(model, probe_caches(model), 16, calls="flat", kv_cache_dtype=dtype, prefer_views=True)
+    backend = PagedBackend(model, probe_caches(model), 16, calls="flat", kv_cache_dtype=dtype, max_views=16)
     try:
         num_blocks = -(-len(token_ids) // 16)
         request = Request("a", token_ids, SamplingParams(temperature=0))

@@ -16,7 +16,7 @@ SHAPE = {"head_dim": 64, "hidden_size": 256, "num_attention_heads": 8, "num_key_
 def test_a_larger_step_needs_about_what_small_ones_predict(dtype):
     """Also where pages are unpacked to be read, which costs by the position, however few the rows."""
     model = build_model(tiny_config("llama", vocab_size=VOCAB, intermediate_size=512, **SHAPE))
-    backend = PagedBackend(model, probe_caches(model), 16, calls="flat", kv_cache_dtype=dtype, prefer_views=True)
+    backend = PagedBackend(model, probe_caches(model), 16, calls="flat", kv_cache_dtype=dtype, max_views=16)
     try:
         cost = warm_up.measure_step_cost(backend, VOCAB)
         for rows, context in ((128, 1024), (32, 2048)):
