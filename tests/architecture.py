@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 INSIDE: dict[str, tuple[str, ...]] = {
     "engine.text": ("tokens", "template", "parse.scan", "parse.tool_parsers", "parse", "guide"),
-    "engine.runner": ("device", "kv", "sampling", "load", ""),
+    "engine.runner": ("device", "kernels", "kv", "sampling", "load", ""),
     "engine.openai": ("http", "schema", "serving", "routes", ""),
 }
 """Packages with layers of their own, again from the bottom up; "" is the files that lie directly in the package."""
