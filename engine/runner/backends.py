@@ -51,10 +51,31 @@ class Backend(Protocol):
         """Give all memory back and undo every change to the model's modules."""
 
 
-def join_rows(logits: Mapping[int, mx.array], wanted: Sequence[Int32]) -> mx.array:
-    """The logits of the scheduled requests (by index) that want any, in the batch's order."""
-    parts = [logits[i] for i, rows in enumerate(wanted) if len(rows)]
-    return mx.concatenate(parts) if parts else mx.zeros((0, 1))
+class RowsInOrder:
+    """The logits of a step, from calls in any order, in the order of its scheduled requests."""
+
+    def __init__(self, wanted: Sequence[Int32]) -> None:
+        self._counts = [len(rows) for rows in wanted]
+        self._order: list[int] = []
+        self._parts: list[mx.array] = []
+
+    def add(self, indices: Sequence[int], logits: mx.array) -> None:
+        """The ``logits`` [rows, V] of scheduled requests by index, each with as many rows as it wants."""
+        self._order += indices
+        if logits.shape[0]:
+            self._parts.append(logits)
+
+    def logits(self) -> mx.array:
+        """All rows [sum of wanted, V]."""
+        if not self._parts:
+            return mx.zeros((0, 1))
+        joined = self._parts[0] if len(self._parts) == 1 else mx.concatenate(self._parts)
+        order = [index for index in self._order if self._counts[index]]
+        if order == sorted(order):
+            return joined
+        ends = np.cumsum([self._counts[index] for index in order])
+        rows = {index: np.arange(end - self._counts[index], end) for index, end in zip(order, ends, strict=True)}
+        return joined[mx.array(np.concatenate([rows[index] for index in sorted(order)]).astype(np.int32))]
 
 
 class ContiguousBackend:
@@ -77,17 +98,18 @@ class ContiguousBackend:
     def forward(self, batch: InputBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
         """See :class:`Backend`: one call for all decodes, one for each prefill chunk."""
         decoding = [i for i, scheduled in enumerate(batch.scheduled_requests) if self._decodes(scheduled)]
-        logits: dict[int, mx.array] = {}
+        found = RowsInOrder(wanted)
         if decoding:
             rows = [batch.first_rows[i] for i in decoding]
             requests = [batch.scheduled_requests[i].request for i in decoding]
-            found = self._decode(requests, tokens[mx.array(rows)])
-            logits = {index: found[row : row + 1] for row, index in enumerate(decoding)}
+            logits = self._decode(requests, tokens[mx.array(rows)])
+            kept = [row for row, i in enumerate(decoding) if len(wanted[i])]
+            found.add(decoding, logits if len(kept) == len(decoding) else logits[mx.array(kept, dtype=mx.int32)])
         for i, scheduled in enumerate(batch.scheduled_requests):
-            if i not in logits:
+            if i not in decoding:
                 some = tokens[batch.first_rows[i] : batch.first_rows[i] + scheduled.num_tokens]
-                logits[i] = self._prefill(scheduled.request, scheduled.start, some, wanted[i])
-        return join_rows(logits, wanted)
+                found.add([i], self._prefill(scheduled.request, scheduled.start, some, wanted[i]))
+        return found.logits()
 
     def forget(self, request: Request) -> None:
         """Drop the request's caches."""

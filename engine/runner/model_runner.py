@@ -190,7 +190,9 @@ class ModelRunner:
         metadata = SamplingMetadata.build([self._row(scheduled) for scheduled in sampling], self.vocab_size)
         pending = self._last.sampled.token_ids if self._last and self._last.sampled else None
         sampled = self._sampler.sample(last, metadata, pending)
-        return InFlightStep(batch.scheduled_requests, sampled, prompts, [], self.backend)
+        # A chunk that samples nothing is computed in its step too, not with the next one.
+        barrier = [] if len(sampling) == len(batch.scheduled_requests) else self.backend.barrier()
+        return InFlightStep(batch.scheduled_requests, sampled, prompts, barrier, self.backend)
 
     def _prompt_logprobs(self, scheduled: ScheduledRequest, logits: mx.array) -> tuple[Request, int, LogprobArrays]:
         num = scheduled.request.params.prompt_logprobs

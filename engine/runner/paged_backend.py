@@ -1,4 +1,4 @@
-"""Steps over pages and slots: in one flat call where the model allows it, else in rectangles."""
+"""Steps over pages and slots: read by kernels on a GPU, else in one flat call, or in rectangles."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -10,15 +10,19 @@ from mlx_lm.models.cache import CacheList
 
 from engine.core.request import Request
 from engine.core.step import ScheduledRequest
+from engine.memory.cache_spec import SlidingWindowSpec
 from engine.memory.planner import next_pool_size
-from engine.runner.backends import join_rows
+from engine.runner.backends import RowsInOrder
+from engine.runner.decode_step import DecodeStep
 from engine.runner.device.memory import clear_cache
 from engine.runner.kv import attention_patch
+from engine.runner.kv.attention_calls import KernelChoice
 from engine.runner.kv.attention_patch import RowSelector
 from engine.runner.kv.input_batch import InputBatch, Int32
+from engine.runner.kv.kernel_cache import KernelGroupCache, after
 from engine.runner.kv.kv_pool import Pool
 from engine.runner.kv.kv_spec import CacheTree, flatten, group_leaves
-from engine.runner.kv.paged_cache import LayerCache, make_group_cache
+from engine.runner.kv.paged_cache import GroupCache, LayerCache, make_group_cache
 
 Calls = Literal["flat", "rectangles", "sequences"]
 
@@ -28,7 +32,8 @@ class PagedBackend:
 
     A ``flat`` step is one pass over the weights. Layers that carry a state from token to token, and
     attention that does not go through mlx-lm's one function, need ``rectangles``: one call for all
-    decodes, one for each chunk of a prompt. A few models take no batch at all: ``sequences``.
+    decodes, one for each chunk of a prompt. A few models take no batch at all: ``sequences``. With
+    ``kernels`` calls are rectangles too, and the decodes' is ``compiled`` where kernels serve all groups.
     """
 
     paged = True
@@ -36,6 +41,7 @@ class PagedBackend:
     def __init__(
         self, model: nn.Module, tree: CacheTree, block_size: int, *, calls: Calls,
         kv_cache_dtype: str = "auto", max_views: int, max_rows: int | None = None,
+        kernels: KernelChoice | None = None, compiled: bool = False, why_reference: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.model = model
         self.calls = calls
@@ -44,26 +50,40 @@ class PagedBackend:
         self.groups = group_leaves(flatten(tree))
         self.kv_cache_dtype = kv_cache_dtype
         self.max_views = max_views
-        self._group_caches = [
-            make_group_cache(leaves[0].spec, leaves, block_size=block_size, kv_cache_dtype=kv_cache_dtype)
-            for leaves in self.groups
-        ]
+        self.kernels = kernels
+        self._why_reference = tuple(why_reference) or ("",) * len(self.groups)
+        self._group_caches = [self._group_cache(number) for number in range(len(self.groups))]
         self.pools = [cache.pool for cache in self._group_caches]
         views = {leaf: view for cache in self._group_caches for leaf, view in cache.views.items()}
         self._caches: list[LayerCache | CacheList] = [
             CacheList(*(views[leaf] for leaf in entry)) if isinstance(entry, tuple) else views[entry] for entry in tree
         ]
         self._selector = RowSelector(model)
-        self._modules = attention_patch.install(model) if calls == "flat" else ()
-        self._before: list[object] | None = None
+        self._modules = attention_patch.install(model) if calls == "flat" or kernels is not None else ()
+        self._decode_step: DecodeStep | None = None
+        if kernels is not None and kernels.serves_all:
+            groups = [cache for cache in self._group_caches if isinstance(cache, KernelGroupCache)]
+            self._decode_step = DecodeStep(model, self._caches, groups, compiled=compiled)
+        self._newest: mx.array | None = None
+        """With kernels: known once every call so far has written its pages."""
+        self._before: tuple[list[object], mx.array | None] | None = None
         self.free_memory: Callable[[], int] | None = None
         """Bytes that pools may grow by; None: as much as they like."""
+
+    def _group_cache(self, number: int) -> GroupCache:
+        leaves = self.groups[number]
+        spec = leaves[0].spec
+        if self.kernels is not None and not self.kernels.reasons[number]:
+            window = spec.window if isinstance(spec, SlidingWindowSpec) else None
+            return KernelGroupCache(leaves, self.block_size, window, self.kernels.kernels)
+        return make_group_cache(spec, leaves, block_size=self.block_size, kv_cache_dtype=self.kv_cache_dtype)
 
     def make_room(self, batch: InputBatch, limits: Sequence[int]) -> None:
         """Grow the pools so that the blocks of ``batch`` exist; never over ``limits`` (blocks, by group)."""
         for group, (pool, limit) in enumerate(zip(self.pools, limits, strict=True)):
             highest = max(max(scheduled.block_tables[group], default=-1) for scheduled in batch.scheduled_requests)
             if highest >= pool.num_blocks:
+                self._wait_for_kernels()
                 pool.grow(self._new_size(pool, highest + 1, limit))
 
     def _new_size(self, pool: Pool, needed: int, limit: int) -> int:
@@ -77,6 +97,8 @@ class PagedBackend:
     def resize(self, limits: Sequence[int], moves: Sequence[Mapping[int, int]]) -> None:
         """See :class:`engine.runner.backends.Backend`."""
         self._before = None
+        self._wait_for_kernels()
+        self._forget_tables()
         for pool, limit, moved in zip(self.pools, limits, moves, strict=True):
             if pool.num_blocks > limit:
                 pool.shrink(limit, moved)
@@ -84,24 +106,26 @@ class PagedBackend:
 
     def forward(self, batch: InputBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
         """See :class:`engine.runner.backends.Backend`. Blocks must be within the pools."""
-        self._before = [pool.snapshot() for pool in self.pools]
-        if self.calls == "flat" and (self.max_rows is None or batch.num_rows <= self.max_rows):
+        self._before = self._snapshot(), self._newest
+        one_pass = self.calls == "flat" and (self.max_rows is None or batch.num_rows <= self.max_rows)
+        if one_pass and self.kernels is None:
             rows = np.concatenate(
                 [first + local for first, local in zip(batch.first_rows, wanted, strict=True)], dtype=np.int32
             )
             return self._call(batch, tokens[:, None], None if len(rows) == batch.num_rows else rows, flat=True)
-        decodes = [i for i, scheduled in enumerate(batch.scheduled_requests) if self._decodes(scheduled)]
-        logits: dict[int, mx.array] = {}
+        found = RowsInOrder(wanted)
+        decodes = [i for i, one in enumerate(batch.scheduled_requests) if len(wanted[i]) == 1 and self._decodes(one)]
         size = self.max_rows or max(1, len(decodes))
-        for some_decodes in (decodes[i : i + size] for i in range(0, len(decodes), size)):
-            index = mx.array([batch.first_rows[i] for i in some_decodes])
-            found = self._call(batch.part(some_decodes), tokens[index][:, None], None)
-            logits |= {i: found[row : row + 1] for row, i in enumerate(some_decodes)}
-        for i in sorted(range(len(batch.scheduled_requests)), key=lambda i: batch.order[i]):
-            if i not in logits:
-                some = tokens[batch.first_rows[i] : batch.first_rows[i] + batch.scheduled_requests[i].num_tokens]
-                logits[i] = self._call(batch.part([i]), some[None], wanted[i])
-        return join_rows(logits, wanted)
+        for some in (decodes[i : i + size] for i in range(0, len(decodes), size)):
+            part = batch if len(some) == len(batch.scheduled_requests) else batch.part(some)
+            found.add(some, self._decode(part, tokens, batch.rows_of(some)))
+        for i in sorted(set(range(len(batch.scheduled_requests))).difference(decodes), key=lambda i: batch.order[i]):
+            found.add([i], self._one_sequence(batch.part([i]), tokens, batch.first_rows[i], wanted[i]))
+        return found.logits()
+
+    def _snapshot(self) -> list[object]:
+        """The pools that a call makes anew; what kernels write is not undone, but never submitted either."""
+        return [None if isinstance(cache, KernelGroupCache) else cache.pool.snapshot() for cache in self._group_caches]
 
     def settle(self) -> None:
         """Give up :meth:`undo`: pages that are still referred to would be copied, not written in place."""
@@ -111,8 +135,10 @@ class PagedBackend:
         """See :class:`engine.runner.backends.Backend`."""
         if self._before is None:
             return False
-        for pool, snapshot in zip(self.pools, self._before, strict=True):
-            pool.restore(snapshot)
+        snapshots, self._newest = self._before
+        for pool, snapshot in zip(self.pools, snapshots, strict=True):
+            if snapshot is not None:
+                pool.restore(snapshot)
         self._before = None
         return True
 
@@ -123,14 +149,17 @@ class PagedBackend:
 
     def barrier(self) -> list[mx.array]:
         """Arrays that are known once the last call has written its memory."""
-        return [array for pool in self.pools for array in pool.barrier()]
+        reference = [cache.pool for cache in self._group_caches if not isinstance(cache, KernelGroupCache)]
+        written = [array for pool in reference for array in pool.barrier()]
+        return written if self._newest is None else [*written, self._newest]
 
     def forget(self, request: Request) -> None:
         """Nothing to drop: pages and slots belong to the block pools."""
 
     def release(self) -> None:
         """Give the pools' memory back; they grow again when used."""
-        self._before = None
+        self._before = self._newest = None
+        self._forget_tables()
         for pool in self.pools:
             pool.release()
 
@@ -140,11 +169,28 @@ class PagedBackend:
         self._selector.remove()
         attention_patch.remove(self._modules)
         self._modules = ()
+        self._decode_step = None
 
     def _decodes(self, scheduled: ScheduledRequest) -> bool:
         """Whether a request joins the one call for decodes; a last bit of a prompt keeps its place in the schedule."""
         in_reply = scheduled.start >= scheduled.request.num_prompt_tokens
         return self.calls != "sequences" and scheduled.num_tokens == 1 and in_reply
+
+    def _decode(self, batch: InputBatch, tokens: mx.array, rows: Int32) -> mx.array:
+        """Logits [requests, V] of ``batch``, requests of one token each: ``tokens`` [T] at ``rows``."""
+        if self._decode_step is None:
+            return self._call(batch, tokens[mx.array(rows)][:, None], None)
+        logits = self._decode_step.run(batch, after(tokens, self._newest), rows)
+        self._newest = logits[:1, :1]
+        return logits
+
+    def _one_sequence(self, batch: InputBatch, tokens: mx.array, first: int, wanted: Int32) -> mx.array:
+        """Logits of the ``wanted`` rows of ``batch``, a chunk of one sequence: ``tokens`` [T] from ``first``."""
+        num_tokens = batch.scheduled_requests[0].num_tokens
+        if num_tokens == 1 and self.kernels is not None:  # what comes after a single token comes after its logits
+            logits = self._decode(batch, tokens, np.array([first], dtype=np.int32))
+            return logits[: len(wanted)]
+        return self._call(batch, tokens[first : first + num_tokens][None], wanted)
 
     def _call(self, batch: InputBatch, tokens: mx.array, rows: Int32 | None, *, flat: bool = False) -> mx.array:
         """Logits [rows, V] of one call with token ids [T, 1] or [1, T]; ``rows`` None: of all."""
@@ -153,11 +199,32 @@ class PagedBackend:
         pick = None if rows is None else mx.array(rows)
         if pick is not None:
             self._selector.pick = (lambda hidden: hidden[pick]) if flat else (lambda hidden: hidden[:, pick])
+        if self.kernels is not None:
+            tokens = after(tokens, self._newest)
         try:
             logits: mx.array = self.model(tokens, cache=self._caches)
+            self._note_newest(logits)
         finally:
             self._selector.pick = None
             for cache in self._group_caches:
                 cache.finish()
         logits = logits.reshape(-1, logits.shape[-1])
         return logits if pick is None or logits.shape[0] == len(pick) else logits[pick]
+
+    def _note_newest(self, logits: mx.array) -> None:
+        """What comes after this call comes after its last layer, or after that of a chunk that wants no logits."""
+        if self.kernels is None:
+            return
+        served = [cache for cache in self._group_caches if isinstance(cache, KernelGroupCache)]
+        chunks = [view.collected for cache in served for view in cache.views.values() if view.collected is not None]
+        newest = [logits.reshape(-1)[:1]] if logits.size else [keys.reshape(-1)[:1] for keys in chunks]
+        self._newest = newest[0] if len(newest) == 1 else mx.concatenate(newest)
+
+    def _wait_for_kernels(self) -> None:
+        """Have all that was submitted write its pages: whoever moves them is not ordered after a kernel."""
+        if self.kernels is not None and self._newest is not None:
+            mx.synchronize()
+
+    def _forget_tables(self) -> None:
+        if self._decode_step is not None:
+            self._decode_step.forget_tables()

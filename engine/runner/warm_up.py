@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,10 +17,12 @@ from engine.params.sampling_params import SamplingParams
 from engine.runner.backends import Backend, ContiguousBackend
 from engine.runner.device.devices import DeviceKind
 from engine.runner.device.memory import active_memory, clear_cache, peak_memory, reset_peak_memory
+from engine.runner.kv.attention_calls import KernelChoice, choose_kernels
 from engine.runner.kv.attention_metadata import MAX_VIEWS
 from engine.runner.kv.input_batch import InputBatch
+from engine.runner.kv.kernel_cache import AttentionKernels
 from engine.runner.kv.kv_pages import rounded
-from engine.runner.kv.kv_spec import UnsupportedCacheError, flatten, probe_caches
+from engine.runner.kv.kv_spec import CacheTree, UnsupportedCacheError, flatten, group_leaves, probe_caches
 from engine.runner.paged_backend import Calls, PagedBackend
 
 _CHECK_LENGTHS = (21, 34, 9, 50, 3)
@@ -34,13 +37,24 @@ _SAMPLES = ((16, 16), (64, 64), (64, 1024), (16, 1024))
 """(rows, context) of the measured steps; the last one over pages only, where reading may copy or unpack."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One way to run a model over pages."""
+
+    calls: Calls
+    kernels: KernelChoice | None = None
+    compiled: bool = False
+
+
 def choose_backend(
-    model: nn.Module, *, paged: bool, block_size: int, kv_cache_dtype: str = "auto", device: DeviceKind, vocab_size: int
-) -> tuple[Backend, str | None]:
+    model: nn.Module, *, paged: bool, block_size: int, kv_cache_dtype: str = "auto", device: DeviceKind,
+    vocab_size: int, kernels: AttentionKernels | None = None, no_kernels: str = "",
+) -> tuple[Backend, str | None]:  # fmt: skip
     """The first way to run this model that gives its own logits, and a line for the user where that is not paged.
 
-    One flat call per step over pages; else rectangular calls over pages and state slots; else
-    mlx-lm's own contiguous caches. Each is tried on a few short sequences.
+    Pages read by ``kernels`` where they serve any layer; else one flat call per step over pages; else rectangular
+    calls over pages and state slots; else mlx-lm's own contiguous caches. Each is tried on a few short sequences.
+    ``no_kernels``: why there are none, for people.
     """
     exact = device == "cpu"
     if not paged:
@@ -50,20 +64,38 @@ def choose_backend(
         tree = probe_caches(model)
     except UnsupportedCacheError as error:
         return _contiguous(model, vocab_size, _fallback_line(f"its cache is {error}"), exact=exact)
-    recurrent = any(leaf.spec.recurrent for leaf in flatten(tree))
-    reason = ""
-    ways: tuple[Calls, ...] = ("flat", "rectangles", "sequences")
-    for calls in ways[1:] if recurrent else ways:
+    reason, choice = "", None
+    groups = group_leaves(flatten(tree))
+    if kernels is not None:
+        choice = choose_kernels(model, tree, groups, kernels, block_size=block_size, kv_cache_dtype=kv_cache_dtype)
+    why = choice.reasons if choice is not None else (no_kernels,) * len(groups)
+    for way in _ways(tree, choice, compiles=device != "cpu"):
         backend = PagedBackend(
-            model, tree, block_size, calls=calls, kv_cache_dtype=kv_cache_dtype, max_views=MAX_VIEWS[device],
-            max_rows=_MAX_ROWS_ON_CUDA if device == "cuda" else None,
+            model, tree, block_size, calls=way.calls, kv_cache_dtype=kv_cache_dtype, max_views=MAX_VIEWS[device],
+            max_rows=_MAX_ROWS_ON_CUDA if device == "cuda" else None, kernels=way.kernels, compiled=way.compiled,
+            why_reference=why,
         )  # fmt: skip
         problem = _problem(backend, model, vocab_size, exact=exact)
         if problem is None:
             return backend, None
         backend.close()
         reason = problem
+        if way.kernels is not None:
+            why = tuple(said or f"with kernels {problem}" for said in way.kernels.reasons)
     return _contiguous(model, vocab_size, _fallback_line(reason), exact=exact)
+
+
+def _ways(tree: CacheTree, choice: KernelChoice | None, *, compiles: bool) -> list[_Way]:
+    """Ways to try, the fastest first."""
+    recurrent = any(leaf.spec.recurrent for leaf in flatten(tree))
+    plain: tuple[Calls, ...] = ("rectangles", "sequences") if recurrent else ("flat", "rectangles", "sequences")
+    ways = [_Way(calls) for calls in plain]
+    if choice is None or not choice.serves_any:
+        return ways
+    by_kernels = [_Way("rectangles", choice)]
+    if compiles and choice.serves_all:
+        by_kernels.insert(0, _Way("rectangles", choice, compiled=True))
+    return [*by_kernels, *ways]
 
 
 def _contiguous(model: nn.Module, vocab_size: int, line: str, *, exact: bool) -> tuple[Backend, str]:

@@ -50,6 +50,19 @@ class SequenceRead:
     copied: bool
     """Whether what is read must be an array of its own: see :data:`MAX_VIEWS`."""
 
+    @classmethod
+    def of(
+        cls, batch: InputBatch, index: int, group: int, window: int | None, block_size: int, *, views: bool = True
+    ) -> "SequenceRead":
+        """What the rows of the batch's request number ``index`` read in ``group``; ``views``: also a single row."""
+        scheduled, first = batch.scheduled_requests[index], batch.first_rows[index]
+        begin = 0 if window is None else max(0, scheduled.start - window + 1)
+        blocks = scheduled.block_tables[group][begin // block_size : -(-scheduled.end // block_size)]
+        last = first + scheduled.num_tokens
+        numbers = np.array(blocks, dtype=np.int32)
+        copied = scheduled.num_tokens == 1 and not views
+        return cls(first, last, scheduled.start, begin, scheduled.end, window, numbers, block_size, copied)
+
     @property
     def num_rows(self) -> int:
         """Rows of this sequence."""
@@ -196,28 +209,15 @@ class AttentionMetadata:
             self._scattered = (index, mx.array(slots[rest]))
 
     def _plan_reads(self, batch: InputBatch) -> Sequence[SequenceRead | RowsRead]:
-        reads = [self._sequence(batch, i) for i in range(len(batch.scheduled_requests))]
+        reads = [
+            SequenceRead.of(batch, i, self._group, self._window, self.block_size, views=self._max_views > 0)
+            for i in range(len(batch.scheduled_requests))
+        ]
         single = reads[: batch.num_single]
         one_by_one = len(single) <= 1 or (
             len(single) <= self._max_views and np.mean([read.end - read.begin for read in single]) >= _MIN_VIEW_CONTEXT
         )
         return reads if one_by_one else [self.rows(single), *reads[batch.num_single :]]
-
-    def _sequence(self, batch: InputBatch, index: int) -> SequenceRead:
-        scheduled, first = batch.scheduled_requests[index], batch.first_rows[index]
-        begin = 0 if self._window is None else max(0, scheduled.start - self._window + 1)
-        blocks = scheduled.block_tables[self._group][begin // self.block_size : -(-scheduled.end // self.block_size)]
-        return SequenceRead(
-            first,
-            first + scheduled.num_tokens,
-            scheduled.start,
-            begin,
-            scheduled.end,
-            self._window,
-            np.asarray(blocks, dtype=np.int32),
-            self.block_size,
-            copied=scheduled.num_tokens == 1 and self._max_views == 0,
-        )
 
     def rows(self, reads: Sequence[SequenceRead]) -> RowsRead:
         """Single rows of several sequences, to be gathered together."""

@@ -6,7 +6,9 @@ puts the original back.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +22,19 @@ _original: Callable[..., mx.array] = base.scaled_dot_product_attention
 _users: dict[str, int] = {}
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One layer's attention, as it was called."""
+
+    num_heads: int
+    dtype: mx.Dtype
+    sinks: bool
+
+
+_recorded: dict[int, AttentionCall] | None = None
+"""Id of a cache -> how its layer attends, while :func:`recorded` is in force."""
+
+
 def _attend(
     queries: mx.array,
     keys: mx.array,
@@ -29,6 +44,8 @@ def _attend(
     mask: mx.array | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
+    if _recorded is not None:
+        _recorded[id(cache)] = AttentionCall(queries.shape[1], queries.dtype, sinks is not None)
     cache = owner(keys) if cache is None else cache
     if isinstance(cache, PagedLayerCache) and cache.flat:
         return cache.attend(queries, scale, sinks)
@@ -53,6 +70,19 @@ def remove(modules: tuple[str, ...]) -> None:
         if not _users[name]:
             del _users[name]
             setattr(sys.modules[name], _NAME, _original)
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[dict[int, AttentionCall]]:
+    """How each cache's layer attends in the calls of ``model`` inside; one thread, no other model meanwhile."""
+    global _recorded
+    modules, calls = install(model), dict[int, AttentionCall]()
+    _recorded = calls
+    try:
+        yield calls
+    finally:
+        _recorded = None
+        remove(modules)
 
 
 class RowSelector:

@@ -38,6 +38,10 @@ class InputBatch:
         """Some of the scheduled requests as a batch of their own."""
         return InputBatch.build([self.scheduled_requests[i] for i in indices])
 
+    def rows_of(self, indices: Sequence[int]) -> Int32:
+        """The first row of each of some scheduled requests."""
+        return np.array([self.first_rows[i] for i in indices], dtype=np.int32)
+
     @property
     def num_rows(self) -> int:
         """Tokens in the step (T)."""

@@ -95,10 +95,15 @@ def probe_caches(model: nn.Module) -> CacheTree:
     Raises :class:`UnsupportedCacheError` for a kind that has no paged form here.
     """
     originals = make_prompt_cache(model)
-    recorders = [_recorder(cache) for cache in originals]
+    recorders = recording_caches(model)
     model(mx.zeros((1, 1), dtype=mx.int32), cache=recorders)
     pairs = zip(originals, recorders, strict=True)
     return [_leaves(layer, cache, recorder) for layer, (cache, recorder) in enumerate(pairs)]
+
+
+def recording_caches(model: nn.Module) -> list[Any]:
+    """Caches for one lazy call of ``model``: mlx-lm's own, which note the shapes that pass."""
+    return [_recorder(cache) for cache in make_prompt_cache(model)]
 
 
 def flatten(tree: CacheTree) -> list[CacheLeaf]:

@@ -53,9 +53,7 @@ class PagedLayerCache:
         pool.values[index] = step.write(pool.values[index], values)
         self._dtype = keys.dtype
         if self.flat:
-            self._forget_new()
-            self._new = keys, values
-            _lent[id(keys)] = self
+            self._lend(keys, values)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -73,6 +71,12 @@ class PagedLayerCache:
         """The call is built: forget what it was about."""
         self._forget_new()
         self.metadata = None
+
+    def _lend(self, keys: mx.array, values: mx.array) -> None:
+        """Be found by ``keys`` until the call is built."""
+        self._forget_new()
+        self._new = keys, values
+        _lent[id(keys)] = self
 
     def _forget_new(self) -> None:
         if self._new is not None:
@@ -112,13 +116,16 @@ class PagedLayerCache:
         self, num_tokens: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
         """What the call's rows may see; flat rows mask themselves."""
-        if window_size is not None and window_size != self._window:
-            raise UnsupportedCacheError(f"a window of {window_size} tokens over a cache of {self._window or 'all'}")
+        self._check_window(window_size)
         if self.flat:
             return None
         assert num_tokens * self._step.num_calls == self._step.num_rows, "the call has another shape"
         part = self._step.parts[0]
         return part.seen if isinstance(part, RowsRead) else part.mask(as_array=return_array)
+
+    def _check_window(self, window_size: int | None) -> None:
+        if window_size is not None and window_size != self._window:
+            raise UnsupportedCacheError(f"a window of {window_size} tokens over a cache of {self._window or 'all'}")
 
     def attend(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
         """Attention of ``queries`` [T, heads, 1, dim] over the layer's pages."""

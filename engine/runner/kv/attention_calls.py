@@ -1,0 +1,92 @@
+"""How a model's layers attend, asked of the model itself, and which of them kernels can serve."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from engine.memory.cache_spec import SlidingWindowSpec
+from engine.params.kv_dtype import QUANTIZED_BITS
+from engine.runner.kv import attention_patch
+from engine.runner.kv.attention_patch import AttentionCall
+from engine.runner.kv.kernel_cache import AttentionKernels
+from engine.runner.kv.kv_spec import CacheLeaf, CacheTree, flatten, recording_caches
+
+
+@dataclass(frozen=True, slots=True)
+class KernelChoice:
+    """Which cache groups ``kernels`` serve: ``reasons`` has why not, per group; "" where they do."""
+
+    kernels: AttentionKernels
+    reasons: tuple[str, ...]
+
+    @property
+    def serves_any(self) -> bool:
+        """Whether there is any use for kernels."""
+        return "" in self.reasons
+
+    @property
+    def serves_all(self) -> bool:
+        """Whether a step touches no other memory."""
+        return all(not reason for reason in self.reasons)
+
+
+def choose_kernels(
+    model: nn.Module, tree: CacheTree, groups: Sequence[Sequence[CacheLeaf]], kernels: AttentionKernels, *,
+    block_size: int, kv_cache_dtype: str,
+) -> KernelChoice:  # fmt: skip
+    """Ask ``kernels`` about every kind of layer in ``groups``: each variant runs on small tensors here and now."""
+    calls = attention_calls(model, tree)
+    found: dict[tuple[object, ...], str] = {}
+    reasons = []
+    for leaves in groups:
+        why = ""
+        for leaf in leaves:
+            why = why or _unserved(leaf, calls.get(leaf), kv_cache_dtype)
+            if not why:
+                why = _problem(leaf, calls[leaf], kernels, block_size, found)
+        reasons.append(why)
+    return KernelChoice(kernels, tuple(reasons))
+
+
+def attention_calls(model: nn.Module, tree: CacheTree) -> dict[CacheLeaf, AttentionCall]:
+    """How each cache's layer attends; none for layers that do it without mlx-lm's one function. Computes nothing."""
+    caches = recording_caches(model)
+    with attention_patch.recorded(model) as calls:
+        model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+    flat = [one for cache in caches for one in getattr(cache, "caches", (cache,))]
+    leaves = flatten(tree)
+    return {leaf: calls[id(cache)] for leaf, cache in zip(leaves, flat, strict=True) if id(cache) in calls}
+
+
+def _unserved(leaf: CacheLeaf, call: AttentionCall | None, kv_cache_dtype: str) -> str:
+    """What no kernel covers yet."""
+    shape = leaf.shape
+    if shape is None:
+        return "no kernel for recurrent states yet"
+    if shape.is_latent:
+        return "no kernel for latent attention yet"
+    if kv_cache_dtype in QUANTIZED_BITS:
+        return f"no kernel for {kv_cache_dtype} pages yet"
+    if kv_cache_dtype not in ("auto", str(shape.dtype).rpartition(".")[2]):
+        return f"{kv_cache_dtype} pages under a model in {str(shape.dtype).rpartition('.')[2]}"
+    if call is None or shape.num_kv_heads != shape.num_value_heads:
+        return "attention of the model's own"
+    return "" if call.dtype == shape.dtype else f"queries in {call.dtype} over keys in {shape.dtype}"
+
+
+def _problem(
+    leaf: CacheLeaf, call: AttentionCall, kernels: AttentionKernels, block_size: int,
+    found: dict[tuple[object, ...], str],
+) -> str:  # fmt: skip
+    """Why the kernels cannot serve a layer, "" where they can; each variant is asked once."""
+    shape, window = leaf.shape, leaf.spec.window if isinstance(leaf.spec, SlidingWindowSpec) else None
+    assert shape is not None
+    variant = (shape, call, window)
+    if variant not in found:
+        found[variant] = kernels.attention_problem(
+            dtype=shape.dtype, heads=call.num_heads, kv_heads=shape.num_kv_heads, key_dim=shape.key_dim,
+            value_dim=shape.value_dim, block_size=block_size, window=window, sinks=call.sinks,
+        ) or ""  # fmt: skip
+    return found[variant]

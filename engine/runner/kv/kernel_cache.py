@@ -1,0 +1,207 @@
+"""A group's pages when kernels read and write them in place, and its layers' caches as an mlx-lm model sees them.
+
+MLX does not see that a kernel writes to the pages, so nothing else may touch them while a step is
+in flight: a decode row's keys and values enter with its attention, a chunk's when its context is
+collected, and everything that a call computes comes after the call before it (:func:`after`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from engine.runner.kv.attention_metadata import SequenceRead
+from engine.runner.kv.input_batch import InputBatch, Int32
+from engine.runner.kv.kv_pool import KVPool
+from engine.runner.kv.kv_spec import CacheLeaf
+from engine.runner.kv.paged_cache import PagedLayerCache
+
+_MIN_POSITIONS = 4
+"""MLX keeps arrays of up to 8 bytes in host memory on CUDA, where each block of a kernel would wait for them."""
+
+
+class AttentionKernels(Protocol):
+    """Kernels that attend over pages where they lie; :mod:`engine.runner.kernels` has those of a GPU."""
+
+    def paged_attention(
+        self, queries: mx.array, new_keys: mx.array, new_values: mx.array, key_pages: mx.array, value_pages: mx.array,
+        block_tables: mx.array, positions: mx.array, *, scale: float, block_size: int, window: int | None = None,
+        sinks: mx.array | None = None, softcap: float | None = None,
+    ) -> mx.array:  # fmt: skip
+        """Attention [rows, heads, 1, dim] of one new token per row, which is written into its page."""
+
+    def collect(
+        self, new_keys: mx.array, new_values: mx.array, key_pages: mx.array, value_pages: mx.array,
+        block_table: mx.array, span: mx.array, *, block_size: int, length: int,
+    ) -> tuple[mx.array, mx.array]:  # fmt: skip
+        """Keys and values [1, heads, length, dim] that a chunk attends to; the chunk's own are written into pages."""
+
+    def attention_problem(
+        self, *, dtype: mx.Dtype, heads: int, kv_heads: int, key_dim: int, value_dim: int, block_size: int,
+        window: int | None, sinks: bool,
+    ) -> str | None:  # fmt: skip
+        """Why these kernels cannot serve such a layer here; None where they agree with the reference."""
+
+
+def after(tokens: mx.array, earlier: mx.array | None) -> mx.array:
+    """``tokens``, computed once ``earlier`` is there: a real operation, since only those are ordered on a GPU."""
+    if earlier is None:
+        return tokens
+    return mx.where(earlier.reshape(-1)[:1] == 0, tokens, tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """One new token of each of several sequences.
+
+    ``positions`` int32 [rows or more] (-1: a padding row), ``offset`` [rows] the same for rotary embeddings,
+    ``block_tables`` int32 [rows, blocks].
+    """
+
+    positions: mx.array
+    offset: mx.array
+    block_tables: mx.array
+
+    @classmethod
+    def of(cls, num_rows: int, positions: mx.array, block_tables: mx.array) -> "DecodeRows":
+        """From arrays that come from the host: kernels find them in the device's own memory."""
+        positions = mx.maximum(positions, -1)
+        return cls(positions, positions[:num_rows], mx.maximum(block_tables, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Several tokens of one sequence, and the positions that they attend to."""
+
+    read: SequenceRead
+    block_table: mx.array
+    span: mx.array
+
+    @classmethod
+    def of(cls, read: SequenceRead, block_table: Sequence[int]) -> "Chunk":
+        """``block_table`` is the whole sequence's."""
+        span = np.array([read.begin, read.start, 0, 0], dtype=np.int32)
+        table = np.zeros(max(len(block_table), _MIN_POSITIONS), dtype=np.int32)
+        table[: len(block_table)] = block_table
+        return cls(read, mx.maximum(mx.array(table), 0), mx.maximum(mx.array(span), 0))
+
+
+def padded_positions(positions: Int32, num_rows: int) -> Int32:
+    """``positions`` for ``num_rows`` rows, and for as many as kernels want at least; -1 where there is no row."""
+    padded = np.full(max(num_rows, _MIN_POSITIONS), -1, dtype=np.int32)
+    padded[: len(positions)] = positions
+    return padded
+
+
+class KernelLayerCache(PagedLayerCache):
+    """Keys and values of one layer in pages that kernels read and write."""
+
+    def __init__(self, pool: KVPool, index: int, window: int | None, kernels: AttentionKernels) -> None:
+        super().__init__(pool, index, window)
+        self._kernels = kernels
+        self._call: DecodeRows | Chunk | None = None
+        self._pages: tuple[mx.array, mx.array] | None = None
+        self.collected: mx.array | None = None
+        """Keys of the last chunk: what comes after them comes after the chunk was written."""
+
+    def begin(self, call: DecodeRows | Chunk, pages: tuple[mx.array, mx.array]) -> None:
+        """A call is built now, over ``pages`` (keys and values)."""
+        self._call, self._pages, self.collected = call, pages, None
+        self.flat = isinstance(call, DecodeRows)
+
+    @property
+    def offset(self) -> mx.array | int:
+        """Position of the call's tokens: one per row, or of the first of a chunk."""
+        call = self._call
+        assert call is not None, "no step is being computed"
+        return call.offset if isinstance(call, DecodeRows) else call.read.start
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """A decode row's keys and values wait for its attention; a chunk's are written, and come with their context."""
+        call, pages = self._call, self._pages
+        assert call is not None, "no step is being computed"
+        assert pages is not None, "no pages to write to"
+        if isinstance(call, Chunk):
+            length = call.read.end - call.read.begin
+            keys, values = self._kernels.collect(
+                keys, values, *pages, call.block_table, call.span, block_size=self._pool.block_size, length=length
+            )
+            self.collected = keys
+        self._lend(keys, values)
+        return keys, values
+
+    def make_mask(
+        self, num_tokens: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | str | None:
+        """What a chunk's rows may see; decode rows see what their kernel shows them."""
+        self._check_window(window_size)
+        if isinstance(self._call, Chunk):
+            assert num_tokens == self._call.read.num_rows, "the call has another shape"
+            return self._call.read.mask(as_array=return_array)
+        return None
+
+    @property
+    def start_position(self) -> int:
+        """See :class:`PagedLayerCache`."""
+        assert isinstance(self._call, Chunk), "chunked attention over several sequences"
+        return self._call.read.begin
+
+    def attend(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
+        """Attention of ``queries`` [rows, heads, 1, dim] over the layer's pages, and the new token into them."""
+        call, pages, new = self._call, self._pages, self._new
+        assert isinstance(call, DecodeRows), "a chunk attends to what was collected"
+        assert pages is not None, "no pages to write to"
+        assert new is not None, "attention before its keys and values"
+        return self._kernels.paged_attention(
+            queries, *new, *pages, call.block_tables, call.positions, scale=scale,
+            block_size=self._pool.block_size, window=self._window, sinks=sinks,
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        """The call is built: forget what it was about."""
+        super().finish()
+        self._call = self._pages = None
+
+
+class KernelGroupCache:
+    """Pages of a group whose layers attend through kernels."""
+
+    def __init__(
+        self, leaves: Sequence[CacheLeaf], block_size: int, window: int | None, kernels: AttentionKernels
+    ) -> None:
+        self.pool = KVPool([leaf.shape for leaf in leaves if leaf.shape is not None], block_size)
+        self.views = {leaf: KernelLayerCache(self.pool, i, window, kernels) for i, leaf in enumerate(leaves)}
+        self._window = window
+
+    @property
+    def pages(self) -> list[tuple[mx.array, mx.array]]:
+        """Keys and values of all layers."""
+        pool = self.pool
+        return [(keys.arrays[0], values.arrays[0]) for keys, values in zip(pool.keys, pool.values, strict=True)]
+
+    def begin(self, batch: InputBatch, group: int, **_reading: object) -> None:
+        """See :class:`engine.runner.kv.paged_cache.GroupCache`: single tokens of sequences, or one chunk."""
+        tables = [scheduled.block_tables[group] for scheduled in batch.scheduled_requests]
+        if batch.num_single == len(tables):
+            width = max(len(table) for table in tables)
+            rows = np.zeros((len(tables), width), dtype=np.int32)
+            for row, table in enumerate(tables):
+                rows[row, : len(table)] = table
+            positions = padded_positions(batch.positions, len(tables))
+            self.begin_call(DecodeRows.of(len(tables), mx.array(positions), mx.array(rows)), self.pages)
+            return
+        assert len(tables) == 1, "chunks are computed one by one"
+        read = SequenceRead.of(batch, 0, group, self._window, self.pool.block_size)
+        self.begin_call(Chunk.of(read, tables[0]), self.pages)
+
+    def begin_call(self, call: DecodeRows | Chunk, pages: Sequence[tuple[mx.array, mx.array]]) -> None:
+        """A call is built now, over ``pages`` of all layers."""
+        for view, some in zip(self.views.values(), pages, strict=True):
+            view.begin(call, some)
+
+    def finish(self) -> None:
+        """See :class:`engine.runner.kv.paged_cache.GroupCache`."""
+        for view in self.views.values():
+            view.finish()
