@@ -1,0 +1,88 @@
+"""CUDA kernels of products of few rows, compiled by g++ against ``cuda_on_host.h`` and run on this machine."""
+
+import ctypes
+import hashlib
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from engine.runner.kernels.dialect import compact
+from engine.runner.kernels.rows_matmul_text import TENSOR_CORES
+
+HERE = Path(__file__).parent
+_TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "unsigned"}
+
+
+class HostKernel:
+    """What :func:`engine.runner.kernels.dialect.make_kernel` gives on a GPU, run on this machine's CPU."""
+
+    def __init__(self, name: str, inputs: tuple[str, ...], source: str, header: str, folder: Path) -> None:
+        self._name, self._inputs, self._source, self._folder = name, inputs, compact(source), folder
+        self._header = compact(header.replace(TENSOR_CORES, ""))
+        self.launches = 0
+
+    def __call__(
+        self,
+        *,
+        inputs: list[mx.array],
+        template: list[tuple[str, Any]],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        output_shapes: list[tuple[int, ...]],
+        output_dtypes: list[mx.Dtype],
+    ) -> list[mx.array]:
+        """Compute the one output; all elements that the kernel does not write are NaN."""
+        self.launches += 1
+        run = self._compiled(inputs, template, output_dtypes[0])
+        held = [np.array(mx.contiguous(value).view(_bits(value.dtype))) for value in inputs]
+        out = np.full(output_shapes[0], 0x7FFF, dtype=np.uint16)
+        shapes = np.zeros((len(inputs), 8), dtype=np.int32)
+        for row, value in zip(shapes, inputs, strict=True):
+            row[: value.ndim] = value.shape
+        pointers = (ctypes.c_void_p * (len(held) + 1))(*(array.ctypes.data for array in [*held, out]))
+        run(pointers, ctypes.c_void_p(shapes.ctypes.data), grid[0] // threadgroup[0], threadgroup[0])
+        return [mx.array(out).view(output_dtypes[0])]
+
+    def _compiled(self, inputs: list[mx.array], template: list[tuple[str, Any]], out: mx.Dtype) -> Callable[..., Any]:
+        text = self._text([_TYPES[value.dtype] for value in inputs], template, _TYPES[out])
+        library = self._folder / f"{self._name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+        if not library.exists():
+            source = library.with_suffix(".cpp")
+            source.write_text(text)
+            flags = ["-O2", "-std=c++17", "-w", "-shared", "-fPIC", f"-I{HERE}"]
+            subprocess.run(["g++", *flags, "-o", str(library), str(source)], check=True)
+        return ctypes.CDLL(str(library)).run
+
+    def _text(self, types: list[str], template: list[tuple[str, Any]], out: str) -> str:
+        named = list(zip(self._inputs, types, strict=True))
+        shaped = [name for name in self._inputs if re.search(rf"\b{name}_shape\b", self._source)]
+        constants = [
+            f"using {name} = {_TYPES[value]};" if isinstance(value, mx.Dtype) else f"constexpr int {name} = {value};"
+            for name, value in template
+        ]
+        return "\n".join(
+            [
+                '#include "cuda_on_host.h"',
+                self._header,
+                *(f"static const {kind}* {name};" for name, kind in named),
+                *(f"static Shape {name}_shape;" for name in shaped),
+                f"static {out}* out;",
+                "static void kernel() {",
+                *constants,
+                self._source,
+                '}\nextern "C" void run(void** arrays, const Shape* shapes, int blocks, int threads) {',
+                *(f"{name} = (const {kind}*)arrays[{i}];" for i, (name, kind) in enumerate(named)),
+                *(f"{name}_shape = shapes[{self._inputs.index(name)}];" for name in shaped),
+                f"out = ({out}*)arrays[{len(named)}];",
+                "for (int i = 0; i < blocks; ++i) { blockIdx.x = i; run_block(threads, kernel); }\n}\n",
+            ]
+        )
+
+
+def _bits(dtype: mx.Dtype) -> mx.Dtype:
+    return mx.uint16 if dtype.size == 2 else mx.uint32

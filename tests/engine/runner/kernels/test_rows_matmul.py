@@ -1,0 +1,117 @@
+"""The CUDA text of products of few rows, run on this machine by ``cuda_on_host``, against float32."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from engine.runner.kernels import rows_matmul
+from engine.runner.kernels.rows_matmul import Packed
+from tests.engine.runner.kernels.cuda_on_host import HostKernel
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+LIMIT = {mx.bfloat16: 4e-3, mx.float16: 5e-4}
+"""Of the norm: rounding of the result, and of the unpacked weights."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, HostKernel]:
+    """Host kernels in place of the GPU's, by name."""
+    made: dict[str, HostKernel] = {}
+
+    def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str) -> HostKernel:
+        return made.setdefault(name, HostKernel(name, inputs, source, header, folder))
+
+    monkeypatch.setattr(rows_matmul, "make_kernel", make)
+    return made
+
+
+def _error(got: mx.array, x: mx.array, weight: mx.array) -> float:
+    expected = x.astype(mx.float32) @ weight.astype(mx.float32).T
+    assert got.shape == expected.shape
+    return float(mx.linalg.norm(got.astype(mx.float32) - expected) / mx.linalg.norm(expected))
+
+
+def _normal(*shape: int, dtype: mx.Dtype) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("lead", "widths", "k", "dtype"),
+    [
+        ((1,), (48,), 512, mx.bfloat16),
+        ((3, 1), (40,), 64, mx.bfloat16),
+        ((8,), (16,), 1088, mx.bfloat16),
+        ((2, 8), (33,), 576, mx.bfloat16),
+        ((5,), (40, 8, 24), 192, mx.bfloat16),
+        ((1, 13), (24, 72), 128, mx.bfloat16),
+        ((7,), (9,), 320, mx.float16),
+        ((1,), (8200,), 64, mx.bfloat16),
+    ],
+)
+def test_dense_weights_are_multiplied_right_whatever_the_rows_and_widths(
+    lead: tuple[int, ...], widths: tuple[int, ...], k: int, dtype: mx.Dtype, kernels: dict[str, HostKernel]
+) -> None:
+    x = _normal(*lead, k, dtype=dtype)
+    weights = [_normal(width, k, dtype=dtype) for width in widths]
+    results = rows_matmul.dense(x, weights)
+    assert kernels["rows_dense"].launches == 1
+    for got, weight in zip(results, weights, strict=True):
+        assert _error(got, x, weight) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize(
+    ("lead", "widths", "k", "bits", "group_size", "dtype"),
+    [
+        ((1,), (48,), 512, 4, 64, mx.bfloat16),
+        ((6, 1), (40, 8, 24), 384, 4, 64, mx.bfloat16),
+        ((11,), (56,), 256, 4, 64, mx.bfloat16),
+        ((31, 1), (33,), 640, 4, 64, mx.bfloat16),
+        ((3,), (24,), 384, 4, 64, mx.float16),
+        ((2,), (24,), 384, 4, 32, mx.bfloat16),
+        ((2,), (24,), 384, 4, 128, mx.bfloat16),
+        ((4,), (24, 16), 448, 8, 64, mx.bfloat16),
+        ((17,), (24,), 192, 8, 32, mx.float16),
+    ],
+)
+def test_packed_weights_are_multiplied_right_whatever_the_rows_and_widths(
+    lead: tuple[int, ...], widths: tuple[int, ...], k: int, bits: int, group_size: int, dtype: mx.Dtype
+) -> None:
+    x = _normal(*lead, k, dtype=dtype)
+    weights = [
+        Packed(*mx.quantize(_normal(width, k, dtype=dtype), group_size=group_size, bits=bits)) for width in widths
+    ]
+    results = rows_matmul.quantized(x, weights, bits=bits, group_size=group_size)
+    for got, (words, scales, biases) in zip(results, weights, strict=True):
+        exact = [array.astype(mx.float32) for array in (scales, biases)]
+        assert _error(got, x, mx.dequantize(words, *exact, group_size=group_size, bits=bits)) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize(
+    ("taken", "k", "settings"),
+    [
+        (True, 2560, {}),
+        (False, 2560 + 32, {}),
+        (True, 2560, {"bits": 4, "group_size": 64}),
+        (False, 2560 + 64, {"bits": 4, "group_size": 64}),
+        (True, 2560 + 64, {"bits": 8, "group_size": 64}),
+        (False, 2560, {"bits": 6, "group_size": 64}),
+        (False, 2560, {"bits": 4, "group_size": 16}),
+    ],
+)
+def test_only_weights_that_the_kernel_covers_are_taken(taken: bool, k: int, settings: dict[str, Any]) -> None:
+    asks = rows_matmul.takes_quantized if settings else rows_matmul.takes_dense
+    assert asks(k, mx.bfloat16, **settings) is taken
+    assert not asks(k, mx.float32, **settings)
+
+
+def test_blocks_that_would_not_fill_the_chip_share_k_among_more_warps() -> None:
+    assert [rows_matmul.dense_geometry(1, columns).warps for columns in (2560, 6144, 19456)] == [16, 8, 4]
+    assert rows_matmul.quantized_geometry(1, 1024, steps=3).warps == 3
