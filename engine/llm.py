@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from engine.batch.bench import Bench
     from engine.memory.plan import MemoryPlan
     from engine.openai.server import ServerHandle
+    from engine.runner.kv.attention_path import AttentionPath
     from engine.runtime.activity import EngineStats
     from engine.runtime.llm_engine import LLMEngine
 
@@ -90,6 +91,8 @@ class LLM:
         # Also when the object is dropped, and at exit, where a thread inside MLX would abort the process.
         weakref.finalize(self, self._thread.close)
         self.plan: MemoryPlan = built.plan
+        self.attention_paths: tuple[AttentionPath, ...] = built.attention_paths
+        """Which way each kind of layer attends: by kernels over pages, or not and why."""
         self.defaults = SamplingDefaults(
             built.config.generation_config,
             self.args.override_generation_config,

@@ -29,6 +29,7 @@ div.cell_output .text_html :is(td, th) { padding-right: 8px !important; white-sp
 ENVIRONMENT = {
     "VLLM_METAL_MEMORY_FRACTION": "as `--gpu-memory-utilization`: `auto` (0.90) or a number in (0, 1]",
     "VLLM_METAL_USE_PAGED_ATTENTION": "`0` takes mlx-lm's own contiguous caches instead of pages",
+    "VLLM_METAL_ATTENTION_BACKEND": "as `--attention-backend`: `auto`, `paged` or `reference`",
     "VLLM_API_KEY": "the port's key without `--api-key`, and the key that `connect` sends (else `OPENAI_API_KEY`)",
     "HF_HOME": "folder of Hugging Face files; models are in its `hub`",
     "HF_HUB_CACHE": "folder of Hugging Face models",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 from engine.errors import ConfigError
+from engine.params.attention_backend import ATTENTION_BACKENDS, attention_backend
 from engine.params.flag_values import (
     Auto,
     fraction_or_auto,
@@ -70,6 +71,14 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
         "or int4 (a quarter to a seventh of float32's memory, a half to a quarter of bfloat16's; int4 changes replies)",
         choices=KV_CACHE_DTYPES,
     ),
+    Flag(
+        "attention_backend",
+        attention_backend,
+        "how attention reads KV pages: by GPU kernels, in place (paged); gathered, by MLX's own attention (reference); "
+        "or by kernels wherever they cover the model and are right on this device (auto)",
+        env="VLLM_METAL_ATTENTION_BACKEND",
+        choices=ATTENTION_BACKENDS,
+    ),
     Flag("dtype", str, "element type of weights and activations", choices=DTYPES),
     Flag("seed", int, "seed of requests without one of their own", "N"),
     Flag("revision", str, "branch, tag or commit of a hub model", "REV"),
@@ -117,6 +126,8 @@ class EngineArgs:
     block_size: int = DEFAULT_BLOCK_SIZE
     enable_prefix_caching: bool = True
     kv_cache_dtype: str = "auto"
+    attention_backend: str = "auto"
+    """``paged`` insists on kernels: a load where no layer can take them is refused."""
     dtype: str = "auto"
     seed: int | None = None
     revision: str | None = None
@@ -156,14 +167,9 @@ class EngineArgs:
             given, allowed = self.chat_template_content_format, "one of " + ", ".join(CONTENT_FORMATS)
             raise self._outside("chat_template_content_format", given, allowed)
         object.__setattr__(self, "kv_cache_dtype", kv_cache_dtype(self.kv_cache_dtype))
-        if self.kv_cache_dtype != "auto" and not self.use_paged_attention:
-            raise ConfigError(
-                f"--kv-cache-dtype {self.kv_cache_dtype} needs pages, and VLLM_METAL_USE_PAGED_ATTENTION=0 turns them "
-                "off: leave one of the two out",
-                flag="kv_cache_dtype",
-                value=self.kv_cache_dtype,
-                allowed="auto",
-            )
+        object.__setattr__(self, "attention_backend", attention_backend(self.attention_backend))
+        self._check_pages("kv_cache_dtype", self.kv_cache_dtype, needs_pages=self.kv_cache_dtype != "auto")
+        self._check_pages("attention_backend", self.attention_backend, needs_pages=self.attention_backend == "paged")
         check_batch(self.max_num_seqs, self.max_num_batched_tokens)
         check_override(self.override_generation_config)
         if any(count > 0 for count in self.limit_mm_per_prompt.values()):
@@ -173,6 +179,16 @@ class EngineArgs:
                 flag="limit_mm_per_prompt",
                 value=dict(self.limit_mm_per_prompt),
                 allowed="0",
+            )
+
+    def _check_pages(self, name: str, value: str, *, needs_pages: bool) -> None:
+        if needs_pages and not self.use_paged_attention:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value} needs pages, and VLLM_METAL_USE_PAGED_ATTENTION=0 turns them "
+                "off: leave one of the two out",
+                flag=name,
+                value=value,
+                allowed="auto",
             )
 
     def _check_range(self, name: str, value: object, low: float, high: float | None, *, low_open: bool = False) -> None:
@@ -279,11 +295,9 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for flag in ENGINE_FLAGS:
         if flag.env and env.get(flag.env):
-            try:
-                values[flag.field] = flag.parse(env[flag.env])
-            except ValueError as error:
-                raise ConfigError(f"{flag.env}={env[flag.env]}: {error}", flag=flag.env, value=env[flag.env]) from None
-            values["memory_flag"] = flag.env
+            values[flag.field] = _from_variable(flag, env[flag.env])
+            if flag.field == "gpu_memory_utilization":
+                values["memory_flag"] = flag.env
     paged = env.get("VLLM_METAL_USE_PAGED_ATTENTION", "1").strip().lower()
     if paged not in ("0", "1", "true", "false", ""):
         raise ConfigError(
@@ -294,3 +308,13 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:
         )
     values["use_paged_attention"] = paged not in ("0", "false")
     return values
+
+
+def _from_variable(flag: Flag, text: str) -> Any:
+    """The value of ``flag`` from its variable. Raises ConfigError under the variable's name."""
+    try:
+        return flag.parse(text)
+    except ValueError as error:
+        why = str(error).removeprefix(f"--{flag.name} {text}: ")
+        kind, allowed = (type(error), error.allowed) if isinstance(error, ConfigError) else (ConfigError, "")
+        raise kind(f"{flag.env}={text}: {why}", flag=flag.env, value=text, allowed=allowed) from None

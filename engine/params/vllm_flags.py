@@ -21,7 +21,7 @@ REFUSED_FLAGS: dict[str, str] = dict(
         ("quantization", "the checkpoint says how it is quantized; leave the flag out"),
         ("load-format", "the files say what they are (safetensors or GGUF); leave the flag out"),
         *_all("enforce-eager compilation-config", "steps are compiled only where that is faster; leave the flag out"),
-        ("attention-backend", "MLX computes attention; leave the flag out"),
+        ("attention-config", "--attention-backend auto, paged or reference chooses; leave the flag out"),
         ("swap-space", "preempted requests are recomputed; leave the flag out"),
         ("cpu-offload-gb", "memory is shared on Apple hardware and planned elsewhere; lower --max-model-len instead"),
         ("num-gpu-blocks-override", "the memory plan decides; set --gpu-memory-utilization instead"),

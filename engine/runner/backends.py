@@ -14,7 +14,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from engine.core.request import Request
 from engine.core.step import ScheduledRequest
 from engine.runner.kv.attention_patch import RowSelector
+from engine.runner.kv.attention_path import AttentionPath
 from engine.runner.kv.input_batch import InputBatch, Int32
+from engine.runner.kv.kv_spec import ModelCaches
 
 
 class Backend(Protocol):
@@ -22,6 +24,10 @@ class Backend(Protocol):
 
     paged: bool
     block_size: int
+
+    @property
+    def attention_paths(self) -> tuple[AttentionPath, ...]:
+        """Which way each kind of layer takes, in the order of the plan's groups."""
 
     def forward(self, batch: InputBatch, tokens: mx.array, wanted: Sequence[Int32]) -> mx.array:
         """Logits [sum of wanted, V] of the ``wanted`` rows of each scheduled request, for token ids [T]. Lazy."""
@@ -81,15 +87,18 @@ class RowsInOrder:
 class ContiguousBackend:
     """mlx-lm's own caches: one set per request while it prefills, merged for the requests that decode.
 
-    ``batches`` False keeps them apart: some models take no batch of different lengths.
+    ``batches`` False keeps them apart: some models take no batch of different lengths. ``why``: what a user is told
+    of why there are no pages.
     """
 
     paged = False
     block_size = 16
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, why: str = "") -> None:
         self.model = model
         self.batches = True
+        groups = ModelCaches(model).groups(self.block_size, 1, paged=False)
+        self.attention_paths = tuple(AttentionPath.of_group(group, "contiguous", why) for group in groups)
         self._own: dict[Request, list[Any]] = {}
         self._batch: list[Request] = []
         self._batch_caches: list[Any] = []

@@ -10,7 +10,7 @@ from mlx_lm.models.cache import CacheList
 
 from engine.core.request import Request
 from engine.core.step import ScheduledRequest
-from engine.memory.cache_spec import SlidingWindowSpec
+from engine.memory.cache_spec import SlidingWindowSpec, merge_specs
 from engine.memory.planner import next_pool_size
 from engine.runner.backends import RowsInOrder
 from engine.runner.decode_step import DecodeStep
@@ -18,6 +18,7 @@ from engine.runner.device.memory import clear_cache
 from engine.runner.kv import attention_patch
 from engine.runner.kv.attention_calls import KernelChoice
 from engine.runner.kv.attention_patch import RowSelector
+from engine.runner.kv.attention_path import AttentionPath
 from engine.runner.kv.input_batch import InputBatch, Int32
 from engine.runner.kv.kernel_cache import KernelGroupCache, after
 from engine.runner.kv.kv_pool import Pool
@@ -70,10 +71,24 @@ class PagedBackend:
         self.free_memory: Callable[[], int] | None = None
         """Bytes that pools may grow by; None: as much as they like."""
 
+    @property
+    def attention_paths(self) -> tuple[AttentionPath, ...]:
+        """See :class:`engine.runner.backends.Backend`."""
+        groups = [merge_specs([leaf.spec for leaf in leaves]) for leaves in self.groups]
+        served = [self._served(number) for number in range(len(groups))]
+        return tuple(
+            AttentionPath.of_group(group, "paged" if kernels else "reference", "" if kernels else why)
+            for group, kernels, why in zip(groups, served, self._why_reference, strict=True)
+        )
+
+    def _served(self, number: int) -> bool:
+        """Whether kernels read and write the pages of a group."""
+        return self.kernels is not None and not self.kernels.reasons[number]
+
     def _group_cache(self, number: int) -> GroupCache:
         leaves = self.groups[number]
         spec = leaves[0].spec
-        if self.kernels is not None and not self.kernels.reasons[number]:
+        if self.kernels is not None and self._served(number):
             window = spec.window if isinstance(spec, SlidingWindowSpec) else None
             return KernelGroupCache(leaves, self.block_size, window, self.kernels.kernels)
         return make_group_cache(spec, leaves, block_size=self.block_size, kv_cache_dtype=self.kv_cache_dtype)

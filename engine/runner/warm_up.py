@@ -100,7 +100,7 @@ def _ways(tree: CacheTree, choice: KernelChoice | None, *, compiles: bool) -> li
 
 def _contiguous(model: nn.Module, vocab_size: int, line: str, *, exact: bool) -> tuple[Backend, str]:
     """mlx-lm's own caches; a call for each request where the model gives other logits to a batch."""
-    backend = ContiguousBackend(model)
+    backend = ContiguousBackend(model, line)
     problem = _problem(backend, model, vocab_size, exact=exact)
     backend.reset()
     if problem is None:

@@ -1,11 +1,12 @@
 """From a resolved model to an engine that is ready: load, check, measure, plan. Runs on the engine's thread."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
+from engine.errors import ConfigError
 from engine.memory.plan import MemoryPlan
 from engine.memory.planner import pages_note, plan_memory
 from engine.memory.step_cost import AdmissionControl, StepCost
@@ -15,6 +16,7 @@ from engine.params.engine_args import EngineArgs
 from engine.runner.backends import Backend
 from engine.runner.device.devices import Device, describe_device
 from engine.runner.device.memory import FreeMemory, clear_cache
+from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath, describe
 from engine.runner.kv.kv_spec import ModelCaches, num_logits
 from engine.runner.load.loader import LoadedModel, load_model, plan_inputs
 from engine.runner.model_runner import ModelRunner
@@ -36,6 +38,7 @@ class BuiltEngine:
     config: ModelConfig
     plan: MemoryPlan
     notes: list[str]
+    attention_paths: tuple[AttentionPath, ...]
 
 
 def build_engine(
@@ -58,8 +61,10 @@ def build_engine(
         kv_cache_dtype=args.kv_cache_dtype,
         device=device.kind,
         vocab_size=vocab_size,
+        no_kernels=_no_kernels(args, device),
     )
     try:
+        _check_attention(args, backend.attention_paths)
         plan, step_cost = _plan(loaded, caches, backend, args, device, vocab_size)
     except BaseException:
         backend.close()
@@ -76,7 +81,27 @@ def build_engine(
     for line in notes:
         logger.info("%s", line)
     logger.info("Paged attention memory breakdown: %s", plan.log_line())
-    return BuiltEngine(engine, loaded.config, plan, notes)
+    return BuiltEngine(engine, loaded.config, plan, notes, backend.attention_paths)
+
+
+def _no_kernels(args: EngineArgs, device: Device) -> str:
+    """Why there are no kernels, for people."""
+    if device.kind == "cpu":
+        return NO_KERNELS_ON_CPU
+    return "as asked for" if args.attention_backend == "reference" else ""
+
+
+def _check_attention(args: EngineArgs, paths: Sequence[AttentionPath]) -> None:
+    """Raise ConfigError where kernels were asked for and serve no layer."""
+    if args.attention_backend != "paged" or any(path.backend == "paged" for path in paths):
+        return
+    raise ConfigError(
+        f"--attention-backend paged: no layer's pages can be read by kernels: {describe(paths)}; "
+        "take auto or leave the flag out",
+        flag="attention_backend",
+        value="paged",
+        allowed="auto, reference",
+    )
 
 
 def _plan(

@@ -11,7 +11,7 @@ from IPython.core.error import UsageError
 
 from engine.errors import UnsupportedOptionError
 from engine.openai.http.ring_log import RingLog
-from vm_magic.commands.parser import CommandParser, split_text, split_words
+from vm_magic.commands.parser import CommandParser, split_text, split_words, with_dashes
 from vm_magic.state import session as sessions
 from vm_magic.state.session import Session
 
@@ -78,8 +78,9 @@ class Command(ABC):
 
     def complete(self, words: Sequence[str], fragment: str) -> Iterable[str]:
         """What may follow ``words`` of this command's line; ``fragment`` is what is typed of the next one."""
-        if words and self.parser.takes_value(words[-1]):
-            return self.flag_values(words[-1], words, fragment)
+        last = with_dashes(words[-1]) if words else ""
+        if self.parser.takes_value(last):
+            return self.flag_values(last, words, fragment)
         if fragment.startswith("-"):
             flags = self.parser.flags()
             return flags if "_" not in fragment else [f"--{flag[2:].replace('-', '_')}" for flag in flags]

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3-270m": "google/gemma-3-270m"}
 """Our short names, and the same model on the hub."""
 HUB_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "HF_HUB_CACHE")
+BY_VARIABLE = ("attention_backend",)
+"""Engine flags whose values vLLM's flag of that name does not know: written as variables, which vLLM leaves alone."""
 OURS_ALONE = ("no_api_key", "allowed_hosts")
 """Server options that vLLM does not have."""
 _VLLM_DEFAULTS = names_of(lambda known: known.server_default)
@@ -134,6 +136,8 @@ def _environment(served: Served) -> Iterator[tuple[str, str]]:
         yield "VLLM_METAL_MEMORY_FRACTION", str(args.gpu_memory_utilization)
     if not args.use_paged_attention:
         yield "VLLM_METAL_USE_PAGED_ATTENTION", "0"
+    if args.attention_backend != "auto":
+        yield "VLLM_METAL_ATTENTION_BACKEND", args.attention_backend
 
 
 def _remarks(served: Served) -> Iterator[str]:
@@ -152,7 +156,7 @@ def _engine_flags(served: Served) -> Iterator[str]:
     if served.args.model in HUB_NAMES and not args.served_model_name:
         args = dataclasses.replace(args, served_model_name=(served.args.model,))
     known = {one.name: one for one in dataclasses.fields(EngineArgs)}
-    for flag in ENGINE_FLAGS:
+    for flag in (one for one in ENGINE_FLAGS if one.field not in BY_VARIABLE):
         value, standard = getattr(args, flag.field), known[flag.field]
         default = standard.default_factory() if callable(standard.default_factory) else standard.default
         if flag.field in served.parsers and value is None:

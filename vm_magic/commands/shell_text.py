@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from engine.errors import ConfigError
+from engine.params.engine_args import ENGINE_FLAGS
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(?::?-([^}]*))?\})")
@@ -19,7 +20,7 @@ PROCESS_VARIABLES = frozenset(
     {"PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME"}
 )
 """Variables that choose a program or its libraries: without meaning inside a running kernel."""
-_KNOWN_VLLM = frozenset({"VLLM_METAL_MEMORY_FRACTION", "VLLM_METAL_USE_PAGED_ATTENTION", "VLLM_API_KEY"})
+_KNOWN_VLLM = frozenset({"VLLM_METAL_USE_PAGED_ATTENTION", "VLLM_API_KEY", *(flag.env for flag in ENGINE_FLAGS)})
 
 
 @dataclass
@@ -249,7 +250,9 @@ def _assign(result: ShellText, variables: dict[str, str], assignments: list[str]
             result.notes.append(f"{name} is left alone: the model runs in this kernel's own process")
             continue
         if name.startswith("VLLM_") and name not in _KNOWN_VLLM:
-            result.notes.append(f"{name} is not read by this engine")
+            ours = name.replace("VLLM_", "VLLM_METAL_", 1)
+            instead = f"; {ours} is" if ours in _KNOWN_VLLM else ""
+            result.notes.append(f"{name} is not read by this engine{instead}")
         result.environment[name] = value
 
 

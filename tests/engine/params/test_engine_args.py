@@ -31,6 +31,56 @@ def test_a_bad_fraction_is_refused_under_the_name_it_was_given_by(options, varia
     assert refused.value.flag == flag
 
 
+@pytest.mark.parametrize("given", ["auto", "paged", "reference", "PAGED"])
+def test_an_attention_backend_is_chosen_by_flag_or_variable_and_the_flag_goes_first(given):
+    assert EngineArgs("m").attention_backend == "auto"
+    variable = {"VLLM_METAL_ATTENTION_BACKEND": given}
+    assert EngineArgs.from_options("m", {}, variable).attention_backend == given.lower()
+    assert EngineArgs.from_options("m", {"attention-backend": "reference"}, variable).attention_backend == "reference"
+    assert EngineArgs.from_options("m", {}, variable).memory_flag == "gpu_memory_utilization"
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("fast", "must be one of auto, paged, reference"),
+        ("small", "must be one of auto, paged, reference"),
+        *(
+            (name, "vLLM's name; this engine has auto, paged, reference: take paged")
+            for name in ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "ROCM_AITER_FA", "xformers", "FLASH_ATTN_DIFFKV")
+        ),
+        *((name, r"take reference") for name in ("TORCH_SDPA", "FLEX_ATTENTION")),
+        *((name, r"take auto") for name in ("FLASHMLA", "FLASHINFER_MLA", "TRITON_MLA", "CPU_ATTN", "FLASHMLA_SPARSE")),
+    ],
+)
+def test_another_attention_backend_is_refused_with_the_one_to_take(given, why):
+    with pytest.raises(ConfigError, match=rf"^--attention-backend {given}: .*{why}$") as refused:
+        EngineArgs.from_options("m", {"attention_backend": given}, {})
+    assert (refused.value.flag, refused.value.value) == ("attention_backend", given)
+    assert refused.value.allowed == "auto, paged, reference"
+    variable = "VLLM_METAL_ATTENTION_BACKEND"
+    with pytest.raises(ConfigError, match=rf"^{variable}={given}: .*{why}$") as refused:
+        EngineArgs.from_options("m", {}, {variable: given})
+    assert refused.value.flag == variable
+    with pytest.raises(ConfigError, match=why):
+        EngineArgs("m", attention_backend=given)
+
+
+def test_kernels_over_pages_and_contiguous_caches_are_not_asked_for_together():
+    contiguous = {"VLLM_METAL_USE_PAGED_ATTENTION": "0"}
+    line = (
+        "--attention-backend paged needs pages, and VLLM_METAL_USE_PAGED_ATTENTION=0 turns them off: "
+        "leave one of the two out"
+    )
+    with pytest.raises(ConfigError) as refused:
+        EngineArgs.from_options("m", {"attention_backend": "paged"}, contiguous)
+    assert str(refused.value) == line
+    with pytest.raises(ConfigError, match="leave one of the two out"):
+        EngineArgs.from_options("m", {}, {**contiguous, "VLLM_METAL_ATTENTION_BACKEND": "paged"})
+    for name in ("auto", "reference"):  # neither needs pages
+        assert not EngineArgs.from_options("m", {"attention_backend": name}, contiguous).use_paged_attention
+
+
 @pytest.mark.parametrize("given", ["nan", float("nan"), 0, -1, 1.01, float("inf")])
 def test_a_fraction_that_is_no_fraction_is_refused_by_its_flag_and_range(given):
     with pytest.raises(ConfigError, match=r"memory-fraction .*: must be \(0, 1\]"):

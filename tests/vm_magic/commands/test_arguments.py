@@ -32,6 +32,15 @@ def test_underscores_and_equals_signs_are_allowed() -> None:
     assert options("m --max_model_len=1K --kv_cache_dtype auto") == {"max_model_len": "1K", "kv_cache_dtype": "auto"}
 
 
+@pytest.mark.parametrize("command", ["load", "serve", "plan"])
+def test_an_attention_backend_is_read_or_refused_in_one_line_by_every_command_with_engine_flags(command: str) -> None:
+    parser = command_parser(command)
+    assert parser.read(["m", "--attention_backend=Reference"]).attention_backend == "reference"
+    with pytest.raises(UsageError, match=r"argument --attention-backend: FLASHINFER: .*take paged") as refused:
+        parser.read(["m", "--attention-backend", "FLASHINFER"])
+    assert "\n" not in str(refused.value)
+
+
 def test_json_in_quotes_arrives_whole() -> None:
     given = options("""m --override-generation-config '{"temperature": 0.2, "top_k": 3}'""")
     assert EngineArgs.from_options("m", given, {}).override_generation_config == {"temperature": 0.2, "top_k": 3}
@@ -64,6 +73,7 @@ def test_dotted_flags_are_json_as_in_vllm() -> None:
         ("--compilation-config '{}'", "leave the flag out"),
         ("--hf-overrides '{}'", "--hf-config-path"),
         ("--max-model-le 3", "did you mean --max-model-len?"),
+        ("--attention-config '{}'", "--attention-backend auto, paged or reference"),
         ("--frobnicate", "not a flag of serve"),
     ],
 )

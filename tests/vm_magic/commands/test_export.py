@@ -40,6 +40,7 @@ def pasted_back(text: str) -> tuple[EngineArgs, dict[str, Any]]:
         {"chat_template": "{{ messages[0]['content'] }}\n'quoted' \"twice\" $HOME", "limit_mm_per_prompt": "image=0"},
         {"default_chat_template_kwargs": {"enable_thinking": True, "text": "it's"}, "reasoning_parser": "qwen3"},
         {"tool_call_parser": "hermes", "enable_auto_tool_choice": True},
+        {"attention_backend": "reference", "kv_cache_dtype": "int8"},
     ],
 )
 def test_the_command_pasted_back_asks_for_the_same_engine(options: dict[str, Any]) -> None:
@@ -55,6 +56,13 @@ def test_variables_come_back_as_variables(monkeypatch: pytest.MonkeyPatch) -> No
     assert read_shell_text(text, {}).environment == {**environment, "HF_HUB_OFFLINE": "1", "HF_HOME": "/my models"}
     assert "--gpu-memory-utilization" not in text
     assert pasted_back(text)[0] == args
+
+
+def test_an_attention_backend_is_written_as_a_variable_since_vllms_flag_has_other_values() -> None:
+    text = serve_command(Served(EngineArgs(HUB, attention_backend="paged")))
+    assert read_shell_text(text, {}).environment == {"VLLM_METAL_ATTENTION_BACKEND": "paged"}
+    assert "--attention-backend" not in text
+    assert "ATTENTION_BACKEND" not in serve_command(Served(EngineArgs(HUB)))
 
 
 def test_server_options_come_back_too() -> None:

@@ -36,6 +36,20 @@ def test_loading_another_model_frees_the_first(shell: Any, loaded: fakes.FakeLLM
     assert fakes.MADE[-1].args.model == "other"
 
 
+def test_another_attention_backend_is_another_load(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+    line(shell, "load smollm2 --attention-backend auto")
+    assert vm_magic.current() is loaded
+    line(shell, "load smollm2 --attention-backend reference")
+    assert loaded.closed
+    assert fakes.MADE[-1].args.attention_backend == "reference"
+    pasted = "VLLM_METAL_ATTENTION_BACKEND=reference vllm serve smollm2 --port 0"
+    cell(shell, "vllm_metal serve", pasted)
+    assert vm_magic.current() is fakes.MADE[-1]
+    assert "loaded already" in capsys.readouterr().out
+    cell(shell, "vllm_metal serve", pasted.replace("=reference", "=auto"))
+    assert fakes.MADE[-1].args.attention_backend == "auto"
+
+
 def test_a_wrong_flag_leaves_the_loaded_model_alone(shell: Any, loaded: fakes.FakeLLM) -> None:
     with pytest.raises(ConfigError, match="max-model-len"):
         line(shell, "load other --max-model-len banana")

@@ -108,3 +108,12 @@ def test_a_quoted_assignment_is_a_command_as_in_a_shell() -> None:
 
 def test_an_exported_value_keeps_its_spaces() -> None:
     assert read_shell_text("export A=\"x  y\" B='$Z'", ENVIRON).environment == {"A": "x  y", "B": "$Z"}
+
+
+def test_vllms_variable_for_the_attention_backend_is_said_to_have_another_name() -> None:
+    found = read_shell_text("VLLM_ATTENTION_BACKEND=FLASHINFER VLLM_LOGGING_LEVEL=DEBUG vllm serve m", ENVIRON)
+    assert found.notes == [
+        "VLLM_ATTENTION_BACKEND is not read by this engine; VLLM_METAL_ATTENTION_BACKEND is",
+        "VLLM_LOGGING_LEVEL is not read by this engine",
+    ]
+    assert read_shell_text("VLLM_METAL_ATTENTION_BACKEND=paged vllm serve m", ENVIRON).notes == []
