@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from engine.errors import (
         ConfigError,
         ContextLengthError,
+        DeviceFailedError,
         EngineClosedError,
         GenerationError,
         MemoryInUseError,
@@ -41,6 +42,7 @@ __all__ = [
     "CompletionOutput",
     "ConfigError",
     "ContextLengthError",
+    "DeviceFailedError",
     "EngineClosedError",
     "GenerationError",
     "MemoryInUseError",

@@ -14,6 +14,7 @@ VMMagicError                    one line, names the fix
 ├── GenerationError             one request failed while running; the engine goes on
 │   └── OutOfMemoryError        there was not enough memory for it
 ├── EngineClosedError           the engine was closed or its thread failed
+│   └── DeviceFailedError       the GPU failed, and this process cannot use it any more
 └── ServerError                 the port could not be opened
 """
 
@@ -125,6 +126,10 @@ class OutOfMemoryError(GenerationError):
 
 class EngineClosedError(VMMagicError):
     """The engine was closed, or its thread failed (``__cause__`` holds the reason)."""
+
+
+class DeviceFailedError(EngineClosedError):
+    """The GPU failed in a way that no later call recovers from: only a new process can use it."""
 
 
 class ServerError(VMMagicError):

@@ -27,6 +27,7 @@ from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
 from engine.runner.device.devices import describe_device, prepare_backend
+from engine.runner.device.faults import check_device
 from engine.runner.device.memory import active_memory
 from engine.runtime.activity import Activity, BlockMap
 from engine.runtime.metrics import EngineMetrics
@@ -71,6 +72,7 @@ class LLM:
 
     def __init__(self, model: str, *, progress: Progress | None = None, **options: Any) -> None:
         self.args = EngineArgs.from_options(model, options)
+        check_device()
         prepare_backend()  # before anything imports mlx
         from engine.runtime.engine_thread import start_engine
         from engine.runtime.snapshot import SnapshotPoller, snapshot_activity, snapshot_blocks

@@ -3,14 +3,17 @@
 import logging
 import queue
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from engine.core.request import NewRequest
-from engine.errors import EngineClosedError, GenerationError, OutOfMemoryError, VMMagicError
+from engine.errors import DeviceFailedError, EngineClosedError, GenerationError, OutOfMemoryError, VMMagicError
 from engine.models.local import ResolvedModel
 from engine.params.engine_args import EngineArgs
+from engine.runner.device.faults import device_failure, driver_failure, give_up_device, has_driver
 from engine.runner.device.memory import is_out_of_memory
 from engine.runner.device.threads import mlx_thread
 from engine.runtime.builder import BuiltEngine, build_engine
@@ -25,13 +28,16 @@ _Command = Callable[[LLMEngine], None]
 _POLL = 0.1
 _STUCK = 0.05
 """Seconds between checks for free memory while there is none."""
+LONG_STEP = 5.0
+"""Seconds after which the device is asked whether it still works, and between such questions."""
 logger = logging.getLogger("engine")
 
 
 class EngineThread:
     """Runs an engine on its own daemon thread. Never prints and never touches widgets.
 
-    ``build`` runs on that thread; what it raises comes out of :meth:`start`.
+    ``build`` runs on that thread; what it raises comes out of :meth:`start`. Once the device has failed (see
+    :mod:`engine.runner.device.faults`) the thread stands still to the end of the process.
     """
 
     def __init__(self, build: Callable[[], BuiltEngine], name: str = "vm-engine") -> None:
@@ -43,6 +49,9 @@ class EngineThread:
         self._lock = threading.Lock()
         self._closing = False
         self._failure: BaseException | None = None
+        self._still, self._ended = threading.Event(), threading.Event()
+        """Set once the thread does nothing more though it has not ended; and once it serves nothing more."""
+        self._step_began: float | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> BuiltEngine:
@@ -82,8 +91,11 @@ class EngineThread:
         def command(engine: LLMEngine) -> None:
             try:
                 future.set_result(function(engine))
-            except Exception as error:  # noqa: BLE001  (the caller gets it)
-                future.set_exception(error)
+            except Exception as error:
+                failure = device_failure(error)
+                future.set_exception(failure or error)
+                if failure is not None:
+                    raise failure from error
 
         self._check_open()
         self._commands.put(command)
@@ -105,8 +117,9 @@ class EngineThread:
         with self._lock:
             self._closing = True
         self._commands.put(None)
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join()
+        if threading.current_thread() is not self._thread:
+            while self._thread.is_alive() and not self._still.is_set():
+                self._thread.join(_POLL)
 
     def _about(self, request_id: str, what: str, command: _Command) -> None:
         """Queue a command that concerns one request, which alone fails if the command does."""
@@ -131,35 +144,82 @@ class EngineThread:
     def _closed_error(self) -> EngineClosedError:
         if self._failure is None:
             return EngineClosedError("the engine was closed; load a model again")
+        if isinstance(self._failure, DeviceFailedError):
+            return DeviceFailedError(str(self._failure))
         error = EngineClosedError(f"the engine failed ({_one_line(self._failure)}); load the model again")
         error.__cause__ = self._failure
         return error
 
     def _run(self) -> None:
-        with mlx_thread():
-            self._live()
+        try:
+            with mlx_thread():
+                self._live()
+        except BaseException as error:
+            failure = device_failure(error)
+            if failure is None:
+                raise
+            self._stand_still(failure)
 
     def _live(self) -> None:
         """Make the engine, serve until it is closed, free it."""
         engine = self._make()
         if engine is None:
             return
+        if has_driver():
+            threading.Thread(target=self._watch, args=(weakref.ref(engine),), name="vm-watch", daemon=True).start()
         try:
             self._serve(engine)
         except BaseException as error:  # noqa: BLE001  (the thread ends here, and everyone waiting is told)
+            failure = device_failure(error)
+            if failure is not None:
+                self._stand_still(failure, engine)
             self._failure = error
             logger.error("the engine thread failed: %s", _one_line(error))
         finally:
             with self._lock:
                 self._closing = True
+            self._ended.set()
             self._end_streams(engine)
             engine.close()
+
+    def _stand_still(self, failure: DeviceFailedError, engine: LLMEngine | None = None) -> NoReturn:
+        """Tell everyone that the device failed, and never touch it again: neither memory nor streams are freed.
+
+        Streams of MLX are freed where their thread ends, which therefore never does.
+        """
+        self._give_up(failure, engine)
+        while True:
+            threading.Event().wait()
+
+    def _give_up(self, failure: DeviceFailedError, engine: LLMEngine | None) -> None:
+        with self._lock:
+            if self._still.is_set():
+                return
+            self._closing, self._failure = True, failure
+            give_up_device(failure, engine)
+            self._still.set()
+            self._ended.set()
+        logger.error("%s", failure)
+        self._end_streams(engine)
+
+    def _watch(self, engine: "weakref.ref[LLMEngine]") -> None:
+        """While a step takes long, ask whether the device failed under it: MLX may then wait forever."""
+        while not self._ended.wait(LONG_STEP):
+            began = self._step_began
+            if began is not None and time.monotonic() - began >= LONG_STEP:
+                failure = driver_failure()
+                if failure is not None:
+                    self._give_up(failure, engine())
 
     def _make(self) -> LLMEngine | None:
         assert self._build is not None, "an engine thread runs once"
         try:
             built = self._build()
         except BaseException as error:  # noqa: BLE001  (start() raises it)
+            failure = device_failure(error)
+            if failure is not None:
+                self._built.set_exception(failure)
+                self._stand_still(failure)
             error.__traceback__ = None  # its frames hold the weights
             self._built.set_exception(error)
             return None
@@ -180,10 +240,13 @@ class EngineThread:
                 log.resume()
             idle = False
             try:
+                self._step_began = time.monotonic()
                 engine.step()
                 log.tick(idle=not engine.has_work)
             except Exception as error:  # noqa: BLE001  (a failing step: its requests are told, the engine goes on)
                 engine.fail_step(_failure("the model failed", error))
+            finally:
+                self._step_began = None
 
     def _take_commands(self, engine: LLMEngine) -> bool:
         """Run what others asked for; waits while there is no work. False: close."""
@@ -198,10 +261,10 @@ class EngineThread:
             command(engine)
             block = False
 
-    def _end_streams(self, engine: LLMEngine) -> None:
+    def _end_streams(self, engine: LLMEngine | None) -> None:
         with self._lock:
             streams, self._handed_over = list(self._handed_over.values()), {}
-        for stream in (*streams, *engine.streams()):
+        for stream in (*streams, *(engine.streams() if engine is not None else ())):
             stream.end(self._closed_error())
 
 
@@ -231,7 +294,13 @@ def start_engine(
 
 
 def _failure(what: str, error: Exception) -> VMMagicError:
-    """What those who wait are told, also in the log; errors meant for users stay as they are."""
+    """What those who wait are told, also in the log; errors meant for users stay as they are.
+
+    Raises DeviceFailedError where nothing can go on.
+    """
+    lasting = device_failure(error)
+    if lasting is not None:
+        raise lasting
     logger.error("%s: %s", what, _one_line(error))
     if isinstance(error, VMMagicError):
         return error

@@ -13,6 +13,7 @@ from engine.errors import EngineClosedError, RequestError
 from engine.outputs import Reply
 from engine.params.engine_args import EngineArgs
 from engine.params.settings import Settings
+from engine.runner.device.faults import check_device
 from vm_magic.state.conversation import DEFAULT_CONVERSATION, Conversation
 
 if TYPE_CHECKING:
@@ -119,8 +120,10 @@ class Session:
         return True
 
     def require(self) -> "LLM":
-        """The model; raises EngineClosedError when none is loaded, or it is closed."""
+        """The model; raises EngineClosedError when none is loaded, or it is closed, DeviceFailedError with the GPU."""
         llm = self.loaded
+        if llm is None:
+            check_device()
         if llm is None and self.llm is not None:
             again = f"%vllm_metal load {self.llm.args.model} loads it again"
             raise EngineClosedError(f"the model was closed, or its engine failed (%vllm_metal logs); {again}")
