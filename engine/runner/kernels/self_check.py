@@ -1,0 +1,285 @@
+"""Do the attention kernels give what they should on this GPU? Asked at load, and by ``%vllm_metal bench --kernels``."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.runner.kernels import paged_attention as gpu
+from engine.runner.kernels.reference import attention
+
+TOLERANCE: dict[mx.Dtype, float] = {mx.bfloat16: 8e-3, mx.float16: 1.5e-3, mx.float32: 2e-5}
+"""Of the norm of a row's output. Seen on an H200: 1.8e-3, 2e-4 and 3e-7."""
+_LONGEST_WINDOW = 16384
+"""Tokens; the check of a longer one would take seconds and hundreds of megabytes."""
+_MOST_KV_HEADS = 2
+"""No kernel's text depends on their number."""
+
+
+class AttentionKernels(Protocol):
+    """What a backend computes attention over pages with. See :mod:`engine.runner.kernels.paged_attention`."""
+
+    def paged_attention(
+        self,
+        queries: mx.array,
+        new_keys: mx.array,
+        new_values: mx.array,
+        key_pages: mx.array,
+        value_pages: mx.array,
+        block_tables: mx.array,
+        positions: mx.array,
+        *,
+        scale: float,
+        block_size: int,
+        window: int | None = None,
+        sinks: mx.array | None = None,
+        softcap: float | None = None,
+        splits: int | None = None,
+    ) -> mx.array:
+        """Decode attention; writes the new rows in place."""
+
+    def collect(
+        self,
+        new_keys: mx.array,
+        new_values: mx.array,
+        key_pages: mx.array,
+        value_pages: mx.array,
+        block_table: mx.array,
+        span: mx.array,
+        *,
+        block_size: int,
+        length: int,
+    ) -> tuple[mx.array, mx.array]:
+        """A chunk's keys and values with those before it; writes the chunk's in place."""
+
+    def attention_problem(
+        self,
+        *,
+        dtype: mx.Dtype,
+        heads: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        block_size: int,
+        window: int | None = None,
+        sinks: bool = False,
+        softcap: float | None = None,
+        scale: float | None = None,
+    ) -> str | None:
+        """One line on what goes wrong for such layers, None if nothing does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """Layers that share a kernel: ``dtype`` is that of queries and pages, ``scale`` D ** -0.5 if None."""
+
+    dtype: mx.Dtype
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    block_size: int
+    window: int | None = None
+    sinks: bool = False
+    softcap: float | None = None
+    scale: float | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads per kv head."""
+        return self.heads // self.kv_heads
+
+
+class GpuKernels:
+    """The kernels on this machine's GPU."""
+
+    paged_attention = staticmethod(gpu.paged_attention)
+    collect = staticmethod(gpu.collect)
+
+    def attention_problem(self, **shape: Any) -> str | None:
+        """See :func:`attention_problem`."""
+        return attention_problem(AttentionShape(**shape), self)
+
+
+GPU_KERNELS: AttentionKernels = GpuKernels()
+
+
+def attention_problem(shape: AttentionShape, kernels: AttentionKernels = GPU_KERNELS) -> str | None:
+    """Run ``kernels`` on small random tensors of ``shape``, beside numpy: one line on the first thing wrong, or None.
+
+    Three steps of ragged rows, some of them padding, with one split and several; before the third a sequence's blocks
+    are freed and a new one's prompt is collected into them. NaN lies in every slot that was never written. What this
+    compiles is what a model of this shape uses. Raises nothing.
+    """
+    try:
+        return _Check(shape, kernels).run()
+    except Exception as error:  # noqa: BLE001  (whatever stops a kernel, the layers have another path)
+        words = " ".join(str(error).split())
+        return f"{type(error).__name__}: {words[:160]}"
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What is known of one sequence: its blocks, and its keys [kv_heads, n, D] and values as float32."""
+
+    blocks: list[int]
+    keys: NDArray[np.float32]
+    values: NDArray[np.float32]
+
+    def append(self, keys: NDArray[np.float32], values: NDArray[np.float32]) -> None:
+        self.keys = np.concatenate([self.keys, keys], axis=1)
+        self.values = np.concatenate([self.values, values], axis=1)
+
+
+@dataclass(slots=True)
+class _Check:
+    """Sequences in pages, and what the pages should hold."""
+
+    shape: AttentionShape
+    kernels: AttentionKernels
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(9))
+    pages: list[mx.array] = field(default_factory=list)
+    expected: list[NDArray[np.float32]] = field(default_factory=list)
+    sequences: list[_Sequence | None] = field(default_factory=list)
+    newest: mx.array = field(default_factory=lambda: mx.zeros((8,)))
+
+    @property
+    def kv_heads(self) -> int:
+        return min(self.shape.kv_heads, _MOST_KV_HEADS)
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        return self.shape.key_dim, self.shape.value_dim
+
+    def run(self) -> str | None:
+        """The first problem of all steps."""
+        self._fill()
+        for splits in (1, 3):
+            if problem := self._decode(splits):
+                return f"{problem} ({'one split' if splits == 1 else 'several splits'})"
+        return self._reuse() or self._decode(None) or self._changed()
+
+    def _fill(self) -> None:
+        """Sequences of mixed lengths in pages, with room for a few tokens more."""
+        size, window = self.shape.block_size, self.shape.window
+        reach = window if window and window <= _LONGEST_WINDOW else 0
+        lengths = [1, 0, size, 3 * size + 1, 333, size - 1, 2, reach + size + 3]
+        counts = [math.ceil((length + 4) / size) if length else 0 for length in lengths]
+        order = self.rng.permutation(sum(counts) + 3).tolist()
+        self.expected = [np.full((1, self.kv_heads, len(order) * size, dim), np.nan, np.float32) for dim in self.dims]
+        for length, count in zip(lengths, counts, strict=True):
+            blocks = [order.pop() for _ in range(count)]
+            keys, values = (self._random(self.kv_heads, length, dim)[1] for dim in self.dims)
+            self.sequences.append(_Sequence(blocks, keys, values) if length else None)
+            self._expect(self.sequences[-1], 0)
+        self.pages = [mx.array(pages).astype(self.shape.dtype) for pages in self.expected]
+        mx.eval(self.pages)
+
+    def _random(self, *shape: int) -> tuple[mx.array, NDArray[np.float32]]:
+        """Random numbers in the element type, and the same in float32."""
+        rows = mx.array(self.rng.standard_normal(shape, dtype=np.float32)).astype(self.shape.dtype)
+        return rows, np.array(rows.astype(mx.float32))
+
+    def _expect(self, sequence: _Sequence | None, first: int) -> None:
+        """The sequence's rows from position ``first`` on are in its slots."""
+        if sequence is None:
+            return
+        positions, size = np.arange(first, sequence.keys.shape[1]), self.shape.block_size
+        slots = np.array(sequence.blocks)[positions // size] * size + positions % size
+        for pages, rows in zip(self.expected, (sequence.keys, sequence.values), strict=True):
+            pages[0][:, slots] = rows[:, first:]
+
+    def _decode(self, splits: int | None) -> str | None:
+        """One new token for every sequence; a problem of the output."""
+        shape, rows, heads = self.shape, len(self.sequences), self.kv_heads * self.shape.group
+        queries, known_queries = self._random(rows, heads, 1, shape.key_dim)
+        (keys, known_keys), (values, known_values) = (self._random(rows, self.kv_heads, 1, dim) for dim in self.dims)
+        sinks, known_sinks = self._random(heads)
+        scale = shape.key_dim**-0.5 if shape.scale is None else shape.scale
+        options: dict[str, Any] = {"scale": scale, "window": shape.window, "softcap": shape.softcap}
+        positions = [sequence.keys.shape[1] if sequence else -1 for sequence in self.sequences]
+        key_pages, value_pages = self.pages
+        _leave_nan(shape.dtype, (rows, heads, shape.value_dim), (rows, heads, 3, shape.value_dim), (rows, heads, 3, 2))
+        out = self.kernels.paged_attention(
+            queries, keys, values, key_pages, value_pages, self._tables(),
+            mx.array(positions, mx.int32) + self._after(),
+            block_size=shape.block_size, sinks=sinks if shape.sinks else None, splits=splits, **options,
+        )  # fmt: skip
+        self.newest = out
+        got = np.array(out.astype(mx.float32))[:, :, 0]
+        for row, sequence in enumerate(self.sequences):
+            wanted = np.zeros_like(got[row])
+            if sequence is not None:
+                sequence.append(known_keys[row], known_values[row])
+                self._expect(sequence, positions[row])
+                wanted = attention(
+                    known_queries[row, :, 0], sequence.keys, sequence.values,
+                    sinks=known_sinks if shape.sinks else None, **options,
+                )  # fmt: skip
+            if problem := _difference(got[row], wanted, TOLERANCE[shape.dtype]):
+                return f"{f'{positions[row] + 1} tokens' if sequence else 'a padding row'}: {problem}"
+        return None
+
+    def _tables(self) -> mx.array:
+        """Wider than any sequence; behind its blocks lies somebody's."""
+        width = 2 + max(len(sequence.blocks) for sequence in self.sequences if sequence)
+        tables = np.zeros((len(self.sequences), width), np.int32)
+        for table, sequence in zip(tables, self.sequences, strict=True):
+            if sequence is not None:
+                table[: len(sequence.blocks)] = sequence.blocks
+        return mx.array(tables) + self._after()
+
+    def _after(self) -> mx.array:
+        """Zero, computed from the output of the newest launch: what takes it comes after that launch."""
+        some = self.newest.reshape(-1)[:1]
+        return (some != some).astype(mx.int32) * 0
+
+    def _reuse(self) -> str | None:
+        """Free the longest sequence, and collect a new one's prompt, in two chunks, into its blocks."""
+        longest = max((one for one in self.sequences if one), key=lambda one: len(one.blocks))
+        self.sequences[self.sequences.index(longest)] = None
+        size, window = self.shape.block_size, self.shape.window
+        first, length = size + size // 2 + 1, 3 * size
+        (keys, known_keys), (values, known_values) = (self._random(1, self.kv_heads, length, dim) for dim in self.dims)
+        key_pages, value_pages = self.pages
+        sequence = _Sequence(longest.blocks[::-1], known_keys[0], known_values[0])
+        self.sequences[1] = sequence
+        self._expect(sequence, 0)
+        for start, end in ((0, first), (first, length)):
+            begin = max(0, start + 1 - window) if window else 0
+            table = [block if at >= begin // size else 0 for at, block in enumerate(sequence.blocks)]
+            _leave_nan(self.shape.dtype, *((1, self.kv_heads, end - begin, dim) for dim in self.dims))
+            got = self.kernels.collect(
+                keys[:, :, start:end], values[:, :, start:end], key_pages, value_pages,
+                mx.array(table, mx.int32), mx.array([begin, start, 0, 0], mx.int32) + self._after(),
+                block_size=size, length=end - begin,
+            )  # fmt: skip
+            self.newest = got[0].reshape(-1)[:1] + got[1].reshape(-1)[:1]
+            for name, rows, known in zip(("keys", "values"), got, (known_keys, known_values), strict=True):
+                if not np.array_equal(np.array(rows.astype(mx.float32)), known[:, :, begin:end]):
+                    return f"collected {name} of positions {begin} to {end} are wrong"
+        return None
+
+    def _changed(self) -> str | None:
+        """Whether a slot holds what it should not."""
+        for name, pages, expected in zip(("key", "value"), self.pages, self.expected, strict=True):
+            got = (pages + self._after().astype(pages.dtype)).astype(mx.float32)
+            if not np.array_equal(np.array(got), expected, equal_nan=True):
+                return f"{name} pages: another slot was written, or one was not"
+        return None
+
+
+def _difference(got: NDArray[Any], wanted: NDArray[Any], tolerance: float) -> str | None:
+    if not np.isfinite(got).all():
+        return "not finite"
+    norm = float(np.linalg.norm(wanted))
+    error = float(np.linalg.norm(got - wanted)) / (norm or 1.0)
+    return None if error <= (tolerance if norm else 0.0) else f"relative error {error:.1e}"
+
+
+def _leave_nan(dtype: mx.Dtype, *shapes: tuple[int, ...]) -> None:
+    """Leave freed memory full of NaN, for outputs to land in."""
+    mx.eval([mx.full(shape, math.nan, dtype=kind) for shape in shapes for kind in (dtype, mx.float32)])

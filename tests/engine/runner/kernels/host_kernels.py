@@ -1,0 +1,112 @@
+"""The attention kernels of a GPU as numpy would have them: they write into the pages' memory, in place.
+
+For tests of what is built upon kernels, on machines without a GPU. Inputs are evaluated when a kernel is called, so
+functions around it cannot be compiled (``mx.disable_compile``).
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.runner.kernels.reference import attention
+from engine.runner.kernels.self_check import AttentionShape, attention_problem
+
+
+class HostKernels:
+    """As :class:`engine.runner.kernels.self_check.GpuKernels`. ``calls`` counts the launches by name."""
+
+    def __init__(self) -> None:
+        self.calls = {"paged_attention": 0, "collect": 0}
+
+    def paged_attention(
+        self,
+        queries: mx.array,
+        new_keys: mx.array,
+        new_values: mx.array,
+        key_pages: mx.array,
+        value_pages: mx.array,
+        block_tables: mx.array,
+        positions: mx.array,
+        *,
+        scale: float,
+        block_size: int,
+        window: int | None = None,
+        sinks: mx.array | None = None,
+        softcap: float | None = None,
+        splits: int | None = None,
+    ) -> mx.array:
+        """Write each row's key and value into its slot; gives [rows, heads, 1, DV]."""
+        self.calls["paged_attention"] += 1
+        known, keys, values = map(floats, (queries, new_keys, new_values))
+        rows, heads, _, _ = queries.shape
+        out = np.zeros((rows, heads, 1, value_pages.shape[3]), np.float32)
+        places, tables = np.array(positions), np.array(block_tables)
+        for row in range(rows):
+            if places[row] < 0:
+                continue
+            seen = np.arange(max(0, places[row] + 1 - window) if window else 0, places[row] + 1)
+            slots = tables[row, seen // block_size] * block_size + seen % block_size
+            write(key_pages, slots[-1:], keys[row])
+            write(value_pages, slots[-1:], values[row])
+            out[row, :, 0] = attention(
+                known[row, :, 0], read(key_pages, slots), read(value_pages, slots),
+                scale=scale, sinks=None if sinks is None else floats(sinks), softcap=softcap,
+            )  # fmt: skip
+        return mx.array(out).astype(queries.dtype)
+
+    def collect(
+        self,
+        new_keys: mx.array,
+        new_values: mx.array,
+        key_pages: mx.array,
+        value_pages: mx.array,
+        block_table: mx.array,
+        span: mx.array,
+        *,
+        block_size: int,
+        length: int,
+    ) -> tuple[mx.array, mx.array]:
+        """Write the chunk's rows into their slots; gives keys and values of ``length`` positions."""
+        self.calls["collect"] += 1
+        begin, start = np.array(span)[:2].tolist()
+        assert begin + length == start + new_keys.shape[2], "length is not that of the span"
+        seen = np.arange(begin, begin + length)
+        slots = np.array(block_table)[seen // block_size] * block_size + seen % block_size
+        for pages, new in ((key_pages, new_keys), (value_pages, new_values)):
+            write(pages, slots[start - begin :], floats(new)[0])
+        keys, values = (mx.array(read(pages, slots))[None].astype(pages.dtype) for pages in (key_pages, value_pages))
+        return keys, values
+
+    def attention_problem(self, **shape: Any) -> str | None:
+        """The self-check, of these kernels."""
+        return attention_problem(AttentionShape(**shape), self)
+
+
+def floats(array: mx.array) -> NDArray[np.float32]:
+    return np.array(array.astype(mx.float32))
+
+
+def memory(pages: mx.array) -> NDArray[Any]:
+    """The memory of ``pages``, not a copy; bfloat16 as its bits."""
+    mx.eval(pages)
+    shown = np.array(pages.view(mx.uint16) if pages.dtype == mx.bfloat16 else pages, copy=False)
+    assert shown.flags.c_contiguous, "pages are a view of something else"
+    assert not shown.flags.owndata, "not the pages' own memory"
+    return shown[0]
+
+
+def read(pages: mx.array, slots: NDArray[Any]) -> NDArray[np.float32]:
+    """Rows [kv_heads, slots, dim]."""
+    rows = memory(pages)[:, slots]
+    if pages.dtype == mx.bfloat16:
+        return (rows.astype(np.uint32) << 16).view(np.float32)
+    return rows.astype(np.float32)
+
+
+def write(pages: mx.array, slots: NDArray[Any], rows: NDArray[np.float32]) -> None:
+    """Put ``rows`` [kv_heads, slots, dim], which the pages' type can hold as they are, into ``slots``."""
+    if pages.dtype == mx.bfloat16:
+        rows = (np.ascontiguousarray(rows).view(np.uint32) >> 16).astype(np.uint16)
+    memory(pages)[:, slots] = rows
