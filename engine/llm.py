@@ -434,6 +434,7 @@ class LLM:
             self.request_log,
             self.tokenizer,
             self.plan,
+            attention_paths=self.attention_paths,
             eos_token_ids=self._requests.eos_token_ids,
             caching_wanted=self.args.enable_prefix_caching,
             reuses_prefixes=self._reuses_prefixes,

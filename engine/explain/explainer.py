@@ -11,6 +11,7 @@ from engine.explain.request_log import RequestLog, RequestRecord, common_prefix
 from engine.memory.plan import MemoryPlan
 from engine.params.sampling_params import COMMON, CONSTRAINTS, SamplingParams
 from engine.params.structured_outputs import Constraints
+from engine.runner.kv.attention_path import AttentionPath, describe
 from engine.text.tokens.token_texts import token_texts
 from engine.text.tokens.tokenizer import Tokenizer
 
@@ -77,6 +78,8 @@ class Explanation:
     """What the chat template was given, such as ``enable_thinking``, and the thinking budget."""
     constraints: tuple[str, ...]
     cache: CacheHit
+    attention: str
+    """What read the KV cache, layers by layers."""
     outputs: tuple[Output, ...]
     queue_time: float | None
     prefill_time: float | None
@@ -91,7 +94,7 @@ class Explainer:
     """What is needed of an engine to explain its requests.
 
     ``decode`` keeps special tokens. ``no_caching`` says why nothing is ever cached, or is empty. ``recurrent``: some
-    layers have a state, which is reused only where a checkpoint of it was kept.
+    layers have a state, which is reused only where a checkpoint of it was kept. ``attention``: what reads their caches.
     """
 
     log: RequestLog
@@ -101,6 +104,7 @@ class Explainer:
     block_size: int
     no_caching: str = ""
     recurrent: bool = False
+    attention: str = ""
 
     @classmethod
     def of_model(
@@ -109,6 +113,7 @@ class Explainer:
         tokenizer: Tokenizer,
         plan: MemoryPlan,
         *,
+        attention_paths: Sequence[AttentionPath],
         eos_token_ids: frozenset[int],
         caching_wanted: bool,
         reuses_prefixes: bool,
@@ -125,6 +130,7 @@ class Explainer:
             block_size=plan.block_size,
             no_caching="" if reuses_prefixes else why,
             recurrent=any(group.recurrent for group in plan.groups),
+            attention=describe(attention_paths),
         )
 
     def explain_latest(self, count: int = 1) -> Explanation:
@@ -155,6 +161,7 @@ class Explainer:
             thinking=tuple(thinking_values(record)),
             constraints=tuple(constraint_lines(record.constraints)),
             cache=self._cache_hit(record),
+            attention=self.attention,
             outputs=tuple(self._output(record, i) for i in range(len(outcome.completions))),
             queue_time=metrics.queue_time,
             prefill_time=None if first is None or scheduled is None else first - scheduled,

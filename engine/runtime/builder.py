@@ -64,7 +64,7 @@ def build_engine(
         no_kernels=_no_kernels(args, device),
     )
     try:
-        _check_attention(args, backend.attention_paths)
+        check_attention(args, backend.attention_paths)
         plan, step_cost = _plan(loaded, caches, backend, args, device, vocab_size)
     except BaseException:
         backend.close()
@@ -77,11 +77,13 @@ def build_engine(
         enable_prefix_caching=args.enable_prefix_caching and backend.paged,
         cache_dtype=args.kv_cache_dtype,
     )
-    notes = [*loaded.notes, *(line for line in (note, pages_note(plan.groups, args.kv_cache_dtype)) if line)]
+    paths = backend.attention_paths
+    lines = (note, pages_note(plan.groups, args.kv_cache_dtype), attention_note(args, device, paths))
+    notes = [*loaded.notes, *(line for line in lines if line)]
     for line in notes:
         logger.info("%s", line)
     logger.info("Paged attention memory breakdown: %s", plan.log_line())
-    return BuiltEngine(engine, loaded.config, plan, notes, backend.attention_paths)
+    return BuiltEngine(engine, loaded.config, plan, notes, paths)
 
 
 def _no_kernels(args: EngineArgs, device: Device) -> str:
@@ -91,7 +93,7 @@ def _no_kernels(args: EngineArgs, device: Device) -> str:
     return "as asked for" if args.attention_backend == "reference" else ""
 
 
-def _check_attention(args: EngineArgs, paths: Sequence[AttentionPath]) -> None:
+def check_attention(args: EngineArgs, paths: Sequence[AttentionPath]) -> None:
     """Raise ConfigError where kernels were asked for and serve no layer."""
     if args.attention_backend != "paged" or any(path.backend == "paged" for path in paths):
         return
@@ -102,6 +104,13 @@ def _check_attention(args: EngineArgs, paths: Sequence[AttentionPath]) -> None:
         value="paged",
         allowed="auto, reference",
     )
+
+
+def attention_note(args: EngineArgs, device: Device, paths: Sequence[AttentionPath]) -> str | None:
+    """A line for the user on what reads pages; None where nobody expects kernels, or there are no pages."""
+    backends = {path.backend for path in paths}
+    expected = device.kind != "cpu" or args.attention_backend != "auto" or "paged" in backends
+    return f"attention: {describe(paths)}" if expected and "contiguous" not in backends else None
 
 
 def _plan(

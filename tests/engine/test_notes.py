@@ -5,8 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from engine.errors import ConfigError
 from engine.llm import LLM
+from engine.params.engine_args import EngineArgs
 from engine.params.sampling_params import SamplingParams
+from engine.runner.device.devices import Device
+from engine.runner.kv.attention_path import AttentionPath
+from engine.runtime.builder import attention_note, check_attention
 from tests.sweep.configurations import tiny_config
 from tests.tiny_models import VOCAB_SIZE
 
@@ -43,3 +50,46 @@ def test_a_checkpoint_that_also_sees_serves_its_text_part_and_says_so(tiny_model
         assert not any("text part" in note for note in reading.notes)
         outputs = [llm.generate([prompt], GREEDY)[0].outputs[0].token_ids for llm in (seeing, reading)]
     assert outputs[0] == outputs[1]
+
+
+CPU, GPU = Device("cpu", "a CPU", 10**9), Device("metal", "a GPU", 10**9)
+KERNELS = AttentionPath("full", (0, 1), "paged")
+BY_KERNELS = "attention: pages read in place by kernels (2 layers full)"
+PLAIN = AttentionPath("sliding", (2,), "reference", "it is slow")
+CONTIGUOUS = AttentionPath("full", (0,), "contiguous", "contiguous KV caches")
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "paths", "line"),
+    [
+        ("auto", GPU, [KERNELS], BY_KERNELS),
+        ("auto", GPU, [KERNELS, PLAIN], f"{BY_KERNELS}; MLX's own operations (1 layer sliding: it is slow)"),
+        ("auto", GPU, [PLAIN], "attention: MLX's own operations (1 layer sliding: it is slow)"),
+        ("reference", GPU, [PLAIN], "attention: MLX's own operations (1 layer sliding: it is slow)"),
+        ("auto", CPU, [PLAIN], None),
+        ("reference", CPU, [PLAIN], "attention: MLX's own operations (1 layer sliding: it is slow)"),
+        ("paged", CPU, [KERNELS], BY_KERNELS),
+        ("reference", GPU, [CONTIGUOUS], None),
+    ],
+)
+def test_what_reads_pages_is_a_line_wherever_somebody_may_expect_kernels(
+    backend: str, device: Device, paths: list[AttentionPath], line: str | None
+) -> None:
+    assert attention_note(EngineArgs("m", attention_backend=backend), device, paths) == line
+
+
+def test_kernels_that_were_asked_for_must_serve_some_layer() -> None:
+    asked = EngineArgs("m", attention_backend="paged")
+    check_attention(asked, [KERNELS, PLAIN])
+    with pytest.raises(ConfigError, match=r"sliding: it is slow\); take auto or leave the flag out$") as refused:
+        check_attention(asked, [PLAIN])
+    assert refused.value.flag == "attention_backend"
+    check_attention(EngineArgs("m"), [PLAIN])
+
+
+def test_a_cpu_speaks_of_attention_only_when_asked(tiny_model_dir: Any) -> None:
+    folder = str(tiny_model_dir("gemma3_text"))
+    with LLM(folder, **OPTIONS) as silent, LLM(folder, attention_backend="reference", **OPTIONS) as asked:
+        assert not [note for note in silent.notes if note.startswith("attention")]
+        (line,) = [note for note in asked.notes if note.startswith("attention: ")]
+        assert "no GPU kernels on a CPU" in line

@@ -18,6 +18,7 @@ from engine.params.engine_args import EngineArgs
 from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
+from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath
 from engine.runtime.metrics import EngineMetrics
 from engine.runtime.stream import RequestStream
 from engine.text.parse.output_parser import OutputParser, make_output_parser
@@ -153,6 +154,7 @@ class FakeLLM(_LLM):
         self.args = EngineArgs.from_options(model, options)
         self.plan = small_plan()
         self.settings = Settings()
+        self.attention_paths = (AttentionPath("full", (0,), "reference", NO_KERNELS_ON_CPU),)
         self.notes = ["CPU: float32 (fastest here)"]
         self.metrics = EngineMetrics(self.args.names[0])
         self.defaults = SamplingDefaults({}, {}, self.settings)

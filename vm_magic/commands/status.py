@@ -2,6 +2,7 @@
 
 import argparse
 
+from engine.runner.kv.attention_path import describe
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.connect import context_text, version_text
 from vm_magic.show.cards import StatusCard, speed_text
@@ -34,6 +35,7 @@ def status_card(session: Session) -> StatusCard:
     fields = (
         ("memory", llm.plan.log_line()),
         ("KV blocks", blocks),
+        ("attention", describe(llm.attention_paths)),
         ("context", f"{llm.plan.max_model_len} tokens"),
         ("requests", f"{stats.num_running} running, {stats.num_waiting} waiting"),
         ("settings", settings or "the model's own"),

@@ -57,6 +57,7 @@ class ExplainView:
             ("chat template and thinking", aligned(_value_rows(told.thinking))),
             ("constraints", list(told.constraints)),
             ("prefix cache", self._cache()),
+            ("attention", [told.attention]),
             ("prompt", told.prompt.splitlines()),
             (f"prompt tokens ({len(told.tokens)}; ▸ is the first that was not in the cache)", [self._last_tokens()]),
             *(section for output in self._outputs for section in _output_sections(output)),
@@ -96,6 +97,7 @@ class ExplainView:
             + time_bar_html(told)
             + _details("sampling values and their sources", values + constraints)
             + _details(self._cache()[0], self._cache_html(), is_open=True)
+            + f'<div style="margin:2px 0">attention: {html.escape(told.attention)}</div>'
             + "".join(_output_html(output) for output in self._outputs)
             + "</div>"
         )

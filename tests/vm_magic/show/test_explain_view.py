@@ -1,5 +1,7 @@
 """``%vllm_metal explain`` over the real engine on a tiny model."""
 
+import dataclasses
+import html
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +12,7 @@ from engine import LLM, SamplingParams
 from engine.errors import RequestError
 from engine.explain.request_log import RequestLog
 from tests.vm_magic.helpers import cell, line
+from vm_magic.show.explain_view import ExplainView
 from vm_magic.state.session import current_session
 
 GREEDY = "-t 0 --max-tokens 3"
@@ -81,6 +84,16 @@ def test_the_page_escapes_what_the_user_wrote_and_marks_the_cached_part(shell: A
     assert "first miss" in spans[48]
     assert "&lt;&#124;im&#95;start&#124;&gt;" in cached[0]
     assert page.count("<details") == page.count("</details>") == 3
+
+
+def test_it_says_what_read_the_cache_in_text_and_on_the_page(shell: Any, real: LLM) -> None:
+    cell(shell, f"chat {GREEDY} --new", "What is it?")
+    view = line(shell, "explain")
+    said = f"MLX's own operations ({len(real.attention_paths[0].layers)} layers full: no GPU kernels on a CPU)"
+    assert f"\nattention\n  {said}\n" in repr(view)
+    assert f"attention: {html.escape(said)}</div>" in view._repr_html_()
+    hostile = dataclasses.replace(view.explanation, attention="<i>")
+    assert "attention: &lt;i&gt;" in ExplainView(hostile)._repr_html_()
 
 
 def test_the_time_is_a_bar_of_its_parts(shell: Any, real: LLM) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from engine.errors import RequestError
+from engine.runner.kv.attention_path import AttentionPath
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import Capture, cell, line
 from vm_magic.state.session import current_session
@@ -43,6 +44,16 @@ def test_bare_and_status_show_the_card(shell: Any, loaded: fakes.FakeLLM) -> Non
     assert "<script" not in page
     assert "var(" not in page, "a notebook that is not trusted would lose such a style"
     assert repr(line(shell, "status")) == text
+
+
+def test_status_says_what_reads_the_pages_of_each_kind_of_layer(shell: Any, loaded: fakes.FakeLLM) -> None:
+    row = "  attention   MLX's own operations (1 layer full: no GPU kernels on a CPU)"
+    assert row in repr(line(shell, "status")).splitlines()
+    why = "mismatch <b>2e-1</b>"
+    loaded.attention_paths = (AttentionPath("full", (1,), "paged"), AttentionPath("sliding", (0,), "reference", why))
+    card = line(shell, "status")
+    assert f"pages read in place by kernels (1 layer full); MLX's own operations (1 layer sliding: {why})" in repr(card)
+    assert "1 layer sliding: mismatch &lt;b&gt;2e-1&lt;/b&gt;)" in card._repr_html_()
 
 
 def test_status_without_a_model_says_what_to_run(shell: Any) -> None:
