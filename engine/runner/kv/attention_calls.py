@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from engine.memory.cache_spec import SlidingWindowSpec
 from engine.params.kv_dtype import QUANTIZED_BITS
-from engine.runner.kv import attention_patch
+from engine.runner.kv import attention_patch, capped_attention
 from engine.runner.kv.attention_patch import AttentionCall
 from engine.runner.kv.kernel_cache import AttentionKernels
 from engine.runner.kv.kv_spec import CacheLeaf, CacheTree, flatten, recording_caches
@@ -53,8 +53,12 @@ def choose_kernels(
 def attention_calls(model: nn.Module, tree: CacheTree) -> dict[CacheLeaf, AttentionCall]:
     """How each cache's layer attends; none for layers that do it without mlx-lm's one function. Computes nothing."""
     caches = recording_caches(model)
-    with attention_patch.recorded(model) as calls:
-        model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+    capped = capped_attention.install(model)
+    try:
+        with attention_patch.recorded(model) as calls:
+            model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+    finally:
+        capped_attention.remove(capped)
     flat = [one for cache in caches for one in getattr(cache, "caches", (cache,))]
     leaves = flatten(tree)
     return {leaf: calls[id(cache)] for leaf, cache in zip(leaves, flat, strict=True) if id(cache) in calls}
@@ -87,6 +91,6 @@ def _problem(
     if variant not in found:
         found[variant] = kernels.attention_problem(
             dtype=shape.dtype, heads=call.num_heads, kv_heads=shape.num_kv_heads, key_dim=shape.key_dim,
-            value_dim=shape.value_dim, block_size=block_size, window=window, sinks=call.sinks,
+            value_dim=shape.value_dim, block_size=block_size, window=window, sinks=call.sinks, softcap=call.softcap,
         ) or ""  # fmt: skip
     return found[variant]

@@ -28,7 +28,8 @@ class AttentionCall:
 
     num_heads: int
     dtype: mx.Dtype
-    sinks: bool
+    sinks: bool = False
+    softcap: float | None = None
 
 
 _recorded: dict[int, AttentionCall] | None = None
@@ -44,8 +45,7 @@ def _attend(
     mask: mx.array | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    if _recorded is not None:
-        _recorded[id(cache)] = AttentionCall(queries.shape[1], queries.dtype, sinks is not None)
+    note(cache, AttentionCall(queries.shape[1], queries.dtype, sinks is not None))
     cache = owner(keys) if cache is None else cache
     if isinstance(cache, PagedLayerCache) and cache.flat:
         return cache.attend(queries, scale, sinks)
@@ -70,6 +70,12 @@ def remove(modules: tuple[str, ...]) -> None:
         if not _users[name]:
             del _users[name]
             setattr(sys.modules[name], _NAME, _original)
+
+
+def note(cache: Any, call: AttentionCall) -> None:
+    """A layer attends over ``cache``: said inside :func:`recorded` only."""
+    if _recorded is not None:
+        _recorded[id(cache)] = call
 
 
 @contextmanager

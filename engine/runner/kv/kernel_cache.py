@@ -40,7 +40,7 @@ class AttentionKernels(Protocol):
 
     def attention_problem(
         self, *, dtype: mx.Dtype, heads: int, kv_heads: int, key_dim: int, value_dim: int, block_size: int,
-        window: int | None, sinks: bool,
+        window: int | None, sinks: bool, softcap: float | None,
     ) -> str | None:  # fmt: skip
         """Why these kernels cannot serve such a layer here; None where they agree with the reference."""
 
@@ -148,7 +148,9 @@ class KernelLayerCache(PagedLayerCache):
         assert isinstance(self._call, Chunk), "chunked attention over several sequences"
         return self._call.read.begin
 
-    def attend(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array:
+    def attend(
+        self, queries: mx.array, scale: float, sinks: mx.array | None = None, softcap: float | None = None
+    ) -> mx.array:
         """Attention of ``queries`` [rows, heads, 1, dim] over the layer's pages, and the new token into them."""
         call, pages, new = self._call, self._pages, self._new
         assert isinstance(call, DecodeRows), "a chunk attends to what was collected"
@@ -156,7 +158,7 @@ class KernelLayerCache(PagedLayerCache):
         assert new is not None, "attention before its keys and values"
         return self._kernels.paged_attention(
             queries, *new, *pages, call.block_tables, call.positions, scale=scale,
-            block_size=self._pool.block_size, window=self._window, sinks=sinks,
+            block_size=self._pool.block_size, window=self._window, sinks=sinks, softcap=softcap,
         )  # fmt: skip
 
     def finish(self) -> None:

@@ -1,0 +1,50 @@
+"""Gemma 2's attention with kernels: mlx-lm computes it in the layer itself, since scores are capped.
+
+Everything but a call of single rows over pages that kernels read is left to mlx-lm's own code.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import gemma2
+
+from engine.runner.kv import attention_patch
+from engine.runner.kv.attention_patch import AttentionCall
+from engine.runner.kv.kernel_cache import KernelLayerCache
+
+
+class CappedAttention(gemma2.Attention):  # type: ignore[misc]
+    """The layer with its scores capped by the kernel."""
+
+    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
+        """As in mlx-lm; ``x`` [rows, 1, hidden] in a call of single rows."""
+        attention_patch.note(cache, AttentionCall(self.n_heads, x.dtype, softcap=float(self.attn_logit_softcapping)))
+        if not (isinstance(cache, KernelLayerCache) and cache.flat):
+            output: mx.array = super().__call__(x, mask, cache)
+            return output
+        queries, keys, values = (
+            project(x).reshape(x.shape[0], 1, heads, -1).transpose(0, 2, 1, 3)
+            for project, heads in (
+                (self.q_proj, self.n_heads), (self.k_proj, self.n_kv_heads), (self.v_proj, self.n_kv_heads),
+            )
+        )  # fmt: skip
+        queries, keys = (self.rope(some, offset=cache.offset) for some in (queries, keys))
+        cache.update_and_fetch(keys, values)
+        seen = cache.attend(queries, self.scale, softcap=float(self.attn_logit_softcapping))
+        capped: mx.array = self.o_proj(seen.reshape(x.shape[0], 1, -1))
+        return capped
+
+
+def install(model: nn.Module) -> list[nn.Module]:
+    """Have the layers of ``model`` that cap their scores call the kernel; gives them for :func:`remove`."""
+    layers = [layer for _, layer in model.named_modules() if type(layer) is gemma2.Attention]
+    for layer in layers:
+        layer.__class__ = CappedAttention
+    return layers
+
+
+def remove(layers: list[nn.Module]) -> None:
+    """Undo :func:`install`."""
+    for layer in layers:
+        layer.__class__ = gemma2.Attention
