@@ -97,7 +97,10 @@ class PagedBackend:
     def make_room(self, batch: InputBatch, limits: Sequence[int]) -> None:
         """Grow the pools so that the blocks of ``batch`` exist; never over ``limits`` (blocks, by group)."""
         for group, (pool, limit) in enumerate(zip(self.pools, limits, strict=True)):
-            highest = max(max(scheduled.block_tables[group], default=-1) for scheduled in batch.scheduled_requests)
+            # Of a sequence's pages only those of this step's tokens may be new.
+            size = self.block_size if self.groups[group][0].spec.paged else 0
+            new = [one.block_tables[group][one.start // size if size else 0 :] for one in batch.scheduled_requests]
+            highest = max(max(blocks, default=-1) for blocks in new)
             if highest >= pool.num_blocks:
                 self._wait_for_kernels()
                 pool.grow(self._new_size(pool, highest + 1, limit))
