@@ -17,10 +17,10 @@ from engine.params.sampling_params import SamplingParams
 from engine.runner.backends import Backend, ContiguousBackend
 from engine.runner.device.devices import DeviceKind
 from engine.runner.device.memory import active_memory, clear_cache, peak_memory, reset_peak_memory
+from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kv.attention_calls import KernelChoice, choose_kernels
 from engine.runner.kv.attention_metadata import MAX_VIEWS
 from engine.runner.kv.input_batch import InputBatch
-from engine.runner.kv.kernel_cache import AttentionKernels
 from engine.runner.kv.kv_pages import rounded
 from engine.runner.kv.kv_spec import CacheTree, UnsupportedCacheError, flatten, group_leaves, probe_caches
 from engine.runner.paged_backend import Calls, PagedBackend

@@ -16,6 +16,8 @@ from engine.params.engine_args import EngineArgs
 from engine.runner.backends import Backend
 from engine.runner.device.devices import Device, describe_device
 from engine.runner.device.memory import FreeMemory, clear_cache
+from engine.runner.kernels.dialect import kernels_available
+from engine.runner.kernels.self_check import GPU_KERNELS, AttentionKernels
 from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath, describe
 from engine.runner.kv.kv_spec import ModelCaches, num_logits
 from engine.runner.load.loader import LoadedModel, load_model, plan_inputs
@@ -61,6 +63,7 @@ def build_engine(
         kv_cache_dtype=args.kv_cache_dtype,
         device=device.kind,
         vocab_size=vocab_size,
+        kernels=_kernels(args),
         no_kernels=_no_kernels(args, device),
     )
     try:
@@ -84,6 +87,11 @@ def build_engine(
         logger.info("%s", line)
     logger.info("Paged attention memory breakdown: %s", plan.log_line())
     return BuiltEngine(engine, loaded.config, plan, notes, paths)
+
+
+def _kernels(args: EngineArgs) -> AttentionKernels | None:
+    """This machine's kernels, unless they are not wanted."""
+    return GPU_KERNELS if args.attention_backend != "reference" and kernels_available() else None
 
 
 def _no_kernels(args: EngineArgs, device: Device) -> str:

@@ -8,9 +8,9 @@ import mlx.nn as nn
 
 from engine.memory.cache_spec import SlidingWindowSpec
 from engine.params.kv_dtype import QUANTIZED_BITS
+from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kv import attention_patch, capped_attention
 from engine.runner.kv.attention_patch import AttentionCall
-from engine.runner.kv.kernel_cache import AttentionKernels
 from engine.runner.kv.kv_spec import CacheLeaf, CacheTree, flatten, recording_caches
 
 
@@ -92,5 +92,6 @@ def _problem(
         found[variant] = kernels.attention_problem(
             dtype=shape.dtype, heads=call.num_heads, kv_heads=shape.num_kv_heads, key_dim=shape.key_dim,
             value_dim=shape.value_dim, block_size=block_size, window=window, sinks=call.sinks, softcap=call.softcap,
+            scale=call.scale,
         ) or ""  # fmt: skip
     return found[variant]

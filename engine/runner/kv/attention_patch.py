@@ -28,6 +28,7 @@ class AttentionCall:
 
     num_heads: int
     dtype: mx.Dtype
+    scale: float
     sinks: bool = False
     softcap: float | None = None
 
@@ -45,7 +46,7 @@ def _attend(
     mask: mx.array | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    note(cache, AttentionCall(queries.shape[1], queries.dtype, sinks is not None))
+    note(cache, AttentionCall(queries.shape[1], queries.dtype, scale, sinks is not None))
     cache = owner(keys) if cache is None else cache
     if isinstance(cache, PagedLayerCache) and cache.flat:
         return cache.attend(queries, scale, sinks)

@@ -19,7 +19,8 @@ class CappedAttention(gemma2.Attention):  # type: ignore[misc]
 
     def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
         """As in mlx-lm; ``x`` [rows, 1, hidden] in a call of single rows."""
-        attention_patch.note(cache, AttentionCall(self.n_heads, x.dtype, softcap=float(self.attn_logit_softcapping)))
+        cap = float(self.attn_logit_softcapping)
+        attention_patch.note(cache, AttentionCall(self.n_heads, x.dtype, self.scale, softcap=cap))
         if not (isinstance(cache, KernelLayerCache) and cache.flat):
             output: mx.array = super().__call__(x, mask, cache)
             return output
@@ -31,7 +32,7 @@ class CappedAttention(gemma2.Attention):  # type: ignore[misc]
         )  # fmt: skip
         queries, keys = (self.rope(some, offset=cache.offset) for some in (queries, keys))
         cache.update_and_fetch(keys, values)
-        seen = cache.attend(queries, self.scale, softcap=float(self.attn_logit_softcapping))
+        seen = cache.attend(queries, self.scale, softcap=cap)
         capped: mx.array = self.o_proj(seen.reshape(x.shape[0], 1, -1))
         return capped
 

@@ -7,11 +7,11 @@ collected, and everything that a call computes comes after the call before it (:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kv.attention_metadata import SequenceRead
 from engine.runner.kv.input_batch import InputBatch, Int32
 from engine.runner.kv.kv_pool import KVPool
@@ -20,29 +20,6 @@ from engine.runner.kv.paged_cache import PagedLayerCache
 
 _MIN_POSITIONS = 4
 """MLX keeps arrays of up to 8 bytes in host memory on CUDA, where each block of a kernel would wait for them."""
-
-
-class AttentionKernels(Protocol):
-    """Kernels that attend over pages where they lie; :mod:`engine.runner.kernels` has those of a GPU."""
-
-    def paged_attention(
-        self, queries: mx.array, new_keys: mx.array, new_values: mx.array, key_pages: mx.array, value_pages: mx.array,
-        block_tables: mx.array, positions: mx.array, *, scale: float, block_size: int, window: int | None = None,
-        sinks: mx.array | None = None, softcap: float | None = None,
-    ) -> mx.array:  # fmt: skip
-        """Attention [rows, heads, 1, dim] of one new token per row, which is written into its page."""
-
-    def collect(
-        self, new_keys: mx.array, new_values: mx.array, key_pages: mx.array, value_pages: mx.array,
-        block_table: mx.array, span: mx.array, *, block_size: int, length: int,
-    ) -> tuple[mx.array, mx.array]:  # fmt: skip
-        """Keys and values [1, heads, length, dim] that a chunk attends to; the chunk's own are written into pages."""
-
-    def attention_problem(
-        self, *, dtype: mx.Dtype, heads: int, kv_heads: int, key_dim: int, value_dim: int, block_size: int,
-        window: int | None, sinks: bool, softcap: float | None,
-    ) -> str | None:  # fmt: skip
-        """Why these kernels cannot serve such a layer here; None where they agree with the reference."""
 
 
 def after(tokens: mx.array, earlier: mx.array | None) -> mx.array:

@@ -15,6 +15,7 @@ from engine.core.state_group import StateGroup
 from engine.memory.cache_spec import SlidingWindowSpec, StateSpec
 from engine.params.sampling_params import SamplingParams
 from engine.runner.device.devices import describe_device
+from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kv.kv_spec import num_logits
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
@@ -34,11 +35,12 @@ class BareEngine:
         max_views: int | None = None,
         max_rows: int | None = None,
         kv_cache_dtype: str = "auto",
+        kernels: AttentionKernels | None = None,
     ) -> None:
         self.vocab_size = num_logits(model)
         self.backend, self.note = choose_backend(
             model, paged=paged, block_size=BLOCK_SIZE, kv_cache_dtype=kv_cache_dtype, device=describe_device().kind,
-            vocab_size=self.vocab_size,
+            vocab_size=self.vocab_size, kernels=kernels,
         )  # fmt: skip
         if isinstance(self.backend, PagedBackend):
             self.backend.max_views = self.backend.max_views if max_views is None else max_views

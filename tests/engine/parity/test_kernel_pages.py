@@ -1,0 +1,136 @@
+"""Every architecture over pages that kernels read and write in place, against mlx-lm.
+
+The kernels here compute in numpy and write into the pages' own memory, as a GPU's do; what is tested is all that is
+built upon them: block tables, positions, order, chunks, prefix hits, blocks that are used again, preemption.
+"""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from engine.runner.kv import paged_cache
+from engine.runner.paged_backend import PagedBackend
+from tests.engine.parity.bare_engine import BareEngine, greedy
+from tests.engine.parity.oracle import mixed_prompts
+from tests.engine.parity.test_architectures import long_prompt
+from tests.engine.parity.tiny_architectures import CONFIGS, VOCAB, tiny_model
+from tests.engine.runner.kernels.host_kernels import HostKernels
+
+NUM_TOKENS = 6
+UNSERVED = {"deepseek_v3", "deepseek_v32", "mamba2", "llama4"}
+"""Latent attention, states alone; chunks of attention that a model masks for one sequence at a time."""
+
+
+def kernel_engine(name: str) -> tuple[BareEngine, HostKernels, PagedBackend]:
+    kernels = HostKernels()
+    engine = BareEngine(tiny_model(name), kernels=kernels)
+    backend = engine.backend
+    assert isinstance(backend, PagedBackend)
+    assert backend.kernels is not None, backend.attention_paths
+    return engine, kernels, backend
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in UNSERVED])
+def test_pages_read_in_place_give_mlx_lms_tokens(name: str) -> None:
+    engine, kernels, backend = kernel_engine(name)
+    prompts = mixed_prompts(5, VOCAB, 90, seed=1)
+    expected = [greedy(engine.backend.model, prompt, NUM_TOKENS) for prompt in prompts]
+    try:
+        for chunk in (512, 512, 16):  # at once, from the prefix cache, in chunks
+            if chunk == 16:
+                engine.start(chunk=16)
+            assert [one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)] == expected
+        assert min(kernels.calls.values()) > 0
+        assert not paged_cache._lent
+        attends = {path.kind: path.backend for path in backend.attention_paths}
+        assert attends["full"] == "paged"
+        assert attends.get("state", "reference") == "reference"
+    finally:
+        engine.backend.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma4_text", "qwen3_5"])
+def test_blocks_are_used_again_at_once_and_requests_give_way(name: str) -> None:
+    engine, _, _ = kernel_engine(name)
+    prompts = mixed_prompts(9, VOCAB, 60, seed=4)
+    expected = [greedy(engine.backend.model, prompt, NUM_TOKENS) for prompt in prompts]
+    try:
+        blocks = max(len(prompt) + NUM_TOKENS for prompt in prompts) // 8 + 3
+        engine.start(num_blocks=blocks, num_seqs=5, chunk=24)
+        assert [one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)] == expected
+        assert engine.scheduler.num_preemptions > 0
+        twice = [row for row in expected[:3] for _ in range(2)]
+        assert [one.output_token_ids for one in engine.start().generate(prompts[:3], NUM_TOKENS, n=2)] == twice
+    finally:
+        engine.backend.close()
+
+
+def test_contexts_past_every_fast_path_of_a_gpu() -> None:
+    engine, _, _ = kernel_engine("llama")
+    prompts = [(long_prompt() * 5)[:length] for length in (255, 256, 300, 530)]
+    expected = [greedy(engine.backend.model, prompt, NUM_TOKENS) for prompt in prompts]
+    assert [one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)] == expected
+    engine.backend.close()
+
+
+def test_what_a_slot_held_before_is_never_read() -> None:
+    """NaN in every slot: one that is read before it was written shows in the logits."""
+    engine, _, backend = kernel_engine("gemma3_text")
+    prompts = mixed_prompts(4, VOCAB, 60, seed=5)
+    expected = [greedy(engine.backend.model, prompt, NUM_TOKENS) for prompt in prompts]
+    for pool in backend.pools:
+        pool.grow(100)
+        for pages in pool.pages:  # type: ignore[attr-defined]
+            pages.arrays[0] = mx.array(np.full(pages.arrays[0].shape, np.nan, np.float32))
+    assert [one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)] == expected
+    engine.backend.close()
+
+
+def test_a_kernel_that_computes_wrongly_serves_no_layer() -> None:
+    class Wrong(HostKernels):
+        def paged_attention(self, *args: mx.array, **how: object) -> mx.array:
+            return super().paged_attention(*args, **how) * 1.1  # type: ignore[arg-type]
+
+    engine = BareEngine(tiny_model("llama"), kernels=Wrong())
+    assert isinstance(engine.backend, PagedBackend)
+    (path,) = engine.backend.attention_paths
+    assert (engine.backend.kernels, path.backend) == (None, "reference")
+    assert "differ" in path.why or "error" in path.why
+    engine.backend.close()
+
+
+def test_a_kernel_that_does_not_compile_serves_no_layer() -> None:
+    class Broken(HostKernels):
+        def collect(self, *_args: mx.array, **_how: object) -> tuple[mx.array, mx.array]:
+            raise RuntimeError("error: expected ';'")
+
+    engine = BareEngine(tiny_model("llama"), kernels=Broken())
+    assert isinstance(engine.backend, PagedBackend)
+    (path,) = engine.backend.attention_paths
+    assert (path.backend, "expected ';'" in path.why) == ("reference", True)
+    engine.backend.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "why"),
+    [
+        ("deepseek_v3", "auto", "no kernel for latent attention yet"),
+        ("llama", "int8", "no kernel for int8 pages yet"),
+        ("llama", "bfloat16", "bfloat16 pages under a model in float32"),
+        ("mamba2", "auto", "no kernel for recurrent states yet"),
+    ],
+)
+def test_layers_that_no_kernel_serves_say_why(name: str, dtype: str, why: str) -> None:
+    engine = BareEngine(tiny_model(name), kernels=HostKernels(), kv_cache_dtype=dtype)
+    assert isinstance(engine.backend, PagedBackend)
+    assert [(path.backend, path.why) for path in engine.backend.attention_paths] == [("reference", why)]
+    engine.backend.close()
+
+
+def test_closing_leaves_the_models_classes_as_they_were() -> None:
+    model = tiny_model("gemma2")
+    kinds = [type(layer) for _, layer in model.named_modules()]
+    engine = BareEngine(model, kernels=HostKernels())
+    assert [type(layer) for _, layer in model.named_modules()] != kinds
+    engine.backend.close()
+    assert [type(layer) for _, layer in model.named_modules()] == kinds
