@@ -1,7 +1,6 @@
 """The CUDA text of products of few rows, run on this machine by ``cuda_on_host``, against float32."""
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,26 +10,9 @@ from engine.runner.kernels import rows_matmul
 from engine.runner.kernels.rows_matmul import Packed
 from tests.engine.runner.kernels.cuda_on_host import HostKernel
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 LIMIT = {mx.bfloat16: 4e-3, mx.float16: 5e-4}
 """Of the norm: rounding of the result, and of the unpacked weights."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, HostKernel]:
-    """Host kernels in place of the GPU's, by name."""
-    made: dict[str, HostKernel] = {}
-
-    def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str) -> HostKernel:
-        return made.setdefault(name, HostKernel(name, inputs, source, header, folder))
-
-    monkeypatch.setattr(rows_matmul, "make_kernel", make)
-    return made
 
 
 def _error(got: mx.array, x: mx.array, weight: mx.array) -> float:
@@ -43,6 +25,7 @@ def _normal(*shape: int, dtype: mx.Dtype) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(dtype)
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("lead", "widths", "k", "dtype"),
     [
@@ -57,16 +40,17 @@ def _normal(*shape: int, dtype: mx.Dtype) -> mx.array:
     ],
 )
 def test_dense_weights_are_multiplied_right_whatever_the_rows_and_widths(
-    lead: tuple[int, ...], widths: tuple[int, ...], k: int, dtype: mx.Dtype, kernels: dict[str, HostKernel]
+    lead: tuple[int, ...], widths: tuple[int, ...], k: int, dtype: mx.Dtype, host_products: dict[str, HostKernel]
 ) -> None:
     x = _normal(*lead, k, dtype=dtype)
     weights = [_normal(width, k, dtype=dtype) for width in widths]
     results = rows_matmul.dense(x, weights)
-    assert kernels["rows_dense"].launches == 1
+    assert host_products["rows_dense"].launches == 1
     for got, weight in zip(results, weights, strict=True):
         assert _error(got, x, weight) < LIMIT[dtype]
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("lead", "widths", "k", "bits", "group_size", "dtype"),
     [
@@ -82,13 +66,20 @@ def test_dense_weights_are_multiplied_right_whatever_the_rows_and_widths(
     ],
 )
 def test_packed_weights_are_multiplied_right_whatever_the_rows_and_widths(
-    lead: tuple[int, ...], widths: tuple[int, ...], k: int, bits: int, group_size: int, dtype: mx.Dtype
+    lead: tuple[int, ...],
+    widths: tuple[int, ...],
+    k: int,
+    bits: int,
+    group_size: int,
+    dtype: mx.Dtype,
+    host_products: dict[str, HostKernel],
 ) -> None:
     x = _normal(*lead, k, dtype=dtype)
     weights = [
         Packed(*mx.quantize(_normal(width, k, dtype=dtype), group_size=group_size, bits=bits)) for width in widths
     ]
     results = rows_matmul.quantized(x, weights, bits=bits, group_size=group_size)
+    assert host_products["rows_quantized"].launches == 1
     for got, (words, scales, biases) in zip(results, weights, strict=True):
         exact = [array.astype(mx.float32) for array in (scales, biases)]
         assert _error(got, x, mx.dequantize(words, *exact, group_size=group_size, bits=bits)) < LIMIT[dtype]

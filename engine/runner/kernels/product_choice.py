@@ -1,0 +1,265 @@
+"""Which way each product of a model is computed for few rows: checked, then measured, when a model is loaded."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from engine.runner.kernels.product_check import Expected
+from engine.runner.kernels.products import (
+    ROW_BUCKETS,
+    Candidate,
+    Modules,
+    Plain,
+    Product,
+    Way,
+    bucket_of,
+    product_of,
+    sibling_products,
+    single_products,
+    some_rows,
+)
+
+_GAIN = 0.03
+"""What another way must save of the time of MLX's own product to take its place: less may be noise."""
+_CHAIN_BYTES = 1 << 27
+"""Weights that a timed chain reads: more than a GPU's cache holds."""
+_MAX_CHAIN = 24
+_READINGS = 3
+_READING_SECONDS = 1.5e-3
+"""What a reading should take; the least of several counts."""
+_GIVE_UP = 1.5
+"""Times the fastest way so far: a way that takes longer is not measured any closer."""
+
+Compute = Callable[[Modules, mx.array], list[mx.array]]
+Timer = Callable[[Compute, Sequence[Modules], mx.array, float], float]
+"""``timer(compute, chain, x, limit)``: seconds of one ``compute``; one reading is enough if that is over ``limit``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How one product of a model is computed, by the number of rows.
+
+    ``chosen`` holds the buckets of :data:`ROW_BUCKETS` where another way than MLX's own takes less time; ``seconds``
+    what each way took there.
+    """
+
+    product: Product
+    num_uses: int
+    chosen: Mapping[int, Candidate]
+    seconds: Mapping[int, Mapping[str, float]]
+
+    def way(self, x: mx.array) -> Candidate | None:
+        """The way to go with these rows; None: MLX's own."""
+        num_rows = x.size // x.shape[-1]
+        if not 0 < num_rows <= ROW_BUCKETS[-1] or x.dtype != self.product.dtype:
+            return None
+        return self.chosen.get(bucket_of(num_rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What was chosen for a model. ``siblings`` are products of several weights in one launch.
+
+    ``problems`` says in a line each what was not trusted, and ``seconds`` how long the measuring took, without checks
+    and the kernels' compilation (``check_seconds``).
+    """
+
+    singles: tuple[Choice, ...] = ()
+    siblings: tuple[Choice, ...] = ()
+    problems: tuple[str, ...] = ()
+    check_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def note(self) -> str | None:
+        """One line for people; None where there was nothing to choose."""
+        if not self.singles:
+            return "; ".join(self.problems) or None
+        said = [
+            f"{words} for {len(rows)} of {len(self.singles)} shapes up to {max(rows)} rows"
+            for name, words in (("own", "own kernels"), ("flattened", "rearranged rows"))
+            if (rows := _largest(self.singles, name))
+        ]
+        if joined := _largest(self.siblings, "own"):
+            said.append(f"siblings in one launch for {len(joined)} of {len(self.siblings)}")
+        said = said or ["MLX's own are the fastest here"]
+        return "; ".join([f"products of few rows: {', '.join(said)}", *self.problems])
+
+    def as_data(self) -> list[dict[str, Any]]:
+        """Per product: its weights, how many modules, and by rows the microseconds of each way and the one chosen."""
+        return [_as_data(choice) for choice in (*self.singles, *self.siblings)]
+
+
+def choose(
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    *,
+    siblings: bool = True,
+    timer: Timer | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Choices:
+    """Check every candidate against float32, then time it beside MLX's own product.
+
+    ``progress(done, total)`` counts products. ``siblings``: also weights that take the same rows, in one launch.
+    """
+    singles = _grouped(single_products(model), candidates)
+    families = _grouped(sibling_products(model), candidates) if siblings else {}
+    everything = {**singles, **families}
+    report = _Counter(2 * len(everything), progress)
+    started = time.perf_counter()
+    trusted, problems = _trusted(everything, candidates, report)
+    checked = time.perf_counter()
+    measure = timer or chain_seconds
+    alone: dict[Product, Choice] = {}
+    for product, uses in singles.items():
+        alone[product] = _measured(product, uses, Plain(), trusted[product], measure)
+        report()
+    together = []
+    for product, uses in families.items():
+        together.append(_measured(product, uses, _Apart(alone), trusted[product], measure))
+        report()
+    mx.clear_cache()
+    seconds = time.perf_counter() - checked
+    return Choices(tuple(alone.values()), tuple(together), tuple(problems), checked - started, seconds)
+
+
+def chain_seconds(compute: Compute, chain: Sequence[Modules], x: mx.array, limit: float) -> float:
+    """Seconds of one ``compute``, from chains in which each waits for the one before, as in a decode step.
+
+    A chain is compiled and submitted ahead, so that the host's work counts where it takes longer than the GPU's.
+    """
+
+    def run(x: mx.array) -> list[mx.array]:
+        kept: list[mx.array] = []
+        for modules in chain:
+            *others, last = compute(modules, x)
+            kept += others
+            x = x + last[..., :1]
+        return [x, *kept]
+
+    step = mx.compile(run)
+    mx.eval(step(x))
+    once = min(_submit(step, x, 1) for _ in range(2))
+    if once > limit * len(chain):
+        return once / len(chain)
+    repeats = max(2, min(8, int(_READING_SECONDS / once)))
+    return min(_submit(step, x, repeats) for _ in range(_READINGS)) / (repeats * len(chain))
+
+
+def _submit(step: Callable[[mx.array], list[mx.array]], x: mx.array, repeats: int) -> float:
+    mx.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        mx.async_eval(step(x))  # type: ignore[no-untyped-call]
+    mx.synchronize()
+    return time.perf_counter() - started
+
+
+def _measured(product: Product, uses: Sequence[Modules], usual: Way, ways: Sequence[Candidate], timer: Timer) -> Choice:
+    """The fastest of ``ways`` for each number of rows, where it beats the ``usual`` one."""
+    chosen: dict[int, Candidate] = {}
+    seconds: dict[int, dict[str, float]] = {}
+    chain = _chain(uses)
+    for rows in ROW_BUCKETS:
+        taking = [way for way in ways if way.max_rows(product) >= rows]
+        if not taking:
+            continue
+        x = some_rows(product, rows)
+        times: dict[str, float] = {}
+        for way in (*taking, usual):
+            times[way.name] = timer(way.compute, chain, x, _GIVE_UP * min(times.values(), default=math.inf))
+        best = min(taking, key=lambda way: times[way.name])
+        if times[best.name] <= (1 - _GAIN) * times[usual.name]:
+            chosen[rows] = best
+        seconds[rows] = times
+    return Choice(product, len(uses), chosen, seconds)
+
+
+class _Apart:
+    """Siblings one by one, each the way that was chosen for it."""
+
+    name = "apart"
+
+    def __init__(self, alone: Mapping[Product, Choice]) -> None:
+        self._alone = alone
+
+    def compute(self, modules: Modules, x: mx.array) -> list[mx.array]:
+        """A product of each module."""
+        return [result for module in modules for result in self._way(module, x).compute((module,), x)]
+
+    def _way(self, module: nn.Module, x: mx.array) -> Way:
+        product = product_of((module,))
+        choice = self._alone.get(product) if product is not None else None
+        return (choice.way(x) if choice is not None else None) or Plain()
+
+
+class _Counter:
+    """Counts steps of a known number for a ``progress(done, total)``."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        self._total, self._progress, self._done = total, progress, 0
+
+    def __call__(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _grouped(found: Iterable[tuple[Product, Modules]], candidates: Sequence[Candidate]) -> dict[Product, list[Modules]]:
+    """The modules of each product that a candidate computes."""
+    groups: dict[Product, list[Modules]] = {}
+    for product, modules in found:
+        if any(candidate.max_rows(product) for candidate in candidates):
+            groups.setdefault(product, []).append(modules)
+    return groups
+
+
+def _trusted(
+    groups: Mapping[Product, Sequence[Modules]], candidates: Sequence[Candidate], report: _Counter
+) -> tuple[dict[Product, list[Candidate]], list[str]]:
+    """The candidates that gave right results, by product, and a line about each other one.
+
+    One that is wrong anywhere is trusted nowhere, for packed weights or for those that are not; it is not tried again.
+    """
+    distrusted: dict[tuple[str, bool], str] = {}
+    for product, uses in groups.items():
+        expected = Expected(product, uses[0])
+        for candidate in candidates:
+            key = candidate.name, product.bits > 0
+            if candidate.max_rows(product) and key not in distrusted and (problem := expected.problem(candidate)):
+                distrusted[key] = f"{candidate.name} products of {problem}, so they are not used"
+        report()
+    trusted = {
+        product: [way for way in candidates if (way.name, product.bits > 0) not in distrusted] for product in groups
+    }
+    return trusted, list(distrusted.values())
+
+
+def _chain(uses: Sequence[Modules]) -> list[Modules]:
+    """Modules of one product, again and again if there are few, until their weights do not fit a cache."""
+    size = sum(value.nbytes for module in uses[0] for _, value in tree_flatten(module.parameters()))
+    count = max(1, min(_MAX_CHAIN, -(-_CHAIN_BYTES // size)))
+    return [uses[number % len(uses)] for number in range(count)]
+
+
+def _largest(choices: Sequence[Choice], name: str) -> list[int]:
+    """The most rows for which each product goes the way called ``name``, of those that do."""
+    rows = [[rows for rows, way in choice.chosen.items() if way.name == name] for choice in choices]
+    return [max(some) for some in rows if some]
+
+
+def _as_data(choice: Choice) -> dict[str, Any]:
+    rows = {
+        number: {
+            "microseconds": {name: round(value * 1e6, 2) for name, value in times.items()},
+            "chosen": choice.chosen[number].name if number in choice.chosen else list(times)[-1],
+        }
+        for number, times in choice.seconds.items()
+    }
+    return {"weights": str(choice.product), "uses": choice.num_uses, "rows": rows}
