@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from engine.runner.kernels.kernel_cache import cached_kernel
+
 CUDA = r"""
 #define FUNCTION static __device__ __forceinline__
 #define GLOBAL
@@ -114,12 +116,12 @@ def kernels_available() -> bool:
 
 @cache
 def make_kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str = "") -> Kernel:
-    """The kernel with ``source`` as its body, for this machine's GPU. Compiled by MLX at its first launch.
+    """The kernel with ``source`` as its body, for this machine's GPU. Compiled at its first launch.
 
     ``header`` holds what stands before the kernel; the dialect's macros come before that.
     """
     cuda = mx.cuda.is_available()
-    make: Callable[..., Any] = mx.fast.cuda_kernel if cuda else mx.fast.metal_kernel
+    make: Callable[..., Any] = cached_kernel if cuda else mx.fast.metal_kernel
     body, before = kernel_text(source, header, cuda=cuda)
     kernel: Kernel = make(name=name, input_names=list(inputs), output_names=list(outputs), source=body, header=before)
     return kernel
