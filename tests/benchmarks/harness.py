@@ -24,6 +24,8 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     target: float | None = None
     """The ratio to reach."""
+    floor: float | None = None
+    """What the hardware alone would take, in the case's unit."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,15 @@ def run_case(case: Case, *, repeats: int, warmup: int = 1) -> Result:
     return Result(case, samples)
 
 
+def take_turns(variants: Mapping[str, Callable[[], Sequence[float]]], repeats: int) -> dict[str, list[float]]:
+    """All samples of variants that give several at once, A B A B …; what a warm-up is, each knows itself."""
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, measure in variants.items():
+            samples[name].extend(measure())
+    return samples
+
+
 def table(results: Sequence[Result]) -> str:
     """The results as a plain-text table, one line for each variant."""
     rows: list[tuple[str, ...]] = [("case", "variant", "median", "min", "max", "unit", "ratio", "target")]
@@ -113,6 +124,8 @@ def as_json(results: Sequence[Result], machine: Mapping[str, Any], settings: Map
             "median": {name: result.median(name) for name in result.samples},
             "ratio": result.ratio,
             "target": result.case.target,
+            "reached": result.reached,
+            "floor": result.case.floor,
         }
         for result in results
     ]

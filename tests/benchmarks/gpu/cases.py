@@ -1,0 +1,242 @@
+"""The cases of the GPU suite: what is compared with what, and the ratio to reach."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tests.benchmarks.gpu import ours, theirs
+from tests.benchmarks.gpu.engines import Engines
+from tests.benchmarks.gpu.shapes import kv_bytes_per_token
+from tests.benchmarks.gpu.sizes import Sizes
+from tests.benchmarks.harness import Case, Result, take_turns
+from tests.benchmarks.machine import ROOT
+
+OURS, SLOW, BATCH, SINGLE = "LLM", "LLM, reference attention", "mlx-lm BatchGenerator", "mlx-lm generate_step"
+Samples = Callable[[], Sequence[float]]
+
+_DECODE = {1: 2.0, 8: 2.0, 32: 2.2, 64: 2.5}
+_DECODE_SLOW = {1: 1.7, 8: 3.0, 32: 8.0, 64: 10.0}
+_PACKED = {1: 2.5, 8: 2.5, 32: 6.0}
+_LONG = {(8, 8192): 2.5, (32, 4096): 3.5}
+_SAMPLED = 0.9
+_PROMPT = 1.0
+_FIRST_WITHIN, _GAP_WITHIN = 2.0, 1.5
+"""Chunks, behind a long prompt."""
+_LOAD = {"empty": 1 / 2, "filled": 1 / 1.2}
+_MUCH = 2.5
+"""Times their size, mlx-lm's caches need while rows are put together."""
+_SALTS = itertools.count()
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """Its name says what ``--only`` finds; ``run`` gives one result or several that share samples."""
+
+    name: str
+    run: Callable[[Engines], Iterator[Result]]
+
+
+def gpu_cases(sizes: Sizes) -> Iterator[GpuCase]:
+    """All cases, in the order in which the fewest weights are loaded twice."""
+    yield GpuCase("load", _load)
+    for rows in sizes.batches:
+        yield GpuCase(f"decode, context {sizes.context}, batch {rows}", partial(_decode, rows))
+    yield GpuCase(f"sampled beside greedy, batch {sizes.sampled_batch}", _sampled)
+    yield GpuCase(f"prefill of {sizes.prompt} tokens", _prefill)
+    yield GpuCase(f"behind a prompt of {sizes.long_prompt} tokens", _behind_long)
+    yield GpuCase("shared prefix, {} requests of {} tokens".format(*sizes.shared), _shared)
+    for rows, length in sizes.long:
+        yield GpuCase(f"long, {rows} rows of {length}", partial(_long, rows, length))
+    for rows in sizes.packed_batches:
+        yield GpuCase(f"4bit decode, context {sizes.context}, batch {rows}", partial(_packed, rows))
+
+
+def _steps_result(
+    name: str, samples: Mapping[str, Sequence[float]], target: float | None, floor: float | None, **settings: Any
+) -> Result:
+    return Result(Case(name, "ms", "lower", {}, settings, target, floor), samples)
+
+
+def _decode(rows: int, engines: Engines) -> Iterator[Result]:
+    sizes = engines.sizes
+    variants: dict[str, Samples] = {
+        OURS: lambda: ours.decode_steps(engines.ours(), engines.prompts(rows, sizes.context), sizes.steps),
+        BATCH: lambda: theirs.batch_steps(engines.theirs(), engines.prompts(rows, sizes.context), sizes.steps),
+        SLOW: lambda: ours.decode_steps(
+            engines.ours(backend="reference"), engines.prompts(rows, sizes.context), sizes.slow_steps
+        ),
+    }
+    if rows == 1:
+        variants[SINGLE] = lambda: theirs.single_steps(
+            engines.theirs(), engines.prompts(1, sizes.context)[0], sizes.steps
+        )
+    samples = take_turns(variants, sizes.repeats)
+    floor = engines.floor([sizes.context + sizes.steps // 2] * rows)
+    name, facts = f"decode, context {sizes.context}, batch {rows}", {"rows": rows, "context": sizes.context}
+    theirs_too = {key: values for key, values in samples.items() if key != SLOW}
+    yield _steps_result(name, theirs_too, _DECODE.get(rows), floor, kind="decode", bits=16, **facts)
+    slow_too = {key: samples[key] for key in (OURS, SLOW)}
+    yield _steps_result(f"{name}, without kernels", slow_too, _DECODE_SLOW.get(rows), floor, kind="slow", **facts)
+
+
+def _packed(rows: int, engines: Engines) -> Iterator[Result]:
+    sizes = engines.sizes
+    variants: dict[str, Samples] = {
+        OURS: lambda: ours.decode_steps(engines.ours(True), engines.prompts(rows, sizes.context), sizes.steps),
+        BATCH: lambda: theirs.batch_steps(engines.theirs(True), engines.prompts(rows, sizes.context), sizes.steps),
+    }
+    samples = take_turns(variants, sizes.repeats)
+    floor = engines.floor([sizes.context + sizes.steps // 2] * rows, packed=True)
+    name, facts = f"4bit decode, context {sizes.context}, batch {rows}", {"rows": rows, "context": sizes.context}
+    yield _steps_result(name, samples, _PACKED.get(rows), floor, kind="decode", bits=4, **facts)
+
+
+def _long(rows: int, length: int, engines: Engines) -> Iterator[Result]:
+    """In turns where both fit at once; else one engine is closed for the other, which the settings say."""
+    sizes = engines.sizes
+    engines.close_slow()
+    kv_bytes = rows * length * kv_bytes_per_token(sizes.shape)
+    closed = []
+
+    def batch() -> list[float]:
+        closed.append(engines.make_room(int(_MUCH * kv_bytes)))
+        return theirs.batch_steps(engines.theirs(), engines.prompts(rows, length), sizes.steps)
+
+    variants: dict[str, Samples] = {
+        OURS: lambda: ours.decode_steps(engines.ours(), engines.prompts(rows, length), sizes.steps),
+        BATCH: batch,
+    }
+    samples = take_turns(variants, 1 if sizes.repeats == 1 else 2)
+    floor = engines.floor([length + sizes.steps // 2] * rows)
+    facts = {"kind": "long", "rows": rows, "context": length, "closed_for_room": any(closed)}
+    yield _steps_result(f"long, {rows} rows of {length}", samples, _LONG.get((rows, length)), floor, **facts)
+
+
+def _sampled(engines: Engines) -> Iterator[Result]:
+    sizes, rows = engines.sizes, engines.sizes.sampled_batch
+    engines.close_slow()
+
+    def measure(params: ours.Params) -> list[float]:
+        return ours.decode_steps(engines.ours(), engines.prompts(rows, sizes.context), sizes.steps, params)
+
+    measure(ours.sampled)  # the first such step compiles
+    variants: dict[str, Samples] = {
+        "LLM, sampled": partial(measure, ours.sampled),
+        "LLM, greedy": partial(measure, ours.greedy),
+    }
+    samples = take_turns(variants, sizes.repeats)
+    floor = engines.floor([sizes.context + sizes.steps // 2] * rows)
+    yield _steps_result(
+        f"sampled beside greedy, batch {rows}", samples, _SAMPLED, floor, kind="sampled", rows=rows,
+        context=sizes.context, sampling="temperature 0.7, top_p 0.8, top_k 20, presence_penalty 1.5, own seeds",
+    )  # fmt: skip
+
+
+def _prefill(engines: Engines) -> Iterator[Result]:
+    sizes = engines.sizes
+    engines.close_slow()
+    variants: dict[str, Samples] = {
+        OURS: lambda: [ours.first_token(engines.ours(), engines.prompts(1, sizes.prompt)[0])],
+        SINGLE: lambda: [theirs.first_token(engines.theirs(), engines.prompts(1, sizes.prompt)[0])],
+    }
+    take_turns(variants, 1)  # each one's first chunk of this length compiles
+    samples = take_turns(variants, sizes.prompt_repeats)
+    floor = engines.prompt_floor(sizes.prompt)
+    yield _steps_result(f"prefill of {sizes.prompt} tokens", samples, _PROMPT, floor, kind="prefill")
+
+
+def _behind_long(engines: Engines) -> Iterator[Result]:
+    """In units of chunks, measured in the same way with nothing waiting behind the long prompt.
+
+    The first token in middle chunks, since the short request comes when half of the long prompt is done; the
+    longest gap in longest chunks, since later chunks attend to more and take longer.
+    """
+    sizes = engines.sizes
+    engines.close_slow()
+    num_chunks = -(-sizes.long_prompt // sizes.chunk)
+    alone: list[ours.BesideLong] = []
+    beside: list[ours.BesideLong] = []
+    for _ in range(sizes.repeats):
+        for found, short_length in ((alone, 0), (beside, sizes.short_prompt)):
+            running, (long,) = engines.prompts(sizes.running, sizes.context), engines.prompts(1, sizes.long_prompt)
+            short = engines.prompts(1, short_length)[0] if short_length else None
+            found.append(ours.beside_long(engines.ours(), running, long, num_chunks, short))
+    chunks = [gap for run in alone for gap in run.gaps[2:]]  # the first two began before the prompt did
+    middle, longest = median(chunks), max(chunks)
+    facts = {
+        "middle_chunk_ms": middle, "longest_chunk_ms": longest, "chunk_tokens": sizes.chunk, "chunks_ms": chunks,
+        "gaps_ms": [run.gaps for run in beside], "short_ms": [run.short for run in beside],
+        "running": sizes.running, "short": sizes.short_prompt,
+    }  # fmt: skip
+    firsts = [run.short / middle for run in beside if run.short is not None]
+    worst = [max(run.gaps) / longest for run in beside]
+    for name, values, limit in (("first token", firsts, _FIRST_WITHIN), ("longest gap", worst, _GAP_WITHIN)):
+        case = Case(
+            f"behind a prompt of {sizes.long_prompt} tokens, {name}", "chunks", "lower", {}, facts | {"kind": name}, 1.0
+        )
+        yield Result(case, {OURS: values, "at most": [limit]})
+
+
+def _shared(engines: Engines) -> Iterator[Result]:
+    """Steps of requests with one long beginning in common; and their first tokens beside the same many of their own."""
+    sizes = engines.sizes
+    engines.close_slow()
+    rows, common, own = sizes.shared
+    times: dict[str, list[float]] = {"one beginning, cached": [], "one beginning, not yet cached": []}
+    steps: list[float] = []
+    for _ in range(sizes.repeats):
+        (beginning,) = engines.prompts(1, common)
+        prompts = [[*beginning, *rest] for rest in engines.prompts(rows, own)]
+        salt = f"shared {next(_SALTS)}"
+        times["one beginning, not yet cached"].append(ours.first_tokens(engines.ours(), prompts, salt))
+        again = [[*beginning, *rest] for rest in engines.prompts(rows, own)]
+        times["one beginning, cached"].append(ours.first_tokens(engines.ours(), again, salt))
+        steps += ours.decode_steps(engines.ours(), again, sizes.steps, salt=salt)
+    name = f"shared prefix, {rows} requests of {common} tokens"
+    facts = {"rows": rows, "shared": common, "own": own}
+    each = own + sizes.steps // 2
+    floor = engines.floor([common, *[each] * rows])
+    apart = engines.floor([common + each] * rows)
+    yield _steps_result(name, {OURS: steps}, None, floor, kind="shared", floor_if_each_row_reads_its_own=apart, **facts)
+    yield _steps_result(f"{name}, until all have their first", times, None, None, kind="shared first", **facts)
+
+
+def _load(engines: Engines) -> Iterator[Result]:
+    """Each load in a process of its own: first where no compiled kernel lies on disk, then where both left theirs."""
+    engines.release()
+    folder = engines.folder()
+    samples: dict[str, dict[str, list[float]]] = {caches: {"ours": [], "theirs": []} for caches in _LOAD}
+    ready: dict[str, dict[str, list[float]]] = {caches: {"ours": [], "theirs": []} for caches in _LOAD}
+    for _ in range(engines.sizes.repeats):
+        with tempfile.TemporaryDirectory() as kept:
+            for caches, who in itertools.product(_LOAD, ("ours", "theirs")):
+                found = _load_once(who, folder, engines.options(), Path(kept) / who)
+                samples[caches][who].append(found["first_token"])
+                ready[caches][who].append(found["ready"])
+    for caches, target in _LOAD.items():
+        case = Case(
+            f"load, kernel caches {caches}", "s", "lower", {}, {"kind": "load", "ready_s": ready[caches]}, target
+        )
+        first, second = samples[caches].values()
+        yield Result(case, {"LLM, until its first token": first, "mlx-lm load, until its first token": second})
+
+
+def _load_once(who: str, folder: Path, options: Mapping[str, Any], caches: Path) -> dict[str, float]:
+    """Seconds in a new process whose kernel caches (ours, MLX's and the driver's) lie in ``caches``."""
+    command = [sys.executable, "-m", "tests.benchmarks.gpu.load_once", who, str(folder), json.dumps(options)]
+    places = {"XDG_CACHE_HOME": "ours", "MLX_PTX_CACHE_DIR": "mlx", "CUDA_CACHE_PATH": "driver"}
+    env = {**os.environ, **{name: str(caches / place) for name, place in places.items()}}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+    if done.returncode:
+        raise RuntimeError(f"{who} did not load: {done.stderr.strip()[-500:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found

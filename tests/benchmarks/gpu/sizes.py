@@ -1,0 +1,49 @@
+"""How much is measured: the whole suite, a quick one, and one so small that a CPU runs it in a test."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Lengths are in tokens."""
+
+    shape: str = "qwen3-4b"
+    context: int = 512
+    batches: tuple[int, ...] = (1, 8, 32, 64)
+    packed_batches: tuple[int, ...] = (1, 8, 32)
+    long: tuple[tuple[int, int], ...] = ((8, 8192), (32, 4096))
+    """Rows, and tokens of each."""
+    sampled_batch: int = 32
+    steps: int = 48
+    """Steps measured in one turn."""
+    slow_steps: int = 16
+    """The same for the engine without kernels."""
+    repeats: int = 2
+    """Turns of each variant."""
+    prompt: int = 8192
+    prompt_repeats: int = 4
+    shared: tuple[int, int, int] = (64, 4096, 16)
+    """Requests, tokens that they share, tokens of their own."""
+    long_prompt: int = 32768
+    short_prompt: int = 64
+    running: int = 8
+    """Requests that decode while a long prompt is worked on."""
+    chunk: int = 2048
+    max_model_len: int = 36864
+    slow_max_model_len: int = 2048
+    max_num_seqs: int = 72
+    memory: float = 0.5
+    """Of the device: mlx-lm has its own copy of the weights and its caches beside the engine."""
+    slow_memory: float = 0.3
+    read_bytes: int = 8 << 30
+    matrix: int = 8192
+
+
+FULL = Sizes()
+QUICK = replace(FULL, steps=24, slow_steps=8, repeats=1, prompt_repeats=2)
+TINY = Sizes(
+    shape="tiny", context=24, batches=(1, 3), packed_batches=(2,), long=((2, 96),), sampled_batch=3, steps=8,
+    slow_steps=6, repeats=1, prompt=160, prompt_repeats=1, shared=(3, 64, 4), long_prompt=768, short_prompt=8,
+    running=2, chunk=64, max_model_len=1024, slow_max_model_len=256, max_num_seqs=4, memory=0.1, slow_memory=0.1,
+    read_bytes=1 << 20, matrix=64,
+)  # fmt: skip
