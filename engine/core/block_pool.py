@@ -10,7 +10,7 @@ reserved so that others start elsewhere; when memory is short reserved blocks ar
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -61,6 +61,8 @@ class BlockPool:
         self._held: dict[int, Block] = {}
         self._evictable: OrderedDict[int, Block] = OrderedDict()
         self._cached: dict[BlockHash, Block] = {}
+        self.on_renumbered: Callable[[], None] = lambda: None
+        """Called after :meth:`resize` gave held blocks other numbers."""
 
     @property
     def num_free_blocks(self) -> int:
@@ -156,6 +158,8 @@ class BlockPool:
             for block, fresh in zip(run, self.allocate(len(run)), strict=True):
                 moves[block.block_id] = block.block_id = fresh.block_id
                 self._held[block.block_id] = block
+        if moves:
+            self.on_renumbered()
         return moves
 
     def is_cached(self, block_hash: BlockHash) -> bool:

@@ -4,7 +4,8 @@ Pages of all tokens (:class:`FullAttentionGroup`) or of a window of them (:class
 states are in :mod:`engine.core.state_group`.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import ClassVar, Protocol
@@ -25,6 +26,8 @@ class KVCacheGroup(Protocol):
 
     recurrent: ClassVar[bool]
     """Whether prefixes are reused from checkpoints only, which are chosen when a request begins."""
+    moves_on: ClassVar[bool]
+    """Whether :meth:`free_out_of_window` ever frees anything."""
     pool: BlockPool
     block_size: int
 
@@ -62,8 +65,8 @@ class KVCacheGroup(Protocol):
     def fork(self, parent: Request, child: Request, num_tokens: int) -> None:
         """Share what the parent's first ``num_tokens`` tokens left with ``child``."""
 
-    def block_table(self, request: Request) -> list[int]:
-        """Block numbers of ``request`` in order."""
+    def block_table(self, request: Request) -> Sequence[int]:
+        """Block numbers of ``request`` in order, which may grow later: whoever keeps them copies them."""
 
     def held_blocks(self, request: Request) -> list[int]:
         """The blocks that ``request`` holds now, none before it starts."""
@@ -83,17 +86,31 @@ class _Sequence:
     """None where a block was freed, since the window has moved past it."""
     num_registered: int = 0
     reserved: range = range(0)
+    table: "array[int]" = field(default_factory=lambda: array("i"))
+    """The blocks' numbers; 0 for those freed behind a window, which nobody reads."""
+
+    def extend(self, blocks: Iterable[Block | None]) -> None:
+        """Hold more blocks."""
+        self.blocks.extend(blocks)
+        self.table.extend([0 if block is None else block.block_id for block in self.blocks[len(self.table) :]])
+
+    def renumber(self) -> None:
+        """Blocks have other numbers now."""
+        for i, block in enumerate(self.blocks):
+            self.table[i] = 0 if block is None else block.block_id
 
 
 class FullAttentionGroup:
     """A page for every token."""
 
     recurrent: ClassVar[bool] = False
+    moves_on: ClassVar[bool] = False
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self.pool = pool
         self.block_size = block_size
         self._sequences: dict[Request, _Sequence] = {}
+        pool.on_renumbered = self._renumber
 
     def num_cached_tokens(self, request: Request, limit: int) -> int:
         """Longest cached prefix in whole blocks."""
@@ -123,7 +140,7 @@ class FullAttentionGroup:
         """Share the cached prefix first, then take new blocks, in a run where possible."""
         sequence = self._sequences.setdefault(request, _Sequence())
         if not sequence.blocks and num_cached:
-            sequence.blocks = self._prefix(request, num_cached)
+            sequence.extend(self._prefix(request, num_cached))
             self.pool.share(_present(sequence.blocks))
             sequence.num_registered = len(sequence.blocks)
         missing = -(-num_tokens // self.block_size) - len(sequence.blocks)
@@ -148,6 +165,7 @@ class FullAttentionGroup:
         self.pool.free([block for kept, block in behind if kept])
         self.pool.free([block for kept, block in behind if not kept], evict_first=True)
         sequence.blocks[:first] = [None] * first
+        sequence.table[:first] = array("i", bytes(first * sequence.table.itemsize))
 
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
         """Register full blocks of known tokens under their chained hashes."""
@@ -179,16 +197,23 @@ class FullAttentionGroup:
         source, count = self._sequences[parent], num_tokens // self.block_size
         shared = source.blocks[:count]
         self.pool.share(_present(shared))
-        self._sequences[child] = _Sequence(shared, min(source.num_registered, count))
+        self._sequences[child] = _Sequence(shared, min(source.num_registered, count), table=source.table[:count])
 
-    def block_table(self, request: Request) -> list[int]:
-        """Block numbers of ``request`` in order; 0 for those freed behind a window, which nobody reads."""
-        return [0 if block is None else block.block_id for block in self._sequences[request].blocks]
+    def block_table(self, request: Request) -> "array[int]":
+        """Block numbers of ``request`` in order, kept up to date; 0 for those freed behind a window, which nobody reads.
+
+        Copy what is to be kept, through a buffer that is not: one that is exported forbids the array to grow.
+        """
+        return self._sequences[request].table
 
     def held_blocks(self, request: Request) -> list[int]:
         """The blocks that ``request`` holds now; those freed behind a window are not among them."""
         sequence = self._sequences.get(request)
         return [] if sequence is None else [block.block_id for block in sequence.blocks if block is not None]
+
+    def _renumber(self) -> None:
+        for sequence in self._sequences.values():
+            sequence.renumber()
 
     def _prefix(self, request: Request, num_tokens: int) -> list[Block | None]:
         """The cached blocks of the first ``num_tokens`` tokens, as far as the next token sees them."""
@@ -200,7 +225,7 @@ class FullAttentionGroup:
         last = sequence.blocks[-1].block_id if sequence.blocks and sequence.blocks[-1] is not None else None
         room = self._room(request, len(sequence.blocks) + missing)
         taken = self.pool.allocate(missing, after=last, room=room)
-        sequence.blocks.extend(taken)
+        sequence.extend(taken)
         end = taken[-1].block_id + 1
         if end not in sequence.reserved:
             self.pool.release(sequence.reserved)
@@ -231,6 +256,8 @@ class SlidingWindowGroup(FullAttentionGroup):
 
     A prefix is cached for this group if the blocks of the window before its end are.
     """
+
+    moves_on: ClassVar[bool] = True
 
     def __init__(self, pool: BlockPool, block_size: int, window: int) -> None:
         super().__init__(pool, block_size)

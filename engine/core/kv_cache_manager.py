@@ -17,8 +17,11 @@ class KVCacheManager:
     def __init__(self, groups: Sequence[KVCacheGroup]) -> None:
         self.groups = tuple(groups)
         self._boundary = math.lcm(*(group.block_size for group in self.groups))
+        self.granularity = math.gcd(*(group.block_size for group in self.groups))
+        """Only at multiples of so many tokens does a sequence need a block, or fill one."""
         self._pages = [group for group in self.groups if not group.recurrent]
         self._states = [group for group in self.groups if group.recurrent]
+        self._moving = [group for group in self.groups if group.moves_on]
 
     @classmethod
     def of_specs(cls, planned: Iterable[tuple[KVCacheSpec, int]], *, enable_caching: bool) -> Self:
@@ -51,9 +54,14 @@ class KVCacheManager:
                 return found
             limit = found  # a group that could do with less may now find less
 
+    @property
+    def moves_on(self) -> bool:
+        """Whether :meth:`free_out_of_window` ever frees anything."""
+        return bool(self._moving)
+
     def free_out_of_window(self, request: Request) -> None:
         """Free what the next token of ``request`` no longer needs."""
-        for group in self.groups:
+        for group in self._moving:
             group.free_out_of_window(request)
 
     def allocate(self, request: Request, num_tokens: int, num_cached: int = 0) -> bool:
@@ -81,7 +89,9 @@ class KVCacheManager:
         return num_tokens
 
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
-        """Make computed full blocks findable."""
+        """Make computed full blocks findable; there is nothing to do before ``granularity`` tokens more."""
+        known = min(num_tokens, len(request.all_token_ids))
+        request.num_findable_tokens = max(request.num_findable_tokens, known // self.granularity * self.granularity)
         if request.cache_salt == TRACELESS:
             return
         for group in self.groups:
@@ -89,12 +99,13 @@ class KVCacheManager:
 
     def free(self, request: Request) -> None:
         """Take everything back; safe to call twice."""
+        request.num_findable_tokens = 0
         for group in self.groups:
             group.free(request)
 
-    def block_tables(self, request: Request) -> tuple[list[int], ...]:
+    def block_tables(self, request: Request) -> tuple[Sequence[int], ...]:
         """One block table per group."""
-        return tuple(group.block_table(request) for group in self.groups)
+        return tuple([group.block_table(request) for group in self.groups])
 
     def reset_prefix_cache(self) -> None:
         """Forget cached contents, for example after a step that failed."""

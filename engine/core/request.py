@@ -14,39 +14,23 @@ TRACELESS = "\0traceless"
 
 
 class RequestStatus(enum.Enum):
-    """Where a request stands. The last six are final."""
+    """Where a request stands. ``finish_reason``: OpenAI's or vLLM's word for the last six, which are final."""
 
-    WAITING = enum.auto()
-    RUNNING = enum.auto()
-    PREEMPTED = enum.auto()
-    FINISHED_STOPPED = enum.auto()
-    FINISHED_BY_GUIDE = enum.auto()
+    WAITING = "waiting", None
+    RUNNING = "running", None
+    PREEMPTED = "preempted", None
+    FINISHED_STOPPED = "stopped", "stop"
+    FINISHED_BY_GUIDE = "ended by its guide", "stop"
     """Nothing more may follow: unlike a stop token, the last token is text."""
-    FINISHED_REPETITION = enum.auto()
+    FINISHED_REPETITION = "repeats itself", "repetition"
     """The reply repeats itself; its last token is text too."""
-    FINISHED_LENGTH = enum.auto()
-    FINISHED_ABORTED = enum.auto()
-    FINISHED_ERROR = enum.auto()
+    FINISHED_LENGTH = "too long", "length"
+    FINISHED_ABORTED = "aborted", "abort"
+    FINISHED_ERROR = "failed", "error"
 
-    @property
-    def finished(self) -> bool:
-        """Whether the request is over."""
-        return self in _FINISH_REASON
-
-    @property
-    def finish_reason(self) -> str | None:
-        """OpenAI's or vLLM's word for a final status."""
-        return _FINISH_REASON.get(self)
-
-
-_FINISH_REASON = {
-    RequestStatus.FINISHED_STOPPED: "stop",
-    RequestStatus.FINISHED_BY_GUIDE: "stop",
-    RequestStatus.FINISHED_REPETITION: "repetition",
-    RequestStatus.FINISHED_LENGTH: "length",
-    RequestStatus.FINISHED_ABORTED: "abort",
-    RequestStatus.FINISHED_ERROR: "error",
-}
+    def __init__(self, _name: str, finish_reason: str | None) -> None:
+        self.finish_reason = finish_reason
+        self.finished = finish_reason is not None
 
 
 def check_length(num_prompt: int, max_tokens: int | None, limit: int) -> None:
@@ -108,6 +92,8 @@ class Request:
     num_pending: int = 0
     num_cached_tokens: int = -1
     """Prompt tokens found in the prefix cache at first schedule; -1 before."""
+    num_findable_tokens: int = 0
+    """Leading tokens whose blocks were made findable."""
     stop_reason: int | str | None = None
     block_hashes: dict[int, list[bytes]] = field(default_factory=dict)
     """Chained hashes of the leading full blocks, by block size; as many as were asked for."""

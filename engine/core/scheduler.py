@@ -7,6 +7,7 @@ still on the device (``Request.num_pending``).
 """
 
 import bisect
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -49,6 +50,8 @@ class Scheduler:
         """Requests that the last step could not schedule for lack of memory; they wait."""
         self.num_preemptions = 0
         self._forks: dict[Request, Request] = {}
+        self._prefilling: set[Request] = set()
+        """Running requests with more than one token to compute, while a step is put together."""
 
     @property
     def has_work(self) -> bool:
@@ -69,12 +72,14 @@ class Scheduler:
         self.short_of_memory = []
         if self.memory is not None:
             self.memory.begin()
-        for request in self.running:  # all of them first: what one frees is another's room
-            self.kv.free_out_of_window(request)
-        for request in sorted(self.running, key=lambda r: self._num_missing(r) > 1):
-            if request.status is not RequestStatus.RUNNING:
-                continue  # preempted for one before it
-            budget -= self._schedule_running(request, budget, scheduled_requests, preempted)
+        if self.kv.moves_on:
+            for request in self.running:  # all of them first: what one frees is another's room
+                self.kv.free_out_of_window(request)
+        decoding, prefilling = self._by_need()
+        self._prefilling = set(prefilling)
+        for request in (*decoding, *prefilling):
+            if request.status is RequestStatus.RUNNING:  # else preempted for one before it
+                budget -= self._schedule_running(request, budget, scheduled_requests, preempted)
         if not preempted and not self.short_of_memory:
             self._admit(budget, scheduled_requests)
         return SchedulerOutput(scheduled_requests, preempted)
@@ -90,7 +95,8 @@ class Scheduler:
         request.num_pending -= 1
         request.append_output_token(token_id)
         # Only what this step computed: the next one is counted already, but may yet be taken back.
-        self.kv.cache_blocks(request, scheduled.end)
+        if scheduled.end - request.num_findable_tokens >= self.kv.granularity:
+            self.kv.cache_blocks(request, scheduled.end)
         status = _stop_status(request, token_id)
         if status is not None:
             self.finish(request, status)
@@ -101,12 +107,12 @@ class Scheduler:
         if request.finished:
             return
         assert status.finished, f"{status} is not final"
+        self._remove(request)
         request.status = status
         request.metrics.finished_time = time.monotonic()
-        self._remove(request)
         self._forks.pop(request, None)
-        for child in [child for child, parent in self._forks.items() if parent is request]:
-            del self._forks[child]
+        if self._forks:
+            self._forks = {child: parent for child, parent in self._forks.items() if parent is not request}
         self.kv.free(request)
 
     def preempt(self, request: Request) -> None:
@@ -117,40 +123,53 @@ class Scheduler:
         request.metrics.num_preemptions += 1
         self.num_preemptions += 1
         self.running.remove(request)
+        self._prefilling.discard(request)
         self._enqueue(request)
 
     def _num_missing(self, request: Request) -> int:
         return request.num_tokens - request.num_computed_tokens
 
+    def _by_need(self) -> tuple[list[Request], list[Request]]:
+        """The running requests: those with at most one token to compute, which go first, and the others."""
+        decoding: list[Request] = []
+        prefilling: list[Request] = []
+        for request in self.running:
+            (prefilling if self._num_missing(request) > 1 else decoding).append(request)
+        return decoding, prefilling
+
     def _schedule_running(
         self, request: Request, budget: int, scheduled_requests: list[ScheduledRequest], preempted: list[Request]
     ) -> int:
         missing = min(self._num_missing(request), budget)
-        if missing <= 0 or request.guide_waits or request.last_token_in_flight:
+        if missing <= 0 or (request.num_pending and (request.guide_waits or request.last_token_in_flight)):
             return 0
-        missing = self._chunk(request, self._fair_share(request, missing))
+        if missing > 1:  # a decode needs no share of the budget, and no block in the middle of one
+            missing = self._chunk(request, self._fair_share(request, missing))
         if not missing:
             return 0
-        while not self.kv.allocate(request, request.num_computed_tokens + missing):
+        start = request.num_computed_tokens
+        while (missing > 1 or start % self.kv.granularity == 0) and not self.kv.allocate(request, start + missing):
             victim = self._victim(scheduled_requests)
             self.preempt(victim)
             preempted.append(victim)
             if victim is request:
                 return 0
         scheduled_requests.append(self._scheduled(request, missing))
+        if request in self._prefilling and self._num_missing(request) <= 1:
+            self._prefilling.remove(request)
         return missing
 
     def _fair_share(self, request: Request, missing: int) -> int:
         """At most half of the budget for one prefill while others want to start."""
-        if missing <= 1:  # first: a decode would look at all the others for nothing
-            return missing
-        others = any(r is not request and self._num_missing(r) > 1 for r in self.running)
+        others = len(self._prefilling) > (request in self._prefilling)
         room = len(self.running) < self.max_num_seqs
         if others or (self.waiting and room):
             return min(missing, max(1, self.max_num_batched_tokens // 2))
         return missing
 
     def _admit(self, budget: int, scheduled_requests: list[ScheduledRequest]) -> None:
+        if budget <= 0 or len(self.running) >= self.max_num_seqs:
+            return
         for request in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_num_seqs:
                 return
@@ -209,33 +228,35 @@ class Scheduler:
         start = request.num_computed_tokens
         end = start + num_tokens
         samples = end == request.num_tokens
-        scheduled = ScheduledRequest(
-            request,
-            start,
-            num_tokens,
-            self.kv.block_tables(request),
-            samples=samples,
-            pending=samples and request.num_pending > 0,
-        )
+        pending = samples and request.num_pending > 0
         request.num_computed_tokens = end
         request.num_pending += samples
-        self.kv.cache_blocks(request, end)
-        return scheduled
+        if end - request.num_findable_tokens >= self.kv.granularity:
+            self.kv.cache_blocks(request, end)
+        return ScheduledRequest(request, start, num_tokens, self.kv.block_tables(request), samples, pending)
 
     def _victim(self, scheduled_requests: Sequence[ScheduledRequest]) -> Request:
         """The running request that gives way: least urgent, latest come, not yet in this step."""
         chosen = {scheduled.request for scheduled in scheduled_requests}
         candidates = [request for request in self.running if request not in chosen]
-        return max(candidates, key=lambda r: (r.priority, r.arrival_time, r.index))
+        return max(candidates, key=_urgency)
 
     def _enqueue(self, request: Request) -> None:
         """Keep the waiting ones in order of priority and arrival."""
-        bisect.insort(self.waiting, request, key=lambda r: (r.priority, r.arrival_time, r.index))
+        bisect.insort(self.waiting, request, key=_urgency)
 
     def _remove(self, request: Request) -> None:
-        for queue in (self.running, self.waiting):
-            if request in queue:
-                queue.remove(request)
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            return
+        place = bisect.bisect_left(self.waiting, _urgency(request), key=_urgency)
+        with contextlib.suppress(ValueError):  # one that could not be queued ends as well
+            del self.waiting[self.waiting.index(request, place)]
+
+
+def _urgency(request: Request) -> tuple[int, float, int]:
+    """What requests are served by, lowest first."""
+    return request.priority, request.arrival_time, request.index
 
 
 def _stop_status(request: Request, token_id: int) -> RequestStatus | None:
@@ -262,7 +283,7 @@ def must_end(
 
     The least urgent and latest come, as in preemption; none where all fit.
     """
-    keep = sorted(running, key=lambda r: (r.priority, r.arrival_time, r.index))
+    keep = sorted(running, key=_urgency)
     end: list[Request] = []
     while keep and not _fit(keep, groups, sizes, max_num_seqs):
         end.append(keep.pop())

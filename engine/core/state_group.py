@@ -59,6 +59,7 @@ class StateGroup:
     """
 
     recurrent: ClassVar[bool] = True
+    moves_on: ClassVar[bool] = True
 
     def __init__(self, pool: BlockPool, block_size: int, *, min_tokens: int = 64, min_shared_tokens: int = 64) -> None:
         self.pool = pool

@@ -1,22 +1,24 @@
 """What the scheduler asks of the runner: one step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.core.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """What a step computes of a request: tokens ``[start, start + num_tokens)`` of its sequence.
 
-    ``samples``: they reach the end of the known tokens, so that a new token is sampled. ``pending``: the
-    last of them is still on the device.
+    ``block_tables``: by group; they grow with the sequence, so whoever keeps one copies it. ``samples``: the
+    tokens reach the end of the known ones, so that a new token is sampled. ``pending``: the last of them is
+    still on the device.
     """
 
     request: Request
     start: int
     num_tokens: int
-    block_tables: tuple[list[int], ...]
+    block_tables: tuple[Sequence[int], ...]
     samples: bool
     pending: bool
 

@@ -128,10 +128,12 @@ class PagedBackend:
         self._before = self._snapshot(), self._newest
         one_pass = self.calls == "flat" and (self.max_rows is None or batch.num_rows <= self.max_rows)
         if one_pass and self.kernels is None:
+            if sum(map(len, wanted)) == batch.num_rows:
+                return self._call(batch, tokens[:, None], None, flat=True)
             rows = np.concatenate(
                 [first + local for first, local in zip(batch.first_rows, wanted, strict=True)], dtype=np.int32
             )
-            return self._call(batch, tokens[:, None], None if len(rows) == batch.num_rows else rows, flat=True)
+            return self._call(batch, tokens[:, None], rows, flat=True)
         found = RowsInOrder(wanted)
         decodes = [i for i, one in enumerate(batch.scheduled_requests) if len(wanted[i]) == 1 and self._decodes(one)]
         size = self.max_rows or max(1, len(decodes))

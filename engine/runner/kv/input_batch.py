@@ -5,8 +5,9 @@ its own position (RoPE takes an array of offsets), so decodes and prefill chunks
 over the weights and a model never learns what a phase is.
 """
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -19,20 +20,31 @@ Int32 = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class InputBatch:
-    """The scheduled requests of a step in row order, and the row that each begins at."""
+    """The scheduled requests of a step in row order, and the row that each begins at.
+
+    What is derived is computed once, for all requests together.
+    """
 
     scheduled_requests: tuple[ScheduledRequest, ...]
     first_rows: tuple[int, ...]
     order: tuple[int, ...]
     """The place of each in the schedule: a later one may build on what an earlier one writes."""
+    num_rows: int
+    """Tokens in the step (T)."""
+    num_single: int
+    """Leading requests of one token."""
+    _tables: dict[int, Int32] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def build(cls, schedule: Sequence[ScheduledRequest]) -> "InputBatch":
         """Order ``schedule``: single tokens first, then chunks."""
-        order = sorted(range(len(schedule)), key=lambda i: schedule[i].num_tokens > 1)
-        scheduled_requests = [schedule[i] for i in order]
-        starts = np.cumsum([0, *(scheduled.num_tokens for scheduled in scheduled_requests)])
-        return cls(tuple(scheduled_requests), tuple(int(start) for start in starts[:-1]), tuple(order))
+        counts = [scheduled.num_tokens for scheduled in schedule]
+        num_single, every = counts.count(1), range(len(schedule))
+        if num_single == len(schedule):
+            return cls(tuple(schedule), tuple(every), tuple(every), len(schedule), num_single)
+        order = sorted(every, key=lambda i: counts[i] > 1)
+        ends = np.cumsum([counts[i] for i in order]).tolist()
+        return cls(tuple(schedule[i] for i in order), (0, *ends[:-1]), tuple(order), ends[-1], num_single)
 
     def part(self, indices: Sequence[int]) -> "InputBatch":
         """Some of the scheduled requests as a batch of their own."""
@@ -43,36 +55,54 @@ class InputBatch:
         return np.array([self.first_rows[i] for i in indices], dtype=np.int32)
 
     @property
-    def num_rows(self) -> int:
-        """Tokens in the step (T)."""
-        return sum(scheduled.num_tokens for scheduled in self.scheduled_requests)
-
-    @property
-    def num_single(self) -> int:
-        """Leading requests of one token."""
-        return sum(scheduled.num_tokens == 1 for scheduled in self.scheduled_requests)
+    def decodes_only(self) -> bool:
+        """Whether every request has one token in the step."""
+        return self.num_rows == len(self.scheduled_requests)
 
     @cached_property
     def token_ids(self) -> Int32:
         """Token ids [T]; 0 where the value is still on the device."""
         tokens = np.zeros(self.num_rows, dtype=np.int32)
         for scheduled, row in zip(self.scheduled_requests, self.first_rows, strict=True):
-            known = scheduled.request.all_token_ids[scheduled.start : scheduled.end]
-            tokens[row : row + len(known)] = known
+            if not scheduled.pending:  # else its one token is
+                known = scheduled.request.all_token_ids[scheduled.start : scheduled.end]
+                tokens[row : row + len(known)] = known
         return tokens
 
     @cached_property
     def positions(self) -> Int32:
         """Position of each row's token in its sequence [T]."""
-        return np.concatenate(
-            [np.arange(scheduled.start, scheduled.end, dtype=np.int32) for scheduled in self.scheduled_requests]
-        )
+        starts = np.array([scheduled.start for scheduled in self.scheduled_requests], dtype=np.int32)
+        if self.decodes_only:
+            return starts
+        first_rows = np.array(self.first_rows, dtype=np.int32)
+        return (starts - first_rows)[self._request_of_row] + np.arange(self.num_rows, dtype=np.int32)
 
     def slots(self, block_size: int, group: int = 0) -> Int32:
         """Slot of each row's KV in the pool [T]: block number x block size + place in the block."""
-        parts = []
-        for scheduled in self.scheduled_requests:
-            table = np.asarray(scheduled.block_tables[group], dtype=np.int32)
-            positions = np.arange(scheduled.start, scheduled.end, dtype=np.int32)
-            parts.append(table[positions // block_size] * block_size + positions % block_size)
-        return np.concatenate(parts)
+        blocks = self.tables(group)[self._request_of_row, self.positions // block_size]
+        return blocks * np.int32(block_size) + self.positions % block_size
+
+    def tables(self, group: int = 0) -> Int32:
+        """The requests' block tables [requests, longest], 0 behind the end of each."""
+        found = self._tables.get(group)
+        if found is None:
+            found = self._tables[group] = _padded([one.block_tables[group] for one in self.scheduled_requests])
+        return found
+
+    @cached_property
+    def _request_of_row(self) -> Int32:
+        """The place in the batch of each row's request [T]."""
+        every = np.arange(len(self.scheduled_requests), dtype=np.int32)
+        if self.decodes_only:
+            return every
+        return np.repeat(every, [scheduled.num_tokens for scheduled in self.scheduled_requests])
+
+
+def _padded(tables: Sequence[Sequence[int]]) -> Int32:
+    """``tables`` as rows of equal length, filled up with 0."""
+    lengths = np.array([len(table) for table in tables])
+    flat = b"".join([table if isinstance(table, array) else array("i", table) for table in tables])
+    padded = np.zeros((len(tables), int(lengths.max(initial=0))), dtype=np.int32)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.frombuffer(flat, dtype=np.int32)
+    return padded
