@@ -11,8 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -55,6 +54,7 @@ class IdleBackend(Backend):
 
     paged = True
     block_size = BLOCK_SIZE
+    attention_paths = ()
 
     def __init__(self, max_rows: int) -> None:
         self._logits = mx.random.normal((max_rows, VOCAB_SIZE), key=mx.random.key(1))
@@ -168,9 +168,7 @@ class PartTimes:
         """Milliseconds of the middle step."""
         return 1000 * statistics.median(step[part] for step in self.steps)
 
-    def _time(
-        self, owner: Any, method: str, part: str, then: Callable[[Any], None] = lambda result: None
-    ) -> None:
+    def _time(self, owner: Any, method: str, part: str, then: Callable[[Any], None] = lambda result: None) -> None:
         inner = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:

@@ -80,8 +80,9 @@ class InputBatch:
 
     def slots(self, block_size: int, group: int = 0) -> Int32:
         """Slot of each row's KV in the pool [T]: block number x block size + place in the block."""
-        blocks = self.tables(group)[self._request_of_row, self.positions // block_size]
-        return blocks * np.int32(block_size) + self.positions % block_size
+        block, place = np.divmod(self.positions, np.int32(block_size))
+        slots: Int32 = self.tables(group)[self._request_of_row, block] * np.int32(block_size) + place
+        return slots
 
     def tables(self, group: int = 0) -> Int32:
         """The requests' block tables [requests, longest], 0 behind the end of each."""
