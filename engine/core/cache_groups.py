@@ -200,7 +200,7 @@ class FullAttentionGroup:
         self._sequences[child] = _Sequence(shared, min(source.num_registered, count), table=source.table[:count])
 
     def block_table(self, request: Request) -> "array[int]":
-        """Block numbers of ``request`` in order, kept up to date; 0 for those freed behind a window, which nobody reads.
+        """Block numbers of ``request`` in order, kept up to date; 0 where freed behind a window, which nobody reads.
 
         Copy what is to be kept, through a buffer that is not: one that is exported forbids the array to grow.
         """

@@ -75,8 +75,10 @@ class InputBatch:
         starts = np.array([scheduled.start for scheduled in self.scheduled_requests], dtype=np.int32)
         if self.decodes_only:
             return starts
-        first_rows = np.array(self.first_rows, dtype=np.int32)
-        return (starts - first_rows)[self._request_of_row] + np.arange(self.num_rows, dtype=np.int32)
+        before_first_row: Int32 = starts - np.array(self.first_rows, dtype=np.int32)
+        positions: Int32 = np.arange(self.num_rows, dtype=np.int32)
+        positions += before_first_row[self._request_of_row]
+        return positions
 
     def slots(self, block_size: int, group: int = 0) -> Int32:
         """Slot of each row's KV in the pool [T]: block number x block size + place in the block."""
