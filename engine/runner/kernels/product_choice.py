@@ -33,6 +33,8 @@ _MAX_CHAIN = 24
 _READINGS = 3
 _READING_SECONDS = 1.5e-3
 """What a reading should take; the least of several counts."""
+_LONG_SECONDS = 8e-3
+"""A chain that takes longer was measured well enough by running it twice."""
 _GIVE_UP = 1.5
 """Times the fastest way so far: a way that takes longer is not measured any closer."""
 
@@ -146,7 +148,7 @@ def chain_seconds(compute: Compute, chain: Sequence[Modules], x: mx.array, limit
     step = mx.compile(run)
     mx.eval(step(x))
     once = min(_submit(step, x, 1) for _ in range(2))
-    if once > limit * len(chain):
+    if once > min(limit * len(chain), _LONG_SECONDS):
         return once / len(chain)
     repeats = max(2, min(8, int(_READING_SECONDS / once)))
     return min(_submit(step, x, repeats) for _ in range(_READINGS)) / (repeats * len(chain))
@@ -165,7 +167,7 @@ def _measured(product: Product, uses: Sequence[Modules], usual: Way, ways: Seque
     """The fastest of ``ways`` for each number of rows, where it beats the ``usual`` one."""
     chosen: dict[int, Candidate] = {}
     seconds: dict[int, dict[str, float]] = {}
-    chain = _chain(uses)
+    chain = modules_of_chain(uses)
     for rows in ROW_BUCKETS:
         taking = [way for way in ways if way.max_rows(product) >= rows]
         if not taking:
@@ -241,7 +243,7 @@ def _trusted(
     return trusted, list(distrusted.values())
 
 
-def _chain(uses: Sequence[Modules]) -> list[Modules]:
+def modules_of_chain(uses: Sequence[Modules]) -> list[Modules]:
     """Modules of one product, again and again if there are few, until their weights do not fit a cache."""
     size = sum(value.nbytes for module in uses[0] for _, value in tree_flatten(module.parameters()))
     count = max(1, min(_MAX_CHAIN, -(-_CHAIN_BYTES // size)))
