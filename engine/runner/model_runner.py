@@ -7,6 +7,8 @@ arrays of this one, on the device.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -22,8 +24,7 @@ from engine.runner.sampling.sampling_metadata import SamplingMetadata, SamplingR
 TokenText = Callable[[int], str]
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """What a step sampled for one request. Token id -1: the model gave no finite logit."""
 
     scheduled: ScheduledRequest
@@ -65,7 +66,11 @@ class InFlightStep:
         self.prompts = prompts
         self._barrier = barrier
         self._backend = backend
-        self.row_of = {scheduled.request: row for row, scheduled in enumerate(self.sampling)}
+
+    @cached_property
+    def row_of(self) -> dict[Request, int]:
+        """The row of the sampled tokens that is each request's."""
+        return {scheduled.request: row for row, scheduled in enumerate(self.sampling)}
 
     def submit(self) -> None:
         """Start computing; returns before it is done."""
@@ -89,8 +94,10 @@ class InFlightStep:
     def _tokens(self, token_text: TokenText) -> list[SampledToken]:
         if self.sampled is None:
             return []
-        host = self.sampled.logprobs.numpy() if self.sampled.logprobs else None
-        token_ids = np.array(self.sampled.token_ids).tolist()
+        token_ids: list[int] = np.array(self.sampled.token_ids).tolist()
+        if self.sampled.logprobs is None:
+            return list(map(SampledToken, self.sampling, token_ids))
+        host = self.sampled.logprobs.numpy()
         return [
             SampledToken(scheduled, token_id, _row_logprobs(scheduled, host, row, token_text))
             for row, (scheduled, token_id) in enumerate(zip(self.sampling, token_ids, strict=True))
@@ -105,10 +112,10 @@ class InFlightStep:
 
 
 def _row_logprobs(
-    scheduled: ScheduledRequest, host: HostLogprobs | None, row: int, token_text: TokenText
+    scheduled: ScheduledRequest, host: HostLogprobs, row: int, token_text: TokenText
 ) -> LogprobsAtPosition | None:
     num = scheduled.request.params.logprobs
-    return None if num is None or host is None else to_logprobs(host, row, num, token_text)
+    return None if num is None else to_logprobs(host, row, num, token_text)
 
 
 class ModelRunner:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from engine.core.request import NewRequest, Request, RequestStatus, check_length
 from engine.core.scheduler import Scheduler
@@ -16,7 +16,7 @@ from engine.params.sampling_params import SamplingParams
 from engine.runner.model_runner import InFlightStep, ModelRunner, PromptLogprobs, SampledToken, StepResult
 from engine.runtime.activity import EngineStats, Throughput
 from engine.runtime.metrics import EngineMetrics
-from engine.runtime.stream import RequestStream
+from engine.runtime.stream import RequestStream, wake_all
 from engine.text.tokens.detokenizer import Detokenizer
 
 logger = logging.getLogger("engine")
@@ -45,6 +45,16 @@ class _Group:
     @property
     def finished(self) -> bool:
         return all(completion.request.finished for completion in self.completions)
+
+
+@dataclass(slots=True)
+class _TokenCounts:
+    """Tokens since the model was loaded; see :class:`engine.runtime.activity.EngineStats`."""
+
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
 
 
 class LLMEngine:
@@ -82,7 +92,11 @@ class LLMEngine:
         self._in_flight: InFlightStep | None = None
         self._suspects: Sequence[ScheduledRequest] = ()
         self._stuck_since: float | None = None
-        self._counts = EngineStats()
+        self._counts = _TokenCounts()
+        self._news: list[RequestStream] = []
+        """Streams with deltas that whoever waits was not told of yet."""
+        self._token_gaps: dict[float, int] = {}
+        """Time of the token before -> how many tokens of this step follow one of then."""
         self._live: LiveSampling | None = None
         self.throughput = Throughput()
         self._step_prompt_tokens = 0
@@ -144,6 +158,7 @@ class LLMEngine:
         for completion in group.completions:
             if not completion.request.finished:
                 self._finish(group, completion, RequestStatus.FINISHED_ABORTED)
+        self._tell_waiting()
 
     def finish_thinking(self, request_id: str) -> None:
         """End the thoughts of a request's completions; their answers follow. Unknown ids are over already."""
@@ -225,9 +240,8 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """The engine's counters now."""
-        pool = self.scheduler.kv.groups[0].pool
-        return replace(
-            self._counts,
+        pool, counts = self.scheduler.kv.groups[0].pool, self._counts
+        return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             num_blocks=pool.num_blocks,
@@ -235,7 +249,11 @@ class LLMEngine:
             num_cached_blocks=pool.num_free_cached,
             num_free_blocks=pool.num_free_blocks - pool.num_free_cached,
             kv_cache_usage=self.scheduler.kv.usage,
+            prefix_queries=counts.prefix_queries,
+            prefix_hits=counts.prefix_hits,
             num_preemptions=self.scheduler.num_preemptions,
+            prompt_tokens=counts.prompt_tokens,
+            generation_tokens=counts.generation_tokens,
         )
 
     def close(self) -> None:
@@ -305,14 +323,28 @@ class LLMEngine:
             self._hand_out_prompt(prompt)
         now = time.monotonic()
         num_tokens = 0
-        for sampled in result.tokens:
-            if not sampled.scheduled.request.finished:
-                num_tokens += 1
-                self._hand_out_token(sampled, now)
+        try:
+            for sampled in result.tokens:
+                if not sampled.scheduled.request.finished:
+                    num_tokens += 1
+                    self._hand_out_token(sampled, now)
+        finally:
+            self._tell_waiting()
+        self._observe_tokens(num_tokens, now)
+
+    def _tell_waiting(self) -> None:
+        """Wake whoever waits for the deltas that were delivered: once for a step, not for each token."""
+        news, self._news = self._news, []
+        wake_all(news)
+
+    def _observe_tokens(self, num_tokens: int, now: float) -> None:
+        gaps, self._token_gaps = self._token_gaps, {}
+        for last, count in gaps.items():
+            self._metrics.observe_inter_token(now - last, count)
         self._metrics.observe_step(self._step_prompt_tokens, num_tokens)
         self.throughput.add(now, self._step_prompt_tokens, num_tokens)
         self._step_prompt_tokens = 0
-        self._counts = replace(self._counts, generation_tokens=self._counts.generation_tokens + num_tokens)
+        self._counts.generation_tokens += num_tokens
 
     def _hand_out_prompt(self, prompt: PromptLogprobs) -> None:
         if prompt.request not in self._group_of or prompt.request.index:
@@ -342,25 +374,25 @@ class LLMEngine:
             request.stop_reason = step.stop_reason
             self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
             status = request.status = RequestStatus.FINISHED_STOPPED
-        self._tell_prompt(group, request)
+        if len(request.output_token_ids) == 1 and not request.index:
+            self._tell_prompt(group, request)
         logprobs = None if sampled.logprobs is None else [sampled.logprobs]
         delta = CompletionDelta(request.index, step.text_delta, [sampled.token_id], logprobs)
-        delta.thinking_cut = None if guide is None else guide.thinking_cut
+        if guide is not None:
+            delta.thinking_cut = guide.thinking_cut
         self._deliver(group, completion, delta, status)
 
     def _time_token(self, request: Request, now: float) -> None:
         metrics = request.metrics
-        if metrics.first_token_time is None:
+        last, metrics.last_token_time = metrics.last_token_time, now
+        if last is not None:
+            self._token_gaps[last] = self._token_gaps.get(last, 0) + 1
+        else:
             metrics.first_token_time = now
             self._metrics.observe_first_token(now - metrics.arrival_time)
-        elif metrics.last_token_time is not None:
-            self._metrics.observe_inter_token(now - metrics.last_token_time)
-        metrics.last_token_time = now
 
     def _tell_prompt(self, group: _Group, request: Request) -> None:
-        """What is known of the prompt once its first token is there."""
-        if len(request.output_token_ids) > 1 or request.index:
-            return
+        """What is known of the prompt, now that its first token is there."""
         group.stream.num_cached_tokens = max(0, request.num_cached_tokens)
         if request.params.prompt_logprobs is not None:
             group.stream.prompt_logprobs = group.prompt_logprobs or [None]
@@ -376,8 +408,8 @@ class LLMEngine:
     def _deliver(
         self, group: _Group, completion: _Completion, delta: CompletionDelta, status: RequestStatus | None
     ) -> None:
-        request = completion.request
         if status is not None:
+            request = completion.request
             delta.finish_reason, delta.stop_reason = status.finish_reason, request.stop_reason
             _log_cut_thought(request)
             self.runner.forget(request)
@@ -390,8 +422,9 @@ class LLMEngine:
                 request.params.n,
                 status.finish_reason or "",
             )
-        group.stream.put(delta)
-        if group.finished:
+        group.stream.append(delta)
+        self._news.append(group.stream)
+        if status is not None and group.finished:
             self._close(group, None)
 
     def _fail(self, group: _Group, error: VMMagicError) -> None:
@@ -410,13 +443,9 @@ class LLMEngine:
         queries, hits = request.num_prompt_tokens, max(0, request.num_cached_tokens)
         self._metrics.observe_prefix(queries, hits)
         self._step_prompt_tokens += queries - hits
-        counts = self._counts
-        self._counts = replace(
-            counts,
-            prefix_queries=counts.prefix_queries + queries,
-            prefix_hits=counts.prefix_hits + hits,
-            prompt_tokens=counts.prompt_tokens + queries - hits,
-        )
+        self._counts.prefix_queries += queries
+        self._counts.prefix_hits += hits
+        self._counts.prompt_tokens += queries - hits
 
     def _observe_state(self, num_preempted: int) -> None:
         scheduler = self.scheduler

@@ -1,9 +1,15 @@
 """The engine's Prometheus metrics under vLLM's names, in a registry of their own."""
 
-from collections.abc import Sequence
+import bisect
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from engine.outputs import RequestMetrics
 
@@ -62,10 +68,15 @@ class EngineMetrics:
     def _make_times(self) -> None:
         histogram = self._histogram
         self._first_token = histogram("time_to_first_token_seconds", "Time to first token.", _FIRST_TOKEN_BUCKETS)
-        self._inter_token = histogram("inter_token_latency_seconds", "Time between two tokens.", _TOKEN_BUCKETS)
-        self._old_inter_token = histogram(
-            "time_per_output_token_seconds", "The old name of inter_token_latency_seconds.", _TOKEN_BUCKETS
+        self._inter_token = _TokenTimes(
+            {
+                "vllm:inter_token_latency_seconds": "Time between two tokens.",
+                "vllm:time_per_output_token_seconds": "The old name of inter_token_latency_seconds.",
+            },
+            self._labels,
+            _TOKEN_BUCKETS,
         )
+        self.registry.register(self._inter_token)
         self._per_token = histogram(
             "request_time_per_output_token_seconds", "Time per output token of a request, its mean.", _TOKEN_BUCKETS
         )
@@ -118,10 +129,9 @@ class EngineMetrics:
         """Time from a request's arrival to its first token."""
         self._first_token.observe(seconds)
 
-    def observe_inter_token(self, seconds: float) -> None:
-        """Time between two tokens of one completion."""
-        self._inter_token.observe(seconds)
-        self._old_inter_token.observe(seconds)
+    def observe_inter_token(self, seconds: float, count: int = 1) -> None:
+        """Time between two tokens of one completion, or of ``count`` of them that run together."""
+        self._inter_token.observe(seconds, count)
 
     def observe_prefix(self, queries: int, hits: int) -> None:
         """A request's prompt tokens looked up in the prefix cache, and found there."""
@@ -182,6 +192,41 @@ class EngineMetrics:
 
     def _labelled(self, metric: _Metric) -> _Metric:
         return metric.labels(**self._labels)
+
+
+class _TokenTimes(Collector):
+    """A histogram, shown under several names, that takes many equal values at once.
+
+    ``names`` maps each name to its help text. prometheus_client's own takes them one by one, and the
+    requests of a batch all have their tokens at the same times.
+    """
+
+    def __init__(self, names: Mapping[str, str], labels: Mapping[str, str], bounds: Sequence[float]) -> None:
+        self._names = names
+        self._labels = labels
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+        self._created = time.time()
+        self._lock = threading.Lock()
+
+    def observe(self, value: float, count: int) -> None:
+        """Count ``value`` so many times."""
+        bucket = bisect.bisect_left(self._bounds, value)
+        with self._lock:
+            self._counts[bucket] += count
+            self._sum += value * count
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """The histogram under each of its names."""
+        with self._lock:
+            upto, total = list(itertools.accumulate(self._counts)), self._sum
+        bounds = [*map(str, map(float, self._bounds)), "+Inf"]
+        for name, text in self._names.items():
+            family = HistogramMetricFamily(name, text, labels=list(self._labels))
+            family.add_metric(list(self._labels.values()), list(zip(bounds, upto, strict=True)), total)
+            family.add_sample(f"{name}_created", dict(self._labels), self._created)
+            yield family
 
 
 def _observe_span(histogram: Histogram, begin: float | None, end: float | None) -> None:

@@ -5,7 +5,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from engine.outputs import (
     CompletionDelta,
@@ -43,6 +43,8 @@ class RequestStream:
         self._abort = abort
         self._finish_thinking = finish_thinking
         self._changed = threading.Condition()
+        self._num_waiting = 0
+        """Threads that wait for a change."""
         self._deltas: deque[CompletionDelta] = deque()
         self._outputs = [CompletionOutput(i, "", []) for i in range(params.n)]
         self._texts: list[list[str]] = [[] for _ in range(params.n)]
@@ -82,7 +84,7 @@ class RequestStream:
     def __next__(self) -> CompletionDelta:
         with self._changed:
             while not self._deltas and not self._over:
-                self._changed.wait(_WAIT_SLICE)
+                self._wait(_WAIT_SLICE)
             if self._deltas:
                 return self._deltas.popleft()
             self._raise_error()
@@ -113,7 +115,7 @@ class RequestStream:
                 left = _WAIT_SLICE if deadline is None else deadline - time.monotonic()
                 if left <= 0:
                     break
-                self._changed.wait(min(left, _WAIT_SLICE))
+                self._wait(min(left, _WAIT_SLICE))
             taken = list(self._deltas)
             self._deltas.clear()
             if not taken and self._over:
@@ -124,7 +126,7 @@ class RequestStream:
         """Wait for the end and give everything, also what was iterated before."""
         with self._changed:
             while not self._over:
-                self._changed.wait(_WAIT_SLICE)
+                self._wait(_WAIT_SLICE)
             self._raise_error()
         return self.snapshot()
 
@@ -145,18 +147,23 @@ class RequestStream:
             )
 
     def put(self, delta: CompletionDelta) -> None:
-        """Add a delta (the engine thread calls this)."""
+        """Add a delta and wake whoever waits for one."""
+        self.append(delta)
+        wake_all([self])
+
+    def append(self, delta: CompletionDelta) -> None:
+        """Add a delta; whoever waits learns of it from :func:`wake_all` (the engine thread calls both)."""
         with self._changed:
             output = self._outputs[delta.index]
             self._texts[delta.index].append(delta.text)
             output.token_ids.extend(delta.token_ids)
             if delta.logprobs is not None:
                 self._add_logprobs(output, delta)
-            output.thinking_cut = delta.thinking_cut or output.thinking_cut
+            if delta.thinking_cut is not None:
+                output.thinking_cut = delta.thinking_cut
             if delta.finish_reason is not None:
                 output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
             self._deltas.append(delta)
-            self._wake()
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing more comes (the engine thread calls this)."""
@@ -164,8 +171,8 @@ class RequestStream:
             if self._over:
                 return
             self._over, self._error = True, error
-            self._wake()
             callbacks, self._callbacks = self._callbacks, []
+        wake_all([self])
         for callback in callbacks:
             callback()
 
@@ -186,14 +193,38 @@ class RequestStream:
         taken = sum(position[token].logprob for position, token in zip(delta.logprobs, delta.token_ids, strict=True))
         output.cumulative_logprob = (output.cumulative_logprob or 0.0) + taken
 
-    def _wake(self) -> None:
-        self._changed.notify_all()
-        if self._waiter is not None:
-            loop, event = self._waiter
-            # A loop that was closed has nobody left to wake; asking first would still race with its end.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(event.set)
+    def _wait(self, seconds: float) -> None:
+        """Wait for a change; the lock is held, and given up meanwhile."""
+        self._num_waiting += 1
+        try:
+            self._changed.wait(seconds)
+        finally:
+            self._num_waiting -= 1
+
+    def _wake_threads(self) -> None:
+        if self._num_waiting:  # whoever counts itself later sees what was added
+            with self._changed:
+                self._changed.notify_all()
 
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+def wake_all(streams: Iterable[RequestStream]) -> None:
+    """Wake whoever waits for news of ``streams``: an event loop once for all of them, since each call is a write."""
+    events: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+    for stream in streams:
+        stream._wake_threads()
+        if stream._waiter is not None:
+            loop, event = stream._waiter
+            events.setdefault(loop, []).append(event)
+    for loop, some in events.items():
+        # A loop that was closed has nobody left to wake; asking first would still race with its end.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_set, some)
+
+
+def _set(events: Iterable[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

@@ -1,14 +1,13 @@
 """Incremental text of one completion: whole characters only, stop strings cut and never shown."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.params.sampling_params import SamplingParams
 from engine.text.tokens.text_stream import DecodingTokenizer, TextStream
 
 
-@dataclass(frozen=True, slots=True)
-class DetokenizerStep:
+class DetokenizerStep(NamedTuple):
     """What one step showed. ``stop_reason`` is the stop string that was met, else None.
 
     ``num_tokens_kept`` counts the step's tokens up to the one that completed the stop string; those
@@ -105,6 +104,11 @@ class Detokenizer:
         if self._stream is None:
             self._num_tokens += len(token_ids)
             return DetokenizerStep("", None, len(token_ids))
+        if len(token_ids) == 1 and not (self._params.stop or finished or ends_on_stop_token):
+            self._num_tokens += 1
+            text = self._stream.step(token_ids[0])
+            self._parts.append(text)
+            return DetokenizerStep(text, None, 1)
         step = self._decode(self._stream, token_ids, ends_on_stop_token)
         if step.stop_reason is None and finished:
             step = self._finish(self._stream, step)
