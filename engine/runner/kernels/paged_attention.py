@@ -28,6 +28,8 @@ _MOST_WARP_BYTES = 28_000
 """Of them for joining warps."""
 _MOST_SPLITS = 256
 _COLLECT_THREADS = 256
+_FEWEST_ENTRIES = 8
+"""Of a table: arrays of up to 8 bytes lie in the host's memory on CUDA, and Metal's text differs for fewer elements."""
 _UNUSED_OUTPUT = (8,)
 """Shape of an output that a launch does not write."""
 
@@ -132,6 +134,8 @@ def collect(
             f"collect takes one sequence, a flat block table, a span of 4 and no less length than rows; got "
             f"{new_keys.shape=}, {block_table.shape=}, {span.shape=}, {length=}"
         )
+    if block_table.size < _FEWEST_ENTRIES:
+        block_table = mx.pad(block_table, (0, _FEWEST_ENTRIES - block_table.size))
     vectors = [dim * key_pages.dtype.size // _VECTOR_BYTES for dim in (key_dim, value_dim)]
     blocks = math.ceil(length * sum(vectors) / _COLLECT_THREADS)
     keys, values = _collect_kernel()(

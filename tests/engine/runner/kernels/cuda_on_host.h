@@ -1,22 +1,30 @@
-// CUDA as far as the products of few rows need it, for g++: a block's threads are fibers, and a tensor core's
-// product is computed from what the 32 lanes of a warp hand in. Shows that indices and arithmetic are right; it
+// CUDA as far as our kernels need it, for g++: a block's threads are fibers, and a tensor core's product is
+// computed from what the 32 lanes of a warp hand in. Shows that indices and arithmetic are right; it
 // shows no races and no speed.
 #pragma once
-#include <ucontext.h>
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <vector>
+#include "fibers.h"
 
 #define __device__
+#define __global__
+#define __grid_constant__
+#define __forceinline__ inline
 #define __shared__ static
 using std::min;
-struct Dim3 { unsigned x; };
-static Dim3 threadIdx, blockIdx, blockDim;
+struct Dim3 { unsigned x, y, z; };
+static Dim3 blockIdx, gridDim;
+#define threadIdx (Dim3{current_thread, 0, 0})
+#define blockDim (Dim3{threads_in_block, 1, 1})
 struct Shape { int v[8]; int operator[](int i) const { return v[i]; } };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
 static unsigned float_bits(float f) { unsigned u; std::memcpy(&u, &f, 4); return u; }
+static float __uint_as_float(unsigned u) { float f; std::memcpy(&f, &u, 4); return f; }
+static float __int_as_float(int i) { return __uint_as_float(unsigned(i)); }
 struct __nv_bfloat16 {
   unsigned short v;
   __nv_bfloat16() : v(0) {}
@@ -45,43 +53,16 @@ template <typename T> T __ldcs(const T* at) {
   return *at;
 }
 
-static const size_t STACK = 1 << 16;
-static ucontext_t scheduler;
-static std::vector<ucontext_t> fibers;
-static std::vector<char> stacks, done;
-static std::vector<long> at_barrier, at_product;
-static void (*body)();
-static void rest() {
-  const unsigned me = threadIdx.x;
-  swapcontext(&fibers[me], &scheduler);
-  threadIdx.x = me;
-}
-static void meet(std::vector<long>& count, unsigned first, unsigned number) {
-  const long mine = ++count[threadIdx.x];
-  for (unsigned i = first; i < first + number; ++i)
-    while (!done[i] && count[i] < mine) rest();
-}
-static void __syncthreads() { meet(at_barrier, 0, blockDim.x); }
-static void enter() { body(); done[threadIdx.x] = 1; }
-static void run_block(unsigned threads, void (*kernel)()) {
-  body = kernel; blockDim.x = threads;
-  fibers.resize(threads); stacks.resize(threads * STACK);
-  done.assign(threads, 0); at_barrier.assign(threads, 0); at_product.assign(threads, 0);
-  for (unsigned i = 0; i < threads; ++i) {
-    getcontext(&fibers[i]);
-    fibers[i].uc_stack.ss_sp = &stacks[i * STACK]; fibers[i].uc_stack.ss_size = STACK; fibers[i].uc_link = &scheduler;
-    makecontext(&fibers[i], enter, 0);
-  }
-  for (bool any = true; any;) {
-    any = false;
-    for (unsigned i = 0; i < threads; ++i)
-      if (!done[i]) { any = true; threadIdx.x = i; swapcontext(&scheduler, &fibers[i]); }
-  }
-}
+struct float2 { float x, y; };
+static float2 __half22float2(__half2 pair) { return {float(pair.x), float(pair.y)}; }
+
+static void __syncthreads() { barrier(); }
+static float __shfl_sync(unsigned, float x, int lane) { return __uint_as_float(exchange(float_bits(x), lane)); }
+static float __shfl_xor_sync(unsigned all, float x, int mask) { return __shfl_sync(all, x, current_thread % 32 ^ mask); }
 
 // mma.sync m16n8k16: which elements of A [16, 16], B [16, 8] and C [16, 8] a lane holds is in PTX's manual.
 struct Fragment { unsigned a[4], b[2]; };
-static Fragment handed_in[2][32][32];
+static Fragment fragments[2][32][32];
 template <typename T> float element(unsigned pair, int i) {
   const unsigned short bits = pair >> (16 * i);
   T value; std::memcpy(&value, &bits, 2);
@@ -90,9 +71,9 @@ template <typename T> float element(unsigned pair, int i) {
 template <typename T>
 void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, T) {
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  Fragment(&all)[32] = handed_in[at_product[threadIdx.x] & 1][warp];
+  Fragment(&all)[32] = fragments[at_exchange[current_thread] & 1][warp];
   all[lane] = {{a0, a1, a2, a3}, {b0, b1}};
-  meet(at_product, warp * 32, 32);
+  meet(at_exchange, warp * 32, 32);
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {

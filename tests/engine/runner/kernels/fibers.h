@@ -1,0 +1,74 @@
+// A block of a GPU on this machine: its threads are fibers, each of which runs until it has to wait for others.
+// Every other block runs its threads in reverse, so that a barrier that is missing is missed by one of the two.
+#pragma once
+#include <csetjmp>
+#include <cstdlib>
+#include <cstring>
+#include <ucontext.h>
+#include <vector>
+
+static const unsigned MOST_THREADS = 1024;
+static const size_t STACK = 1 << 17;
+static char* const stacks = static_cast<char*>(std::malloc(STACK * MOST_THREADS));
+static jmp_buf scheduler, fibers[MOST_THREADS];
+static unsigned current_thread, threads_in_block, blocks_run;
+static std::vector<char> started, done;
+static std::vector<long> at_barrier, at_exchange;
+static unsigned handed_in[2][MOST_THREADS];
+static const char* fault = "";           // what a GPU would not forgive
+static void (*body)();
+
+static void rest() {                     // another thread's turn
+  const unsigned me = current_thread;
+  if (!_setjmp(fibers[me])) _longjmp(scheduler, 1);
+  current_thread = me;
+}
+static void meet(std::vector<long>& count, unsigned first, unsigned number) {
+  const long mine = ++count[current_thread];
+  for (unsigned i = first; i < first + number; ++i) {
+    while (!done[i] && count[i] < mine) rest();
+    if (count[i] < mine) fault = "threads that have ended are waited for";
+  }
+}
+static void barrier() { meet(at_barrier, 0, threads_in_block); }
+// The value of lane `from` of the caller's 32, each of which hands one in.
+static unsigned exchange(unsigned value, unsigned from) {
+  const unsigned side = at_exchange[current_thread] & 1, first = current_thread & ~31u;
+  handed_in[side][current_thread] = value;
+  meet(at_exchange, first, 32);
+  return handed_in[side][first + (from & 31)];
+}
+
+static void enter() {
+  body();
+  done[current_thread] = 1;
+  _longjmp(scheduler, 1);
+}
+static void resume(unsigned thread) {
+  current_thread = thread;
+  if (_setjmp(scheduler)) return;
+  if (started[thread]) _longjmp(fibers[thread], 1);
+  started[thread] = 1;
+  ucontext_t fresh;
+  getcontext(&fresh);
+  fresh.uc_stack.ss_sp = stacks + STACK * thread;
+  fresh.uc_stack.ss_size = STACK;
+  fresh.uc_link = nullptr;
+  makecontext(&fresh, enter, 0);
+  setcontext(&fresh);
+}
+static void run_block(unsigned threads, void (*kernel)()) {
+  body = kernel;
+  threads_in_block = threads;
+  started.assign(MOST_THREADS, 0); done.assign(MOST_THREADS, 0);
+  at_barrier.assign(MOST_THREADS, 0); at_exchange.assign(MOST_THREADS, 0);
+  if (threads % 32 || threads > MOST_THREADS) fault = "a block is not of whole warps, or too large";
+  const bool backwards = ++blocks_run % 2;
+  for (bool any = true; any;) {
+    any = false;
+    for (unsigned i = 0; i < threads; ++i) {
+      const unsigned thread = backwards ? threads - 1 - i : i;
+      if (!done[thread]) { any = true; resume(thread); }
+    }
+  }
+}

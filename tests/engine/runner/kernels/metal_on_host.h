@@ -1,0 +1,67 @@
+// Metal's library as far as the kernels need it, for a C++ compiler: a threadgroup's threads are fibers. Shows that
+// the text is C++ and that its indices and arithmetic are right; it shows no races, no speed, and nothing of Apple's
+// compiler. With -DADDRESS_SPACES (clang, syntax only) the address spaces are real, and a pointer into a wrong one is
+// an error as it is in Metal.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+typedef unsigned int uint;
+typedef unsigned short ushort;
+struct uint3 { uint x, y, z; };
+#ifdef ADDRESS_SPACES
+#define device __attribute__((address_space(1)))
+#define constant __attribute__((address_space(2)))
+#define threadgroup static __attribute__((address_space(3)))
+typedef uint uint4 __attribute__((ext_vector_type(4)));
+typedef short half;                      // any two types of their size
+typedef unsigned short bfloat16_t;
+static void barrier();
+static unsigned exchange(unsigned value, unsigned from);
+static unsigned current_thread;
+#else
+#include "fibers.h"
+#define device
+#define constant
+#define threadgroup static
+struct alignas(16) uint4 {
+  uint x, y, z, w;
+  uint4() = default;
+  explicit uint4(uint all) : x(all), y(all), z(all), w(all) {}
+};
+typedef _Float16 half;
+struct bfloat16_t {
+  ushort bits;
+  bfloat16_t() = default;
+  explicit bfloat16_t(float f) {
+    uint u;
+    std::memcpy(&u, &f, 4);
+    bits = ushort((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  }
+  explicit operator float() const {
+    const uint u = uint(bits) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+  }
+};
+#endif
+#define thread
+typedef half float16_t;
+struct half2 { half x, y; };
+
+template <typename T, typename U> T as_type(U value) {
+  static_assert(sizeof(T) == sizeof(U), "as_type keeps the size");
+  T same;
+  std::memcpy(&same, &value, sizeof same);
+  return same;
+}
+namespace fast { inline float exp2(float x) { return std::exp2(x); } }
+namespace precise { inline float tanh(float x) { return std::tanh(x); } }
+inline float max(float a, float b) { return std::fmax(a, b); }
+
+enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+inline void threadgroup_barrier(mem_flags) { barrier(); }
+inline float simd_shuffle(float x, ushort lane) { return as_type<float>(exchange(as_type<uint>(x), lane)); }
+inline float simd_shuffle_xor(float x, ushort mask) { return simd_shuffle(x, current_thread % 32 ^ mask); }
