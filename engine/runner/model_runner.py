@@ -121,8 +121,11 @@ def _row_logprobs(
 class ModelRunner:
     """Owns the model, its KV memory and the sampler. One thread only: the one that loaded the model."""
 
-    def __init__(self, backend: Backend, vocab_size: int, *, max_blocks: Sequence[int]) -> None:
+    def __init__(
+        self, backend: Backend, vocab_size: int, *, max_blocks: Sequence[int], close: Callable[[], None] | None = None
+    ) -> None:
         self.backend = backend
+        self._close = close or backend.close
         self.vocab_size = vocab_size
         self.max_blocks = tuple(max_blocks)
         self._sampler = Sampler()
@@ -166,7 +169,7 @@ class ModelRunner:
     def close(self) -> None:
         """Give all memory back."""
         self._last = None
-        self.backend.close()
+        self._close()
 
     def _tokens(self, batch: InputBatch) -> mx.array:
         """Token ids [T]: known ones from the host, the others from the step in flight."""

@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
@@ -17,7 +19,8 @@ from engine.runner.backends import Backend
 from engine.runner.device.devices import Device, describe_device
 from engine.runner.device.memory import FreeMemory, clear_cache
 from engine.runner.kernels.dialect import kernels_available
-from engine.runner.kernels.self_check import GPU_KERNELS, AttentionKernels
+from engine.runner.kernels.few_rows import FewRowProducts
+from engine.runner.kernels.self_check import GPU_KERNELS
 from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath, describe
 from engine.runner.kv.kv_spec import ModelCaches, num_logits
 from engine.runner.load.loader import LoadedModel, load_model, plan_inputs
@@ -53,26 +56,29 @@ def build_engine(
     """Load ``resolved`` and plan its memory; on failure everything is given back."""
     device = describe_device()
     loaded = load_model(resolved, args, progress)
-    if progress is not None:
-        progress("warm-up", 0, 0)
     vocab_size, caches = num_logits(loaded.model), ModelCaches(loaded.model)
-    backend, note = choose_backend(
-        loaded.model,
-        paged=args.use_paged_attention,
-        block_size=args.block_size,
-        kv_cache_dtype=args.kv_cache_dtype,
-        device=device.kind,
-        vocab_size=vocab_size,
-        kernels=_kernels(args),
-        no_kernels=_no_kernels(args, device),
-    )
-    try:
+    progress = progress or _ignore
+    products = FewRowProducts(loaded.model, device.kind if _own_kernels(args) else "cpu")
+    with ExitStack() as undo:
+        undo.callback(products.remove)
+        products.choose(partial(progress, "kernels"))
+        products.install()
+        progress("warm-up", 0, 0)
+        backend, note = choose_backend(
+            loaded.model,
+            paged=args.use_paged_attention,
+            block_size=args.block_size,
+            kv_cache_dtype=args.kv_cache_dtype,
+            device=device.kind,
+            vocab_size=vocab_size,
+            kernels=GPU_KERNELS if _own_kernels(args) else None,
+            no_kernels=_no_kernels(args, device),
+        )
+        undo.callback(backend.close)
         check_attention(args, backend.attention_paths)
         plan, step_cost = _plan(loaded, caches, backend, args, device, vocab_size)
-    except BaseException:
-        backend.close()
-        raise
-    engine = _assemble(backend, plan, step_cost, args, device, tokenizer, metrics, vocab_size)
+        kept = undo.pop_all()
+    engine = _assemble(backend, plan, step_cost, args, device, tokenizer, metrics, vocab_size, kept.close)
     metrics.set_cache_config(
         block_size=plan.block_size,
         num_gpu_blocks=plan.num_blocks,
@@ -82,16 +88,16 @@ def build_engine(
     )
     paths = backend.attention_paths
     lines = (note, pages_note(plan.groups, args.kv_cache_dtype), attention_note(args, device, paths))
-    notes = [*loaded.notes, *(line for line in lines if line)]
+    notes = [*loaded.notes, *(line for line in (*lines, products.choices.note) if line)]
     for line in notes:
         logger.info("%s", line)
     logger.info("Paged attention memory breakdown: %s", plan.log_line())
     return BuiltEngine(engine, loaded.config, plan, notes, paths)
 
 
-def _kernels(args: EngineArgs) -> AttentionKernels | None:
-    """This machine's kernels, unless they are not wanted."""
-    return GPU_KERNELS if args.attention_backend != "reference" and kernels_available() else None
+def _own_kernels(args: EngineArgs) -> bool:
+    """Whether anything but MLX's own operations is wanted, and runs here."""
+    return args.attention_backend != "reference" and kernels_available()
 
 
 def _no_kernels(args: EngineArgs, device: Device) -> str:
@@ -149,6 +155,7 @@ def _assemble(
     tokenizer: Tokenizer,
     metrics: EngineMetrics,
     vocab_size: int,
+    close: Callable[[], None],
 ) -> LLMEngine:
     caching = args.enable_prefix_caching and backend.paged
     planned = [(spec, plan.num_blocks_of(spec)) for spec in plan.groups]
@@ -164,7 +171,8 @@ def _assemble(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=args.batched_tokens(device.chunk_size),
     )
-    runner = ModelRunner(backend, vocab_size, max_blocks=[group.pool.num_blocks for group in kv.groups])
+    max_blocks = [group.pool.num_blocks for group in kv.groups]
+    runner = ModelRunner(backend, vocab_size, max_blocks=max_blocks, close=close)
     return LLMEngine(
         scheduler,
         runner,
@@ -175,3 +183,7 @@ def _assemble(
         admission=admission,
         max_model_len=plan.max_model_len,
     )
+
+
+def _ignore(stage: str, done: int, total: int) -> None:
+    """No progress wanted."""
