@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from engine.runner.kernels.product_choice import Choice, Choices, choose
+from engine.runner.kernels.product_choice import Choice, Choices, choose, launch_kernels
 from engine.runner.kernels.products import (
     METHODS,
     Candidate,
@@ -49,6 +49,10 @@ class FewRowProducts:
         self._join_siblings = join_siblings
         self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
         self.choices = Choices()
+
+    def launch_kernels(self) -> None:
+        """Launch the kernels that :meth:`choose` will try; where kernels are only collected, say what to compile."""
+        launch_kernels(self._model, self._candidates, siblings=self._join_siblings)
 
     def choose(self, progress: Callable[[int, int], None] | None = None) -> Choices:
         """Check and measure what this device offers; ``progress(done, total)`` counts products."""

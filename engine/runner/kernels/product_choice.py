@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.product_check import Expected
 from engine.runner.kernels.products import (
     ROW_BUCKETS,
@@ -115,6 +117,9 @@ def choose(
     everything = {**singles, **families}
     report = _Counter(2 * len(everything), progress)
     started = time.perf_counter()
+    with collecting() as awaited:
+        _launch_all(everything, candidates)
+    compile_all(awaited)
     trusted, problems = _trusted(everything, candidates, report)
     checked = time.perf_counter()
     measure = timer or chain_seconds
@@ -129,6 +134,25 @@ def choose(
     mx.clear_cache()
     seconds = time.perf_counter() - checked
     return Choices(tuple(alone.values()), tuple(together), tuple(problems), checked - started, seconds)
+
+
+def launch_kernels(model: nn.Module, candidates: Sequence[Candidate], *, siblings: bool = True) -> None:
+    """Launch every kernel that :func:`choose` would try.
+
+    Inside :func:`engine.runner.kernels.kernel_cache.collecting` this needs no weights: it says what to compile.
+    """
+    found = (*single_products(model), *(sibling_products(model) if siblings else ()))
+    _launch_all(_grouped(found, candidates), candidates)
+
+
+def _launch_all(groups: Mapping[Product, Sequence[Modules]], candidates: Sequence[Candidate]) -> None:
+    for product, uses in groups.items():
+        for candidate in candidates:
+            # What fails here fails again when it is checked, and is said then.
+            with suppress(Exception):
+                for rows in ROW_BUCKETS:
+                    if rows <= candidate.max_rows(product):
+                        candidate.compute(uses[0], some_rows(product, rows))
 
 
 def chain_seconds(compute: Compute, chain: Sequence[Modules], x: mx.array, limit: float) -> float:

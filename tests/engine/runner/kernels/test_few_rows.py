@@ -9,7 +9,10 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from engine.runner.kernels import rows_matmul
+from engine.runner.kernels.cuda_source import KernelText
 from engine.runner.kernels.few_rows import FewRowProducts, candidates_for
+from engine.runner.kernels.kernel_cache import CachedKernel, collecting
 from engine.runner.kernels.product_choice import Choices, Compute, Timer, chain_seconds, choose
 from engine.runner.kernels.products import Candidate, Modules, OwnKernels, Plain, Product, single_products
 from tests.engine.parity.tiny_architectures import VOCAB, tiny_model
@@ -286,6 +289,30 @@ def test_a_chain_of_products_is_timed_and_given_up_when_slow() -> None:
     assert 0 < chain_seconds(compute, modules, mx.ones((2, 1, 64)), 1.0) < 1.0
     assert calls == [(2, 1, 64)] * len(modules)
     assert chain_seconds(compute, modules, mx.ones((2, 1, 64)), 0.0) > 0
+
+
+@pytest.mark.parametrize(("bits", "num_kernels"), [(0, 2), (4, 3)])
+def test_a_model_of_one_kind_of_weights_needs_few_kernels_and_says_which_without_its_weights(
+    bits: int, num_kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, CachedKernel] = {}
+
+    def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str) -> CachedKernel:
+        return made.setdefault(
+            name, CachedKernel(KernelText(name, inputs, outputs, source, header), compiles_nothing, compiles_nothing)
+        )
+
+    def compiles_nothing(*_: Any) -> Any:
+        raise AssertionError("nothing is compiled while kernels are collected")
+
+    monkeypatch.setattr(rows_matmul, "make_kernel", make)
+    model = nn.Sequential(*(nn.Linear(*sizes) for sizes in ((256, 512), (512, 40), (128, 24000))))
+    model.set_dtype(mx.bfloat16)
+    if bits:
+        nn.quantize(model, group_size=64, bits=bits)
+    with collecting() as awaited:
+        FewRowProducts(model, "cuda").launch_kernels()
+    assert len(set(awaited)) == num_kernels
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
