@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.benchmarks.gpu import ours, theirs
+from tests.benchmarks.gpu import ours, servers, theirs
 from tests.benchmarks.gpu.engines import Engines
 from tests.benchmarks.gpu.shapes import kv_bytes_per_token
 from tests.benchmarks.gpu.sizes import Sizes
@@ -56,6 +56,7 @@ def gpu_cases(sizes: Sizes) -> Iterator[GpuCase]:
     yield GpuCase("shared prefix, {} requests of {} tokens".format(*sizes.shared), _shared)
     for rows, length in sizes.long:
         yield GpuCase(f"long, {rows} rows of {length}", partial(_long, rows, length))
+    yield GpuCase(f"http, {sizes.clients} clients", _http)
     for rows in sizes.packed_batches:
         yield GpuCase(f"4bit decode, context {sizes.context}, batch {rows}", partial(_packed, rows))
 
@@ -208,6 +209,30 @@ def _shared(engines: Engines) -> Iterator[Result]:
     apart = engines.floor([common + each] * rows)
     yield _steps_result(name, {OURS: steps}, None, floor, kind="shared", floor_if_each_row_reads_its_own=apart, **facts)
     yield _steps_result(f"{name}, until all have their first", times, None, None, kind="shared first", **facts)
+
+
+def _http(engines: Engines) -> Iterator[Result]:
+    """Completions that stream at once, from sending to the last one's end; both servers run meanwhile."""
+    sizes = engines.sizes
+    engines.release()
+    folder = engines.folder()
+    with (
+        servers.serving("ours", folder, engines.options()) as our_address,
+        servers.serving("theirs", folder, {}) as their_address,
+    ):
+
+        def measure(address: str) -> list[float]:
+            prompts = servers.text_prompts(engines.prompts(sizes.clients, sizes.context))
+            return [servers.together(address, folder, prompts, sizes.client_tokens)]
+
+        variants: dict[str, Samples] = {
+            "LLM.serve": partial(measure, our_address),
+            "mlx_lm.server": partial(measure, their_address),
+        }
+        take_turns(variants, 1)
+        samples = take_turns(variants, sizes.repeats)
+    facts = {"kind": "http", "clients": sizes.clients, "context": sizes.context, "num_tokens": sizes.client_tokens}
+    yield Result(Case(f"http, {sizes.clients} clients", "s", "lower", {}, facts), samples)
 
 
 def _load(engines: Engines) -> Iterator[Result]:

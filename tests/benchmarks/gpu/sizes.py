@@ -28,6 +28,8 @@ class Sizes:
     short_prompt: int = 64
     running: int = 8
     """Requests that decode while a long prompt is worked on."""
+    clients: int = 32
+    client_tokens: int = 64
     chunk: int = 2048
     max_model_len: int = 36864
     slow_max_model_len: int = 2048
@@ -44,6 +46,6 @@ QUICK = replace(FULL, steps=24, slow_steps=8, repeats=1, prompt_repeats=2)
 TINY = Sizes(
     shape="tiny", context=24, batches=(1, 3), packed_batches=(2,), long=((2, 96),), sampled_batch=3, steps=8,
     slow_steps=6, repeats=1, prompt=160, prompt_repeats=1, shared=(3, 64, 4), long_prompt=768, short_prompt=8,
-    running=2, chunk=64, max_model_len=1024, slow_max_model_len=256, max_num_seqs=4, memory=0.1, slow_memory=0.1,
-    read_bytes=1 << 20, matrix=64,
+    running=2, clients=2, client_tokens=4, chunk=64, max_model_len=1024, slow_max_model_len=256, max_num_seqs=4,
+    memory=0.1, slow_memory=0.1, read_bytes=1 << 20, matrix=64,
 )  # fmt: skip

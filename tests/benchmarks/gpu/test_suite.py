@@ -56,6 +56,11 @@ def test_a_load_is_timed_in_processes_of_their_own_and_packed_weights_are_decode
     assert packed["settings"]["bits"] == 4
 
 
+def test_both_servers_are_measured_over_http(tmp_path: Path) -> None:
+    (case,) = run_tiny(tmp_path, "http")["cases"]
+    assert [len(samples) for samples in case["samples"].values()] == [1, 1]
+
+
 def test_a_case_that_fails_is_said_and_the_others_still_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,92 @@
+"""Both servers over HTTP: each in a process of its own, one client, requests that stream side by side."""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.benchmarks.machine import ROOT
+
+_START_SECONDS = 120
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+@contextmanager
+def serving(who: str, folder: Path, options: Mapping[str, Any]) -> Iterator[str]:
+    """The address of a server that runs meanwhile: ``ours``, or ``theirs``. Raises RuntimeError where none opens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    commands = {
+        "ours": ["-m", "tests.benchmarks.gpu.serve_once", str(folder), str(port), json.dumps(options)],
+        "theirs": ["-m", "mlx_lm.server", "--model", str(folder), "--port", str(port), "--log-level", "ERROR"],
+    }
+    process = subprocess.Popen(
+        [sys.executable, *commands[who]],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _wait(f"http://127.0.0.1:{port}/health", process)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()  # ours ends in order
+        if who == "theirs":
+            process.terminate()
+        process.wait(timeout=60)
+
+
+def together(address: str, model: Path, prompts: Sequence[str], num_tokens: int) -> float:
+    """Seconds until all of ``prompts``, sent at once, have streamed to their end."""
+
+    async def all_of_them() -> float:
+        async with httpx.AsyncClient(
+            base_url=address, timeout=300, limits=httpx.Limits(max_connections=None)
+        ) as client:
+            begin = time.perf_counter()
+            await asyncio.gather(*(_stream(client, model, prompt, num_tokens) for prompt in prompts))
+            return time.perf_counter() - begin
+
+    return asyncio.run(all_of_them())
+
+
+def text_prompts(tokens: Sequence[Sequence[int]]) -> list[str]:
+    """Texts of as many tokens: without merges each letter is one."""
+    return ["".join(_ALPHABET[token % len(_ALPHABET)] for token in prompt) for prompt in tokens]
+
+
+async def _stream(client: httpx.AsyncClient, model: Path, prompt: str, num_tokens: int) -> None:
+    body = {"model": str(model), "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "stream": True}
+    end = b""
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for part in response.aiter_raw():
+            end = (end + part)[-64:]
+    if b"[DONE]" not in end:
+        raise RuntimeError(f"a stream broke off: {end!r}")
+
+
+def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with {process.returncode}")
+        try:
+            if httpx.get(url, timeout=5).is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise RuntimeError(f"no server answered within {_START_SECONDS} s")
