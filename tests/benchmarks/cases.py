@@ -17,6 +17,7 @@ from engine.params.engine_args import EngineArgs
 from engine.params.sampling_params import SamplingParams
 from engine.runner.load.loader import load_model
 from tests.benchmarks.harness import Case, Measure
+from tests.benchmarks.host_cases import host_cases
 from tests.benchmarks.hybrid_cases import hybrid_cases
 from tests.benchmarks.kv_dtype_cases import kv_dtype_cases
 from tests.benchmarks.notebook_cases import notebook_cases
@@ -52,7 +53,8 @@ def _their_tokenizer(llm: LLM) -> TokenizerWrapper:
 
 
 def all_cases() -> Iterator[Case]:
-    """The cases; weights are loaded when the first is asked for."""
+    """The cases; weights are loaded when the first that needs them is asked for."""
+    yield from host_cases()
     setup = _Setup()
     common = {"model": MODEL, "choice": setup.notes, "num_tokens": NUM_TOKENS}
     for context in (64, 1024):

@@ -100,7 +100,7 @@ def word_tokenizer() -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {text: i for i, text in enumerate([*alphabet, *(f"Ġword{i}" for i in range(len(alphabet), VOCAB_SIZE))])}
     hf = tokenizers.Tokenizer(models.BPE(vocab, []))
-    hf.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    hf.decoder = decoders.ByteLevel()
     return Tokenizer(hf)
 
 

@@ -17,7 +17,8 @@ from tests.benchmarks.gpu import ours, servers, theirs
 from tests.benchmarks.gpu.engines import Engines
 from tests.benchmarks.gpu.shapes import kv_bytes_per_token
 from tests.benchmarks.gpu.sizes import Sizes
-from tests.benchmarks.harness import Case, Result, take_turns
+from tests.benchmarks.harness import Case, Result, run_case, take_turns
+from tests.benchmarks.host_cases import host_cases
 from tests.benchmarks.machine import ROOT
 
 OURS, SLOW, BATCH, SINGLE = "LLM", "LLM, reference attention", "mlx-lm BatchGenerator", "mlx-lm generate_step"
@@ -48,6 +49,7 @@ class GpuCase:
 def gpu_cases(sizes: Sizes) -> Iterator[GpuCase]:
     """All cases, in the order in which the fewest weights are loaded twice."""
     yield GpuCase("load", _load)
+    yield GpuCase("host work per step", _host)
     for rows in sizes.batches:
         yield GpuCase(f"decode, context {sizes.context}, batch {rows}", partial(_decode, rows))
     yield GpuCase(f"sampled beside greedy, batch {sizes.sampled_batch}", _sampled)
@@ -209,6 +211,12 @@ def _shared(engines: Engines) -> Iterator[Result]:
     apart = engines.floor([common + each] * rows)
     yield _steps_result(name, {OURS: steps}, None, floor, kind="shared", floor_if_each_row_reads_its_own=apart, **facts)
     yield _steps_result(f"{name}, until all have their first", times, None, None, kind="shared first", **facts)
+
+
+def _host(engines: Engines) -> Iterator[Result]:
+    """What Python costs on this machine, which steps of few rows wait for."""
+    for case in host_cases():
+        yield run_case(case, repeats=engines.sizes.repeats)
 
 
 def _http(engines: Engines) -> Iterator[Result]:
