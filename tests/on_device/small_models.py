@@ -1,0 +1,106 @@
+"""Small random models as folders on disk: weights in any element type, a tokenizer of bytes, a configuration."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import tokenizers
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import _get_classes
+
+VOCAB = 320
+END = 256
+_BASE: dict[str, Any] = {
+    "hidden_size": 256, "num_hidden_layers": 3, "intermediate_size": 512, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": VOCAB, "max_position_embeddings": 16384,
+    "rope_theta": 10000.0, "tie_word_embeddings": True, "bos_token_id": END, "eos_token_id": END,
+}  # fmt: skip
+_HYBRID = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4, "full_attention_interval": 3,
+    "rope_parameters": {"rope_type": "default", "type": "default", "rope_theta": 10000.0,
+                        "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]},
+}  # fmt: skip
+_MORE: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 64, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": {"sliding_window": 512, "sliding_window_pattern": 3, "query_pre_attn_scalar": 128,
+                    "rope_local_base_freq": 10000.0},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 2, "sliding_window": 300, "rope_scaling": None,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "qwen3_5": {},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """An architecture with one head size and element type; ``changes`` to its configuration."""
+
+    architecture: str
+    head_dim: int
+    dtype: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.architecture} {self.head_dim} {self.dtype}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """``config.json``."""
+        own = {"head_dim": self.head_dim, "torch_dtype": self.dtype, **_MORE[self.architecture], **self.changes}
+        config = {"model_type": self.architecture, **_BASE, **own}
+        if self.architecture == "qwen3_5":
+            text = {**config, **_HYBRID, "model_type": "qwen3_5_text"}
+            return {"model_type": "qwen3_5", "eos_token_id": END, "torch_dtype": self.dtype, "text_config": text}
+        return config
+
+    def build(self) -> Any:
+        """mlx-lm's module with seeded weights."""
+        config = self.config
+        kind, arguments = _get_classes(dict(config))
+        model = kind(arguments.from_dict(config))
+        key, weights = mx.random.key(0), []
+        for path, value in sorted(tree_flatten(model.parameters())):
+            key, mine = mx.random.split(key)
+            weights.append((path, _weight(path, value, mine).astype(getattr(mx, self.dtype))))
+        model.update(tree_unflatten(weights))
+        model.eval()
+        mx.eval(model.parameters())
+        return model
+
+    def write(self, folder: Path) -> Any:
+        """Write the model's folder; gives mlx-lm's module."""
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.build()
+        weights = dict(tree_flatten(model.parameters()))
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+        (folder / "config.json").write_text(json.dumps(self.config), encoding="utf-8")
+        _write_tokenizer(folder)
+        return model
+
+
+def _weight(path: str, like: mx.array, key: mx.array) -> mx.array:
+    """Random values of a size at which attention picks a few of thousands of positions, so that a wrong one shows."""
+    noise = mx.random.normal(like.shape, key=key)
+    if "norm" in path and like.ndim == 1:
+        return (2.2 if "q_norm" in path else 1.0) + 0.1 * noise
+    if like.ndim < 2 or "conv" in path:
+        return 0.3 * noise
+    return 1.5 / math.sqrt(like.shape[-1]) * noise
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Bytes, an end token, and words that no text holds up to the vocabulary's size."""
+    vocab = {token: index for index, token in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    vocab |= {"<end>": END, **{f"<{index}>": index for index in range(END + 1, VOCAB)}}
+    bytes_only = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    bytes_only.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = tokenizers.decoders.ByteLevel()
+    bytes_only.add_special_tokens([tokenizers.AddedToken("<end>", special=True)])
+    bytes_only.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "bos_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
