@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from engine.core.request import TRACELESS
 from engine.errors import ConfigError
 from engine.params.sampling_params import SamplingParams
+from engine.runner.kv.attention_path import AttentionPath
+from engine.runner.kv.attention_path import describe as describe_attention
 from engine.runtime.stream import RequestStream
 
 DEFAULT_SECONDS = 20.0
@@ -36,6 +38,7 @@ class Benched(Protocol):
 
     plan: Any
     args: Any
+    attention_paths: tuple[AttentionPath, ...]
 
     def submit_prompt(
         self, prompt: str | Sequence[int], params: SamplingParams, *, cache_salt: str | None
@@ -212,8 +215,9 @@ def describe(llm: Benched, device: str) -> dict[str, str]:
         "model": args.names[0],
         "device": device,
         "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
-        "versions": f"Python {platform.python_version()}, {', '.join(_versions())}",
+        "versions": installed_versions(),
         "settings": ", ".join(f"{name}={value}" for name, value in settings.items()),
+        "attention": describe_attention(llm.attention_paths),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -224,6 +228,11 @@ def processor() -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def installed_versions() -> str:
+    """Python's version and those of the packages that speed depends on."""
+    return ", ".join([f"Python {platform.python_version()}", *_versions()])
 
 
 def _versions() -> Iterator[str]:

@@ -22,6 +22,7 @@ from engine.runner.kv.kv_spec import ModelCaches
 class Backend(Protocol):
     """What :class:`engine.runner.model_runner.ModelRunner` asks of KV memory and model together."""
 
+    model: nn.Module
     paged: bool
     block_size: int
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import tokenizers
 from mlx_lm.generate import BatchGenerator
@@ -52,6 +53,7 @@ PARTS = ("schedule", "build", "sampling", "submit", "read", "hand-out")
 class IdleBackend(Backend):
     """Lays a step out as attention over pages needs it, and gives logits that were made before."""
 
+    model = nn.Module()
     paged = True
     block_size = BLOCK_SIZE
     attention_paths = ()

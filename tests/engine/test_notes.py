@@ -12,8 +12,10 @@ from engine.llm import LLM
 from engine.params.engine_args import EngineArgs
 from engine.params.sampling_params import SamplingParams
 from engine.runner.device.devices import Device
-from engine.runner.kv.attention_path import AttentionPath
+from engine.runner.kv.attention_path import AttentionPath, describe
+from engine.runtime import builder
 from engine.runtime.builder import attention_note, check_attention
+from tests.engine.runner.kernels.host_kernels import HostKernels
 from tests.sweep.configurations import tiny_config
 from tests.tiny_models import VOCAB_SIZE
 
@@ -93,3 +95,53 @@ def test_a_cpu_speaks_of_attention_only_when_asked(tiny_model_dir: Any) -> None:
         assert not [note for note in silent.notes if note.startswith("attention")]
         (line,) = [note for note in asked.notes if note.startswith("attention: ")]
         assert "no GPU kernels on a CPU" in line
+
+
+@pytest.fixture
+def host_kernels(monkeypatch: pytest.MonkeyPatch) -> HostKernels:
+    """Kernels that compute in numpy, in place of a GPU's."""
+    kernels = HostKernels()
+    monkeypatch.setattr(builder, "GPU_KERNELS", kernels)
+    monkeypatch.setattr(builder, "kernels_available", lambda: True)
+    return kernels
+
+
+def test_kernels_are_said_at_load_and_in_explain_and_used(tiny_model_dir: Any, host_kernels: HostKernels) -> None:
+    folder = str(tiny_model_dir("gemma3_text"))
+    with LLM(folder, attention_backend="paged", **OPTIONS) as llm, LLM(folder, **OPTIONS) as auto:
+        said = describe(llm.attention_paths)
+        assert said.startswith("pages read in place by kernels (")
+        assert {path.backend for path in llm.attention_paths} == {"paged"}
+        assert f"attention: {said}" in llm.notes
+        assert auto.attention_paths == llm.attention_paths
+        before = dict(host_kernels.calls)
+        kernels = llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+        assert all(host_kernels.calls[name] > count for name, count in before.items())
+        assert llm.explain().attention == said
+    before = dict(host_kernels.calls)
+    with LLM(folder, attention_backend="reference", **OPTIONS) as plain:
+        assert plain.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids == kernels
+        assert {path.backend for path in plain.attention_paths} == {"reference"}
+    assert host_kernels.calls == before, "reference means that no kernel runs"
+
+
+def test_a_kind_of_layer_whose_kernel_is_wrong_is_named_with_the_reason(
+    tiny_model_dir: Any, host_kernels: HostKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def problem(**shape: Any) -> str | None:
+        return "64 tokens: relative error 3.0e-01" if shape["window"] else None
+
+    monkeypatch.setattr(host_kernels, "attention_problem", problem)
+    with LLM(str(tiny_model_dir("gemma3_text")), **OPTIONS) as llm:
+        backends = {path.kind: path.backend for path in llm.attention_paths}
+        assert backends == {"full": "paged", "sliding": "reference"}
+        (line,) = [note for note in llm.notes if note.startswith("attention: ")]
+        assert "pages read in place by kernels (" in line
+        assert line.endswith("sliding: 64 tokens: relative error 3.0e-01)")
+
+
+def test_kernels_asked_for_over_quantized_pages_are_refused_with_the_reason(
+    tiny_model_dir: Any, host_kernels: HostKernels
+) -> None:
+    with pytest.raises(ConfigError, match=r"^--attention-backend paged: .*no kernel for int8 pages"):
+        LLM(str(tiny_model_dir("llama")), attention_backend="paged", kv_cache_dtype="int8", **OPTIONS)

@@ -1,12 +1,18 @@
 """Threads that use MLX: they leave nothing behind when they end."""
 
 import gc
-from collections.abc import Iterator
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self, TypeVar
 
+from engine.runner.device.faults import device_failure, give_up_device
 from engine.runner.device.memory import return_free_memory
 
+T = TypeVar("T")
+_POLL = 0.1
 _spare_streams: list[Any] = []
 """CPU streams of threads that are over."""
 
@@ -41,3 +47,51 @@ def leave_thread() -> None:
     mx.synchronize()
     mx.clear_cache()
     mx.clear_streams()
+
+
+class MLXWorker:
+    """A thread for a few computations with MLX where no engine has one. A context; :meth:`call` inside of it."""
+
+    def __init__(self, name: str = "vm-worker") -> None:
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._failed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Wait for what was begun, which cannot be broken off; not where the device failed."""
+        self._tasks.put(None)
+        if not self._failed:
+            self._thread.join()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run ``function`` there and give its result; an interrupt comes through. DeviceFailedError is the last."""
+        future: Future[T] = Future()
+
+        def task() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:  # noqa: BLE001  (the caller raises it)
+                failure = device_failure(error)
+                if failure is not None:
+                    self._failed = True
+                    give_up_device(failure)
+                future.set_exception(failure or error)
+
+        self._tasks.put(task)
+        while True:
+            try:
+                return future.result(timeout=_POLL)
+            except TimeoutError:
+                if future.done():
+                    raise
+
+    def _run(self) -> None:
+        with mlx_thread():
+            while (task := self._tasks.get()) is not None:
+                task()
+                if self._failed:
+                    threading.Event().wait()  # its streams could not be freed

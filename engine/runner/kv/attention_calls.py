@@ -1,17 +1,24 @@
 """How a model's layers attend, asked of the model itself, and which of them kernels can serve."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from engine.memory.cache_spec import SlidingWindowSpec
 from engine.params.kv_dtype import QUANTIZED_BITS
-from engine.runner.kernels.self_check import AttentionKernels
+from engine.runner.kernels.self_check import AttentionKernels, AttentionShape
 from engine.runner.kv import attention_patch, capped_attention
 from engine.runner.kv.attention_patch import AttentionCall
-from engine.runner.kv.kv_spec import CacheLeaf, CacheTree, flatten, recording_caches
+from engine.runner.kv.kv_spec import (
+    CacheLeaf,
+    CacheTree,
+    UnsupportedCacheError,
+    flatten,
+    probe_caches,
+    recording_caches,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,7 @@ def choose_kernels(
 ) -> KernelChoice:  # fmt: skip
     """Ask ``kernels`` about every kind of layer in ``groups``: each variant runs on small tensors here and now."""
     calls = attention_calls(model, tree)
-    found: dict[tuple[object, ...], str] = {}
+    found: dict[AttentionShape, str] = {}
     reasons = []
     for leaves in groups:
         why = ""
@@ -48,6 +55,16 @@ def choose_kernels(
                 why = _problem(leaf, calls[leaf], kernels, block_size, found)
         reasons.append(why)
     return KernelChoice(kernels, tuple(reasons))
+
+
+def kernel_shapes(model: nn.Module, block_size: int) -> list[AttentionShape]:
+    """The shapes of ``model``'s layers that kernels are made for, each once, whether they are right here or not."""
+    try:
+        calls = attention_calls(model, probe_caches(model))
+    except UnsupportedCacheError:
+        return []
+    served = [(leaf, call) for leaf, call in calls.items() if not _unserved(leaf, call, "auto")]
+    return list(dict.fromkeys(_kernel_shape(leaf, call, block_size) for leaf, call in served))
 
 
 def attention_calls(model: nn.Module, tree: CacheTree) -> dict[CacheLeaf, AttentionCall]:
@@ -81,17 +98,20 @@ def _unserved(leaf: CacheLeaf, call: AttentionCall | None, kv_cache_dtype: str) 
 
 
 def _problem(
-    leaf: CacheLeaf, call: AttentionCall, kernels: AttentionKernels, block_size: int,
-    found: dict[tuple[object, ...], str],
-) -> str:  # fmt: skip
+    leaf: CacheLeaf, call: AttentionCall, kernels: AttentionKernels, block_size: int, found: dict[AttentionShape, str]
+) -> str:
     """Why the kernels cannot serve a layer, "" where they can; each variant is asked once."""
+    shape = _kernel_shape(leaf, call, block_size)
+    if shape not in found:
+        found[shape] = kernels.attention_problem(**{one.name: getattr(shape, one.name) for one in fields(shape)}) or ""
+    return found[shape]
+
+
+def _kernel_shape(leaf: CacheLeaf, call: AttentionCall, block_size: int) -> AttentionShape:
     shape, window = leaf.shape, leaf.spec.window if isinstance(leaf.spec, SlidingWindowSpec) else None
-    assert shape is not None
-    variant = (shape, call, window)
-    if variant not in found:
-        found[variant] = kernels.attention_problem(
-            dtype=shape.dtype, heads=call.num_heads, kv_heads=shape.num_kv_heads, key_dim=shape.key_dim,
-            value_dim=shape.value_dim, block_size=block_size, window=window, sinks=call.sinks, softcap=call.softcap,
-            scale=call.scale,
-        ) or ""  # fmt: skip
-    return found[variant]
+    assert shape is not None, "a state has no attention"
+    return AttentionShape(
+        dtype=shape.dtype, heads=call.num_heads, kv_heads=shape.num_kv_heads, key_dim=shape.key_dim,
+        value_dim=shape.value_dim, block_size=block_size, window=window, sinks=call.sinks, softcap=call.softcap,
+        scale=call.scale,
+    )  # fmt: skip

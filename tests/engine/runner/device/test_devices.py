@@ -1,11 +1,13 @@
 import platform
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from engine.runner.device import cgroups, devices, memory
+from engine.runner.device.threads import MLXWorker
 
 GIB = 1 << 30
 
@@ -181,6 +183,36 @@ later = [run() for _ in range(6)]
 assert max(later) <= first + 1, (first, later)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_worker_runs_all_on_one_thread_which_ends_and_raises_what_was_raised_there() -> None:
+    before = threading.active_count()
+    with MLXWorker("vm-test") as worker:
+        names = {worker.call(lambda: threading.current_thread().name) for _ in range(3)}
+        assert names == {"vm-test"}
+        with pytest.raises(ZeroDivisionError):
+            worker.call(lambda: 1 // 0)
+        assert worker.call(lambda: 2) == 2
+    assert threading.active_count() == before
+
+
+def test_a_worker_whose_device_failed_is_left_alone() -> None:
+    code = """
+from engine.errors import DeviceFailedError
+from engine.runner.device.faults import check_device
+from engine.runner.device.threads import MLXWorker
+def fail():
+    raise RuntimeError("cudaStreamSynchronize failed: an illegal memory access was encountered")
+for attempt in (lambda worker: worker.call(fail), lambda worker: check_device()):
+    try:
+        with MLXWorker() as worker:
+            attempt(worker)
+    except DeviceFailedError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.count("restart the kernel") == 2
+    assert done.stderr == ""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
