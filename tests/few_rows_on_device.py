@@ -31,9 +31,9 @@ NUM_LAYERS = 12
 """Enough that the weights of one product in all layers do not fit a cache."""
 LIMIT = {mx.bfloat16: 4e-3, mx.float16: 6e-4}
 FIRST: list[tuple[mx.Dtype, int, int, tuple[int, ...], tuple[int, ...], int]] = [
-    (mx.bfloat16, 0, 0, (1, 3, 8, 16), (1024,), 2560),
-    (mx.bfloat16, 0, 0, (1, 3, 8, 16), (33,), 576),
-    (mx.bfloat16, 0, 0, (1, 7, 13), (4096, 1024, 1024), 2560),
+    (mx.bfloat16, 0, 0, (1, 3, 8, 16, 31), (1024,), 2560),
+    (mx.bfloat16, 0, 0, (1, 3, 8, 16, 31), (33,), 576),
+    (mx.bfloat16, 0, 0, (1, 7, 13, 29), (4096, 1024, 1024), 2560),
     (mx.bfloat16, 0, 0, (2,), (9728, 9728), 2560),
     (mx.bfloat16, 4, 64, (1, 3, 8, 16, 31), (1024,), 2560),
     (mx.bfloat16, 4, 64, (1, 3, 8, 16, 31), (33,), 640),

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from engine.runner.kernels import rows_matmul
-from engine.runner.kernels.rows_matmul import MAX_DENSE_ROWS, MAX_QUANTIZED_ROWS, MAX_SIBLINGS, Packed
+from engine.runner.kernels.rows_matmul import MAX_ROWS, MAX_SIBLINGS, Packed
 
 Modules = tuple[nn.Module, ...]
 
@@ -102,13 +102,13 @@ class OwnKernels:
     name = "own"
 
     def max_rows(self, product: Product) -> int:
-        """16, or 32 of packed weights, in shapes and types that the kernels cover."""
+        """32, of shapes and types that the kernels cover."""
         if len(product.widths) > 1 and not _joins(product.widths):
             return 0
         if not product.bits:
-            return MAX_DENSE_ROWS if rows_matmul.takes_dense(product.k, product.dtype) else 0
+            return MAX_ROWS if rows_matmul.takes_dense(product.k, product.dtype) else 0
         covered = rows_matmul.takes_quantized(product.k, product.dtype, product.bits, product.group_size)
-        return MAX_QUANTIZED_ROWS if covered and product.mode == "affine" else 0
+        return MAX_ROWS if covered and product.mode == "affine" else 0
 
     def compute(self, modules: Modules, x: mx.array) -> list[mx.array]:
         """One launch for all modules."""

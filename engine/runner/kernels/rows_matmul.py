@@ -14,8 +14,7 @@ import mlx.core as mx
 from engine.runner.kernels.dialect import Kernel, make_kernel
 from engine.runner.kernels.rows_matmul_text import DENSE, HEADER, QUANTIZED, TENSOR_CORES
 
-MAX_DENSE_ROWS = 16
-MAX_QUANTIZED_ROWS = 32
+MAX_ROWS = 32
 MAX_SIBLINGS = 3
 _TYPES = (mx.bfloat16, mx.float16)
 _BITS = (4, 8)
@@ -51,7 +50,7 @@ def takes_quantized(k: int, dtype: mx.Dtype, bits: int, group_size: int) -> bool
 
 
 def dense(x: mx.array, weights: Sequence[mx.array]) -> list[mx.array]:
-    """``x`` [..., K] @ w [N, K].T for up to three ``weights`` in one launch; at most 16 rows of ``x``."""
+    """``x`` [..., K] @ w [N, K].T for up to three ``weights`` in one launch; at most 32 rows of ``x``."""
     widths = [weight.shape[0] for weight in weights]
     kernel = make_kernel("rows_dense", _DENSE_INPUTS, ("out",), DENSE, TENSOR_CORES + HEADER)
     geometry = dense_geometry(x.size // x.shape[-1], sum(widths))
@@ -69,14 +68,23 @@ def quantized(x: mx.array, weights: Sequence[Packed], *, bits: int, group_size: 
 
 def dense_geometry(rows: int, columns: int) -> Geometry:
     """Measured on an H200: more warps on K where the blocks alone would not fill the chip."""
-    return Geometry(1 if rows <= 8 else 2, 1, 4 if columns > 8192 else 8 if columns > 4096 else 16)
+    row_tiles, most = _row_tiles(rows)
+    return Geometry(row_tiles, 1 if row_tiles <= 2 else 2, min(most, _warps(columns)))
 
 
 def quantized_geometry(rows: int, columns: int, steps: int) -> Geometry:
     """Measured on an H200. ``steps``: of K, that the warps share."""
-    row_tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
-    warps = 4 if columns > 8192 else 8 if columns > 4096 or row_tiles > 2 else 16
-    return Geometry(row_tiles, 1 if row_tiles == 1 else 2, min(warps, steps))
+    row_tiles, most = _row_tiles(rows)
+    return Geometry(row_tiles, 1 if row_tiles == 1 else 2, min(most, _warps(columns), steps))
+
+
+def _row_tiles(rows: int) -> tuple[int, int]:
+    """Tiles of ``rows`` rows, in the few numbers that kernels are compiled for, and the most warps with them."""
+    return (1, 16) if rows <= 8 else (2, 16) if rows <= 16 else (4, 8)
+
+
+def _warps(columns: int) -> int:
+    return 4 if columns > 8192 else 8 if columns > 4096 else 16
 
 
 def _three(arrays: Sequence[mx.array]) -> list[mx.array]:

@@ -291,9 +291,9 @@ def test_a_chain_of_products_is_timed_and_given_up_when_slow() -> None:
     assert chain_seconds(compute, modules, mx.ones((2, 1, 64)), 0.0) > 0
 
 
-@pytest.mark.parametrize(("bits", "num_kernels"), [(0, 2), (4, 3)])
+@pytest.mark.parametrize("bits", [0, 4])
 def test_a_model_of_one_kind_of_weights_needs_few_kernels_and_says_which_without_its_weights(
-    bits: int, num_kernels: int, monkeypatch: pytest.MonkeyPatch
+    bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: dict[str, CachedKernel] = {}
 
@@ -312,7 +312,8 @@ def test_a_model_of_one_kind_of_weights_needs_few_kernels_and_says_which_without
         nn.quantize(model, group_size=64, bits=bits)
     with collecting() as awaited:
         FewRowProducts(model, "cuda").launch_kernels()
-    assert len(set(awaited)) == num_kernels
+    # For up to 8, 16 and 32 rows.
+    assert len(set(awaited)) == 3
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

@@ -37,6 +37,7 @@ def _normal(*shape: int, dtype: mx.Dtype) -> mx.array:
         ((1, 13), (24, 72), 128, mx.bfloat16),
         ((7,), (9,), 320, mx.float16),
         ((1,), (8200,), 64, mx.bfloat16),
+        ((27, 1), (40, 8), 1088, mx.bfloat16),
     ],
 )
 def test_dense_weights_are_multiplied_right_whatever_the_rows_and_widths(
@@ -105,4 +106,5 @@ def test_only_weights_that_the_kernel_covers_are_taken(taken: bool, k: int, sett
 
 def test_blocks_that_would_not_fill_the_chip_share_k_among_more_warps() -> None:
     assert [rows_matmul.dense_geometry(1, columns).warps for columns in (2560, 6144, 19456)] == [16, 8, 4]
+    assert rows_matmul.dense_geometry(32, 2560) == (4, 2, 8)
     assert rows_matmul.quantized_geometry(1, 1024, steps=3).warps == 3
