@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
@@ -16,23 +17,29 @@ from engine.models.local import ResolvedModel
 from engine.models.model_config import ModelConfig
 from engine.params.engine_args import EngineArgs
 from engine.runner.backends import Backend
-from engine.runner.device.devices import Device, describe_device
+from engine.runner.device.devices import Device, DeviceKind, describe_device
 from engine.runner.device.memory import FreeMemory, clear_cache
 from engine.runner.kernels.dialect import kernels_available
 from engine.runner.kernels.few_rows import FewRowProducts
+from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.self_check import GPU_KERNELS
 from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath, describe
 from engine.runner.kv.kv_spec import ModelCaches, num_logits
-from engine.runner.load.loader import LoadedModel, load_model, plan_inputs
+from engine.runner.load.loader import WEIGHT_READERS, LoadedModel, load_model, plan_inputs
+from engine.runner.load.small_model import small_model
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
 from engine.runner.warm_up import choose_backend, measure_step_cost
 from engine.runtime.llm_engine import LLMEngine
 from engine.runtime.metrics import EngineMetrics
+from engine.runtime.rehearsal import meanwhile
 from engine.text.tokens.detokenizer import Detokenizer
 from engine.text.tokens.tokenizer import Tokenizer
 
 logger = logging.getLogger("engine")
+
+_WORTH_REHEARSING = 1 << 30
+"""Bytes of weights that take longer to read than a small model's first steps take."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +62,22 @@ def build_engine(
 ) -> BuiltEngine:
     """Load ``resolved`` and plan its memory; on failure everything is given back."""
     device = describe_device()
-    loaded = load_model(resolved, args, progress)
+
+    def beside(config: ModelConfig, num_bytes: int) -> AbstractContextManager[None]:
+        if device.kind != "cuda" or num_bytes < _WORTH_REHEARSING:
+            return nullcontext()
+        return meanwhile(partial(rehearse, resolved, config, args, device))
+
+    loaded = load_model(resolved, args, progress, beside)
     vocab_size, caches = num_logits(loaded.model), ModelCaches(loaded.model)
     progress = progress or _ignore
-    products = FewRowProducts(loaded.model, device.kind if _own_kernels(args) else "cpu")
+    products = FewRowProducts(loaded.model, _device_of_kernels(args, device))
     with ExitStack() as undo:
         undo.callback(products.remove)
         products.choose(partial(progress, "kernels"))
         products.install()
         progress("warm-up", 0, 0)
-        backend, note = choose_backend(
-            loaded.model,
-            paged=args.use_paged_attention,
-            block_size=args.block_size,
-            kv_cache_dtype=args.kv_cache_dtype,
-            device=device.kind,
-            vocab_size=vocab_size,
-            kernels=GPU_KERNELS if _own_kernels(args) else None,
-            no_kernels=_no_kernels(args, device),
-        )
+        backend, note = _choose_backend(loaded.model, args, device, vocab_size)
         undo.callback(backend.close)
         check_attention(args, backend.attention_paths)
         plan, step_cost = _plan(loaded, caches, backend, args, device, vocab_size)
@@ -93,6 +97,41 @@ def build_engine(
         logger.info("%s", line)
     logger.info("Paged attention memory breakdown: %s", plan.log_line())
     return BuiltEngine(engine, loaded.config, plan, notes, paths)
+
+
+def rehearse(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device) -> None:
+    """Compile what a load's steps will need, on this thread, by a small model of the same kind; keep nothing else."""
+    weightless = WEIGHT_READERS[resolved.kind].abstract(resolved, config, args, device).model
+    with collecting() as awaited:
+        FewRowProducts(weightless, _device_of_kernels(args, device)).launch_kernels()
+    compile_all(awaited)
+    model = small_model(resolved, config, args, device)
+    if model is None:
+        return
+    vocab_size = num_logits(model)
+    backend, _ = _choose_backend(model, args, device, vocab_size)
+    try:
+        measure_step_cost(backend, vocab_size)
+    finally:
+        backend.close()
+
+
+def _choose_backend(model: Any, args: EngineArgs, device: Device, vocab_size: int) -> tuple[Backend, str | None]:
+    return choose_backend(
+        model,
+        paged=args.use_paged_attention,
+        block_size=args.block_size,
+        kv_cache_dtype=args.kv_cache_dtype,
+        device=device.kind,
+        vocab_size=vocab_size,
+        kernels=GPU_KERNELS if _own_kernels(args) else None,
+        no_kernels=_no_kernels(args, device),
+    )
+
+
+def _device_of_kernels(args: EngineArgs, device: Device) -> DeviceKind:
+    """The kind of device whose kernels may replace MLX's; a CPU has none."""
+    return device.kind if _own_kernels(args) else "cpu"
 
 
 def _own_kernels(args: EngineArgs) -> bool:

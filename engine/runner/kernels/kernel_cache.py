@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -99,8 +100,9 @@ class CachedKernel:
     ) -> list[mx.array]:
         """Launch it: ``grid`` counts threads, ``template`` gives the constants of the text."""
         signature = Signature.of(inputs, output_dtypes, template)
-        if _awaited is not None:
-            _awaited.append((self, signature))
+        awaited = _awaited.get()
+        if awaited is not None:
+            awaited.append((self, signature))
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
         code = self.compiled(signature)
         launch: dict[str, Any] = {
@@ -138,18 +140,18 @@ class CachedKernel:
 
 
 Awaited = list[tuple[CachedKernel, Signature]]
-_awaited: Awaited | None = None
+_awaited: ContextVar[Awaited | None] = ContextVar("awaited", default=None)
 
 
 @contextmanager
 def collecting() -> Iterator[Awaited]:
-    """Inside, kernels give zeros without compiling or running; gives what :func:`compile_all` should compile."""
-    global _awaited
-    before, _awaited = _awaited, []
+    """Inside, this thread's kernels give zeros and nothing runs; gives what :func:`compile_all` should compile."""
+    awaited: Awaited = []
+    token = _awaited.set(awaited)
     try:
-        yield _awaited
+        yield awaited
     finally:
-        _awaited = before
+        _awaited.reset(token)
 
 
 def compile_all(awaited: Awaited, report: Callable[[int, int], None] | None = None) -> None:

@@ -4,6 +4,8 @@ Everything happens on the calling thread, which must be the one that runs the mo
 belong to their thread.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -28,6 +30,14 @@ WEIGHT_READERS: dict[str, WeightReader] = {"folder": FolderWeights(), "gguf": GG
 """The readers of weights, by the ``kind`` of the format (``engine/models/formats.py``)."""
 
 
+Beside = Callable[[ModelConfig, int], AbstractContextManager[None]]
+"""What is done while a model's weights, so many bytes, are read."""
+
+
+def _nothing(_config: ModelConfig, _num_bytes: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready to run. ``num_bytes`` are its weights', ``dtype`` that of its activations.
@@ -42,11 +52,13 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
 
 
-def load_model(resolved: ResolvedModel, args: EngineArgs, progress: Progress | None = None) -> LoadedModel:
+def load_model(
+    resolved: ResolvedModel, args: EngineArgs, progress: Progress | None = None, beside: Beside = _nothing
+) -> LoadedModel:
     """Load ``resolved`` on this thread. Raises :class:`ModelLoadError` in one line.
 
     On CPUs weights become float32 (packed ones too, where memory allows); elsewhere they stay as the
-    checkpoint has them. ``--dtype`` is honoured everywhere.
+    checkpoint has them. ``--dtype`` is honoured everywhere. Weights are read inside ``beside(config, bytes)``.
     """
     backend = prepare_backend()
     device = describe_device()
@@ -54,7 +66,8 @@ def load_model(resolved: ResolvedModel, args: EngineArgs, progress: Progress | N
     check_architecture(config)
     weights = WEIGHT_READERS[resolved.kind].prepare(resolved, config, args, device)
     _check_room(weights, config, args, device)
-    model = weights.read(progress or _ignore)
+    with beside(config, weights.num_bytes):
+        model = weights.read(progress or _ignore)
     mx.clear_cache()
     more = (_text_only_line(config), _terms(resolved))
     notes = [f"{backend or device.name}, {weights.describe(model)}", *filter(None, more)]

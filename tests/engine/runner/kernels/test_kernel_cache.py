@@ -198,7 +198,7 @@ def test_an_interrupt_ends_compiling_and_collecting(tmp_path: Path) -> None:
     called = kernel(compiler_of(stand_in, tmp_path))
     with pytest.raises(KeyboardInterrupt), collecting():
         raise KeyboardInterrupt
-    assert kernel_cache._awaited is None
+    assert kernel_cache._awaited.get() is None
     with collecting() as awaited:
         for size in range(40):
             launch(called, size=size)
@@ -208,6 +208,16 @@ def test_an_interrupt_ends_compiling_and_collecting(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         compile_all(awaited, interrupt)
+
+
+def test_kernels_of_other_threads_are_not_collected(tmp_path: Path, launches: Launches) -> None:
+    called = kernel(compiler_of(StandIn(), tmp_path))
+    with collecting() as awaited:
+        thread = threading.Thread(target=launch, args=(called,))
+        thread.start()
+        thread.join()
+    assert not awaited
+    assert len(launches) == 1
 
 
 def test_nothing_collected_is_nothing_to_compile() -> None:
