@@ -1,6 +1,7 @@
 """Do the attention kernels give what they should on this GPU? Asked at load, and by ``%vllm_metal bench --kernels``."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.runner.kernels import paged_attention as gpu
+from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.reference import attention
 
 TOLERANCE: dict[mx.Dtype, float] = {mx.bfloat16: 8e-3, mx.float16: 1.5e-3, mx.float32: 2e-5}
@@ -92,6 +94,11 @@ class AttentionShape:
         """Query heads per kv head."""
         return self.heads // self.kv_heads
 
+    @property
+    def used_scale(self) -> float:
+        """The scale of the scores."""
+        return self.key_dim**-0.5 if self.scale is None else self.scale
+
 
 class GpuKernels:
     """The kernels on this machine's GPU."""
@@ -103,22 +110,52 @@ class GpuKernels:
         """See :func:`attention_problem`."""
         return attention_problem(AttentionShape(**shape), self)
 
+    def compile_all(self, shapes: Iterable[AttentionShape]) -> None:
+        """Compile what layers of ``shapes`` use, several kernels at a time, where that can be done beforehand."""
+        with collecting() as awaited:
+            for shape in shapes:
+                _launch_each(shape, self)
+        compile_all(awaited)
 
-GPU_KERNELS: AttentionKernels = GpuKernels()
+
+GPU_KERNELS = GpuKernels()
 
 
-def attention_problem(shape: AttentionShape, kernels: AttentionKernels = GPU_KERNELS) -> str | None:
+def attention_problem(
+    shape: AttentionShape, kernels: AttentionKernels = GPU_KERNELS, lengths: Sequence[int] = ()
+) -> str | None:
     """Run ``kernels`` on small random tensors of ``shape``, beside numpy: one line on the first thing wrong, or None.
 
     Three steps of ragged rows, some of them padding, with one split and several; before the third a sequence's blocks
     are freed and a new one's prompt is collected into them. NaN lies in every slot that was never written. What this
-    compiles is what a model of this shape uses. Raises nothing.
+    compiles is what a model of this shape uses. ``lengths`` of the rows, if others than usual: the second 0, the
+    longest above three blocks. Raises nothing.
     """
     try:
-        return _Check(shape, kernels).run()
+        if isinstance(kernels, GpuKernels):
+            kernels.compile_all([shape])
+        return _Check(shape, kernels, lengths).run()
     except Exception as error:  # noqa: BLE001  (whatever stops a kernel, the layers have another path)
         words = " ".join(str(error).split())
         return f"{type(error).__name__}: {words[:160]}"
+
+
+def _launch_each(shape: AttentionShape, kernels: AttentionKernels) -> None:
+    """Launch each kernel that layers of this shape use, on zeros; nothing is evaluated."""
+    dims, kv_heads, rows = (shape.key_dim, shape.value_dim), 2, 8
+    key_pages, value_pages = (mx.zeros((1, kv_heads, shape.block_size, dim), shape.dtype) for dim in dims)
+    integers = mx.zeros((rows,), mx.int32)
+    new_keys, new_values = (mx.zeros((rows, kv_heads, 1, dim), shape.dtype) for dim in dims)
+    heads = kv_heads * shape.group
+    kernels.paged_attention(
+        mx.zeros((rows, heads, 1, shape.key_dim), shape.dtype), new_keys, new_values, key_pages, value_pages,
+        integers[:, None], integers, scale=shape.used_scale, block_size=shape.block_size, window=shape.window,
+        sinks=mx.zeros((heads,), shape.dtype) if shape.sinks else None, softcap=shape.softcap, splits=2,
+    )  # fmt: skip
+    kernels.collect(
+        new_keys[:1], new_values[:1], key_pages, value_pages, integers, integers[:4], block_size=shape.block_size,
+        length=1,
+    )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -140,6 +177,7 @@ class _Check:
 
     shape: AttentionShape
     kernels: AttentionKernels
+    lengths: Sequence[int]
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(9))
     pages: list[mx.array] = field(default_factory=list)
     expected: list[NDArray[np.float32]] = field(default_factory=list)
@@ -166,7 +204,7 @@ class _Check:
         """Sequences of mixed lengths in pages, with room for a few tokens more."""
         size, window = self.shape.block_size, self.shape.window
         reach = window if window and window <= _LONGEST_WINDOW else 0
-        lengths = [1, 0, size, 3 * size + 1, 333, size - 1, 2, reach + size + 3]
+        lengths = self.lengths or [1, 0, size, 3 * size + 1, 333, size - 1, 2, reach + size + 3]
         counts = [math.ceil((length + 4) / size) if length else 0 for length in lengths]
         order = self.rng.permutation(sum(counts) + 3).tolist()
         self.expected = [np.full((1, self.kv_heads, len(order) * size, dim), np.nan, np.float32) for dim in self.dims]
@@ -198,8 +236,7 @@ class _Check:
         queries, known_queries = self._random(rows, heads, 1, shape.key_dim)
         (keys, known_keys), (values, known_values) = (self._random(rows, self.kv_heads, 1, dim) for dim in self.dims)
         sinks, known_sinks = self._random(heads)
-        scale = shape.key_dim**-0.5 if shape.scale is None else shape.scale
-        options: dict[str, Any] = {"scale": scale, "window": shape.window, "softcap": shape.softcap}
+        options: dict[str, Any] = {"scale": shape.used_scale, "window": shape.window, "softcap": shape.softcap}
         positions = [sequence.keys.shape[1] if sequence else -1 for sequence in self.sequences]
         key_pages, value_pages = self.pages
         _leave_nan(shape.dtype, (rows, heads, shape.value_dim), (rows, heads, 3, shape.value_dim), (rows, heads, 3, 2))
