@@ -89,11 +89,17 @@ def run_case(case: Case, *, repeats: int, warmup: int = 1) -> Result:
 
 
 def take_turns(variants: Mapping[str, Callable[[], Sequence[float]]], repeats: int) -> dict[str, list[float]]:
-    """All samples of variants that give several at once, A B A B …; what a warm-up is, each knows itself."""
+    """All samples of variants that give several at once, A B A B …; what a warm-up is, each knows itself.
+
+    Raises RuntimeError where one gives none.
+    """
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, measure in variants.items():
-            samples[name].extend(measure())
+            found = measure()
+            if not found:
+                raise RuntimeError(f"{name}: nothing was measured")
+            samples[name].extend(found)
     return samples
 
 

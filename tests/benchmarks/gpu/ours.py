@@ -1,15 +1,15 @@
 """What is measured of this engine, all through ``LLM`` as a user calls it: text is decoded and handed out too."""
 
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from engine.core.request import TRACELESS
 from engine.llm import LLM
 from engine.params.sampling_params import SamplingParams
 from engine.runtime.stream import RequestStream
-from tests.benchmarks.gpu.steps import gaps, shared_gaps
+from tests.benchmarks.gpu.steps import RAMP, Step, full_steps
 
 Params = Callable[[int, int], SamplingParams]
 """Sampling values of a row, given its number and how many tokens it makes."""
@@ -34,29 +34,51 @@ def sampled(row: int, num_tokens: int) -> SamplingParams:
     )
 
 
+@contextmanager
+def recorded(llm: LLM) -> Iterator[list[Step]]:
+    """The engine's steps meanwhile, by its own measure of the time between tokens.
+
+    A reader of streams would measure itself as well: where it waits for the interpreter, two tokens come at once.
+    """
+    steps: list[Step] = []
+    metrics = llm.metrics
+    observe = metrics.observe_inter_token
+
+    def record(seconds: float, count: int = 1) -> None:
+        steps.append(Step(time.monotonic(), seconds, count))
+        observe(seconds, count)
+
+    metrics.observe_inter_token = record  # type: ignore[method-assign]
+    try:
+        yield steps
+    finally:
+        metrics.observe_inter_token = observe  # type: ignore[method-assign]
+
+
 def decode_steps(
     llm: LLM, prompts: Sequence[Sequence[int]], num_steps: int, params: Params = greedy, salt: str = TRACELESS
 ) -> list[float]:
-    """Milliseconds of ``num_steps`` steps in which all prompts' rows decode: the gaps between one row's tokens.
+    """Milliseconds of about ``num_steps`` steps in which the rows of all prompts decode and nothing else runs.
 
-    That row is submitted last, and the others make tokens until it is done. Raises RuntimeError where a row was
-    preempted or ended early: then no figure would say what it claims to.
+    The last prompt's row decides how long; the others make tokens until it is done. Raises RuntimeError where one
+    was preempted or ended early: then no figure would say what it claims to.
     """
     tokens_ahead = 64 + sum(map(len, prompts)) // 64
-    others = [
-        llm.submit_prompt(prompt, params(row, num_steps + tokens_ahead), cache_salt=salt)
-        for row, prompt in enumerate(prompts[:-1])
-    ]
-    watched = llm.submit_prompt(prompts[-1], params(len(others), num_steps + 4), cache_salt=salt)
-    try:
-        times = [time.monotonic() for delta in watched if delta.token_ids]
-        if any(stream.finished for stream in others):
-            raise RuntimeError("a row ended before the measurement did")
-    finally:
-        _end(others)
-    if any(stream.metrics.num_preemptions for stream in [*others, watched]):
+    with recorded(llm) as steps:
+        others = [
+            llm.submit_prompt(prompt, params(row, num_steps + tokens_ahead), cache_salt=salt)
+            for row, prompt in enumerate(prompts[:-1])
+        ]
+        last = llm.submit_prompt(prompts[-1], params(len(others), num_steps + RAMP + 1), cache_salt=salt)
+        try:
+            last.result()
+            if any(stream.finished for stream in others):
+                raise RuntimeError("a row ended before the measurement did")
+        finally:
+            _end(others)
+    if any(stream.metrics.num_preemptions for stream in [*others, last]):
         raise RuntimeError("rows were preempted: the KV pages do not hold them all")
-    return shared_gaps(times, [_span(stream) for stream in others])
+    return full_steps(steps, len(prompts))
 
 
 def first_token(llm: LLM, prompt: Sequence[int]) -> float:
@@ -93,64 +115,37 @@ def beside_long(
     llm: LLM, running: Sequence[Sequence[int]], long: Sequence[int], num_chunks: int, short: Sequence[int] | None
 ) -> BesideLong:
     """Let ``running`` decode, send ``long``, and halfway through it ``short``, if there is one."""
-    streams = [llm.submit_prompt(prompt, greedy(0, 40 * num_chunks), cache_salt=TRACELESS) for prompt in running]
-    recorder = _Recorder(streams[-1])
-    sent: list[RequestStream] = []
-    try:
-        recorder.wait(4)
-        begin = time.monotonic()
-        sent.append(llm.submit_prompt(long, greedy(0, 2), cache_salt=TRACELESS))
-        waited = None
-        if short is not None:
-            recorder.wait(len(recorder.times) + max(1, num_chunks // 2))
-            asked = time.monotonic()
-            sent.append(llm.submit_prompt(short, greedy(0, 2), cache_salt=TRACELESS))
-            next(sent[-1])
-            waited = 1000 * (time.monotonic() - asked)
-        next(sent[0])
-        end = time.monotonic()
-        recorder.wait(len(recorder.times) + 1)
-    finally:
-        _end([*streams, *sent])
-        recorder.join()
-    times = recorder.times
-    # From the last token before the long prompt on, the step that it ends in included.
-    first = max(0, sum(moment < begin for moment in times) - 1)
-    last = sum(moment <= end for moment in times) + 1
-    return BesideLong(gaps(times[first:last]), waited)
+    waited, num_rows = None, len(running)
+    with recorded(llm) as steps:
+        streams = [llm.submit_prompt(prompt, greedy(0, 40 * num_chunks), cache_salt=TRACELESS) for prompt in running]
+        try:
+            _wait(streams[0], steps, num_rows, 4)
+            before = len(steps)
+            streams.append(llm.submit_prompt(long, greedy(0, 2), cache_salt=TRACELESS))
+            if short is not None:
+                _wait(streams[0], steps, num_rows, max(1, num_chunks // 2), before)
+                asked = time.monotonic()
+                streams.append(llm.submit_prompt(short, greedy(0, 2), cache_salt=TRACELESS))
+                next(streams[-1])
+                waited = 1000 * (time.monotonic() - asked)
+            next(streams[num_rows])
+            end = time.monotonic()
+            _wait(streams[0], steps, num_rows, 1, len(steps))
+        finally:
+            _end(streams)
+    meanwhile = [step for step in steps[before:] if step.num_rows >= num_rows and step.end - step.seconds <= end]
+    return BesideLong([1000 * step.seconds for step in meanwhile], waited)
 
 
-class _Recorder:
-    """Takes a stream's tokens on a thread of its own and keeps when each came."""
+def _wait(stream: RequestStream, steps: list[Step], num_rows: int, num_steps: int, since: int = 0) -> None:
+    """Until there were so many steps of ``num_rows`` rows after the first ``since`` ones.
 
-    def __init__(self, stream: RequestStream) -> None:
-        self.times: list[float] = []
-        self._stream = stream
-        self._thread = threading.Thread(target=self._take, daemon=True)
-        self._thread.start()
-
-    def _take(self) -> None:
-        for delta in self._stream:
-            if delta.token_ids:
-                self.times.append(time.monotonic())
-
-    def wait(self, num_tokens: int) -> None:
-        """Until so many tokens came. Raises RuntimeError where the stream ends before."""
-        while len(self.times) < num_tokens:
-            if not self._thread.is_alive() and len(self.times) < num_tokens:
-                raise RuntimeError("a running request ended before the measurement did")
-            time.sleep(_POLL)
-
-    def join(self) -> None:
-        """Until the stream is over."""
-        self._thread.join()
-
-
-def _span(stream: RequestStream) -> tuple[float, float]:
-    first, last = stream.metrics.first_token_time, stream.metrics.last_token_time
-    if first is None or last is None:
-        raise RuntimeError("a row made no token")
-    return first, last
+    Raises RuntimeError where ``stream``, one of the rows, ends before.
+    """
+    while sum(step.num_rows >= num_rows for step in steps[since:]) < num_steps:
+        if stream.finished:
+            raise RuntimeError("a running request ended before the measurement did")
+        time.sleep(_POLL)
 
 
 def _end(streams: Sequence[RequestStream]) -> None:

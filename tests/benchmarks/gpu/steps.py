@@ -13,15 +13,19 @@ def gaps(times: Sequence[float]) -> list[float]:
     return [1000 * (late - early) for early, late in pairwise(times)]
 
 
-def shared_gaps(watched: Sequence[float], others: Sequence[tuple[float, float]], ramp: int = RAMP) -> list[float]:
-    """Milliseconds between the tokens of one request while all ``others`` run too.
+@dataclass(frozen=True)
+class Step:
+    """A step of this engine, as it measures it: its ``end`` and the ``seconds`` since the one before, ``num_rows``
+    being the rows that got a token in both."""
 
-    ``others`` are the times (seconds) of each one's first and newest token. The first ``ramp`` gaps are left out.
-    """
-    begin = max((first for first, _ in others), default=float("-inf"))
-    end = min((last for _, last in others), default=float("inf"))
-    together = list(pairwise(time for time in watched if time >= begin))[ramp:]
-    return [1000 * (late - early) for early, late in together if early <= end]
+    end: float
+    seconds: float
+    num_rows: int
+
+
+def full_steps(steps: Sequence[Step], num_rows: int, ramp: int = RAMP) -> list[float]:
+    """Milliseconds of the steps in which all ``num_rows`` rows get a token, as in the step before."""
+    return [1000 * step.seconds for step in steps if step.num_rows == num_rows][ramp:]
 
 
 @dataclass(frozen=True)

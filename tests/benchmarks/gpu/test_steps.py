@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.benchmarks.gpu.plot import plot_file, step_times
-from tests.benchmarks.gpu.steps import Call, Machine, full_gaps, gaps, shared_gaps
+from tests.benchmarks.gpu.steps import Call, Machine, Step, full_gaps, full_steps, gaps
 from tests.benchmarks.gpu.suite import describe_result
 from tests.benchmarks.harness import Case, Result, as_json, take_turns
 from tests.benchmarks.machine import describe
@@ -18,15 +18,11 @@ def test_gaps_are_milliseconds_between_neighbours() -> None:
     assert gaps([1.0]) == []
 
 
-def test_only_gaps_in_which_all_rows_run_count() -> None:
-    watched = [0.0, 1.0, 2.0, 4.0, 8.0, 16.0]
-    assert shared_gaps(watched, [(0.5, 99), (1.0, 99)], ramp=0) == [1000.0, 2000.0, 4000.0, 8000.0]
-    assert shared_gaps(watched, [(0.5, 99), (1.5, 3.0)], ramp=0) == [2000.0]
-
-
-def test_the_first_steps_are_left_out_and_a_row_by_itself_waits_for_nobody() -> None:
-    assert shared_gaps([0.0, 5.0, 6.0, 8.0], [], ramp=1) == [1000.0, 2000.0]
-    assert shared_gaps([0.0, 5.0, 6.0, 8.0], [], ramp=3) == []
+def test_only_steps_in_which_all_rows_get_a_token_count() -> None:
+    steps = [Step(1, 0.5, 1), Step(3, 1.0, 2), Step(5, 2.0, 2), Step(5, 9.0, 1), Step(9, 4.0, 2)]
+    assert full_steps(steps, 2, ramp=0) == [1000.0, 2000.0, 4000.0]
+    assert full_steps(steps, 2, ramp=2) == [4000.0]
+    assert full_steps(steps, 3, ramp=0) == []
 
 
 def test_calls_with_prompts_or_fewer_rows_are_no_steps() -> None:
@@ -53,6 +49,8 @@ def test_variants_that_give_several_samples_take_turns() -> None:
     found = take_turns({"A": lambda: variant("A", [1.0, 2.0]), "B": lambda: variant("B", [3.0])}, 2)
     assert "".join(order) == "ABAB"
     assert found == {"A": [1.0, 2.0, 1.0, 2.0], "B": [3.0, 3.0]}
+    with pytest.raises(RuntimeError, match="C: nothing was measured"):
+        take_turns({"C": list}, 1)
 
 
 def decode_case(rows: int, ours: float, theirs: float, bits: int = 16) -> Result:
