@@ -135,19 +135,15 @@ def table(model: nn.Module) -> None:
         chain = modules_of_chain(group)
         ways: list[Way] = [Plain(), *candidates_for("cuda")]
         for way in ways:
-            most = most_rows(way, product)
-            cells = [
-                f"{chain_seconds(way.compute, chain, some_rows(product, rows), float('inf')) * 1e6:8.1f}"
-                if rows <= most
-                else f"{'-':>8}"
-                for rows in ROWS
-            ]
-            if most:
-                say(f"  {product!s:26} {way.name:10} {''.join(cells)}")
+            cells = [_cell(way, product, chain, rows) for rows in ROWS]
+            if set(cells) != {"-"}:
+                say(f"  {product!s:26} {way.name:10} {''.join(f'{cell:>9}' for cell in cells)}")
 
 
-def most_rows(way: Any, product: Product) -> int:
-    return int(way.max_rows(product)) if hasattr(way, "max_rows") else ROWS[-1]
+def _cell(way: Any, product: Product, chain: Sequence[Any], rows: int) -> str:
+    if hasattr(way, "takes") and not way.takes(product, rows):
+        return "-"
+    return f"{chain_seconds(way.compute, chain, some_rows(product, rows), float('inf')) * 1e6:.1f}"
 
 
 def choosing(model: nn.Module) -> tuple[FewRowProducts, Choices]:
@@ -168,7 +164,7 @@ def choosing(model: nn.Module) -> tuple[FewRowProducts, Choices]:
 def whole_layers(model: Any, products: FewRowProducts, choices: Choices) -> None:
     """A layer of the model, compiled, with one token a row and no cache: MLX's products, own, and siblings joined."""
     apart = Choices(singles=choices.singles)
-    for rows in (1, 8, 16, 32):
+    for rows in (1, 8, 16, 32, 64):
         tokens = mx.arange(rows)[:, None]
         cells, expected = [], None
         for name, installed in (("mlx", Choices()), ("own", apart), ("own, siblings joined", choices)):

@@ -16,6 +16,7 @@ from engine.runner.kernels.products import (
     Flattened,
     Modules,
     OwnKernels,
+    Unpacked,
     plain,
     sibling_products,
     single_products,
@@ -25,8 +26,9 @@ from engine.runner.kernels.products import (
 def candidates_for(device_kind: str) -> tuple[Candidate, ...]:
     """Ways to compute a product that may beat MLX's own on a device. None on a CPU."""
     if device_kind == "cuda":
-        return (OwnKernels(), Flattened())
-    return (Flattened(),) if device_kind == "metal" else ()
+        return (OwnKernels(), Flattened(), Unpacked())
+    # On Metal MLX makes one matrix of rows that are contiguous by itself: a look at a few of them is enough.
+    return (Flattened(max_rows=8),) if device_kind == "metal" else ()
 
 
 class FewRowProducts:

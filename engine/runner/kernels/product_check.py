@@ -29,8 +29,8 @@ class Expected:
     def problem(self, candidate: Candidate) -> str | None:
         """What is wrong with ``candidate``'s results, at the first number of rows where something is."""
         for rows in ROW_BUCKETS:
-            if rows > candidate.max_rows(self._product):
-                break
+            if not candidate.takes(self._product, rows):
+                continue
             try:
                 difference = self._difference(candidate, rows)
                 if not (difference <= _LIMIT[self._product.dtype] or difference <= self._usual_limit(rows)):

@@ -12,7 +12,7 @@ from engine.runner.kernels.rows_matmul import MAX_ROWS, MAX_SIBLINGS, Packed
 
 Modules = tuple[nn.Module, ...]
 
-ROW_BUCKETS = (1, 2, 4, 8, 16, 32)
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of rows that are measured. A product of other numbers goes the way of the next larger one."""
 METHODS: dict[type[nn.Module], str] = {
     nn.Linear: "__call__",
@@ -31,6 +31,8 @@ _SIBLINGS = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 """Names of a module's children that mlx-lm's models give the same input."""
+_MOST_UNPACKED = 1 << 27
+"""Bytes of one product's weights: they are part of a step's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,8 @@ class Way(Protocol):
 class Candidate(Way, Protocol):
     """A way that may be chosen."""
 
-    def max_rows(self, product: Product) -> int:
-        """The most rows that it takes; 0 if it does not compute ``product``."""
+    def takes(self, product: Product, num_rows: int) -> bool:
+        """Whether it computes ``product`` of so many rows, and may be fast."""
 
 
 class Plain:
@@ -86,9 +88,12 @@ class Flattened:
 
     name = "flattened"
 
-    def max_rows(self, product: Product) -> int:
-        """Any number, of packed weights."""
-        return 1 << 30 if product.bits and len(product.widths) == 1 else 0
+    def __init__(self, max_rows: int = ROW_BUCKETS[-1]) -> None:
+        self._max_rows = max_rows
+
+    def takes(self, product: Product, num_rows: int) -> bool:
+        """Several rows of packed weights."""
+        return product.bits > 0 and 1 < num_rows <= self._max_rows and len(product.widths) == 1
 
     def compute(self, modules: Modules, x: mx.array) -> list[mx.array]:
         """A call of each module, of rows [1, M, k]."""
@@ -96,19 +101,42 @@ class Flattened:
         return [result.reshape(*x.shape[:-1], -1) for result in (plain(module, flat) for module in modules)]
 
 
+class Unpacked:
+    """MLX's product of weights that are unpacked for it: more bytes, but cuBLAS's speed."""
+
+    name = "unpacked"
+
+    def takes(self, product: Product, num_rows: int) -> bool:
+        """Many rows, of packed weights that take no more than 128 MiB unpacked."""
+        small = sum(product.widths) * product.k * product.dtype.size <= _MOST_UNPACKED
+        return product.bits > 0 and num_rows > MAX_ROWS and len(product.widths) == 1 and small
+
+    def compute(self, modules: Modules, x: mx.array) -> list[mx.array]:
+        """Unpack the weights of each module and multiply."""
+        return [self._one(module, x) for module in modules]
+
+    def _one(self, module: Any, x: mx.array) -> mx.array:
+        weights = mx.dequantize(
+            module.weight, module.scales, module.get("biases"),
+            group_size=module.group_size, bits=module.bits, mode=module.mode,
+        )  # fmt: skip
+        result: mx.array = x @ weights.T
+        return result + module.bias if "bias" in module else result
+
+
 class OwnKernels:
     """The kernels of :mod:`engine.runner.kernels.rows_matmul`: CUDA."""
 
     name = "own"
 
-    def max_rows(self, product: Product) -> int:
-        """32, of shapes and types that the kernels cover."""
-        if len(product.widths) > 1 and not _joins(product.widths):
-            return 0
+    def takes(self, product: Product, num_rows: int) -> bool:
+        """Up to 32 rows, of shapes and types that the kernels cover."""
+        if num_rows > MAX_ROWS or (len(product.widths) > 1 and not _joins(product.widths)):
+            return False
         if not product.bits:
-            return MAX_ROWS if rows_matmul.takes_dense(product.k, product.dtype) else 0
+            return rows_matmul.takes_dense(product.k, product.dtype)
         covered = rows_matmul.takes_quantized(product.k, product.dtype, product.bits, product.group_size)
-        return MAX_ROWS if covered and product.mode == "affine" else 0
+        return covered and product.mode == "affine"
 
     def compute(self, modules: Modules, x: mx.array) -> list[mx.array]:
         """One launch for all modules."""

@@ -14,7 +14,16 @@ from engine.runner.kernels.cuda_source import KernelText
 from engine.runner.kernels.few_rows import FewRowProducts, candidates_for
 from engine.runner.kernels.kernel_cache import CachedKernel, collecting
 from engine.runner.kernels.product_choice import Choices, Compute, Timer, chain_seconds, choose
-from engine.runner.kernels.products import Candidate, Modules, OwnKernels, Plain, Product, single_products
+from engine.runner.kernels.products import (
+    Candidate,
+    Flattened,
+    Modules,
+    OwnKernels,
+    Plain,
+    Product,
+    Unpacked,
+    single_products,
+)
 from tests.engine.parity.tiny_architectures import VOCAB, tiny_model
 from tests.engine.runner.kernels.cuda_on_host import HostKernel
 
@@ -31,8 +40,8 @@ class Unpacking:
         self.calls: list[tuple[int, int]] = []
         """Number of modules and of rows of every call."""
 
-    def max_rows(self, product: Product) -> int:
-        return self._max_rows
+    def takes(self, product: Product, num_rows: int) -> bool:
+        return num_rows <= self._max_rows
 
     def compute(self, modules: Modules, x: mx.array) -> list[mx.array]:
         self.calls.append((len(modules), x.size // x.shape[-1]))
@@ -246,19 +255,27 @@ def test_a_cpu_has_nothing_to_choose() -> None:
 
 def test_a_gpu_has_mlx_s_rows_rearranged_and_on_cuda_kernels_too() -> None:
     assert [way.name for way in candidates_for("metal")] == ["flattened"]
-    assert [way.name for way in candidates_for("cuda")] == ["own", "flattened"]
+    assert [way.name for way in candidates_for("cuda")] == ["own", "flattened", "unpacked"]
 
 
-def test_rearranged_rows_give_what_mlx_gives() -> None:
+@pytest.mark.parametrize(
+    ("way", "num_rows", "said"),
+    [
+        (Flattened(), 5, "rearranged rows for 6 of 6 shapes up to 128 rows"),
+        (Flattened(max_rows=8), 5, "rearranged rows for 6 of 6 shapes up to 8 rows"),
+        (Unpacked(), 40, "unpacked weights for 6 of 6 shapes up to 128 rows"),
+    ],
+)
+def test_mlx_s_products_in_other_forms_give_what_mlx_gives(way: Candidate, num_rows: int, said: str) -> None:
     model = tiny_model("qwen2")
     nn.quantize(model, group_size=32, bits=4, class_predicate=_divides(32))
-    before = logits(model)
-    (flattened,) = candidates_for("metal")
-    choices = choose(model, [flattened], timer=timer(mlx=1.0, flattened=0.5))
-    FewRowProducts(model, "metal").install(choices)
-    assert distance(logits(model), before) < 1e-4
+    before = logits(model, num_rows)
+    choices = choose(model, [way], timer=timer(**{"mlx": 1.0, way.name: 0.5}))
+    FewRowProducts(model, "cuda").install(choices)
+    after = logits(model, num_rows)
+    assert distance(after, before) < 1e-4
     assert not choices.siblings
-    assert choices.note == "products of few rows: rearranged rows for 6 of 6 shapes up to 32 rows"
+    assert choices.note == f"products of few rows: {said}"
 
 
 def test_a_way_may_round_as_much_as_mlx_s_own() -> None:
