@@ -144,20 +144,21 @@ def metal_program(
             declared.append(f"{kind} {built_in}")
             passed.append(value)
     names = ", ".join(f"{'typename' if key == 'T' else 'int'} {key}" for key, _ in template)
-    values = ", ".join(value for _, value in template)
+    names, values = (
+        (f"template <{names}>\n", f"<{', '.join(value for _, value in template)}>") if template else ("", "")
+    )
     return f"""#include "metal_on_host.h"
-{header}template <{names}>
-[[kernel]] void {name}(
+{header}{names}[[kernel]] void {name}(
 {", ".join(declared)}) {{
 {body}
 }}
 #ifdef ADDRESS_SPACES
-template void {name}<{values}>({", ".join(re.sub(r" [a-z_]+$", "", one) for one in declared)});
+{"template" if template else ""} void {name}{values}({", ".join(re.sub(r" [a-z_]+$", "", one) for one in declared)});
 #else
 static uint3 blockIndex, gridSize;
 static void** arrays;
 static const int (*shapes)[8];
-static void launch() {{ {name}<{values}>({", ".join(passed)}); }}
+static void launch() {{ {name}{values}({", ".join(passed)}); }}
 extern "C" const char* run(void** given, const int (*sizes)[8], uint x, uint y, uint z, uint threads) {{
 arrays = given, shapes = sizes, gridSize = {{x, y, z}}, fault = "";
 for (uint k = 0; k < z; ++k) for (uint j = 0; j < y; ++j) for (uint i = 0; i < x; ++i) {{
