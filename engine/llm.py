@@ -75,12 +75,15 @@ class LLM:
         check_device()
         prepare_backend()  # before anything imports mlx
         from engine.runtime.engine_thread import start_engine
+        from engine.runtime.load_clock import LoadClock
         from engine.runtime.snapshot import SnapshotPoller, snapshot_activity, snapshot_blocks
 
         resolved = resolve(self.args.model, self.args.revision, progress=progress)
+        clock = LoadClock()
         self.tokenizer: Tokenizer = load_tokenizer(resolved, self.args)
         template = ChatTemplate.of_model(self.args, self.tokenizer)
         parsers = ParserChoice.of_model(self.args, template.source, self.tokenizer)
+        clock.ended("tokenizer")
         self.metrics = EngineMetrics(self.args.names[0])
         self.settings = Settings()
         self.preparer = ChatPreparer(self.tokenizer, template, parsers, self.settings)
@@ -93,6 +96,8 @@ class LLM:
         # Also when the object is dropped, and at exit, where a thread inside MLX would abort the process.
         weakref.finalize(self, self._thread.close)
         self.plan: MemoryPlan = built.plan
+        self.load_seconds = {**clock.seconds, **built.seconds}
+        """What the parts of the load took, one after the other."""
         self.attention_paths: tuple[AttentionPath, ...] = built.attention_paths
         """Which way each kind of layer attends: by kernels over pages, or not and why."""
         self.defaults = SamplingDefaults(

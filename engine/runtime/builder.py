@@ -1,7 +1,7 @@
 """From a resolved model to an engine that is ready: load, check, measure, plan. Runs on the engine's thread."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
 from engine.runner.warm_up import choose_backend, measure_step_cost
 from engine.runtime.llm_engine import LLMEngine
+from engine.runtime.load_clock import LoadClock
 from engine.runtime.metrics import EngineMetrics
 from engine.runtime.rehearsal import meanwhile
 from engine.text.tokens.detokenizer import Detokenizer
@@ -44,13 +45,14 @@ _WORTH_REHEARSING = 1 << 30
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine, what it was built from, and lines for the user."""
+    """An engine, what it was built from, lines for the user, and what each part of the load took."""
 
     engine: LLMEngine
     config: ModelConfig
     plan: MemoryPlan
     notes: list[str]
     attention_paths: tuple[AttentionPath, ...]
+    seconds: Mapping[str, float]
 
 
 def build_engine(
@@ -61,7 +63,7 @@ def build_engine(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> BuiltEngine:
     """Load ``resolved`` and plan its memory; on failure everything is given back."""
-    device = describe_device()
+    clock, device = LoadClock(), describe_device()
 
     def beside(config: ModelConfig, num_bytes: int) -> AbstractContextManager[None]:
         if device.kind != "cuda" or num_bytes < _WORTH_REHEARSING:
@@ -69,6 +71,7 @@ def build_engine(
         return meanwhile(partial(rehearse, resolved, config, args, device))
 
     loaded = load_model(resolved, args, progress, beside)
+    clock.ended("weights")
     vocab_size, caches = num_logits(loaded.model), ModelCaches(loaded.model)
     progress = progress or _ignore
     products = FewRowProducts(loaded.model, _device_of_kernels(args, device))
@@ -76,11 +79,14 @@ def build_engine(
         undo.callback(products.remove)
         products.choose(partial(progress, "kernels"))
         products.install()
+        clock.ended("kernels")
         progress("warm-up", 0, 0)
         backend, note = _choose_backend(loaded.model, args, device, vocab_size)
         undo.callback(backend.close)
+        clock.ended("warm-up")
         check_attention(args, backend.attention_paths)
         plan, step_cost = _plan(loaded, caches, backend, args, device, vocab_size)
+        clock.ended("step cost")
         kept = undo.pop_all()
     engine = _assemble(backend, plan, step_cost, args, device, tokenizer, metrics, vocab_size, kept.close)
     metrics.set_cache_config(
@@ -96,7 +102,7 @@ def build_engine(
     for line in notes:
         logger.info("%s", line)
     logger.info("Paged attention memory breakdown: %s", plan.log_line())
-    return BuiltEngine(engine, loaded.config, plan, notes, paths)
+    return BuiltEngine(engine, loaded.config, plan, notes, paths, clock.seconds)
 
 
 def rehearse(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device) -> None:
