@@ -151,12 +151,13 @@ def choosing(model: nn.Module) -> tuple[FewRowProducts, Choices]:
     choices = products.choose()
     say(f"{choices.note} (checks and compiling {choices.check_seconds:.2f} s, measuring {choices.seconds:.2f} s)")
     for entry in choices.as_data():
-        rows = "  ".join(
-            f"{number}: {values['chosen']} " + "/".join(f"{value:.0f}" for value in values["microseconds"].values())
-            for number, values in entry["rows"].items()
-        )
-        names = "/".join(next(iter(entry["rows"].values()))["microseconds"])
-        say(f"  {entry['weights']:26} ({names} us) {rows}")
+        say(f"  {entry['weights']}, {entry['uses']} times: the way chosen, and us of each")
+        for number, values in entry["rows"].items():
+            times, first = values["microseconds"], values["chosen"]
+            said = [
+                f"{name} {times[name]:.1f}" for name in sorted(times, key=lambda name: (name != first, times[name]))
+            ]
+            say(f"    {number:3} rows: {', '.join(said)}")
     _wrong.extend(choices.problems)
     return products, choices
 
