@@ -36,7 +36,6 @@ from engine.runtime.metrics import EngineMetrics
 from engine.runtime.stream import RequestStream
 from engine.text.tokens.detokenizer import Detokenizer
 from engine.text.tokens.tokenizer import Tokenizer
-from tests import tiny_models
 
 VOCAB_SIZE = 1000
 BLOCK_SIZE = 16
@@ -218,6 +217,8 @@ class TinySteps:
     """Whole decode steps of a tiny model at one batch size, in ms: ours through the whole engine, or mlx-lm's."""
 
     def __init__(self, number: int) -> None:
+        from tests import tiny_models  # whose packages a GPU's machine may not have
+
         config = tiny_models.tiny_config("llama", vocab_size=VOCAB_SIZE)
         self.model = tiny_models.build_model(config)
         self.number = number

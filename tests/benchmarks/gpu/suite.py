@@ -14,7 +14,7 @@ from engine.runner.device.devices import prepare_backend
 from tests.benchmarks.gpu.cases import GpuCase, gpu_cases
 from tests.benchmarks.gpu.engines import Engines
 from tests.benchmarks.gpu.sizes import FULL, QUICK, TINY, Sizes
-from tests.benchmarks.harness import Result, as_json, save
+from tests.benchmarks.harness import Result, as_json, save, table
 from tests.benchmarks.machine import describe
 
 
@@ -73,6 +73,7 @@ class _Run:
                 self._one(case)
         finally:
             self._engines.close()
+        _say(f"\n{table(self._results)}\n")
         reached = sum(result.reached for result in self._results if result.case.target is not None)
         targets = sum(result.case.target is not None for result in self._results)
         _say(f"{reached} of {targets} targets reached, {len(self._failed)} cases failed; {self._save()}")
