@@ -151,7 +151,7 @@ def choosing(model: nn.Module) -> tuple[FewRowProducts, Choices]:
     choices = products.choose()
     say(f"{choices.note} (checks and compiling {choices.check_seconds:.2f} s, measuring {choices.seconds:.2f} s)")
     for entry in choices.as_data():
-        say(f"  {entry['weights']}, {entry['uses']} times: the way chosen, and us of each")
+        say(f"  {entry['weights']}, {entry['uses']} times; us, the chosen way first")
         for number, values in entry["rows"].items():
             times, first = values["microseconds"], values["chosen"]
             said = [
