@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import pandas
 
     from engine.batch.bench import Bench
+    from engine.batch.kernel_bench import KernelBench
     from engine.memory.plan import MemoryPlan
     from engine.openai.server import ServerHandle
     from engine.runner.kv.attention_path import AttentionPath
@@ -413,6 +414,19 @@ class LLM:
 
         device = self._thread.call(lambda _: describe_device())
         return Bench(self, f"{device.name} ({device.kind})", self._requests.vocab_size, **options)
+
+    def bench_kernels(self) -> "KernelBench":
+        """Whether the GPU kernels are right at this model's shapes, and how fast: see :mod:`engine.batch.kernel_bench`.
+
+        Between steps, on the engine's thread: requests under way wait for one row at a time.
+        """
+        from engine.batch.kernel_bench import KernelBench
+        from engine.runner.kv.attention_calls import kernel_shapes
+
+        name, call = self.args.names[0], self._thread.call
+        backend = call(lambda engine: engine.runner.backend)
+        shapes = call(lambda _: kernel_shapes(backend.model, backend.block_size))
+        return KernelBench(name, [(name, shape) for shape in shapes], lambda function: call(lambda _: function()))
 
     def activity(self) -> Activity:
         """Requests under way, counters and recent speed; while a step takes long, as of the step before."""

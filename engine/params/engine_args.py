@@ -74,8 +74,8 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
     Flag(
         "attention_backend",
         attention_backend,
-        "how attention reads KV pages: by GPU kernels, in place (paged); gathered, by MLX's own attention (reference); "
-        "or by kernels wherever they cover the model and are right on this device (auto)",
+        "how attention reads KV pages: by GPU kernels, in place (paged); gathered, by MLX's own attention, without "
+        "kernels of this project (reference); or by kernels wherever they cover the model and are right here (auto)",
         env="VLLM_METAL_ATTENTION_BACKEND",
         choices=ATTENTION_BACKENDS,
     ),

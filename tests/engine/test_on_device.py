@@ -9,7 +9,7 @@ from tests.engine.parity.bare_engine import BareEngine
 from tests.engine.parity.cuda_attention import cuda_attention
 from tests.engine.parity.test_long_contexts import pages_of
 from tests.on_device import __main__ as on_device
-from tests.on_device import long
+from tests.on_device import backends, long
 from tests.on_device.small_models import SmallModel
 from tests.on_device.ties import WRONG, compare, judge
 
@@ -38,6 +38,16 @@ def test_long_contexts_through_llm_and_the_bare_engine_are_right_here(smallest, 
 def test_a_model_for_which_there_is_no_time_is_not_right(smallest, capsys):
     assert on_device.main(["long", "--small", "--seconds", "0"]) == 1
     assert capsys.readouterr().out.count("LEFT OUT") == 2
+
+
+def test_kernels_are_asked_for_in_vain_here_and_that_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(backends, "MODEL", SmallModel("gemma3_text", 64, "float32", {**TINY, "num_hidden_layers": 3}))
+    assert on_device.main(["backends", "--small"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("no GPU: MLX computes on the CPU here") == 3
+    assert "auto: MLX's own operations (1 layer full, 2 layers sliding: no GPU kernels on a CPU)" in printed
+    monkeypatch.setattr(backends, "_loaded", lambda _folder, _backend: True)
+    assert on_device.main(["backends"]) == 1, "without a GPU nothing was checked"
 
 
 def test_a_device_that_fails_is_tried_in_a_process_of_its_own(capsys):

@@ -94,7 +94,7 @@ def test_every_picture_is_there_small_and_shown() -> None:
     assert max(pictures.values()) < 150_000
 
 
-@pytest.mark.parametrize("page", ["index", "troubleshooting", "how_it_works"])
+@pytest.mark.parametrize("page", ["index", "troubleshooting", "how_it_works", "attention"])
 def test_links_lead_to_pages_of_the_book(page: str) -> None:
     text = (NOTEBOOKS / f"{page}.md").read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!http)([\w/]+)\.(?:md|ipynb)[^)]*\)", text)

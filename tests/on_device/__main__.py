@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.params.attention_backend import ATTENTION_BACKENDS
 from engine.runner.device.devices import describe_device
+from tests.on_device.backends import backends
 from tests.on_device.hybrid import hybrid
 from tests.on_device.long import long
 from tests.on_device.parity import parity
@@ -34,12 +35,17 @@ def _long(options: argparse.Namespace) -> bool:
     return long(options.backend, small=options.small, seconds=options.seconds)
 
 
+def _backends(options: argparse.Namespace) -> bool:
+    return backends(without_gpu=options.small)
+
+
 def _sticky(options: argparse.Namespace) -> bool:
     return sticky(pretend=options.small)
 
 
 CHECKS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "long": _long,
+    "backends": _backends,
     "parity": _parity,
     "pools": _pools,
     "hybrid": _hybrid,
@@ -57,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.on_device", description=__doc__)
     parser.add_argument("checks", nargs="*", choices=[[], *CHECKS], metavar="CHECK", help=f"of {', '.join(CHECKS)}")
     parser.add_argument("--backend", choices=ATTENTION_BACKENDS, default="auto", help="attention, in long")
-    parser.add_argument("--small", action="store_true", help="long and sticky as a CPU can do them")
+    parser.add_argument("--small", action="store_true", help="long, backends and sticky as a CPU can do them")
     parser.add_argument("--seconds", type=float, default=95.0, help="after which long leaves models out, and fails")
     options = parser.parse_args(arguments)
     print(json.dumps({"device": describe_device().name, "mlx": version("mlx")}), flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.batch.bench import BenchResult, BenchRow
+from engine.batch.kernel_bench import KernelBenchResult
 from engine.chat.request import Account, ChatRequest, PreparedRequest, PromptRequest
 from engine.errors import EngineClosedError, ModelNotFoundError
 from engine.memory.cache_spec import FullAttentionSpec
@@ -28,11 +29,13 @@ from vm_magic.state.session import Progress
 
 if TYPE_CHECKING:  # for mypy each stand-in is a subclass, so that its signatures cannot drift from the real class's
     from engine.batch.bench import Bench as _Bench
+    from engine.batch.kernel_bench import KernelBench as _KernelBench
     from engine.llm import LLM as _LLM
     from engine.openai.server import ServerHandle as _ServerHandle
+    from engine.runner.kernels.bench import KernelRow
     from engine.runtime.activity import EngineStats as _EngineStats
 else:  # a kernel under test needs neither MLX nor a web server
-    _Bench = _LLM = _ServerHandle = _EngineStats = object
+    _Bench = _KernelBench = _LLM = _ServerHandle = _EngineStats = object
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 MEMORY = {"bytes": 1_000_000}
@@ -127,6 +130,23 @@ class FakeBench(_Bench):
         self.result = BenchResult({"model": "tiny", "machine": "a <b>fast</b> one"}, notes=["a note"])
 
     def run(self) -> Iterator[BenchRow]:
+        for row in self.rows:
+            if isinstance(row, BaseException):
+                raise row
+            self.result.rows.append(row)
+            yield row
+        self.result.complete = True
+
+
+class FakeKernelBench(_KernelBench):
+    """Gives ``rows``; an exception among them is raised."""
+
+    def __init__(self, rows: "Sequence[KernelRow | BaseException]", notes: Sequence[str] = ()) -> None:
+        self.rows = rows
+        facts = {"device": "a <b>GPU</b> (metal)"} if rows else {}
+        self.result = KernelBenchResult(facts, notes=[*notes])
+
+    def run(self) -> "Iterator[KernelRow]":
         for row in self.rows:
             if isinstance(row, BaseException):
                 raise row

@@ -17,6 +17,7 @@ from engine.runner.device.faults import check_device
 from vm_magic.state.conversation import DEFAULT_CONVERSATION, Conversation
 
 if TYPE_CHECKING:
+    from engine.batch.kernel_bench import KernelBench
     from engine.llm import LLM
     from engine.models.weight_format import CachedModel
     from engine.openai.server import ServerHandle
@@ -64,6 +65,13 @@ def new_plan_table(model: str, **settings: Any) -> Any:
     import engine
 
     return engine.plan_table(model, **settings)
+
+
+def kernel_bench() -> "KernelBench":
+    """A check of the GPU kernels that needs no model."""
+    from engine.batch.kernel_bench import bench_kernels
+
+    return bench_kernels()
 
 
 def cached_models() -> "list[CachedModel]":

@@ -156,6 +156,8 @@ def test_what_cannot_be_remote_is_refused_by_name(shell: Any, loaded: fakes.Fake
             line(shell, f"{name} smollm2" if name in ("load", "serve") else name)
         assert "\n" not in str(refused.value)
     assert line(shell, "plan smollm2").model == "smollm2"
+    loaded.bench_kernels = lambda: fakes.FakeKernelBench([], ["no GPU"])  # type: ignore[method-assign]
+    assert repr(line(shell, "bench --kernels")) == "no GPU", "about this machine, whatever it is connected to"
     assert not loaded.closed
 
 

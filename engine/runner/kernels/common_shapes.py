@@ -1,0 +1,33 @@
+"""Shapes of attention that common models have, for a check of the kernels without a model."""
+
+import mlx.core as mx
+
+from engine.params.engine_args import DEFAULT_BLOCK_SIZE
+from engine.runner.kernels.self_check import AttentionShape
+
+
+def common_shapes() -> list[tuple[str, AttentionShape]]:
+    """Under their models' names: every element type, the usual head sizes, a window, sinks."""
+    return [
+        ("Qwen3-4B", _shape(32, 8, 128)),
+        ("Gemma 3 4B", _shape(8, 4, 256)),
+        ("Gemma 3 4B, sliding", _shape(8, 4, 256, window=1024)),
+        ("gpt-oss-20b, sliding", _shape(64, 8, 64, window=128, sinks=True)),
+        ("SmolLM2-135M in float16", _shape(9, 3, 64, mx.float16)),
+        ("SmolLM2-135M in float32", _shape(9, 3, 64, mx.float32)),
+    ]
+
+
+def _shape(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: mx.Dtype = mx.bfloat16,
+    *,
+    window: int | None = None,
+    sinks: bool = False,
+) -> AttentionShape:
+    return AttentionShape(
+        dtype=dtype, heads=heads, kv_heads=kv_heads, key_dim=dim, value_dim=dim, block_size=DEFAULT_BLOCK_SIZE,
+        window=window, sinks=sinks,
+    )  # fmt: skip
