@@ -1,10 +1,6 @@
 """The cases of the GPU suite: what is compared with what, and the ratio to reach."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +15,7 @@ from tests.benchmarks.gpu.shapes import kv_bytes_per_token
 from tests.benchmarks.gpu.sizes import Sizes
 from tests.benchmarks.harness import Case, Result, run_case, take_turns
 from tests.benchmarks.host_cases import host_cases
-from tests.benchmarks.machine import ROOT
+from tests.benchmarks.load_time import in_a_process
 
 OURS, SLOW, BATCH, SINGLE = "LLM", "LLM, reference attention", "mlx-lm BatchGenerator", "mlx-lm generate_step"
 Samples = Callable[[], Sequence[float]]
@@ -33,6 +29,7 @@ _PROMPT = 1.0
 _FIRST_WITHIN, _GAP_WITHIN = 2.0, 1.5
 """Chunks, behind a long prompt."""
 _LOAD = {"empty": 1 / 2, "filled": 1 / 1.2}
+_LOADED = {"ours": "LLM, until its first token", "theirs": "mlx-lm, until its first token"}
 _MUCH = 2.5
 """Times their size, mlx-lm's caches need while rows are put together."""
 _SALTS = itertools.count()
@@ -244,32 +241,17 @@ def _http(engines: Engines) -> Iterator[Result]:
 
 
 def _load(engines: Engines) -> Iterator[Result]:
-    """Each load in a process of its own: first where no compiled kernel lies on disk, then where both left theirs."""
+    """Until a first token, each load in a process of its own: with nothing compiled yet, then with all on disk."""
     engines.release()
-    folder = engines.folder()
-    samples: dict[str, dict[str, list[float]]] = {caches: {"ours": [], "theirs": []} for caches in _LOAD}
-    ready: dict[str, dict[str, list[float]]] = {caches: {"ours": [], "theirs": []} for caches in _LOAD}
+    folder = str(engines.folder())
+    parts: dict[str, dict[str, list[dict[str, float]]]] = {caches: {"ours": [], "theirs": []} for caches in _LOAD}
     for _ in range(engines.sizes.repeats):
         with tempfile.TemporaryDirectory() as kept:
             for caches, who in itertools.product(_LOAD, ("ours", "theirs")):
-                found = _load_once(who, folder, engines.options(), Path(kept) / who)
-                samples[caches][who].append(found["first_token"])
-                ready[caches][who].append(found["ready"])
+                parts[caches][who].append(in_a_process(who, folder, Path(kept) / who))
     for caches, target in _LOAD.items():
-        case = Case(
-            f"load, kernel caches {caches}", "s", "lower", {}, {"kind": "load", "ready_s": ready[caches]}, target
-        )
-        first, second = samples[caches].values()
-        yield Result(case, {"LLM, until its first token": first, "mlx-lm load, until its first token": second})
-
-
-def _load_once(who: str, folder: Path, options: Mapping[str, Any], caches: Path) -> dict[str, float]:
-    """Seconds in a new process whose kernel caches (ours, MLX's and the driver's) lie in ``caches``."""
-    command = [sys.executable, "-m", "tests.benchmarks.gpu.load_once", who, str(folder), json.dumps(options)]
-    places = {"XDG_CACHE_HOME": "ours", "MLX_PTX_CACHE_DIR": "mlx", "CUDA_CACHE_PATH": "driver"}
-    env = {**os.environ, **{name: str(caches / place) for name, place in places.items()}}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
-    if done.returncode:
-        raise RuntimeError(f"{who} did not load: {done.stderr.strip()[-500:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        case = Case(f"load, kernel caches {caches}", "s", "lower", {}, {"kind": "load", "parts": parts[caches]}, target)
+        samples = {
+            _LOADED[who]: [one["load"] + one["first token"] for one in all_of] for who, all_of in parts[caches].items()
+        }
+        yield Result(case, samples)
