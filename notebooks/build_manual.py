@@ -3,7 +3,8 @@
 python notebooks/build_manual.py [OUTPUT]
 
 Command help comes from the commands' own parsers, flags from the engine's table, speed from what ``make bench`` wrote
-to ``bench-results``. These pages are made anew by each build and kept nowhere else. Notebooks are shown as saved.
+to ``bench-results`` and from the GPU's runs that are kept in ``tests/benchmarks/results``. These pages are made anew by
+each build and kept nowhere else. Notebooks are shown as saved.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "bench-results"
+GPU_RESULTS = HERE.parent / "tests" / "benchmarks" / "results"
 HELP_COLUMNS = "80"
 STYLE = """\
 div.cell_input pre, div.cell_output pre, div.highlight-text pre { white-space: pre-wrap; }
@@ -119,24 +121,58 @@ def escaped(text: str) -> str:
     return "".join(f"\\{char}" if char in "<>*_`[]$" else char for char in text)
 
 
-def benchmarks_page(results: Path = RESULTS) -> str:
-    """The latest run of ``make bench``: machine, versions, settings and a table."""
+def benchmarks_page(results: Path = RESULTS, gpu_results: Path = GPU_RESULTS) -> str:
+    """The latest runs of ``make bench`` and of the GPU's part: machine, versions, settings and tables."""
     intro = (
         "# Speed, measured\n\n`make bench` runs this engine and mlx-lm on the same weights, element type and BLAS, "
         "taking turns in one process, so that whatever else the machine does hits both alike.\n\n"
     )
     runs = sorted(results.glob("*.json"))
-    if not runs:
-        return intro + "This copy of the manual was built where nothing had been measured yet: run `make bench`, then "\
-            "`make manual`.\n"  # fmt: skip
-    return intro + "\n".join(run_text(json.loads(runs[-1].read_text(encoding="utf-8"))))
+    gpu_runs = sorted(gpu_results.glob("gpu-*.json"))
+    here = (
+        "\n".join(run_text(_read(runs[-1])))
+        if runs
+        else "This copy of the manual was built where nothing had been measured yet: run `make bench`, then "
+        "`make manual`.\n"
+    )
+    return intro + here + ("\n" + "\n".join(gpu_text(gpu_runs[-1])) if gpu_runs else "")
 
 
-def run_text(run: dict[str, Any]) -> Iterator[str]:
-    """One run as Markdown."""
-    machine = run["machine"]
+def _read(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run.read_text(encoding="utf-8"))
+    return found
+
+
+def gpu_text(run: Path) -> Iterator[str]:
+    """A run of ``python -m tests.benchmarks --gpu`` as Markdown, with the picture that lies beside it."""
+    found = _read(run)
+    yield "## On a GPU\n"
+    yield "A model of random weights in a known shape, which mlx-lm loads from the same folder.\n"
+    picture = run.with_suffix(".svg")
+    if picture.is_file():
+        yield picture.read_text(encoding="utf-8")
+    samples = (
+        f"in {found['settings']['repeats']} turns; reading {found['settings']['bytes_per_second'] / 1e12:.2f} TB/s"
+    )
+    yield machine_table(found["machine"], samples)
+    rows = []
+    for case in found["cases"]:
+        values = [f"{name}: {case['median'][name]:.4g}" for name in case["samples"]]
+        floor, ratio, target = (
+            "" if case[name] is None else f"{case[name]:.2f}" for name in ("floor", "ratio", "target")
+        )
+        rows.append([case["name"], "; ".join(values), case["unit"], floor, ratio, target])
+    yield table(("case", "medians", "unit", "floor", "times better", "wanted"), rows)
+    yield (
+        "*Floor* is what reading the weights, keys and values once would take (for a prompt: its products at the "
+        "rate of a large one). *Times better* compares the first two.\n"
+    )
+
+
+def machine_table(machine: dict[str, Any], samples: str) -> str:
+    """What a run's numbers depend on."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    yield table(
+    return table(
         ("measured", ""),
         [
             ("on", f"{machine['date']}, commit `{machine['commit'][:12]}`"),
@@ -144,8 +180,15 @@ def run_text(run: dict[str, Any]) -> Iterator[str]:
             ("GPU", machine["gpu"] or "none"),
             ("system", f"{machine['system']}, Python {machine['python']}"),
             ("versions", versions),
-            ("samples", f"{run['settings']['repeats']} of each, after {run['settings']['warmup']} unmeasured"),
+            ("samples", samples),
         ],
+    )
+
+
+def run_text(run: dict[str, Any]) -> Iterator[str]:
+    """One run as Markdown."""
+    yield machine_table(
+        run["machine"], f"{run['settings']['repeats']} of each, after {run['settings']['warmup']} unmeasured"
     )
     rows = []
     for case in run["cases"]:

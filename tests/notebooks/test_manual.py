@@ -133,6 +133,26 @@ def test_a_run_of_the_benchmarks_is_understood(tmp_path: Path) -> None:
     assert "| one alone | only | 2 | 1 | 3 | s |  |" in manual.benchmarks_page(tmp_path)
 
 
+def test_a_gpu_run_is_shown_with_its_floors_wanted_ratios_and_picture(tmp_path: Path) -> None:
+    from tests.benchmarks.gpu.plot import plot_file
+    from tests.benchmarks.harness import Case, Result, as_json, save
+    from tests.benchmarks.machine import describe
+
+    nothing = manual.benchmarks_page(tmp_path, tmp_path)
+    assert "On a GPU" not in nothing
+    facts = {"kind": "decode", "bits": 16, "rows": 8}
+    case = Case("decode, batch 8", "ms", "lower", {}, facts, target=2.0, floor=1.86)
+    result = Result(case, {"LLM": [3.4], "mlx-lm BatchGenerator": [10.2]})
+    settings = {"repeats": 2, "bytes_per_second": 4.6e12, "sizes": {"shape": "tiny", "context": 512}}
+    path = save(as_json([result], describe(), settings), tmp_path / "gpu", "gpu-2030-01-02")
+    plot_file(path, path.with_suffix(".svg"))
+    page = manual.benchmarks_page(tmp_path, tmp_path / "gpu")
+    assert page.startswith(nothing)
+    assert "| decode, batch 8 | LLM: 3.4; mlx-lm BatchGenerator: 10.2 | ms | 1.86 | 3.00 | 2.00 |" in page
+    assert "<svg" in page
+    assert "4.60 TB/s" in page
+
+
 def test_the_source_holds_all_pages_and_no_output_that_a_page_cannot_show(tmp_path: Path) -> None:
     manual.write_source(tmp_path / "source")
     for page in pages_of_the_contents():
