@@ -183,9 +183,10 @@ class EngineArgs:
 
     def _check_pages(self, name: str, value: str, *, needs_pages: bool) -> None:
         if needs_pages and not self.use_paged_attention:
+            by_variable = " (or VLLM_METAL_ATTENTION_BACKEND)" if name == "attention_backend" else ""
             raise ConfigError(
-                f"--{name.replace('_', '-')} {value} needs pages, and VLLM_METAL_USE_PAGED_ATTENTION=0 turns them "
-                "off: leave one of the two out",
+                f"--{name.replace('_', '-')} {value}{by_variable} needs pages, and VLLM_METAL_USE_PAGED_ATTENTION=0 "
+                "turns them off: leave one of the two out",
                 flag=name,
                 value=value,
                 allowed="auto",

@@ -157,8 +157,8 @@ def check_attention(args: EngineArgs, paths: Sequence[AttentionPath]) -> None:
     if args.attention_backend != "paged" or any(path.backend == "paged" for path in paths):
         return
     raise ConfigError(
-        f"--attention-backend paged: no layer's pages can be read by kernels: {describe(paths)}; "
-        "take auto or leave the flag out",
+        f"--attention-backend paged (or VLLM_METAL_ATTENTION_BACKEND): no layer's pages can be read by kernels: "
+        f"{describe(paths)}; take auto or leave it out",
         flag="attention_backend",
         value="paged",
         allowed="auto, reference",

@@ -83,7 +83,7 @@ def test_what_reads_pages_is_a_line_wherever_somebody_may_expect_kernels(
 def test_kernels_that_were_asked_for_must_serve_some_layer() -> None:
     asked = EngineArgs("m", attention_backend="paged")
     check_attention(asked, [KERNELS, PLAIN])
-    with pytest.raises(ConfigError, match=r"sliding: it is slow\); take auto or leave the flag out$") as refused:
+    with pytest.raises(ConfigError, match=r"sliding: it is slow\); take auto or leave it out$") as refused:
         check_attention(asked, [PLAIN])
     assert refused.value.flag == "attention_backend"
     check_attention(EngineArgs("m"), [PLAIN])
@@ -143,5 +143,5 @@ def test_a_kind_of_layer_whose_kernel_is_wrong_is_named_with_the_reason(
 def test_kernels_asked_for_over_quantized_pages_are_refused_with_the_reason(
     tiny_model_dir: Any, host_kernels: HostKernels
 ) -> None:
-    with pytest.raises(ConfigError, match=r"^--attention-backend paged: .*no kernel for int8 pages"):
+    with pytest.raises(ConfigError, match=r"^--attention-backend paged .*no kernel for int8 pages"):
         LLM(str(tiny_model_dir("llama")), attention_backend="paged", kv_cache_dtype="int8", **OPTIONS)

@@ -69,8 +69,8 @@ def test_another_attention_backend_is_refused_with_the_one_to_take(given, why):
 def test_kernels_over_pages_and_contiguous_caches_are_not_asked_for_together():
     contiguous = {"VLLM_METAL_USE_PAGED_ATTENTION": "0"}
     line = (
-        "--attention-backend paged needs pages, and VLLM_METAL_USE_PAGED_ATTENTION=0 turns them off: "
-        "leave one of the two out"
+        "--attention-backend paged (or VLLM_METAL_ATTENTION_BACKEND) needs pages, and VLLM_METAL_USE_PAGED_ATTENTION=0 "
+        "turns them off: leave one of the two out"
     )
     with pytest.raises(ConfigError) as refused:
         EngineArgs.from_options("m", {"attention_backend": "paged"}, contiguous)
