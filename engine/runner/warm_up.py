@@ -33,8 +33,9 @@ does an element of a quantized page that falls to the other side of a step; a wr
 gave 4)."""
 _MAX_ROWS_ON_CUDA = 96
 """MLX 0.32.4's CUDA RoPE with an offset per row fails from 128 rows on."""
-_SAMPLES = ((16, 16), (64, 64), (64, 1024), (16, 1024))
-"""(rows, context) of the measured steps; the last one over pages only, where reading may copy or unpack."""
+_LONGEST_SAMPLE: dict[DeviceKind, int] = {"cpu": 1024, "metal": 2048, "cuda": 4096}
+"""Tokens of context of the longest measured step. A GPU's first steps are small change beside its kernels' own memory,
+and few rows go other ways than many: what is measured there is nearer to the largest step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,12 +190,27 @@ def _scheduled(request: Request, tables: tuple[list[int], ...], single: bool) ->
     return ScheduledRequest(request, start, count, tables, samples=single, pending=False)
 
 
-def measure_step_cost(backend: Backend, vocab_size: int) -> StepCost:
-    """Run a few small steps and read MLX's peak memory; larger steps follow by proportion."""
-    samples = _SAMPLES if isinstance(backend, PagedBackend) else _SAMPLES[:3]
+def measure_step_cost(
+    backend: Backend, vocab_size: int, *, device: DeviceKind = "cpu", context_length: int | None = None
+) -> StepCost:
+    """Run a few steps and read MLX's peak memory; larger steps follow by proportion.
+
+    None is longer than ``context_length``. On a GPU each runs twice: a first one also sets kernels up.
+    """
+    samples = _samples(device, context_length)[: 4 if isinstance(backend, PagedBackend) else 3]
+    for rows, context in samples if device != "cpu" else ():
+        _peak(backend, rows, context, vocab_size)
     peaks = [_peak(backend, rows, context, vocab_size) for rows, context in samples]
     terms = np.array([[1.0, rows, rows * context, context] for rows, context in samples])[:, : len(samples)]
     return StepCost(*(max(0.0, float(term)) for term in np.linalg.solve(terms, np.array(peaks, dtype=float))))
+
+
+def _samples(device: DeviceKind, context_length: int | None) -> list[tuple[int, int]]:
+    """(rows, context) of the measured steps; the last one over pages only, where reading may copy or unpack."""
+    longest = min(_LONGEST_SAMPLE[device], context_length or _LONGEST_SAMPLE[device])
+    many, few = (longest // 16, longest // 64) if device == "cpu" else (longest // 4, longest // 16)
+    few, many = max(1, few), max(2, many)
+    return [(few, few), (many, many), (many, max(longest, 3)), (few, max(longest, 3))]
 
 
 def _peak(backend: Backend, rows: int, context: int, vocab_size: int) -> int:

@@ -117,7 +117,7 @@ def rehearse(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, dev
     vocab_size = num_logits(model)
     backend, _ = _choose_backend(model, args, device, vocab_size)
     try:
-        measure_step_cost(backend, vocab_size)
+        measure_step_cost(backend, vocab_size, device=device.kind, context_length=config.context_length)
     finally:
         backend.close()
 
@@ -175,7 +175,7 @@ def attention_note(args: EngineArgs, device: Device, paths: Sequence[AttentionPa
 def _plan(
     loaded: LoadedModel, caches: ModelCaches, backend: Backend, args: EngineArgs, device: Device, vocab_size: int
 ) -> tuple[MemoryPlan, StepCost]:
-    step_cost = measure_step_cost(backend, vocab_size)
+    step_cost = measure_step_cost(backend, vocab_size, device=device.kind, context_length=loaded.config.context_length)
     if isinstance(backend, PagedBackend):
         backend.release()
     clear_cache()

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.errors import OutOfMemoryError
@@ -242,3 +243,14 @@ def test_pages_behind_a_window_count_as_well(tiny_model_dir):
         assert {group.kind for group in groups} == {"full", "sliding"}
         found = llm._thread.call(lambda engine: engine.admission.bytes_per_token)
         assert found == sum(group.bytes_per_token for group in groups) > llm.plan.per_block_bytes // llm.plan.block_size
+
+
+@pytest.mark.parametrize("device", ["cpu", "metal", "cuda"])
+@pytest.mark.parametrize("context_length", [None, 1, 40, 1024, 131072])
+def test_measured_steps_stay_within_the_models_context_and_tell_rows_from_context(device, context_length):
+    from engine.runner.warm_up import _samples
+
+    samples = _samples(device, context_length)
+    assert all(1 <= rows <= context <= max(3, context_length or 4096) for rows, context in samples)
+    terms = [[1, rows, rows * context, context] for rows, context in samples]
+    assert np.linalg.matrix_rank(np.array(terms)) == 4

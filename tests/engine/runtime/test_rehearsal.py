@@ -86,7 +86,7 @@ def test_a_rehearsal_takes_the_first_steps_and_leaves_nothing(
     config = read_model_config(resolved, ARGS)
     measured: list[Any] = []
     measure = builder.measure_step_cost
-    monkeypatch.setattr(builder, "measure_step_cost", lambda *given: measured.append(measure(*given)))
+    monkeypatch.setattr(builder, "measure_step_cost", lambda *given, **_device: measured.append(measure(*given)))
     users = {name: number for name, number in attention_patch._users.items() if number}
     before = mx.get_active_memory()
     builder.rehearse(resolved, config, ARGS, GPU)
