@@ -11,7 +11,7 @@ from tests.engine.parity.test_long_contexts import pages_of
 from tests.on_device import __main__ as on_device
 from tests.on_device import backends, long
 from tests.on_device.small_models import SmallModel
-from tests.on_device.ties import WRONG, compare, judge
+from tests.on_device.ties import WRONG, Oracle, compare
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64}
 
@@ -64,7 +64,7 @@ def test_slices_that_cuda_misreads_are_found():
     with cuda_attention(pages_of(bare.engine)):
         report.case(
             "alone",
-            model,
+            Oracle(model),
             lambda: [pair for prompt in prompts for pair in bare.run([prompt], 6)],
             lambda: bare.num_steps,
         )
@@ -78,7 +78,7 @@ def test_a_case_that_raises_is_wrong_and_others_go_on(capsys):
     def fail() -> long.Answered:
         raise RuntimeError("no such luck")
 
-    report.case("alone", None, fail, lambda: 0)
+    report.case("alone", Oracle(None), fail, lambda: 0)
     assert not report.end()
     assert "alone: WRONG: RuntimeError: no such luck" in capsys.readouterr().out
 
@@ -91,10 +91,11 @@ def test_a_token_is_equal_a_tie_or_wrong_by_mlx_lms_own_logits():
     def model(tokens):
         return logits[None, : tokens.shape[1]]
 
-    assert judge(model, [1], [1])[0] == {"equal": 1}
-    assert judge(model, [1], [2])[0] == {"tie": 1}
-    assert judge(model, [1], [3])[0] == {WRONG: 1}
-    assert judge(model, [1], [1, 0, 3])[0] == {"equal": 2, WRONG: 1}, "what is not a number is wrong"
+    oracle = Oracle(model)
+    assert oracle.judge([1], [1])[0] == {"equal": 1}
+    assert oracle.judge([1], [2])[0] == {"tie": 1}
+    assert oracle.judge([1], [3])[0] == {WRONG: 1}
+    assert oracle.judge([1], [1, 0, 3])[0] == {"equal": 2, WRONG: 1}, "what is not a number is wrong"
     assert compare(model, [1], [1, 0], [1, 0]) == "equal"
     assert compare(model, [1], [1, 0], [2, 0]) == "tie"
     assert compare(model, [1], [1, 0], [3, 0]).startswith(WRONG)

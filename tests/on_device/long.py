@@ -22,7 +22,7 @@ from engine.runner.kv.attention_path import describe
 from engine.runtime.llm_engine import LLMEngine
 from tests.engine.parity.bare_engine import BLOCK_SIZE, BareEngine
 from tests.on_device.small_models import VOCAB, SmallModel
-from tests.on_device.ties import WRONG, judge
+from tests.on_device.ties import WRONG, Oracle
 
 _BLOCK = 16
 Answered = list[tuple[list[int], list[int]]]
@@ -63,11 +63,11 @@ FULL = Size(
     ),
     bare=(
         SmallModel("llama", 128, "float16", {"num_key_value_heads": 1}),
-        SmallModel("gemma2", 256, "bfloat16"),
+        SmallModel("gemma2", 256, "float16"),
         SmallModel("qwen3", 128, "float32"),
         SmallModel("qwen3", 64, "float32"),
         SmallModel("qwen3", 64, "bfloat16"),
-        SmallModel("gemma3_text", 256, "float16"),
+        SmallModel("gemma3_text", 256, "bfloat16"),
     ),
 )
 SMALL = Size(
@@ -96,13 +96,13 @@ class Report:
         """Since the first case."""
         return time.monotonic() - self.began
 
-    def case(self, name: str, module: Any, answers: Callable[[], Answered], steps: Callable[[], int]) -> None:
+    def case(self, name: str, oracle: Oracle, answers: Callable[[], Answered], steps: Callable[[], int]) -> None:
         """Run one case, judge every token of it and say so in a line; a failure is one, and the next case comes."""
         before, begin = steps(), time.monotonic()
         try:
             found = answers()
             ran = time.monotonic() - begin
-            kinds, gap = _judge_all(module, found)
+            kinds, gap = _judge_all(oracle, found)
         except Exception as error:  # noqa: BLE001  (a case that fails; the others go on)
             self.problems.append(f"{name}: {type(error).__name__}: {error}")
             print(f"{name}: {WRONG}: {type(error).__name__}: {error}", flush=True)
@@ -149,7 +149,7 @@ def long(backend: str = "auto", *, small: bool = False, seconds: float = 95.0) -
 
 def _through_llm(report: Report, model: SmallModel, size: Size, folder: Path, backend: str) -> None:
     """One model through the front door, in the order in which blocks get ever more of a past."""
-    module = model.write(folder)
+    oracle = _oracle(model, model.write(folder), size)
     begin = time.monotonic()
     options: dict[str, Any] = {
         "max_model_len": max(size.alone) + 64,
@@ -158,11 +158,15 @@ def _through_llm(report: Report, model: SmallModel, size: Size, folder: Path, ba
         "attention_backend": backend,
     }
     with LLM(str(folder), **options) as llm:
-        print(f"LLM {model}: {describe(llm.attention_paths)}; loaded in {time.monotonic() - begin:.1f} s", flush=True)
+        print(
+            f"LLM {model}: {describe(llm.attention_paths)}; loaded in {time.monotonic() - begin:.1f} s;"
+            f" a tie is below {oracle.tie:.3f}",
+            flush=True,
+        )
         rng, steps = np.random.default_rng(1), _count_steps(llm)
 
         def case(name: str, answers: Callable[[], Answered]) -> None:
-            report.case(f"LLM {model}, {name}", module, answers, steps)
+            report.case(f"LLM {model}, {name}", oracle, answers, steps)
 
         alone = [_prompt(rng, length) for length in size.alone]
         case("alone", lambda: [pair for prompt in alone for pair in _ask(llm, [prompt], 8)])
@@ -248,6 +252,10 @@ def _count_steps(llm: LLM) -> Callable[[], int]:
     return lambda: count
 
 
+def _oracle(model: SmallModel, module: Any, size: Size) -> Oracle:
+    return Oracle.of(module, model.build(), _prompt(np.random.default_rng(3), min(size.longest, 500)))
+
+
 class _Bare:
     """A bare engine that counts its steps."""
 
@@ -277,14 +285,14 @@ class _Bare:
 def _through_bare(report: Report, model: SmallModel, size: Size) -> None:
     """One model without tokenizer and thread: twice, so that the second finds prefixes, then with too few blocks."""
     module = model.build()
-    bare = _Bare(module)
+    bare, oracle = _Bare(module), _oracle(model, module, size)
     rng = np.random.default_rng(2)
     prompts = _mixed(rng, size)[: max(4, size.rows // 4)]
     count, length = size.crowd
     crowd = [_prompt(rng, length) for _ in range(count)]
 
     def case(name: str, answers: Callable[[], Answered]) -> None:
-        report.case(f"bare {model}, {name}", module, answers, lambda: bare.num_steps)
+        report.case(f"bare {model}, {name}", oracle, answers, lambda: bare.num_steps)
 
     blocks = sum(-(-len(prompt) // BLOCK_SIZE) + 4 for prompt in prompts)
     few = count * -(-length // BLOCK_SIZE) + 1
@@ -310,11 +318,11 @@ def _greedy(num_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
 
 
-def _judge_all(module: Any, found: Answered) -> tuple[Counter[str], float]:
+def _judge_all(oracle: Oracle, found: Answered) -> tuple[Counter[str], float]:
     kinds: Counter[str] = Counter()
     largest = 0.0
     for prompt, tokens in found:
-        some, gap = judge(module, prompt, tokens)
+        some, gap = oracle.judge(prompt, tokens)
         kinds += some
         largest = max(largest, gap)
     return kinds, largest
