@@ -1,7 +1,8 @@
 """``python3 -m tests.benchmarks.load_time FOLDER``: where the seconds of a load go, beside mlx-lm's load.
 
 Each load has a process of its own. First no kernel is compiled yet, then all are on disk: a cache folder of its own
-holds this engine's, MLX's and the driver's. ``--plain`` adds loads without the rehearsal beside reading weights.
+holds this engine's, MLX's and the driver's. ``--parts`` adds loads without the rehearsal beside reading weights, and
+by one reading thread.
 """
 
 import argparse
@@ -20,17 +21,20 @@ CACHES = {"XDG_CACHE_HOME": "ours", "MLX_PTX_CACHE_DIR": "mlx", "CUDA_CACHE_PATH
 TIMEOUT = 300
 
 
-def ours(folder: str, rehearse: bool) -> dict[str, float]:
-    """Seconds of the parts of ``LLM(folder)``."""
+def ours(folder: str, without: str | None = None) -> dict[str, float]:
+    """Seconds of the parts of ``LLM(folder)``, ``without`` one of its ways to save time."""
     began = time.perf_counter()
     from engine.llm import LLM
     from engine.runner.device.devices import prepare_backend
 
     prepare_backend()
+    from engine.runner.load import parallel_read
     from engine.runtime import builder
 
-    if not rehearse:
+    if without == "rehearsal":
         builder._WORTH_REHEARSING = sys.maxsize
+    elif without == "threads":
+        parallel_read._NUM_THREADS = sys.maxsize  # more than any machine has processors for
     imported = time.perf_counter()
     with LLM(folder) as llm:
         ready = time.perf_counter()
@@ -72,11 +76,11 @@ def line(title: str, seconds: Mapping[str, float]) -> str:
     return f"{title:<42}" + "  ".join(f"{part} {value:.2f}" for part, value in seconds.items())
 
 
-def compare(folder: str, repeats: int, plain: bool) -> dict[str, Any]:
+def compare(folder: str, repeats: int, parts: bool) -> dict[str, Any]:
     """Print a line for each load; give the least of each kind."""
     least: dict[str, Any] = {}
     for _ in range(repeats):
-        for who in ("theirs", "ours", *(("plain",) if plain else ())):
+        for who in _NAMES if parts else ("theirs", "ours"):
             with tempfile.TemporaryDirectory() as caches:
                 for state in ("nothing compiled", "all compiled"):
                     title = f"{_NAMES[who]}, {state}"
@@ -87,7 +91,12 @@ def compare(folder: str, repeats: int, plain: bool) -> dict[str, Any]:
     return least
 
 
-_NAMES = {"theirs": "mlx_lm.load", "ours": "LLM", "plain": "LLM without rehearsal"}
+_NAMES = {
+    "theirs": "mlx_lm.load",
+    "ours": "LLM",
+    "rehearsal": "LLM without rehearsal",
+    "threads": "LLM, one reading thread",
+}
 
 
 def main() -> int:
@@ -95,15 +104,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python3 -m tests.benchmarks.load_time", description=__doc__)
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--repeats", type=int, default=2, metavar="N", help="turns; the least counts (2)")
-    parser.add_argument("--plain", action="store_true", help="also without the rehearsal")
+    parser.add_argument("--parts", action="store_true", help="also without the rehearsal, and by one reading thread")
     parser.add_argument("--once", choices=sorted(_NAMES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.once:
-        found = theirs(args.folder) if args.once == "theirs" else ours(args.folder, args.once == "ours")
+        found = theirs(args.folder) if args.once == "theirs" else ours(args.folder, args.once)
         print(json.dumps(found), flush=True)
         return 0
     try:
-        least = compare(args.folder, args.repeats, args.plain)
+        least = compare(args.folder, args.repeats, args.parts)
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         print(error)
         return 1

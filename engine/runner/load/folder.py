@@ -1,5 +1,6 @@
 """Weights of a folder with safetensors, through mlx-lm's own loading."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import mlx.core as mx
@@ -12,9 +13,11 @@ from engine.models.local import ResolvedModel
 from engine.models.model_config import ModelConfig
 from engine.models.pypi import Progress
 from engine.params.engine_args import EngineArgs
+from engine.runner.device.cgroups import usable_cpus
 from engine.runner.device.devices import Device
 from engine.runner.load.abstract_model import AbstractModel, build_abstract_model
-from engine.runner.load.pieces import Pieces, in_file_order
+from engine.runner.load.parallel_read import ParallelRead, loading_by, parallel_read
+from engine.runner.load.pieces import evaluate, in_file_order
 from engine.runner.load.weight_reader import PreparedWeights, WeightReader
 from engine.runner.load.weight_types import Converted, convert, describe_weights, main_dtype
 
@@ -43,11 +46,13 @@ class FolderWeights(WeightReader):
         self, resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device
     ) -> PreparedWeights:
         """The lazily loaded model, converted."""
-        converted = convert(_lazy_model(resolved, config, args), args, device)
+        reader = parallel_read(mx.gpu, usable_cpus()) if device.kind == "cuda" else None
+        with loading_by(reader) if reader else nullcontext():
+            converted = convert(_lazy_model(resolved, config, args), args, device)
         return PreparedWeights(
             converted.num_bytes,
             lambda: converted.model,
-            partial(_materialise, converted.model, stored_weights(resolved.path).names),
+            partial(_materialise, converted.model, stored_weights(resolved.path).names, reader),
             partial(_describe, converted),
         )
 
@@ -74,16 +79,21 @@ def _lazy_model(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs) 
     return model
 
 
-def _materialise(model: nn.Module, names: tuple[str, ...], report: Progress) -> nn.Module:
+def _materialise(model: nn.Module, names: tuple[str, ...], reader: ParallelRead | None, report: Progress) -> nn.Module:
     """Read the weights as they lie in the files, piece by piece: progress shows and an interrupt is noticed."""
     parameters = in_file_order(tree_flatten(model.parameters()), names)
     total = sum(value.nbytes for value in parameters)
-    pieces = Pieces(total)
-    for value in parameters:
-        pieces.add(value)
-        report("load", pieces.done, total)
-    pieces.finish()
-    report("load", pieces.done, total)
+    done = 0
+
+    def read(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        report("load", done, total)
+
+    if reader is not None:
+        parameters = reader.read(parameters, read)
+    evaluate(parameters, read)
+    report("load", total, total)
     return model
 
 

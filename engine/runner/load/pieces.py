@@ -1,6 +1,6 @@
 """Evaluates weights in pieces, so that reading, converting and copying overlap and progress shows."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
 
@@ -53,6 +53,17 @@ class Pieces:
         self._begun, self._begun_bytes = [], 0
         if mx.get_cache_memory() > _CACHE_BYTES:
             mx.clear_cache()
+
+
+def evaluate(arrays: Sequence[mx.array], report: Callable[[int], None]) -> None:
+    """Evaluate ``arrays``; ``report`` is told after each what is complete since the last time, often 0 bytes."""
+    pieces, told = Pieces(sum(array.nbytes for array in arrays)), 0
+    for array in arrays:
+        pieces.add(array)
+        report(pieces.done - told)
+        told = pieces.done
+    pieces.finish()
+    report(pieces.done - told)
 
 
 def in_file_order(parameters: Iterable[tuple[str, mx.array]], names: Iterable[str]) -> list[mx.array]:
