@@ -16,10 +16,11 @@ import numpy as np
 from engine.core.request import Request
 from engine.core.step import ScheduledRequest, SchedulerOutput
 from engine.outputs import LogprobsAtPosition
+from engine.params.sampling_params import SamplingParams
 from engine.runner.backends import Backend
 from engine.runner.kv.input_batch import InputBatch, Int32
 from engine.runner.sampling.sampler import HostLogprobs, LogprobArrays, Sampler, SamplerOutput, to_logprobs
-from engine.runner.sampling.sampling_metadata import SamplingMetadata, SamplingRow
+from engine.runner.sampling.sampling_metadata import SamplingPlan, SamplingRow
 
 TokenText = Callable[[int], str]
 
@@ -59,13 +60,16 @@ class InFlightStep:
         prompts: list[tuple[Request, int, LogprobArrays]],
         barrier: list[mx.array],
         backend: Backend,
+        plan: SamplingPlan | None = None,
     ) -> None:
         self.scheduled_requests = scheduled_requests
         self.sampling = [scheduled for scheduled in scheduled_requests if scheduled.samples]
+        self.requests = [scheduled.request for scheduled in self.sampling]
         self.sampled = sampled
         self.prompts = prompts
         self._barrier = barrier
         self._backend = backend
+        self.plan = plan
 
     @cached_property
     def row_of(self) -> dict[Request, int]:
@@ -118,6 +122,17 @@ def _row_logprobs(
     return None if num is None else to_logprobs(host, row, num, token_text)
 
 
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """Where the last tokens of a step's sampling requests are: ``rows`` of the step in flight, -1 for the host.
+
+    ``same``: all of them are the step in flight's, in its order.
+    """
+
+    rows: Int32
+    same: bool = False
+
+
 class ModelRunner:
     """Owns the model, its KV memory and the sampler. One thread only: the one that loaded the model."""
 
@@ -130,6 +145,9 @@ class ModelRunner:
         self.max_blocks = tuple(max_blocks)
         self._sampler = Sampler()
         self._last: InFlightStep | None = None
+        self._plan: SamplingPlan | None = None
+        self._planned: tuple[list[Request], list[SamplingParams]] = [], []
+        """What the plan is for."""
 
     def execute(self, step: SchedulerOutput) -> InFlightStep:
         """Build the step's computation; nothing is waited for."""
@@ -138,8 +156,10 @@ class ModelRunner:
         batch = InputBatch.build(step.scheduled_requests)
         self.backend.make_room(batch, self.max_blocks)
         wanted = [_wanted_rows(scheduled) for scheduled in batch.scheduled_requests]
-        logits = self.backend.forward(batch, self._tokens(batch), wanted)
-        in_flight = self._sample(batch, wanted, logits)
+        sampling = [scheduled for scheduled in batch.scheduled_requests if scheduled.samples]
+        pending = self._pending(sampling)
+        logits = self.backend.forward(batch, self._tokens(batch, pending), wanted)
+        in_flight = self._sample(batch, wanted, logits, sampling, pending)
         self._last = in_flight
         return in_flight
 
@@ -148,18 +168,18 @@ class ModelRunner:
         assert step is self._last, "only the newest step can be taken back"
         if not self.backend.undo():
             return False
-        self._last = None
+        self._forget_last()
         return True
 
     def resize(self, max_blocks: Sequence[int], moves: Sequence[Mapping[int, int]]) -> None:
         """Hold at most ``max_blocks`` blocks, by group, after moving {old: new}. No step may be in flight."""
-        self._last = None
+        self._forget_last()
         self.max_blocks = tuple(max_blocks)
         self.backend.resize(self.max_blocks, moves)
 
     def recover(self) -> None:
         """After a step that failed: forget it and start from empty pages."""
-        self._last = None
+        self._forget_last()
         self.backend.reset()
 
     def forget(self, request: Request) -> None:
@@ -168,41 +188,85 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give all memory back."""
-        self._last = None
+        self._forget_last()
         self._close()
 
-    def _tokens(self, batch: InputBatch) -> mx.array:
+    def _forget_last(self) -> None:
+        self._last = self._plan = None
+
+    def _pending(self, sampling: Sequence[ScheduledRequest]) -> _Pending:
+        """Where the last tokens of ``sampling`` are."""
+        pending = [scheduled.pending for scheduled in sampling]
+        if not any(pending):
+            return _Pending(np.full(len(pending), -1, dtype=np.int32))
+        last = self._last
+        assert last is not None, "a token is pending but no step is in flight"
+        if all(pending) and last.requests == [scheduled.request for scheduled in sampling]:
+            return _Pending(np.arange(len(pending), dtype=np.int32), same=True)
+        rows = [last.row_of[scheduled.request] if scheduled.pending else -1 for scheduled in sampling]
+        return _Pending(np.array(rows, dtype=np.int32))
+
+    def _tokens(self, batch: InputBatch, pending: _Pending) -> mx.array:
         """Token ids [T]: known ones from the host, the others from the step in flight."""
-        known = mx.array(batch.token_ids)
-        rows = [row for one, row in zip(batch.scheduled_requests, batch.first_rows, strict=True) if one.pending]
-        # A request whose last token is pending has that token alone in the step.
-        if not rows:
-            return known
+        sources = pending.rows[pending.rows >= 0]
+        if not len(sources):
+            return mx.array(batch.token_ids)
         assert self._last is not None, "a token is pending but no step is in flight"
         assert self._last.sampled is not None, "the step in flight samples nothing"
-        sources = [self._last.row_of[scheduled.request] for scheduled in batch.scheduled_requests if scheduled.pending]
-        pending = self._last.sampled.token_ids[mx.array(sources)]
-        return pending if len(rows) == batch.num_rows else known.at[mx.array(rows)].add(pending)
+        # A request whose last token is pending has that token alone in the step.
+        every = len(sources) == batch.num_rows
+        newest = self._last.sampled.token_ids
+        if every:
+            return newest if pending.same else newest[mx.array(sources)]
+        rows = [row for one, row in zip(batch.scheduled_requests, batch.first_rows, strict=True) if one.pending]
+        return mx.array(batch.token_ids).at[mx.array(rows)].add(newest[mx.array(sources)])
 
-    def _sample(self, batch: InputBatch, wanted: list[Int32], logits: mx.array) -> InFlightStep:
-        starts = np.cumsum([0, *(len(rows) for rows in wanted)])
-        sampling = [scheduled for scheduled in batch.scheduled_requests if scheduled.samples]
-        prompts = []
-        for scheduled, rows, start in zip(batch.scheduled_requests, wanted, starts[:-1], strict=True):
-            num_prompt = len(rows) - scheduled.samples
-            if num_prompt:
-                prompts.append(self._prompt_logprobs(scheduled, logits[int(start) : int(start) + num_prompt]))
+    def _sample(
+        self, batch: InputBatch, wanted: list[Int32], logits: mx.array, sampling: list[ScheduledRequest],
+        pending: _Pending,
+    ) -> InFlightStep:  # fmt: skip
+        prompts: list[tuple[Request, int, LogprobArrays]] = []
+        if sum(map(len, wanted)) == len(sampling):  # nobody asks for logprobs of a prompt
+            last = logits
+        else:
+            prompts, last = self._split(batch, wanted, logits)
         if not sampling:
             barrier = [logits] if logits.size else self.backend.barrier()
             return InFlightStep(batch.scheduled_requests, None, prompts, barrier, self.backend)
-        ends = [int(end) - 1 for one, end in zip(batch.scheduled_requests, starts[1:], strict=True) if one.samples]
-        last = logits if len(ends) == logits.shape[0] else logits[mx.array(ends)]
-        metadata = SamplingMetadata.build([self._row(scheduled) for scheduled in sampling], self.vocab_size)
-        pending = self._last.sampled.token_ids if self._last and self._last.sampled else None
-        sampled = self._sampler.sample(last, metadata, pending)
+        plan = self._plan_for(sampling)
+        follows = pending.same and self._last is not None and self._last.plan is plan
+        positions = np.array([scheduled.start + scheduled.num_tokens for scheduled in sampling], dtype=np.int32)
+        metadata = plan.metadata(positions, pending.rows, follows=follows)
+        newest = self._last.sampled.token_ids if self._last and self._last.sampled else None
+        sampled = self._sampler.sample(last, metadata, newest)
         # A chunk that samples nothing is computed in its step too, not with the next one.
         barrier = [] if len(sampling) == len(batch.scheduled_requests) else self.backend.barrier()
-        return InFlightStep(batch.scheduled_requests, sampled, prompts, barrier, self.backend)
+        return InFlightStep(batch.scheduled_requests, sampled, prompts, barrier, self.backend, plan)
+
+    def _split(
+        self, batch: InputBatch, wanted: list[Int32], logits: mx.array
+    ) -> tuple[list[tuple[Request, int, LogprobArrays]], mx.array]:
+        """Logprobs of prompts that were asked for, and the logits of the rows that sample."""
+        prompts: list[tuple[Request, int, LogprobArrays]] = []
+        rows: list[int] = []
+        start = 0
+        for scheduled, mine in zip(batch.scheduled_requests, wanted, strict=True):
+            end = start + len(mine)
+            num_prompt = len(mine) - scheduled.samples
+            if num_prompt:
+                prompts.append(self._prompt_logprobs(scheduled, logits[start : start + num_prompt]))
+            if scheduled.samples:
+                rows.append(end - 1)
+            start = end
+        return prompts, logits[mx.array(rows)] if rows else logits
+
+    def _plan_for(self, sampling: Sequence[ScheduledRequest]) -> SamplingPlan:
+        """The last step's plan if it serves this one: the same requests with the same values."""
+        requests = [scheduled.request for scheduled in sampling]
+        wishes = requests, [request.params for request in requests]
+        if self._plan is None or self._planned != wishes:
+            self._plan, self._planned = SamplingPlan([_row(request) for request in requests], self.vocab_size), wishes
+        return self._plan
 
     def _prompt_logprobs(self, scheduled: ScheduledRequest, logits: mx.array) -> tuple[Request, int, LogprobArrays]:
         num = scheduled.request.params.prompt_logprobs
@@ -211,23 +275,26 @@ class ModelRunner:
         next_ids = mx.array(scheduled.request.prompt_token_ids[first : first + logits.shape[0]], dtype=mx.int32)
         return scheduled.request, first, self._sampler.prompt_logprobs(logits, next_ids, num)
 
-    def _row(self, scheduled: ScheduledRequest) -> SamplingRow:
-        request = scheduled.request
-        return SamplingRow(
-            params=request.params,
-            seed=request.seed,
-            position=scheduled.end,
-            prompt_token_ids=request.prompt_token_ids,
-            output_token_ids=request.output_token_ids,
-            pending_row=self._last.row_of[request] if scheduled.pending and self._last else None,
-            eos_token_ids=request.eos_token_ids,
-            bad_words_ids=request.bad_words_token_ids,
-            guide=request.guide,
-        )
+
+def _row(request: Request) -> SamplingRow:
+    return SamplingRow(
+        params=request.params,
+        seed=request.seed,
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=request.output_token_ids,
+        eos_token_ids=request.eos_token_ids,
+        bad_words_ids=request.bad_words_token_ids,
+        guide=request.guide,
+    )
+
+
+_ONLY_ROW: Int32 = np.zeros(1, dtype=np.int32)
 
 
 def _wanted_rows(scheduled: ScheduledRequest) -> Int32:
     """Rows of a scheduled request whose logits are needed: prompt positions to score, then the row that samples."""
+    if scheduled.num_tokens == 1 and scheduled.samples:  # no room for a row of the prompt before it
+        return _ONLY_ROW
     rows: list[int] = []
     if scheduled.request.params.prompt_logprobs is not None:
         last = min(scheduled.end, scheduled.request.num_prompt_tokens - 1)

@@ -27,18 +27,9 @@ import mlx.core as mx
 import numpy as np
 
 from engine.outputs import Logprob, LogprobsAtPosition
-from engine.runner.sampling.sampling_metadata import (
-    LOG2_E,
-    Additions,
-    AllowedTokens,
-    Bitmask,
-    Draws,
-    Int32,
-    Nucleus,
-    Penalties,
-    Ranked,
-    SamplingMetadata,
-)
+from engine.runner.sampling.sampling_metadata import LOG2_E, SamplingMetadata
+from engine.runner.sampling.sampling_parts import Additions, Bitmask, Draws, Nucleus, Penalties, Ranked
+from engine.runner.sampling.top_weights import largest_of_blocks, largest_sorted
 
 INVALID_TOKEN_ID = -1
 """What a row without a finite largest logit gives."""
@@ -99,7 +90,8 @@ class Sampler:
         """Sample ``logits`` [R, V]; ``pending`` are the token ids of the step in flight, still lazy."""
         assert logits.shape == (metadata.num_rows, metadata.vocab_size), "metadata was built for other logits"
         assert pending is not None or not metadata.needs_pending, "a row waits for a token of the step in flight"
-        logits = logits.astype(mx.float32)
+        if not metadata.argmax_only:
+            logits = logits.astype(mx.float32)
         token_ids = _take(_process(logits, metadata, pending), metadata)
         if metadata.forced is not None:
             forced = mx.array(metadata.forced)
@@ -139,7 +131,7 @@ def _process(logits: mx.array, metadata: SamplingMetadata, pending: mx.array | N
     if metadata.bitmask is not None:
         logits = _apply_bitmask(logits, metadata.bitmask)
     if metadata.allowed is not None:
-        logits = _apply_allowed(logits, metadata.allowed)
+        logits = logits.at[metadata.allowed.rows.index].add(metadata.allowed.forbidden)
     if metadata.additions is not None:
         logits = _apply_additions(logits, metadata.additions, pending)
     if metadata.penalties is not None:
@@ -148,16 +140,10 @@ def _process(logits: mx.array, metadata: SamplingMetadata, pending: mx.array | N
 
 
 def _apply_bitmask(logits: mx.array, bitmask: Bitmask) -> mx.array:
-    rows = _Subset(bitmask.rows, logits.shape[0])
+    rows = bitmask.rows
     # Unpacked here: on a CPU the shifts cost five times as much on MLX's side, and a byte per token is little.
     bits = np.unpackbits(bitmask.words.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
     return rows.put(logits, mx.where(mx.array(bits.view(np.bool_)), rows.of(logits), -mx.inf))
-
-
-def _apply_allowed(logits: mx.array, allowed: AllowedTokens) -> mx.array:
-    forbidden = mx.full((len(allowed.rows), logits.shape[-1]), -mx.inf)
-    forbidden[mx.array(allowed.entries), mx.array(allowed.token_ids)] = 0.0
-    return logits.at[mx.array(allowed.rows)].add(forbidden)
 
 
 def _apply_additions(logits: mx.array, additions: Additions, pending: mx.array | None) -> mx.array:
@@ -170,59 +156,69 @@ def _apply_additions(logits: mx.array, additions: Additions, pending: mx.array |
 
 
 def _apply_penalties(logits: mx.array, penalties: Penalties, pending: mx.array | None) -> mx.array:
-    rows = _Subset(penalties.rows, logits.shape[0])
-    x = rows.of(logits)
-    counts = mx.zeros_like(x).at[mx.array(penalties.output.entries), mx.array(penalties.output.token_ids)].add(1.0)
-    if penalties.conditional and pending is not None:
-        waits = mx.array(penalties.pending_rows)
-        token_ids = pending[mx.maximum(waits, 0)]
-        known = ((waits >= 0) & (token_ids >= 0)).astype(mx.float32)
-        counts = counts.at[mx.arange(len(penalties.rows)), mx.maximum(token_ids, 0)].add(known)
-    if penalties.prompt is not None:
-        seen = counts.at[mx.array(penalties.prompt.entries), mx.array(penalties.prompt.token_ids)].add(1.0) > 0
-        factor = mx.array(penalties.repetition)[:, None]
-        x = mx.where(seen, mx.where(x > 0, x / factor, x * factor), x)
-    if penalties.frequency.any():
-        x = x - mx.array(penalties.frequency)[:, None] * counts
-    if penalties.presence.any():
-        x = x - mx.array(penalties.presence)[:, None] * (counts > 0)
-    return rows.put(logits, x)
+    kept = penalties.kept
+    x = kept.rows.of(logits)
+    counts = kept.counts = _counts(penalties, x, pending)
+    if kept.repetition is not None and kept.prompt is not None:
+        tokens = kept.prompt
+        seen = counts.at[mx.array(tokens.entries), mx.array(tokens.token_ids)].add(1.0) > 0
+        x = mx.where(seen, mx.where(x > 0, x / kept.repetition, x * kept.repetition), x)
+    if kept.frequency is not None:
+        x = x - kept.frequency * counts
+    if kept.presence is not None:
+        x = x - mx.where(counts > 0, kept.presence, 0.0)
+    return kept.rows.put(logits, x)
+
+
+def _counts(penalties: Penalties, logits: mx.array, pending: mx.array | None) -> mx.array:
+    """How often each token stands in the outputs [P, V], pending ones included."""
+    kept, output = penalties.kept, penalties.output
+    if output is None:
+        assert kept.counts is not None, "there was no step before"
+        assert pending is not None, "the step before is the one in flight"
+        # A row without a token (-1) has failed; what is counted for it does not matter.
+        return kept.counts.at[kept.every, kept.rows.of(pending)].add(kept.ones)
+    counts = mx.zeros_like(logits).at[mx.array(output.entries), mx.array(output.token_ids)].add(1.0)
+    if not penalties.conditional or pending is None:
+        return counts
+    waits = mx.array(penalties.pending_rows)
+    token_ids = pending[mx.maximum(waits, 0)]
+    known = ((waits >= 0) & (token_ids >= 0)).astype(mx.float32)
+    return counts.at[kept.every, mx.maximum(token_ids, 0)].add(known)
 
 
 def _take(logits: mx.array, metadata: SamplingMetadata) -> mx.array:
     """Steps 6 and 7: token ids [R]."""
-    if metadata.draws is None:
+    draws = metadata.draws
+    if draws is None or metadata.uniforms is None:
         return _argmax(logits)
-    drawn = _Subset(metadata.draws.rows, metadata.num_rows)
-    token_ids = _draw(drawn.of(logits), metadata.draws)
-    if drawn.all:
+    token_ids = _draw(draws.rows.of(logits), draws, mx.array(metadata.uniforms))
+    if draws.rows.all:
         return token_ids
-    greedy = _Subset(metadata.greedy_rows, metadata.num_rows)
-    order = np.argsort(np.concatenate([metadata.draws.rows, metadata.greedy_rows]))
-    return mx.concatenate([token_ids, _argmax(greedy.of(logits))])[mx.array(order.astype(np.int32))]
+    return mx.concatenate([token_ids, _argmax(draws.greedy.of(logits))])[draws.order]
 
 
 def _argmax(logits: mx.array) -> mx.array:
     best = mx.argmax(logits, axis=-1, keepdims=True)
-    finite = mx.isfinite(mx.take_along_axis(logits, best, axis=-1))
-    return mx.where(finite, best.astype(mx.int32), INVALID_TOKEN_ID)[:, 0]
+    # Not mx.isfinite, which is six operations.
+    finite = mx.abs(mx.take_along_axis(logits, best, axis=-1)) < mx.inf
+    return mx.where(finite, best.view(mx.int32), INVALID_TOKEN_ID)[:, 0]
 
 
-def _draw(logits: mx.array, draws: Draws) -> mx.array:
+def _draw(logits: mx.array, draws: Draws, uniforms: mx.array) -> mx.array:
     """Step 7 for rows [S, V] that are all drawn at random: token ids [S]."""
-    weights = _weights(logits, mx.array(draws.scale)[:, None])
+    weights = _weights(logits, draws.scale)
     # False for NaN too, so that nothing below meets one.
-    weights = mx.where(weights >= mx.array(draws.min_p)[:, None], weights, 0.0)
-    if draws.ranked is not None or draws.nucleus is not None:
-        bound = mx.zeros((len(draws.rows), 1))
-        if draws.ranked is not None:
-            rows = _Subset(draws.ranked.rows, len(draws.rows))
-            bound = rows.put(bound, _ranked_bound(rows.of(weights), draws.ranked))
-        if draws.nucleus is not None:
-            rows = _Subset(draws.nucleus.rows, len(draws.rows))
-            bound = rows.put(bound, _nucleus_bound(rows.of(weights), draws.nucleus))
-        weights = mx.where(weights >= bound, weights, 0.0)
-    return _draw_weighted(weights, mx.array(draws.uniforms))
+    weights = mx.where(weights >= (0.0 if draws.min_p is None else draws.min_p), weights, 0.0)
+    ranked, nucleus = draws.ranked, draws.nucleus
+    if ranked is None and nucleus is None:
+        return _draw_weighted(weights, uniforms)
+    bound = mx.zeros((logits.shape[0], 1))
+    if ranked is not None:
+        bound = ranked.rows.put(bound, _ranked_bound(ranked.rows.of(weights), ranked))
+    if nucleus is not None:
+        bound = nucleus.rows.put(bound, _nucleus_bound(nucleus.rows.of(weights), nucleus))
+    return _draw_weighted(mx.where(weights >= bound, weights, 0.0), uniforms)
 
 
 def _weights(logits: mx.array, scale: mx.array | float) -> mx.array:
@@ -233,26 +229,18 @@ def _weights(logits: mx.array, scale: mx.array | float) -> mx.array:
     return mx.power(2.0, (logits - mx.max(logits, axis=-1, keepdims=True)) * scale)
 
 
-def _largest_sorted(x: mx.array, k: int) -> mx.array:
-    """The ``k`` largest values of each row, largest first."""
-    n = x.shape[-1]
-    if k < n:
-        x = mx.partition(x, n - k, axis=-1)[:, n - k :]
-    return mx.sort(x, axis=-1)[:, ::-1]
-
-
 def _ranked_bound(weights: mx.array, ranked: Ranked) -> mx.array:
     """The least weight [S, 1] that top_k and then top_p keep, from a sort of the largest k only."""
-    largest = _largest_sorted(weights, int(ranked.top_k.max()))
-    bound = mx.take_along_axis(largest, mx.array(ranked.top_k)[:, None] - 1, axis=-1)
-    if not ranked.has_nucleus:
+    largest = largest_of_blocks(weights, ranked.most)
+    bound = mx.take_along_axis(largest, ranked.top_k - 1, axis=-1)
+    if ranked.top_p is None:
         return bound
     kept = largest >= bound
     largest = mx.where(kept, largest, 0.0)
     # More tokens may tie at the bound than there are among the largest k.
     num_more = mx.sum(weights >= bound, axis=-1, keepdims=True) - mx.sum(kept, axis=-1, keepdims=True)
     total = mx.sum(largest, axis=-1, keepdims=True) + bound * num_more
-    return mx.maximum(bound, _last_within(largest, 0.0, mx.array(ranked.top_p)[:, None] * total))
+    return mx.maximum(bound, _last_within(largest, 0.0, ranked.top_p * total))
 
 
 def _last_within(largest: mx.array, above: mx.array | float, target: mx.array) -> mx.array:
@@ -268,7 +256,7 @@ def _nucleus_bound(weights: mx.array, nucleus: Nucleus) -> mx.array:
     which the nucleus ends, and sort what remains. Shapes do not depend on values, so it stays
     lazy; on the CPU it costs less than half of a sort, and elsewhere one sort is fastest.
     """
-    target = mx.array(nucleus.top_p)[:, None] * mx.sum(weights, axis=-1, keepdims=True)
+    target = nucleus.top_p * mx.sum(weights, axis=-1, keepdims=True)
     above = mx.zeros_like(target)
     limit = _SORT_LIMIT if mx.default_device() == mx.cpu else weights.shape[-1]
     while (n := weights.shape[-1]) > limit:
@@ -281,7 +269,7 @@ def _nucleus_bound(weights: mx.array, nucleus: Nucleus) -> mx.array:
             larger = mx.pad(larger, [(0, 0), (0, 1)])
         weights = mx.where(ends_here, larger, smaller)
         above = mx.where(ends_here, above, mass)
-    return _last_within(_largest_sorted(weights, weights.shape[-1]), above, target)
+    return _last_within(largest_sorted(weights, weights.shape[-1]), above, target)
 
 
 def _draw_weighted(weights: mx.array, uniforms: mx.array) -> mx.array:
@@ -335,24 +323,4 @@ def _top_ids(logits: mx.array, k: int) -> mx.array:
     bits = (logits + 0.0).view(mx.int32)
     ordered = mx.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(mx.int64)
     keys = (ordered << 32) | (vocab_size - 1 - mx.arange(vocab_size)).astype(mx.int64)
-    return (vocab_size - 1 - (_largest_sorted(keys, k) & 0xFFFFFFFF)).astype(mx.int32)
-
-
-class _Subset:
-    """Some of an array's first-axis entries, in increasing order; all of them need no copy."""
-
-    def __init__(self, rows: Int32, num_rows: int) -> None:
-        self.all = len(rows) == num_rows
-        self._rows = None if self.all else mx.array(rows)
-
-    def of(self, array: mx.array) -> mx.array:
-        """The chosen entries."""
-        return array if self._rows is None else array[self._rows]
-
-    def put(self, array: mx.array, values: mx.array) -> mx.array:
-        """``array`` with the chosen entries replaced."""
-        if self._rows is None:
-            return values
-        result = mx.array(array)
-        result[self._rows] = values
-        return result
+    return (vocab_size - 1 - (largest_sorted(keys, k) & 0xFFFFFFFF)).astype(mx.int32)

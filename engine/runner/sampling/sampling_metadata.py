@@ -1,4 +1,4 @@
-"""What one step's sampling needs, gathered on the host as flat numpy arrays.
+"""What one step's sampling needs, gathered on the host.
 
 A field that no row uses stays ``None`` and costs nothing on the device. Nothing here depends on
 which other rows share the step, so neither does any row's token.
@@ -6,17 +6,28 @@ which other rows share the step, so neither does any row's token.
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.core.token_guide import TokenGuide
 from engine.errors import RequestError
 from engine.params.sampling_params import SamplingParams
-
-Int32 = NDArray[np.int32]
-Float32 = NDArray[np.float32]
+from engine.runner.sampling.sampling_parts import (
+    Additions,
+    AllowedTokens,
+    Bitmask,
+    Draws,
+    Float32,
+    Int32,
+    Nucleus,
+    Penalties,
+    PenaltyRows,
+    Ranked,
+    Rows,
+    TokenList,
+)
 
 LOG2_E = 1.4426950408889634
 _KEEP_ALL = 2.0
@@ -30,7 +41,7 @@ class SamplingRow:
     ``position`` is the index, in prompt and output together, of the token to be sampled; with
     ``seed`` it alone decides the row's random draw. ``output_token_ids`` are those known to the
     host; if the last token was sampled by a step still in flight, ``pending_row`` is its index in
-    that step's token ids. Long ``prompt_token_ids`` are cheapest as numpy int32 arrays.
+    that step's token ids. Both may change while a :class:`SamplingPlan` serves the row, and the output grow.
     """
 
     params: SamplingParams
@@ -50,113 +61,16 @@ class SamplingRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Additions:
-    """Values added to single logits (bias, or -inf to forbid), as a sparse list of N entries.
-
-    An entry with ``pending_rows`` >= 0 counts only if that pending token equals ``expected``.
-    """
-
-    rows: Int32
-    token_ids: Int32
-    values: Float32
-    pending_rows: Int32
-    expected: Int32
-
-    @property
-    def conditional(self) -> bool:
-        """Whether any entry waits for a pending token."""
-        return bool((self.pending_rows >= 0).any())
-
-
-@dataclass(frozen=True, slots=True)
-class AllowedTokens:
-    """Rows that may only give listed tokens: entry i allows ``token_ids[i]`` in ``rows[entries[i]]``."""
-
-    rows: Int32
-    entries: Int32
-    token_ids: Int32
-
-
-@dataclass(frozen=True, slots=True)
-class Bitmask:
-    """Rows under a grammar: bit ``t % 32`` of ``words[i, t // 32]`` allows token t in row ``rows[i]``."""
-
-    rows: Int32
-    words: Int32
-
-
-@dataclass(frozen=True, slots=True)
-class TokenList:
-    """Tokens of several rows, flat: entry i is ``token_ids[i]`` in the row numbered ``entries[i]``."""
-
-    entries: Int32
-    token_ids: Int32
-
-
-@dataclass(frozen=True, slots=True)
-class Penalties:
-    """P rows with penalties, and the tokens that they count (``prompt`` only for repetition)."""
-
-    rows: Int32
-    repetition: Float32
-    frequency: Float32
-    presence: Float32
-    prompt: TokenList | None
-    output: TokenList
-    pending_rows: Int32
-
-    @property
-    def conditional(self) -> bool:
-        """Whether any row has a pending token."""
-        return bool((self.pending_rows >= 0).any())
-
-
-@dataclass(frozen=True, slots=True)
-class Ranked:
-    """Sampled rows that keep their ``top_k`` likeliest tokens, and of these the nucleus ``top_p``."""
-
-    rows: Int32
-    top_k: Int32
-    top_p: Float32
-
-    @property
-    def has_nucleus(self) -> bool:
-        """Whether any of the rows also has a top_p."""
-        return bool((self.top_p < 1).any())
-
-
-@dataclass(frozen=True, slots=True)
-class Nucleus:
-    """Sampled rows with a ``top_p`` and no top_k."""
-
-    rows: Int32
-    top_p: Float32
-
-
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """S rows drawn at random. ``scale`` is log2(e) / temperature.
-
-    ``uniforms`` [S, 2] in [0, 1) come from (seed, position) alone. ``ranked`` and ``nucleus``
-    number their rows within these S.
-    """
-
-    rows: Int32
-    scale: Float32
-    min_p: Float32
-    uniforms: Float32
-    ranked: Ranked | None
-    nucleus: Nucleus | None
-
-
-@dataclass(frozen=True, slots=True)
 class SamplingMetadata:
-    """One step's sampling. ``num_logprobs`` is the most alternatives any row wants, None for no logprobs."""
+    """One step's sampling. ``num_logprobs`` is the most alternatives any row wants, None for no logprobs.
+
+    ``uniforms`` [S, 2] in [0, 1), one pair for each of ``draws``, come from (seed, position) alone.
+    """
 
     num_rows: int
     vocab_size: int
-    greedy_rows: Int32
     draws: Draws | None = None
+    uniforms: Float32 | None = None
     additions: Additions | None = None
     bitmask: Bitmask | None = None
     forced: Int32 | None = None
@@ -165,21 +79,17 @@ class SamplingMetadata:
     penalties: Penalties | None = None
     num_logprobs: int | None = None
 
-    @classmethod
-    def build(cls, rows: Sequence[SamplingRow], vocab_size: int) -> Self:
+    @staticmethod
+    def build(rows: Sequence[SamplingRow], vocab_size: int) -> "SamplingMetadata":
         """Gather what ``rows`` (in the order of the logits' rows) need."""
-        return cls(
-            num_rows=len(rows),
-            vocab_size=vocab_size,
-            greedy_rows=_int32([i for i, row in enumerate(rows) if row.params.greedy]),
-            draws=_draws(rows, vocab_size),
-            additions=_additions(rows, vocab_size),
-            bitmask=_bitmask(rows, vocab_size),
-            forced=_forced(rows),
-            allowed=_allowed(rows, vocab_size),
-            penalties=_penalties(rows, vocab_size),
-            num_logprobs=max_num_logprobs((row.params.logprobs for row in rows), vocab_size),
-        )
+        pending = _int32(-1 if row.pending_row is None else row.pending_row for row in rows)
+        return SamplingPlan(rows, vocab_size).metadata(_int32(row.position for row in rows), pending)
+
+    @property
+    def argmax_only(self) -> bool:
+        """Whether the likeliest token of each row is all that is asked for."""
+        changes = (self.draws, self.additions, self.bitmask, self.allowed, self.penalties, self.num_logprobs)
+        return all(part is None for part in changes)
 
     @property
     def needs_pending(self) -> bool:
@@ -187,16 +97,107 @@ class SamplingMetadata:
         return any(part is not None and part.conditional for part in (self.additions, self.penalties))
 
 
+class SamplingPlan:
+    """The sampling of a batch as long as its requests and their values stay: a step looks only at what changes.
+
+    Of a row the constant part is read here; its output grows, its guide moves on, and ``position`` and
+    ``pending_row`` are given anew.
+    """
+
+    def __init__(self, rows: Sequence[SamplingRow], vocab_size: int) -> None:
+        self.rows = rows
+        self.vocab_size = vocab_size
+        self._draws = _draws(rows, vocab_size)
+        self._seeds = None if self._draws is None else _stream_starts(rows[i].seed for i in self._draws.rows.numbers)
+        self._allowed = _allowed(rows, vocab_size)
+        self._penalties = _penalty_rows(rows, vocab_size)
+        self._guided = [i for i, row in enumerate(rows) if row.guide is not None]
+        self._adding = [i for i, row in enumerate(rows) if _may_add(row)]
+        self._num_logprobs = max_num_logprobs((row.params.logprobs for row in rows), vocab_size)
+
+    def metadata(self, positions: Int32, pending_rows: Int32, *, follows: bool = False) -> SamplingMetadata:
+        """A step of these rows; ``pending_rows`` [R] is -1 where the host knows the last token.
+
+        ``follows``: the step before had this plan too, and every row's last token is its pending one.
+        """
+        draws, seeds = self._draws, self._seeds
+        return SamplingMetadata(
+            num_rows=len(self.rows),
+            vocab_size=self.vocab_size,
+            draws=draws,
+            uniforms=None if draws is None or seeds is None else _uniforms(seeds, positions[draws.rows.numbers]),
+            additions=self._additions(pending_rows) if self._adding else None,
+            bitmask=self._bitmask() if self._guided else None,
+            forced=self._forced() if self._guided else None,
+            allowed=self._allowed,
+            penalties=self._step_penalties(pending_rows, follows=follows),
+            num_logprobs=self._num_logprobs,
+        )
+
+    def _step_penalties(self, pending_rows: Int32, *, follows: bool) -> Penalties | None:
+        kept = self._penalties
+        if kept is None:
+            return None
+        output = None
+        if not follows or kept.counts is None:
+            output = _token_list([self.rows[i].output_token_ids for i in kept.rows.numbers], self.vocab_size)
+        return Penalties(kept, output, pending_rows[kept.rows.numbers])
+
+    def _additions(self, pending_rows: Int32) -> Additions | None:
+        found: list[_Addition] = []
+        for i in self._adding:
+            row, pending = self.rows[i], int(pending_rows[i])
+            if row.bad_words_ids:
+                found += _forbidden_words(i, row, pending)
+            if len(row.output_token_ids) + (pending >= 0) < row.params.min_tokens:
+                stops = {*row.params.stop_token_ids, *row.eos_token_ids}
+                found += [(i, token_id, -np.inf, -1, -1) for token_id in stops]
+            found += [(i, token_id, bias, -1, -1) for token_id, bias in row.params.logit_bias.items()]
+        found = [entry for entry in found if 0 <= entry[1] < self.vocab_size]
+        if not found:
+            return None
+        rows, token_ids, values, pending_of, expected = zip(*found, strict=True)
+        return Additions(_int32(rows), _int32(token_ids), _float32(values), _int32(pending_of), _int32(expected))
+
+    def _bitmask(self) -> Bitmask | None:
+        words = np.zeros((len(self._guided), -(-self.vocab_size // 32)), dtype=np.int32)
+        masked = []
+        for entry, i in enumerate(self._guided):
+            guide = self.rows[i].guide
+            assert guide is not None, "only rows with a guide are asked"
+            if guide.fill_bitmask(words[entry]):
+                masked.append(entry)
+        if not masked:
+            return None
+        return Bitmask(Rows(_int32(self._guided[entry] for entry in masked), len(self.rows)), words[masked])
+
+    def _forced(self) -> Int32 | None:
+        tokens = [row.guide.forced_token if row.guide is not None else None for row in self.rows]
+        if all(token is None for token in tokens):
+            return None
+        return _int32(-1 if token is None else token for token in tokens)
+
+
 def uniforms(seeds: Iterable[int], positions: Iterable[int]) -> Float32:
     """Two independent 24-bit uniforms in [0, 1) for each (seed, position), as float32 [N, 2].
 
     SplitMix64, its stream started at the mixed seed and indexed by position (Steele et al. 2014).
     """
+    return _uniforms(_stream_starts(seeds), np.array(list(positions)))
+
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _stream_starts(seeds: Iterable[int]) -> NDArray[np.uint64]:
     seed = np.array([value & 0xFFFFFFFFFFFFFFFF for value in seeds], np.uint64)
-    position = np.array(list(positions), np.uint64)
-    gamma = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
-        bits = _mix64(_mix64(seed + gamma) + (position + np.uint64(1)) * gamma)
+        return _mix64(seed + _GAMMA)
+
+
+def _uniforms(starts: NDArray[np.uint64], positions: NDArray[np.integer]) -> Float32:
+    with np.errstate(over="ignore"):
+        bits = _mix64(starts + (positions.astype(np.uint64) + np.uint64(1)) * _GAMMA)
     high, low = bits >> np.uint64(40), (bits >> np.uint64(16)) & np.uint64(0xFFFFFF)
     return np.stack([high, low], axis=-1).astype(np.float32) * np.float32(2.0**-24)
 
@@ -233,59 +234,59 @@ def _float32(values: Iterable[float]) -> Float32:
     return np.array(list(values), np.float32)
 
 
+def _column(values: Iterable[float]) -> mx.array:
+    return mx.array(_float32(values))[:, None]
+
+
 def _draws(rows: Sequence[SamplingRow], vocab_size: int) -> Draws | None:
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if not drawn:
         return None
+    greedy = [i for i, row in enumerate(rows) if row.params.greedy]
     params = [rows[i].params for i in drawn]
-    ranked = [i for i, p in enumerate(params) if 0 < p.top_k < vocab_size]
     nucleus = [i for i, p in enumerate(params) if p.top_p < 1 and not 0 < p.top_k < vocab_size]
     return Draws(
-        rows=_int32(drawn),
-        scale=_float32(LOG2_E / p.temperature for p in params),
-        min_p=_float32(p.min_p for p in params),
-        uniforms=uniforms((rows[i].seed for i in drawn), (rows[i].position for i in drawn)),
-        ranked=Ranked(
-            _int32(ranked),
-            _int32(params[i].top_k for i in ranked),
-            _float32(params[i].top_p if params[i].top_p < 1 else _KEEP_ALL for i in ranked),
-        )
-        if ranked
+        rows=Rows(_int32(drawn), len(rows)),
+        greedy=Rows(_int32(greedy), len(rows)),
+        order=mx.array(np.argsort([*drawn, *greedy]).astype(np.int32)),
+        scale=_column(LOG2_E / p.temperature for p in params),
+        min_p=_column(p.min_p for p in params) if any(p.min_p > 0 for p in params) else None,
+        ranked=_ranked(params, vocab_size),
+        nucleus=Nucleus(Rows(_int32(nucleus), len(params)), _column(params[i].top_p for i in nucleus))
+        if nucleus
         else None,
-        nucleus=Nucleus(_int32(nucleus), _float32(params[i].top_p for i in nucleus)) if nucleus else None,
+    )
+
+
+def _ranked(params: Sequence[SamplingParams], vocab_size: int) -> Ranked | None:
+    ranked = [i for i, p in enumerate(params) if 0 < p.top_k < vocab_size]
+    if not ranked:
+        return None
+    top_k, top_p = [params[i].top_k for i in ranked], [params[i].top_p for i in ranked]
+    return Ranked(
+        Rows(_int32(ranked), len(params)),
+        mx.array(_int32(top_k))[:, None],
+        max(top_k),
+        _column(p if p < 1 else _KEEP_ALL for p in top_p) if min(top_p) < 1 else None,
     )
 
 
 _Addition = tuple[int, int, float, int, int]
 
 
-def _additions(rows: Sequence[SamplingRow], vocab_size: int) -> Additions | None:
-    found: list[_Addition] = []
-    for i, row in enumerate(rows):
-        params = row.params
-        if row.bad_words_ids:
-            found += _forbidden_words(i, row)
-        if row.num_output_tokens < params.min_tokens:
-            stops = {*params.stop_token_ids, *row.eos_token_ids}
-            found += [(i, token_id, -np.inf, -1, -1) for token_id in stops]
-        if params.logit_bias:
-            found += [(i, token_id, bias, -1, -1) for token_id, bias in params.logit_bias.items()]
-    found = [entry for entry in found if 0 <= entry[1] < vocab_size]
-    if not found:
-        return None
-    row_numbers, token_ids, values, pending, expected = zip(*found, strict=True)
-    return Additions(_int32(row_numbers), _int32(token_ids), _float32(values), _int32(pending), _int32(expected))
+def _may_add(row: SamplingRow) -> bool:
+    return bool(row.bad_words_ids or row.params.logit_bias or row.params.min_tokens)
 
 
-def _forbidden_words(index: int, row: SamplingRow) -> Iterable[_Addition]:
+def _forbidden_words(index: int, row: SamplingRow, pending_row: int) -> Iterable[_Addition]:
     """Last tokens of bad words whose beginning the output ends with (prompts do not count, as in vLLM)."""
     for word in row.bad_words_ids:
         *prefix, last = word
         known = prefix
         pending, expected = -1, -1
-        if prefix and row.pending_row is not None:
+        if prefix and pending_row >= 0:
             *known, expected = prefix
-            pending = row.pending_row
+            pending = pending_row
         if _ends_with(row.output_token_ids, known):
             yield index, last, -np.inf, pending, expected
 
@@ -294,53 +295,29 @@ def _ends_with(tokens: Sequence[int] | Int32, tail: Sequence[int]) -> bool:
     return not tail or list(tokens[-len(tail) :]) == list(tail)
 
 
-def _bitmask(rows: Sequence[SamplingRow], vocab_size: int) -> Bitmask | None:
-    guided = [i for i, row in enumerate(rows) if row.guide is not None]
-    if not guided:
-        return None
-    words = np.zeros((len(guided), -(-vocab_size // 32)), dtype=np.int32)
-    masked = []
-    for entry, i in enumerate(guided):
-        guide = rows[i].guide
-        assert guide is not None
-        if guide.fill_bitmask(words[entry]):
-            masked.append(entry)
-    return Bitmask(_int32(guided[entry] for entry in masked), words[masked]) if masked else None
-
-
-def _forced(rows: Sequence[SamplingRow]) -> Int32 | None:
-    tokens = [row.guide.forced_token if row.guide is not None else None for row in rows]
-    if all(token is None for token in tokens):
-        return None
-    return _int32(-1 if token is None else token for token in tokens)
-
-
 def _allowed(rows: Sequence[SamplingRow], vocab_size: int) -> AllowedTokens | None:
     limited = [(i, row.params.allowed_token_ids) for i, row in enumerate(rows) if row.params.allowed_token_ids]
     if not limited:
         return None
     tokens = _token_list([ids for _, ids in limited if ids is not None], vocab_size)
-    return AllowedTokens(_int32(i for i, _ in limited), tokens.entries, tokens.token_ids)
+    return AllowedTokens(Rows(_int32(i for i, _ in limited), len(rows)), tokens.entries, tokens.token_ids, vocab_size)
 
 
-def _penalties(rows: Sequence[SamplingRow], vocab_size: int) -> Penalties | None:
+def _penalty_rows(rows: Sequence[SamplingRow], vocab_size: int) -> PenaltyRows | None:
     chosen = [i for i, row in enumerate(rows) if _has_penalty(row.params)]
     if not chosen:
         return None
-    picked = [rows[i] for i in chosen]
-    params = [row.params for row in picked]
-    prompt = None
-    if any(p.repetition_penalty != 1 for p in params):
-        prompts = [row.prompt_token_ids if row.params.repetition_penalty != 1 else () for row in picked]
-        prompt = _token_list(prompts, vocab_size)
-    return Penalties(
-        rows=_int32(chosen),
-        repetition=_float32(p.repetition_penalty for p in params),
-        frequency=_float32(p.frequency_penalty for p in params),
-        presence=_float32(p.presence_penalty for p in params),
-        prompt=prompt,
-        output=_token_list([row.output_token_ids for row in picked], vocab_size),
-        pending_rows=_int32(-1 if row.pending_row is None else row.pending_row for row in picked),
+    params = [rows[i].params for i in chosen]
+    repetition = [p.repetition_penalty for p in params]
+    repeats = any(value != 1 for value in repetition)
+    prompts = [rows[i].prompt_token_ids if value != 1 else () for i, value in zip(chosen, repetition, strict=True)]
+    frequency, presence = ([getattr(p, f"{name}_penalty") for p in params] for name in ("frequency", "presence"))
+    return PenaltyRows(
+        Rows(_int32(chosen), len(rows)),
+        _column(repetition) if repeats else None,
+        _column(frequency) if any(frequency) else None,
+        _column(presence) if any(presence) else None,
+        _token_list(prompts, vocab_size) if repeats else None,
     )
 
 
