@@ -18,8 +18,8 @@ from tests.on_device.sticky import sticky
 from tests.on_device.ties import WRONG
 
 
-def _parity(_options: argparse.Namespace) -> bool:
-    return not any(WRONG in line for line in _shown("parity", parity()).values())
+def _parity(options: argparse.Namespace) -> bool:
+    return not any(WRONG in line for line in parity(options.backend).values())
 
 
 def _pools(_options: argparse.Namespace) -> bool:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     """The exit status: 0 where every check that ran is right."""
     parser = argparse.ArgumentParser(prog="python -m tests.on_device", description=__doc__)
     parser.add_argument("checks", nargs="*", choices=[[], *CHECKS], metavar="CHECK", help=f"of {', '.join(CHECKS)}")
-    parser.add_argument("--backend", choices=ATTENTION_BACKENDS, default="auto", help="attention, in long")
+    parser.add_argument("--backend", choices=ATTENTION_BACKENDS, default="auto", help="attention, in long and parity")
     parser.add_argument("--small", action="store_true", help="long, backends and sticky as a CPU can do them")
     parser.add_argument("--seconds", type=float, default=95.0, help="after which long leaves models out, and fails")
     options = parser.parse_args(arguments)

@@ -18,11 +18,13 @@ import numpy as np
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.llm import LLM
 from engine.params.sampling_params import SamplingParams
+from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kv.attention_path import describe
 from engine.runtime.llm_engine import LLMEngine
 from tests.engine.parity.bare_engine import BLOCK_SIZE, BareEngine
 from tests.on_device.small_models import VOCAB, SmallModel
 from tests.on_device.ties import WRONG, Oracle
+from tests.on_device.wanted_kernels import wanted_kernels
 
 _BLOCK = 16
 Answered = list[tuple[list[int], list[int]]]
@@ -139,9 +141,9 @@ def long(backend: str = "auto", *, small: bool = False, seconds: float = 95.0) -
                 _through_llm(report, model, size, Path(temporary) / str(number), backend)
             else:
                 report.leave_out(f"LLM {model}")
-    for model in size.bare if backend != "paged" else ():
+    for model in size.bare:
         if report.seconds < seconds:
-            _through_bare(report, model, size)
+            _through_bare(report, model, size, backend)
         else:
             report.leave_out(f"bare {model}")
     return report.end()
@@ -259,8 +261,8 @@ def _oracle(model: SmallModel, module: Any, size: Size) -> Oracle:
 class _Bare:
     """A bare engine that counts its steps."""
 
-    def __init__(self, module: Any) -> None:
-        self.engine = BareEngine(module)
+    def __init__(self, module: Any, kernels: AttentionKernels | None = None) -> None:
+        self.engine = BareEngine(module, kernels=kernels)
         self.num_steps = 0
 
     def run(self, prompts: Sequence[list[int]], num_tokens: int, **start: Any) -> Answered:
@@ -282,10 +284,11 @@ class _Bare:
         return [(list(request.prompt_token_ids), list(request.output_token_ids)) for request in requests]
 
 
-def _through_bare(report: Report, model: SmallModel, size: Size) -> None:
+def _through_bare(report: Report, model: SmallModel, size: Size, backend: str) -> None:
     """One model without tokenizer and thread: twice, so that the second finds prefixes, then with too few blocks."""
     module = model.build()
-    bare, oracle = _Bare(module), _oracle(model, module, size)
+    bare, oracle = _Bare(module, wanted_kernels(backend)), _oracle(model, module, size)
+    print(f"bare {model}: {describe(bare.engine.backend.attention_paths)}; a tie is below {oracle.tie:.3f}", flush=True)
     rng = np.random.default_rng(2)
     prompts = _mixed(rng, size)[: max(4, size.rows // 4)]
     count, length = size.crowd

@@ -4,11 +4,13 @@ from collections import Counter
 
 import numpy as np
 
+from engine.runner.kv.attention_path import describe
 from engine.runner.paged_backend import PagedBackend
 from tests.engine.parity.bare_engine import BareEngine, greedy
 from tests.engine.parity.oracle import mixed_prompts
 from tests.engine.parity.tiny_architectures import CONFIGS, VOCAB, tiny_model
 from tests.on_device.ties import compare
+from tests.on_device.wanted_kernels import wanted_kernels
 
 NUM_TOKENS = 8
 LONGEST = 90
@@ -16,8 +18,11 @@ LONGER = {"llama": 700, "gemma3_text": 700, "gemma4_text": 400, "qwen3_5": 400, 
 """Architectures of which prompts up to so many tokens are tried too: attention has other ways past 256 and 512."""
 
 
-def parity() -> dict[str, str]:
-    """Per architecture: prompts of equal tokens, of ties, and wrong ones, batched, from the cache and in chunks."""
+def parity(backend: str = "auto") -> dict[str, str]:
+    """Per architecture: prompts of equal tokens, of ties, and wrong ones, batched, from the cache and in chunks.
+
+    Each is printed when it is done.
+    """
     found = {}
     for name in CONFIGS:
         model = tiny_model(name)
@@ -26,15 +31,16 @@ def parity() -> dict[str, str]:
         lengths = (LONGER[name], 300) if name in LONGER else ()
         prompts += [rng.integers(10, VOCAB, length).tolist() for length in lengths]
         expected = [greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
-        engine = BareEngine(model)
+        engine = BareEngine(model, kernels=wanted_kernels(backend))
         kinds: Counter[str] = Counter()
         for chunk in (512, 512, 16):
             if chunk == 16:
                 engine.start(chunk=16)
             for prompt, theirs, request in zip(prompts, expected, engine.generate(prompts, NUM_TOKENS), strict=True):
                 kinds[compare(model, prompt, theirs, request.output_token_ids)] += 1
-        backend = engine.backend
-        how = backend.calls if isinstance(backend, PagedBackend) else f"contiguous: {engine.note}"
-        found[name] = f"{how} {dict(kinds)}"
+        used = engine.backend
+        how = used.calls if isinstance(used, PagedBackend) else f"contiguous: {engine.note}"
+        found[name] = f"{how}, {describe(used.attention_paths)} {dict(kinds)}"
+        print(f"parity {name}: {found[name]}", flush=True)
         engine.backend.close()
     return found
