@@ -66,7 +66,7 @@ class LLM:
 
     ``options`` are vLLM's engine flags as keywords (``max_model_len=2048``,
     ``gpu_memory_utilization=0.5`` …); ``VLLM_METAL_*`` variables count where a keyword is not
-    given. ``progress(stage, done_bytes, total_bytes)`` is called while loading; raising in it
+    given. ``progress(stage, done, total)`` is called while loading (in bytes, kernels in numbers); raising in it
     cancels the load. Raises ModelNotFoundError, ModelLoadError, ConfigError or MemoryPlanError,
     each in one line, leaving nothing behind.
     """

@@ -23,7 +23,7 @@ from engine.models.formats import format_of_file
 from engine.models.weight_format import WeightFormat
 
 Progress = Callable[[str, int, int], None]
-"""``progress(stage, done_bytes, total_bytes)``; may be called from another thread."""
+"""``progress(stage, done, total)``, in bytes but for kernels, which are counted; may be called from another thread."""
 _POLL_SECONDS = 0.2
 
 

@@ -3,11 +3,14 @@
 import html
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from engine.params.sizes import size_text
 from vm_magic.show.display_handle import Bundle, DisplayHandle, can_update, open_handle
 
+_COUNTED = ("kernels",)
+"""Stages of a load that are counted; others are in bytes."""
 _INTERVAL = 0.1
 """Seconds between two updates of a bar."""
 
@@ -19,7 +22,7 @@ def _bundle(text: str, done: int, total: int) -> Bundle:
 
 
 class LoadProgress:
-    """Shows ``progress(stage, done, total)`` in bytes; called from any thread. In a terminal it is tqdm's bar."""
+    """Shows ``progress(stage, done, total)``; called from any thread. In a terminal it is tqdm's bar."""
 
     def __init__(self, shell: Any, model: str) -> None:
         self.model = model
@@ -36,7 +39,7 @@ class LoadProgress:
             self._update(self._bundle("loading", 0, 0))
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` bytes of ``stage`` are there."""
+        """Show that ``done`` of ``total`` of ``stage`` are there."""
         with self._lock:
             now = time.monotonic()
             if stage == self._stage and done < total and now - self._last < _INTERVAL:
@@ -62,7 +65,8 @@ class LoadProgress:
         return time.monotonic() - self.started
 
     def _bundle(self, stage: str, done: int, total: int) -> Bundle:
-        share = f"{size_text(done)} of {size_text(total)}" if total else ""
+        amount: Callable[[int], str] = str if stage in _COUNTED else size_text
+        share = f"{amount(done)} of {amount(total)}" if total else ""
         text = f"{self.model}: {stage} {share} ({self.seconds:.1f} s)"
         return _bundle(text, done, total)
 
@@ -71,7 +75,13 @@ class LoadProgress:
 
         if new_stage:
             self._close_bar()
-            self._bar = tqdm(total=total or None, unit="B", unit_scale=True, desc=f"{self.model}: {stage}")
+            in_bytes = stage not in _COUNTED
+            self._bar = tqdm(
+                total=total or None,
+                unit="B" if in_bytes else "it",
+                unit_scale=in_bytes,
+                desc=f"{self.model}: {stage}",
+            )
         self._bar.update(done - self._bar.n)
 
     def _close_bar(self) -> None:
