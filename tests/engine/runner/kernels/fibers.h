@@ -1,19 +1,18 @@
 // A block of a GPU on this machine: its threads are fibers, each of which runs until it has to wait for others.
 // Every other block runs its threads in reverse, so that a barrier that is missing is missed by one of the two.
 #pragma once
-#include <csetjmp>
-#include <cstdlib>
-#include <cstring>
+#include <setjmp.h>
+#include <stdlib.h>
+#include <string.h>
 #include <ucontext.h>
-#include <vector>
 
 static const unsigned MOST_THREADS = 1024;
 static const size_t STACK = 1 << 17;
-static char* const stacks = static_cast<char*>(std::malloc(STACK * MOST_THREADS));
+static char* const stacks = static_cast<char*>(malloc(STACK * MOST_THREADS));
 static jmp_buf scheduler, fibers[MOST_THREADS];
 static unsigned current_thread, threads_in_block, blocks_run;
-static std::vector<char> started, done;
-static std::vector<long> at_barrier, at_exchange;
+static bool started[MOST_THREADS], done[MOST_THREADS];
+static long at_barrier[MOST_THREADS], at_exchange[MOST_THREADS];
 static unsigned handed_in[2][MOST_THREADS];
 static const char* fault = "";           // what a GPU would not forgive
 static void (*body)();
@@ -23,7 +22,7 @@ static void rest() {                     // another thread's turn
   if (!_setjmp(fibers[me])) _longjmp(scheduler, 1);
   current_thread = me;
 }
-static void meet(std::vector<long>& count, unsigned first, unsigned number) {
+static void meet(long* count, unsigned first, unsigned number) {
   const long mine = ++count[current_thread];
   for (unsigned i = first; i < first + number; ++i) {
     while (!done[i] && count[i] < mine) rest();
@@ -60,8 +59,8 @@ static void resume(unsigned thread) {
 static void run_block(unsigned threads, void (*kernel)()) {
   body = kernel;
   threads_in_block = threads;
-  started.assign(MOST_THREADS, 0); done.assign(MOST_THREADS, 0);
-  at_barrier.assign(MOST_THREADS, 0); at_exchange.assign(MOST_THREADS, 0);
+  memset(started, 0, sizeof started); memset(done, 0, sizeof done);
+  memset(at_barrier, 0, sizeof at_barrier); memset(at_exchange, 0, sizeof at_exchange);
   if (threads % 32 || threads > MOST_THREADS) fault = "a block is not of whole warps, or too large";
   const bool backwards = ++blocks_run % 2;
   for (bool any = true; any;) {

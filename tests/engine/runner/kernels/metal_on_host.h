@@ -3,10 +3,10 @@
 // compiler. With -DADDRESS_SPACES (clang, syntax only) the address spaces are real, and a pointer into a wrong one is
 // an error as it is in Metal.
 #pragma once
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <stdint.h>
 
+#undef INFINITY
+#define INFINITY __builtin_inff()
 typedef unsigned int uint;
 typedef unsigned short ushort;
 struct uint3 { uint x, y, z; };
@@ -36,13 +36,13 @@ struct bfloat16_t {
   bfloat16_t() = default;
   explicit bfloat16_t(float f) {
     uint u;
-    std::memcpy(&u, &f, 4);
+    __builtin_memcpy(&u, &f, 4);
     bits = ushort((u + 0x7fff + ((u >> 16) & 1)) >> 16);
   }
   explicit operator float() const {
     const uint u = uint(bits) << 16;
     float f;
-    std::memcpy(&f, &u, 4);
+    __builtin_memcpy(&f, &u, 4);
     return f;
   }
 };
@@ -54,12 +54,12 @@ struct half2 { half x, y; };
 template <typename T, typename U> T as_type(U value) {
   static_assert(sizeof(T) == sizeof(U), "as_type keeps the size");
   T same;
-  std::memcpy(&same, &value, sizeof same);
+  __builtin_memcpy(&same, &value, sizeof same);
   return same;
 }
-namespace fast { inline float exp2(float x) { return std::exp2(x); } }
-namespace precise { inline float tanh(float x) { return std::tanh(x); } }
-inline float max(float a, float b) { return std::fmax(a, b); }
+namespace fast { inline float exp2(float x) { return __builtin_exp2f(x); } }
+namespace precise { inline float tanh(float x) { return __builtin_tanhf(x); } }
+inline float max(float a, float b) { return __builtin_fmaxf(a, b); }
 
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 inline void threadgroup_barrier(mem_flags) { barrier(); }
