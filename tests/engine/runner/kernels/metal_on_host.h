@@ -3,6 +3,7 @@
 // compiler. With -DADDRESS_SPACES (clang, syntax only) the address spaces are real, and a pointer into a wrong one is
 // an error as it is in Metal.
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
 
 #undef INFINITY
