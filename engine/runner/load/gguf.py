@@ -7,6 +7,7 @@ bits, so they can stay packed; all other kinds are dequantized. Nothing is ever 
 import importlib
 import math
 import re
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,13 +19,15 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Type
 
 from engine.errors import ModelLoadError
-from engine.models.gguf_file import GGUFFile, open_gguf
+from engine.models.gguf_file import GGUFFile, TensorInfo, open_gguf
 from engine.models.local import ResolvedModel
 from engine.models.model_config import ModelConfig
 from engine.models.pypi import Progress
 from engine.params.engine_args import EngineArgs
+from engine.runner.device.cgroups import usable_cpus
 from engine.runner.device.devices import Device
 from engine.runner.load.abstract_model import AbstractModel, build_abstract_model
+from engine.runner.load.host_work import in_order
 from engine.runner.load.pieces import Pieces
 from engine.runner.load.weight_reader import PreparedWeights, WeightReader
 from engine.runner.load.weight_types import DTYPES, describe_weights, unpacks_easily
@@ -54,6 +57,9 @@ _GEMMA3 = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
+_MOST_THREADS = 8
+_LEAST_HOST_BYTES, _MOST_HOST_BYTES = 1 << 27, 1 << 30
+"""Of unpacked or rearranged tensors that wait on the host: an eighth of the file, within these."""
 
 
 class GGUFWeights(WeightReader):
@@ -77,6 +83,25 @@ class GGUFWeights(WeightReader):
             partial(load_gguf, file, dict(config.hf_config), dtype=choice.dtype, keep_packed=choice.keep_packed),
             lambda _: describe_weights(choice.dtype, sorted(kinds), choice.keep_packed),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """One tensor of a file, and where it goes in the model."""
+
+    info: TensorInfo
+    path: str
+    leaf: str
+    keep_packed: bool
+
+    @property
+    def stays_packed(self) -> bool:
+        """Whether MLX computes on its blocks as they are."""
+        return self.keep_packed and self.info.type in PACKED_BITS and self.leaf == "weight"
+
+    def host_bytes(self) -> int:
+        """Bytes on the host before it goes to the device."""
+        return 2 * self.info.num_bytes if self.stays_packed else 4 * math.prod(self.info.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +163,22 @@ def _read(
     packed: dict[str, dict[str, int]] = {}
     done, total = 0, sum(info.num_bytes for info in file.tensors.values())
     pieces = Pieces(total)
-    for name, info in sorted(file.tensors.items(), key=lambda item: item[1].offset):
-        done += info.num_bytes
-        if name == _ROPE_FACTORS:
-            continue
-        path, leaf = _module_path(name, file)
-        if keep_packed and info.type in PACKED_BITS and leaf == "weight":
-            packed[path] = {"group_size": GROUP_SIZE, "bits": PACKED_BITS[info.type]}
-            parts = _packed(file, name, config, dtype)
-        else:
-            parts = {leaf: _dequantized(file, name, config, dtype)}
-        weights |= {f"{path}.{part}": array for part, array in parts.items()}
-        pieces.add(*parts.values())
-        report("load", done, total)
+    infos = sorted(file.tensors.values(), key=lambda info: info.offset)
+    wanted = [info for info in infos if info.name != _ROPE_FACTORS]
+    tensors = [_Tensor(info, *_module_path(info.name, file), keep_packed) for info in wanted]
+    work = partial(_on_host, file, config)
+    threads = min(_MOST_THREADS, usable_cpus())
+    most = min(_MOST_HOST_BYTES, max(_LEAST_HOST_BYTES, total // 8))
+    ready = in_order(work, tensors, _Tensor.host_bytes, threads=threads, most_bytes=most)
+    with closing(ready):
+        for tensor, parts in ready:
+            if tensor.stays_packed:
+                packed[tensor.path] = {"group_size": GROUP_SIZE, "bits": PACKED_BITS[tensor.info.type]}
+            arrays = {part: _on_device(values, dtype) for part, values in parts.items()}
+            weights |= {f"{tensor.path}.{part}": array for part, array in arrays.items()}
+            pieces.add(*arrays.values())
+            done += tensor.info.num_bytes
+            report("load", done, total)
     pieces.finish()
     report("load", total, total)
     return weights, packed
@@ -173,23 +201,22 @@ def _module_path(name: str, file: GGUFFile) -> tuple[str, str]:
     return layer + table[match[2]], match[3]
 
 
-def _dequantized(file: GGUFFile, name: str, config: dict[str, Any], dtype: mx.Dtype) -> mx.array:
-    """A tensor's exact values, in MLX's row order, as ``dtype``."""
+def _on_host(file: GGUFFile, config: dict[str, Any], tensor: _Tensor) -> dict[str, npt.NDArray[Any]]:
+    """A tensor by the parameters it becomes, in MLX's row order: exact values, or blocks as MLX packs them."""
+    name = tensor.info.name
+    if tensor.stays_packed:
+        rows = _rows_for_half_split_rope(file.blocks(name), name, file, config)
+        return dict(zip(("weight", "scales", "biases"), repack(np.asarray(rows), tensor.info.type), strict=True))
     values = _rows_for_half_split_rope(file.values(name), name, file, config)
     if file.architecture == "gemma3" and name.endswith("norm.weight"):
         values = values - np.float32(1.0)  # GGUF stores 1 + w, the model keeps w
-    return mx.array(values).astype(dtype)
+    return {tensor.leaf: values}
 
 
-def _packed(file: GGUFFile, name: str, config: dict[str, Any], dtype: mx.Dtype) -> dict[str, mx.array]:
-    """A tensor's blocks bit for bit as MLX's affine weight, scales and biases."""
-    rows = _rows_for_half_split_rope(file.blocks(name), name, file, config)
-    weight, scales, biases = repack(np.asarray(rows), file.tensors[name].type)
-    return {
-        "weight": mx.array(weight),
-        "scales": mx.array(scales).astype(dtype),
-        "biases": mx.array(biases).astype(dtype),
-    }
+def _on_device(values: npt.NDArray[Any], dtype: mx.Dtype) -> mx.array:
+    """``values`` as they are where they are packed, else as ``dtype``."""
+    array = mx.array(values)
+    return array if array.dtype == mx.uint32 else array.astype(dtype)
 
 
 def repack(

@@ -34,19 +34,19 @@ def stored(folder: Path, count: int = 40) -> Path:
 
 def test_arrays_are_read_by_several_threads_and_are_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_read, "_PIECE_BYTES", 4096)
-    threads: set[int] = set()
+    ours = reader()
+    threads: set[threading.Thread] = set()
     evaluate = mx.eval
 
     def watched(*arrays: Any) -> None:
-        threads.add(threading.get_ident())
+        threads.add(threading.current_thread())
         evaluate(*arrays)
 
     monkeypatch.setattr(mx, "eval", watched)
-    ours = reader()
     arrays = ours.load(stored(tmp_path))
     told: list[int] = []
     assert ours.read(list(arrays.values()), told.append) == []
-    assert len(threads - {threading.get_ident()}) == 4
+    assert len(threads - {threading.current_thread()}) == 4
     assert sum(told) == sum(array.nbytes for array in arrays.values())
     assert len(told) > 8
     assert [arrays[f"w{i}"].tolist() for i in range(40)] == [[[float(i)] * (1 + i % 3)] * 256 for i in range(40)]
