@@ -18,8 +18,9 @@ from engine.runner.kv.kv_pool import KVPool
 from engine.runner.kv.kv_spec import CacheLeaf
 from engine.runner.kv.paged_cache import PagedLayerCache
 
-_MIN_POSITIONS = 4
-"""MLX keeps arrays of up to 8 bytes in host memory on CUDA, where each block of a kernel would wait for them."""
+_MIN_POSITIONS = 8
+"""MLX keeps arrays of up to 8 bytes in host memory on CUDA, where each block of a kernel would wait for them, and on
+Metal those of fewer than 8 elements are of another kind, which takes a kernel of its own that no check has seen."""
 
 
 def after(tokens: mx.array, earlier: mx.array | None) -> mx.array:
