@@ -105,6 +105,8 @@ class KVCacheManager:
 
     def block_tables(self, request: Request) -> tuple[Sequence[int], ...]:
         """One block table per group."""
+        if len(self.groups) == 1:
+            return (self.groups[0].block_table(request),)
         return tuple([group.block_table(request) for group in self.groups])
 
     def reset_prefix_cache(self) -> None:

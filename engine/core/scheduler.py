@@ -76,10 +76,10 @@ class Scheduler:
             for request in self.running:  # all of them first: what one frees is another's room
                 self.kv.free_out_of_window(request)
         decoding, prefilling = self._by_need()
-        self._prefilling = set(prefilling)
-        for request in (*decoding, *prefilling):
-            if request.status is RequestStatus.RUNNING:  # else preempted for one before it
-                budget -= self._schedule_running(request, budget, scheduled_requests, preempted)
+        self._prefilling = {request for request, _ in prefilling}
+        for request, missing in (*decoding, *prefilling):
+            if missing and request.status is RequestStatus.RUNNING:  # else preempted for one before it
+                budget -= self._schedule_running(request, min(missing, budget), scheduled_requests, preempted)
         if not preempted and not self.short_of_memory:
             self._admit(budget, scheduled_requests)
         return SchedulerOutput(scheduled_requests, preempted)
@@ -127,20 +127,20 @@ class Scheduler:
         self._enqueue(request)
 
     def _num_missing(self, request: Request) -> int:
-        return request.num_tokens - request.num_computed_tokens
+        return len(request.all_token_ids) + request.num_pending - request.num_computed_tokens
 
-    def _by_need(self) -> tuple[list[Request], list[Request]]:
-        """The running requests: those with at most one token to compute, which go first, and the others."""
-        decoding: list[Request] = []
-        prefilling: list[Request] = []
+    def _by_need(self) -> tuple[list[tuple[Request, int]], list[tuple[Request, int]]]:
+        """The running requests with the tokens they miss: those that miss one at most, which go first, and the rest."""
+        decoding: list[tuple[Request, int]] = []
+        prefilling: list[tuple[Request, int]] = []
         for request in self.running:
-            (prefilling if self._num_missing(request) > 1 else decoding).append(request)
+            missing = self._num_missing(request)
+            (prefilling if missing > 1 else decoding).append((request, missing))
         return decoding, prefilling
 
     def _schedule_running(
-        self, request: Request, budget: int, scheduled_requests: list[ScheduledRequest], preempted: list[Request]
+        self, request: Request, missing: int, scheduled_requests: list[ScheduledRequest], preempted: list[Request]
     ) -> int:
-        missing = min(self._num_missing(request), budget)
         if missing <= 0 or (request.num_pending and (request.guide_waits or request.last_token_in_flight)):
             return 0
         if missing > 1:  # a decode needs no share of the budget, and no block in the middle of one
@@ -227,7 +227,7 @@ class Scheduler:
     def _scheduled(self, request: Request, num_tokens: int) -> ScheduledRequest:
         start = request.num_computed_tokens
         end = start + num_tokens
-        samples = end == request.num_tokens
+        samples = end == len(request.all_token_ids) + request.num_pending
         pending = samples and request.num_pending > 0
         request.num_computed_tokens = end
         request.num_pending += samples

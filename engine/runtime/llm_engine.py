@@ -365,22 +365,30 @@ class LLMEngine:
         if guide is not None and guide.error is not None:
             self._fail(group, GenerationError(f"the grammar failed: {guide.error}"))
             return
+        text = completion.detokenizer.next_text(sampled.token_id) if status is None else None
+        if text is None:
+            text, status = self._end_on_stop_string(completion, sampled.token_id, status)
+        if len(request.output_token_ids) == 1 and not request.index:
+            self._tell_prompt(group, request)
+        logprobs = None if sampled.logprobs is None else [sampled.logprobs]
+        delta = CompletionDelta(request.index, text, [sampled.token_id], logprobs)
+        if guide is not None:
+            delta.thinking_cut = guide.thinking_cut
+        self._deliver(group, completion, delta, status)
+
+    def _end_on_stop_string(
+        self, completion: _Completion, token_id: int, status: RequestStatus | None
+    ) -> tuple[str, RequestStatus | None]:
+        """The text that a token brings, and the completion's status: it may be over by a stop string."""
+        request = completion.request
         step = completion.detokenizer.step(
-            [sampled.token_id],
-            finished=status is not None,
-            ends_on_stop_token=status is RequestStatus.FINISHED_STOPPED,
+            [token_id], finished=status is not None, ends_on_stop_token=status is RequestStatus.FINISHED_STOPPED
         )
         if step.stop_reason is not None:
             request.stop_reason = step.stop_reason
             self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
             status = request.status = RequestStatus.FINISHED_STOPPED
-        if len(request.output_token_ids) == 1 and not request.index:
-            self._tell_prompt(group, request)
-        logprobs = None if sampled.logprobs is None else [sampled.logprobs]
-        delta = CompletionDelta(request.index, step.text_delta, [sampled.token_id], logprobs)
-        if guide is not None:
-            delta.thinking_cut = guide.thinking_cut
-        self._deliver(group, completion, delta, status)
+        return step.text_delta, status
 
     def _time_token(self, request: Request, now: float) -> None:
         metrics = request.metrics

@@ -42,7 +42,8 @@ class RequestStream:
         """The live setting's, for a request that has no budget of its own."""
         self._abort = abort
         self._finish_thinking = finish_thinking
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._num_waiting = 0
         """Threads that wait for a change."""
         self._deltas: deque[CompletionDelta] = deque()
@@ -82,7 +83,7 @@ class RequestStream:
         return self
 
     def __next__(self) -> CompletionDelta:
-        with self._changed:
+        with self._lock:
             while not self._deltas and not self._over:
                 self._wait(_WAIT_SLICE)
             if self._deltas:
@@ -95,7 +96,7 @@ class RequestStream:
 
     async def __anext__(self) -> CompletionDelta:
         while True:
-            with self._changed:
+            with self._lock:
                 if self._deltas:
                     return self._deltas.popleft()
                 if self._over:
@@ -110,7 +111,7 @@ class RequestStream:
     def drain(self, timeout: float | None = None) -> list[CompletionDelta]:
         """All deltas there are; waits up to ``timeout`` seconds for a first one. Empty on time-out or at the end."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
+        with self._lock:
             while not self._deltas and not self._over:
                 left = _WAIT_SLICE if deadline is None else deadline - time.monotonic()
                 if left <= 0:
@@ -124,7 +125,7 @@ class RequestStream:
 
     def result(self) -> RequestOutput:
         """Wait for the end and give everything, also what was iterated before."""
-        with self._changed:
+        with self._lock:
             while not self._over:
                 self._wait(_WAIT_SLICE)
             self._raise_error()
@@ -132,7 +133,7 @@ class RequestStream:
 
     def snapshot(self) -> RequestOutput:
         """Everything that came so far."""
-        with self._changed:
+        with self._lock:
             for output, parts in zip(self._outputs, self._texts, strict=True):
                 output.text = "".join(parts)
             return RequestOutput(
@@ -153,7 +154,7 @@ class RequestStream:
 
     def append(self, delta: CompletionDelta) -> None:
         """Add a delta; whoever waits learns of it from :func:`wake_all` (the engine thread calls both)."""
-        with self._changed:
+        with self._lock:
             output = self._outputs[delta.index]
             self._texts[delta.index].append(delta.text)
             output.token_ids.extend(delta.token_ids)
@@ -167,7 +168,7 @@ class RequestStream:
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing more comes (the engine thread calls this)."""
-        with self._changed:
+        with self._lock:
             if self._over:
                 return
             self._over, self._error = True, error
@@ -178,7 +179,7 @@ class RequestStream:
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` once the request is over, on the thread that ends it; at once if it is over."""
-        with self._changed:
+        with self._lock:
             if not self._over:
                 self._callbacks.append(callback)
                 return
@@ -203,7 +204,7 @@ class RequestStream:
 
     def _wake_threads(self) -> None:
         if self._num_waiting:  # whoever counts itself later sees what was added
-            with self._changed:
+            with self._lock:
                 self._changed.notify_all()
 
     def _raise_error(self) -> None:

@@ -104,17 +104,23 @@ class Detokenizer:
         if self._stream is None:
             self._num_tokens += len(token_ids)
             return DetokenizerStep("", None, len(token_ids))
-        if len(token_ids) == 1 and not (self._params.stop or finished or ends_on_stop_token):
-            self._num_tokens += 1
-            text = self._stream.step(token_ids[0])
-            self._parts.append(text)
-            return DetokenizerStep(text, None, 1)
         step = self._decode(self._stream, token_ids, ends_on_stop_token)
         if step.stop_reason is None and finished:
             step = self._finish(self._stream, step)
         if step.text_delta:
             self._parts.append(step.text_delta)
         return step
+
+    def next_text(self, token_id: int) -> str | None:
+        """As :meth:`step`, for one token of a completion that goes on; None where stop strings are searched for."""
+        if self._params.stop:
+            return None
+        if self._stream is None:
+            return ""
+        self._num_tokens += 1
+        text = self._stream.step(token_id)
+        self._parts.append(text)
+        return text
 
     def token_text(self, token_id: int) -> str:
         """One token's text by itself, for ``decoded_token`` of logprobs."""

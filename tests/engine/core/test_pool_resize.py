@@ -5,6 +5,9 @@ import random
 import pytest
 
 from engine.core.block_pool import BlockPool, hash_block
+from engine.core.cache_groups import FullAttentionGroup
+from engine.core.request import Request
+from engine.params.sampling_params import SamplingParams
 
 
 def contents(blocks):
@@ -148,3 +151,17 @@ def test_only_blocks_that_are_held_can_be_cached_and_their_hashes_have_16_bytes(
     with pytest.raises(AssertionError, match="is not held"):
         pool.cache(block, hash_block(None, [0]), [0])
     assert {len(hash_block(parent, [1, 2])) for parent in (None, b"0" * 16)} == {16}
+
+
+def test_block_tables_follow_the_blocks_that_move():
+    group = FullAttentionGroup(BlockPool(20, enable_caching=False), 4)
+    first, second = Request("first", [1] * 40, SamplingParams()), Request("second", [2] * 12, SamplingParams())
+    for request in (first, second):
+        group.allocate(request, request.num_tokens, 0)
+    table = group.block_table(second)
+    group.free(first)
+    moves = group.pool.resize(6)
+    assert moves
+    assert table is group.block_table(second), "whoever holds a request's table sees it change"
+    assert list(table) == [block.block_id for block in group._sequences[second].blocks if block is not None]
+    assert set(table) == set(moves.values())
