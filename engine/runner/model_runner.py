@@ -5,6 +5,7 @@ read later, after the next step was submitted. That next step takes its input to
 arrays of this one, on the device.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -67,6 +68,8 @@ class InFlightStep:
         self.requests = [scheduled.request for scheduled in self.sampling]
         self.sampled = sampled
         self.prompts = prompts
+        self.submitted = 0.0
+        """When :meth:`submit` was called, by ``time.monotonic``."""
         self._barrier = barrier
         self._backend = backend
         self.plan = plan
@@ -78,6 +81,7 @@ class InFlightStep:
 
     def submit(self) -> None:
         """Start computing; returns before it is done."""
+        self.submitted = time.monotonic()
         self._backend.settle()
         mx.async_eval(*self._arrays())  # type: ignore[no-untyped-call]
 

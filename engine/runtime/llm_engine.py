@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.core.request import NewRequest, Request, RequestStatus, check_length
 from engine.core.scheduler import Scheduler
-from engine.core.step import ScheduledRequest
+from engine.core.step import ScheduledRequest, SchedulerOutput
 from engine.errors import GenerationError, OutOfMemoryError, VMMagicError
 from engine.memory.step_cost import AdmissionControl
 from engine.outputs import THINKING_CUTS, CompletionDelta, LogprobsAtPosition
@@ -22,6 +22,9 @@ from engine.text.tokens.detokenizer import Detokenizer
 logger = logging.getLogger("engine")
 PATIENCE = 5.0
 """Seconds that a request waits for memory while nothing else runs; then it ends with an error."""
+LONG_STEP = 0.05
+"""Seconds from which on a step with prompt tokens is waited for: building the next meanwhile would save a few percent,
+and a request that comes has its first token a whole step later."""
 MEMORY_HELP = "free memory on this device, lower max_num_seqs, or load a smaller model"
 MakeDetokenizer = Callable[[list[int], SamplingParams], Detokenizer]
 
@@ -92,6 +95,7 @@ class LLMEngine:
         self._in_flight: InFlightStep | None = None
         self._suspects: Sequence[ScheduledRequest] = ()
         self._stuck_since: float | None = None
+        self._chunk_seconds = LONG_STEP
         self._counts = _TokenCounts()
         self._news: list[RequestStream] = []
         """Streams with deltas that whoever waits was not told of yet."""
@@ -115,8 +119,9 @@ class LLMEngine:
         """Schedule the next step, build it for the device, and hand out the tokens of the step in flight.
 
         Each request under way gets the tokens that it still needs, within the step's budget. The next step is submitted
-        before the tokens of the last one are read, or after (``submit_first``). If this raises, :meth:`fail_step`
-        ends the requests of the step that failed.
+        before the tokens of the last one are read, or after (``submit_first``); a long one is waited for, so that what
+        comes meanwhile has its turn in the next. If this raises, :meth:`fail_step` ends the requests of the step that
+        failed.
         """
         self._suspects = ()
         scheduled = self.scheduler.schedule()
@@ -129,6 +134,8 @@ class LLMEngine:
         self.drain()
         self._suspects = scheduled.scheduled_requests
         self._in_flight = following if submit_now else self._submit_if_wanted(following)
+        if self._submit_first and self._takes_long(scheduled):
+            self.drain()
         self._observe_state(len(scheduled.preempted))
 
     def add_request(self, new: NewRequest, stream: RequestStream) -> None:
@@ -208,7 +215,10 @@ class LLMEngine:
         last, self._in_flight = self._in_flight, None
         if last is not None:
             self._suspects = last.scheduled_requests
-            self._hand_out(last.read(self._token_text))
+            result = last.read(self._token_text)
+            if any(scheduled.num_tokens > 1 for scheduled in last.scheduled_requests):
+                self._chunk_seconds = time.monotonic() - last.submitted
+            self._hand_out(result)
 
     def fail_step(self, error: VMMagicError) -> None:
         """After :meth:`step` or :meth:`drain` raised: end the requests of the step that failed, and only those.
@@ -260,6 +270,11 @@ class LLMEngine:
         """Give all memory back."""
         self._in_flight = None
         self.runner.close()
+
+    def _takes_long(self, step: SchedulerOutput) -> bool:
+        """Whether a step computes a prompt, and the last one that did took so long that the host's work is little."""
+        prompts = any(scheduled.num_tokens > 1 for scheduled in step.scheduled_requests)
+        return prompts and self._chunk_seconds >= LONG_STEP
 
     def _end_short_of_memory(self, *, waits: bool) -> None:
         """Where the engine can do nothing but wait for memory (``waits``), end one request once patience is over."""

@@ -203,10 +203,10 @@ def _measured(product: Product, uses: Sequence[Modules], usual: Way, ways: Seque
             continue
         x = some_rows(product, rows)
         times: dict[str, float] = {}
-        for way in (*taking, usual):
+        for way in taking if usual.starts_slowly(product) else (*taking, usual):
             times[way.name] = timer(way.compute, chain, x, _GIVE_UP * min(times.values(), default=math.inf))
         best = min(taking, key=lambda way: times[way.name])
-        if times[best.name] <= (1 - _GAIN) * times[usual.name]:
+        if times[best.name] <= (1 - _GAIN) * times.get(usual.name, math.inf):
             chosen[rows] = best
         seconds[rows] = times
     return Choice(product, len(uses), chosen, seconds)
@@ -216,6 +216,10 @@ class _Apart:
     """Siblings one by one, each the way that was chosen for it."""
 
     name = "apart"
+
+    def starts_slowly(self, _product: Product, /) -> bool:
+        """What is chosen for each has started."""
+        return False
 
     def __init__(self, alone: Mapping[Product, Choice]) -> None:
         self._alone = alone
@@ -251,6 +255,18 @@ def _grouped(found: Iterable[tuple[Product, Modules]], candidates: Sequence[Cand
     return groups
 
 
+def _worth_trying(product: Product, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Without those that start slowly where others take the same rows."""
+    quick = [way for way in candidates if not way.starts_slowly(product)]
+    taken = [rows for rows in ROW_BUCKETS if any(way.takes(product, rows) for way in quick)]
+    slow = [
+        way
+        for way in candidates
+        if way.starts_slowly(product) and any(way.takes(product, rows) and rows not in taken for rows in ROW_BUCKETS)
+    ]
+    return [way for way in candidates if way in quick or way in slow]
+
+
 def _trusted(
     groups: Mapping[Product, Sequence[Modules]], candidates: Sequence[Candidate], report: _Counter
 ) -> tuple[dict[Product, list[Candidate]], list[str]]:
@@ -261,13 +277,14 @@ def _trusted(
     distrusted: dict[tuple[str, bool], str] = {}
     for product, uses in groups.items():
         expected = Expected(product, uses[0])
-        for candidate in candidates:
+        for candidate in _worth_trying(product, candidates):
             key = candidate.name, product.bits > 0
             if key not in distrusted and (problem := expected.problem(candidate)):
                 distrusted[key] = f"{candidate.name} products of {problem}, so they are not used"
         report()
     trusted = {
-        product: [way for way in candidates if (way.name, product.bits > 0) not in distrusted] for product in groups
+        product: [way for way in _worth_trying(product, candidates) if (way.name, product.bits > 0) not in distrusted]
+        for product in groups
     }
     return trusted, list(distrusted.values())
 

@@ -62,6 +62,9 @@ class Way(Protocol):
 
     name: str
 
+    def starts_slowly(self, product: Product, /) -> bool:
+        """Whether its first use compiles for longer than a measurement is worth."""
+
     def compute(self, modules: Modules, x: mx.array) -> list[mx.array]:
         """``x`` [..., k] by the weights of each module, with its bias: [..., N] each."""
 
@@ -78,9 +81,22 @@ class Plain:
 
     name = "mlx"
 
+    def starts_slowly(self, product: Product, /) -> bool:
+        """See :func:`mlx_starts_slowly`."""
+        return mlx_starts_slowly(product)
+
     def compute(self, modules: Modules, x: mx.array) -> list[mx.array]:
         """A call of each module."""
         return [plain(module, x) for module in modules]
+
+
+def mlx_starts_slowly(product: Product) -> bool:
+    """On CUDA MLX compiles its product of packed weights at its first use, for each kind of shape.
+
+    On an H200 that took more than a minute for the shapes of one model; other ways were several times faster at all
+    numbers of rows that they take, so that there is nothing to find out.
+    """
+    return product.bits > 0 and bool(mx.cuda.is_available())
 
 
 class Flattened:
@@ -90,6 +106,10 @@ class Flattened:
 
     def __init__(self, max_rows: int = ROW_BUCKETS[-1]) -> None:
         self._max_rows = max_rows
+
+    def starts_slowly(self, product: Product, /) -> bool:
+        """See :func:`mlx_starts_slowly`."""
+        return mlx_starts_slowly(product)
 
     def takes(self, product: Product, num_rows: int) -> bool:
         """Several rows of packed weights."""
@@ -105,6 +125,10 @@ class Unpacked:
     """MLX's product of weights that are unpacked for it: more bytes, but cuBLAS's speed."""
 
     name = "unpacked"
+
+    def starts_slowly(self, _product: Product, /) -> bool:
+        """Its kernels are there, or are compiled several at a time and kept."""
+        return False
 
     def takes(self, product: Product, num_rows: int) -> bool:
         """Many rows, of packed weights that take no more than 128 MiB unpacked."""
@@ -128,6 +152,10 @@ class OwnKernels:
     """The kernels of :mod:`engine.runner.kernels.rows_matmul`: CUDA."""
 
     name = "own"
+
+    def starts_slowly(self, _product: Product, /) -> bool:
+        """Its kernels are there, or are compiled several at a time and kept."""
+        return False
 
     def takes(self, product: Product, num_rows: int) -> bool:
         """Up to 32 rows, of shapes and types that the kernels cover."""

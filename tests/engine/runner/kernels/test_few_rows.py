@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from engine.runner.kernels import rows_matmul
+from engine.runner.kernels import products, rows_matmul
 from engine.runner.kernels.cuda_source import KernelText
 from engine.runner.kernels.few_rows import FewRowProducts, candidates_for
 from engine.runner.kernels.kernel_cache import CachedKernel, collecting
@@ -35,6 +35,9 @@ class Unpacking:
 
     name = "own"
 
+    def starts_slowly(self, _product: Product, /) -> bool:
+        return False
+
     def __init__(self, factor: float = 1.0, max_rows: int = 16) -> None:
         self._factor, self._max_rows = factor, max_rows
         self.calls: list[tuple[int, int]] = []
@@ -57,6 +60,9 @@ class Unpacking:
 
 class Failing(Unpacking):
     name = "flattened"
+
+    def starts_slowly(self, _product: Product, /) -> bool:
+        return False
 
     def compute(self, modules: Modules, x: mx.array) -> list[mx.array]:
         raise RuntimeError("Failed to compile kernel:\n  expected a ';'")
@@ -357,3 +363,24 @@ def test_a_model_computes_with_the_kernels_what_it_computed_without(
     assert set(host_products) == ({"rows_dense", "rows_quantized"} if bits else {"rows_dense"})
     products.remove()
     assert distance(logits(model), before) == 0
+
+
+def test_a_way_that_starts_slowly_is_neither_checked_nor_timed_where_another_takes_the_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On CUDA MLX compiles for a minute what it multiplies packed weights by: other ways are known to be faster."""
+    monkeypatch.setattr(products, "mlx_starts_slowly", lambda product: product.bits > 0)
+    model = tiny_model("llama")
+    nn.quantize(model, group_size=32, bits=4, class_predicate=_divides(32))
+    timed: list[str] = []
+
+    def measure(compute: Compute, chain: Sequence[Modules], x: mx.array, limit: float) -> float:
+        timed.append(compute.__self__.name)  # type: ignore[attr-defined]
+        return 1.0
+
+    choices = choose(model, [Unpacking(max_rows=128), Flattened()], siblings=False, timer=measure)
+    assert set(timed) == {"own"}
+    assert all(way.name == "own" for choice in choices.singles for way in choice.chosen.values())
+    timed.clear()
+    choose(model, [Unpacking(max_rows=8), Flattened()], siblings=False, timer=measure)
+    assert "flattened" in timed
