@@ -7,7 +7,9 @@ that. Where anything of this fails MLX compiles the text itself, as for Metal; t
 import hashlib
 import logging
 import os
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -53,11 +55,19 @@ class KernelCompiler:
         self._architecture = architecture
         self._identity = f"{identity}\n{architecture}\n{compiler.identity}\n"
         self.modules = modules
+        self._codes: dict[str, bytes] = {}
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def __call__(self, symbol: str, source: str) -> bytes:
         """Machine code of ``source``. Raises :class:`CompileError`."""
-        started = time.perf_counter()
         key = hashlib.sha256((self._identity + source).encode()).hexdigest()
+        with self._locks[key]:  # signatures often share a text
+            if key not in self._codes:
+                self._codes[key] = self._found_or_compiled(symbol, source, key)
+            return self._codes[key]
+
+    def _found_or_compiled(self, symbol: str, source: str, key: str) -> bytes:
+        started = time.perf_counter()
         code = self._store.get(key)
         found = code is not None
         if code is None:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,25 @@ def test_an_interrupt_ends_compiling_and_collecting(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         compile_all(awaited, interrupt)
+
+
+def test_signatures_that_share_a_text_are_compiled_once_however_many_threads_ask(
+    tmp_path: Path, launches: Launches
+) -> None:
+    class Slow(StandIn):
+        def compile(self, source: str, architecture: str) -> bytes:
+            time.sleep(0.05)
+            return super().compile(source, architecture)
+
+    stand_in = Slow()
+    compiler = compiler_of(stand_in, tmp_path)
+    threads = [threading.Thread(target=compiler, args=("k", "one text")) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(stand_in.compiled) == 1
+    assert compiler("k", "one text") == b"code 0 of 8"
 
 
 def test_kernels_of_other_threads_are_not_collected(tmp_path: Path, launches: Launches) -> None:
