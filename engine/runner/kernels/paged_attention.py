@@ -65,7 +65,7 @@ def paged_attention(
     kv_heads, value_dim = key_pages.shape[1], value_pages.shape[3]
     geometry = attention_geometry(key_dim, value_dim, heads // kv_heads, queries.dtype.size)
     geometry.check(block_size)
-    tokens = _most_tokens(block_tables.shape[1], block_size, window)
+    tokens = most_tokens(block_tables.shape[1], block_size, window)
     splits = splits or number_of_splits(rows, kv_heads, tokens, geometry.tokens_per_pass)
     inputs = [queries, new_keys, new_values, key_pages, value_pages, block_tables, positions]
     out, part, sums = _attention_kernel(sinks is not None)(
@@ -74,24 +74,24 @@ def paged_attention(
             ("T", queries.dtype),
             ("BLOCK_SIZE", block_size),
             ("WINDOW", window or 0),
-            ("SCALE", _positive_bits("scale", scale)),
-            ("CAP", 0 if softcap is None else _positive_bits("softcap", softcap)),
+            ("SCALE", positive_bits("scale", scale)),
+            ("CAP", 0 if softcap is None else positive_bits("softcap", softcap)),
             *geometry.template,
         ],
         grid=(geometry.threads * splits, kv_heads, rows),
         threadgroup=(geometry.threads, 1, 1),
-        output_shapes=_attention_shapes(rows, heads, splits, value_dim),
+        output_shapes=attention_shapes(rows, heads, splits, value_dim),
         output_dtypes=[queries.dtype, mx.float32, mx.float32],
     )
-    return (out if splits == 1 else _join_splits(part, sums, sinks, queries.dtype))[:, :, None]
+    return (out if splits == 1 else join_splits(part, sums, sinks, queries.dtype))[:, :, None]
 
 
-def _most_tokens(width: int, block_size: int, window: int | None) -> int:
+def most_tokens(width: int, block_size: int, window: int | None) -> int:
     """Most tokens that a row reads: the block that a window begins in is entered at its start."""
     return min(width * block_size, window + block_size) if window else width * block_size
 
 
-def _join_splits(part: mx.array, sums: mx.array, sinks: mx.array | None, dtype: mx.Dtype) -> mx.array:
+def join_splits(part: mx.array, sums: mx.array, sinks: mx.array | None, dtype: mx.Dtype) -> mx.array:
     """The output [rows, heads, DV] from ``part`` [rows, heads, splits, DV] and ``sums`` [rows, heads, splits, 2]."""
     rows, heads, _, value_dim = part.shape
     threads = math.ceil(value_dim / 32) * 32
@@ -207,12 +207,18 @@ class Geometry:
 
 
 @cache
-def attention_geometry(key_dim: int, value_dim: int, group: int, element_size: int) -> Geometry:
-    """The geometry for ``group`` query heads per kv head; measured on an H200 for 128/4, 128/8 and 256/8."""
+def attention_geometry(
+    key_dim: int, value_dim: int, group: int, element_size: int, *, rotates: bool = False
+) -> Geometry:
+    """The geometry for ``group`` query heads per kv head; measured on an H200 for 128/4, 128/8 and 256/8.
+
+    ``rotates``: a lane holds both halves of the pairs that a rotation turns, so an even number of vectors.
+    """
     vector = _VECTOR_BYTES // element_size
 
     def fits(lanes: int) -> bool:
-        return lanes <= 32 and key_dim % (lanes * vector) == 0 and value_dim % (lanes * vector) == 0
+        even = not rotates or key_dim // (lanes * vector) % 2 == 0
+        return lanes <= 32 and key_dim % (lanes * vector) == 0 and value_dim % (lanes * vector) == 0 and even
 
     lanes = 1
     while key_dim // lanes > 16 and fits(2 * lanes):
@@ -294,13 +300,15 @@ def _collect_kernel() -> Kernel:
     return make_kernel("collect_pages", inputs, ("keys", "values"), text.COLLECT, text.COLLECT_FUNCTIONS)
 
 
-def _attention_shapes(rows: int, heads: int, splits: int, value_dim: int) -> list[tuple[int, ...]]:
+def attention_shapes(rows: int, heads: int, splits: int, value_dim: int) -> list[tuple[int, ...]]:
+    """Of the output, of the splits' parts and of their sums: one split has no parts, several no output."""
     if splits == 1:
         return [(rows, heads, value_dim), _UNUSED_OUTPUT, _UNUSED_OUTPUT]
     return [_UNUSED_OUTPUT, (rows, heads, splits, value_dim), (rows, heads, splits, 2)]
 
 
-def _positive_bits(name: str, value: float) -> int:
+def positive_bits(name: str, value: float) -> int:
+    """The bits of ``value`` as a template argument. ValueError if it is not positive."""
     if not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be positive, not {value}")
     return float_bits(value)

@@ -59,7 +59,7 @@ template <typename T> FUNCTION void store_result(GLOBAL T* out, GLOBAL float* pa
 }
 """
 
-ATTENTION = r"""
+ATTENTION_SETUP = r"""
   constexpr int VEC = 16 / int(sizeof(T));                          // elements of a 16-byte load
   constexpr int KEY_LOADS = KEY_DIM / (LANES * VEC), VALUE_LOADS = VALUE_DIM / (LANES * VEC);
   constexpr int KEY_PART = KEY_LOADS * VEC, VALUE_PART = VALUE_LOADS * VEC;   // a lane's elements of a row
@@ -93,6 +93,12 @@ ATTENTION = r"""
   }
 
   float q[HEADS][KEY_PART], acc[HEADS][VALUE_PART], top[HEADS], sum[HEADS];
+  const bool has_newest = end == length;                            // this split ends with the new token
+"""
+
+# The rows' queries, into registers, and the new token's key and value: into their page, and for this launch into
+# shared memory, since nobody reads a slot that it writes.
+SEPARATE_ROWS = r"""
 #pragma unroll
   for (int g = 0; g < HEADS; ++g) {
     const size_t head = first_head + (head0 + g < GROUP ? head0 + g : GROUP - 1);
@@ -101,8 +107,6 @@ ATTENTION = r"""
       unpack_vector<T>(*(GLOBAL const uint4*)(queries + head * KEY_DIM + COLUMN(v)), &q[g][v * VEC]);
   }
 
-  // The split that ends with the new token writes it into its page, and reads it from shared memory only.
-  const bool has_newest = end == length;
   if (has_newest && WARP == 0 && team == 0) {
     const size_t from = (size_t)row * kv_heads + kv_head;
     const int block = block_tables[row * width + position / BLOCK_SIZE];
@@ -123,6 +127,9 @@ ATTENTION = r"""
     }
   }
 
+"""
+
+ATTENTION_PASSES = r"""
   const float scale = CAP ? CONSTANT(SCALE) : CONSTANT(SCALE) * LOG2E;
 #pragma unroll
   for (int g = 0; g < HEADS; ++g) {
@@ -264,6 +271,8 @@ ATTENTION = r"""
     store_result<T>(out, part, sums, first_head + g, VALUE_DIM, d, split, splits, x, highest, total, sink);
   }
 """
+
+ATTENTION = ATTENTION_SETUP + SEPARATE_ROWS + ATTENTION_PASSES
 
 # One block per query head of a row, a thread per element; every warp weighs the splits for itself. A row's splits
 # without tokens are its last ones; their parts were never written.

@@ -87,9 +87,8 @@ _JOIN = r"""
   }
 """
 
-DENSE = (
-    _SETUP
-    + r"""
+DENSE_LOOP = (
+    r"""
   // K is a multiple of 64: a warp takes two steps of 32 at a time, 8 values a lane in each.
   const T* w[RT][2];
   const T* xs[MT];
@@ -100,20 +99,21 @@ DENSE = (
     uint4 a[2][RT][2];
     EACH(u, 2) EACH(r, RT) EACH(h, 2) a[u][r][h] = __ldcs(reinterpret_cast<const uint4*>(w[r][h] + k + u * 32));
     EACH(u, 2) EACH(m, MT) {
-      const uint4 b = *reinterpret_cast<const uint4*>(xs[m] + k + u * 32);
+      uint4 b = *reinterpret_cast<const uint4*>(xs[m] + k + u * 32);
+""",
+    r"""
       EACH(r, RT) {
         multiply(c[r][m], a[u][r][0].x, a[u][r][1].x, a[u][r][0].y, a[u][r][1].y, b.x, b.y, T());
         multiply(c[r][m], a[u][r][0].z, a[u][r][1].z, a[u][r][0].w, a[u][r][1].w, b.z, b.w, T());
       }
     }
   }
-"""
-    + _JOIN
+""",
 )
+"""Of weights that are not packed; between its two parts ``b`` holds 8 values of row ``m`` of x."""
 
-QUANTIZED = (
-    _SETUP
-    + r"""
+QUANTIZED_LOOP = (
+    r"""
   // Affine weights: uint32 words [N, K * BITS / 32], scales s and biases b [N, K / GROUP]. K is a multiple of STEP.
   constexpr int VALUES = 128 / BITS, STEP = 4 * VALUES;
   const unsigned* w[RT][2];
@@ -142,7 +142,9 @@ QUANTIZED = (
         a[r][h][i] = BITS == 4 ? unpack<BITS>(words[r][h][j], i, scale[r][h], bias[r][h], T())
                                : unpack<BITS>(words[r][h][j * 2 + i / 2], i & 1, scale[r][h], bias[r][h], T());
       EACH(m, MT) {
-        const uint4 v = *reinterpret_cast<const uint4*>(xs[m] + k + j * 8);
+        uint4 v = *reinterpret_cast<const uint4*>(xs[m] + k + j * 8);
+""",
+    r"""
         // The same pairs of x: (0, 4) (1, 5) (2, 6) (3, 7) for 4 bits, (0, 2) (1, 3) (4, 6) (5, 7) for 8.
         const unsigned p = BITS == 4 ? v.z : v.y, q = BITS == 4 ? v.y : v.z;
         const unsigned x0 = __byte_perm(v.x, p, 0x5410), x1 = __byte_perm(v.x, p, 0x7632);
@@ -154,6 +156,9 @@ QUANTIZED = (
       }
     }
   }
-"""
-    + _JOIN
+""",
 )
+"""Of packed weights; between its two parts ``v`` holds 8 values of row ``m`` of x."""
+
+DENSE = _SETUP + "".join(DENSE_LOOP) + _JOIN
+QUANTIZED = _SETUP + "".join(QUANTIZED_LOOP) + _JOIN

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.runner.kernels import paged_attention as gpu
+from engine.runner.kernels.joined_attention import HeadNorms, joined_attention
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.reference import attention
 
@@ -56,6 +57,24 @@ class AttentionKernels(Protocol):
         length: int,
     ) -> tuple[mx.array, mx.array]:
         """A chunk's keys and values with those before it; writes the chunk's in place."""
+
+    def joined_attention(
+        self,
+        joined: mx.array,
+        key_pages: mx.array,
+        value_pages: mx.array,
+        block_tables: mx.array,
+        positions: mx.array,
+        frequencies: mx.array,
+        *,
+        heads: int,
+        scale: float,
+        block_size: int,
+        window: int | None = None,
+        norms: HeadNorms | None = None,
+        splits: int | None = None,
+    ) -> mx.array:
+        """Decode attention from a joined product, [rows, heads * D]; writes the new rows in place."""
 
     def attention_problem(
         self,
@@ -104,6 +123,7 @@ class GpuKernels:
     """The kernels on this machine's GPU."""
 
     paged_attention = staticmethod(gpu.paged_attention)
+    joined_attention = staticmethod(joined_attention)
     collect = staticmethod(gpu.collect)
 
     def attention_problem(self, **shape: Any) -> str | None:

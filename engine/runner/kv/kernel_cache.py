@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from engine.runner.kernels.joined_attention import HeadNorms
 from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kv.attention_metadata import SequenceRead
 from engine.runner.kv.input_batch import InputBatch, Int32
@@ -137,6 +138,21 @@ class KernelLayerCache(PagedLayerCache):
         return self._kernels.paged_attention(
             queries, *new, *pages, call.block_tables, call.positions, scale=scale,
             block_size=self._pool.block_size, window=self._window, sinks=sinks, softcap=softcap,
+        )  # fmt: skip
+
+    def attend_joined(
+        self, joined: mx.array, frequencies: mx.array, *, heads: int, scale: float, norms: HeadNorms | None = None
+    ) -> mx.array:
+        """Attention [rows, heads * dim] from the layer's ``joined`` product [rows, (heads + 2 * kv_heads) * dim].
+
+        See :func:`engine.runner.kernels.joined_attention.joined_attention`; the new token goes into its page.
+        """
+        call, pages = self._call, self._pages
+        assert isinstance(call, DecodeRows), "a chunk attends to what was collected"
+        assert pages is not None, "no pages to write to"
+        return self._kernels.joined_attention(
+            joined, *pages, call.block_tables, call.positions, frequencies, heads=heads, scale=scale,
+            block_size=self._pool.block_size, window=self._window, norms=norms,
         )  # fmt: skip
 
     def finish(self) -> None:

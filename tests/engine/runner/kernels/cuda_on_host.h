@@ -56,6 +56,15 @@ template <typename T> T __ldcs(const T* at) {
 struct float2 { float x, y; };
 static float2 __half22float2(__half2 pair) { return {float(pair.x), float(pair.y)}; }
 
+// Some C libraries have functions of these names.
+#define __cosf(x) std::cos(x)
+#define __sinf(x) std::sin(x)
+#define __expf(x) std::exp(x)
+static float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+template <typename T> Pair<T> __hmul2(Pair<T> a, Pair<T> b) {
+  return {T(float(a.x) * float(b.x)), T(float(a.y) * float(b.y))};
+}
+
 static void __syncthreads() { barrier(); }
 static float __shfl_sync(unsigned, float x, int lane) { return __uint_as_float(exchange(float_bits(x), lane)); }
 static float __shfl_xor_sync(unsigned all, float x, int mask) { return __shfl_sync(all, x, current_thread % 32 ^ mask); }

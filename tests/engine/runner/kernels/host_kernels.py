@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.runner.kernels.joined_attention import HeadNorms
 from engine.runner.kernels.reference import attention
 from engine.runner.kernels.self_check import AttentionShape, attention_problem
 
@@ -18,7 +19,7 @@ class HostKernels:
     """As :class:`engine.runner.kernels.self_check.GpuKernels`. ``calls`` counts the launches by name."""
 
     def __init__(self) -> None:
-        self.calls = {"paged_attention": 0, "collect": 0}
+        self.calls = {"paged_attention": 0, "collect": 0, "joined_attention": 0}
 
     def paged_attention(
         self,
@@ -39,6 +40,16 @@ class HostKernels:
     ) -> mx.array:
         """Write each row's key and value into its slot; gives [rows, heads, 1, DV]."""
         self.calls["paged_attention"] += 1
+        return self._attend(
+            queries, new_keys, new_values, key_pages, value_pages, block_tables, positions, scale=scale,
+            block_size=block_size, window=window, sinks=sinks, softcap=softcap,
+        )  # fmt: skip
+
+    def _attend(
+        self, queries: mx.array, new_keys: mx.array, new_values: mx.array, key_pages: mx.array, value_pages: mx.array,
+        block_tables: mx.array, positions: mx.array, *, scale: float, block_size: int, window: int | None,
+        sinks: mx.array | None = None, softcap: float | None = None,
+    ) -> mx.array:  # fmt: skip
         known, keys, values = map(floats, (queries, new_keys, new_values))
         rows, heads, _, _ = queries.shape
         out = np.zeros((rows, heads, 1, value_pages.shape[3]), np.float32)
@@ -55,6 +66,40 @@ class HostKernels:
                 scale=scale, sinks=None if sinks is None else floats(sinks), softcap=softcap,
             )  # fmt: skip
         return mx.array(out).astype(queries.dtype)
+
+    def joined_attention(
+        self,
+        joined: mx.array,
+        key_pages: mx.array,
+        value_pages: mx.array,
+        block_tables: mx.array,
+        positions: mx.array,
+        frequencies: mx.array,
+        *,
+        heads: int,
+        scale: float,
+        block_size: int,
+        window: int | None = None,
+        norms: HeadNorms | None = None,
+        splits: int | None = None,
+    ) -> mx.array:
+        """Normalize and rotate the heads of each row [heads and two kv_heads, D], and attend; [rows, heads * D]."""
+        self.calls["joined_attention"] += 1
+        rows, (kv_heads, dim) = joined.shape[0], key_pages.shape[1::2]
+        given = floats(joined).reshape(rows, heads + 2 * kv_heads, 1, dim)
+        queries, keys, values = np.split(given, [heads, heads + kv_heads], axis=1)
+        if norms is not None:
+            queries, keys = (
+                some / np.sqrt((some**2).mean(-1, keepdims=True) + norms.eps) * floats(gain)
+                for some, gain in ((queries, norms.query_gain), (keys, norms.key_gain))
+            )
+        angles = np.array(positions)[:rows, None, None, None] * np.array(frequencies).astype(np.float64)
+        queries, keys = (turned(some, angles) for some in (queries, keys))
+        new = (mx.array(some).astype(joined.dtype) for some in (queries, keys, np.ascontiguousarray(values)))
+        out = self._attend(
+            *new, key_pages, value_pages, block_tables, positions, scale=scale, block_size=block_size, window=window
+        )
+        return out.reshape(rows, heads * dim)
 
     def collect(
         self,
@@ -82,6 +127,14 @@ class HostKernels:
     def attention_problem(self, **shape: Any) -> str | None:
         """The self-check, of these kernels."""
         return attention_problem(AttentionShape(**shape), self)
+
+
+def turned(heads: NDArray[Any], angles: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Elements i and i + D / 2 of ``heads`` [rows, n, 1, D] turned by ``angles`` [rows, 1, 1, D / 2]."""
+    first, second = np.split(heads.astype(np.float64), 2, axis=-1)
+    cosines, sines = np.cos(angles), np.sin(angles)
+    both = np.concatenate([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
+    return both.astype(np.float32)
 
 
 def floats(array: mx.array) -> NDArray[np.float32]:

@@ -59,8 +59,16 @@ template <typename T, typename U> T as_type(U value) {
   return same;
 }
 namespace fast { inline float exp2(float x) { return __builtin_exp2f(x); } }
-namespace precise { inline float tanh(float x) { return __builtin_tanhf(x); } }
+namespace precise {
+inline float tanh(float x) { return __builtin_tanhf(x); }
+inline float cos(float x) { return __builtin_cosf(x); }
+inline float sin(float x) { return __builtin_sinf(x); }
+inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
+}
 inline float max(float a, float b) { return __builtin_fmaxf(a, b); }
+// Some C libraries have functions of these names.
+#define fma(a, b, c) __builtin_fmaf(a, b, c)
+#define rint(x) __builtin_rintf(x)
 
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 inline void threadgroup_barrier(mem_flags) { barrier(); }

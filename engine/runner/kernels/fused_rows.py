@@ -1,0 +1,86 @@
+"""Products of few rows on CUDA with the norm before them, and the bias, residual or gate behind them, in one launch.
+
+What a decode step costs at few rows is the host's work for its launches. See :mod:`engine.runner.kernels.rows_matmul`
+for the products themselves.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from engine.runner.kernels.dialect import float_bits, make_kernel
+from engine.runner.kernels.fused_rows_text import Ending, fused_text
+from engine.runner.kernels.rows_matmul import Packed, dense_geometry, quantized_geometry
+
+
+class Norm(NamedTuple):
+    """An RMS norm: gains [K] of its columns, and what is added to a mean square."""
+
+    gain: mx.array
+    eps: float
+
+
+def takes_norm(dtype: mx.Dtype) -> bool:
+    """Whether a norm may be part of a product of this element type.
+
+    Values are multiplied by their gains before their row is scaled down: float16 might not hold that.
+    """
+    return dtype == mx.bfloat16
+
+
+def fused_rows(
+    x: mx.array,
+    weight: mx.array | Packed,
+    *,
+    bits: int = 0,
+    group_size: int = 0,
+    norm: Norm | None = None,
+    bias: mx.array | None = None,
+    residual: mx.array | None = None,
+    gated: bool = False,
+) -> mx.array:
+    """``x`` [M, K] @ ``weight`` [N, K].T, where M is at most 16, or 32 if weights are packed.
+
+    With ``norm``, of the normalized rows. One of ``bias`` [N] and ``residual`` [M, N] may be added; ``gated``: the
+    weights are a gate's and then an up projection's, and the result [M, N / 2] is silu(gate) * up. Element types and
+    sizes of K as in :func:`engine.runner.kernels.rows_matmul.takes_dense` and ``takes_quantized``.
+    """
+    assert (bias is not None) + (residual is not None) + gated <= 1, "one ending"
+    ending: Ending = (
+        "gated" if gated else "bias" if bias is not None else "residual" if residual is not None else "plain"
+    )
+    rows, k = x.shape
+    named = _inputs(x, weight, norm, residual if bias is None else bias)
+    columns = named["w0"].shape[0]
+    geometry = quantized_geometry(rows, columns, k * bits // 512) if bits else dense_geometry(rows, columns)
+    halves = 2 if gated else 1  # of the weights, that make one result
+    width, columns = columns // halves, 16 * geometry.weight_tiles // halves
+    body, header = fused_text(packed=bool(bits), normed=norm is not None, ending=ending)
+    kind = f"{'quantized' if bits else 'dense'}{'_normed' if norm is not None else ''}_{ending}"
+    threads = 32 * geometry.warps
+    (out,) = make_kernel(f"fused_rows_{kind}", tuple(named), ("out",), body, header)(
+        inputs=list(named.values()),
+        template=[
+            ("T", x.dtype),
+            ("MT", geometry.row_tiles),
+            ("RT", geometry.weight_tiles),
+            *([("BITS", bits), ("GROUP", group_size)] if bits else []),
+            *([] if norm is None else [("EPS", float_bits(norm.eps))]),
+        ],
+        grid=(threads * -(-width // columns), 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(rows, width)],
+        output_dtypes=[x.dtype],
+    )
+    return out
+
+
+def _inputs(x: mx.array, weight: mx.array | Packed, norm: Norm | None, added: mx.array | None) -> dict[str, mx.array]:
+    """Arrays by their names in the text."""
+    named = {"x": x}
+    if isinstance(weight, Packed):
+        named |= {"w0": weight.words, "s0": weight.scales, "b0": weight.biases}
+    else:
+        named |= {"w0": weight}
+    named |= {} if norm is None else {"gain": norm.gain}
+    return named | ({} if added is None else {"added": added})

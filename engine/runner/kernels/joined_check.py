@@ -1,0 +1,153 @@
+"""Does attention from a joined product give what it should on this GPU? Asked at load, before layers are fused."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.runner.kernels.joined_attention import HeadNorms
+from engine.runner.kernels.reference import attention
+from engine.runner.kernels.self_check import TOLERANCE
+
+_LENGTHS = (1, 0, 16, 333, 49)
+"""Tokens of the rows, the new one among them; a row of 0 is padding."""
+_MOST_KV_HEADS = 2
+Floats = NDArray[np.float32]
+
+
+class JoinedKernels(Protocol):
+    """What a layer attends with whose queries, keys and values come from one product."""
+
+    def joined_attention(
+        self,
+        joined: mx.array,
+        key_pages: mx.array,
+        value_pages: mx.array,
+        block_tables: mx.array,
+        positions: mx.array,
+        frequencies: mx.array,
+        *,
+        heads: int,
+        scale: float,
+        block_size: int,
+        window: int | None = None,
+        norms: HeadNorms | None = None,
+        splits: int | None = None,
+    ) -> mx.array:
+        """See :func:`engine.runner.kernels.joined_attention.joined_attention`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinedShape:
+    """Layers that share a kernel: ``dtype`` is that of rows and pages, ``eps`` that of norms of heads, if any."""
+
+    dtype: mx.Dtype
+    heads: int
+    kv_heads: int
+    dim: int
+    block_size: int
+    scale: float
+    window: int | None = None
+    eps: float | None = None
+
+
+def joined_problem(shape: JoinedShape, kernels: JoinedKernels) -> str | None:
+    """Run ``kernels`` on small random rows of ``shape``, beside numpy: one line on the first thing wrong, or None.
+
+    Ragged rows, one of them padding, with one split and several; NaN lies in every slot that was never written. Raises
+    nothing.
+    """
+    try:
+        return next((problem for splits in (1, 3) if (problem := _Check(shape, kernels).run(splits))), None)
+    except Exception as error:  # noqa: BLE001  (whatever stops a kernel, the layers have another path)
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+class _Check:
+    def __init__(self, shape: JoinedShape, kernels: JoinedKernels) -> None:
+        self._shape, self._kernels = shape, kernels
+        self._rng = np.random.default_rng(9)
+        self._kv_heads = min(shape.kv_heads, _MOST_KV_HEADS)
+        self._heads = shape.heads // shape.kv_heads * self._kv_heads
+        self._frequencies = 1e4 ** (-np.arange(0, shape.dim, 2, dtype=np.float32) / shape.dim)
+        size = shape.block_size
+        counts = [-(-length // size) for length in _LENGTHS]
+        order = self._rng.permutation(sum(counts) + 1)
+        self._tables = np.full((len(_LENGTHS), max(counts) + 1), order[-1], np.int32)
+        for row, count in enumerate(counts):
+            self._tables[row, :count], order = order[:count], order[count:]
+        slots = (sum(counts) + 1) * size
+        self._pages = [np.full((1, self._kv_heads, slots, shape.dim), np.nan, np.float32) for _ in range(2)]
+        for row, length in enumerate(_LENGTHS):
+            for pages in self._pages:
+                pages[0][:, self._slots(row, length)[:-1]] = self._random(self._kv_heads, max(length - 1, 0), shape.dim)
+
+    def _slots(self, row: int, length: int) -> NDArray[np.int64]:
+        positions, size = np.arange(length), self._shape.block_size
+        slots: NDArray[np.int64] = self._tables[row, positions // size].astype(np.int64) * size + positions % size
+        return slots
+
+    def _random(self, *sizes: int) -> Floats:
+        """Numbers that the element type holds."""
+        return _floats(mx.array(self._rng.standard_normal(sizes, dtype=np.float32)).astype(self._shape.dtype))
+
+    def run(self, splits: int) -> str | None:
+        """The first thing that is wrong with one launch."""
+        shape, rows = self._shape, len(_LENGTHS)
+        joined = self._random(rows, self._heads + 2 * self._kv_heads, shape.dim)
+        gains = [1 + 0.2 * self._random(shape.dim) for _ in range(2)]
+        gains = [_floats(mx.array(gain).astype(shape.dtype)) for gain in gains]
+        key_pages, value_pages, given, query_gain, key_gain = (
+            mx.array(array).astype(shape.dtype) for array in (*self._pages, joined.reshape(rows, -1), *gains)
+        )
+        mx.eval(key_pages, value_pages, mx.full((rows * self._heads * shape.dim * 3,), np.nan))
+        out = self._kernels.joined_attention(
+            given, key_pages, value_pages, mx.array(self._tables) + 0,
+            mx.array([length - 1 for length in _LENGTHS], mx.int32) + 0, mx.array(self._frequencies) + 0,
+            heads=self._heads, scale=shape.scale, block_size=shape.block_size, window=shape.window,
+            norms=None if shape.eps is None else HeadNorms(query_gain, key_gain, shape.eps), splits=splits,
+        )  # fmt: skip
+        found = _floats(out).reshape(rows, self._heads, shape.dim)
+        after = mx.where(out.reshape(-1)[:1] == 0, 0, 0).astype(shape.dtype)  # read only once the launch has written
+        pages = [_floats(some + after) for some in (key_pages, value_pages)]
+        return self._difference(joined, gains, found, pages)
+
+    def _difference(self, joined: Floats, gains: list[Floats], found: Floats, pages: list[Floats]) -> str | None:
+        shape, limit = self._shape, TOLERANCE[self._shape.dtype]
+        expected = [some.copy() for some in self._pages]
+        for row, length in enumerate(_LENGTHS):
+            wanted = np.zeros_like(found[row])
+            if length:
+                queries, keys, values = np.split(joined[row], [self._heads, self._heads + self._kv_heads])
+                queries, keys = (
+                    self._turned(some, gain, length - 1) for some, gain in zip((queries, keys), gains, strict=True)
+                )
+                slots = self._slots(row, length)
+                for some, new in zip(expected, (keys, values), strict=True):
+                    some[0][:, slots[-1]] = new
+                seen = (some[0][:, slots] for some in expected)
+                wanted = attention(queries, *seen, scale=shape.scale, window=shape.window).astype(np.float32)
+            error = float(np.linalg.norm(found[row] - wanted)) / (float(np.linalg.norm(wanted)) or 1.0)
+            if not error <= (limit if length else 0.0):
+                return f"{length} tokens from a joined product: relative error {error:.1e}"
+        if not np.array_equal(pages[1], expected[1], equal_nan=True):
+            return "value pages: another slot was written, or one was not"
+        if not np.allclose(pages[0], expected[0], rtol=limit, atol=limit, equal_nan=True):
+            return "key pages: a key is wrong, another slot was written, or one was not"
+        return None
+
+    def _turned(self, heads: Floats, gain: Floats, position: int) -> Floats:
+        """``heads`` [n, D] normalized, if they are to be, and rotated."""
+        if self._shape.eps is not None:
+            heads = heads / np.sqrt((heads**2).mean(-1, keepdims=True) + self._shape.eps) * gain
+        angles = position * self._frequencies.astype(np.float64)
+        first, second = np.split(heads, 2, axis=-1)
+        cosines, sines = np.cos(angles), np.sin(angles)
+        turned = np.concatenate([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
+        return turned.astype(np.float32)
+
+
+def _floats(array: mx.array) -> Floats:
+    return np.array(array.astype(mx.float32))

@@ -1,0 +1,161 @@
+"""One layer's fused block on random rows, beside mlx-lm's own.
+
+mlx-lm's block in float32 says what is right, and the same block in the model's element type how far off one may be.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from engine.runner.kernels.joined_check import JoinedShape
+from engine.runner.kernels.kernel_cache import collecting, compile_all
+from engine.runner.kernels.self_check import AttentionKernels
+from engine.runner.kv.fused_block import FusedBlock, head_dim
+from engine.runner.kv.kernel_cache import DecodeRows, KernelLayerCache, padded_positions
+from engine.runner.kv.kv_pool import KVPool
+from engine.runner.kv.kv_spec import LayerShape
+
+_ROWS = (3, 12, 20, 40)
+"""Numbers of rows that a block is tried with: each has kernels of its own."""
+_CONTEXT = 37
+"""Tokens before the new one."""
+_LOSS = 1.5
+"""Times the error of mlx-lm's own block: more is not rounding."""
+_FLOOR = {mx.bfloat16: 4e-3, mx.float16: 5e-4, mx.float32: 2e-5}
+"""Error of a block, of its norm, that is never too much: less than one rounding of its result and of what it reads."""
+_ROUNDED = {mx.bfloat16: 2e-2, mx.float16: 3e-3, mx.float32: 1e-3}
+"""Difference of written keys and values from mlx-lm's, of their norm. Of float32: TF32 rounds products to 1e-3."""
+
+
+@dataclass(slots=True)
+class _Context:
+    """A cache of one call of mlx-lm's own block: keys and values [rows, kv_heads, tokens, dim] before the new ones."""
+
+    keys: mx.array
+    values: mx.array
+
+    @property
+    def offset(self) -> int:
+        """Position of the new token."""
+        return int(self.keys.shape[2])
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append; gives all."""
+        self.keys = mx.concatenate([self.keys, keys], axis=2)
+        self.values = mx.concatenate([self.values, values], axis=2)
+        return self.keys, self.values
+
+
+class BlockTrial:
+    """One layer's block on random rows, fused and not."""
+
+    def __init__(self, layer: Any, kernels: AttentionKernels, block_size: int) -> None:
+        self._layer, self._kernels, self._block_size = layer, kernels, block_size
+        attention = layer.self_attn
+        self._dtype: mx.Dtype = layer.input_layernorm.weight.dtype
+        self._hidden = int(layer.input_layernorm.weight.shape[0])
+        self._kv_heads, self._dim = int(attention.n_kv_heads), head_dim(attention)
+        self.shape = JoinedShape(
+            dtype=self._dtype, heads=int(attention.n_heads), kv_heads=self._kv_heads, dim=self._dim,
+            block_size=block_size, scale=float(attention.scale),
+            eps=float(attention.q_norm.eps) if "q_norm" in attention else None,
+        )  # fmt: skip
+
+    def problem(self, block: FusedBlock) -> str | None:
+        """What is wrong with ``block``, at the first number of rows where something is."""
+        with collecting() as awaited:
+            for rows in _ROWS:
+                self.fused(block, *self._inputs(rows))
+        compile_all(awaited)
+        exact = in_float32(self._layer)
+        for rows in _ROWS:
+            if problem := self._difference(block, exact, rows):
+                return f"{problem} at {rows} rows"
+        return None
+
+    def _difference(self, block: FusedBlock, exact: nn.Module, rows: int) -> str | None:
+        x, context = self._inputs(rows)
+        wide = x.astype(mx.float32)
+        wanted, _ = self.own(exact, wide, _as(context, mx.float32))
+        own, own_context = self.own(self._layer, x, context)
+        found, pages = self.fused(block, x, context)
+        own_error, error = (distance(some.astype(mx.float32) - wide, wanted - wide) for some in (own, found))
+        allowed = max(_LOSS * own_error, _FLOOR[self._dtype])
+        if not error <= allowed:
+            return f"its result differs by {error:.1e} from float32's, where {allowed:.1e} is rounding"
+        for name, page, kept in zip(("keys", "values"), pages, (own_context.keys, own_context.values), strict=True):
+            error = distance(page, kept[:, :, -1])
+            if not error <= _ROUNDED[self._dtype]:
+                return f"the {name} that it writes differ by {error:.1e}"
+        return None
+
+    def _inputs(self, rows: int) -> tuple[mx.array, _Context]:
+        """Rows [rows, 1, hidden], and what lies in the cache before them."""
+        keys = mx.random.split(mx.random.key(rows), 3)
+        shape = (rows, self._kv_heads, _CONTEXT, self._dim)
+        x, before, values = (
+            mx.random.normal(size, key=key).astype(self._dtype)
+            for size, key in zip(((rows, 1, self._hidden), shape, shape), keys, strict=True)
+        )
+        return x, _Context(before, values)
+
+    def own(self, layer: nn.Module, x: mx.array, context: _Context) -> tuple[mx.array, _Context]:
+        """mlx-lm's block; gives the cache with the new rows too."""
+        cache = replace(context)
+        return layer(x, None, cache), cache
+
+    def fused(self, block: FusedBlock, x: mx.array, context: _Context) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+        """The fused block over pages; gives the new keys and values [rows, kv_heads, dim] from their slots too."""
+        rows, size = x.shape[0], self._block_size
+        width = -(-(_CONTEXT + 1) // size)
+        blocks = mx.arange(rows * width, dtype=mx.int32).reshape(rows, width)
+        padding = width * size - _CONTEXT
+        pages = self._pages(context.keys, padding), self._pages(context.values, padding)
+        mx.eval(pages)
+        shape = LayerShape(self._kv_heads, self._dim, self._dim, self._dtype)
+        cache = KernelLayerCache(KVPool([shape], size), 0, None, self._kernels)
+        positions = mx.array(padded_positions(np.full(rows, _CONTEXT, dtype=np.int32), rows))
+        cache.begin(DecodeRows.of(rows, positions, blocks), pages)
+        found = block(x.reshape(rows, -1), cache).reshape(x.shape)
+        cache.finish()
+        slots = mx.arange(rows) * (width * size) + _CONTEXT
+        slots = mx.where(found.reshape(-1)[:1] == 0, slots, slots)  # read only once the block has written
+        keys, values = (some[0][:, slots].swapaxes(0, 1) for some in pages)
+        return found, (keys, values)
+
+    def _pages(self, rows: mx.array, padding: int) -> mx.array:
+        """``rows`` [rows, kv_heads, tokens, dim] one behind the other, each with room behind it."""
+        padded = mx.pad(rows, [(0, 0), (0, 0), (0, padding), (0, 0)]).transpose(1, 0, 2, 3)
+        return mx.contiguous(padded.reshape(1, self._kv_heads, -1, self._dim))
+
+
+def in_float32(layer: Any) -> Any:
+    """A copy of mlx-lm's block with the same weights, unpacked, in float32."""
+    copy = type(layer)(layer.args)
+    weights: dict[str, mx.array] = {}
+    for name, module in layer.named_modules():
+        if "weight" not in module:
+            continue
+        known = {key: value.astype(mx.float32) for key, value in module.items() if key in ("weight", "bias")}
+        if "scales" in module:
+            scales, biases = (module[key].astype(mx.float32) for key in ("scales", "biases"))
+            known["weight"] = mx.dequantize(
+                module["weight"], scales, biases, group_size=module.group_size, bits=module.bits
+            )
+        weights |= {f"{name}.{key}": value for key, value in known.items()}
+    copy.load_weights(list(weights.items()))
+    return copy
+
+
+def distance(found: mx.array, wanted: mx.array) -> float:
+    """Of the norm of ``wanted``; NaN if there is any."""
+    found, wanted = (some.astype(mx.float32) for some in (found, wanted))
+    ratio = mx.linalg.norm(found - wanted) / mx.maximum(mx.linalg.norm(wanted), 1e-30)
+    return float(np.array(ratio))
+
+
+def _as(context: _Context, dtype: mx.Dtype) -> _Context:
+    return _Context(context.keys.astype(dtype), context.values.astype(dtype))

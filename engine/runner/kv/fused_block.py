@@ -1,0 +1,153 @@
+"""A decoder layer in few launches: what mlx-lm's block of Llama, Qwen 2 and Qwen 3 computes for one token of each row.
+
+At few rows on CUDA six launches, one more where attention is split: norm with the joined product of queries, keys and
+values; head norms, rotation, the write into pages and attention; output with its residual; norm with gate and up and
+what joins them; down with its residual. Else MLX's own products over the same joined weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import llama, qwen2, qwen3
+from mlx_lm.models.activations import swiglu
+
+from engine.runner.kernels.fused_rows import Norm
+from engine.runner.kernels.joined_attention import HeadNorms, rotates
+from engine.runner.kv.joined_weights import JoinedWeights
+from engine.runner.kv.kernel_cache import KernelLayerCache
+from engine.runner.kv.rotation import frequencies_of
+
+_MODULES = {module.TransformerBlock: module for module in (llama, qwen2, qwen3)}
+"""mlx-lm's blocks that compute the same, but for norms of heads and biases. Mistral's is Llama's."""
+_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class FusedBlock:
+    """One layer's weights, as its launches take them. ``few_rows``: the most rows for kernels of few rows."""
+
+    qkv: JoinedWeights
+    output: JoinedWeights
+    gate_up: JoinedWeights
+    down: JoinedWeights
+    input_norm: Norm
+    mlp_norm: Norm
+    head_norms: HeadNorms | None
+    frequencies: mx.array
+    heads: int
+    scale: float
+    few_rows: int
+
+    @classmethod
+    def of(cls, layer: Any, *, own_products: bool) -> "FusedBlock":
+        """Of a layer that :func:`fusing_problem` allows; joins its weights."""
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = JoinedWeights.of([attention[name] for name in _QKV])
+        gate_up = JoinedWeights.of([mlp[name] for name in _GATE_UP])
+        output, down = JoinedWeights.of((attention.o_proj,)), JoinedWeights.of((mlp.down_proj,))
+        turns = frequencies_of(attention.rope, head_dim(attention))
+        assert turns is not None, "a rotation of its own"
+        # Arrays made from host memory are read over the bus on CUDA: this one comes from an operation.
+        frequencies = mx.array(turns) * 1.0
+        mx.eval(frequencies)
+        mx.clear_cache()  # of the weights that are joined now
+        return cls(
+            qkv, output, gate_up, down, _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm),
+            _head_norms(attention), frequencies, attention.n_heads, attention.scale,
+            min(some.most_few_rows for some in (qkv, output, gate_up, down)) if own_products else 0,
+        )  # fmt: skip
+
+    def __call__(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
+        """``x`` [rows, hidden] after the layer."""
+        return self._few(x, cache) if x.shape[0] <= self.few_rows else self._many(x, cache)
+
+    def _few(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
+        attended = self._attend(self.qkv.few(x, norm=self.input_norm), cache)
+        x = self.output.few(attended, residual=x)
+        return self.down.few(self.gate_up.few(x, norm=self.mlp_norm, gated=True), residual=x)
+
+    def _many(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
+        attended = self._attend(self.qkv.many(mx.fast.rms_norm(x, *self.input_norm)), cache)
+        x = self.output.many(attended, x)
+        gate, up = mx.split(self.gate_up.many(mx.fast.rms_norm(x, *self.mlp_norm)), 2, axis=-1)
+        return self.down.many(swiglu(gate, up), x)
+
+    def _attend(self, joined: mx.array, cache: KernelLayerCache) -> mx.array:
+        return cache.attend_joined(joined, self.frequencies, heads=self.heads, scale=self.scale, norms=self.head_norms)
+
+
+def is_block(layer: nn.Module) -> bool:
+    """Whether ``layer`` is one of the blocks that may be fused."""
+    return type(layer) in _MODULES
+
+
+def fusing_problem(layer: Any) -> str | None:
+    """Why a block of mlx-lm's cannot be fused, None if it can."""
+    module, attention, mlp = _MODULES[type(layer)], layer.self_attn, layer.mlp
+    if type(attention) is not module.Attention or type(mlp) is not module.MLP:
+        return "a block with other parts than mlx-lm's"
+    if problem := _weights_problem(attention, mlp):
+        return problem
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [attention[name] for name in ("q_norm", "k_norm") if name in attention]
+    dtype = _dtype(attention.q_proj)
+    if {_dtype(one) for one in (*norms, *_projections(attention, mlp))} != {dtype}:
+        return "weights of several element types"
+    dim = head_dim(attention)
+    if frequencies_of(attention.rope, dim) is None or not rotates(dim, dtype.size):
+        return f"a rotation of its own ({type(attention.rope).__name__} of {dim})"
+    return None
+
+
+def head_dim(attention: Any) -> int:
+    """Elements of one of an attention's heads."""
+    return int(attention.q_proj.weight.shape[0]) // int(attention.n_heads)
+
+
+def swapped(kind: type[nn.Module], block: FusedBlock) -> type[nn.Module]:
+    """A block's class in whose place calls of single rows over pages that kernels read go to ``block``."""
+    own: Callable[..., mx.array] = kind.__call__
+
+    def call(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        if isinstance(cache, KernelLayerCache) and cache.flat and x.dtype == block.qkv.dtype:
+            return block(x.reshape(-1, x.shape[-1]), cache).reshape(x.shape)
+        return own(self, x, mask, cache)
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+
+
+def _projections(attention: nn.Module, mlp: nn.Module) -> list[nn.Module]:
+    return [attention[name] for name in (*_QKV, "o_proj")] + [mlp[name] for name in (*_GATE_UP, "down_proj")]
+
+
+def _weights_problem(attention: nn.Module, mlp: nn.Module) -> str | None:
+    every = _projections(attention, mlp)
+    if not all(isinstance(one, nn.Linear | nn.QuantizedLinear) for one in every):
+        return "weights that are not plain or packed matrices"
+    if any("scales" in one and getattr(one, "mode", "affine") != "affine" for one in every):
+        return "weights that are not packed as affine"
+    qkv, others = every[:3], every[3:]
+    if any("bias" in one for one in others) or len({"bias" in one for one in qkv}) > 1:
+        return "biases behind its output or in its MLP"
+    for together in (qkv, every[4:6]):
+        if len({(getattr(one, "bits", 0), getattr(one, "group_size", 0)) for one in together}) > 1:
+            return "weights packed in several ways"
+    return None
+
+
+def _dtype(module: nn.Module) -> mx.Dtype:
+    dtype: mx.Dtype = module["scales" if "scales" in module else "weight"].dtype
+    return dtype
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight, module.eps)
+
+
+def _head_norms(attention: Any) -> HeadNorms | None:
+    if "q_norm" not in attention:
+        return None
+    return HeadNorms(attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps)

@@ -1,0 +1,103 @@
+"""Which layers of a loaded model are fused: each kind is tried on one layer's own weights, and swapped where right."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from engine.runner.device.devices import DeviceKind
+from engine.runner.kernels.joined_check import joined_problem
+from engine.runner.kernels.self_check import AttentionKernels
+from engine.runner.kv.block_trial import BlockTrial
+from engine.runner.kv.fused_block import FusedBlock, fusing_problem, is_block, swapped
+
+
+class FusedBlocks:
+    """The layers of a loaded model that compute a decode step in few launches.
+
+    ``kernels`` attend, over pages of ``block_size`` slots. Choose, then install before a step is compiled.
+    """
+
+    def __init__(
+        self, model: nn.Module, device_kind: DeviceKind, kernels: AttentionKernels | None, block_size: int
+    ) -> None:
+        self._layers: list[Any] = [layer for _, layer in model.named_modules() if is_block(layer)] if kernels else []
+        self._kernels, self._block_size = kernels, block_size
+        self._own_products = device_kind == "cuda"
+        self._blocks: list[FusedBlock | None] = []
+        self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
+        self.problems: tuple[str, ...] = ()
+        """Why layers are not fused, or not with kernels for few rows: a line each."""
+
+    def choose(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Try one layer of each kind, and join the weights of those that are right. Raises nothing.
+
+        ``progress(done, total)`` counts layers.
+        """
+        found: dict[tuple[object, ...], tuple[str | None, bool]] = {}
+        problems: dict[str, None] = {}
+        self._blocks = []
+        for number, layer in enumerate(self._layers):
+            kind = _kind(layer)
+            if kind not in found:
+                found[kind] = self._tried(layer, problems)
+            problem, own_products = found[kind]
+            right = problem is None and fusing_problem(layer) is None
+            self._blocks.append(FusedBlock.of(layer, own_products=own_products) if right else None)
+            if progress is not None:
+                progress(number + 1, len(self._layers))
+        self.problems = tuple(problems)
+
+    @property
+    def note(self) -> str | None:
+        """One line for people; None where there is nothing to fuse."""
+        if not self._layers:
+            return None
+        fused = sum(block is not None for block in self._blocks)
+        said = f"fused layers: {fused} of {len(self._layers)}"
+        return "; ".join([said, *self.problems])
+
+    def install(self) -> None:
+        """Swap what was chosen into the model's layers."""
+        self.remove()
+        for layer, block in zip(self._layers, self._blocks, strict=False):
+            if block is not None:
+                self._swapped.append((layer, type(layer)))
+                layer.__class__ = swapped(type(layer), block)
+
+    def remove(self) -> None:
+        """Leave every layer as it was; its weights stay slices of joined ones."""
+        for layer, kind in self._swapped:
+            layer.__class__ = kind
+        self._swapped = []
+
+    def _tried(self, layer: Any, problems: dict[str, None]) -> tuple[str | None, bool]:
+        """Why layers like this one are not fused, and whether kernels for few rows are right."""
+        for own_products in (True, False) if self._own_products else (False,):
+            problem = self._problem(layer, own_products=own_products)
+            if problem is None:
+                return None, own_products
+            problems[f"{'few rows' if own_products else 'layers'} are not fused: {problem}"] = None
+        return problem, False
+
+    def _problem(self, layer: Any, *, own_products: bool) -> str | None:
+        try:
+            if problem := fusing_problem(layer):
+                return problem
+            assert self._kernels is not None
+            block = FusedBlock.of(layer, own_products=own_products)
+            trial = BlockTrial(layer, self._kernels, self._block_size)
+            if problem := joined_problem(trial.shape, self._kernels):
+                return problem
+            return trial.problem(block)
+        except Exception as error:  # noqa: BLE001  (whatever stops it, the layers have mlx-lm's own way)
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _kind(layer: Any) -> tuple[object, ...]:
+    """What layers have in common that are computed by the same kernels."""
+    attention = layer.self_attn
+    shapes = [(name, value.shape, value.dtype) for name, value in tree_flatten(layer.parameters())]
+    packed = [(getattr(one, "bits", 0), getattr(one, "group_size", 0)) for _, one in layer.named_modules()]
+    return type(layer), type(attention.rope), attention.n_heads, attention.n_kv_heads, *shapes, *packed

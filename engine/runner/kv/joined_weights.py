@@ -1,0 +1,79 @@
+"""Weights of products that share their rows, as one array: modules keep slices of it, so there is no second copy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from engine.runner.kernels.fused_rows import Norm, fused_rows, takes_norm
+from engine.runner.kernels.rows_matmul import Packed, takes_dense, takes_quantized
+
+_MOST_DENSE_ROWS, _MOST_PACKED_ROWS = 16, 32
+"""Rows of a product above which MLX's own over joined weights takes less time; measured on an H200."""
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedWeights:
+    """One product's weights [N, K], and bias [N]; ``bits`` is 0 where they are not packed."""
+
+    weight: mx.array | Packed
+    bias: mx.array | None
+    bits: int
+    group_size: int
+    dtype: mx.Dtype
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module]) -> "JoinedWeights":
+        """Of ``modules``, in their order. Those of several become one array, a slice of which each module keeps."""
+        names = [name for name in ("weight", "scales", "biases", "bias") if name in modules[0]]
+        whole = {name: _joined(modules, name) for name in names}
+        first: Any = modules[0]
+        bits = first.bits if "scales" in whole else 0
+        packed = Packed(*(whole[name] for name in ("weight", "scales", "biases"))) if bits else whole["weight"]
+        dtype = whole["scales" if bits else "weight"].dtype
+        return cls(packed, whole.get("bias"), bits, first.group_size if bits else 0, dtype)
+
+    @property
+    def most_few_rows(self) -> int:
+        """Rows up to which the kernels for few rows serve on CUDA; 0 if they do not know such weights."""
+        if isinstance(self.weight, Packed):
+            k = self.weight.words.shape[1] * 32 // self.bits
+            return _MOST_PACKED_ROWS if takes_quantized(k, self.dtype, self.bits, self.group_size) else 0
+        return _MOST_DENSE_ROWS if takes_dense(self.weight.shape[1], self.dtype) else 0
+
+    def few(
+        self, x: mx.array, *, norm: Norm | None = None, residual: mx.array | None = None, gated: bool = False
+    ) -> mx.array:
+        """See :func:`engine.runner.kernels.fused_rows.fused_rows`."""
+        if norm is not None and not takes_norm(x.dtype):
+            x, norm = mx.fast.rms_norm(x, norm.gain, norm.eps), None
+        return fused_rows(
+            x, self.weight, bits=self.bits, group_size=self.group_size, norm=norm, bias=self.bias, residual=residual,
+            gated=gated,
+        )  # fmt: skip
+
+    def many(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        """``x`` [M, K] by the weights, plus the bias or the ``residual`` [M, N], by MLX."""
+        added = self.bias if residual is None else residual
+        if isinstance(self.weight, Packed):
+            product = mx.quantized_matmul(x, *self.weight, transpose=True, group_size=self.group_size, bits=self.bits)
+            return product if added is None else product + added
+        return x @ self.weight.T if added is None else mx.addmm(added, x, self.weight.T)
+
+
+def _joined(modules: Sequence[nn.Module], name: str) -> mx.array:
+    """The parameter called ``name`` of all modules along its first axis; slices of it take their places."""
+    if len(modules) == 1:
+        only: mx.array = modules[0][name]
+        return only
+    whole = mx.concatenate([module[name] for module in modules])
+    mx.eval(whole)
+    first = 0
+    for module in modules:
+        end = first + module[name].shape[0]
+        module[name] = whole[first:end]
+        first = end
+    mx.eval([module[name] for module in modules])
+    return whole

@@ -1,0 +1,221 @@
+"""Layers that compute a decode step in few launches, against mlx-lm: tokens, undoing, memory, and what is refused."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from engine.runner.kernels import fused_rows
+from engine.runner.kv.fused_block import FusedBlock
+from engine.runner.kv.fused_blocks import FusedBlocks
+from tests.engine.parity.bare_engine import BLOCK_SIZE, BareEngine, greedy
+from tests.engine.parity.oracle import mixed_prompts
+from tests.engine.parity.tiny_architectures import VOCAB, build, config_of
+from tests.engine.runner.kernels.cuda_on_host import HostKernel
+from tests.engine.runner.kernels.host_kernels import HostKernels
+
+NUM_TOKENS = 6
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 64}  # fmt: skip
+_SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 24}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}), "llama of Llama 3's rotation": ("llama", {"rope_scaling": _LLAMA3}),
+    "llama of linear rotation": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama with windows": ("llama", _SLIDING), "mistral": ("mistral", {}), "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+}  # fmt: skip
+
+
+def model_of(name: str, **changes: Any) -> Any:
+    model_type, entries = FAMILIES[name]
+    return build({**config_of(model_type), **entries, **changes})
+
+
+def fused(model: Any, kernels: HostKernels | None = None, device: str = "cpu") -> FusedBlocks:
+    blocks = FusedBlocks(model, device, kernels or HostKernels(), BLOCK_SIZE)  # type: ignore[arg-type]
+    blocks.choose()
+    return blocks
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fused_layers_give_mlx_lms_tokens(name: str) -> None:
+    kernels, model = HostKernels(), model_of(name)
+    prompts = mixed_prompts(5, VOCAB, 90, seed=1)
+    expected = [greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
+    engine = BareEngine(model, kernels=kernels)
+    blocks = fused(model, kernels)
+    assert blocks.note == "fused layers: 4 of 4"
+    blocks.install()
+    kernels.calls = dict.fromkeys(kernels.calls, 0)
+    for chunk in (512, 512, 16):  # at once, from the prefix cache, in chunks
+        engine.start(chunk=chunk)
+        assert [one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)] == expected
+    assert kernels.calls["joined_attention"] > 0
+    assert kernels.calls["paged_attention"] == 0
+    blocks.remove()
+    assert [one.output_token_ids for one in engine.start().generate(prompts, NUM_TOKENS)] == expected
+    assert kernels.calls["paged_attention"] > 0
+    engine.backend.close()
+
+
+def test_packed_weights_are_joined_too() -> None:
+    model = model_of("qwen3", hidden_size=128, intermediate_size=192)
+    nn.quantize(model, group_size=64, bits=4)
+    blocks = fused(model)
+    assert blocks.note == "fused layers: 4 of 4"
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_weights_are_slices_of_joined_ones_with_the_same_values(bits: int) -> None:
+    model = model_of("qwen2", hidden_size=128, intermediate_size=192)
+    if bits:
+        nn.quantize(model, group_size=64, bits=bits)
+    before = [(name, np.array(value)) for name, value in tree_flatten(model.parameters())]
+    used = mx.get_active_memory()
+    blocks = fused(model)
+    mx.clear_cache()
+    assert mx.get_active_memory() - used < 20_000, "a second copy of the weights"
+    attention = model.model.layers[1].self_attn
+    keys, queries = (np.array(attention[name].weight, copy=False) for name in ("k_proj", "q_proj"))
+    assert keys.ctypes.data == queries.ctypes.data + queries.nbytes
+    blocks.install()
+    for name, value in before:
+        assert np.array_equal(dict(tree_flatten(model.parameters()))[name], value), name
+    blocks.remove()
+    assert [name for name, _ in tree_flatten(model.parameters())] == [name for name, _ in before]
+
+
+def test_removing_leaves_the_models_classes_as_they_were() -> None:
+    model = model_of("llama")
+    kinds = [type(layer) for _, layer in model.named_modules()]
+    blocks = fused(model)
+    assert [type(layer) for _, layer in model.named_modules()] == kinds
+    blocks.install()
+    assert sum(type(layer) is not kind for (_, layer), kind in zip(model.named_modules(), kinds, strict=True)) == 4
+    blocks.remove()
+    blocks.remove()
+    assert [type(layer) for _, layer in model.named_modules()] == kinds
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why"),
+    [
+        ("llama", {"rope_traditional": True}, "a rotation of its own (RoPE of 16)"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "(DynamicNTKScalingRoPE of 16)"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "(YarnRoPE of 16)"),
+        ("llama", {"attention_bias": True}, "biases behind its output or in its MLP"),
+        ("llama", {"mlp_bias": True}, "biases behind its output or in its MLP"),
+    ],
+)
+def test_what_the_kernels_do_not_cover_stays_mlx_lms(name: str, changes: dict[str, Any], why: str) -> None:
+    blocks = fused(model_of(name, **changes))
+    assert str(blocks.note).startswith("fused layers: 0 of 4; layers are not fused: ")
+    assert why in str(blocks.note)
+
+
+def test_weights_of_several_kinds_are_refused() -> None:
+    model = model_of("qwen3", hidden_size=128, intermediate_size=192)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj = layer.self_attn.v_proj.to_quantized(group_size=64, bits=8)
+    assert "packed in several ways" in str(fused(model).note)
+    model = model_of("qwen3")
+    model.model.layers[2].mlp.down_proj.set_dtype(mx.float16)
+    blocks = fused(model)
+    assert blocks.note == "fused layers: 3 of 4; layers are not fused: weights of several element types"
+    assert [type(layer.mlp).__name__ for layer in model.model.layers] == ["MLP"] * 4
+
+
+def test_a_model_without_such_layers_is_left_alone() -> None:
+    blocks = fused(build(config_of("gemma2")))
+    blocks.install()
+    assert blocks.note is None
+    assert FusedBlocks(model_of("llama"), "cpu", None, BLOCK_SIZE).note is None
+
+
+def test_kernels_that_attend_wrongly_fuse_nothing() -> None:
+    class Wrong(HostKernels):
+        def joined_attention(self, *args: mx.array, **how: Any) -> mx.array:
+            return super().joined_attention(*args, **how) * 1.05
+
+    class Broken(HostKernels):
+        def joined_attention(self, *_args: mx.array, **_how: Any) -> mx.array:
+            raise RuntimeError("error: expected ';'")
+
+    assert "relative error 5.0e-02" in str(fused(model_of("qwen3"), Wrong()).note)
+    assert "expected ';'" in str(fused(model_of("qwen3"), Broken()).note)
+
+
+def test_a_block_that_computes_wrongly_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where each kernel is right: a norm that is left out."""
+    own = FusedBlock.__call__
+
+    def wrong(self: FusedBlock, x: mx.array, cache: Any) -> mx.array:
+        return own(self, x * 1.1, cache)
+
+    monkeypatch.setattr(FusedBlock, "__call__", wrong)
+    model = model_of("qwen3")
+    blocks = fused(model)
+    assert "differs by" in str(blocks.note)
+    assert "fused layers: 0 of 4" in str(blocks.note)
+
+
+@pytest.fixture
+def host_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, HostKernel]:
+    """Products of few rows compiled for this machine, by name."""
+    made: dict[str, HostKernel] = {}
+
+    def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str) -> HostKernel:
+        return made.setdefault(name, HostKernel(name, inputs, source, header, tmp_path))
+
+    monkeypatch.setattr(fused_rows, "make_kernel", make)
+    return made
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize(
+    ("name", "dtype", "bits"), [("qwen3", mx.bfloat16, 0), ("qwen2", mx.float16, 0), ("llama", mx.bfloat16, 4)]
+)
+def test_few_rows_take_four_products_a_layer(
+    name: str, dtype: mx.Dtype, bits: int, host_products: dict[str, HostKernel]
+) -> None:
+    """With norms, residuals and the gate inside; and one launch of attention between them."""
+    size = (
+        {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 8} if bits else {"intermediate_size": 128}
+    )
+    model, kernels = model_of(name, num_hidden_layers=2, **size), HostKernels()
+    model.set_dtype(dtype)
+    if bits:
+        nn.quantize(model, group_size=64, bits=bits)
+    engine = BareEngine(model, kernels=kernels)
+    blocks = fused(model, kernels, "cuda")
+    assert blocks.note == "fused layers: 2 of 2"
+    blocks.install()
+    for kernel in host_products.values():
+        kernel.launches = 0
+    kernels.calls = dict.fromkeys(kernels.calls, 0)
+    engine.generate([[5, 9, 11], [7, 3]], 3)
+    assert kernels.calls["joined_attention"] > 0
+    assert sum(kernel.launches for kernel in host_products.values()) == 4 * kernels.calls["joined_attention"]
+    engine.backend.close()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_without_right_kernels_for_few_rows_layers_are_fused_over_mlxs_products(
+    host_products: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = fused_rows.fused_text
+
+    def wrong(**how: Any) -> tuple[str, str]:
+        body, header = own(**how)
+        return body.replace("+ float(added[at])", ""), header
+
+    monkeypatch.setattr(fused_rows, "fused_text", wrong)
+    model = model_of("qwen3", num_hidden_layers=2, intermediate_size=128)
+    model.set_dtype(mx.bfloat16)
+    blocks = fused(model, device="cuda")
+    assert str(blocks.note).startswith("fused layers: 2 of 2; few rows are not fused: its result differs by")

@@ -1,0 +1,115 @@
+"""The text of attention from a joined product, in both dialects, on this machine's CPU against numpy."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from engine.runner.kernels import joined_attention as module
+from engine.runner.kernels import paged_attention
+from engine.runner.kernels.joined_check import JoinedShape, joined_problem
+from engine.runner.kernels.paged_attention import attention_geometry
+from engine.runner.kernels.self_check import GPU_KERNELS
+from tests.engine.runner.kernels.text_on_host import HostKernel
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels' text")
+
+
+def shape(dtype: mx.Dtype, dim: int, group: int, **more: object) -> JoinedShape:
+    known = {"heads": 2 * group, "kv_heads": 2, "block_size": 16, "scale": dim**-0.5}
+    return JoinedShape(dtype=dtype, dim=dim, **{**known, **more})  # type: ignore[arg-type]
+
+
+QWEN3 = shape(mx.bfloat16, 128, 4, eps=1e-6)
+SHAPES = {
+    "qwen3": QWEN3,
+    "llama, window": shape(mx.bfloat16, 128, 8, window=100),
+    "f16 of 64": shape(mx.float16, 64, 7),
+    "f32 of 96, normed": shape(mx.float32, 96, 2, eps=1e-5, block_size=8),
+}
+
+
+@pytest.fixture(params=["metal", "cuda"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def kernels(dialect: str, kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, HostKernel]:
+    """Kernels of this machine's CPU in place of a GPU's, by name."""
+    made: dict[str, HostKernel] = {}
+
+    def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str = "") -> HostKernel:
+        return made.setdefault(name, HostKernel(dialect, name, inputs, outputs, source, header, kernel_folder))
+
+    for one in (module, paged_attention):
+        monkeypatch.setattr(one, "make_kernel", make)
+    return made
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dialect", "name"), [*(("metal", name) for name in SHAPES), ("cuda", "qwen3"), ("cuda", "f16 of 64")]
+)
+def test_the_text_gives_what_numpy_gives(name: str, kernels: dict[str, HostKernel]) -> None:
+    assert joined_problem(SHAPES[name], GPU_KERNELS) is None
+    assert any(one.startswith("joined_attention") for one in kernels)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dialect", ["metal"])
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("f[i + PAIRS] = b * cosines[i] + a * sines[i];", "f[i + PAIRS] = b * cosines[i] - a * sines[i];"),
+        ("(kv_heads * GROUP + kv_head) * KEY_DIM", "(kv_heads * GROUP) * KEY_DIM"),
+        ("scaled * float(gain", "float(gain"),
+        ("newest[(KEY_LOADS + v) * LANES + in_team] = raw;", ""),
+    ],
+)
+def test_a_fault_in_the_text_is_found(
+    right: str, wrong: str, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body, header = module.joined_text(normed=True)
+    assert right in body + header
+    broken = body.replace(right, wrong), header.replace(right, wrong)
+    monkeypatch.setattr(module, "joined_text", lambda **_how: broken)
+    assert joined_problem(QWEN3, GPU_KERNELS) is not None
+
+
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("group", [1, 4, 8, 16])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_lane_holds_both_halves_of_its_pairs(dim: int, group: int, size: int) -> None:
+    geometry = attention_geometry(dim, dim, group, size, rotates=True)
+    assert module.rotates(dim, size)
+    assert dim // (geometry.lanes * 16 // size) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"joined": mx.zeros((2, 100))}, "do not hold"),
+        ({"frequencies": mx.zeros((9,))}, "frequencies"),
+        ({"joined": mx.zeros((2, 128), mx.float16)}, "rows and pages in"),
+        ({"positions": mx.zeros((1,), mx.int32)}, "2 rows"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(change: dict[str, mx.array], said: str) -> None:
+    arrays = {
+        "joined": mx.zeros((2, 128)), "key_pages": mx.zeros((1, 2, 64, 16)), "value_pages": mx.zeros((1, 2, 64, 16)),
+        "block_tables": mx.zeros((2, 4), mx.int32), "positions": mx.zeros((4,), mx.int32),
+        "frequencies": mx.zeros((8,)),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=said):
+        module.joined_attention(**{**arrays, **change}, heads=4, scale=1.0, block_size=16)
+
+
+def test_a_kernel_that_fails_is_a_line() -> None:
+    class Broken:
+        def joined_attention(self, *_args: object, **_how: object) -> mx.array:
+            raise RuntimeError("error: expected ';'")
+
+    assert "expected ';'" in str(joined_problem(replace(QWEN3, dtype=mx.float32), Broken()))  # type: ignore[arg-type]
