@@ -29,7 +29,7 @@ import numpy as np
 from engine.outputs import Logprob, LogprobsAtPosition
 from engine.runner.sampling.sampling_metadata import LOG2_E, SamplingMetadata
 from engine.runner.sampling.sampling_parts import Additions, Bitmask, Draws, Nucleus, Penalties, Ranked
-from engine.runner.sampling.top_weights import largest_of_blocks, largest_sorted
+from engine.runner.sampling.top_weights import block_size, largest_of_blocks, largest_sorted
 
 INVALID_TOKEN_ID = -1
 """What a row without a finite largest logit gives."""
@@ -208,16 +208,15 @@ def _argmax(logits: mx.array) -> mx.array:
 def _draw(logits: mx.array, draws: Draws, uniforms: mx.array) -> mx.array:
     """Step 7 for rows [S, V] that are all drawn at random: token ids [S]."""
     weights = _weights(logits, draws.scale)
-    # False for NaN too, so that nothing below meets one.
-    weights = mx.where(weights >= (0.0 if draws.min_p is None else draws.min_p), weights, 0.0)
+    if draws.min_p is not None:
+        weights = mx.where(weights >= draws.min_p, weights, 0.0)
     ranked, nucleus = draws.ranked, draws.nucleus
-    if ranked is None and nucleus is None:
-        return _draw_weighted(weights, uniforms)
     bound = mx.zeros((logits.shape[0], 1))
     if ranked is not None:
         bound = ranked.rows.put(bound, _ranked_bound(ranked.rows.of(weights), ranked))
     if nucleus is not None:
         bound = nucleus.rows.put(bound, _nucleus_bound(nucleus.rows.of(weights), nucleus))
+    # False for NaN too: a row that has one has no other weight than 0 and NaN, so whatever its bound, nothing is left.
     return _draw_weighted(mx.where(weights >= bound, weights, 0.0), uniforms)
 
 
@@ -275,14 +274,15 @@ def _nucleus_bound(weights: mx.array, nucleus: Nucleus) -> mx.array:
 def _draw_weighted(weights: mx.array, uniforms: mx.array) -> mx.array:
     """Draw from ``weights`` [S, V] >= 0: a block by its mass, then a token in it; -1 for no mass."""
     num_rows, vocab_size = weights.shape
-    if vocab_size % _BLOCK:
-        weights = mx.pad(weights, [(0, 0), (0, -vocab_size % _BLOCK)])
-    blocks = weights.reshape(num_rows, -1, _BLOCK)
+    size = block_size(vocab_size) or _BLOCK
+    if vocab_size % size:
+        weights = mx.pad(weights, [(0, 0), (0, -vocab_size % size)])
+    blocks = weights.reshape(num_rows, -1, size)
     block, mass = _invert(mx.sum(blocks, axis=-1), uniforms[:, :1])
     chosen = mx.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
     offset, _ = _invert(chosen, uniforms[:, 1:])
-    valid = mx.isfinite(mass) & (mass > 0)
-    return mx.where(valid, block * _BLOCK + offset, INVALID_TOKEN_ID)[:, 0]
+    valid = (mass > 0) & (mass < mx.inf)
+    return mx.where(valid, block * size + offset, INVALID_TOKEN_ID)[:, 0]
 
 
 def _invert(weights: mx.array, uniform: mx.array) -> tuple[mx.array, mx.array]:
@@ -293,7 +293,7 @@ def _invert(weights: mx.array, uniform: mx.array) -> tuple[mx.array, mx.array]:
     cumulated = mx.cumsum(weights, axis=-1)
     whole = cumulated[:, -1:]
     hit = (cumulated > uniform * whole) & (weights > 0)
-    return mx.argmax(mx.where(hit, mx.inf, weights), axis=-1, keepdims=True).astype(mx.int32), whole
+    return mx.argmax(mx.where(hit, mx.inf, weights), axis=-1, keepdims=True).view(mx.int32), whole
 
 
 def _logprobs(logits: mx.array, token_ids: mx.array, k: int) -> LogprobArrays:

@@ -94,3 +94,16 @@ def test_blocks_are_looked_at_only_where_that_is_less_work(monkeypatch):
     for width, k in ((16384, 4), (16384, 17), (1000, 4), (16384 + 32, 4)):
         largest_of_blocks(mx.zeros((2, width)), k)
     assert asked == [4 * 256, 16384, 1000, 4 * 32]
+
+
+@pytest.mark.parametrize(
+    "wish", [{}, {"top_k": 2}, {"top_k": 2, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.1}, {"min_p": 0.1, "top_k": 3}]
+)
+@pytest.mark.parametrize("values", [[np.nan], [np.inf], [np.nan, np.inf], [-np.inf] * 4096])
+def test_a_row_whose_largest_logit_is_not_finite_gives_no_token_whatever_filters_it_has(wish, values):
+    logits = np.random.default_rng(0).standard_normal((2, 4096)).astype(np.float32)
+    logits[1, : len(values)] = values
+    rows = [SamplingRow(SamplingParams(**wish), seed=i) for i in range(2)]
+    tokens = Sampler().sample(mx.array(logits), SamplingMetadata.build(rows, 4096)).token_ids.tolist()
+    assert tokens[0] >= 0
+    assert tokens[1] == -1
