@@ -2,14 +2,16 @@
 
 import dataclasses
 
+import mlx.core as mx
 import pytest
 
 from engine.runner.kv.attention_metadata import MAX_VIEWS
 from tests.engine.parity.bare_engine import BareEngine
 from tests.engine.parity.cuda_attention import cuda_attention
 from tests.engine.parity.test_long_contexts import pages_of
+from tests.engine.runner.kernels.host_kernels import HostKernels
 from tests.on_device import __main__ as on_device
-from tests.on_device import backends, long
+from tests.on_device import backends, fused, long
 from tests.on_device.small_models import SmallModel
 from tests.on_device.ties import WRONG, Oracle, compare
 
@@ -100,3 +102,17 @@ def test_a_token_is_equal_a_tie_or_wrong_by_mlx_lms_own_logits():
     assert compare(model, [1], [1, 0], [2, 0]) == "tie"
     assert compare(model, [1], [1, 0], [3, 0]).startswith(WRONG)
     assert compare(model, [1], [1, 0], [1]).startswith(WRONG)
+
+
+def test_fused_layers_are_checked_as_far_as_a_cpu_can(monkeypatch, capsys):
+    monkeypatch.setattr(mx, "compile", lambda step: step)  # these kernels compute when they are called
+    monkeypatch.setattr(fused, "TOKENS", 32)
+    monkeypatch.setattr(fused, "REPEATS", 1)
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 16}
+    config = {**fused.QWEN3_4B, **small, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    assert fused.check_attention(HostKernels()) == []
+    assert fused.check_layers(0, "cpu", HostKernels(), config, (2,)) == []
+    said = capsys.readouterr().out
+    assert "fused layers: 2 of 2" in said
+    assert "2 rows of 32 tokens, a layer: mlx-lm" in said
+    assert fused.main() == 1, "without a GPU nothing was checked"

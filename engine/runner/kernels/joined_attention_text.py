@@ -19,7 +19,8 @@ from engine.runner.kernels.paged_attention_text import (
 )
 
 _ROTATE = r"""
-template <int PAIRS> FUNCTION void rotate(PRIVATE float* f, PRIVATE const float* cosines, PRIVATE const float* sines) {
+template <int PAIRS>
+FUNCTION void turn_pairs(PRIVATE float* f, PRIVATE const float* cosines, PRIVATE const float* sines) {
 #pragma unroll
   for (int i = 0; i < PAIRS; ++i) {
     const float a = f[i], b = f[i + PAIRS];
@@ -48,7 +49,7 @@ template <typename T> FUNCTION uint4 packed_vector(PRIVATE const float* f) {
 _NORMALIZE = r"""
 // A team's head: divided by its root mean square, times the gains of its elements.
 template <int DIM, int LANES, int VEC, typename G>
-FUNCTION void normalize(PRIVATE float* f, GLOBAL const G* gain, int in_team, float eps) {
+FUNCTION void normalize_head(PRIVATE float* f, GLOBAL const G* gain, int in_team, float eps) {
   constexpr int PART = DIM / LANES;
   float sum = 0.0f;
 #pragma unroll
@@ -61,7 +62,7 @@ FUNCTION void normalize(PRIVATE float* f, GLOBAL const G* gain, int in_team, flo
 }
 """
 
-_NORM_CALL = "normalize<KEY_DIM, LANES, VEC>({values}, {gain}, in_team, CONSTANT(EPS));"
+_NORM_CALL = "normalize_head<KEY_DIM, LANES, VEC>({values}, {gain}, in_team, CONSTANT(EPS));"
 
 _JOINED_ROWS = r"""
   constexpr int PAIRS = KEY_PART / 2;
@@ -82,7 +83,7 @@ _JOINED_ROWS = r"""
     for (int v = 0; v < KEY_LOADS; ++v)
       unpack_vector<T>(*(GLOBAL const uint4*)(given + head * KEY_DIM + COLUMN(v)), &q[g][v * VEC]);
     @NORM_QUERY@
-    rotate<PAIRS>(q[g], cosines, sines);
+    turn_pairs<PAIRS>(q[g], cosines, sines);
   }
   if (has_newest && WARP == 0) {                                    // all teams, since lanes exchange sums
     GLOBAL const T* new_key = given + (kv_heads * GROUP + kv_head) * KEY_DIM;
@@ -91,7 +92,7 @@ _JOINED_ROWS = r"""
 #pragma unroll
     for (int v = 0; v < KEY_LOADS; ++v) unpack_vector<T>(*(GLOBAL const uint4*)(new_key + COLUMN(v)), &k[v * VEC]);
     @NORM_KEY@
-    rotate<PAIRS>(k, cosines, sines);
+    turn_pairs<PAIRS>(k, cosines, sines);
     if (team == 0) {
       const int block = block_tables[row * width + position / BLOCK_SIZE];
       const size_t slot = kv_head * slots + (size_t)block * BLOCK_SIZE + position % BLOCK_SIZE;
