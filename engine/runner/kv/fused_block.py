@@ -45,9 +45,9 @@ class FusedBlock:
     def of(cls, layer: Any, *, own_products: bool) -> "FusedBlock":
         """Of a layer that :func:`fusing_problem` allows; joins its weights."""
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = JoinedWeights.of([attention[name] for name in _QKV])
-        gate_up = JoinedWeights.of([mlp[name] for name in _GATE_UP])
-        output, down = JoinedWeights.of((attention.o_proj,)), JoinedWeights.of((mlp.down_proj,))
+        qkv = JoinedWeights.of([attention[name] for name in _QKV], on_cuda=own_products)
+        gate_up = JoinedWeights.of([mlp[name] for name in _GATE_UP], on_cuda=own_products)
+        output, down = (JoinedWeights.of([one], on_cuda=own_products) for one in (attention.o_proj, mlp.down_proj))
         turns = frequencies_of(attention.rope, head_dim(attention))
         assert turns is not None, "a rotation of its own"
         # Arrays made from host memory are read over the bus on CUDA: this one comes from an operation.

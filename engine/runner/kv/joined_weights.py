@@ -12,20 +12,27 @@ from engine.runner.kernels.rows_matmul import Packed, takes_dense, takes_quantiz
 
 _MOST_DENSE_ROWS, _MOST_PACKED_ROWS = 16, 32
 """Rows of a product above which MLX's own over joined weights takes less time; measured on an H200."""
+_MOST_UNPACKED = 128 << 20
+"""Bytes of weights that are unpacked for one product."""
 
 
 @dataclass(frozen=True, slots=True)
 class JoinedWeights:
-    """One product's weights [N, K], and bias [N]; ``bits`` is 0 where they are not packed."""
+    """One product's weights [N, K], and bias [N]; ``bits`` is 0 where they are not packed.
+
+    ``unpacks``: more rows than kernels for few rows take are multiplied by unpacked weights. MLX's product of packed
+    ones takes longer than both together on CUDA.
+    """
 
     weight: mx.array | Packed
     bias: mx.array | None
     bits: int
     group_size: int
     dtype: mx.Dtype
+    unpacks: bool = False
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Module]) -> "JoinedWeights":
+    def of(cls, modules: Sequence[nn.Module], *, on_cuda: bool) -> "JoinedWeights":
         """Of ``modules``, in their order. Those of several become one array, a slice of which each module keeps."""
         names = [name for name in ("weight", "scales", "biases", "bias") if name in modules[0]]
         whole = {name: _joined(modules, name) for name in names}
@@ -33,7 +40,9 @@ class JoinedWeights:
         bits = first.bits if "scales" in whole else 0
         packed = Packed(*(whole[name] for name in ("weight", "scales", "biases"))) if bits else whole["weight"]
         dtype = whole["scales" if bits else "weight"].dtype
-        return cls(packed, whole.get("bias"), bits, first.group_size if bits else 0, dtype)
+        unpacked = whole["weight"].size * 32 // bits * dtype.size if bits else 0
+        unpacks = on_cuda and 0 < unpacked <= _MOST_UNPACKED
+        return cls(packed, whole.get("bias"), bits, first.group_size if bits else 0, dtype, unpacks)
 
     @property
     def most_few_rows(self) -> int:
@@ -57,10 +66,13 @@ class JoinedWeights:
     def many(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """``x`` [M, K] by the weights, plus the bias or the ``residual`` [M, N], by MLX."""
         added = self.bias if residual is None else residual
-        if isinstance(self.weight, Packed):
-            product = mx.quantized_matmul(x, *self.weight, transpose=True, group_size=self.group_size, bits=self.bits)
-            return product if added is None else product + added
-        return x @ self.weight.T if added is None else mx.addmm(added, x, self.weight.T)
+        weight, size, bits = self.weight, self.group_size, self.bits
+        if isinstance(weight, Packed):
+            if not self.unpacks or x.shape[0] <= _MOST_PACKED_ROWS:
+                product = mx.quantized_matmul(x, *weight, transpose=True, group_size=size, bits=bits)
+                return product if added is None else product + added
+            weight = mx.dequantize(weight.words, weight.scales, weight.biases, group_size=size, bits=bits)
+        return x @ weight.T if added is None else mx.addmm(added, x, weight.T)
 
 
 def _joined(modules: Sequence[nn.Module], name: str) -> mx.array:

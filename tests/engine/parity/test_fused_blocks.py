@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from engine.runner.kernels import fused_rows
 from engine.runner.kv.fused_block import FusedBlock
 from engine.runner.kv.fused_blocks import FusedBlocks
+from engine.runner.kv.joined_weights import JoinedWeights
 from tests.engine.parity.bare_engine import BLOCK_SIZE, BareEngine, greedy
 from tests.engine.parity.oracle import mixed_prompts
 from tests.engine.parity.tiny_architectures import VOCAB, build, config_of
@@ -219,3 +220,18 @@ def test_without_right_kernels_for_few_rows_layers_are_fused_over_mlxs_products(
     model.set_dtype(mx.bfloat16)
     blocks = fused(model, device="cuda")
     assert str(blocks.note).startswith("fused layers: 2 of 2; few rows are not fused: its result differs by")
+
+
+def test_many_rows_are_multiplied_by_unpacked_weights_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(128, 64, bias=False)
+    packed = nn.QuantizedLinear.from_linear(layer, group_size=64, bits=4)
+    weights = [JoinedWeights.of([packed], on_cuda=on_cuda) for on_cuda in (True, False)]
+    unpacked: list[int] = []
+    own = mx.dequantize
+    monkeypatch.setattr(mx, "dequantize", lambda *given, **how: unpacked.append(1) or own(*given, **how))
+    for rows, times in ((32, 0), (33, 1)):
+        x, residual = mx.random.normal((rows, 128)), mx.random.normal((rows, 64))
+        found = [some.many(x, residual) for some in weights]
+        assert len(unpacked) == times
+        assert mx.allclose(found[0], found[1], atol=1e-4)
+        assert mx.allclose(found[1], packed(x) + residual, atol=1e-4)
