@@ -24,6 +24,7 @@ from engine.runner.kernels.few_rows import FewRowProducts
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.self_check import GPU_KERNELS
 from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath, describe
+from engine.runner.kv.fused_blocks import FusedBlocks
 from engine.runner.kv.kv_spec import ModelCaches, num_logits
 from engine.runner.load.loader import WEIGHT_READERS, LoadedModel, load_model, plan_inputs
 from engine.runner.load.small_model import small_model
@@ -74,11 +75,8 @@ def build_engine(
     clock.ended("weights")
     vocab_size, caches = num_logits(loaded.model), ModelCaches(loaded.model)
     progress = progress or _ignore
-    products = FewRowProducts(loaded.model, _device_of_kernels(args, device))
     with ExitStack() as undo:
-        undo.callback(products.remove)
-        products.choose(partial(progress, "kernels"))
-        products.install()
+        sped_up = _speed_up(loaded.model, args, device, progress, undo)
         clock.ended("kernels")
         progress("warm-up", 0, 0)
         backend, note = _choose_backend(loaded.model, args, device, vocab_size)
@@ -98,11 +96,27 @@ def build_engine(
     )
     paths = backend.attention_paths
     lines = (note, pages_note(plan.groups, args.kv_cache_dtype), attention_note(args, device, paths))
-    notes = [*loaded.notes, *(line for line in (*lines, products.choices.note) if line)]
+    notes = [*loaded.notes, *(line for line in (*lines, *sped_up) if line)]
     for line in notes:
         logger.info("%s", line)
     logger.info("Paged attention memory breakdown: %s", plan.log_line())
     return BuiltEngine(engine, loaded.config, plan, notes, paths, clock.seconds)
+
+
+def _speed_up(
+    model: Any, args: EngineArgs, device: Device, progress: Callable[[str, int, int], None], undo: ExitStack
+) -> list[str | None]:
+    """Have layers and products computed in fewer or faster launches where that is right; lines for the user."""
+    kernels = GPU_KERNELS if _own_kernels(args) and args.use_paged_attention else None
+    blocks = FusedBlocks(model, device.kind, kernels, args.block_size)
+    undo.callback(blocks.remove)
+    blocks.choose(partial(progress, "kernels"))
+    blocks.install()
+    products = FewRowProducts(model, _device_of_kernels(args, device), skip=blocks.products)
+    undo.callback(products.remove)
+    products.choose(partial(progress, "kernels"))
+    products.install()
+    return [blocks.note, products.choices.note]
 
 
 def rehearse(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device) -> None:
@@ -115,11 +129,11 @@ def rehearse(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, dev
     if model is None:
         return
     vocab_size = num_logits(model)
-    backend, _ = _choose_backend(model, args, device, vocab_size)
-    try:
+    with ExitStack() as undo:
+        _speed_up(model, args, device, _ignore, undo)
+        backend, _ = _choose_backend(model, args, device, vocab_size)
+        undo.callback(backend.close)
         measure_step_cost(backend, vocab_size, device=device.kind, context_length=config.context_length)
-    finally:
-        backend.close()
 
 
 def _choose_backend(model: Any, args: EngineArgs, device: Device, vocab_size: int) -> tuple[Backend, str | None]:

@@ -4,7 +4,7 @@ A module keeps its weights and its place; only its class is exchanged for one th
 which is known while MLX traces a compiled step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,7 +35,7 @@ class FewRowProducts:
     """The ways that a loaded model's products of few rows are computed.
 
     ``join_siblings``: queries, keys and values in one launch, and gates with ups, where that is faster. Their weights
-    stay where they are.
+    stay where they are. ``skip`` has the ids of modules that are left alone.
     """
 
     def __init__(
@@ -45,8 +45,10 @@ class FewRowProducts:
         *,
         join_siblings: bool = True,
         candidates: Sequence[Candidate] | None = None,
+        skip: Container[int] = (),
     ) -> None:
         self._model = model
+        self._skip = skip
         self._candidates = tuple(candidates_for(device_kind) if candidates is None else candidates)
         self._join_siblings = join_siblings
         self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -59,7 +61,9 @@ class FewRowProducts:
     def choose(self, progress: Callable[[int, int], None] | None = None) -> Choices:
         """Check and measure what this device offers; ``progress(done, total)`` counts products."""
         if self._candidates:
-            self.choices = choose(self._model, self._candidates, siblings=self._join_siblings, progress=progress)
+            self.choices = choose(
+                self._model, self._candidates, siblings=self._join_siblings, progress=progress, skip=self._skip
+            )
         return self.choices
 
     def install(self, choices: Choices | None = None) -> None:
@@ -69,11 +73,11 @@ class FewRowProducts:
         singles = {choice.product: choice for choice in self.choices.singles if choice.chosen}
         families = {choice.product: choice for choice in self.choices.siblings if choice.chosen}
         member: dict[int, tuple[_Siblings, int]] = {}
-        for product, modules in sibling_products(self._model):
+        for product, modules in sibling_products(self._model, self._skip):
             if product in families:
                 siblings = _Siblings(modules, families[product])
                 member |= {id(module): (siblings, place) for place, module in enumerate(modules)}
-        for product, (module,) in single_products(self._model):
+        for product, (module,) in single_products(self._model, self._skip):
             if product in singles or id(module) in member:
                 self._swap(module, singles.get(product), *member.get(id(module), (None, 0)))
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -109,13 +109,15 @@ def choose(
     siblings: bool = True,
     timer: Timer | None = None,
     progress: Callable[[int, int], None] | None = None,
+    skip: Container[int] = (),
 ) -> Choices:
     """Check every candidate against float32, then time it beside MLX's own product.
 
     ``progress(done, total)`` counts products. ``siblings``: also weights that take the same rows, in one launch.
+    ``skip`` has the ids of modules that are left alone.
     """
-    singles = _grouped(single_products(model), candidates)
-    families = _grouped(sibling_products(model), candidates) if siblings else {}
+    singles = _grouped(single_products(model, skip), candidates)
+    families = _grouped(sibling_products(model, skip), candidates) if siblings else {}
     everything = {**singles, **families}
     report = _Counter(2 * len(everything), progress)
     started = time.perf_counter()

@@ -1,6 +1,6 @@
 """The products of a model by its weights, and the ways to compute them for few rows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -210,21 +210,25 @@ def product_of(modules: Modules) -> Product | None:
     return replace(first, widths=sum((product.widths for product in (first, *others)), ()))
 
 
-def single_products(model: nn.Module) -> Iterator[tuple[Product, Modules]]:
-    """Every module that multiplies by its weights. A table of tokens does where the model has no ``lm_head``."""
+def single_products(model: nn.Module, skip: Container[int] = ()) -> Iterator[tuple[Product, Modules]]:
+    """Every module that multiplies by its weights, but for those whose ``id`` is in ``skip``.
+
+    A table of tokens does where the model has no ``lm_head``.
+    """
     modules = model.named_modules()
     tied = not any(name.rpartition(".")[2] == "lm_head" for name, _ in modules)
     for _, module in modules:
-        method = METHODS.get(type(module))
+        method = METHODS.get(type(module)) if id(module) not in skip else None
         if method == "__call__" or (tied and method == "as_linear"):
             yield _single(module), (module,)
 
 
-def sibling_products(model: nn.Module) -> Iterator[tuple[Product, Modules]]:
-    """Modules beside each other that take the same input, where their weights are of one kind."""
+def sibling_products(model: nn.Module, skip: Container[int] = ()) -> Iterator[tuple[Product, Modules]]:
+    """Modules beside each other that take the same input, where their weights are of one kind. ``skip`` as above."""
     for module in model.modules():
         for names in _SIBLINGS:
             children = tuple(module[name] for name in names if type(module.get(name)) in METHODS)
+            children = tuple(child for child in children if id(child) not in skip)
             if len(children) > 1 and (product := product_of(children)) is not None:
                 yield product, children
 

@@ -40,7 +40,7 @@ def test_pages_read_in_place_give_mlx_lms_tokens(name: str) -> None:
             if chunk == 16:
                 engine.start(chunk=16)
             assert [one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)] == expected
-        assert min(kernels.calls.values()) > 0
+        assert kernels.calls["paged_attention"] > 0 < kernels.calls["collect"]
         assert not paged_cache._lent
         attends = {path.kind: path.backend for path in backend.attention_paths}
         assert attends["full"] == "paged"
