@@ -12,6 +12,9 @@ from engine.runner.kernels.dialect import float_bits, make_kernel
 from engine.runner.kernels.fused_rows_text import Ending, fused_text
 from engine.runner.kernels.rows_matmul import Packed, dense_geometry, quantized_geometry
 
+_MOST_WARPS_OF_TILES = 8
+"""Of a block whose warps hold several tiles of weights: 16 with a norm need all registers there are."""
+
 
 class Norm(NamedTuple):
     """An RMS norm: gains [K] of its columns, and what is added to a mean square."""
@@ -53,11 +56,12 @@ def fused_rows(
     named = _inputs(x, weight, norm, residual if bias is None else bias)
     columns = named["w0"].shape[0]
     geometry = quantized_geometry(rows, columns, k * bits // 512) if bits else dense_geometry(rows, columns)
+    warps = min(geometry.warps, _MOST_WARPS_OF_TILES) if geometry.weight_tiles > 1 else geometry.warps
     halves = 2 if gated else 1  # of the weights, that make one result
     width, columns = columns // halves, 16 * geometry.weight_tiles // halves
     body, header = fused_text(packed=bool(bits), normed=norm is not None, ending=ending)
     kind = f"{'quantized' if bits else 'dense'}{'_normed' if norm is not None else ''}_{ending}"
-    threads = 32 * geometry.warps
+    threads = 32 * warps
     (out,) = make_kernel(f"fused_rows_{kind}", tuple(named), ("out",), body, header)(
         inputs=list(named.values()),
         template=[

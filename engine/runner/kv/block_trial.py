@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from engine.runner.kernels.joined_check import JoinedShape
+from engine.runner.kernels.joined_check import JoinedShape, joined_problem
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kv.fused_block import FusedBlock, head_dim
@@ -67,11 +67,14 @@ class BlockTrial:
         )  # fmt: skip
 
     def problem(self, block: FusedBlock) -> str | None:
-        """What is wrong with ``block``, at the first number of rows where something is."""
+        """What is wrong with its attention, or with ``block`` at the first number of rows where something is."""
         with collecting() as awaited:
+            joined_problem(self.shape, self._kernels)
             for rows in _ROWS:
                 self.fused(block, *self.inputs(rows))
         compile_all(awaited)
+        if problem := joined_problem(self.shape, self._kernels):
+            return problem
         exact = in_float32(self._layer)
         for rows in _ROWS:
             if problem := self._difference(block, exact, rows):

@@ -7,7 +7,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from engine.runner.device.devices import DeviceKind
-from engine.runner.kernels.joined_check import joined_problem
 from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kv.block_trial import BlockTrial
 from engine.runner.kv.fused_block import FusedBlock, fusing_problem, is_block, swapped
@@ -96,10 +95,7 @@ class FusedBlocks:
                 return problem
             assert self._kernels is not None
             block = FusedBlock.of(layer, own_products=own_products)
-            trial = BlockTrial(layer, self._kernels, self._block_size)
-            if problem := joined_problem(trial.shape, self._kernels):
-                return problem
-            return trial.problem(block)
+            return BlockTrial(layer, self._kernels, self._block_size).problem(block)
         except Exception as error:  # noqa: BLE001  (whatever stops it, the layers have mlx-lm's own way)
             return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
