@@ -116,7 +116,7 @@ def test_kernels_are_said_at_load_and_in_explain_and_used(tiny_model_dir: Any, h
         assert auto.attention_paths == llm.attention_paths
         before = dict(host_kernels.calls)
         kernels = llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
-        assert all(host_kernels.calls[name] > count for name, count in before.items())
+        assert all(host_kernels.calls[name] > before[name] for name in ("paged_attention", "collect"))
         assert llm.explain().attention == said
     before = dict(host_kernels.calls)
     with LLM(folder, attention_backend="reference", **OPTIONS) as plain:
@@ -145,3 +145,18 @@ def test_kernels_asked_for_over_quantized_pages_are_refused_with_the_reason(
 ) -> None:
     with pytest.raises(ConfigError, match=r"^--attention-backend paged .*no kernel for int8 pages"):
         LLM(str(tiny_model_dir("llama")), attention_backend="paged", kv_cache_dtype="int8", **OPTIONS)
+
+
+def test_fused_layers_are_said_at_load_and_used(tiny_model_dir: Any, host_kernels: HostKernels) -> None:
+    folder = str(tiny_model_dir("qwen3"))
+    with LLM(folder, **OPTIONS) as llm:
+        (line,) = [note for note in llm.notes if note.startswith("fused layers: ")]
+        done, _, total = line.removeprefix("fused layers: ").partition(" of ")
+        assert done == total != "0"
+        before = dict(host_kernels.calls)
+        tokens = llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+        assert host_kernels.calls["joined_attention"] > before["joined_attention"]
+        assert host_kernels.calls["paged_attention"] == before["paged_attention"]
+    with LLM(folder, attention_backend="reference", **OPTIONS) as plain:
+        assert plain.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids == tokens
+        assert not [note for note in plain.notes if note.startswith("fused layers")]
