@@ -4,12 +4,14 @@ About a minute. Needs mlx, mlx-lm and numpy alone. Prints a line for each check,
 wrong.
 """
 
+import gc
 import re
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from engine.runner.kernels.rows_matmul import Packed
 from engine.runner.kernels.self_check import GPU_KERNELS, AttentionKernels
 from engine.runner.kv import attention_patch
 from engine.runner.kv.block_trial import BlockTrial, distance, in_float32
-from engine.runner.kv.fused_block import FusedBlock
+from engine.runner.kv.fused_block import FusedBlock, swapped
 from engine.runner.kv.fused_blocks import FusedBlocks
 from engine.runner.kv.kernel_cache import DecodeRows, KernelLayerCache, padded_positions
 from engine.runner.kv.kv_pool import KVPool
@@ -51,6 +53,8 @@ VIEWS = {"Reshape", "Slice", "Split", "Transpose", "ExpandDims", "Squeeze", "Bro
 """Nodes of a graph that launch nothing, where what they look at is contiguous."""
 TOKENS, BLOCK_SIZE = 512, 16
 ROWS = (1, 8, 16, 32, 64)
+FEWER, FEW = 16, 32
+"""Rows of weights that are not packed for which kernels for few rows serve, and for which they might."""
 REPEATS = 20
 
 
@@ -125,9 +129,9 @@ def _products(dtype: mx.Dtype, bits: int, rows: int) -> dict[str, float]:
     normed = x.astype(F32)
     if norm is not None:
         normed = normed * mx.rsqrt(mx.mean(normed**2, axis=-1, keepdims=True) + norm.eps) * norm.gain.astype(F32)
-    with mx.stream(mx.cpu):  # float32 as it is: a GPU may multiply in TF32
-        by_weight, by_norm = (some @ plain.astype(F32).T for some in (x.astype(F32), normed))
-        mx.eval(by_weight, by_norm)
+    # In numpy: a GPU may multiply float32 in TF32.
+    exact = np.array(plain.astype(F32)).T
+    by_weight, by_norm = (mx.array(np.array(some) @ exact) for some in (x.astype(F32), normed))
     gate, up = mx.split(by_norm, 2, axis=-1)
     return {
         "norm": distance(fused_rows(x, weight, norm=norm, **packing), by_norm),
@@ -150,6 +154,7 @@ def check_layers(
     before, started = mx.get_active_memory(), time.perf_counter()
     blocks = FusedBlocks(model, kind, kernels, BLOCK_SIZE)
     blocks.choose()
+    gc.collect()
     mx.clear_cache()
     grown = (mx.get_active_memory() - before) / 1e6
     say(f"     {blocks.note} (chosen in {time.perf_counter() - started:.1f} s, memory grew by {grown:.1f} MB)")
@@ -178,18 +183,30 @@ def errors(layer: Any, block: FusedBlock, trial: BlockTrial, numbers: Sequence[i
 
 def speed(layers: list[Any], blocks: FusedBlocks, kernels: AttentionKernels, numbers: Sequence[int]) -> None:
     """Launches and microseconds of a layer in a compiled step of all, mlx-lm's blocks and fused."""
+    kinds = [type(layer) for layer in layers]
     for rows in numbers:
         step, inputs = step_of(layers, kernels, rows)
         cells = []
-        for name, prepare in (("mlx-lm", blocks.remove), ("fused", blocks.install)):
+        ways = {"mlx-lm": blocks.remove, "fused": blocks.install}
+        if FEWER < rows <= FEW and "scales" not in layers[0].self_attn.q_proj:
+            ways["fused, own products"] = lambda: install_own_products(layers)
+        for name, prepare in ways.items():
             prepare()
             nodes = launches(step(*inputs))
             number = sum(nodes.values()) / len(layers)
             compiled = mx.compile(step)
             seconds = min(seconds_of(compiled, inputs) for _ in range(3)) / len(layers)
             cells.append(f"{name} {number:.1f} launches, {seconds * 1e6:.1f} us")
-        blocks.remove()
+            for layer, kind in zip(layers, kinds, strict=True):
+                layer.__class__ = kind
         say(f"     {rows} rows of {TOKENS} tokens, a layer: {'; '.join(cells)}")
+
+
+def install_own_products(layers: list[Any]) -> None:
+    """Have layers use the kernels for few rows for more of them than they do."""
+    for layer in layers:
+        block = replace(FusedBlock.of(layer, own_products=True), few_rows=FEW)
+        layer.__class__ = swapped(type(layer), block)
 
 
 def step_of(layers: list[Any], kernels: AttentionKernels, rows: int) -> tuple[Callable[..., mx.array], list[Any]]:
