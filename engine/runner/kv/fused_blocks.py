@@ -43,7 +43,7 @@ class FusedBlocks:
                 found[kind] = self._tried(layer, problems)
             problem, own_products = found[kind]
             right = problem is None and fusing_problem(layer) is None
-            self._blocks.append(FusedBlock.of(layer, own_products=own_products) if right else None)
+            self._blocks.append(_joined(layer, own_products, problems) if right else None)
             if progress is not None:
                 progress(number + 1, len(self._layers))
         self.problems = tuple(problems)
@@ -98,6 +98,15 @@ class FusedBlocks:
             return BlockTrial(layer, self._kernels, self._block_size).problem(block)
         except Exception as error:  # noqa: BLE001  (whatever stops it, the layers have mlx-lm's own way)
             return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _joined(layer: Any, own_products: bool, problems: dict[str, None]) -> FusedBlock | None:
+    """A layer like one that was right, with its weights joined, if there is memory for that."""
+    try:
+        return FusedBlock.of(layer, own_products=own_products)
+    except RuntimeError as error:
+        problems[f"a layer is not fused: {' '.join(str(error).split())[:160]}"] = None
+        return None
 
 
 def _kind(layer: Any) -> tuple[object, ...]:

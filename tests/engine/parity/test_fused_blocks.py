@@ -235,3 +235,18 @@ def test_many_rows_are_multiplied_by_unpacked_weights_on_cuda(monkeypatch: pytes
         assert len(unpacked) == times
         assert mx.allclose(found[0], found[1], atol=1e-4)
         assert mx.allclose(found[1], packed(x) + residual, atol=1e-4)
+
+
+def test_a_layer_whose_weights_find_no_room_together_stays_mlx_lms(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, joined = FusedBlock.of.__func__, []  # type: ignore[attr-defined]
+
+    def of(cls: type[FusedBlock], layer: Any, *, own_products: bool) -> FusedBlock:
+        joined.append(layer)
+        if len(joined) == 4:  # the first is joined for its trial too
+            raise RuntimeError("[malloc] Unable to allocate 1 bytes")
+        return own(cls, layer, own_products=own_products)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(FusedBlock, "of", classmethod(of))
+    assert fused(model_of("llama")).note == (
+        "fused layers: 3 of 4; a layer is not fused: [malloc] Unable to allocate 1 bytes"
+    )
