@@ -22,9 +22,9 @@ from engine.text.tokens.detokenizer import Detokenizer
 logger = logging.getLogger("engine")
 PATIENCE = 5.0
 """Seconds that a request waits for memory while nothing else runs; then it ends with an error."""
-LONG_STEP = 0.05
-"""Seconds from which on a step with prompt tokens is waited for: building the next meanwhile would save a few percent,
-and a request that comes has its first token a whole step later."""
+LONG_STEP = 0.02
+"""Seconds from which on a step with prompt tokens is waited for where others decode: building the next meanwhile would
+save a few percent, and a request that comes would have its first token a whole step later."""
 MEMORY_HELP = "free memory on this device, lower max_num_seqs, or load a smaller model"
 MakeDetokenizer = Callable[[list[int], SamplingParams], Detokenizer]
 
@@ -272,9 +272,9 @@ class LLMEngine:
         self.runner.close()
 
     def _takes_long(self, step: SchedulerOutput) -> bool:
-        """Whether a step computes a prompt, and the last one that did took so long that the host's work is little."""
+        """Whether a step computes a prompt beside others, and the last one that did took long beside the host's work."""
         prompts = any(scheduled.num_tokens > 1 for scheduled in step.scheduled_requests)
-        return prompts and self._chunk_seconds >= LONG_STEP
+        return prompts and len(step.scheduled_requests) > 1 and self._chunk_seconds >= LONG_STEP
 
     def _end_short_of_memory(self, *, waits: bool) -> None:
         """Where the engine can do nothing but wait for memory (``waits``), end one request once patience is over."""

@@ -5,22 +5,30 @@ from collections.abc import Sequence
 
 import pytest
 
+from engine.core.request import NewRequest
 from engine.params.sampling_params import SamplingParams
 from engine.runtime import llm_engine
 from engine.runtime.llm_engine import LLMEngine
+from engine.runtime.stream import RequestStream
 from tests.benchmarks.step_host import VOCAB_SIZE, IdleBackend, make_engine, random_prompts, submit
 
-PARAMS = SamplingParams(temperature=0, max_tokens=4)
+
+def add(engine: LLMEngine, name: str, prompt: list[int], max_tokens: int) -> RequestStream:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    stream = RequestStream(name, None, prompt, params, lambda: None)
+    engine.add_request(NewRequest(name, prompt, params, max_tokens, frozenset(), seed=0), stream)
+    return stream
 
 
 def steps_to_a_token(engine: LLMEngine) -> int:
-    """Steps until a short request has a token that comes while a long prompt is computed."""
+    """Steps until a short request has a token that comes while one decodes and a long prompt is computed."""
     engine.scheduler.max_num_batched_tokens = 64
-    long, short = random_prompts(2, VOCAB_SIZE, 4000)
-    submit(engine, [long], PARAMS)
-    for _ in range(3):
+    long, short, running = random_prompts(3, VOCAB_SIZE, 4000)
+    add(engine, "running", running[:8], 100)
+    add(engine, "long", long, 1)
+    for _ in range(5):
         engine.step()
-    (stream,) = submit(engine, [short[:20]], PARAMS)
+    stream = add(engine, "short", short[:20], 1)
     for number in range(1, 10):
         engine.step()
         if stream.metrics.first_token_time is not None:
