@@ -272,7 +272,7 @@ class LLMEngine:
         self.runner.close()
 
     def _takes_long(self, step: SchedulerOutput) -> bool:
-        """Whether a step computes a prompt beside others, and the last one that did took long beside the host's work."""
+        """Whether a step computes a prompt beside others, and the last that did took long beside the host's work."""
         prompts = any(scheduled.num_tokens > 1 for scheduled in step.scheduled_requests)
         return prompts and len(step.scheduled_requests) > 1 and self._chunk_seconds >= LONG_STEP
 
