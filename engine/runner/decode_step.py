@@ -14,8 +14,8 @@ import numpy as np
 
 from engine.core.request import Request
 from engine.core.step import ScheduledRequest
-from engine.runner.kv.input_batch import InputBatch, Int32
-from engine.runner.kv.kernel_cache import DecodeRows, KernelGroupCache, padded_positions
+from engine.runner.kv.input_batch import InputBatch, Int32, picked
+from engine.runner.kv.kernel_cache import DecodeRows, KernelGroupCache, on_device, padded_positions
 
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 _MIN_WIDTH = 32
@@ -53,7 +53,7 @@ class BlockTables:
                 self._tables[row, : len(table)] = table
                 self._array = None
         if self._array is None:
-            self._array = mx.array(self._tables)
+            self._array = on_device(self._tables)
         return self._array
 
 
@@ -75,10 +75,10 @@ class DecodeStep:
         num_rows = padded_rows(len(requests))
         index = np.zeros(num_rows, dtype=np.int32)
         index[: len(requests)] = rows
-        positions = mx.array(padded_positions(batch.positions, num_rows))
+        positions = on_device(padded_positions(batch.positions, num_rows))
         tables = [self._block_tables(requests, group, num_rows) for group in range(len(self._groups))]
         pages = [group.pages for group in self._groups]
-        logits: mx.array = self._compute(tokens[mx.array(index)], positions, tables, pages)
+        logits: mx.array = self._compute(picked(tokens, index), positions, tables, pages)
         return logits if num_rows == len(requests) else logits[: len(requests)]
 
     def forget_tables(self) -> None:

@@ -19,7 +19,7 @@ from engine.core.step import ScheduledRequest, SchedulerOutput
 from engine.outputs import LogprobsAtPosition
 from engine.params.sampling_params import SamplingParams
 from engine.runner.backends import Backend
-from engine.runner.kv.input_batch import InputBatch, Int32
+from engine.runner.kv.input_batch import InputBatch, Int32, picked, placed
 from engine.runner.sampling.sampler import HostLogprobs, LogprobArrays, Sampler, SamplerOutput, to_logprobs
 from engine.runner.sampling.sampling_metadata import SamplingPlan, SamplingRow
 
@@ -221,9 +221,10 @@ class ModelRunner:
         every = len(sources) == batch.num_rows
         newest = self._last.sampled.token_ids
         if every:
-            return newest if pending.same else newest[mx.array(sources)]
+            return newest if pending.same else picked(newest, sources)
         rows = [row for one, row in zip(batch.scheduled_requests, batch.first_rows, strict=True) if one.pending]
-        return mx.array(batch.token_ids).at[mx.array(rows)].add(newest[mx.array(sources)])
+        known = mx.array(batch.token_ids)
+        return known + placed(picked(newest, sources), np.array(rows, dtype=np.int32), batch.num_rows)
 
     def _sample(
         self, batch: InputBatch, wanted: list[Int32], logits: mx.array, sampling: list[ScheduledRequest],

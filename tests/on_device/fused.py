@@ -29,7 +29,7 @@ from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.rows_matmul import Packed
 from engine.runner.kernels.self_check import GPU_KERNELS, AttentionKernels
 from engine.runner.kv import attention_patch
-from engine.runner.kv.block_trial import BlockTrial, distance, in_float32
+from engine.runner.kv.block_trial import BlockTrial, distance, in_dtype
 from engine.runner.kv.fused_block import FusedBlock, swapped
 from engine.runner.kv.fused_blocks import FusedBlocks
 from engine.runner.kv.kernel_cache import DecodeRows, KernelLayerCache, padded_positions
@@ -171,7 +171,7 @@ def check_layers(
 
 def errors(layer: Any, block: FusedBlock, trial: BlockTrial, numbers: Sequence[int]) -> None:
     """How far mlx-lm's own block and the fused one are from float32."""
-    exact = in_float32(layer)
+    exact = in_dtype(layer, mx.float32)
     for rows in numbers:
         x, context = trial.inputs(rows)
         wide = x.astype(F32)

@@ -21,6 +21,7 @@ from engine.runner.kernels.products import (
     Product,
     Way,
     bucket_of,
+    mlx_starts_slowly,
     product_of,
     sibling_products,
     single_products,
@@ -63,9 +64,14 @@ class Choice:
     def way(self, x: mx.array) -> Candidate | None:
         """The way to go with these rows; None: MLX's own."""
         num_rows = x.size // x.shape[-1]
-        if not 0 < num_rows <= ROW_BUCKETS[-1] or x.dtype != self.product.dtype:
+        if not num_rows or x.dtype != self.product.dtype:
             return None
-        return self.chosen.get(bucket_of(num_rows))
+        if num_rows <= ROW_BUCKETS[-1]:
+            return self.chosen.get(bucket_of(num_rows))
+        # What starts slowly is not worth starting for more rows either: the more there are, the less unpacking counts.
+        most = self.chosen.get(ROW_BUCKETS[-1])
+        slow = most is not None and mlx_starts_slowly(self.product)
+        return most if slow and most is not None and most.takes(self.product, num_rows) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +176,9 @@ def chain_seconds(compute: Compute, chain: Sequence[Modules], x: mx.array, limit
         for modules in chain:
             *others, last = compute(modules, x)
             kept += others
-            x = x + last[..., :1]
+            # By operations that MLX brings compiled: others would take longer to compile than all this to measure.
+            width = min(last.shape[-1], x.shape[-1])
+            x = mx.concatenate([last[..., :width], x[..., width:]], axis=-1)
         return [x, *kept]
 
     step = mx.compile(run)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -109,3 +110,19 @@ def _padded(tables: Sequence[Sequence[int]]) -> Int32:
     padded = np.zeros((len(tables), int(lengths.max(initial=0))), dtype=np.int32)
     padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.frombuffer(flat, dtype=np.int32)
     return padded
+
+
+def picked(tokens: mx.array, rows: Int32) -> mx.array:
+    """``tokens[rows]`` for a few token ids [T].
+
+    Of operations that MLX brings compiled: its gather and its scatter of integers are compiled when they are first
+    needed, which takes seconds on CUDA.
+    """
+    if len(rows) == tokens.shape[0] and (rows == np.arange(len(rows))).all():
+        return tokens
+    return mx.where(mx.array(rows)[:, None] == mx.arange(tokens.shape[0]), tokens, 0).sum(axis=1)
+
+
+def placed(tokens: mx.array, rows: Int32, length: int) -> mx.array:
+    """Zeros [length] with ``tokens`` in ``rows``; see :func:`picked`."""
+    return mx.where(mx.arange(length)[:, None] == mx.array(rows), tokens, 0).sum(axis=1)

@@ -45,9 +45,8 @@ class DecodeRows:
 
     @classmethod
     def of(cls, num_rows: int, positions: mx.array, block_tables: mx.array) -> "DecodeRows":
-        """From arrays that come from the host: kernels find them in the device's own memory."""
-        positions = mx.maximum(positions, -1)
-        return cls(positions, positions[:num_rows], mx.maximum(block_tables, 0))
+        """From what :func:`on_device` gives."""
+        return cls(positions, positions[:num_rows], block_tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,15 @@ class Chunk:
         span = np.array([read.begin, read.start, 0, 0], dtype=np.int32)
         table = np.zeros(max(len(block_table), _MIN_POSITIONS), dtype=np.int32)
         table[: len(block_table)] = block_table
-        return cls(read, mx.maximum(mx.array(table), 0), mx.maximum(mx.array(span), 0))
+        return cls(read, on_device(table), on_device(span))
+
+
+def on_device(numbers: Int32) -> mx.array:
+    """``numbers`` in the device's own memory: an array made from the host's is read over the bus on CUDA.
+
+    They come inverted and are inverted back, which is one operation that MLX has compiled already.
+    """
+    return mx.bitwise_invert(mx.array(~numbers))
 
 
 def padded_positions(positions: Int32, num_rows: int) -> Int32:
@@ -186,7 +193,7 @@ class KernelGroupCache:
             for row, table in enumerate(tables):
                 rows[row, : len(table)] = table
             positions = padded_positions(batch.positions, len(tables))
-            self.begin_call(DecodeRows.of(len(tables), mx.array(positions), mx.array(rows)), self.pages)
+            self.begin_call(DecodeRows.of(len(tables), on_device(positions), on_device(rows)), self.pages)
             return
         assert len(tables) == 1, "chunks are computed one by one"
         read = SequenceRead.of(batch, 0, group, self._window, self.pool.block_size)
