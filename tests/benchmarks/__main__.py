@@ -27,7 +27,7 @@ def main() -> int:
 
         return run_gpu(
             args.only, args.output or RESULTS / "gpu", quick=args.quick, tiny=args.tiny, shape=args.model,
-            memory=args.memory, models=args.models, commit=args.commit,
+            memory=args.memory, models=args.models, commit=args.commit, reference=not args.no_reference,
         )  # fmt: skip
     return _run_cases(parser, args)
 
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--model", metavar="SHAPE", help="qwen3-4b (default), qwen3-0.6b or tiny, with random weights")
     gpu.add_argument("--memory", type=float, metavar="F", help="share of the memory for this engine (0.5)")
     gpu.add_argument("--models", type=Path, metavar="DIR", help="keep the models here for a later run")
+    gpu.add_argument("--no-reference", action="store_true", help="leave out this engine without kernels")
     gpu.add_argument("--commit", metavar="HASH", help="what is measured, where git cannot say it")
     gpu.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "SVG"), help="draw a run's step times and stop")
     return parser

@@ -71,10 +71,11 @@ def _decode(rows: int, engines: Engines) -> Iterator[Result]:
     variants: dict[str, Samples] = {
         OURS: lambda: ours.decode_steps(engines.ours(), engines.prompts(rows, sizes.context), sizes.steps),
         BATCH: lambda: theirs.batch_steps(engines.theirs(), engines.prompts(rows, sizes.context), sizes.steps),
-        SLOW: lambda: ours.decode_steps(
-            engines.ours(backend="reference"), engines.prompts(rows, sizes.context), sizes.slow_steps
-        ),
     }
+    if sizes.slow_steps:
+        variants[SLOW] = lambda: ours.decode_steps(
+            engines.ours(backend="reference"), engines.prompts(rows, sizes.context), sizes.slow_steps
+        )
     if rows == 1:
         variants[SINGLE] = lambda: theirs.single_steps(
             engines.theirs(), engines.prompts(1, sizes.context)[0], sizes.steps
@@ -84,6 +85,8 @@ def _decode(rows: int, engines: Engines) -> Iterator[Result]:
     name, facts = f"decode, context {sizes.context}, batch {rows}", {"rows": rows, "context": sizes.context}
     theirs_too = {key: values for key, values in samples.items() if key != SLOW}
     yield _steps_result(name, theirs_too, _DECODE.get(rows), floor, kind="decode", bits=16, **facts)
+    if not sizes.slow_steps:
+        return
     slow_too = {key: samples[key] for key in (OURS, SLOW)}
     yield _steps_result(f"{name}, without kernels", slow_too, _DECODE_SLOW.get(rows), floor, kind="slow", **facts)
 

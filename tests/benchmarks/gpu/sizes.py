@@ -17,7 +17,7 @@ class Sizes:
     steps: int = 48
     """Steps measured in one turn."""
     slow_steps: int = 16
-    """The same for the engine without kernels."""
+    """The same for the engine without kernels; 0 leaves it out."""
     repeats: int = 2
     """Turns of each variant."""
     prompt: int = 8192
