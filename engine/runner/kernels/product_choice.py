@@ -266,15 +266,10 @@ def _grouped(found: Iterable[tuple[Product, Modules]], candidates: Sequence[Cand
 
 
 def _worth_trying(product: Product, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Without those that start slowly where others take the same rows."""
+    """Those that do not start slowly, if any of them takes the product at all."""
     quick = [way for way in candidates if not way.starts_slowly(product)]
-    taken = [rows for rows in ROW_BUCKETS if any(way.takes(product, rows) for way in quick)]
-    slow = [
-        way
-        for way in candidates
-        if way.starts_slowly(product) and any(way.takes(product, rows) and rows not in taken for rows in ROW_BUCKETS)
-    ]
-    return [way for way in candidates if way in quick or way in slow]
+    taken = any(way.takes(product, rows) for way in quick for rows in ROW_BUCKETS)
+    return quick if taken else list(candidates)
 
 
 def _trusted(

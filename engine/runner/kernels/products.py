@@ -132,8 +132,7 @@ class Unpacked:
 
     def takes(self, product: Product, num_rows: int) -> bool:
         """Many rows, of packed weights that take no more than 128 MiB unpacked."""
-        small = sum(product.widths) * product.k * product.dtype.size <= _MOST_UNPACKED
-        return product.bits > 0 and num_rows > MAX_ROWS and len(product.widths) == 1 and small
+        return product.bits > 0 and num_rows > MAX_ROWS and len(product.widths) == 1 and _unpacks(product)
 
     def compute(self, modules: Modules, x: mx.array) -> list[mx.array]:
         """Unpack the weights of each module and multiply."""
@@ -158,8 +157,9 @@ class OwnKernels:
         return False
 
     def takes(self, product: Product, num_rows: int) -> bool:
-        """Up to 32 rows, of shapes and types that the kernels cover."""
-        if num_rows > MAX_ROWS or (len(product.widths) > 1 and not _joins(product.widths)):
+        """Up to 32 rows, of shapes and types that the kernels cover; 32 at a time of weights too large to unpack."""
+        most = MAX_ROWS if not product.bits or _unpacks(product) else ROW_BUCKETS[-1]
+        if num_rows > most or (len(product.widths) > 1 and not _joins(product.widths)):
             return False
         if not product.bits:
             return rows_matmul.takes_dense(product.k, product.dtype)
@@ -167,7 +167,12 @@ class OwnKernels:
         return covered and product.mode == "affine"
 
     def compute(self, modules: Modules, x: mx.array) -> list[mx.array]:
-        """One launch for all modules."""
+        """One launch for all modules and 32 rows."""
+        num_rows = x.size // x.shape[-1]
+        if num_rows > MAX_ROWS:
+            rows = x.reshape(num_rows, x.shape[-1])
+            parts = [self.compute(modules, rows[i : i + MAX_ROWS]) for i in range(0, num_rows, MAX_ROWS)]
+            return [mx.concatenate(list(some)).reshape(*x.shape[:-1], -1) for some in zip(*parts, strict=True)]
         first: Any = modules[0]
         if "scales" in first:
             packed = [Packed(module["weight"], module["scales"], module["biases"]) for module in modules]
@@ -178,6 +183,11 @@ class OwnKernels:
             result + module["bias"] if "bias" in module else result
             for result, module in zip(results, modules, strict=True)
         ]
+
+
+def _unpacks(product: Product) -> bool:
+    """Whether packed weights are small enough to be unpacked for a product."""
+    return sum(product.widths) * product.k * product.dtype.size <= _MOST_UNPACKED
 
 
 def _joins(widths: Sequence[int]) -> bool:

@@ -383,4 +383,30 @@ def test_a_way_that_starts_slowly_is_neither_checked_nor_timed_where_another_tak
     assert all(way.name == "own" for choice in choices.singles for way in choice.chosen.values())
     timed.clear()
     choose(model, [Unpacking(max_rows=8), Flattened()], siblings=False, timer=measure)
+    assert set(timed) == {"own"}
+    timed.clear()
+    choose(model, [Unpacking(max_rows=0), Flattened()], siblings=False, timer=measure)
     assert "flattened" in timed
+
+
+def test_weights_too_large_to_unpack_are_multiplied_by_32_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_MOST_UNPACKED", 0)
+    module = nn.QuantizedLinear.from_linear(nn.Linear(128, 48, bias=False), group_size=64, bits=4)
+    module.set_dtype(mx.bfloat16)
+    ((product, modules),) = single_products(module)
+    own = OwnKernels()
+    assert own.takes(product, 100)
+    assert not Unpacked().takes(product, 100)
+    pieces: list[int] = []
+
+    def multiply(x: mx.array, packed: Sequence[Any], *, bits: int, group_size: int) -> list[mx.array]:
+        pieces.append(x.shape[0])
+        unpacked = [mx.dequantize(*some, group_size=group_size, bits=bits) for some in packed]
+        return [x @ weight.T for weight in unpacked]
+
+    monkeypatch.setattr(rows_matmul, "quantized", multiply)
+    x = mx.random.normal((100, 1, 128)).astype(mx.bfloat16)
+    (found,) = own.compute(modules, x)
+    assert pieces == [32, 32, 32, 4]
+    assert found.shape == (100, 1, 48)
+    assert distance(found, module(x)) < 0.2  # of values up to 3, in bfloat16
