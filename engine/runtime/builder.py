@@ -95,6 +95,8 @@ def build_engine(
         cache_dtype=args.kv_cache_dtype,
     )
     paths = backend.attention_paths
+    if not any(path.backend == "paged" for path in paths):
+        sped_up = sped_up[1:]  # fused layers compute nothing then
     lines = (note, pages_note(plan.groups, args.kv_cache_dtype), attention_note(args, device, paths))
     notes = [*loaded.notes, *(line for line in (*lines, *sped_up) if line)]
     for line in notes:
