@@ -34,7 +34,7 @@ from engine.runner.warm_up import choose_backend, measure_step_cost
 from engine.runtime.llm_engine import LLMEngine
 from engine.runtime.load_clock import LoadClock
 from engine.runtime.metrics import EngineMetrics
-from engine.runtime.rehearsal import meanwhile
+from engine.runtime.rehearsal import Check, meanwhile
 from engine.text.tokens.detokenizer import Detokenizer
 from engine.text.tokens.tokenizer import Tokenizer
 
@@ -121,20 +121,25 @@ def _speed_up(
     return [blocks.note, products.choices.note]
 
 
-def rehearse(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device) -> None:
-    """Compile what a load's steps will need, on this thread, by a small model of the same kind; keep nothing else."""
+def rehearse(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device, check: Check) -> None:
+    """Compile what a load's steps will need, on this thread, by a small model of the same kind; keep nothing else.
+
+    ``check`` raises where the load is over.
+    """
     weightless = WEIGHT_READERS[resolved.kind].abstract(resolved, config, args, device).model
     with collecting() as awaited:
         FewRowProducts(weightless, _device_of_kernels(args, device)).launch_kernels()
     compile_all(awaited)
+    check()
     model = small_model(resolved, config, args, device)
     if model is None:
         return
     vocab_size = num_logits(model)
     with ExitStack() as undo:
-        _speed_up(model, args, device, _ignore, undo)
+        _speed_up(model, args, device, lambda *_progress: check(), undo)
         backend, _ = _choose_backend(model, args, device, vocab_size)
         undo.callback(backend.close)
+        check()
         measure_step_cost(backend, vocab_size, device=device.kind, context_length=config.context_length)
 
 

@@ -22,7 +22,7 @@ from engine.runner.load import small_model as small_model_module  # noqa: E402
 from engine.runner.load.loader import load_model  # noqa: E402
 from engine.runner.load.small_model import small_config, small_model  # noqa: E402
 from engine.runtime import builder  # noqa: E402
-from engine.runtime.rehearsal import meanwhile  # noqa: E402
+from engine.runtime.rehearsal import Check, meanwhile  # noqa: E402
 from tests.engine.parity.tiny_architectures import config_of  # noqa: E402
 from tests.tiny_models import tiny_config  # noqa: E402
 
@@ -89,7 +89,7 @@ def test_a_rehearsal_takes_the_first_steps_and_leaves_nothing(
     monkeypatch.setattr(builder, "measure_step_cost", lambda *given, **_device: measured.append(measure(*given)))
     users = {name: number for name, number in attention_patch._users.items() if number}
     before = mx.get_active_memory()
-    builder.rehearse(resolved, config, ARGS, GPU)
+    builder.rehearse(resolved, config, ARGS, GPU, lambda: None)
     assert measured[0].bytes(16, 16) > 0
     assert {name: number for name, number in attention_patch._users.items() if number} == users
     gc.collect()
@@ -101,7 +101,7 @@ def test_work_runs_beside_the_body_and_is_waited_for() -> None:
     begun, may_end = threading.Event(), threading.Event()
     ended: list[str] = []
 
-    def work() -> None:
+    def work(_check: Check) -> None:
         begun.set()
         assert may_end.wait(5)
         ended.append(threading.current_thread().name)
@@ -114,7 +114,7 @@ def test_work_runs_beside_the_body_and_is_waited_for() -> None:
 
 
 def test_what_a_rehearsal_meets_is_a_line_in_the_debug_log(caplog: pytest.LogCaptureFixture) -> None:
-    def work() -> None:
+    def work(_check: Check) -> None:
         raise RuntimeError("no such\nkernel")
 
     with caplog.at_level(logging.DEBUG, "engine"), meanwhile(work):
@@ -122,18 +122,24 @@ def test_what_a_rehearsal_meets_is_a_line_in_the_debug_log(caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records] == ["rehearsal: RuntimeError: no such kernel"]
 
 
-def test_an_interrupted_read_waits_for_the_rehearsal_and_passes_on() -> None:
-    ended: list[int] = []
-    may_end = threading.Event()
+def test_an_interrupted_read_ends_the_rehearsal_at_its_next_check_and_passes_on() -> None:
+    begun = threading.Event()
+    rounds: list[int] = []
+
+    def work(check: Check) -> None:
+        begun.set()
+        while True:
+            check()
+            rounds.append(1)
 
     def interrupted() -> None:
-        with meanwhile(lambda: (may_end.wait(5), ended.append(1))):
-            threading.Timer(0.05, may_end.set).start()
+        with meanwhile(work):
+            assert begun.wait(5)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert ended
+    assert not [thread for thread in threading.enumerate() if thread.name == "vm-rehearsal"]
 
 
 def test_weights_are_read_beside_what_is_given_and_not_before(tiny_model_dir: Any) -> None:
