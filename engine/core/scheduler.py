@@ -179,7 +179,7 @@ class Scheduler:
             num_tokens = self._start(request, parent, budget)
             if num_tokens == 0:
                 return
-            scheduled_requests.append(self._scheduled(request, num_tokens))
+            scheduled_requests.append(self._scheduled(request, num_tokens, begins=True))
             budget -= num_tokens
 
     def _start(self, request: Request, parent: Request | None, budget: int) -> int:
@@ -224,7 +224,7 @@ class Scheduler:
     def _prompt_is_computed(self, parent: Request) -> bool:
         return parent.finished or parent.num_computed_tokens >= parent.num_prompt_tokens
 
-    def _scheduled(self, request: Request, num_tokens: int) -> ScheduledRequest:
+    def _scheduled(self, request: Request, num_tokens: int, *, begins: bool = False) -> ScheduledRequest:
         start = request.num_computed_tokens
         end = start + num_tokens
         samples = end == len(request.all_token_ids) + request.num_pending
@@ -233,7 +233,8 @@ class Scheduler:
         request.num_pending += samples
         if end - request.num_findable_tokens >= self.kv.granularity:
             self.kv.cache_blocks(request, end)
-        return ScheduledRequest(request, start, num_tokens, self.kv.block_tables(request), samples, pending)
+        tables = self.kv.block_tables(request)
+        return ScheduledRequest(request, start, num_tokens, tables, samples, pending, begins)
 
     def _victim(self, scheduled_requests: Sequence[ScheduledRequest]) -> Request:
         """The running request that gives way: least urgent, latest come, not yet in this step."""

@@ -12,7 +12,8 @@ class ScheduledRequest(NamedTuple):
 
     ``block_tables``: by group; they grow with the sequence, so whoever keeps one copies it. ``samples``: the
     tokens reach the end of the known ones, so that a new token is sampled. ``pending``: the last of them is
-    still on the device.
+    still on the device. ``begins``: the request was admitted in this step, and what it found in the prefix cache may be
+    computed in this step too, by another request.
     """
 
     request: Request
@@ -21,6 +22,7 @@ class ScheduledRequest(NamedTuple):
     block_tables: tuple[Sequence[int], ...]
     samples: bool
     pending: bool
+    begins: bool = False
 
     @property
     def end(self) -> int:

@@ -236,7 +236,8 @@ class ModelRunner:
         else:
             prompts, last = self._split(batch, wanted, logits)
         if not sampling:
-            barrier = [logits] if logits.size else self.backend.barrier()
+            # Logits of one chunk say nothing of another that wants none.
+            barrier = [*([logits] if logits.size else []), *self.backend.barrier()]
             return InFlightStep(batch.scheduled_requests, None, prompts, barrier, self.backend)
         plan = self._plan_for(sampling)
         follows = pending.same and self._last is not None and self._last.plan is plan

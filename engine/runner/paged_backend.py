@@ -194,8 +194,12 @@ class PagedBackend:
         self._decode_step = None
 
     def _decodes(self, scheduled: ScheduledRequest) -> bool:
-        """Whether a request joins the one call for decodes; a last bit of a prompt keeps its place in the schedule."""
-        in_reply = scheduled.start >= scheduled.request.num_prompt_tokens
+        """Whether a request joins the one call for decodes, which comes first.
+
+        A last bit of a prompt keeps its place in the schedule, and so does a request that was just admitted: what it
+        found in the cache may be written by a chunk before it.
+        """
+        in_reply = scheduled.start >= scheduled.request.num_prompt_tokens and not scheduled.begins
         return self.calls != "sequences" and scheduled.num_tokens == 1 and in_reply
 
     def _decode(self, batch: InputBatch, tokens: mx.array, rows: Int32) -> mx.array:
@@ -238,13 +242,15 @@ class PagedBackend:
         if self.kernels is None:
             return
         served = [cache for cache in self._group_caches if isinstance(cache, KernelGroupCache)]
-        chunks = [view.collected for cache in served for view in cache.views.values() if view.collected is not None]
+        # The last layer's comes after all others; holding each would hold every layer's context until then.
+        chunks = [cache.collected for cache in served if cache.collected is not None]
         newest = [logits.reshape(-1)[:1]] if logits.size else [keys.reshape(-1)[:1] for keys in chunks]
         self._newest = newest[0] if len(newest) == 1 else mx.concatenate(newest)
 
     def _wait_for_kernels(self) -> None:
         """Have all that was submitted write its pages: whoever moves them is not ordered after a kernel."""
         if self.kernels is not None and self._newest is not None:
+            mx.eval(self._newest)
             mx.synchronize()
 
     def _forget_tables(self) -> None:

@@ -165,7 +165,7 @@ class KernelLayerCache(PagedLayerCache):
     def finish(self) -> None:
         """The call is built: forget what it was about."""
         super().finish()
-        self._call = self._pages = None
+        self._call = self._pages = self.collected = None
 
 
 class KernelGroupCache:
@@ -184,11 +184,17 @@ class KernelGroupCache:
         pool = self.pool
         return [(keys.arrays[0], values.arrays[0]) for keys, values in zip(pool.keys, pool.values, strict=True)]
 
+    @property
+    def collected(self) -> mx.array | None:
+        """Keys of the last layer that wrote a chunk in this call."""
+        found = (view.collected for view in reversed(self.views.values()) if view.collected is not None)
+        return next(found, None)
+
     def begin(self, batch: InputBatch, group: int, **_reading: object) -> None:
         """See :class:`engine.runner.kv.paged_cache.GroupCache`: single tokens of sequences, or one chunk."""
         tables = [scheduled.block_tables[group] for scheduled in batch.scheduled_requests]
         if batch.num_single == len(tables):
-            width = max(len(table) for table in tables)
+            width = max(_MIN_POSITIONS, *(len(table) for table in tables))
             rows = np.zeros((len(tables), width), dtype=np.int32)
             for row, table in enumerate(tables):
                 rows[row, : len(table)] = table

@@ -8,6 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.core.request import Request
+from engine.params.sampling_params import SamplingParams
 from engine.runner.kv import paged_cache
 from engine.runner.paged_backend import PagedBackend
 from tests.engine.parity.bare_engine import BareEngine, greedy
@@ -134,3 +136,44 @@ def test_closing_leaves_the_models_classes_as_they_were() -> None:
     assert [type(layer) for _, layer in model.named_modules()] != kinds
     engine.backend.close()
     assert [type(layer) for _, layer in model.named_modules()] == kinds
+
+
+def test_requests_that_come_back_together_read_what_the_first_of_them_writes() -> None:
+    """Both lost their blocks; the second finds all but one token in the cache, computed in the very same step."""
+    engine, _, _ = kernel_engine("llama")
+    prompt = (long_prompt() * 2)[:30]
+    expected = greedy(engine.backend.model, prompt, 8)
+    requests = [
+        Request(str(i), list(prompt), SamplingParams(temperature=0, max_tokens=8), max_tokens=8) for i in range(2)
+    ]
+    for request in requests:
+        engine.scheduler.add(request)
+    came_back = False
+    while engine.scheduler.has_work:
+        if not came_back and {len(request.all_token_ids) for request in requests} == {33}:
+            came_back = True
+            for request in requests:
+                engine.scheduler.preempt(request)
+        scheduled = engine.scheduler.schedule()
+        if came_back and len(scheduled.scheduled_requests) == 2 and scheduled.scheduled_requests[0].start == 0:
+            assert [one.num_tokens for one in scheduled.scheduled_requests] == [33, 1]
+        step = engine.runner.execute(scheduled)
+        step.submit()
+        for token in step.read(str).tokens:
+            engine.scheduler.update(token.scheduled, token.token_id)
+    assert came_back
+    assert [request.output_token_ids for request in requests] == [expected, expected]
+    engine.backend.close()
+
+
+def test_a_chunk_that_wants_no_logits_is_computed_in_its_step_whatever_others_want() -> None:
+    engine, _, backend = kernel_engine("llama")
+    engine.start(chunk=32)
+    scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    for name, params in (("scored", scored), ("plain", SamplingParams(temperature=0, max_tokens=1))):
+        engine.scheduler.add(Request(name, long_prompt()[:100], params, max_tokens=1))
+    step = engine.runner.execute(engine.scheduler.schedule())
+    assert [one.samples for one in step.scheduled_requests] == [False, False]
+    assert any(array is backend._newest for array in step._arrays())
+    assert all(view.collected is None for cache in backend._group_caches for view in cache.views.values())  # type: ignore[union-attr]
+    engine.backend.close()

@@ -169,3 +169,18 @@ def test_steps_come_in_few_shapes() -> None:
     assert [padded_rows(rows) for rows in (1, 3, 8, 9, 33, 96, 97, 256, 257)] == [1, 4, 8, 12, 40, 96, 128, 256, 320]
     assert len({padded_rows(rows) for rows in range(1, 257)}) <= 18
     assert [padded_width(blocks) for blocks in (1, 32, 33, 600, 8192)] == [32, 32, 64, 1024, 8192]
+
+
+def test_kernels_are_never_given_a_table_of_few_numbers() -> None:
+    """Metal takes another text for those, which no check has seen."""
+    seen: list[int] = []
+
+    class Watching(VisibleKernels):
+        def paged_attention(self, *arrays: mx.array, **how: Any) -> mx.array:
+            seen.append(arrays[5].size)
+            return super().paged_attention(*arrays, **how)
+
+    backend = backend_of("llama", compiled=False, kernels=Watching())
+    backend._decode_step = None  # as where kernels serve some groups only
+    run(backend, decodes(backend, [9]))
+    assert min(seen) >= 8
