@@ -134,3 +134,8 @@ class DeviceFailedError(EngineClosedError):
 
 class ServerError(VMMagicError):
     """The port could not be opened."""
+
+
+def error_line(error: BaseException, most: int = 160) -> str:
+    """The type of ``error`` and what it says, at most ``most`` characters of it, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"

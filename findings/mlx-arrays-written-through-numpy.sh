@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # An array of MLX can be written through a numpy view of it, and lazy results that were built before see the new values.
 #
-# mlx 0.32.4 (CPU build), numpy 2.4.x, Python 3.11 or newer, Linux x86-64.
+# mlx 0.32.4 (CPU build), numpy 2.4.6, Python 3.11 or newer, Linux x86-64.
 # One would guess: arrays of MLX are immutable, so numpy.array(a, copy=False) is read-only, or a copy-on-write view.
 # Seen: the view of an evaluated array is writable and shares its memory. A sum that was built before the write and is
 # evaluated after it counts the new value. An evaluated reshape and an evaluated slice a[1:2] share the memory and change
@@ -11,7 +11,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check 'mlx[cpu]==0.32.4' 'numpy>=2.3,<2.5'
+"$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check 'mlx[cpu]==0.32.4' 'numpy==2.4.6'
 "$work/venv/bin/python" - <<'PYTHON'
 import mlx.core as mx
 import numpy as np

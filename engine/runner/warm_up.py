@@ -12,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from engine.core.request import Request
 from engine.core.step import ScheduledRequest
+from engine.errors import error_line
 from engine.memory.step_cost import StepCost
 from engine.params.sampling_params import SamplingParams
 from engine.runner.backends import Backend, ContiguousBackend
@@ -117,7 +118,7 @@ def _problem(
     try:
         difference = paging_difference(backend, model, vocab_size)
     except Exception as error:  # noqa: BLE001  (an architecture may object in any way; it still runs contiguously)
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        return error_line(error, 80)
     if isinstance(backend, PagedBackend):
         kinds = {leaf.shape.dtype for leaves in backend.groups for leaf in leaves if leaf.shape is not None}
         exact = exact and backend.kv_cache_dtype in ("auto", "float32")

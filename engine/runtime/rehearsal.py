@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from engine.errors import error_line
 from engine.runner.device.threads import mlx_thread
 
 logger = logging.getLogger("engine")
@@ -55,6 +56,6 @@ def _run(work: Callable[[Check], None], check: Check) -> None:
     except _UnwantedError:
         logger.debug("rehearsal: given up after %.2f s", time.perf_counter() - started)
     except Exception as error:  # noqa: BLE001  (the load itself meets what matters)
-        logger.debug("rehearsal: %s: %s", type(error).__name__, " ".join(str(error).split())[:200])
+        logger.debug("rehearsal: %s", error_line(error, 200))
     else:
         logger.debug("rehearsal: %.2f s", time.perf_counter() - started)

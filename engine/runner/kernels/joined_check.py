@@ -1,42 +1,19 @@
 """Does attention from a joined product give what it should on this GPU? Asked at load, before layers are fused."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import error_line
 from engine.runner.kernels.joined_attention import HeadNorms
 from engine.runner.kernels.reference import attention
-from engine.runner.kernels.self_check import TOLERANCE
+from engine.runner.kernels.self_check import MOST_KV_HEADS, TOLERANCE, AttentionKernels
 
 _LENGTHS = (1, 0, 16, 333, 49)
 """Tokens of the rows, the new one among them; a row of 0 is padding."""
-_MOST_KV_HEADS = 2
 Floats = NDArray[np.float32]
-
-
-class JoinedKernels(Protocol):
-    """What a layer attends with whose queries, keys and values come from one product."""
-
-    def joined_attention(
-        self,
-        joined: mx.array,
-        key_pages: mx.array,
-        value_pages: mx.array,
-        block_tables: mx.array,
-        positions: mx.array,
-        frequencies: mx.array,
-        *,
-        heads: int,
-        scale: float,
-        block_size: int,
-        window: int | None = None,
-        norms: HeadNorms | None = None,
-        splits: int | None = None,
-    ) -> mx.array:
-        """See :func:`engine.runner.kernels.joined_attention.joined_attention`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +30,7 @@ class JoinedShape:
     eps: float | None = None
 
 
-def joined_problem(shape: JoinedShape, kernels: JoinedKernels) -> str | None:
+def joined_problem(shape: JoinedShape, kernels: AttentionKernels) -> str | None:
     """Run ``kernels`` on small random rows of ``shape``, beside numpy: one line on the first thing wrong, or None.
 
     Ragged rows, one of them padding, with one split and several; NaN lies in every slot that was never written. Raises
@@ -62,14 +39,14 @@ def joined_problem(shape: JoinedShape, kernels: JoinedKernels) -> str | None:
     try:
         return next((problem for splits in (1, 3) if (problem := _Check(shape, kernels).run(splits))), None)
     except Exception as error:  # noqa: BLE001  (whatever stops a kernel, the layers have another path)
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        return error_line(error)
 
 
 class _Check:
-    def __init__(self, shape: JoinedShape, kernels: JoinedKernels) -> None:
+    def __init__(self, shape: JoinedShape, kernels: AttentionKernels) -> None:
         self._shape, self._kernels = shape, kernels
         self._rng = np.random.default_rng(9)
-        self._kv_heads = min(shape.kv_heads, _MOST_KV_HEADS)
+        self._kv_heads = min(shape.kv_heads, MOST_KV_HEADS)
         self._heads = shape.heads // shape.kv_heads * self._kv_heads
         self._frequencies = 1e4 ** (-np.arange(0, shape.dim, 2, dtype=np.float32) / shape.dim)
         size = shape.block_size

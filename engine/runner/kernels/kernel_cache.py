@@ -21,6 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from engine.errors import error_line
 from engine.models.pypi import cache_folder
 from engine.runner.kernels.cuda_source import (
     KernelText,
@@ -250,7 +251,7 @@ def probe(compiler: KernelCompiler) -> str | None:
         )
         right = found.tolist() == [number + 3 * 32 for number in range(32)]
     except Exception as error:  # noqa: BLE001  (MLX may object in any way; it still compiles kernels itself)
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return error_line(error, 120)
     return None if right else "a small kernel gave wrong results"
 
 

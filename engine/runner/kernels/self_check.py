@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import error_line
 from engine.runner.kernels import paged_attention as gpu
 from engine.runner.kernels.joined_attention import HeadNorms, joined_attention
 from engine.runner.kernels.kernel_cache import collecting, compile_all
@@ -18,7 +19,7 @@ TOLERANCE: dict[mx.Dtype, float] = {mx.bfloat16: 8e-3, mx.float16: 1.5e-3, mx.fl
 """Of the norm of a row's output. Seen on an H200: 1.8e-3, 2e-4 and 3e-7."""
 _LONGEST_WINDOW = 16384
 """Tokens; the check of a longer one would take seconds and hundreds of megabytes."""
-_MOST_KV_HEADS = 2
+MOST_KV_HEADS = 2
 """No kernel's text depends on their number."""
 
 
@@ -156,8 +157,7 @@ def attention_problem(
             kernels.compile_all([shape])
         return _Check(shape, kernels, lengths).run()
     except Exception as error:  # noqa: BLE001  (whatever stops a kernel, the layers have another path)
-        words = " ".join(str(error).split())
-        return f"{type(error).__name__}: {words[:160]}"
+        return error_line(error)
 
 
 def _launch_each(shape: AttentionShape, kernels: AttentionKernels) -> None:
@@ -206,7 +206,7 @@ class _Check:
 
     @property
     def kv_heads(self) -> int:
-        return min(self.shape.kv_heads, _MOST_KV_HEADS)
+        return min(self.shape.kv_heads, MOST_KV_HEADS)
 
     @property
     def dims(self) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from engine.errors import error_line
 from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kv.block_trial import BlockTrial
@@ -97,7 +98,7 @@ class FusedBlocks:
             block = FusedBlock.of(layer, own_products=own_products)
             return BlockTrial(layer, self._kernels, self._block_size).problem(block)
         except Exception as error:  # noqa: BLE001  (whatever stops it, the layers have mlx-lm's own way)
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            return error_line(error)
 
 
 def _joined(layer: Any, own_products: bool, problems: dict[str, None]) -> FusedBlock | None:
