@@ -34,14 +34,17 @@ class Scheduler:
 
     A decode never waits for a prefill: running requests with one token left come first. While
     others wait, one prefill takes at most half of the budget, so that a short request behind a
-    long one has its first token within two steps.
+    long one has its first token within two steps. A chunk that is not a prompt's last ends at a multiple of
+    ``chunk_grid`` tokens where it reaches one.
     """
 
     def __init__(
-        self, kv: KVCacheManager, *, max_num_seqs: int, max_num_batched_tokens: int, memory: StepMemory | None = None
-    ) -> None:
+        self, kv: KVCacheManager, *, max_num_seqs: int, max_num_batched_tokens: int, memory: StepMemory | None = None,
+        chunk_grid: int = 1,
+    ) -> None:  # fmt: skip
         self.kv = kv
         self.memory = memory
+        self.chunk_grid = chunk_grid
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Request] = []
@@ -213,7 +216,10 @@ class Scheduler:
     def _chunk(self, request: Request, num_tokens: int) -> int:
         """At most ``num_tokens``: up to where a group wants to keep what is there, and as memory allows."""
         start = request.num_computed_tokens
-        num_tokens = self.kv.chunk_end(request, start + num_tokens) - start
+        end = start + num_tokens
+        if num_tokens < self._num_missing(request) and (on_grid := end - end % self.chunk_grid) > start:
+            end = on_grid
+        num_tokens = self.kv.chunk_end(request, end) - start
         if num_tokens <= 1 or self.memory is None:
             return num_tokens
         affordable = self.memory.affordable(num_tokens, start)

@@ -23,6 +23,7 @@ from engine.runner.kernels.dialect import kernels_available
 from engine.runner.kernels.few_rows import FewRowProducts
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.self_check import GPU_KERNELS
+from engine.runner.kv.attention_grid import chunk_grid
 from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath, describe
 from engine.runner.kv.fused_blocks import FusedBlocks
 from engine.runner.kv.kv_spec import ModelCaches, num_logits
@@ -236,6 +237,7 @@ def _assemble(
         memory=admission,
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=args.batched_tokens(device.chunk_size),
+        chunk_grid=chunk_grid(device.kind),
     )
     max_blocks = [group.pool.num_blocks for group in kv.groups]
     runner = ModelRunner(backend, vocab_size, max_blocks=max_blocks, close=close)

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
 
+from engine.runner.kv.attention_grid import fits_grid, is_planned, on_grid
 from engine.runner.kv.paged_cache import PagedLayerCache, owner
 
 _NAME = "scaled_dot_product_attention"
@@ -50,7 +51,9 @@ def _attend(
     cache = owner(keys) if cache is None else cache
     if isinstance(cache, PagedLayerCache) and cache.flat:
         return cache.attend(queries, scale, sinks)
-    return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+    how = {"cache": cache, "scale": scale, "mask": mask, "sinks": sinks}
+    planned = isinstance(cache, PagedLayerCache) and is_planned(queries, values) and fits_grid(queries, keys, mask)
+    return on_grid(_original, queries, keys, values, **how) if planned else _original(queries, keys, values, **how)
 
 
 def install(model: nn.Module) -> tuple[str, ...]:

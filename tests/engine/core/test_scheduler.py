@@ -17,10 +17,11 @@ from engine.params.sampling_params import SamplingParams
 from tests.engine.core.stand_ins import LimitedMemory, WaitingGuide
 
 
-def make_scheduler(num_blocks=64, *, max_num_seqs=8, budget=64, caching=True, block_size=4, memory=None):
+def make_scheduler(num_blocks=64, *, max_num_seqs=8, budget=64, caching=True, block_size=4, memory=None, grid=1):
     pool = BlockPool(num_blocks, enable_caching=caching)
     kv = KVCacheManager([FullAttentionGroup(pool, block_size)])
-    return Scheduler(kv, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, memory=memory), pool
+    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": budget}
+    return Scheduler(kv, **limits, memory=memory, chunk_grid=grid), pool
 
 
 def make_request(name, prompt, max_tokens=4, **changes):
@@ -108,6 +109,25 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget():
     scheduler.add(make_request("a", 40, max_tokens=1))
     driver = Driver(scheduler, pool).run()
     assert [s.scheduled_requests[0].num_tokens for s in driver.steps if s.scheduled_requests] == [16, 16, 8]
+
+
+def test_chunks_end_on_the_grid_whatever_else_is_in_the_step_but_for_a_prompts_last():
+    scheduler, pool = make_scheduler(budget=50, grid=16)
+    driver = Driver(scheduler, pool)
+    scheduler.add(make_request("running", 3, max_tokens=30))
+    driver.step()
+    long = make_request("long", 135)
+    scheduler.add(long)
+    driver.run()
+    chunks = [one for step in driver.steps for one in step.scheduled_requests if one.request is long]
+    assert [chunk.end for chunk in chunks][:4] == [48, 96, 135, 136]
+
+
+def test_a_budget_below_the_grid_is_used_whole():
+    scheduler, pool = make_scheduler(budget=10, grid=16)
+    scheduler.add(make_request("a", 40))
+    ends = [one.end for step in Driver(scheduler, pool).run().steps for one in step.scheduled_requests]
+    assert ends[:5] == [10, 16, 26, 32, 40]
 
 
 def test_decodes_go_first_and_prefills_take_the_rest_of_the_budget():

@@ -10,7 +10,7 @@ import pytest
 
 from engine.core.request import Request
 from engine.params.sampling_params import SamplingParams
-from engine.runner.kv import paged_cache
+from engine.runner.kv import attention_grid, attention_patch, paged_cache
 from engine.runner.paged_backend import PagedBackend
 from tests.engine.parity.bare_engine import BareEngine, greedy
 from tests.engine.parity.oracle import mixed_prompts
@@ -65,6 +65,32 @@ def test_blocks_are_used_again_at_once_and_requests_give_way(name: str) -> None:
         assert [one.output_token_ids for one in engine.start().generate(prompts[:3], NUM_TOKENS, n=2)] == twice
     finally:
         engine.backend.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss", "gemma4_text", "qwen3_5"])
+def test_chunks_padded_to_few_shapes_give_mlx_lms_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_grid, "GRID", 32)
+    monkeypatch.setattr(attention_patch, "is_planned", lambda queries, _values: queries.shape[2] > 1)
+    shapes = set()
+    plain = attention_grid.on_grid
+
+    def noting(attention: attention_grid.Attention, *arrays: mx.array, **how: object) -> mx.array:
+        def attend(queries: mx.array, keys: mx.array, values: mx.array, **how: object) -> mx.array:
+            shapes.add((queries.shape[2] % 32, keys.shape[2] % 32))
+            return attention(queries, keys, values, **how)
+
+        return plain(attend, *arrays, **how)
+
+    monkeypatch.setattr(attention_patch, "on_grid", noting)
+    engine, _, _ = kernel_engine(name)
+    prompts = mixed_prompts(5, VOCAB, 90, seed=6)
+    expected = [greedy(engine.backend.model, prompt, NUM_TOKENS) for prompt in prompts]
+    for chunk in (512, 512, 24):  # at once, from the prefix cache, in chunks
+        if chunk == 24:
+            engine.start(chunk=chunk)
+        assert [one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)] == expected
+    assert shapes == {(0, 0)}
+    engine.backend.close()
 
 
 def test_contexts_past_every_fast_path_of_a_gpu() -> None:
