@@ -15,6 +15,7 @@ from engine.memory.planner import next_pool_size
 from engine.runner.backends import RowsInOrder
 from engine.runner.decode_step import DecodeStep
 from engine.runner.device.memory import clear_cache
+from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv import attention_patch, capped_attention
 from engine.runner.kv.attention_calls import KernelChoice
 from engine.runner.kv.attention_patch import RowSelector
@@ -61,7 +62,7 @@ class PagedBackend:
         ]
         self._selector = RowSelector(model)
         self._modules = attention_patch.install(model) if calls == "flat" or kernels is not None else ()
-        self._capped = capped_attention.install(model) if kernels is not None else []
+        self._capped = capped_attention.install(model) if kernels is not None else SwappedModules()
         self._decode_step: DecodeStep | None = None
         if kernels is not None and kernels.serves_all:
             groups = [cache for cache in self._group_caches if isinstance(cache, KernelGroupCache)]
@@ -189,8 +190,8 @@ class PagedBackend:
         self.release()
         self._selector.remove()
         attention_patch.remove(self._modules)
-        capped_attention.remove(self._capped)
-        self._modules, self._capped = (), []
+        self._capped.undo()
+        self._modules = ()
         self._decode_step = None
 
     def _decodes(self, scheduled: ScheduledRequest) -> bool:

@@ -28,9 +28,10 @@ from engine.runner.kernels.joined_check import JoinedShape, joined_problem
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.rows_matmul import Packed
 from engine.runner.kernels.self_check import GPU_KERNELS, AttentionKernels
+from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv import attention_patch
 from engine.runner.kv.block_trial import BlockTrial, distance, in_dtype
-from engine.runner.kv.fused_block import FusedBlock, swapped
+from engine.runner.kv.fused_block import FusedBlock, fused_call
 from engine.runner.kv.fused_blocks import FusedBlocks
 from engine.runner.kv.kernel_cache import DecodeRows, KernelLayerCache, padded_positions
 from engine.runner.kv.kv_pool import KVPool
@@ -183,13 +184,13 @@ def errors(layer: Any, block: FusedBlock, trial: BlockTrial, numbers: Sequence[i
 
 def speed(layers: list[Any], blocks: FusedBlocks, kernels: AttentionKernels, numbers: Sequence[int]) -> None:
     """Launches and microseconds of a layer in a compiled step of all, mlx-lm's blocks and fused."""
-    kinds = [type(layer) for layer in layers]
+    by_hand = SwappedModules()
     for rows in numbers:
         step, inputs = step_of(layers, kernels, rows)
         cells = []
         ways = {"mlx-lm": blocks.remove, "fused": blocks.install}
         if FEWER < rows <= FEW and "scales" not in layers[0].self_attn.q_proj:
-            ways["fused, own products"] = lambda: install_own_products(layers)
+            ways["fused, own products"] = lambda: install_own_products(layers, by_hand)
         for name, prepare in ways.items():
             prepare()
             nodes = launches(step(*inputs))
@@ -197,16 +198,16 @@ def speed(layers: list[Any], blocks: FusedBlocks, kernels: AttentionKernels, num
             compiled = mx.compile(step)
             seconds = min(seconds_of(compiled, inputs) for _ in range(3)) / len(layers)
             cells.append(f"{name} {number:.1f} launches, {seconds * 1e6:.1f} us")
-            for layer, kind in zip(layers, kinds, strict=True):
-                layer.__class__ = kind
+            blocks.remove()
+            by_hand.undo()
         say(f"     {rows} rows of {TOKENS} tokens, a layer: {'; '.join(cells)}")
 
 
-def install_own_products(layers: list[Any]) -> None:
+def install_own_products(layers: list[Any], fused: SwappedModules) -> None:
     """Have layers use the kernels for few rows for more of them than they do."""
     for layer in layers:
         block = replace(FusedBlock.of(layer, own_products=True), few_rows=FEW)
-        layer.__class__ = swapped(type(layer), block)
+        fused.swap_method(layer, "__call__", fused_call(type(layer), block))
 
 
 def step_of(layers: list[Any], kernels: AttentionKernels, rows: int) -> tuple[Callable[..., mx.array], list[Any]]:

@@ -21,6 +21,7 @@ from engine.runner.kernels.products import (
     sibling_products,
     single_products,
 )
+from engine.runner.kernels.swapped_modules import SwappedModules
 
 
 def candidates_for(device_kind: str) -> tuple[Candidate, ...]:
@@ -51,7 +52,7 @@ class FewRowProducts:
         self._skip = skip
         self._candidates = tuple(candidates_for(device_kind) if candidates is None else candidates)
         self._join_siblings = join_siblings
-        self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._swapped = SwappedModules()
         self.choices = Choices()
 
     def launch_kernels(self) -> None:
@@ -83,21 +84,16 @@ class FewRowProducts:
 
     def remove(self) -> None:
         """Leave every module as it was."""
-        for module, kind in self._swapped:
-            module.__class__ = kind
-        self._swapped = []
+        self._swapped.undo()
 
     def _swap(self, module: nn.Module, choice: Choice | None, siblings: "_Siblings | None", place: int) -> None:
-        kind = type(module)
-
         def multiply(self: nn.Module, x: mx.array) -> mx.array:
             if siblings is not None and (result := siblings.result(place, x)) is not None:
                 return result
             way = choice.way(x) if choice is not None else None
             return plain(self, x) if way is None else way.compute((self,), x)[0]
 
-        module.__class__ = type(kind.__name__, (kind,), {METHODS[kind]: multiply, "__module__": kind.__module__})
-        self._swapped.append((module, kind))
+        self._swapped.swap_method(module, METHODS[type(module)], multiply)
 
 
 class _Siblings:

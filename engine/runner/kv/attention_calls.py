@@ -75,7 +75,7 @@ def attention_calls(model: nn.Module, tree: CacheTree) -> dict[CacheLeaf, Attent
         with attention_patch.recorded(model) as calls:
             model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
     finally:
-        capped_attention.remove(capped)
+        capped.undo()
     flat = [one for cache in caches for one in getattr(cache, "caches", (cache,))]
     leaves = flatten(tree)
     return {leaf: calls[id(cache)] for leaf, cache in zip(leaves, flat, strict=True) if id(cache) in calls}

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
 
+from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv.attention_grid import fits_grid, is_planned, on_grid
 from engine.runner.kv.paged_cache import PagedLayerCache, owner
 
@@ -105,9 +106,9 @@ class RowSelector:
     def __init__(self, model: nn.Module) -> None:
         self.pick: Callable[[mx.array], mx.array] | None = None
         self._trunk = _trunk(model)
-        self._kind = type(self._trunk)
+        self._swapped = SwappedModules()
         if self._trunk is not None:
-            _select_after(self._trunk, self)
+            self._swapped.swap_method(self._trunk, "__call__", _selecting(type(self._trunk), self))
 
     def apply(self, hidden: mx.array) -> mx.array:
         """The wanted rows of the trunk's output."""
@@ -115,8 +116,7 @@ class RowSelector:
 
     def remove(self) -> None:
         """Leave the trunk as it was."""
-        if self._trunk is not None:
-            self._trunk.__class__ = self._kind
+        self._swapped.undo()
 
 
 def _trunk(model: nn.Module) -> nn.Module | None:
@@ -129,10 +129,8 @@ def _trunk(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def _select_after(trunk: nn.Module, selector: RowSelector) -> None:
-    kind = type(trunk)
-
+def _selecting(kind: type[nn.Module], selector: RowSelector) -> Callable[..., mx.array]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
         return selector.apply(kind.__call__(self, *args, **kwargs))
 
-    trunk.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    return call

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gemma2
 
+from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv import attention_patch
 from engine.runner.kv.attention_patch import AttentionCall
 from engine.runner.kv.kernel_cache import KernelLayerCache
@@ -37,15 +38,10 @@ class CappedAttention(gemma2.Attention):  # type: ignore[misc]
         return capped
 
 
-def install(model: nn.Module) -> list[nn.Module]:
-    """Have the layers of ``model`` that cap their scores call the kernel; gives them for :func:`remove`."""
-    layers = [layer for _, layer in model.named_modules() if type(layer) is gemma2.Attention]
-    for layer in layers:
-        layer.__class__ = CappedAttention
+def install(model: nn.Module) -> SwappedModules:
+    """Have the layers of ``model`` that cap their scores call the kernel, until that is undone."""
+    layers = SwappedModules()
+    for _, layer in model.named_modules():
+        if type(layer) is gemma2.Attention:
+            layers.swap_class(layer, CappedAttention)
     return layers
-
-
-def remove(layers: list[nn.Module]) -> None:
-    """Undo :func:`install`."""
-    for layer in layers:
-        layer.__class__ = gemma2.Attention

@@ -107,8 +107,8 @@ def head_dim(attention: Any) -> int:
     return int(attention.q_proj.weight.shape[0]) // int(attention.n_heads)
 
 
-def swapped(kind: type[nn.Module], block: FusedBlock) -> type[nn.Module]:
-    """A block's class in whose place calls of single rows over pages that kernels read go to ``block``."""
+def fused_call(kind: type[nn.Module], block: FusedBlock) -> Callable[..., mx.array]:
+    """What a layer of ``kind`` does when called: single rows over pages that kernels read go to ``block``."""
     own: Callable[..., mx.array] = kind.__call__
 
     def call(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
@@ -116,7 +116,7 @@ def swapped(kind: type[nn.Module], block: FusedBlock) -> type[nn.Module]:
             return block(x.reshape(-1, x.shape[-1]), cache).reshape(x.shape)
         return own(self, x, mask, cache)
 
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    return call
 
 
 def _projections(attention: nn.Module, mlp: nn.Module) -> list[nn.Module]:

@@ -9,8 +9,9 @@ from mlx.utils import tree_flatten
 from engine.errors import error_line
 from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.self_check import AttentionKernels
+from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv.block_trial import BlockTrial
-from engine.runner.kv.fused_block import FusedBlock, fusing_problem, is_block, swapped
+from engine.runner.kv.fused_block import FusedBlock, fused_call, fusing_problem, is_block
 
 
 class FusedBlocks:
@@ -26,7 +27,7 @@ class FusedBlocks:
         self._kernels, self._block_size = kernels, block_size
         self._own_products = device_kind == "cuda"
         self._blocks: list[FusedBlock | None] = []
-        self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._swapped = SwappedModules()
         self.problems: tuple[str, ...] = ()
         """Why layers are not fused, or not with kernels for few rows: a line each."""
 
@@ -72,14 +73,11 @@ class FusedBlocks:
         self.remove()
         for layer, block in zip(self._layers, self._blocks, strict=False):
             if block is not None:
-                self._swapped.append((layer, type(layer)))
-                layer.__class__ = swapped(type(layer), block)
+                self._swapped.swap_method(layer, "__call__", fused_call(type(layer), block))
 
     def remove(self) -> None:
         """Leave every layer as it was; its weights stay slices of joined ones."""
-        for layer, kind in self._swapped:
-            layer.__class__ = kind
-        self._swapped = []
+        self._swapped.undo()
 
     def _tried(self, layer: Any, problems: dict[str, None]) -> tuple[str | None, bool]:
         """Why layers like this one are not fused, and whether kernels for few rows are right."""
