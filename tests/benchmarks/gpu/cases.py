@@ -118,7 +118,7 @@ def _long(rows: int, length: int, engines: Engines) -> Iterator[Result]:
         OURS: lambda: ours.decode_steps(engines.ours(), engines.prompts(rows, length), sizes.steps),
         BATCH: batch,
     }
-    samples = take_turns(variants, 1 if sizes.repeats == 1 else 2)
+    samples = take_turns(variants, sizes.long_repeats)
     floor = engines.floor([length + sizes.steps // 2] * rows)
     facts = {"kind": "long", "rows": rows, "context": length, "closed_for_room": any(closed)}
     yield _steps_result(f"long, {rows} rows of {length}", samples, _LONG.get((rows, length)), floor, **facts)
@@ -169,7 +169,7 @@ def _behind_long(engines: Engines) -> Iterator[Result]:
     alone: list[ours.BesideLong] = []
     beside: list[ours.BesideLong] = []
     first: list[ours.BesideLong] = []  # MLX plans its attention for each new length: 40 ms, on CUDA
-    for turn in range(1 + sizes.repeats):
+    for turn in range(1 + sizes.long_repeats):
         for found, short_length in ((alone, 0), (beside, sizes.short_prompt)):
             found = found if turn else first
             running, (long,) = engines.prompts(sizes.running, sizes.context), engines.prompts(1, sizes.long_prompt)
@@ -199,7 +199,7 @@ def _shared(engines: Engines) -> Iterator[Result]:
     rows, common, own = sizes.shared
     times: dict[str, list[float]] = {"one beginning, cached": [], "one beginning, not yet cached": []}
     steps: list[float] = []
-    for _ in range(sizes.repeats):
+    for _ in range(sizes.long_repeats):
         (beginning,) = engines.prompts(1, common)
         prompts = [[*beginning, *rest] for rest in engines.prompts(rows, own)]
         salt = f"shared {next(_SALTS)}"
@@ -241,7 +241,7 @@ def _http(engines: Engines) -> Iterator[Result]:
             "mlx_lm.server": partial(measure, their_address),
         }
         take_turns(variants, 1)
-        samples = take_turns(variants, sizes.repeats)
+        samples = take_turns(variants, sizes.long_repeats)
     facts = {"kind": "http", "clients": sizes.clients, "context": sizes.context, "num_tokens": sizes.client_tokens}
     yield Result(Case(f"http, {sizes.clients} clients", "s", "lower", {}, facts), samples)
 
@@ -251,7 +251,7 @@ def _load(engines: Engines) -> Iterator[Result]:
     engines.release()
     folder = str(engines.folder())
     parts: dict[str, dict[str, list[dict[str, float]]]] = {caches: {"ours": [], "theirs": []} for caches in _LOAD}
-    for _ in range(engines.sizes.repeats):
+    for _ in range(engines.sizes.long_repeats):
         with tempfile.TemporaryDirectory() as kept:
             for caches, who in itertools.product(_LOAD, ("ours", "theirs")):
                 parts[caches][who].append(in_a_process(who, folder, Path(kept) / who))

@@ -14,12 +14,14 @@ class Sizes:
     long: tuple[tuple[int, int], ...] = ((8, 8192), (32, 4096))
     """Rows, and tokens of each."""
     sampled_batch: int = 32
-    steps: int = 48
+    steps: int = 24
     """Steps measured in one turn."""
     slow_steps: int = 16
     """The same for the engine without kernels; 0 leaves it out."""
-    repeats: int = 2
-    """Turns of each variant."""
+    repeats: int = 4
+    """Turns of each variant: a shared host may be half as fast for a second or two."""
+    long_repeats: int = 2
+    """The same for cases of which one turn takes many seconds."""
     prompt: int = 8192
     prompt_repeats: int = 4
     shared: tuple[int, int, int] = (64, 4096, 16)
@@ -42,10 +44,10 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = replace(FULL, steps=24, slow_steps=8, repeats=1, prompt_repeats=2)
+QUICK = replace(FULL, slow_steps=8, repeats=1, long_repeats=1, prompt_repeats=2)
 TINY = Sizes(
     shape="tiny", context=24, batches=(1, 3), packed_batches=(2,), long=((2, 96),), sampled_batch=3, steps=8,
-    slow_steps=6, repeats=1, prompt=160, prompt_repeats=1, shared=(3, 64, 4), long_prompt=768, short_prompt=8,
-    running=2, clients=2, client_tokens=4, chunk=64, max_model_len=1024, slow_max_model_len=256, max_num_seqs=4,
-    memory=0.1, slow_memory=0.1, read_bytes=1 << 20, matrix=64,
+    slow_steps=6, repeats=1, long_repeats=1, prompt=160, prompt_repeats=1, shared=(3, 64, 4), long_prompt=768,
+    short_prompt=8, running=2, clients=2, client_tokens=4, chunk=64, max_model_len=1024, slow_max_model_len=256,
+    max_num_seqs=4, memory=0.1, slow_memory=0.1, read_bytes=1 << 20, matrix=64,
 )  # fmt: skip

@@ -44,7 +44,7 @@ def test_a_short_request_behind_a_long_prompt_is_measured_in_chunks(tmp_path: Pa
     facts = by_kind["first token"]["settings"]
     assert by_kind["first token"]["samples"]["LLM"] == [facts["short_ms"][0] / facts["middle_chunk_ms"]]
     assert len(facts["chunks_ms"]) >= TINY.long_prompt // TINY.chunk - 2
-    assert {len(samples) for samples in by_kind["shared first"]["samples"].values()} == {TINY.repeats}
+    assert {len(samples) for samples in by_kind["shared first"]["samples"].values()} == {TINY.long_repeats}
 
 
 def test_a_load_is_timed_in_processes_of_their_own_and_packed_weights_are_decoded(tmp_path: Path) -> None:
