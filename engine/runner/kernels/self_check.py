@@ -123,13 +123,20 @@ class AttentionShape:
 class GpuKernels:
     """The kernels on this machine's GPU."""
 
+    def __init__(self) -> None:
+        self._right: set[AttentionShape] = set()
+
     paged_attention = staticmethod(gpu.paged_attention)
     joined_attention = staticmethod(joined_attention)
     collect = staticmethod(gpu.collect)
 
     def attention_problem(self, **shape: Any) -> str | None:
-        """See :func:`attention_problem`."""
-        return attention_problem(AttentionShape(**shape), self)
+        """See :func:`attention_problem`. What was right is not computed again in this process."""
+        asked = AttentionShape(**shape)
+        problem = None if asked in self._right else attention_problem(asked, self)
+        if problem is None:
+            self._right.add(asked)
+        return problem
 
     def compile_all(self, shapes: Iterable[AttentionShape]) -> None:
         """Compile what layers of ``shapes`` use, several kernels at a time, where that can be done beforehand."""

@@ -1,12 +1,13 @@
 """The self-check passes what is right, and says in one line what is wrong."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.runner.kernels import self_check
 from engine.runner.kernels.self_check import GPU_KERNELS, AttentionShape, attention_problem
 from tests.engine.runner.kernels.host_kernels import HostKernels, memory
 
@@ -81,3 +82,13 @@ def test_kernels_have_no_room_for_what_they_do_not_know() -> None:
     assert "bytes of shared memory" in str(attention_problem(wide, GPU_KERNELS))
     assert "multiple of 16 bytes" in str(attention_problem(replace(SHAPE, key_dim=18), GPU_KERNELS))
     assert "block size of 5" in str(attention_problem(replace(SHAPE, block_size=5), GPU_KERNELS))
+
+
+def test_a_shape_that_was_right_is_not_checked_again_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[str | None] = ["wrong", None]
+    monkeypatch.setattr(self_check, "attention_problem", lambda *_: answers.pop(0))
+    kernels = self_check.GpuKernels()
+    shape = {one.name: getattr(SHAPE, one.name) for one in fields(SHAPE)}
+    assert [kernels.attention_problem(**shape) for _ in range(3)] == ["wrong", None, None]
+    with pytest.raises(IndexError):
+        kernels.attention_problem(**(shape | {"window": 7}))
