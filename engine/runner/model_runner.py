@@ -141,13 +141,14 @@ class ModelRunner:
     """Owns the model, its KV memory and the sampler. One thread only: the one that loaded the model."""
 
     def __init__(
-        self, backend: Backend, vocab_size: int, *, max_blocks: Sequence[int], close: Callable[[], None] | None = None
-    ) -> None:
+        self, backend: Backend, vocab_size: int, *, max_blocks: Sequence[int], close: Callable[[], None] | None = None,
+        sampler: Sampler | None = None,
+    ) -> None:  # fmt: skip
         self.backend = backend
         self._close = close or backend.close
         self.vocab_size = vocab_size
         self.max_blocks = tuple(max_blocks)
-        self._sampler = Sampler()
+        self._sampler = sampler or Sampler()
         self._last: InFlightStep | None = None
         self._plan: SamplingPlan | None = None
         self._planned: tuple[list[Request], list[SamplingParams]] = [], []

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import mlx.core as mx
+
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
 from engine.errors import ConfigError
@@ -20,17 +22,20 @@ from engine.runner.backends import Backend
 from engine.runner.device.devices import Device, DeviceKind, describe_device
 from engine.runner.device.memory import FreeMemory, clear_cache
 from engine.runner.kernels.dialect import kernels_available
+from engine.runner.kernels.draw_check import draw_problem
+from engine.runner.kernels.draw_rows import draw_rows, takes
 from engine.runner.kernels.few_rows import FewRowProducts
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.self_check import GPU_KERNELS
 from engine.runner.kv.attention_grid import chunk_grid
 from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath, describe
 from engine.runner.kv.fused_blocks import FusedBlocks
-from engine.runner.kv.kv_spec import ModelCaches, num_logits
+from engine.runner.kv.kv_spec import ModelCaches, logits_dtype, num_logits
 from engine.runner.load.loader import WEIGHT_READERS, LoadedModel, load_model, plan_inputs
 from engine.runner.load.small_model import small_model
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
+from engine.runner.sampling.sampler import Sampler
 from engine.runner.warm_up import choose_backend, measure_step_cost
 from engine.runtime.llm_engine import LLMEngine
 from engine.runtime.load_clock import LoadClock
@@ -78,6 +83,7 @@ def build_engine(
     progress = progress or _ignore
     with ExitStack() as undo:
         sped_up = _speed_up(loaded.model, args, device, progress, undo)
+        sampler, sampling_note = _choose_sampler(loaded.model, args, vocab_size)
         clock.ended("kernels")
         progress("warm-up", 0, 0)
         backend, note = _choose_backend(loaded.model, args, device, vocab_size)
@@ -87,7 +93,7 @@ def build_engine(
         plan, step_cost = _plan(loaded, caches, backend, args, device, vocab_size)
         clock.ended("step cost")
         kept = undo.pop_all()
-    engine = _assemble(backend, plan, step_cost, args, device, tokenizer, metrics, vocab_size, kept.close)
+    engine = _assemble(backend, plan, step_cost, args, device, tokenizer, metrics, vocab_size, sampler, kept.close)
     metrics.set_cache_config(
         block_size=plan.block_size,
         num_gpu_blocks=plan.num_blocks,
@@ -99,7 +105,7 @@ def build_engine(
     if not any(path.backend == "paged" for path in paths):
         sped_up = sped_up[1:]  # fused layers compute nothing then
     lines = (note, pages_note(plan.groups, args.kv_cache_dtype), attention_note(args, device, paths))
-    notes = [*loaded.notes, *(line for line in (*lines, *sped_up) if line)]
+    notes = [*loaded.notes, *(line for line in (*lines, *sped_up, sampling_note) if line)]
     for line in notes:
         logger.info("%s", line)
     logger.info("Paged attention memory breakdown: %s", plan.log_line())
@@ -122,6 +128,18 @@ def _speed_up(
     return [blocks.note, products.choices.note]
 
 
+def _choose_sampler(model: Any, args: EngineArgs, vocab_size: int) -> tuple[Sampler, str | None]:
+    """The sampler in one launch where that is right, and a line for the user where it is wrong."""
+    dtype = logits_dtype(model)
+    if not _own_kernels(args) or not takes(dtype, vocab_size):
+        return Sampler(), None
+    # Logits that something else has changed before are in float32.
+    problem = draw_problem(list(dict.fromkeys((dtype, mx.float32))), draw_rows)
+    if problem:
+        return Sampler(), f"sampling: MLX's own operations ({problem})"
+    return Sampler(draw_rows), None
+
+
 def rehearse(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device, check: Check) -> None:
     """Compile what a load's steps will need, on this thread, by a small model of the same kind; keep nothing else.
 
@@ -138,6 +156,8 @@ def rehearse(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, dev
     vocab_size = num_logits(model)
     with ExitStack() as undo:
         _speed_up(model, args, device, lambda *_progress: check(), undo)
+        _choose_sampler(model, args, vocab_size)
+        check()
         backend, _ = _choose_backend(model, args, device, vocab_size)
         undo.callback(backend.close)
         check()
@@ -222,6 +242,7 @@ def _assemble(
     tokenizer: Tokenizer,
     metrics: EngineMetrics,
     vocab_size: int,
+    sampler: Sampler,
     close: Callable[[], None],
 ) -> LLMEngine:
     caching = args.enable_prefix_caching and backend.paged
@@ -240,7 +261,7 @@ def _assemble(
         chunk_grid=chunk_grid(device.kind),
     )
     max_blocks = [group.pool.num_blocks for group in kv.groups]
-    runner = ModelRunner(backend, vocab_size, max_blocks=max_blocks, close=close)
+    runner = ModelRunner(backend, vocab_size, max_blocks=max_blocks, close=close, sampler=sampler)
     return LLMEngine(
         scheduler,
         runner,

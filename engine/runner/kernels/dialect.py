@@ -28,6 +28,7 @@ CUDA = r"""
 #define WARP int(threadIdx.x >> 5)
 #define SHFL_XOR(x, mask) __shfl_xor_sync(0xffffffffu, x, mask)
 #define SHFL(x, lane) __shfl_sync(0xffffffffu, x, lane)
+#define ANY(x) __any_sync(0xffffffffu, x)
 #define EXP2(x) exp2f(x)
 #define TANH(x) tanhf(x)
 #define FMAX(a, b) fmaxf(a, b)
@@ -37,6 +38,7 @@ CUDA = r"""
 #define COS(x) __cosf(x)
 #define SIN(x) __sinf(x)
 #define AS_FLOAT(x) __uint_as_float(x)
+#define AS_UINT(x) __float_as_uint(x)
 #define CONSTANT(bits) __int_as_float(bits)
 #define ZERO4 make_uint4(0u, 0u, 0u, 0u)
 template <typename T> struct Packed;
@@ -68,6 +70,7 @@ METAL = r"""
 #define WARP int(simdgroup_index_in_threadgroup)
 #define SHFL_XOR(x, mask) simd_shuffle_xor(x, ushort(mask))
 #define SHFL(x, lane) simd_shuffle(x, ushort(lane))
+#define ANY(x) simd_any(x)
 #define EXP2(x) fast::exp2(x)
 #define TANH(x) precise::tanh(x)
 #define FMAX(a, b) max(a, b)
@@ -77,6 +80,7 @@ METAL = r"""
 #define COS(x) precise::cos(x)
 #define SIN(x) precise::sin(x)
 #define AS_FLOAT(x) as_type<float>(x)
+#define AS_UINT(x) as_type<unsigned>(x)
 #define CONSTANT(bits) as_type<float>(int(bits))
 #define ZERO4 uint4(0u)
 template <typename T> struct Packed;

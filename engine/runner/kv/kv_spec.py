@@ -175,8 +175,17 @@ def _measured_groups(model: nn.Module) -> tuple[KVCacheSpec, ...]:
 
 def num_logits(model: nn.Module) -> int:
     """Width of the logits, asked of the model (its files may say otherwise). Computes nothing."""
-    logits = model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(model))
-    return int(logits.shape[-1])
+    return int(_logits(model).shape[-1])
+
+
+def logits_dtype(model: nn.Module) -> mx.Dtype:
+    """Element type of the logits, asked of the model. Computes nothing."""
+    return _logits(model).dtype
+
+
+def _logits(model: nn.Module) -> mx.array:
+    logits: mx.array = model(mx.zeros((1, 1), dtype=mx.int32), cache=make_prompt_cache(model))
+    return logits
 
 
 def _recorder(cache: Any) -> Any:

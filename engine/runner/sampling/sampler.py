@@ -16,6 +16,9 @@ that reach a bound, so together they are one bound per row; tokens that tie with
 are kept too. A row's bound and draw use its own numbers and uniforms only, so its token does not
 depend on the rest of the batch.
 
+On a GPU one kernel does steps 5 to 7 in one launch, but for repetition penalties
+(:mod:`engine.runner.kernels.draw_rows`); without it each of them is some operations of MLX's.
+
 Everything returned is lazy. A row without a finite largest logit (NaN, or every token forbidden)
 gives token id -1.
 """
@@ -27,7 +30,9 @@ import mlx.core as mx
 import numpy as np
 
 from engine.outputs import Logprob, LogprobsAtPosition
-from engine.runner.sampling.sampling_metadata import LOG2_E, SamplingMetadata
+from engine.runner.kernels.draw_rows import DrawRows, takes
+from engine.runner.sampling.row_wishes import LOG2_E
+from engine.runner.sampling.sampling_metadata import SamplingMetadata
 from engine.runner.sampling.sampling_parts import Additions, Bitmask, Draws, Nucleus, Penalties, Ranked
 from engine.runner.sampling.top_weights import block_size, largest_of_blocks, largest_sorted
 
@@ -84,21 +89,27 @@ class SamplerOutput:
 
 
 class Sampler:
-    """Takes one token per row of logits."""
+    """Takes one token per row of logits, by the kernel ``draw_rows`` where there is one that knows them."""
+
+    def __init__(self, draw_rows: DrawRows | None = None) -> None:
+        self._draw_rows = draw_rows
 
     def sample(self, logits: mx.array, metadata: SamplingMetadata, pending: mx.array | None = None) -> SamplerOutput:
         """Sample ``logits`` [R, V]; ``pending`` are the token ids of the step in flight, still lazy."""
         assert logits.shape == (metadata.num_rows, metadata.vocab_size), "metadata was built for other logits"
         assert pending is not None or not metadata.needs_pending, "a row waits for a token of the step in flight"
-        if not metadata.argmax_only:
-            logits = logits.astype(mx.float32)
-        token_ids = _take(_process(logits, metadata, pending), metadata)
+        if self._draw_rows is not None and takes(logits.dtype, metadata.vocab_size):
+            token_ids = _by_kernel(self._draw_rows, logits, metadata, pending)
+        else:
+            if not metadata.argmax_only:
+                logits = logits.astype(mx.float32)
+            token_ids = _take(_process(logits, metadata, pending), metadata)
         if metadata.forced is not None:
             forced = mx.array(metadata.forced)
             token_ids = mx.where(forced >= 0, forced, token_ids)
         if metadata.num_logprobs is None:
             return SamplerOutput(token_ids)
-        return SamplerOutput(token_ids, _logprobs(logits, token_ids, metadata.num_logprobs))
+        return SamplerOutput(token_ids, _logprobs(logits.astype(mx.float32), token_ids, metadata.num_logprobs))
 
     def prompt_logprobs(self, logits: mx.array, next_ids: mx.array, num_logprobs: int) -> LogprobArrays:
         """Logprobs of ``next_ids`` [T] under ``logits`` [T, V]; ``num_logprobs`` -1 is the whole vocabulary.
@@ -126,16 +137,39 @@ def to_logprobs(arrays: HostLogprobs, row: int, num: int, decode: Callable[[int]
     return result
 
 
+def _by_kernel(draw_rows: DrawRows, logits: mx.array, metadata: SamplingMetadata, pending: mx.array | None) -> mx.array:
+    """Token ids [R] of ``logits`` [R, V], whatever their element type."""
+    penalties = metadata.penalties
+    if penalties is None or not penalties.kept.by_kernel:
+        if penalties is not None or metadata.masks:
+            logits = _process(logits.astype(mx.float32), metadata, pending)
+        counts = newest = None
+    else:
+        if metadata.masks:
+            logits = _mask(logits.astype(mx.float32), metadata, pending)
+        kept = penalties.kept
+        if penalties.output is None:
+            counts, newest = kept.counts, pending  # counted by the kernel, in place
+        else:
+            counts, newest = _counts(penalties, metadata.vocab_size, pending), kept.none_pending
+            kept.counts = counts
+    return draw_rows(logits, metadata.wishes.array, metadata.wishes.uniforms(metadata.uniforms), counts, newest)
+
+
 def _process(logits: mx.array, metadata: SamplingMetadata, pending: mx.array | None) -> mx.array:
     """The mask and steps 2 to 5 on float32 ``logits`` [R, V]."""
+    logits = _mask(logits, metadata, pending)
+    return logits if metadata.penalties is None else _apply_penalties(logits, metadata.penalties, pending)
+
+
+def _mask(logits: mx.array, metadata: SamplingMetadata, pending: mx.array | None) -> mx.array:
+    """The mask and steps 2 to 4 on float32 ``logits`` [R, V]."""
     if metadata.bitmask is not None:
         logits = _apply_bitmask(logits, metadata.bitmask)
     if metadata.allowed is not None:
         logits = logits.at[metadata.allowed.rows.index].add(metadata.allowed.forbidden)
     if metadata.additions is not None:
         logits = _apply_additions(logits, metadata.additions, pending)
-    if metadata.penalties is not None:
-        logits = _apply_penalties(logits, metadata.penalties, pending)
     return logits
 
 
@@ -158,7 +192,7 @@ def _apply_additions(logits: mx.array, additions: Additions, pending: mx.array |
 def _apply_penalties(logits: mx.array, penalties: Penalties, pending: mx.array | None) -> mx.array:
     kept = penalties.kept
     x = kept.rows.of(logits)
-    counts = kept.counts = _counts(penalties, x, pending)
+    counts = kept.counts = _counts(penalties, x.shape[-1], pending)
     if kept.repetition is not None and kept.prompt is not None:
         tokens = kept.prompt
         seen = counts.at[mx.array(tokens.entries), mx.array(tokens.token_ids)].add(1.0) > 0
@@ -170,7 +204,7 @@ def _apply_penalties(logits: mx.array, penalties: Penalties, pending: mx.array |
     return kept.rows.put(logits, x)
 
 
-def _counts(penalties: Penalties, logits: mx.array, pending: mx.array | None) -> mx.array:
+def _counts(penalties: Penalties, vocab_size: int, pending: mx.array | None) -> mx.array:
     """How often each token stands in the outputs [P, V], pending ones included."""
     kept, output = penalties.kept, penalties.output
     if output is None:
@@ -178,7 +212,8 @@ def _counts(penalties: Penalties, logits: mx.array, pending: mx.array | None) ->
         assert pending is not None, "the step before is the one in flight"
         # A row without a token (-1) has failed; what is counted for it does not matter.
         return kept.counts.at[kept.every, kept.rows.of(pending)].add(kept.ones)
-    counts = mx.zeros_like(logits).at[mx.array(output.entries), mx.array(output.token_ids)].add(1.0)
+    none = mx.zeros((len(kept.rows.numbers), vocab_size))
+    counts = none.at[mx.array(output.entries), mx.array(output.token_ids)].add(1.0)
     if not penalties.conditional or pending is None:
         return counts
     waits = mx.array(penalties.pending_rows)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from engine.core.token_guide import TokenGuide
 from engine.errors import RequestError
 from engine.params.sampling_params import SamplingParams
+from engine.runner.sampling.row_wishes import KEEP_ALL, LOG2_E, RowWishes
 from engine.runner.sampling.sampling_parts import (
     Additions,
     AllowedTokens,
@@ -28,10 +29,6 @@ from engine.runner.sampling.sampling_parts import (
     Rows,
     TokenList,
 )
-
-LOG2_E = 1.4426950408889634
-_KEEP_ALL = 2.0
-"""A top_p above any possible mass: the row has no nucleus."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +66,7 @@ class SamplingMetadata:
 
     num_rows: int
     vocab_size: int
+    wishes: RowWishes
     draws: Draws | None = None
     uniforms: Float32 | None = None
     additions: Additions | None = None
@@ -92,6 +90,11 @@ class SamplingMetadata:
         return all(part is None for part in changes)
 
     @property
+    def masks(self) -> bool:
+        """Whether anything is forbidden or added before the penalties."""
+        return any(part is not None for part in (self.bitmask, self.allowed, self.additions))
+
+    @property
     def needs_pending(self) -> bool:
         """Whether a row's result depends on tokens of the step in flight."""
         return any(part is not None and part.conditional for part in (self.additions, self.penalties))
@@ -111,6 +114,7 @@ class SamplingPlan:
         self._seeds = None if self._draws is None else _stream_starts(rows[i].seed for i in self._draws.rows.numbers)
         self._allowed = _allowed(rows, vocab_size)
         self._penalties = _penalty_rows(rows, vocab_size)
+        self._wishes = RowWishes([row.params for row in rows], vocab_size, self._draws, self._penalties)
         self._guided = [i for i, row in enumerate(rows) if row.guide is not None]
         self._adding = [i for i, row in enumerate(rows) if _may_add(row)]
         self._num_logprobs = max_num_logprobs((row.params.logprobs for row in rows), vocab_size)
@@ -124,6 +128,7 @@ class SamplingPlan:
         return SamplingMetadata(
             num_rows=len(self.rows),
             vocab_size=self.vocab_size,
+            wishes=self._wishes,
             draws=draws,
             uniforms=None if draws is None or seeds is None else _uniforms(seeds, positions[draws.rows.numbers]),
             additions=self._additions(pending_rows) if self._adding else None,
@@ -267,7 +272,7 @@ def _ranked(params: Sequence[SamplingParams], vocab_size: int) -> Ranked | None:
         Rows(_int32(ranked), len(params)),
         mx.array(_int32(top_k))[:, None],
         max(top_k),
-        _column(p if p < 1 else _KEEP_ALL for p in top_p) if min(top_p) < 1 else None,
+        _column(p if p < 1 else KEEP_ALL for p in top_p) if min(top_p) < 1 else None,
     )
 
 

@@ -97,7 +97,7 @@ class PenaltyRows:
     """P rows with penalties, as long as they run together. A penalty that none of them has is None, else [P, 1].
 
     ``prompt`` (for repetition) are the tokens of the prompts; ``counts`` [P, V] how often each token stands in
-    the outputs, kept on the device from step to step.
+    the outputs, kept on the device from step to step. A kernel that samples counts pending tokens in place.
     """
 
     rows: Rows
@@ -116,6 +116,16 @@ class PenaltyRows:
     def every(self) -> mx.array:
         """0, 1, ... P - 1."""
         return mx.arange(len(self.rows.numbers))
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether a kernel that samples applies them, where one is in use: it knows no repetition penalty."""
+        return self.repetition is None
+
+    @cached_property
+    def none_pending(self) -> mx.array:
+        """For a kernel: no row [R] has a token that is not counted yet."""
+        return mx.full((self.rows.num_rows,), -1, mx.int32)
 
 
 @dataclass(frozen=True, slots=True)

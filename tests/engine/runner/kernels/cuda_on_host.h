@@ -24,6 +24,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 
 static unsigned float_bits(float f) { unsigned u; std::memcpy(&u, &f, 4); return u; }
 static float __uint_as_float(unsigned u) { float f; std::memcpy(&f, &u, 4); return f; }
+static unsigned __float_as_uint(float f) { return float_bits(f); }
 static float __int_as_float(int i) { return __uint_as_float(unsigned(i)); }
 struct __nv_bfloat16 {
   unsigned short v;
@@ -67,7 +68,11 @@ template <typename T> Pair<T> __hmul2(Pair<T> a, Pair<T> b) {
 
 static void __syncthreads() { barrier(); }
 static float __shfl_sync(unsigned, float x, int lane) { return __uint_as_float(exchange(float_bits(x), lane)); }
-static float __shfl_xor_sync(unsigned all, float x, int mask) { return __shfl_sync(all, x, current_thread % 32 ^ mask); }
+static unsigned __shfl_sync(unsigned, unsigned x, int lane) { return exchange(x, lane); }
+template <typename T> T __shfl_xor_sync(unsigned all, T x, int mask) {
+  return __shfl_sync(all, x, current_thread % 32 ^ mask);
+}
+static bool __any_sync(unsigned, bool x) { return any_of_warp(x); }
 
 // mma.sync m16n8k16: which elements of A [16, 16], B [16, 8] and C [16, 8] a lane holds is in PTX's manual.
 struct Fragment { unsigned a[4], b[2]; };

@@ -37,6 +37,11 @@ static unsigned exchange(unsigned value, unsigned from) {
   meet(at_exchange, first, 32);
   return handed_in[side][first + (from & 31)];
 }
+static bool any_of_warp(bool one) {
+  unsigned any = one;
+  for (unsigned mask = 16; mask > 0; mask >>= 1) any |= exchange(any, (current_thread & 31) ^ mask);
+  return any;
+}
 
 static void enter() {
   body();

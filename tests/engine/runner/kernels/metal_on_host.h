@@ -20,6 +20,7 @@ typedef short half;                      // any two types of their size
 typedef unsigned short bfloat16_t;
 static void barrier();
 static unsigned exchange(unsigned value, unsigned from);
+static bool any_of_warp(bool one);
 static unsigned current_thread;
 #else
 #include "fibers.h"
@@ -73,4 +74,6 @@ inline float max(float a, float b) { return __builtin_fmaxf(a, b); }
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 inline void threadgroup_barrier(mem_flags) { barrier(); }
 inline float simd_shuffle(float x, ushort lane) { return as_type<float>(exchange(as_type<uint>(x), lane)); }
-inline float simd_shuffle_xor(float x, ushort mask) { return simd_shuffle(x, current_thread % 32 ^ mask); }
+inline uint simd_shuffle(uint x, ushort lane) { return exchange(x, lane); }
+template <typename T> T simd_shuffle_xor(T x, ushort mask) { return simd_shuffle(x, current_thread % 32 ^ mask); }
+inline bool simd_any(bool x) { return any_of_warp(x); }

@@ -22,6 +22,8 @@ from engine.runner.kernels.dialect import kernel_text
 HERE = Path(__file__).parent
 _GUARD = 64
 """Elements before and behind an output that must stay as they are."""
+_UNWRITTEN = {mx.bfloat16: 0x7FFF, mx.int32: -0x7FFFFFF}
+"""Where an output is not NaN until it is written."""
 _CUDA_TYPES = {
     mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float", mx.int32: "int32_t",
 }  # fmt: skip
@@ -225,15 +227,15 @@ def _view(array: mx.array) -> NDArray[Any]:
 
 
 def _guarded(shape: tuple[int, ...], dtype: mx.Dtype) -> NDArray[Any]:
-    kind = {mx.bfloat16: np.uint16, mx.float16: np.float16, mx.float32: np.float32}[dtype]
+    kind = {mx.bfloat16: np.uint16, mx.float16: np.float16, mx.float32: np.float32, mx.int32: np.int32}[dtype]
     array = np.empty(int(np.prod(shape)) + 2 * _GUARD, kind)
-    array.fill(0x7FFF if kind is np.uint16 else np.nan)
+    array.fill(_UNWRITTEN.get(dtype, np.nan))
     return array
 
 
 def _unguarded(array: NDArray[Any], shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     guards = np.concatenate([array[:_GUARD], array[-_GUARD:]])
-    untouched = (guards == 0x7FFF) if dtype == mx.bfloat16 else np.isnan(guards)
+    untouched = guards == _UNWRITTEN[dtype] if dtype in _UNWRITTEN else np.isnan(guards)
     assert untouched.all(), "something was written outside an output"
     inner = mx.array(array[_GUARD:-_GUARD].reshape(shape))
     return inner.view(mx.bfloat16) if dtype == mx.bfloat16 else inner
