@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import mlx.core as mx
-
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
 from engine.errors import ConfigError
@@ -22,20 +20,19 @@ from engine.runner.backends import Backend
 from engine.runner.device.devices import Device, DeviceKind, describe_device
 from engine.runner.device.memory import FreeMemory, clear_cache
 from engine.runner.kernels.dialect import kernels_available
-from engine.runner.kernels.draw_check import draw_problem
-from engine.runner.kernels.draw_rows import draw_rows, takes
 from engine.runner.kernels.few_rows import FewRowProducts
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.self_check import GPU_KERNELS
 from engine.runner.kv.attention_grid import chunk_grid
 from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath, describe
 from engine.runner.kv.fused_blocks import FusedBlocks
-from engine.runner.kv.kv_spec import ModelCaches, logits_dtype, num_logits
+from engine.runner.kv.kv_spec import ModelCaches, num_logits
 from engine.runner.load.loader import WEIGHT_READERS, LoadedModel, load_model, plan_inputs
 from engine.runner.load.small_model import small_model
 from engine.runner.model_runner import ModelRunner
 from engine.runner.paged_backend import PagedBackend
 from engine.runner.sampling.sampler import Sampler
+from engine.runner.sampling.sampler_choice import choose_sampler
 from engine.runner.warm_up import choose_backend, measure_step_cost
 from engine.runtime.llm_engine import LLMEngine
 from engine.runtime.load_clock import LoadClock
@@ -129,15 +126,7 @@ def _speed_up(
 
 
 def _choose_sampler(model: Any, args: EngineArgs, vocab_size: int) -> tuple[Sampler, str | None]:
-    """The sampler in one launch where that is right, and a line for the user where it is wrong."""
-    dtype = logits_dtype(model)
-    if not _own_kernels(args) or not takes(dtype, vocab_size):
-        return Sampler(), None
-    # Logits that something else has changed before are in float32.
-    problem = draw_problem(list(dict.fromkeys((dtype, mx.float32))), draw_rows)
-    if problem:
-        return Sampler(), f"sampling: MLX's own operations ({problem})"
-    return Sampler(draw_rows), None
+    return choose_sampler(model, vocab_size) if _own_kernels(args) else (Sampler(), None)
 
 
 def rehearse(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device, check: Check) -> None:

@@ -18,6 +18,8 @@ _ROUNDING = 2e-5
 """Of a row's mass: so near to a boundary either side is right."""
 _SIZES = (20_000, 4_099)
 """Widths of the rows: in vectors, and number by number."""
+_DRAWS = 6
+"""Of a row in which one token more or less shows best."""
 _UNIFORMS = ((0.0, 0.999), (0.42, 0.0), (0.87, 0.31), (1 - 2.0**-16, 1 - 2.0**-16))
 
 
@@ -38,6 +40,13 @@ class Wish:
         scale = LOG2_E / self.temperature if self.temperature else 0.0
         top_p = self.top_p if self.top_p < 1 else 2.0
         return [scale, self.min_p, top_p, float(self.top_k), self.frequency, self.presence, float(self.entry), 0.0]
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> "Wish":
+        """From what :meth:`numbers` gives."""
+        scale, min_p, top_p, top_k, frequency, presence, entry = numbers[:7]
+        temperature = LOG2_E / scale if scale else 0.0
+        return cls(temperature, min_p, top_p, int(top_k), frequency, presence, int(entry))
 
 
 def wishes_array(wishes: Sequence[Wish]) -> Floats:
@@ -191,6 +200,8 @@ def _rows(rng: np.random.Generator, width: int) -> Iterator[Row]:
     zeros = np.minimum(ties, np.copysign(np.float32(0.0), peaked))  # of both signs
     equal, nowhere, forbidden = np.full(width, 0.5, np.float32), np.full(width, -np.inf, np.float32), peaked.copy()
     forbidden[: width // 2] = -np.inf
+    crowd = np.full(width, -1.0, np.float32)  # from which few stand out, in one block
+    crowd[10:13] = 3.0, 2.5, 2.0
     broken = peaked.copy()
     broken[width - 2] = np.nan
     usual = Wish(0.7, top_p=0.8, top_k=20, presence=1.5)
@@ -198,12 +209,14 @@ def _rows(rng: np.random.Generator, width: int) -> Iterator[Row]:
         (peaked, usual), (peaked, Wish(0.0, frequency=0.5)), (peaked, Wish(1.0)), (peaked, replace(usual, top_k=1)),
         (peaked, Wish(1.0, top_p=0.9, frequency=0.7, presence=-0.2)), (peaked, Wish(1.3, min_p=0.05, top_k=50)),
         (peaked, Wish(2.0, top_p=0.95, min_p=0.001)), (peaked, Wish(1.0, top_k=width // 3, top_p=0.7)),
-        (flat, Wish(1.0, top_p=0.6)), (flat, usual), (flat, Wish(1.0, top_k=5)), (ties, Wish(1.0, top_k=3)),
-        (ties, Wish(0.9, top_k=700, top_p=0.5)), (ties, Wish(0.0)), (equal, usual), (equal, Wish(1.0, top_p=0.3)),
-        (equal, Wish(0.0)), (zeros, Wish(0.0)), (zeros, Wish(1.0, top_k=1)), (nowhere, usual), (nowhere, Wish(0.0)),
-        (broken, usual), (broken, Wish(0.0)), (forbidden, usual), (forbidden, Wish(1.0)),
+        (flat, Wish(1.0, top_p=0.6)), (flat, usual), (flat, Wish(1.0, top_k=2)), (crowd, Wish(1.0, top_k=3)),
+        (ties, Wish(1.0, top_k=3)), (ties, Wish(0.9, top_k=700, top_p=0.5)), (ties, Wish(0.0)), (equal, usual),
+        (equal, Wish(1.0, top_p=0.3)), (equal, Wish(0.0)), (zeros, Wish(0.0)), (zeros, Wish(1.0, top_k=1)),
+        (nowhere, usual), (nowhere, Wish(0.0)), (broken, usual), (broken, Wish(0.0)), (forbidden, usual),
+        (forbidden, Wish(1.0)),
     ]  # fmt: skip
     for number, (logits, wish) in enumerate(wishes):
         yield Row(logits, wish, _UNIFORMS[number % len(_UNIFORMS)])
-        if wish.temperature:
-            yield Row(logits, wish, (float(rng.random(dtype=np.float32)), float(rng.random(dtype=np.float32))))
+        draws = 0 if not wish.temperature else _DRAWS if logits is flat and wish.top_p == 1 else 1
+        for draw in range(draws):
+            yield Row(logits, wish, ((draw + 0.43) / draws, float(rng.random(dtype=np.float32))))

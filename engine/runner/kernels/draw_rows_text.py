@@ -45,10 +45,10 @@ FUNCTION unsigned ordered(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 FUNCTION float logit_of(unsigned key) { return AS_FLOAT(key >> 31 ? key & 0x7fffffffu : ~key); }
-FUNCTION unsigned lesser(unsigned a, unsigned b) { return a < b ? a : b; }
-FUNCTION unsigned greater(unsigned a, unsigned b) { return a > b ? a : b; }
-FUNCTION unsigned plus(unsigned a, unsigned b) { return a + b; }
-FUNCTION float plus(float a, float b) { return a + b; }
+FUNCTION unsigned smaller_of(unsigned a, unsigned b) { return a < b ? a : b; }
+FUNCTION unsigned larger_of(unsigned a, unsigned b) { return a > b ? a : b; }
+FUNCTION unsigned added(unsigned a, unsigned b) { return a + b; }
+FUNCTION float added(float a, float b) { return a + b; }
 
 // A weight over the likeliest token's, 0 where min_p rules it out.
 FUNCTION float weight_of(float x, float top, float scale, float min_p) {
@@ -102,7 +102,7 @@ if (LANE == 0) before = 0;
 """
 
 _SETUP = r"""
-  constexpr int TILES = sizeof(T) == 4 ? 2 : 4, VECTORS = int(sizeof(T)) / 2;
+  constexpr int TILES = @TILES@, VECTORS = int(sizeof(T)) / 2;
   SHARED unsigned blocks[MOST_BLOCKS];
   SHARED unsigned candidates[CANDIDATES];
   SHARED float masses[CANDIDATES];
@@ -193,8 +193,8 @@ _LARGEST = _pass(
     r"""
       unsigned most = 0u;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) most = greater(most, ordered(x[i]));
-      for (int mask = 1; mask < lanes; mask <<= 1) most = greater(most, SHFL_XOR(most, mask));
+      for (int i = 0; i < 8; ++i) most = larger_of(most, ordered(x[i]));
+      for (int mask = 1; mask < lanes; mask <<= 1) most = larger_of(most, SHFL_XOR(most, mask));
       if (leads && block < num_blocks) blocks[block] = most;
 """,
 )
@@ -202,8 +202,8 @@ _LARGEST = _pass(
 _TOP = r"""
   BARRIER;
   unsigned top = 0u;
-  for (int i = TID; i < num_blocks; i += THREADS) top = greater(top, blocks[i]);
-  REDUCE(top, greater, SAME, SAME)
+  for (int i = TID; i < num_blocks; i += THREADS) top = larger_of(top, blocks[i]);
+  REDUCE(top, larger_of, SAME, SAME)
   const bool finite = top >= LOWEST_KEY && top <= HIGHEST_KEY;
   const float largest = logit_of(top);
   unsigned bound = LOWEST_KEY, chosen = NONE;
@@ -262,14 +262,14 @@ _RANK = r"""
 #pragma unroll
       for (int e = 0; e < CANDIDATES / THREADS; ++e)
         if (larger[e] < most) mass += masses[TID + e * THREADS];
-      REDUCE(mass, plus, AS_UINT, AS_FLOAT)
+      REDUCE(mass, added, AS_UINT, AS_FLOAT)
       if (top_k) total = mass;
       found = top_k || low == LOWEST_KEY || mass >= top_p * total;
       unsigned least = top;
 #pragma unroll
       for (int e = 0; e < CANDIDATES / THREADS; ++e)
-        if (larger[e] < most && (top_p > 1.0f || before[e] < top_p * total)) least = lesser(least, own[e]);
-      REDUCE(least, lesser, SAME, SAME)
+        if (larger[e] < most && (top_p > 1.0f || before[e] < top_p * total)) least = smaller_of(least, own[e]);
+      REDUCE(least, smaller_of, SAME, SAME)
       if (found) bound = least;
 """
 
@@ -282,7 +282,7 @@ _CANDIDATES = (
         const unsigned middle = low + (high - low) / 2u;
         unsigned count = 0u;
         for (int i = TID; i < num_blocks; i += THREADS) count += blocks[i] >= middle;
-        REDUCE(count, plus, SAME, SAME)
+        REDUCE(count, added, SAME, SAME)
         if (count < k) { high = middle; } else { low = middle; reached = count; }
       }
 """
@@ -310,7 +310,7 @@ _BISECTION = (
 """
     + _measure("middle")
     + r"""
-        REDUCE(number, plus, SAME, SAME)
+        REDUCE(number, added, SAME, SAME)
         if (number < top_k) { high = middle; } else { low = middle; }
       }
       if (top_p < 1.0f) {
@@ -318,18 +318,18 @@ _BISECTION = (
 """
     + _measure("low")
     + r"""
-          REDUCE(mass, plus, AS_UINT, AS_FLOAT)
+          REDUCE(mass, added, AS_UINT, AS_FLOAT)
           total = mass;
         }
         // The smallest key with less than the nucleus above it; weights below 2^-150 are 0.
         const unsigned weightless = ordered(largest - 160.0f / scale);
-        unsigned outside = greater(low, weightless >= top ? low : weightless) - 1u, inside = top;
+        unsigned outside = larger_of(low, weightless >= top ? low : weightless) - 1u, inside = top;
         while (inside - outside > 1u) {
           const unsigned middle = outside + (inside - outside) / 2u + 1u;
 """
     + _measure("middle")
     + r"""
-          REDUCE(mass, plus, AS_UINT, AS_FLOAT)
+          REDUCE(mass, added, AS_UINT, AS_FLOAT)
           if (mass < top_p * total) { inside = middle - 1u; } else { outside = middle - 1u; }
         }
         low = inside;
@@ -349,7 +349,7 @@ _BOUND = (
 """
     + _measure("LOWEST_KEY")
     + r"""
-      REDUCE(mass, plus, AS_UINT, AS_FLOAT)
+      REDUCE(mass, added, AS_UINT, AS_FLOAT)
       total = mass;
     }
 """
@@ -384,19 +384,19 @@ _BLOCK_OF_DRAW = r"""
       before += weight;
       if (chosen == NONE && weight > 0.0f && before > first_uniform * whole) chosen = i;
     }
-    REDUCE(chosen, lesser, SAME, SAME)
+    REDUCE(chosen, smaller_of, SAME, SAME)
     if (chosen == NONE) {                                             // by rounding
       unsigned heaviest = 0u;
-      for (int i = start; i < end; ++i) heaviest = greater(heaviest, blocks[i]);
-      REDUCE(heaviest, greater, SAME, SAME)
-      for (int i = start; i < end; ++i) if (blocks[i] == heaviest) chosen = lesser(chosen, unsigned(i));
-      REDUCE(chosen, lesser, SAME, SAME)
+      for (int i = start; i < end; ++i) heaviest = larger_of(heaviest, blocks[i]);
+      REDUCE(heaviest, larger_of, SAME, SAME)
+      for (int i = start; i < end; ++i) if (blocks[i] == heaviest) chosen = smaller_of(chosen, unsigned(i));
+      REDUCE(chosen, smaller_of, SAME, SAME)
     }
     if (!(whole > 0.0f && whole < INFINITY)) chosen = NONE;
 """
 _BLOCK_OF_LARGEST = r"""
-    for (int i = TID; i < num_blocks; i += THREADS) if (blocks[i] == top) chosen = lesser(chosen, unsigned(i));
-    REDUCE(chosen, lesser, SAME, SAME)
+    for (int i = TID; i < num_blocks; i += THREADS) if (blocks[i] == top) chosen = smaller_of(chosen, unsigned(i));
+    REDUCE(chosen, smaller_of, SAME, SAME)
 """
 
 _TOKEN = r"""
@@ -429,16 +429,16 @@ _TOKEN = r"""
     for (int i = 0; i < 8; ++i) {
       before += weight[i];
       if (at == NONE && weight[i] > 0.0f && before > share) at = column + i;
-      heaviest = greater(heaviest, AS_UINT(weight[i]));
+      heaviest = larger_of(heaviest, AS_UINT(weight[i]));
     }
     for (int mask = 16; mask > 0; mask >>= 1) {
-      at = lesser(at, SHFL_XOR(at, mask));
-      heaviest = greater(heaviest, SHFL_XOR(heaviest, mask));
+      at = smaller_of(at, SHFL_XOR(at, mask));
+      heaviest = larger_of(heaviest, SHFL_XOR(heaviest, mask));
     }
     if (at == NONE) {                                                 // by rounding
 #pragma unroll
       for (int i = 7; i >= 0; --i) if (AS_UINT(weight[i]) == heaviest) at = column + i;
-      for (int mask = 16; mask > 0; mask >>= 1) at = lesser(at, SHFL_XOR(at, mask));
+      for (int mask = 16; mask > 0; mask >>= 1) at = smaller_of(at, SHFL_XOR(at, mask));
     }
     token = int(at);
   }
@@ -464,4 +464,6 @@ def draw_text(*, penalties: bool) -> tuple[str, str]:
     }
     for mark, text in counts.items():
         body = body.replace(mark, text if penalties else "")
+    # As many loads are under way as registers hold.
+    body = body.replace("@TILES@", "2" if penalties else "sizeof(T) == 4 ? 2 : 4")
     return body + (_PENALTY_WRITE if penalties else ""), SHARED_FUNCTIONS + _CONSTANTS + _FUNCTIONS

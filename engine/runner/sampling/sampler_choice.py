@@ -1,0 +1,21 @@
+"""Whether the kernel that samples is right on this GPU, asked at load."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from engine.runner.kernels.draw_check import draw_problem
+from engine.runner.kernels.draw_rows import DrawRows, draw_rows, takes
+from engine.runner.kv.kv_spec import logits_dtype
+from engine.runner.sampling.sampler import Sampler
+
+
+def choose_sampler(model: nn.Module, vocab_size: int, kernel: DrawRows = draw_rows) -> tuple[Sampler, str | None]:
+    """The sampler in one launch where ``kernel`` is right for the model's logits, and a line for the user else."""
+    dtype = logits_dtype(model)
+    if not takes(dtype, vocab_size):
+        return Sampler(), None
+    # Logits that something else has changed before are in float32.
+    problem = draw_problem(list(dict.fromkeys((dtype, mx.float32))), kernel)
+    if problem:
+        return Sampler(), f"sampling: MLX's own operations ({problem})"
+    return Sampler(kernel), None
