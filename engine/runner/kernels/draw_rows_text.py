@@ -18,7 +18,8 @@ from functools import cache
 from engine.runner.kernels.paged_attention_text import SHARED_FUNCTIONS
 
 THREADS = 512
-"""Of a block: then a thread may use 128 registers on CUDA, whatever the compiler thinks."""
+"""Of a block. A thread may use 128 registers then; the compiler, which is not told, takes up to 96 (sm_90a, CUDA 13.0)
+with so few tiles of columns under way as there are: with two of them and penalties it takes 163."""
 MOST_BLOCKS = 2048
 CANDIDATES = 2 * THREADS
 FIRST_CANDIDATES, MORE = 64, 4
@@ -160,7 +161,7 @@ _PASS = r"""
     }
 #pragma unroll
     for (int u = 0; u < TILES; ++u) {
-      const int column = (first + u * WARPS) * 256 + LANE * 8, block = column >> shift;
+      const int column = (first + u * WARPS) * 256 + LANE * 8;
       if (!ANY(wanted[u])) {
         @ELSE@
         continue;
@@ -195,6 +196,7 @@ _LARGEST = _pass(
 #pragma unroll
       for (int i = 0; i < 8; ++i) most = larger_of(most, ordered(x[i]));
       for (int mask = 1; mask < lanes; mask <<= 1) most = larger_of(most, SHFL_XOR(most, mask));
+      const int block = column >> shift;
       if (leads && block < num_blocks) blocks[block] = most;
 """,
 )
@@ -366,9 +368,10 @@ _KEPT = _pass(
       for (int i = 0; i < 8; ++i)
         if (ordered(x[i]) >= bound) kept += weight_of(x[i], largest, scale, min_p);
       for (int mask = 1; mask < lanes; mask <<= 1) kept += SHFL_XOR(kept, mask);
+      const int block = column >> shift;
       if (leads && block < num_blocks) blocks[block] = AS_UINT(kept);
 """,
-    "if (leads && block < num_blocks) blocks[block] = 0u;",
+    "if (leads && (column >> shift) < num_blocks) blocks[column >> shift] = 0u;",
 )
 
 # Weights are not negative, so that their bits have their order.
@@ -402,8 +405,8 @@ _BLOCK_OF_LARGEST = r"""
 _TOKEN = r"""
   int token = -1;
   if (WARP == 0 && chosen != NONE) {
-    const int u = 0, column = (int(chosen) << shift) + LANE * 8;
-    @RAW_COUNTS@
+    const int column = (int(chosen) << shift) + LANE * 8;
+    @ONE_TILE@
     float x[8], weight[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = -INFINITY;
@@ -458,12 +461,12 @@ def draw_text(*, penalties: bool) -> tuple[str, str]:
     body += f"if (finite && scale > 0.0f) {{{drawn}}} else if (finite) {{{_BLOCK_OF_LARGEST}}}" + _TOKEN
     counts = {
         "@SETUP_COUNTS@": _PENALTY_SETUP,
+        "@ONE_TILE@": "const int u = 0; uint4 raw_counts[1][2];",
         "@RAW_COUNTS@": "uint4 raw_counts[TILES][2];",
         "@LOAD_COUNTS@": _PENALTY_LOAD,
         "@APPLY_COUNTS@": _PENALTY_APPLY,
     }
     for mark, text in counts.items():
         body = body.replace(mark, text if penalties else "")
-    # As many loads are under way as registers hold.
-    body = body.replace("@TILES@", "2" if penalties else "sizeof(T) == 4 ? 2 : 4")
+    body = body.replace("@TILES@", "1" if penalties else "sizeof(T) == 4 ? 2 : 4")
     return body + (_PENALTY_WRITE if penalties else ""), SHARED_FUNCTIONS + _CONSTANTS + _FUNCTIONS
