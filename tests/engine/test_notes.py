@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from engine.params.engine_args import EngineArgs
 from engine.params.sampling_params import SamplingParams
 from engine.runner.device.devices import Device
 from engine.runner.kv.attention_path import AttentionPath, describe
+from engine.runner.sampling.sampler_choice import choose_sampler
 from engine.runtime import builder
 from engine.runtime.builder import attention_note, check_attention
+from tests.engine.runner.kernels.host_draw_rows import HostDrawRows
 from tests.engine.runner.kernels.host_kernels import HostKernels
 from tests.sweep.configurations import tiny_config
 from tests.tiny_models import VOCAB_SIZE
@@ -160,3 +163,27 @@ def test_fused_layers_are_said_at_load_and_used(tiny_model_dir: Any, host_kernel
     with LLM(folder, attention_backend="reference", **OPTIONS) as plain:
         assert plain.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids == tokens
         assert not [note for note in plain.notes if note.startswith("fused layers")]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_kernel_samples_where_it_is_right_and_a_line_says_where_it_is_not(
+    wrong: bool, tiny_model_dir: Any, host_kernels: HostKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Kernel(HostDrawRows):
+        def __call__(self, *given: Any) -> Any:
+            return super().__call__(*given) + int(wrong)
+
+    kernel = Kernel()
+    monkeypatch.setattr(builder, "choose_sampler", partial(choose_sampler, kernel=kernel))
+    folder = str(tiny_model_dir("qwen3"))
+    params = SamplingParams(temperature=0.8, top_k=9, top_p=0.9, presence_penalty=1.0, seed=3, max_tokens=6)
+    with LLM(folder, **OPTIONS) as llm:
+        before = kernel.calls
+        tokens = llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0].token_ids
+        assert (kernel.calls > before) is not wrong
+        said = [note for note in llm.notes if note.startswith("sampling: MLX's own operations (")]
+        assert len(said) == wrong
+    calls = kernel.calls
+    with LLM(folder, attention_backend="reference", **OPTIONS) as plain:
+        assert plain.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0].token_ids == tokens
+    assert kernel.calls == calls, "reference means that no kernel runs"

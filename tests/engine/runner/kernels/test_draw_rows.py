@@ -1,6 +1,7 @@
 """The text of the kernel that samples, both dialects, compiled for this machine and run on it, against numpy."""
 
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from engine.runner.kernels.draw_check import (
 )
 from engine.runner.kernels.draw_rows import draw_rows, takes
 from tests.engine.runner.kernels.host_draw_rows import HostDrawRows, drawn_token
-from tests.engine.runner.kernels.text_on_host import HostKernel
+from tests.engine.runner.kernels.text_on_host import HERE, HostKernel
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernel's text")
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
@@ -155,6 +156,18 @@ def test_a_fault_in_the_text_is_found(
     assert right in "".join(original(penalties=True))
     monkeypatch.setattr(module, "draw_text", broken)
     assert draw_problem([F32], draw_rows, (1056,)) is not None
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang++, which knows address spaces")
+@pytest.mark.parametrize("dialect", ["metal"])
+def test_every_pointer_has_its_address_space(kernels: dict[str, HostKernel]) -> None:
+    assert draw_problem([BF16], draw_rows, (1000,)) is None
+    for kernel in kernels.values():
+        for source in kernel.sources:
+            flags = ["-std=c++17", "-fsyntax-only", "-DADDRESS_SPACES", "-Wno-everything", f"-I{HERE}"]
+            said = subprocess.run(["clang++", *flags, str(source)], capture_output=True, text=True)
+            assert said.returncode == 0, said.stderr[:2000]
 
 
 def test_numpys_own_tokens_pass_the_check() -> None:
