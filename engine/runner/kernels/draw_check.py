@@ -158,9 +158,10 @@ def kept_weights(logits: Floats, wish: Wish) -> NDArray[np.float64]:
     weights: NDArray[np.float64] = np.exp2((logits.astype(np.float64) - logits.max()) * (LOG2_E / wish.temperature))
     weights[weights < wish.min_p] = 0.0
     if 0 < wish.top_k < len(weights):
-        weights[logits < np.sort(logits)[-wish.top_k]] = 0.0
+        weights[logits < np.partition(logits, -wish.top_k)[-wish.top_k]] = 0.0
     if wish.top_p < 1:
-        order = np.argsort(-logits, kind="stable")
+        left = np.flatnonzero(weights)
+        order = left[np.argsort(-logits[left], kind="stable")]
         before = np.cumsum(weights[order]) - weights[order]
         kept = before < wish.top_p * weights.sum()
         weights[logits < logits[order][kept].min()] = 0.0

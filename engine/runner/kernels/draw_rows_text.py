@@ -115,6 +115,7 @@ _SETUP = r"""
   const int num_blocks = (width + (1 << shift) - 1) >> shift, lanes = 1 << (shift - 3);
   const bool vectors = width % 8 == 0, leads = (LANE & (lanes - 1)) == 0;
   GLOBAL const T* mine = logits + (size_t)row * width;
+  unsigned grain = sizeof(T) == 2 ? 1u << 13 : 1u;                    // no two keys are nearer to each other
   const float scale = wishes[row * 8], min_p = wishes[row * 8 + 1], top_p = wishes[row * 8 + 2];
   const unsigned top_k = unsigned(wishes[row * 8 + 3]);
   const float first_uniform = uniforms[row * 2], second_uniform = uniforms[row * 2 + 1];
@@ -122,6 +123,7 @@ _SETUP = r"""
 _PENALTY_SETUP = r"""
   const float frequency = wishes[row * 8 + 4], presence = wishes[row * 8 + 5];
   const int entry = int(wishes[row * 8 + 6]), newest = entry >= 0 ? pending[row] : -1;
+  if (entry >= 0) grain = 1u;
   GLOBAL const float* counted = counts + (size_t)(entry < 0 ? 0 : entry) * width;
 """
 _PENALTY_LOAD = r"""
@@ -280,7 +282,7 @@ _CANDIDATES = (
     for (unsigned k = top_k ? top_k : FIRST_CANDIDATES; !found; k *= MORE) {
       unsigned low = LOWEST_KEY, high = top + 1u, reached = NONE;
       // At least k blocks have a logit from here on; a few more of them are less work than another round.
-      while (k < unsigned(num_blocks) && reached > k + k / 4u + 8u && high - low > 1u) {
+      while (k < unsigned(num_blocks) && reached > k + k / 4u + 8u && high - low > grain) {
         const unsigned middle = low + (high - low) / 2u;
         unsigned count = 0u;
         for (int i = TID; i < num_blocks; i += THREADS) count += blocks[i] >= middle;
@@ -307,7 +309,7 @@ _BISECTION = (
     r"""
     if (!found) {
       unsigned low = LOWEST_KEY, high = top + 1u;
-      while (top_k && high - low > 1u) {
+      while (top_k && high - low > grain) {
         const unsigned middle = low + (high - low) / 2u;
 """
     + _measure("middle")
@@ -326,7 +328,7 @@ _BISECTION = (
         // The smallest key with less than the nucleus above it; weights below 2^-150 are 0.
         const unsigned weightless = ordered(largest - 160.0f / scale);
         unsigned outside = larger_of(low, weightless >= top ? low : weightless) - 1u, inside = top;
-        while (inside - outside > 1u) {
+        while (inside - outside > grain) {
           const unsigned middle = outside + (inside - outside) / 2u + 1u;
 """
     + _measure("middle")
@@ -334,7 +336,7 @@ _BISECTION = (
           REDUCE(mass, added, AS_UINT, AS_FLOAT)
           if (mass < top_p * total) { inside = middle - 1u; } else { outside = middle - 1u; }
         }
-        low = inside;
+        low = outside + 1u;
       }
       bound = low;
     }
