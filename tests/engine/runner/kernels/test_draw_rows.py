@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engine.runner.kernels import draw_rows as module
+from engine.runner.kernels import kernel_cache
 from engine.runner.kernels.draw_check import (
     Row,
     Wish,
@@ -172,6 +173,26 @@ def test_every_pointer_has_its_address_space(kernels: dict[str, HostKernel]) -> 
 
 def test_numpys_own_tokens_pass_the_check() -> None:
     assert draw_problem([BF16, F16, F32], HostDrawRows(), (1000, 4099)) is None
+
+
+def test_what_is_to_be_compiled_is_collected_before_anything_is_checked() -> None:
+    """While kernels are collected they give zeros, which no check may look at."""
+
+    class Kernel(HostDrawRows):
+        def __init__(self) -> None:
+            super().__init__()
+            self.collected: list[tuple[mx.Dtype, int]] = []
+
+        def __call__(self, logits: mx.array, *others: Any) -> mx.array:
+            if kernel_cache._awaited.get() is None:
+                return super().__call__(logits, *others)
+            assert not self.calls
+            self.collected.append((logits.dtype, len(others)))
+            return mx.zeros((len(logits),), mx.int32)
+
+    kernel = Kernel()
+    assert draw_problem([BF16, F32], kernel, (1000,)) is None
+    assert kernel.collected == [(BF16, 2), (BF16, 4), (F32, 2), (F32, 4)]
 
 
 def test_a_kernel_that_fails_is_a_line() -> None:
