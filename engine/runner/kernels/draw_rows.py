@@ -60,7 +60,8 @@ def draw_rows(
     assert takes(logits.dtype, width), f"no kernel for logits of shape {logits.shape} in {logits.dtype}"
     assert wishes.shape == (rows, NUM_WISHES), f"wishes of shape {wishes.shape} for {rows} rows"
     assert len(uniforms) >= max(rows, FEWEST_UNIFORMS), f"{len(uniforms)} pairs of uniforms for {rows} rows"
-    penalties = [] if counts is None or pending is None else [counts, pending]
+    assert (counts is None) == (pending is None), "counts go with pending tokens"
+    penalties = [one for one in (counts, pending) if one is not None]
     body, header = draw_text(penalties=bool(penalties))
     names = ("logits", "wishes", "uniforms", *(("counts", "pending") if penalties else ()))
     (tokens,) = make_kernel("draw_penalized_rows" if penalties else "draw_rows", names, ("tokens",), body, header)(
