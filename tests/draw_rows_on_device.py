@@ -125,31 +125,31 @@ def least_of(measure: Callable[[], float], times: int = 3) -> float:
     return 1e6 * min(measure() for _ in range(times))
 
 
-def step_seconds(batch: Batch, logits: mx.array, steps: int = STEPS) -> float:
+def step_seconds(batch: Batch, logits: mx.array) -> float:
     """Of a step, submitted one ahead as in decode, with its metadata."""
     mx.eval(batch.step(logits))
     before = batch.step(logits)
     mx.async_eval(before)  # type: ignore[no-untyped-call]
     started = time.perf_counter()
-    for _ in range(steps):
+    for _ in range(STEPS):
         tokens = batch.step(logits)
         mx.async_eval(tokens)  # type: ignore[no-untyped-call]
         mx.eval(before)
         before = tokens
     mx.eval(before)
-    return (time.perf_counter() - started) / steps
+    return (time.perf_counter() - started) / STEPS
 
 
-def python_seconds(batch: Batch, logits: mx.array, steps: int = STEPS) -> float:
+def python_seconds(batch: Batch, logits: mx.array) -> float:
     """Of a step's metadata and graph; nothing is submitted meanwhile."""
     mx.eval(batch.step(logits))
     seconds = 0.0
-    for _ in range(steps):
+    for _ in range(STEPS):
         started = time.perf_counter()
         tokens = batch.step(logits)
         seconds += time.perf_counter() - started
         mx.eval(tokens)
-    return seconds / steps
+    return seconds / STEPS
 
 
 def launch_seconds(rows: int, logits: mx.array, params: SamplingParams) -> float:

@@ -6,9 +6,11 @@ import mlx.core as mx
 import pytest
 
 from engine.runner.kv.attention_metadata import MAX_VIEWS
+from tests import draw_rows_on_device
 from tests.engine.parity.bare_engine import BareEngine
 from tests.engine.parity.cuda_attention import cuda_attention
 from tests.engine.parity.test_long_contexts import pages_of
+from tests.engine.runner.kernels.host_draw_rows import HostDrawRows
 from tests.engine.runner.kernels.host_kernels import HostKernels
 from tests.on_device import __main__ as on_device
 from tests.on_device import backends, fused, long
@@ -116,3 +118,19 @@ def test_fused_layers_are_checked_as_far_as_a_cpu_can(monkeypatch, capsys):
     assert "fused layers: 2 of 2" in said
     assert "2 rows of 32 tokens, a layer: mlx-lm" in said
     assert fused.main() == 1, "without a GPU nothing was checked"
+
+
+def test_sampling_in_one_launch_is_checked_as_far_as_a_cpu_can(monkeypatch, capsys):
+    kernel = HostDrawRows()
+    monkeypatch.setattr(draw_rows_on_device, "draw_rows", kernel)
+    monkeypatch.setattr(draw_rows_on_device, "seconds_of", lambda build: mx.eval(build()) or 1e-6)
+    monkeypatch.setattr(draw_rows_on_device, "STEPS", 2)
+    for dtype, rows in ((mx.bfloat16, 7), (mx.float32, 1)):
+        assert draw_rows_on_device.compared(dtype, 1000, rows, kernel) == []
+    draw_rows_on_device.times(3, 500)
+    said = capsys.readouterr().out
+    assert "0 of 21 tokens are not MLX's; by numpy 0 wrong" in said
+    assert "us a step,   3 rows, sampled    : MLX" in said
+    off = draw_rows_on_device.compared(mx.float32, 1000, 2, lambda *given: kernel(*given) ^ 1)
+    assert off == ["2 rows of 1000 float32"]
+    assert draw_rows_on_device.main([]) == 1, "without a GPU nothing was checked"
