@@ -35,7 +35,7 @@ class Scheduler:
     A decode never waits for a prefill: running requests with one token left come first. While
     others wait, one prefill takes at most half of the budget, so that a short request behind a
     long one has its first token within two steps. A chunk that is not a prompt's last ends at a multiple of
-    ``chunk_grid`` tokens where it reaches one.
+    ``chunk_grid`` tokens where that takes no more than half of it away.
     """
 
     def __init__(
@@ -217,8 +217,8 @@ class Scheduler:
         """At most ``num_tokens``: up to where a group wants to keep what is there, and as memory allows."""
         start = request.num_computed_tokens
         end = start + num_tokens
-        if num_tokens < self._num_missing(request) and (on_grid := end - end % self.chunk_grid) > start:
-            end = on_grid
+        if num_tokens < self._num_missing(request) and end % self.chunk_grid <= num_tokens // 2:
+            end -= end % self.chunk_grid
         num_tokens = self.kv.chunk_end(request, end) - start
         if num_tokens <= 1 or self.memory is None:
             return num_tokens

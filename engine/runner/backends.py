@@ -112,9 +112,7 @@ class ContiguousBackend:
         if decoding:
             rows = [batch.first_rows[i] for i in decoding]
             requests = [batch.scheduled_requests[i].request for i in decoding]
-            logits = self._decode(requests, tokens[mx.array(rows)])
-            kept = [row for row, i in enumerate(decoding) if len(wanted[i])]
-            found.add(decoding, logits if len(kept) == len(decoding) else logits[mx.array(kept, dtype=mx.int32)])
+            found.add(decoding, self._decode(requests, tokens[mx.array(rows)]))
         for i, scheduled in enumerate(batch.scheduled_requests):
             if i not in decoding:
                 some = tokens[batch.first_rows[i] : batch.first_rows[i] + scheduled.num_tokens]
@@ -154,11 +152,12 @@ class ContiguousBackend:
         self._selector.remove()
 
     def _decodes(self, scheduled: ScheduledRequest) -> bool:
+        """Whether a request joins the batch: it stays there, so a chunk of one token before others does not."""
         request = scheduled.request
         mergeable = request in self._batch or (
             self.batches and request in self._own and all(hasattr(cache, "merge") for cache in self._own[request])
         )
-        return scheduled.num_tokens == 1 and mergeable
+        return scheduled.num_tokens == 1 and scheduled.samples and mergeable
 
     def _prefill(self, request: Request, start: int, tokens: mx.array, wanted: Int32) -> mx.array:
         if start == 0:
