@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
+from numpy.typing import NDArray
 
 from engine.core.request import Request
 from engine.core.step import ScheduledRequest
@@ -148,12 +150,17 @@ def paging_difference(backend: PagedBackend | ContiguousBackend, model: nn.Modul
     prompts = [rng.integers(0, vocab_size, size).tolist() for size in _CHECK_LENGTHS]
     kv_cache_dtype = backend.kv_cache_dtype if isinstance(backend, PagedBackend) else "auto"
     caches = [rounded(make_prompt_cache(model), kv_cache_dtype) for _ in prompts]
-    expected = mx.stack([model(mx.array([p]), cache=cache)[0, -1] for p, cache in zip(prompts, caches, strict=True)])
-    wanted, found = (np.array(rows.astype(mx.float32)) for rows in (expected, _run_batched(backend, prompts)))
+    wanted = np.stack([_last_logits(model, prompt, cache) for prompt, cache in zip(prompts, caches, strict=True)])
+    found = np.array(_run_batched(backend, prompts).astype(mx.float32))
     finite = np.isfinite(wanted)  # some models rule tokens out with -inf
     if (finite != np.isfinite(found)).any():
         return math.inf
     return float(np.abs(found[finite] - wanted[finite]).max() / max(wanted[finite].std(), 1e-6))
+
+
+def _last_logits(model: nn.Module, prompt: list[int], cache: list[Any]) -> NDArray[np.float32]:
+    """Of one sequence alone, computed before anything else is built."""
+    return np.array(model(mx.array([prompt]), cache=cache)[0, -1].astype(mx.float32))
 
 
 def _run_batched(backend: Backend, prompts: Sequence[list[int]]) -> mx.array:

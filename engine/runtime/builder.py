@@ -79,7 +79,7 @@ def build_engine(
     vocab_size, caches = num_logits(loaded.model), ModelCaches(loaded.model)
     progress = progress or _ignore
     with ExitStack() as undo:
-        sped_up = _speed_up(loaded.model, args, device, progress, undo)
+        fused_layers, few_rows = _speed_up(loaded.model, args, device, progress, undo)
         sampler, sampling_note = _choose_sampler(loaded.model, args, vocab_size)
         clock.ended("kernels")
         progress("warm-up", 0, 0)
@@ -100,9 +100,10 @@ def build_engine(
     )
     paths = backend.attention_paths
     if not any(path.backend == "paged" for path in paths):
-        sped_up = sped_up[1:]  # fused layers compute nothing then
-    lines = (note, pages_note(plan.groups, args.kv_cache_dtype), attention_note(args, device, paths))
-    notes = [*loaded.notes, *(line for line in (*lines, *sped_up, sampling_note) if line)]
+        fused_layers = None  # they compute nothing then
+    pages, attention = pages_note(plan.groups, args.kv_cache_dtype), attention_note(args, device, paths)
+    lines = (note, pages, attention, fused_layers, few_rows, sampling_note)
+    notes = [*loaded.notes, *(line for line in lines if line)]
     for line in notes:
         logger.info("%s", line)
     logger.info("Paged attention memory breakdown: %s", plan.log_line())
@@ -111,8 +112,8 @@ def build_engine(
 
 def _speed_up(
     model: Any, args: EngineArgs, device: Device, progress: Callable[[str, int, int], None], undo: ExitStack
-) -> list[str | None]:
-    """Have layers and products computed in fewer or faster launches where that is right; lines for the user."""
+) -> tuple[str | None, str | None]:
+    """Have layers and products computed in fewer or faster launches where that is right; a line for the user each."""
     kernels = GPU_KERNELS if _own_kernels(args) and args.use_paged_attention else None
     blocks = FusedBlocks(model, device.kind, kernels, args.block_size)
     undo.callback(blocks.remove)
@@ -122,7 +123,7 @@ def _speed_up(
     undo.callback(products.remove)
     products.choose(partial(progress, "kernels"))
     products.install()
-    return [blocks.note, products.choices.note]
+    return blocks.note, products.choices.note
 
 
 def _choose_sampler(model: Any, args: EngineArgs, vocab_size: int) -> tuple[Sampler, str | None]:
