@@ -17,7 +17,7 @@ from engine.params.sampling_params import SamplingParams
 from engine.runner.kernels.bench import seconds_of
 from engine.runner.kernels.dialect import kernels_available
 from engine.runner.kernels.draw_check import Row, Wish, draw_problem, penalized, token_problem
-from engine.runner.kernels.draw_rows import FEWEST_UNIFORMS, DrawRows, draw_rows
+from engine.runner.kernels.draw_rows import FEWEST_ROWS, DrawRows, draw_rows
 from engine.runner.sampling.row_wishes import RowWishes
 from engine.runner.sampling.sampler import Sampler
 from engine.runner.sampling.sampling_metadata import SamplingMetadata, SamplingPlan, SamplingRow
@@ -158,7 +158,7 @@ def launch_seconds(rows: int, logits: mx.array, params: SamplingParams) -> float
     mx.eval(batch.step(logits))
     penalties = batch.metadata().penalties
     wishes: RowWishes = batch.metadata().wishes
-    uniforms = mx.random.uniform(shape=(max(rows, FEWEST_UNIFORMS), 2))
+    uniforms = mx.random.uniform(shape=(max(rows, FEWEST_ROWS), 2))
     mx.eval(uniforms, wishes.array)
 
     def build() -> list[mx.array]:

@@ -19,6 +19,7 @@ from engine.params.engine_args import EngineArgs
 from engine.runner.backends import Backend
 from engine.runner.device.devices import Device, DeviceKind, describe_device
 from engine.runner.device.memory import FreeMemory, clear_cache
+from engine.runner.kernels import expert_rows
 from engine.runner.kernels.dialect import kernels_available
 from engine.runner.kernels.few_rows import FewRowProducts
 from engine.runner.kernels.kernel_cache import collecting, compile_all
@@ -79,6 +80,7 @@ def build_engine(
     vocab_size, caches = num_logits(loaded.model), ModelCaches(loaded.model)
     progress = progress or _ignore
     with ExitStack() as undo:
+        undo.callback(expert_rows.install(loaded.model, device.kind).undo)
         fused_layers, few_rows = _speed_up(loaded.model, args, device, progress, undo)
         sampler, sampling_note = _choose_sampler(loaded.model, args, vocab_size)
         clock.ended("kernels")
@@ -145,6 +147,7 @@ def rehearse(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, dev
         return
     vocab_size = num_logits(model)
     with ExitStack() as undo:
+        undo.callback(expert_rows.install(model, device.kind).undo)
         _speed_up(model, args, device, lambda *_progress: check(), undo)
         _choose_sampler(model, args, vocab_size)
         check()

@@ -4,6 +4,8 @@ from collections import Counter
 
 import numpy as np
 
+from engine.runner.device.devices import describe_device
+from engine.runner.kernels import expert_rows
 from engine.runner.kv.attention_path import describe
 from engine.runner.paged_backend import PagedBackend
 from tests.engine.parity.bare_engine import BareEngine, greedy
@@ -26,6 +28,7 @@ def parity(backend: str = "auto") -> dict[str, str]:
     found = {}
     for name in CONFIGS:
         model = tiny_model(name)
+        expert_rows.install(model, describe_device().kind)
         prompts = mixed_prompts(7, VOCAB, LONGEST, seed=1)
         rng = np.random.default_rng(2)
         lengths = (LONGER[name], 300) if name in LONGER else ()

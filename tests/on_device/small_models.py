@@ -11,6 +11,9 @@ import tokenizers
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
+from engine.runner.device.devices import describe_device
+from engine.runner.kernels import expert_rows
+
 VOCAB = 320
 END = 256
 _BASE: dict[str, Any] = {
@@ -70,6 +73,7 @@ class SmallModel:
         model.update(tree_unflatten(weights))
         model.eval()
         mx.eval(model.parameters())
+        expert_rows.install(model, describe_device().kind)  # mlx-lm's own numbers would not be right
         return model
 
     def write(self, folder: Path) -> Any:

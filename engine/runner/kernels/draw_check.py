@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import error_line
-from engine.runner.kernels.draw_rows import FEWEST_UNIFORMS, NUM_WISHES, DrawRows
+from engine.runner.kernels.draw_rows import FEWEST_ROWS, NUM_WISHES, DrawRows
 from engine.runner.kernels.draw_rows_text import MOST_BLOCKS
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 
@@ -83,7 +83,7 @@ def draw_problem(dtypes: Sequence[mx.Dtype], kernel: DrawRows, sizes: Sequence[i
 def _launch_each(kernel: DrawRows, dtypes: Sequence[mx.Dtype]) -> None:
     """Launch what is compiled by itself, on zeros; nothing is evaluated."""
     for dtype in dtypes:
-        given = mx.zeros((1, 32), dtype), mx.zeros((1, NUM_WISHES)), mx.zeros((FEWEST_UNIFORMS, 2))
+        given = mx.zeros((1, 32), dtype), mx.zeros((1, NUM_WISHES)), mx.zeros((FEWEST_ROWS, 2))
         kernel(*given)
         kernel(*given, mx.zeros((1, 32)), mx.zeros((1,), mx.int32))
 
@@ -107,7 +107,7 @@ def drawn(
     The counts come of two launches: the second counts the tokens of the first.
     """
     logits = mx.array(np.stack([row.logits for row in rows])).astype(dtype)
-    uniforms = np.zeros((max(len(rows), FEWEST_UNIFORMS), 2), np.float32)
+    uniforms = np.zeros((max(len(rows), FEWEST_ROWS), 2), np.float32)
     uniforms[: len(rows)] = [row.uniforms for row in rows]
     exact = np.array(logits.astype(mx.float32))
     counts = np.zeros_like(exact)

@@ -13,8 +13,9 @@ from engine.runner.kernels.draw_rows_text import MOST_BLOCKS, THREADS, draw_text
 ELEMENT_TYPES = (mx.bfloat16, mx.float16, mx.float32)
 NUM_WISHES = 8
 """Of a row, see :mod:`engine.runner.kernels.draw_rows_text`; the last one is not used."""
-FEWEST_UNIFORMS = 4
-"""Pairs. Arrays of up to 8 bytes lie in the host's memory on CUDA; Metal's text differs for fewer than 8 numbers."""
+FEWEST_ROWS = 4
+"""Of uniforms, and of pending tokens made for the kernel. Arrays of up to 8 bytes lie in the host's memory on CUDA;
+Metal's text differs for fewer than 8 numbers."""
 _FEWEST_COLUMNS = 32
 _MOST_COLUMNS = 256 * MOST_BLOCKS
 
@@ -59,7 +60,7 @@ def draw_rows(
     rows, width = logits.shape
     assert takes(logits.dtype, width), f"no kernel for logits of shape {logits.shape} in {logits.dtype}"
     assert wishes.shape == (rows, NUM_WISHES), f"wishes of shape {wishes.shape} for {rows} rows"
-    assert len(uniforms) >= max(rows, FEWEST_UNIFORMS), f"{len(uniforms)} pairs of uniforms for {rows} rows"
+    assert len(uniforms) >= max(rows, FEWEST_ROWS), f"{len(uniforms)} pairs of uniforms for {rows} rows"
     assert (counts is None) == (pending is None), "counts go with pending tokens"
     penalties = [one for one in (counts, pending) if one is not None]
     body, header = draw_text(penalties=bool(penalties))

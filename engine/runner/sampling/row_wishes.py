@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.params.sampling_params import SamplingParams
-from engine.runner.kernels.draw_rows import FEWEST_UNIFORMS, NUM_WISHES
+from engine.runner.kernels.draw_rows import FEWEST_ROWS, NUM_WISHES
 from engine.runner.kv.kernel_cache import on_device
 from engine.runner.sampling.sampling_parts import Draws, Float32, PenaltyRows
 
@@ -49,12 +49,12 @@ class RowWishes:
         draws = self._draws
         if draws is None or drawn is None:
             return self._no_uniforms
-        if draws.rows.all and len(drawn) >= FEWEST_UNIFORMS:
+        if draws.rows.all and len(drawn) >= FEWEST_ROWS:
             return mx.array(drawn)
-        pairs = np.zeros((max(len(self._params), FEWEST_UNIFORMS), 2), np.float32)
+        pairs = np.zeros((max(len(self._params), FEWEST_ROWS), 2), np.float32)
         pairs[draws.rows.numbers] = drawn
         return mx.array(pairs)
 
     @cached_property
     def _no_uniforms(self) -> mx.array:
-        return mx.zeros((max(len(self._params), FEWEST_UNIFORMS), 2))
+        return mx.zeros((max(len(self._params), FEWEST_ROWS), 2))

@@ -10,6 +10,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.runner.kernels.draw_rows import FEWEST_ROWS
+
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 
@@ -124,8 +126,8 @@ class PenaltyRows:
 
     @cached_property
     def none_pending(self) -> mx.array:
-        """For a kernel: no row [R] has a token that is not counted yet."""
-        return mx.full((self.rows.num_rows,), -1, mx.int32)
+        """For a kernel: no row [R, or 4 if those are fewer] has a token that is not counted yet."""
+        return mx.full((max(self.rows.num_rows, FEWEST_ROWS),), -1, mx.int32)
 
 
 @dataclass(frozen=True, slots=True)

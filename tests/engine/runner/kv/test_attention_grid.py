@@ -1,5 +1,6 @@
 """Chunks' attention in few shapes, and nothing else changed by it."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -50,7 +51,10 @@ def test_padded_attention_is_the_same(size: tuple[int, int], kind: str) -> None:
     assert found.shape == expected.shape
     assert mx.allclose(found, expected, atol=1e-5)
     assert not any(length % GRID for length in attention.shapes[0])
-    assert attention.shapes[0][0] <= attention.shapes[0][1], "cuDNN refuses more rows than keys"
+    if kind == "causal":
+        assert attention.shapes[0][0] <= attention.shapes[0][1], "cuDNN refuses more rows than keys"
+    else:
+        assert attention.shapes[0] == tuple(-(-number // GRID) * GRID for number in size), "no more than is needed"
 
 
 def test_prompts_of_all_lengths_share_a_few_shapes() -> None:
@@ -74,23 +78,41 @@ def test_masks_that_do_not_say_which_positions_the_rows_have_are_left_alone(mask
 
 
 @pytest.mark.parametrize(
-    ("dtype", "num_rows", "dim", "planned"),
+    ("gpu", "dtype", "num_rows", "dim", "planned"),
     [
-        (mx.bfloat16, 5, 128, True),
-        (mx.float16, 2, 64, True),
-        (mx.float32, 5, 128, False),
-        (mx.bfloat16, 1, 128, False),
-        (mx.bfloat16, 5, 256, False),
+        ("sm_90a", mx.bfloat16, 5, 128, True),
+        ("sm_80", mx.float16, 2, 64, True),
+        ("sm_75", mx.float16, 2, 64, False),
+        ("", mx.float16, 2, 64, False),
+        ("sm_90", mx.float32, 5, 128, False),
+        ("sm_90", mx.bfloat16, 1, 128, False),
+        ("sm_90", mx.bfloat16, 5, 256, False),
+        ("sm_90", mx.bfloat16, 5, 100, False),
     ],
 )
 def test_plans_are_made_on_cuda_for_what_cudnn_covers(
-    monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype, num_rows: int, dim: int, planned: bool
+    on_cuda: Callable[[str], None], gpu: str, dtype: mx.Dtype, num_rows: int, dim: int, planned: bool
 ) -> None:
     queries, values = mx.zeros((1, 2, num_rows, dim), dtype), mx.zeros((1, 2, 9, dim), dtype)
     assert not is_planned(queries, values)
-    monkeypatch.setattr(attention_grid.mx.cuda, "is_available", lambda: True)
+    on_cuda(gpu)
     assert is_planned(queries, values) is planned
 
 
-def test_chunks_end_anywhere_but_on_cuda() -> None:
+def test_chunks_end_anywhere_but_where_plans_are_made(on_cuda: Callable[[str], None]) -> None:
+    on_cuda("sm_90")
     assert [chunk_grid(kind) for kind in ("cpu", "metal", "cuda")] == [1, 1, GRID]
+    on_cuda("sm_70")
+    assert chunk_grid("cuda") == 1
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    def pretend(architecture: str) -> None:
+        monkeypatch.setattr(attention_grid.mx.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(attention_grid.mx, "device_info", lambda: {"architecture": architecture})
+        attention_grid._has_plans.cache_clear()
+
+    attention_grid._has_plans.cache_clear()
+    yield pretend
+    attention_grid._has_plans.cache_clear()
