@@ -1,9 +1,14 @@
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from engine.runner.kernels import rows_matmul
+from tests.engine.runner.kernels import text_on_host
 from tests.engine.runner.kernels.cuda_on_host import HostKernel
+
+TextKernels = Callable[..., dict[str, text_on_host.HostKernel]]
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +27,27 @@ def host_products(monkeypatch: pytest.MonkeyPatch, kernel_folder: Path) -> dict[
 
     monkeypatch.setattr(rows_matmul, "make_kernel", make)
     return made
+
+
+@pytest.fixture(params=["metal", "cuda"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def text_kernels(dialect: str, kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> TextKernels:
+    """Kernels of this machine's CPU in place of the GPU's that some modules make; gives them by name."""
+    made: dict[str, text_on_host.HostKernel] = {}
+
+    def make(
+        name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str = ""
+    ) -> text_on_host.HostKernel:
+        kernel = text_on_host.HostKernel(dialect, name, inputs, outputs, source, header, kernel_folder)
+        return made.setdefault(name, kernel)
+
+    def replace(*modules: ModuleType) -> dict[str, text_on_host.HostKernel]:
+        for module in modules:
+            monkeypatch.setattr(module, "make_kernel", make)
+        return made
+
+    return replace

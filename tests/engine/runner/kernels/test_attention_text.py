@@ -7,7 +7,6 @@ address space. Races, speed and Apple's compiler are for a GPU: ``%vllm_metal be
 import shutil
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +18,7 @@ from engine.runner.kernels import paged_attention_text as text
 from engine.runner.kernels.paged_attention import collect, paged_attention
 from engine.runner.kernels.reference import attention
 from engine.runner.kernels.self_check import AttentionShape, attention_problem
+from tests.engine.runner.kernels.conftest import TextKernels
 from tests.engine.runner.kernels.text_on_host import HERE, HostKernel
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels' text")
@@ -49,27 +49,9 @@ SHAPES = {
 ON_CUDA = [name for name in SHAPES if name.startswith(("bf16 128 of 4", "bf16 64", "f16 192", "f32 16"))]
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of compiled texts: each is compiled once."""
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(params=["metal", "cuda"])
-def dialect(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
-def kernels(dialect: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, HostKernel]:
-    """Kernels of this machine's CPU in place of a GPU's, by name."""
-    made: dict[str, HostKernel] = {}
-
-    def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str = "") -> HostKernel:
-        return made.setdefault(name, HostKernel(dialect, name, inputs, outputs, source, header, folder))
-
-    monkeypatch.setattr(module, "make_kernel", make)
-    return made
+def kernels(text_kernels: TextKernels) -> dict[str, HostKernel]:
+    return text_kernels(module)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +21,7 @@ from engine.runner.kernels.draw_check import (
     wishes_array,
 )
 from engine.runner.kernels.draw_rows import draw_rows, takes
+from tests.engine.runner.kernels.conftest import TextKernels
 from tests.engine.runner.kernels.host_draw_rows import HostDrawRows, drawn_token
 from tests.engine.runner.kernels.text_on_host import HERE, HostKernel
 
@@ -29,21 +29,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
 
 
-@pytest.fixture(params=["metal", "cuda"])
-def dialect(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
-def kernels(dialect: str, kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, HostKernel]:
-    """Kernels of this machine's CPU in place of a GPU's, by name."""
-    made: dict[str, HostKernel] = {}
-
-    def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str = "") -> HostKernel:
-        return made.setdefault(name, HostKernel(dialect, name, inputs, outputs, source, header, kernel_folder))
-
-    monkeypatch.setattr(module, "make_kernel", make)
-    return made
+def kernels(text_kernels: TextKernels) -> dict[str, HostKernel]:
+    return text_kernels(module)
 
 
 def tokens_of(logits: np.ndarray[Any, Any] | mx.array, wishes: list[Wish], uniforms: Any) -> list[int]:

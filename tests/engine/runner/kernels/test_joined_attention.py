@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -12,6 +11,7 @@ from engine.runner.kernels import paged_attention
 from engine.runner.kernels.joined_check import JoinedShape, joined_problem
 from engine.runner.kernels.paged_attention import attention_geometry
 from engine.runner.kernels.self_check import GPU_KERNELS
+from tests.engine.runner.kernels.conftest import TextKernels
 from tests.engine.runner.kernels.text_on_host import HostKernel
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels' text")
@@ -31,22 +31,9 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=["metal", "cuda"])
-def dialect(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
-def kernels(dialect: str, kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, HostKernel]:
-    """Kernels of this machine's CPU in place of a GPU's, by name."""
-    made: dict[str, HostKernel] = {}
-
-    def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str = "") -> HostKernel:
-        return made.setdefault(name, HostKernel(dialect, name, inputs, outputs, source, header, kernel_folder))
-
-    for one in (module, paged_attention):
-        monkeypatch.setattr(one, "make_kernel", make)
-    return made
+def kernels(text_kernels: TextKernels) -> dict[str, HostKernel]:
+    return text_kernels(module, paged_attention)
 
 
 @needs_compiler
