@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import error_line
-from engine.runner.kernels.draw_rows import FEWEST_ROWS, NUM_WISHES, DrawRows
+from engine.runner.kernels.draw_rows import FEWEST_ROWS, KEEP_ALL, LOG2_E, NUM_WISHES, DrawRows
 from engine.runner.kernels.draw_rows_text import MOST_BLOCKS
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 
 Floats = NDArray[np.float32]
-LOG2_E = 1.4426950408889634
 _ROUNDING = 2e-5
 """Of a row's mass: so near to a boundary either side is right."""
 _SIZES = (20_000, 4_099)
@@ -38,7 +37,7 @@ class Wish:
     def numbers(self) -> list[float]:
         """As a kernel takes them."""
         scale = LOG2_E / self.temperature if self.temperature else 0.0
-        top_p = self.top_p if self.top_p < 1 else 2.0
+        top_p = self.top_p if self.top_p < 1 else KEEP_ALL
         return [scale, self.min_p, top_p, float(self.top_k), self.frequency, self.presence, float(self.entry), 0.0]
 
     @classmethod

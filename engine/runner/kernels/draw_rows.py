@@ -16,6 +16,9 @@ NUM_WISHES = 8
 FEWEST_ROWS = 4
 """Of uniforms, and of pending tokens made for the kernel. Arrays of up to 8 bytes lie in the host's memory on CUDA;
 Metal's text differs for fewer than 8 numbers."""
+LOG2_E = 1.4426950408889634
+KEEP_ALL = 2.0
+"""A top_p above any possible mass: the row has no nucleus."""
 _FEWEST_COLUMNS = 32
 _MOST_COLUMNS = 256 * MOST_BLOCKS
 

@@ -7,13 +7,9 @@ import mlx.core as mx
 import numpy as np
 
 from engine.params.sampling_params import SamplingParams
-from engine.runner.kernels.draw_rows import FEWEST_ROWS, NUM_WISHES
+from engine.runner.kernels.draw_rows import FEWEST_ROWS, KEEP_ALL, LOG2_E, NUM_WISHES
 from engine.runner.kv.kernel_cache import on_device
 from engine.runner.sampling.sampling_parts import Draws, Float32, PenaltyRows
-
-LOG2_E = 1.4426950408889634
-KEEP_ALL = 2.0
-"""A top_p above any possible mass: the row has no nucleus."""
 
 
 class RowWishes:

@@ -30,8 +30,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.outputs import Logprob, LogprobsAtPosition
-from engine.runner.kernels.draw_rows import DrawRows, takes
-from engine.runner.sampling.row_wishes import LOG2_E
+from engine.runner.kernels.draw_rows import LOG2_E, DrawRows, takes
 from engine.runner.sampling.sampling_metadata import SamplingMetadata
 from engine.runner.sampling.sampling_parts import Additions, Bitmask, Draws, Nucleus, Penalties, Ranked
 from engine.runner.sampling.top_weights import block_size, largest_of_blocks, largest_sorted

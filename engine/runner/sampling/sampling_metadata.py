@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from engine.core.token_guide import TokenGuide
 from engine.errors import RequestError
 from engine.params.sampling_params import SamplingParams
-from engine.runner.sampling.row_wishes import KEEP_ALL, LOG2_E, RowWishes
+from engine.runner.kernels.draw_rows import KEEP_ALL, LOG2_E
+from engine.runner.sampling.row_wishes import RowWishes
 from engine.runner.sampling.sampling_parts import (
     Additions,
     AllowedTokens,

@@ -157,3 +157,17 @@ def test_too_few_logits_need_no_check() -> None:
         raise AssertionError("the kernel was launched")
 
     assert choose_sampler(Model(mx.float32, 20), 20, unasked)[1] is None  # type: ignore[arg-type]
+
+
+def test_a_kernel_that_was_right_is_not_checked_again_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kernel, asked = Model(mx.float32, VOCAB), HostDrawRows(), list[list[mx.Dtype]]()
+    answers: list[str | None] = ["wrong", None]
+
+    def answer(dtypes: list[mx.Dtype], _kernel: object) -> str | None:
+        asked.append(dtypes)
+        return answers.pop(0)
+
+    monkeypatch.setattr(sampler_choice, "draw_problem", answer)
+    notes = [sampler_choice.choose_sampler(model, VOCAB, kernel)[1] for _ in range(3)]
+    assert notes == ["sampling: MLX's own operations (wrong)", None, None]
+    assert asked == [[mx.float32]] * 2
