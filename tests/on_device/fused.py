@@ -53,9 +53,9 @@ LIMIT = {BF16: 9e-3, F16: 1.5e-3}
 VIEWS = {"Reshape", "Slice", "Split", "Transpose", "ExpandDims", "Squeeze", "Broadcast", "Flatten", "Unflatten"}
 """Nodes of a graph that launch nothing, where what they look at is contiguous."""
 TOKENS, BLOCK_SIZE = 512, 16
-ROWS = (1, 8, 16, 32, 64)
-FEWER, FEW = 16, 32
-"""Rows of weights that are not packed for which kernels for few rows serve, and for which they might."""
+ROWS = (1, 8, 16, 24, 32, 64)
+STAGED = 24, 32
+"""Numbers of rows for which kernels stage rows where weights are not packed."""
 REPEATS = 20
 
 
@@ -189,8 +189,8 @@ def speed(layers: list[Any], blocks: FusedBlocks, kernels: AttentionKernels, num
         step, inputs = step_of(layers, kernels, rows)
         cells = []
         ways = {"mlx-lm": blocks.remove, "fused": blocks.install}
-        if FEWER < rows <= FEW and "scales" not in layers[0].self_attn.q_proj:
-            ways["fused, own products"] = lambda: install_own_products(layers, by_hand)
+        if rows in STAGED and "scales" not in layers[0].self_attn.q_proj:
+            ways["fused, MLX's products"] = lambda: install_mlx_products(layers, by_hand)
         for name, prepare in ways.items():
             prepare()
             nodes = launches(step(*inputs))
@@ -203,10 +203,10 @@ def speed(layers: list[Any], blocks: FusedBlocks, kernels: AttentionKernels, num
         say(f"     {rows} rows of {TOKENS} tokens, a layer: {'; '.join(cells)}")
 
 
-def install_own_products(layers: list[Any], fused: SwappedModules) -> None:
-    """Have layers use the kernels for few rows for more of them than they do."""
+def install_mlx_products(layers: list[Any], fused: SwappedModules) -> None:
+    """Have layers use MLX's products where kernels stage rows."""
     for layer in layers:
-        block = replace(FusedBlock.of(layer, own_products=True), few_rows=FEW)
+        block = replace(FusedBlock.of(layer, own_products=True), staged_rows=0)
         fused.swap_method(layer, "__call__", fused_call(type(layer), block))
 
 

@@ -24,8 +24,13 @@ MULTIPLY(__nv_bfloat16, "bf16")
 MULTIPLY(__half, "f16")
 """
 
-HEADER = r"""
+UNROLLED = r"""
 #define EACH(i, count) _Pragma("unroll") for (int i = 0; i < (count); ++i)
+"""
+
+HEADER = (
+    UNROLLED
+    + r"""
 template <typename To, typename From> __device__ inline To bits_as(From from) {
   return *reinterpret_cast<To*>(&from);
 }
@@ -52,6 +57,7 @@ template <int BITS> __device__ inline unsigned unpack(unsigned word, int i, unsi
   return bits_as<unsigned>(__hfma2(q, bits_as<Pair>(scale), bits_as<Pair>(bias)));
 }
 """
+)
 
 _SETUP = r"""
   constexpr int R = 16 * RT, C = 8 * MT, WARPS = MT > 2 ? 8 : 16;

@@ -21,7 +21,7 @@ from engine.runner.kv.kernel_cache import DecodeRows, KernelLayerCache, on_devic
 from engine.runner.kv.kv_pool import KVPool
 from engine.runner.kv.kv_spec import LayerShape
 
-_ROWS = (3, 12, 20, 40)
+_ROWS = (3, 12, 20, 30, 40)
 """Numbers of rows that a block is tried with: each has kernels of its own."""
 _CONTEXT = 37
 """Tokens before the new one."""

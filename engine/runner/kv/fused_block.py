@@ -2,7 +2,8 @@
 
 At few rows on CUDA six launches, one more where attention is split: norm with the joined product of queries, keys and
 values; head norms, rotation, the write into pages and attention; output with its residual; norm with gate and up and
-what joins them; down with its residual. Else MLX's own products over the same joined weights.
+what joins them; down with its residual. Up to 32 rows eight, of other kernels. Else MLX's own products over the same
+joined weights.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,10 @@ _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 @dataclass(frozen=True, slots=True)
 class FusedBlock:
-    """One layer's weights, as its launches take them. ``few_rows``: the most rows for kernels of few rows."""
+    """One layer's weights, as its launches take them.
+
+    ``few_rows`` and ``staged_rows``: the most rows for kernels of few rows, and for those that stage rows.
+    """
 
     qkv: JoinedWeights
     output: JoinedWeights
@@ -40,6 +44,7 @@ class FusedBlock:
     heads: int
     scale: float
     few_rows: int
+    staged_rows: int
 
     @classmethod
     def of(cls, layer: Any, *, own_products: bool) -> "FusedBlock":
@@ -54,20 +59,29 @@ class FusedBlock:
         frequencies = mx.array(turns) * 1.0
         mx.eval(frequencies)
         mx.clear_cache()  # of the weights that are joined now
+        every = (qkv, output, gate_up, down) if own_products else ()
         return cls(
             qkv, output, gate_up, down, _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm),
             _head_norms(attention), frequencies, attention.n_heads, attention.scale,
-            min(some.most_few_rows for some in (qkv, output, gate_up, down)) if own_products else 0,
+            min((some.most_few_rows for some in every), default=0),
+            min((some.most_staged_rows for some in every), default=0),
         )  # fmt: skip
 
     def __call__(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
         """``x`` [rows, hidden] after the layer."""
-        return self._few(x, cache) if x.shape[0] <= self.few_rows else self._many(x, cache)
+        if x.shape[0] <= self.few_rows:
+            return self._few(x, cache)
+        return self._staged(x, cache) if x.shape[0] <= self.staged_rows else self._many(x, cache)
 
     def _few(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
         attended = self._attend(self.qkv.few(x, norm=self.input_norm), cache)
         x = self.output.few(attended, residual=x)
         return self.down.few(self.gate_up.few(x, norm=self.mlp_norm, gated=True), residual=x)
+
+    def _staged(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
+        attended = self._attend(self.qkv.staged(mx.fast.rms_norm(x, *self.input_norm)), cache)
+        x, normed = self.output.staged_onto(x, attended, self.mlp_norm)
+        return self.down.staged_onto(x, self.gate_up.staged(normed, gated=True))[0]
 
     def _many(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
         attended = self._attend(self.qkv.many(mx.fast.rms_norm(x, *self.input_norm)), cache)

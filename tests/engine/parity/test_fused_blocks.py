@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from engine.runner.kernels import fused_rows
+from engine.runner.kernels import fused_rows, staged_rows
 from engine.runner.kv.fused_block import FusedBlock
 from engine.runner.kv.fused_blocks import FusedBlocks
 from engine.runner.kv.joined_weights import JoinedWeights
@@ -171,9 +171,10 @@ def host_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, 
     made: dict[str, HostKernel] = {}
 
     def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str) -> HostKernel:
-        return made.setdefault(name, HostKernel(name, inputs, source, header, tmp_path))
+        return made.setdefault(name, HostKernel(name, inputs, outputs, source, header, tmp_path))
 
-    monkeypatch.setattr(fused_rows, "make_kernel", make)
+    for module in (fused_rows, staged_rows):
+        monkeypatch.setattr(module, "make_kernel", make)
     return made
 
 
@@ -203,6 +204,33 @@ def test_few_rows_take_four_products_a_layer(
     assert kernels.calls["joined_attention"] > 0
     assert sum(kernel.launches for kernel in host_products.values()) == 4 * kernels.calls["joined_attention"]
     engine.backend.close()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_up_to_32_rows_take_kernels_that_stage_them(host_products: dict[str, HostKernel]) -> None:
+    """Six launches a layer beside attention and the norm before it; two parts of K in what goes down."""
+    model, kernels = model_of("qwen3", num_hidden_layers=2, intermediate_size=1024), HostKernels()
+    model.set_dtype(mx.bfloat16)
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(10, VOCAB, 3 + number % 5).tolist() for number in range(20)]
+    engine = BareEngine(model, kernels=kernels)
+    blocks = fused(model, kernels, "cuda")
+    assert blocks.note == "fused layers: 2 of 2"
+    blocks.install()
+    for kernel in host_products.values():
+        kernel.launches = 0
+    kernels.calls = dict.fromkeys(kernels.calls, 0)
+    tokens = [one.output_token_ids for one in engine.generate(prompts, 3)]
+    staged = {name: kernel.launches for name, kernel in host_products.items() if kernel.launches}
+    products = ("staged_rows_plain", "staged_rows_gated", "add_parts_normed", "add_parts")
+    assert {**dict.fromkeys(products, 4), "staged_rows_parts": 8} == staged, "two steps of two layers"
+    blocks.remove()
+    assert sum(a == b for a, b in zip(tokens, mlx_tokens(engine, prompts), strict=True)) >= 17, "bfloat16 ties at most"
+    engine.backend.close()
+
+
+def mlx_tokens(engine: BareEngine, prompts: list[list[int]]) -> list[list[int]]:
+    return [one.output_token_ids for one in engine.start().generate(prompts, 3)]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

@@ -23,7 +23,7 @@ def host_products(monkeypatch: pytest.MonkeyPatch, kernel_folder: Path) -> dict[
     made: dict[str, HostKernel] = {}
 
     def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str) -> HostKernel:
-        return made.setdefault(name, HostKernel(name, inputs, source, header, kernel_folder))
+        return made.setdefault(name, HostKernel(name, inputs, outputs, source, header, kernel_folder))
 
     monkeypatch.setattr(rows_matmul, "make_kernel", make)
     return made

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 #include "fibers.h"
 
 #define __device__
@@ -64,6 +65,18 @@ static float2 __half22float2(__half2 pair) { return {float(pair.x), float(pair.y
 static float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 template <typename T> Pair<T> __hmul2(Pair<T> a, Pair<T> b) {
   return {T(float(a.x) * float(b.x)), T(float(a.y) * float(b.y))};
+}
+
+// Copies to shared memory are made when their thread waits for them: who reads before that reads what was there.
+struct Copy { void* to; const void* from; };
+static std::vector<Copy> under_way[MOST_THREADS];
+static void copy_async(void* to, const void* from) {
+  if (reinterpret_cast<size_t>(to) % 16 || reinterpret_cast<size_t>(from) % 16) __builtin_trap();
+  under_way[current_thread].push_back({to, from});
+}
+static void wait_for_copies() {
+  for (const Copy& one : under_way[current_thread]) std::memcpy(one.to, one.from, 16);
+  under_way[current_thread].clear();
 }
 
 static void __syncthreads() { barrier(); }

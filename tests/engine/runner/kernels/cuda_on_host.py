@@ -13,17 +13,21 @@ import numpy as np
 
 from engine.runner.kernels.dialect import compact
 from engine.runner.kernels.rows_matmul_text import TENSOR_CORES
+from engine.runner.kernels.staged_rows_text import ASYNC_COPIES
 
 HERE = Path(__file__).parent
-_TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "unsigned"}
+_TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "unsigned", mx.float32: "float"}
 
 
 class HostKernel:
     """What :func:`engine.runner.kernels.dialect.make_kernel` gives on a GPU, run on this machine's CPU."""
 
-    def __init__(self, name: str, inputs: tuple[str, ...], source: str, header: str, folder: Path) -> None:
-        self._name, self._inputs, self._source, self._folder = name, inputs, compact(source), folder
-        self._header = compact(header.replace(TENSOR_CORES, ""))
+    def __init__(
+        self, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str, folder: Path
+    ) -> None:
+        self._name, self._inputs, self._outputs, self._folder = name, inputs, outputs, folder
+        self._source = compact(source)
+        self._header = compact(header.replace(TENSOR_CORES, "").replace(ASYNC_COPIES, ""))
         self.launches = 0
 
     def __call__(
@@ -36,20 +40,26 @@ class HostKernel:
         output_shapes: list[tuple[int, ...]],
         output_dtypes: list[mx.Dtype],
     ) -> list[mx.array]:
-        """Compute the one output; all elements that the kernel does not write are NaN."""
+        """Compute the outputs; all elements that the kernel does not write are NaN."""
         self.launches += 1
-        run = self._compiled(inputs, template, output_dtypes[0])
+        run = self._compiled(inputs, template, output_dtypes)
         held = [np.array(mx.contiguous(value).view(_bits(value.dtype))) for value in inputs]
-        out = np.full(output_shapes[0], 0x7FFF, dtype=np.uint16)
+        outs = [
+            np.full(shape, 0x7FFF if dtype.size == 2 else 0x7FFFFFFF, dtype=f"uint{8 * dtype.size}")
+            for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+        ]
         shapes = np.zeros((len(inputs), 8), dtype=np.int32)
         for row, value in zip(shapes, inputs, strict=True):
             row[: value.ndim] = value.shape
-        pointers = (ctypes.c_void_p * (len(held) + 1))(*(array.ctypes.data for array in [*held, out]))
+        arrays = [array.ctypes.data for array in [*held, *outs]]
+        pointers = (ctypes.c_void_p * len(arrays))(*arrays)
         run(pointers, ctypes.c_void_p(shapes.ctypes.data), grid[0] // threadgroup[0], threadgroup[0])
-        return [mx.array(out).view(output_dtypes[0])]
+        return [mx.array(out).view(dtype) for out, dtype in zip(outs, output_dtypes, strict=True)]
 
-    def _compiled(self, inputs: list[mx.array], template: list[tuple[str, Any]], out: mx.Dtype) -> Callable[..., Any]:
-        text = self._text([_TYPES[value.dtype] for value in inputs], template, _TYPES[out])
+    def _compiled(
+        self, inputs: list[mx.array], template: list[tuple[str, Any]], outputs: list[mx.Dtype]
+    ) -> Callable[..., Any]:
+        text = self._text([_TYPES[value.dtype] for value in inputs], template, [_TYPES[dtype] for dtype in outputs])
         library = self._folder / f"{self._name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
         if not library.exists():
             source = library.with_suffix(".cpp")
@@ -58,8 +68,9 @@ class HostKernel:
             subprocess.run(["g++", *flags, "-o", str(library), str(source)], check=True)
         return ctypes.CDLL(str(library)).run
 
-    def _text(self, types: list[str], template: list[tuple[str, Any]], out: str) -> str:
+    def _text(self, types: list[str], template: list[tuple[str, Any]], outputs: list[str]) -> str:
         named = list(zip(self._inputs, types, strict=True))
+        written = list(zip(self._outputs, outputs, strict=True))
         shaped = [name for name in self._inputs if re.search(rf"\b{name}_shape\b", self._source)]
         constants = [
             f"using {name} = {_TYPES[value]};" if isinstance(value, mx.Dtype) else f"constexpr int {name} = {value};"
@@ -71,14 +82,15 @@ class HostKernel:
                 self._header,
                 *(f"static const {kind}* {name};" for name, kind in named),
                 *(f"static Shape {name}_shape;" for name in shaped),
-                f"static {out}* out;",
+                *(f"static {kind}* {name};" for name, kind in written),
                 "static void kernel() {",
                 *constants,
                 self._source,
                 '}\nextern "C" void run(void** arrays, const Shape* shapes, int blocks, int threads) {',
                 *(f"{name} = (const {kind}*)arrays[{i}];" for i, (name, kind) in enumerate(named)),
                 *(f"{name}_shape = shapes[{self._inputs.index(name)}];" for name in shaped),
-                f"out = ({out}*)arrays[{len(named)}];",
+                *(f"{name} = ({kind}*)arrays[{i}];" for i, (name, kind) in enumerate(written, len(named))),
+                "gridDim.x = blocks;",
                 "for (int i = 0; i < blocks; ++i) { blockIdx.x = i; run_block(threads, kernel); }\n}\n",
             ]
         )
