@@ -54,8 +54,8 @@ VIEWS = {"Reshape", "Slice", "Split", "Transpose", "ExpandDims", "Squeeze", "Bro
 """Nodes of a graph that launch nothing, where what they look at is contiguous."""
 TOKENS, BLOCK_SIZE = 512, 16
 ROWS = (1, 8, 16, 24, 32, 64)
-STAGED = 24, 32
-"""Numbers of rows for which kernels stage rows where weights are not packed."""
+SPLIT = 24, 32
+"""Numbers of rows for which narrow products split K where weights are not packed."""
 REPEATS = 20
 
 
@@ -189,7 +189,7 @@ def speed(layers: list[Any], blocks: FusedBlocks, kernels: AttentionKernels, num
         step, inputs = step_of(layers, kernels, rows)
         cells = []
         ways = {"mlx-lm": blocks.remove, "fused": blocks.install}
-        if rows in STAGED and "scales" not in layers[0].self_attn.q_proj:
+        if rows in SPLIT and "scales" not in layers[0].self_attn.q_proj:
             ways["fused, MLX's products"] = lambda: install_mlx_products(layers, by_hand)
         for name, prepare in ways.items():
             prepare()
@@ -204,9 +204,9 @@ def speed(layers: list[Any], blocks: FusedBlocks, kernels: AttentionKernels, num
 
 
 def install_mlx_products(layers: list[Any], fused: SwappedModules) -> None:
-    """Have layers use MLX's products where kernels stage rows."""
+    """Have layers use MLX's products alone where some split K."""
     for layer in layers:
-        block = replace(FusedBlock.of(layer, own_products=True), staged_rows=0)
+        block = replace(FusedBlock.of(layer, own_products=True), split_rows=0)
         fused.swap_method(layer, "__call__", fused_call(type(layer), block))
 
 

@@ -2,8 +2,8 @@
 
 At few rows on CUDA six launches, one more where attention is split: norm with the joined product of queries, keys and
 values; head norms, rotation, the write into pages and attention; output with its residual; norm with gate and up and
-what joins them; down with its residual. Up to 32 rows eight, of other kernels. Else MLX's own products over the same
-joined weights.
+what joins them; down with its residual. Else MLX's own products over the same joined weights, up to 32 rows but for
+output and down.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from mlx_lm.models.activations import swiglu
 
 from engine.runner.kernels.fused_rows import Norm
 from engine.runner.kernels.joined_attention import HeadNorms, rotates
+from engine.runner.kernels.split_k import silu_and_mul
 from engine.runner.kv.joined_weights import JoinedWeights
 from engine.runner.kv.kernel_cache import KernelLayerCache
 from engine.runner.kv.rotation import frequencies_of
@@ -30,7 +31,7 @@ _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 class FusedBlock:
     """One layer's weights, as its launches take them.
 
-    ``few_rows`` and ``staged_rows``: the most rows for kernels of few rows, and for those that stage rows.
+    ``few_rows`` and ``split_rows``: the most rows for kernels of few rows, and for narrow products that split K.
     """
 
     qkv: JoinedWeights
@@ -44,7 +45,7 @@ class FusedBlock:
     heads: int
     scale: float
     few_rows: int
-    staged_rows: int
+    split_rows: int
 
     @classmethod
     def of(cls, layer: Any, *, own_products: bool) -> "FusedBlock":
@@ -64,24 +65,24 @@ class FusedBlock:
             qkv, output, gate_up, down, _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm),
             _head_norms(attention), frequencies, attention.n_heads, attention.scale,
             min((some.most_few_rows for some in every), default=0),
-            min((some.most_staged_rows for some in every), default=0),
+            min((some.most_split_rows for some in every), default=0),
         )  # fmt: skip
 
     def __call__(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
         """``x`` [rows, hidden] after the layer."""
         if x.shape[0] <= self.few_rows:
             return self._few(x, cache)
-        return self._staged(x, cache) if x.shape[0] <= self.staged_rows else self._many(x, cache)
+        return self._split(x, cache) if x.shape[0] <= self.split_rows else self._many(x, cache)
 
     def _few(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
         attended = self._attend(self.qkv.few(x, norm=self.input_norm), cache)
         x = self.output.few(attended, residual=x)
         return self.down.few(self.gate_up.few(x, norm=self.mlp_norm, gated=True), residual=x)
 
-    def _staged(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
-        attended = self._attend(self.qkv.staged(mx.fast.rms_norm(x, *self.input_norm)), cache)
-        x, normed = self.output.staged_onto(x, attended, self.mlp_norm)
-        return self.down.staged_onto(x, self.gate_up.staged(normed, gated=True))[0]
+    def _split(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
+        attended = self._attend(self.qkv.many(mx.fast.rms_norm(x, *self.input_norm)), cache)
+        x, normed = self.output.onto(x, attended, self.mlp_norm)
+        return self.down.onto(x, silu_and_mul(self.gate_up.many(normed)))[0]
 
     def _many(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
         attended = self._attend(self.qkv.many(mx.fast.rms_norm(x, *self.input_norm)), cache)

@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from engine.runner.kernels.fused_rows import Norm, fused_rows, takes_norm
 from engine.runner.kernels.rows_matmul import Packed, takes_dense, takes_quantized
-from engine.runner.kernels.staged_rows import MAX_ROWS, add_parts, staged_parts, staged_rows
+from engine.runner.kernels.split_k import MAX_ROWS, add_parts, split_k
 
 _MOST_DENSE_ROWS, _MOST_PACKED_ROWS = 16, 32
 """Rows that kernels for few rows take; measured on an H200."""
@@ -54,8 +54,8 @@ class JoinedWeights:
         return _MOST_DENSE_ROWS if takes_dense(self.weight.shape[1], self.dtype) else 0
 
     @property
-    def most_staged_rows(self) -> int:
-        """Rows up to which kernels that stage them serve on CUDA, above those for few rows; 0 if they do not."""
+    def most_split_rows(self) -> int:
+        """Rows up to which :meth:`onto` serves on CUDA, above those for few rows; 0 if it does not."""
         return 0 if isinstance(self.weight, Packed) or not self.most_few_rows else MAX_ROWS
 
     def few(
@@ -69,13 +69,10 @@ class JoinedWeights:
             gated=gated,
         )  # fmt: skip
 
-    def staged(self, x: mx.array, *, gated: bool = False) -> mx.array:
-        """See :func:`engine.runner.kernels.staged_rows.staged_rows`."""
-        return staged_rows(x, self._dense, bias=self.bias, gated=gated)
-
-    def staged_onto(self, residual: mx.array, x: mx.array, norm: Norm | None = None) -> tuple[mx.array, mx.array]:
+    def onto(self, residual: mx.array, x: mx.array, norm: Norm | None = None) -> tuple[mx.array, mx.array]:
         """``residual`` [M, N] plus ``x`` [M, K] by the weights, and that normalized if ``norm`` is given."""
-        return add_parts(staged_parts(x, self._dense), residual, norm)
+        assert not isinstance(self.weight, Packed), "packed weights go by kernels for few rows"
+        return add_parts(split_k(x, self.weight), residual, norm)
 
     def many(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """``x`` [M, K] by the weights, plus the bias or the ``residual`` [M, N], by MLX."""
@@ -87,11 +84,6 @@ class JoinedWeights:
                 return product if added is None else product + added
             weight = mx.dequantize(weight.words, weight.scales, weight.biases, group_size=size, bits=bits)
         return x @ weight.T if added is None else mx.addmm(added, x, weight.T)
-
-    @property
-    def _dense(self) -> mx.array:
-        assert not isinstance(self.weight, Packed), "packed weights go by kernels for few rows"
-        return self.weight
 
 
 def _joined(modules: Sequence[nn.Module], name: str) -> mx.array:

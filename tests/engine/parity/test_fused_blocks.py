@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from engine.runner.kernels import fused_rows, staged_rows
+from engine.runner.kernels import fused_rows, split_k
 from engine.runner.kv.fused_block import FusedBlock
 from engine.runner.kv.fused_blocks import FusedBlocks
 from engine.runner.kv.joined_weights import JoinedWeights
@@ -173,7 +173,7 @@ def host_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, 
     def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str) -> HostKernel:
         return made.setdefault(name, HostKernel(name, inputs, outputs, source, header, tmp_path))
 
-    for module in (fused_rows, staged_rows):
+    for module in (fused_rows, split_k):
         monkeypatch.setattr(module, "make_kernel", make)
     return made
 
@@ -207,8 +207,8 @@ def test_few_rows_take_four_products_a_layer(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_up_to_32_rows_take_kernels_that_stage_them(host_products: dict[str, HostKernel]) -> None:
-    """Six launches a layer beside attention and the norm before it; two parts of K in what goes down."""
+def test_up_to_32_rows_narrow_products_split_k(host_products: dict[str, HostKernel]) -> None:
+    """And what adds up their parts adds the residual and normalizes."""
     model, kernels = model_of("qwen3", num_hidden_layers=2, intermediate_size=1024), HostKernels()
     model.set_dtype(mx.bfloat16)
     rng = np.random.default_rng(4)
@@ -221,9 +221,8 @@ def test_up_to_32_rows_take_kernels_that_stage_them(host_products: dict[str, Hos
         kernel.launches = 0
     kernels.calls = dict.fromkeys(kernels.calls, 0)
     tokens = [one.output_token_ids for one in engine.generate(prompts, 3)]
-    staged = {name: kernel.launches for name, kernel in host_products.items() if kernel.launches}
-    products = ("staged_rows_plain", "staged_rows_gated", "add_parts_normed", "add_parts")
-    assert {**dict.fromkeys(products, 4), "staged_rows_parts": 8} == staged, "two steps of two layers"
+    launches = {name: kernel.launches for name, kernel in host_products.items() if kernel.launches}
+    assert launches == {"split_k": 8, "add_parts_normed": 4, "silu_and_mul": 4, "add_parts": 4}, "two steps, two layers"
     blocks.remove()
     assert sum(a == b for a, b in zip(tokens, mlx_tokens(engine, prompts), strict=True)) >= 17, "bfloat16 ties at most"
     engine.backend.close()

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.runner.kernels.dialect import compact
 from engine.runner.kernels.rows_matmul_text import TENSOR_CORES
-from engine.runner.kernels.staged_rows_text import ASYNC_COPIES
+from engine.runner.kernels.split_k_text import COPIES
 
 HERE = Path(__file__).parent
 _TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "unsigned", mx.float32: "float"}
@@ -27,7 +27,7 @@ class HostKernel:
     ) -> None:
         self._name, self._inputs, self._outputs, self._folder = name, inputs, outputs, folder
         self._source = compact(source)
-        self._header = compact(header.replace(TENSOR_CORES, "").replace(ASYNC_COPIES, ""))
+        self._header = compact(header.replace(TENSOR_CORES, "").replace(COPIES, ""))
         self.launches = 0
 
     def __call__(

@@ -1,4 +1,4 @@
-"""The CUDA text of products of 17 to 32 rows and of the sums behind them, on this machine by ``cuda_on_host``."""
+"""The CUDA texts of products that split K and of what follows them, on this machine by ``cuda_on_host``."""
 
 import shutil
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from engine.runner.kernels import staged_rows as module
+from engine.runner.kernels import split_k as module
 from engine.runner.kernels.fused_rows import Norm
-from engine.runner.kernels.staged_rows import add_parts, staged_parts, staged_rows
+from engine.runner.kernels.split_k import add_parts, silu_and_mul, split_k
 from tests.engine.runner.kernels.cuda_on_host import HostKernel
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -36,41 +36,29 @@ def difference(found: mx.array, wanted: mx.array) -> float:
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "k", "dtype", "ending"),
+    ("rows", "width", "k", "dtype", "parts"),
     [
-        (32, 96, 256, mx.bfloat16, "plain"),
-        (17, 40, 64, mx.bfloat16, "plain"),
-        (24, 33, 704, mx.bfloat16, "bias"),
-        (29, 64, 320, mx.float16, "bias"),
-        (25, 80, 192, mx.bfloat16, "gated"),
-        (18, 200, 512, mx.float16, "gated"),
-        (2, 32, 128, mx.bfloat16, "plain"),
+        (32, 64, 512, mx.bfloat16, 1),
+        (17, 96, 1024, mx.bfloat16, 2),
+        (24, 40, 1472, mx.float16, 3),
+        (29, 33, 64, mx.bfloat16, 1),
+        (25, 80, 608, mx.float16, 1),
+        (2, 64 * 200, 1024, mx.bfloat16, 2),
+        (18, 64 * 300, 1024, mx.bfloat16, 1),
     ],
 )
-@pytest.mark.parametrize("full", [528, 2], ids=["warps share K", "wide tiles"])
-def test_a_product_is_right(
-    rows: int, width: int, k: int, dtype: mx.Dtype, ending: str, full: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_FULL", full)
+def test_parts_of_a_product_add_up_to_it(rows: int, width: int, k: int, dtype: mx.Dtype, parts: int) -> None:
     x, weight = normal(rows, k, dtype=dtype), normal(width, k, dtype=dtype, seed=1)
-    bias = normal(width, dtype=dtype, seed=2) if ending == "bias" else None
-    wanted = x.astype(mx.float32) @ weight.astype(mx.float32).T
-    if bias is not None:
-        wanted += bias.astype(mx.float32)
-    if ending == "gated":
-        gate, up = mx.split(wanted, 2, axis=-1)
-        wanted = gate * mx.sigmoid(gate) * up
-    assert difference(staged_rows(x, weight, bias=bias, gated=ending == "gated"), wanted) < LIMIT[dtype]
-
-
-@pytest.mark.parametrize(
-    ("width", "k", "parts"), [(64, 512, 1), (96, 1024, 2), (40, 1472, 3), (64 * 200, 1024, 2), (64 * 300, 1024, 1)]
-)
-def test_parts_of_a_product_add_up_to_it(width: int, k: int, parts: int) -> None:
-    x, weight = normal(20, k, dtype=mx.bfloat16), normal(width, k, dtype=mx.bfloat16, seed=1)
-    found = staged_parts(x, weight)
-    assert found.shape == (parts, 20, width)
+    found = split_k(x, weight)
+    assert found.shape == (parts, rows, width)
     assert difference(found.sum(axis=0), x.astype(mx.float32) @ weight.astype(mx.float32).T) < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "width", "dtype"), [(17, 64, mx.bfloat16), (32, 132, mx.float16)])
+def test_a_gate_joins_its_up_projection(rows: int, width: int, dtype: mx.Dtype) -> None:
+    joined = normal(rows, 2 * width, dtype=dtype)
+    gate, up = mx.split(joined.astype(mx.float32), 2, axis=-1)
+    assert difference(silu_and_mul(joined), gate * mx.sigmoid(gate) * up) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize(("parts", "rows", "width"), [(1, 3, 64), (5, 32, 192), (13, 17, 2560), (2, 1, 8192)])
