@@ -67,9 +67,10 @@ class SmallModel:
         kind, arguments = _get_classes(dict(config))
         model = kind(arguments.from_dict(config))
         key, weights = mx.random.key(0), []
+        gain = 0.0 if self.architecture.startswith("gemma") else 1.0  # Gemma's norms add 1 themselves
         for path, value in sorted(tree_flatten(model.parameters())):
             key, mine = mx.random.split(key)
-            weights.append((path, _weight(path, value, mine).astype(getattr(mx, self.dtype))))
+            weights.append((path, _weight(path, value, mine, gain).astype(getattr(mx, self.dtype))))
         model.update(tree_unflatten(weights))
         model.eval()
         mx.eval(model.parameters())
@@ -87,14 +88,14 @@ class SmallModel:
         return model
 
 
-def _weight(path: str, like: mx.array, key: mx.array) -> mx.array:
+def _weight(path: str, like: mx.array, key: mx.array, gain: float) -> mx.array:
     """Random values of a size at which attention picks a few of thousands of positions and counts for much.
 
     So a wrong position shows: with half of a prompt replaced, most models choose another token (measured).
     """
     noise = mx.random.normal(like.shape, key=key)
     if "norm" in path and like.ndim == 1:
-        return (2.2 if "q_norm" in path else 1.0) + 0.1 * noise
+        return gain + (1.2 if "q_norm" in path else 0.0) + 0.1 * noise
     if like.ndim < 2 or "conv" in path:
         return 0.3 * noise
     if "embed" in path:
