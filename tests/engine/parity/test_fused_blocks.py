@@ -178,6 +178,17 @@ def host_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, 
     return made
 
 
+def counted(model: Any, kernels: HostKernels, products: dict[str, HostKernel]) -> FusedBlocks:
+    """Both layers fused as on CUDA and installed; launches are counted from now on."""
+    blocks = fused(model, kernels, "cuda")
+    assert blocks.note == "fused layers: 2 of 2"
+    blocks.install()
+    for kernel in products.values():
+        kernel.launches = 0
+    kernels.calls = dict.fromkeys(kernels.calls, 0)
+    return blocks
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize(
     ("name", "dtype", "bits"), [("qwen3", mx.bfloat16, 0), ("qwen2", mx.float16, 0), ("llama", mx.bfloat16, 4)]
@@ -194,12 +205,7 @@ def test_few_rows_take_four_products_a_layer(
     if bits:
         nn.quantize(model, group_size=64, bits=bits)
     engine = BareEngine(model, kernels=kernels)
-    blocks = fused(model, kernels, "cuda")
-    assert blocks.note == "fused layers: 2 of 2"
-    blocks.install()
-    for kernel in host_products.values():
-        kernel.launches = 0
-    kernels.calls = dict.fromkeys(kernels.calls, 0)
+    counted(model, kernels, host_products)
     engine.generate([[5, 9, 11], [7, 3]], 3)
     assert kernels.calls["joined_attention"] > 0
     assert sum(kernel.launches for kernel in host_products.values()) == 4 * kernels.calls["joined_attention"]
@@ -214,12 +220,7 @@ def test_up_to_32_rows_narrow_products_split_k(host_products: dict[str, HostKern
     rng = np.random.default_rng(4)
     prompts = [rng.integers(10, VOCAB, 3 + number % 5).tolist() for number in range(20)]
     engine = BareEngine(model, kernels=kernels)
-    blocks = fused(model, kernels, "cuda")
-    assert blocks.note == "fused layers: 2 of 2"
-    blocks.install()
-    for kernel in host_products.values():
-        kernel.launches = 0
-    kernels.calls = dict.fromkeys(kernels.calls, 0)
+    blocks = counted(model, kernels, host_products)
     tokens = [one.output_token_ids for one in engine.generate(prompts, 3)]
     launches = {name: kernel.launches for name, kernel in host_products.items() if kernel.launches}
     assert launches == {"split_k": 8, "add_parts_normed": 4, "silu_and_mul": 4, "add_parts": 4}, "two steps, two layers"
