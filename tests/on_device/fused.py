@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -161,7 +160,12 @@ def check_layers(
     say(f"     {blocks.note} (chosen in {time.perf_counter() - started:.1f} s, memory grew by {grown:.1f} MB)")
     failed = list(blocks.problems) + (["a second copy of the weights"] if grown > 20 else [])
     layer = model.model.layers[0]
-    errors(layer, FusedBlock.of(layer, own_products=kind == "cuda"), BlockTrial(layer, kernels, BLOCK_SIZE), numbers)
+    errors(
+        layer,
+        FusedBlock.of(layer, "all" if kind == "cuda" else "none"),
+        BlockTrial(layer, kernels, BLOCK_SIZE),
+        numbers,
+    )
     modules = attention_patch.install(model)
     try:
         speed(model.model.layers, blocks, kernels, numbers)
@@ -206,7 +210,7 @@ def speed(layers: list[Any], blocks: FusedBlocks, kernels: AttentionKernels, num
 def install_mlx_products(layers: list[Any], fused: SwappedModules) -> None:
     """Have layers use MLX's products alone where some split K."""
     for layer in layers:
-        block = replace(FusedBlock.of(layer, own_products=True), split_rows=0)
+        block = FusedBlock.of(layer, "few")
         fused.swap_method(layer, "__call__", fused_call(type(layer), block))
 
 

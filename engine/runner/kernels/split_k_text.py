@@ -45,7 +45,7 @@ PARTS = r"""
       const T* from = x + (size_t)min(m, M - 1) * K + min(chunk * CHUNK + k * 8, K - 8);
       copy_async(memory + (buffer * C + m) * ROW + k, from);
     }
-    // Behind K weights are zeros, so that it does not matter what x is there.
+    // Behind K weights are zeros, so that x, which is clamped there, adds nothing if it is finite.
     EACH(u, 4) EACH(h, 2) {
       const int k = chunk * CHUNK + u * 32;
       a[buffer][u][h] = k < K ? read_once(reinterpret_cast<const uint4*>(rows[h] + k)) : make_uint4(0, 0, 0, 0);

@@ -1,14 +1,14 @@
 """A decoder layer in few launches: what mlx-lm's block of Llama, Qwen 2 and Qwen 3 computes for one token of each row.
 
-At few rows on CUDA six launches, one more where attention is split: norm with the joined product of queries, keys and
+At few rows on CUDA five launches, one more where attention is split: norm with the joined product of queries, keys and
 values; head norms, rotation, the write into pages and attention; output with its residual; norm with gate and up and
-what joins them; down with its residual. Else MLX's own products over the same joined weights, up to 32 rows but for
-output and down.
+what joins them; down with its residual (float16 is normalized apart). Else MLX's own products over the same joined
+weights; up to 32 rows on CUDA output and down split K instead, if they are not packed.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +25,9 @@ from engine.runner.kv.rotation import frequencies_of
 _MODULES = {module.TransformerBlock: module for module in (llama, qwen2, qwen3)}
 """mlx-lm's blocks that compute the same, but for norms of heads and biases. Mistral's is Llama's."""
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+OwnProducts = Literal["all", "few", "none"]
+"""Which products are this project's kernels: of few rows and those that split K, of few rows alone, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +51,24 @@ class FusedBlock:
     split_rows: int
 
     @classmethod
-    def of(cls, layer: Any, *, own_products: bool) -> "FusedBlock":
+    def of(cls, layer: Any, own: OwnProducts) -> "FusedBlock":
         """Of a layer that :func:`fusing_problem` allows; joins its weights."""
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv = JoinedWeights.of([attention[name] for name in _QKV], on_cuda=own_products)
-        gate_up = JoinedWeights.of([mlp[name] for name in _GATE_UP], on_cuda=own_products)
-        output, down = (JoinedWeights.of([one], on_cuda=own_products) for one in (attention.o_proj, mlp.down_proj))
+        attention, mlp, on_cuda = layer.self_attn, layer.mlp, own != "none"
+        qkv = JoinedWeights.of([attention[name] for name in _QKV], on_cuda=on_cuda)
+        gate_up = JoinedWeights.of([mlp[name] for name in _GATE_UP], on_cuda=on_cuda)
+        output, down = (JoinedWeights.of([one], on_cuda=on_cuda) for one in (attention.o_proj, mlp.down_proj))
         turns = frequencies_of(attention.rope, head_dim(attention))
         assert turns is not None, "a rotation of its own"
         # Arrays made from host memory are read over the bus on CUDA: this one comes from an operation.
         frequencies = mx.array(turns) * 1.0
         mx.eval(frequencies)
         mx.clear_cache()  # of the weights that are joined now
-        every = (qkv, output, gate_up, down) if own_products else ()
+        every = (qkv, output, gate_up, down)
         return cls(
             qkv, output, gate_up, down, _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm),
             _head_norms(attention), frequencies, attention.n_heads, attention.scale,
-            min((some.most_few_rows for some in every), default=0),
-            min((some.most_split_rows for some in every), default=0),
+            min(some.most_few_rows for some in every) if on_cuda else 0,
+            min(some.most_split_rows for some in every) if own == "all" else 0,
         )  # fmt: skip
 
     def __call__(self, x: mx.array, cache: KernelLayerCache) -> mx.array:

@@ -11,7 +11,12 @@ from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv.block_trial import BlockTrial
-from engine.runner.kv.fused_block import FusedBlock, fused_call, fusing_problem, is_block
+from engine.runner.kv.fused_block import FusedBlock, OwnProducts, fused_call, fusing_problem, is_block
+
+_LEFT_OUT: dict[OwnProducts, str] = {
+    "all": "narrow products do not split K", "few": "few rows are not fused", "none": "layers are not fused",
+}  # fmt: skip
+"""What is to be said where a way is wrong, in the order in which they are tried."""
 
 
 class FusedBlocks:
@@ -25,7 +30,7 @@ class FusedBlocks:
     ) -> None:
         self._layers: list[Any] = [layer for _, layer in model.named_modules() if is_block(layer)] if kernels else []
         self._kernels, self._block_size = kernels, block_size
-        self._own_products = device_kind == "cuda"
+        self._ways: tuple[OwnProducts, ...] = tuple(_LEFT_OUT) if device_kind == "cuda" else ("none",)
         self._blocks: list[FusedBlock | None] = []
         self._swapped = SwappedModules()
         self.problems: tuple[str, ...] = ()
@@ -36,16 +41,16 @@ class FusedBlocks:
 
         ``progress(done, total)`` counts layers.
         """
-        found: dict[tuple[object, ...], tuple[str | None, bool]] = {}
+        found: dict[tuple[object, ...], tuple[str | None, OwnProducts]] = {}
         problems: dict[str, None] = {}
         self._blocks = []
         for number, layer in enumerate(self._layers):
             kind = _kind(layer)
             if kind not in found:
                 found[kind] = self._tried(layer, problems)
-            problem, own_products = found[kind]
+            problem, own = found[kind]
             right = problem is None and fusing_problem(layer) is None
-            self._blocks.append(_joined(layer, own_products, problems) if right else None)
+            self._blocks.append(_joined(layer, own, problems) if right else None)
             if progress is not None:
                 progress(number + 1, len(self._layers))
         self.problems = tuple(problems)
@@ -79,30 +84,33 @@ class FusedBlocks:
         """Leave every layer as it was; its weights stay slices of joined ones."""
         self._swapped.undo()
 
-    def _tried(self, layer: Any, problems: dict[str, None]) -> tuple[str | None, bool]:
-        """Why layers like this one are not fused, and whether kernels for few rows are right."""
-        for own_products in (True, False) if self._own_products else (False,):
-            problem = self._problem(layer, own_products=own_products)
+    def _tried(self, layer: Any, problems: dict[str, None]) -> tuple[str | None, OwnProducts]:
+        """Why layers like this one are not fused, and which kernels of products are right."""
+        said: str | None = None
+        for own in self._ways:
+            problem = self._problem(layer, own)
             if problem is None:
-                return None, own_products
-            problems[f"{'few rows' if own_products else 'layers'} are not fused: {problem}"] = None
-        return problem, False
+                break
+            said = f"{_LEFT_OUT[own]}: {problem}"
+        if said is not None:
+            problems[said] = None
+        return problem, own
 
-    def _problem(self, layer: Any, *, own_products: bool) -> str | None:
+    def _problem(self, layer: Any, own: OwnProducts) -> str | None:
         try:
             if problem := fusing_problem(layer):
                 return problem
             assert self._kernels is not None
-            block = FusedBlock.of(layer, own_products=own_products)
+            block = FusedBlock.of(layer, own)
             return BlockTrial(layer, self._kernels, self._block_size).problem(block)
         except Exception as error:  # noqa: BLE001  (whatever stops it, the layers have mlx-lm's own way)
             return error_line(error)
 
 
-def _joined(layer: Any, own_products: bool, problems: dict[str, None]) -> FusedBlock | None:
+def _joined(layer: Any, own: OwnProducts, problems: dict[str, None]) -> FusedBlock | None:
     """A layer like one that was right, with its weights joined, if there is memory for that."""
     try:
-        return FusedBlock.of(layer, own_products=own_products)
+        return FusedBlock.of(layer, own)
     except RuntimeError as error:
         problems[f"a layer is not fused: {' '.join(str(error).split())[:160]}"] = None
         return None

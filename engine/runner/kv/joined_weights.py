@@ -72,6 +72,7 @@ class JoinedWeights:
     def onto(self, residual: mx.array, x: mx.array, norm: Norm | None = None) -> tuple[mx.array, mx.array]:
         """``residual`` [M, N] plus ``x`` [M, K] by the weights, and that normalized if ``norm`` is given."""
         assert not isinstance(self.weight, Packed), "packed weights go by kernels for few rows"
+        assert self.bias is None, "nothing adds a bias"
         return add_parts(split_k(x, self.weight), residual, norm)
 
     def many(self, x: mx.array, residual: mx.array | None = None) -> mx.array:

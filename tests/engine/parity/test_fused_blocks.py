@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from engine.runner.kernels import fused_rows, split_k
-from engine.runner.kv.fused_block import FusedBlock
+from engine.runner.kv.fused_block import FusedBlock, OwnProducts
 from engine.runner.kv.fused_blocks import FusedBlocks
 from engine.runner.kv.joined_weights import JoinedWeights
 from tests.engine.parity.bare_engine import BLOCK_SIZE, BareEngine, greedy
@@ -233,6 +233,47 @@ def mlx_tokens(engine: BareEngine, prompts: list[list[int]]) -> list[list[int]]:
     return [one.output_token_ids for one in engine.start().generate(prompts, 3)]
 
 
+@pytest.mark.parametrize(
+    ("rows", "bits", "own", "way"),
+    [
+        (16, 0, "all", "few"), (17, 0, "all", "split"), (32, 0, "all", "split"), (33, 0, "all", "many"),
+        (16, 0, "few", "few"), (17, 0, "few", "many"), (1, 0, "none", "many"),
+        (32, 4, "all", "few"), (33, 4, "all", "many"),
+    ],
+)  # fmt: skip
+def test_the_number_of_rows_decides_which_products_are_used(
+    rows: int, bits: int, own: OwnProducts, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of("llama", hidden_size=128, intermediate_size=128, num_attention_heads=8)
+    model.set_dtype(mx.bfloat16)
+    if bits:
+        nn.quantize(model, group_size=64, bits=bits)
+    block = FusedBlock.of(model.model.layers[0], own)
+    for name in ("few", "split", "many"):
+        monkeypatch.setattr(FusedBlock, f"_{name}", lambda _block, _x, _cache, name=name: name)
+    assert block(mx.zeros((rows, 128), mx.bfloat16), None) == way  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_wrong_products_that_split_k_leave_those_of_few_rows(
+    host_products: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split_k, "PARTS", split_k.PARTS.replace("= c[m][i];", "= 2.0f * c[m][i];"))
+    model, kernels = model_of("qwen3", num_hidden_layers=2, intermediate_size=128), HostKernels()
+    model.set_dtype(mx.bfloat16)
+    engine = BareEngine(model, kernels=kernels)
+    blocks = fused(model, kernels, "cuda")
+    assert str(blocks.note).startswith("fused layers: 2 of 2; narrow products do not split K: its result differs by")
+    blocks.install()
+    for kernel in host_products.values():
+        kernel.launches = 0
+    engine.generate([[5, 9, 11], [7, 3]], 2)
+    assert {name for name, kernel in host_products.items() if kernel.launches} == {
+        "fused_rows_dense_normed_plain", "fused_rows_dense_residual", "fused_rows_dense_normed_gated",
+    }  # fmt: skip
+    engine.backend.close()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_without_right_kernels_for_few_rows_layers_are_fused_over_mlxs_products(
     host_products: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
@@ -268,11 +309,11 @@ def test_many_rows_are_multiplied_by_unpacked_weights_on_cuda(monkeypatch: pytes
 def test_a_layer_whose_weights_find_no_room_together_stays_mlx_lms(monkeypatch: pytest.MonkeyPatch) -> None:
     own, joined = FusedBlock.of.__func__, []  # type: ignore[attr-defined]
 
-    def of(cls: type[FusedBlock], layer: Any, *, own_products: bool) -> FusedBlock:
+    def of(cls: type[FusedBlock], layer: Any, own_products: OwnProducts) -> FusedBlock:
         joined.append(layer)
         if len(joined) == 4:  # the first is joined for its trial too
             raise RuntimeError("[malloc] Unable to allocate 1 bytes")
-        return own(cls, layer, own_products=own_products)  # type: ignore[no-any-return]
+        return own(cls, layer, own_products)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(FusedBlock, "of", classmethod(of))
     assert fused(model_of("llama")).note == (
