@@ -160,12 +160,8 @@ def check_layers(
     say(f"     {blocks.note} (chosen in {time.perf_counter() - started:.1f} s, memory grew by {grown:.1f} MB)")
     failed = list(blocks.problems) + (["a second copy of the weights"] if grown > 20 else [])
     layer = model.model.layers[0]
-    errors(
-        layer,
-        FusedBlock.of(layer, "all" if kind == "cuda" else "none"),
-        BlockTrial(layer, kernels, BLOCK_SIZE),
-        numbers,
-    )
+    block = FusedBlock.of(layer, "all" if kind == "cuda" else "none")
+    errors(layer, block, BlockTrial(layer, kernels, BLOCK_SIZE), numbers)
     modules = attention_patch.install(model)
     try:
         speed(model.model.layers, blocks, kernels, numbers)

@@ -10,12 +10,9 @@ import mlx.core as mx
 from engine.runner.kernels.dialect import float_bits, make_kernel
 from engine.runner.kernels.fused_rows import Norm
 from engine.runner.kernels.rows_matmul_text import UNROLLED
-from engine.runner.kernels.split_k_text import PARTS, PARTS_HEADER, SILU_AND_MUL, add_parts_text
+from engine.runner.kernels.split_k_text import CHUNK, PARTS, PARTS_HEADER, SILU_AND_MUL, THREADS, TILE, add_parts_text
 
 MAX_ROWS = 32
-_TILE, _CHUNK = 64, 128
-"""Weight rows of a block, and what of K it multiplies between two meetings of its warps."""
-_THREADS = 128
 _FULL = 528
 """Blocks that fill an H200; more of them divide the work no better."""
 _FEWEST_CHUNKS = 4
@@ -29,13 +26,13 @@ def split_k(x: mx.array, weight: mx.array) -> mx.array:
     M is at most 32. Element types and sizes of K as in :func:`engine.runner.kernels.rows_matmul.takes_dense`.
     """
     (rows, k), width = x.shape, weight.shape[0]
-    tiles, chunks = -(-width // _TILE), -(-k // _CHUNK)
+    tiles, chunks = -(-width // TILE), -(-k // CHUNK)
     parts = max(1, min(_FULL // tiles, chunks // _FEWEST_CHUNKS))
     (out,) = make_kernel("split_k", ("x", "w"), ("out",), PARTS, PARTS_HEADER)(
         inputs=[x, weight],
         template=[("T", x.dtype), ("MT", 3 if rows <= 24 else 4)],
-        grid=(_THREADS * tiles * parts, 1, 1),
-        threadgroup=(_THREADS, 1, 1),
+        grid=(THREADS * tiles * parts, 1, 1),
+        threadgroup=(THREADS, 1, 1),
         output_shapes=[(parts, rows, width)],
         output_dtypes=[mx.float32],
     )
@@ -47,16 +44,15 @@ def add_parts(parts: mx.array, residual: mx.array, norm: Norm | None = None) -> 
     num_rows, width = residual.shape
     times = -(-width // (4 * _MOST_THREADS))
     threads = 32 * -(-width // (4 * 32 * times))
-    names = ("parts", "residual", *(("gain",) if norm is not None else ()))
-    outputs = ("total", *(("normed",) if norm is not None else ()))
+    name, names, outputs = "add_parts", ["parts", "residual"], ["total"]
+    inputs, template = [parts, residual], [("T", residual.dtype), ("Q", times)]
+    if norm is not None:
+        name, names, outputs = "add_parts_normed", [*names, "gain"], [*outputs, "normed"]
+        inputs, template = [*inputs, norm.gain], [*template, ("EPS", float_bits(norm.eps))]
     body, header = add_parts_text(normed=norm is not None)
-    results = make_kernel("add_parts_normed" if norm is not None else "add_parts", names, outputs, body, header)(
-        inputs=[parts, residual, *([] if norm is None else [norm.gain])],
-        template=[
-            ("T", residual.dtype),
-            ("Q", times),
-            *([] if norm is None else [("EPS", float_bits(norm.eps))]),
-        ],
+    results = make_kernel(name, tuple(names), tuple(outputs), body, header)(
+        inputs=inputs,
+        template=template,
         grid=(threads * num_rows, 1, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[residual.shape] * len(outputs),
@@ -71,8 +67,8 @@ def silu_and_mul(joined: mx.array) -> mx.array:
     (out,) = make_kernel("silu_and_mul", ("joined",), ("out",), SILU_AND_MUL, UNROLLED)(
         inputs=[joined],
         template=[("T", joined.dtype)],
-        grid=(_THREADS * -(-rows * width // (4 * _THREADS)), 1, 1),
-        threadgroup=(_THREADS, 1, 1),
+        grid=(THREADS * -(-rows * width // (4 * THREADS)), 1, 1),
+        threadgroup=(THREADS, 1, 1),
         output_shapes=[(rows, width)],
         output_dtypes=[joined.dtype],
     )

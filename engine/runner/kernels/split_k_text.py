@@ -9,6 +9,9 @@ Constants: T (element type), MT (tiles of 8 rows of x).
 
 from engine.runner.kernels.rows_matmul_text import TENSOR_CORES, UNROLLED
 
+TILE, CHUNK, THREADS = 64, 128, 128
+"""Weight rows of a block, 16 to a warp; what of K it multiplies between two meetings of its warps; its threads."""
+
 COPIES = r"""
 // Weights, that are read once: past the L1, and as much of a row at once as the L2 takes.
 __device__ inline uint4 read_once(const uint4* from) {
@@ -25,23 +28,29 @@ __device__ inline void copy_async(void* to, const void* from) {
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 """
 
-PARTS_HEADER = TENSOR_CORES + COPIES + UNROLLED
+_GEOMETRY = f"""
+#define TILE {TILE}
+#define CHUNK {CHUNK}
+#define THREADS {THREADS}
+"""
+PARTS_HEADER = TENSOR_CORES + COPIES + UNROLLED + _GEOMETRY
 PARTS = r"""
   // x [M, K], w [N, K], out float [parts, M, N]. K is a multiple of 32.
-  constexpr int R = 64, C = 8 * MT, CHUNK = 128, ROW = CHUNK / 8 + 4;
+  constexpr int C = 8 * MT, ROW = CHUNK / 8 + 4;
   __shared__ uint4 memory[2 * C * ROW];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int M = x_shape[0], K = x_shape[1], N = w_shape[0], chunks = (K + CHUNK - 1) / CHUNK, tiles = (N + R - 1) / R;
+  const int M = x_shape[0], K = x_shape[1], N = w_shape[0];
+  const int chunks = (K + CHUNK - 1) / CHUNK, tiles = (N + TILE - 1) / TILE;
   const int tile = blockIdx.x % tiles, part = blockIdx.x / tiles, parts = gridDim.x / tiles;
   const int first = part * chunks / parts, last = (part + 1) * chunks / parts;
   const T* rows[2];
-  EACH(h, 2) rows[h] = w + (size_t)min(tile * R + warp * 16 + h * 8 + g, N - 1) * K + t * 8;
+  EACH(h, 2) rows[h] = w + (size_t)min(tile * TILE + warp * 16 + h * 8 + g, N - 1) * K + t * 8;
   float c[MT][4];
   EACH(m, MT) EACH(i, 4) c[m][i] = 0.0f;
   uint4 a[2][4][2];
   auto fetch = [&](int chunk, int buffer) {
-    EACH(i, C * (CHUNK / 8) / 128) {
-      const int m = (i * 128 + threadIdx.x) / (CHUNK / 8), k = threadIdx.x % (CHUNK / 8);
+    EACH(i, C * (CHUNK / 8) / THREADS) {
+      const int m = (i * THREADS + threadIdx.x) / (CHUNK / 8), k = threadIdx.x % (CHUNK / 8);
       const T* from = x + (size_t)min(m, M - 1) * K + min(chunk * CHUNK + k * 8, K - 8);
       copy_async(memory + (buffer * C + m) * ROW + k, from);
     }
@@ -70,7 +79,7 @@ PARTS = r"""
     if (chunk + 1 < last) multiplied(chunk + 1, 1);
   }
   EACH(m, MT) EACH(i, 4) {
-    const int row = m * 8 + t * 2 + (i & 1), column = tile * R + warp * 16 + (i >> 1) * 8 + g;
+    const int row = m * 8 + t * 2 + (i & 1), column = tile * TILE + warp * 16 + (i >> 1) * 8 + g;
     if (row < M && column < N) out[((size_t)part * M + row) * N + column] = c[m][i];
   }
 """

@@ -17,7 +17,7 @@ from engine.runner.kv.joined_weights import JoinedWeights
 from tests.engine.parity.bare_engine import BLOCK_SIZE, BareEngine, greedy
 from tests.engine.parity.oracle import mixed_prompts
 from tests.engine.parity.tiny_architectures import VOCAB, build, config_of
-from tests.engine.runner.kernels.cuda_on_host import HostKernel
+from tests.engine.runner.kernels.cuda_on_host import HostKernel, kernels_on_host
 from tests.engine.runner.kernels.host_kernels import HostKernels
 
 NUM_TOKENS = 6
@@ -168,14 +168,7 @@ def test_a_block_that_computes_wrongly_is_not_installed(monkeypatch: pytest.Monk
 @pytest.fixture
 def host_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, HostKernel]:
     """Products of few rows compiled for this machine, by name."""
-    made: dict[str, HostKernel] = {}
-
-    def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str) -> HostKernel:
-        return made.setdefault(name, HostKernel(name, inputs, outputs, source, header, tmp_path))
-
-    for module in (fused_rows, split_k):
-        monkeypatch.setattr(module, "make_kernel", make)
-    return made
+    return kernels_on_host(monkeypatch, tmp_path, fused_rows, split_k)
 
 
 def counted(model: Any, kernels: HostKernels, products: dict[str, HostKernel]) -> FusedBlocks:

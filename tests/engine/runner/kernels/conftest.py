@@ -6,7 +6,7 @@ import pytest
 
 from engine.runner.kernels import rows_matmul
 from tests.engine.runner.kernels import text_on_host
-from tests.engine.runner.kernels.cuda_on_host import HostKernel
+from tests.engine.runner.kernels.cuda_on_host import HostKernel, kernels_on_host
 
 TextKernels = Callable[..., dict[str, text_on_host.HostKernel]]
 
@@ -20,13 +20,7 @@ def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def host_products(monkeypatch: pytest.MonkeyPatch, kernel_folder: Path) -> dict[str, HostKernel]:
     """Products of few rows run on this machine's CPU; gives the kernels by name."""
-    made: dict[str, HostKernel] = {}
-
-    def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str) -> HostKernel:
-        return made.setdefault(name, HostKernel(name, inputs, outputs, source, header, kernel_folder))
-
-    monkeypatch.setattr(rows_matmul, "make_kernel", make)
-    return made
+    return kernels_on_host(monkeypatch, kernel_folder, rows_matmul)
 
 
 @pytest.fixture(params=["metal", "cuda"])

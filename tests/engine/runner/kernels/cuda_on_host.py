@@ -7,10 +7,12 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from engine.runner.kernels.dialect import compact
 from engine.runner.kernels.rows_matmul_text import TENSOR_CORES
@@ -19,6 +21,7 @@ from engine.runner.kernels.split_k_text import COPIES
 HERE = Path(__file__).parent
 _ALIGNED = 16
 """Bytes of the widest loads."""
+_mprotect = ctypes.CDLL(None, use_errno=True).mprotect
 _TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "unsigned", mx.float32: "float"}
 
 
@@ -99,14 +102,25 @@ class HostKernel:
         )
 
 
+def kernels_on_host(monkeypatch: pytest.MonkeyPatch, folder: Path, *modules: ModuleType) -> dict[str, HostKernel]:
+    """Kernels of this machine's CPU in place of the GPU's that ``modules`` make; gives them by name."""
+    made: dict[str, HostKernel] = {}
+
+    def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str) -> HostKernel:
+        return made.setdefault(name, HostKernel(name, inputs, outputs, source, header, folder))
+
+    for module in modules:
+        monkeypatch.setattr(module, "make_kernel", make)
+    return made
+
+
 def _guarded(array: Any) -> Any:
     """A copy behind whose end nothing may be read: a kernel that does ends this process."""
     size = -(-array.nbytes // _ALIGNED) * _ALIGNED
     room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, room + mmap.PAGESIZE)
     first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    if protect(ctypes.c_void_p(first + room), ctypes.c_size_t(mmap.PAGESIZE), 0):
+    if _mprotect(ctypes.c_void_p(first + room), ctypes.c_size_t(mmap.PAGESIZE), 0):
         raise OSError(ctypes.get_errno(), "mprotect")
     copy = np.frombuffer(memory, array.dtype, array.size, room - size).reshape(array.shape)
     copy[...] = array

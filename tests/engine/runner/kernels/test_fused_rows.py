@@ -10,7 +10,7 @@ import pytest
 from engine.runner.kernels import fused_rows as module
 from engine.runner.kernels.fused_rows import Norm, fused_rows, takes_norm
 from engine.runner.kernels.rows_matmul import Packed
-from tests.engine.runner.kernels.cuda_on_host import HostKernel
+from tests.engine.runner.kernels.cuda_on_host import HostKernel, kernels_on_host
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 LIMIT = {mx.bfloat16: 6e-3, mx.float16: 1e-3}
@@ -20,13 +20,7 @@ WIDTH = 40
 
 @pytest.fixture(autouse=True)
 def host_kernels(monkeypatch: pytest.MonkeyPatch, kernel_folder: Path) -> dict[str, HostKernel]:
-    made: dict[str, HostKernel] = {}
-
-    def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str) -> HostKernel:
-        return made.setdefault(name, HostKernel(name, inputs, outputs, source, header, kernel_folder))
-
-    monkeypatch.setattr(module, "make_kernel", make)
-    return made
+    return kernels_on_host(monkeypatch, kernel_folder, module)
 
 
 def normal(*shape: int, dtype: mx.Dtype, seed: int = 0) -> mx.array:

@@ -9,7 +9,8 @@ import pytest
 from engine.runner.kernels import split_k as module
 from engine.runner.kernels.fused_rows import Norm
 from engine.runner.kernels.split_k import add_parts, silu_and_mul, split_k
-from tests.engine.runner.kernels.cuda_on_host import HostKernel
+from engine.runner.kv.block_trial import distance
+from tests.engine.runner.kernels.cuda_on_host import kernels_on_host
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 LIMIT = {mx.bfloat16: 4e-3, mx.float16: 5e-4}
@@ -17,12 +18,7 @@ LIMIT = {mx.bfloat16: 4e-3, mx.float16: 5e-4}
 
 @pytest.fixture(autouse=True)
 def host_kernels(monkeypatch: pytest.MonkeyPatch, kernel_folder: Path) -> None:
-    made: dict[str, HostKernel] = {}
-
-    def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str) -> HostKernel:
-        return made.setdefault(name, HostKernel(name, inputs, outputs, source, header, kernel_folder))
-
-    monkeypatch.setattr(module, "make_kernel", make)
+    kernels_on_host(monkeypatch, kernel_folder, module)
 
 
 def normal(*shape: int, dtype: mx.Dtype = mx.float32, seed: int = 0) -> mx.array:
@@ -32,7 +28,7 @@ def normal(*shape: int, dtype: mx.Dtype = mx.float32, seed: int = 0) -> mx.array
 def difference(found: mx.array, wanted: mx.array) -> float:
     """Of the norm; NaN where anything was not written."""
     assert found.shape == wanted.shape
-    return float((mx.linalg.norm(found.astype(mx.float32) - wanted) / mx.linalg.norm(wanted)).item())
+    return distance(found, wanted)
 
 
 @pytest.mark.parametrize(
