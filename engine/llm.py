@@ -220,6 +220,7 @@ class LLM:
             priority=priority,
             cache_salt=cache_salt,
             constraints=request.constraints,
+            make_parser=request.account.make_parser,
         )
         thread = self._thread
         stream = RequestStream(

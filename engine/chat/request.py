@@ -5,7 +5,8 @@ All entry points (``LLM.chat``, ``LLM.map``, ``%%chat``, chat completions, Respo
 that ``LLM.submit`` takes. Nowhere else do messages meet the template, the parser and the limits.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
 from engine.params.structured_outputs import Constraints, RepetitionDetection, StructuredOutput
 from engine.text.parse.output_parser import OutputParser, ToolChoice
-from engine.text.parse.parser_choice import ParserChoice
+from engine.text.parse.parser_choice import MakeParser, ParserChoice
 from engine.text.template.chat_template import ChatTemplate
 from engine.text.tokens.tokenizer import Tokenizer
 
@@ -128,7 +129,7 @@ class Account:
 
     source: str = "request"
     template: tuple[Layer, ...] | None = None
-    make_parser: Callable[[], OutputParser] | None = None
+    make_parser: MakeParser | None = None
 
     def new_parser(self) -> OutputParser | None:
         """A parser for one completion; None where all output is the answer."""
@@ -173,7 +174,7 @@ class ChatPreparer:
         if isinstance(request, PromptRequest):
             text, whole, account = *self._prompt(request), Account(request.source)
         else:
-            text, whole, account = self._chat(request)
+            text, whole, account = self._chat(request, constraints)
         params, token_ids = request.sampling, whole
         parser = account.new_parser()
         if parser is not None and parser.needs_special_tokens:
@@ -210,19 +211,18 @@ class ChatPreparer:
             **given,
         )
 
-    def _chat(self, request: ChatRequest) -> tuple[str, list[int], Account]:
+    def _chat(self, request: ChatRequest, constraints: Constraints | None) -> tuple[str, list[int], Account]:
         options = request.template
         layers = self._layers(options, request.source)  # once: live settings may change meanwhile
         text = self._render(request.messages, request.tools, options, layers)
-
-        def make_parser() -> OutputParser:
-            return self.parsers.make(
-                tools=request.tools or None,
-                tool_choice=request.tool_choice,
-                prompt=text,
-                parallel_tool_calls=request.parallel_tool_calls,
-            )
-
+        make_parser = functools.partial(
+            self.parsers.make,
+            tools=request.tools or None,
+            tool_choice=request.tool_choice,
+            prompt=text,
+            parallel_tool_calls=request.parallel_tool_calls,
+            calls_in_thoughts=constraints is None or constraints.structured is None,
+        )
         token_ids = self._tokenizer.encode(text, options.add_special_tokens)
         return text, token_ids, Account(request.source, tuple(layers), make_parser)
 

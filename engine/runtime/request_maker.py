@@ -12,7 +12,7 @@ from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import Constraints
 from engine.runner.sampling.sampling_metadata import check_token_ids
 from engine.text.guide.structured_output_manager import StructuredOutputManager
-from engine.text.parse.parser_choice import ParserChoice
+from engine.text.parse.parser_choice import MakeParser, ParserChoice
 from engine.text.tokens.tokenizer import Tokenizer
 
 
@@ -64,6 +64,7 @@ class RequestMaker:
         priority: int = 0,
         cache_salt: str | None = None,
         constraints: Constraints | None = None,
+        make_parser: MakeParser | None = None,
     ) -> NewRequest:
         """The request; raises ContextLengthError or another RequestError for what can never be served."""
         if not token_ids:
@@ -84,7 +85,7 @@ class RequestMaker:
             bad_words_token_ids=self._bad_words(params),
             priority=priority,
             cache_salt=cache_salt,
-            make_guide=self.structured_outputs.prepare(constraints, token_ids, params),
+            make_guide=self.structured_outputs.prepare(constraints, token_ids, params, make_parser),
         )
 
     def _seed(self, params: SamplingParams) -> int:

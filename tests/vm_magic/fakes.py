@@ -202,7 +202,7 @@ class FakeLLM(_LLM):
         else:
             self.template_kwargs.append(request.template.variables())
             text = "".join(f"<{m['role']}>{m['content']}" for m in request.messages) + "<assistant>"
-            account = Account(request.source, (), lambda: self._parser(request, text))
+            account = Account(request.source, (), lambda *, reasoning=None: self._parser(request, text))
         self.prompts.append(text)
         return PreparedRequest(text, [1] * len(text.split()), request.sampling, request.constraints(), account)
 

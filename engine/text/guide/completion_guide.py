@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from engine.core.token_guide import COMPLETE, REPETITION_STOP_REASON, ThinkingCut
 from engine.params.structured_outputs import RepetitionDetection
 from engine.text.guide.grammar import GrammarMatcher
-from engine.text.guide.thinking_state import ThinkingState, ThoughtTracker
+from engine.text.guide.thinking_state import ThoughtTracker
+from engine.text.parse.output_parser import ThinkingState
 
 _HISTORY_ROOM = 4096
 """How many tokens are added to the history before its end is moved back to the beginning of the array."""
@@ -76,11 +77,11 @@ class CompletionGuide:
         self._eos_token_ids = np.array(sorted(eos_token_ids), dtype=np.int64)
         self._forced: list[int] = []
         self._num_passing = 0
+        self._reason: ThinkingCut = "budget"
         self._ending: ThinkingCut | None = None
         self.thinking_cut: ThinkingCut | None = None
         self.error: str | None = None
-        if self._state is ThinkingState.THOUGHT and self._over_budget:
-            self._end_thought("budget", waited=True)
+        self._end_if_over_budget(waited=True)
 
     @property
     def waits(self) -> bool:
@@ -115,27 +116,26 @@ class CompletionGuide:
         if self._forced and not self._num_passing:
             del self._forced[0]
             if self._ending is not None:
-                self._inject()
+                self._inject(token_id)
                 return None
         self._num_passing = max(0, self._num_passing - 1)
         before = self._state
         if self._tracker is not None:
             self._tracker.add(token_id)
+            if self._ending is not None and not self._tracker.may_be_ended:
+                # The model ended the thought, or calls a tool: no end is forced.
+                self._forced, self._num_passing, self._ending = [], 0, None
         if self._state is ThinkingState.THOUGHT:
             self._think(token_id, begins=before is not ThinkingState.THOUGHT, waited=waited)
             return None
-        if before is ThinkingState.THOUGHT:  # the model ended it: the forced end is no longer needed
-            self._forced, self._num_passing, self._ending = [], 0, None
-            return None
-        return self._answer(token_id)
+        return None if before is ThinkingState.THOUGHT else self._answer(token_id)
 
     def finish_thinking(self, in_flight: bool) -> None:
         """See :class:`engine.core.token_guide.TokenGuide`. A thought that has not begun gets no budget."""
         if self._tracker is None:
             return
-        self._budget, self._own_budget = 0, True
-        if self._state is ThinkingState.THOUGHT and self._ending is None:
-            self._end_thought("request", waited=not in_flight)
+        self._budget, self._own_budget, self._reason = 0, True, "request"
+        self._end_if_over_budget(waited=not in_flight)
 
     @property
     def thinking(self) -> bool:
@@ -147,25 +147,32 @@ class CompletionGuide:
         if self._own_budget or self._tracker is None or budget == self._budget:
             return
         self._budget = budget
-        if self._state is ThinkingState.THOUGHT and self._over_budget and self._ending is None:
-            self._end_thought("budget", waited=not in_flight)
+        self._end_if_over_budget(waited=not in_flight)
 
     @property
     def _state(self) -> ThinkingState:
         return ThinkingState.ANSWER if self._tracker is None else self._tracker.state
 
     @property
-    def _over_budget(self) -> bool:
-        return self._budget is not None and self._tracker is not None and self._tracker.num_tokens >= self._budget
+    def _may_be_ended(self) -> bool:
+        return self._tracker is not None and self._tracker.may_be_ended and self._ending is None
+
+    def _end_if_over_budget(self, *, waited: bool) -> bool:
+        """End a thought that is longer than its budget; in a header that may be a call's, the next tokens decide."""
+        over = self._tracker is not None and self._budget is not None and self._tracker.num_tokens >= self._budget
+        if over and self._may_be_ended:
+            self._end_thought(self._reason, waited=waited)
+            return True
+        return False
 
     def _think(self, token_id: int, *, begins: bool, waited: bool) -> None:
         if begins and self._matcher is not None:
             self._matcher.reset()
-        if self._ending is None:
-            if self._over_budget:
-                self._end_thought("budget", waited=waited)
-            elif not begins and self._repetition is not None and self._repetition.add(token_id):
-                self._end_thought("repetition", waited=waited)
+        if self._end_if_over_budget(waited=waited) or self._ending is not None:
+            return
+        repeats = not begins and self._repetition is not None and self._repetition.add(token_id)
+        if repeats and self._may_be_ended:
+            self._end_thought("repetition", waited=waited)
 
     def _answer(self, token_id: int) -> str | None:
         if self._matcher is not None:
@@ -193,13 +200,13 @@ class CompletionGuide:
         self._num_passing = 0 if waited else 1
         self._ending = why
 
-    def _inject(self) -> None:
+    def _inject(self, token_id: int) -> None:
         """One token of the end marker was written."""
-        assert self._tracker is not None
+        assert self._tracker is not None, "a thought is followed"
+        self._tracker.add(token_id)
         self.thinking_cut = self._ending
         if not self._forced:
             self._ending = None
-            self._tracker.end()
 
 
 def _clear_bits(words: NDArray[np.int32], token_ids: NDArray[np.int64]) -> None:

@@ -9,16 +9,16 @@ from engine.params.structured_outputs import THOUGHT_REPETITION, Constraints, Re
 from engine.text.guide.completion_guide import CompletionGuide, RepetitionDetector
 from engine.text.guide.grammar import GrammarCompiler, GrammarMatcher, grammar_text
 from engine.text.guide.structural_tag import structural_tag_grammar
-from engine.text.guide.thinking_state import (
-    ThinkingState,
-    ThoughtMarkers,
-    ThoughtTracker,
-    state_after_prompt,
-    thought_markers,
-)
+from engine.text.guide.thinking_state import ThoughtMarkers, ThoughtTracker, thought_markers
 from engine.text.guide.tool_grammar import tool_grammar
+from engine.text.parse.output_parser import OutputParser, make_output_parser
+from engine.text.parse.parser_choice import MakeParser
+from engine.text.parse.reasoning_parsers import ReasoningParser
 from engine.text.parse.tool_parsers import TOOL_PARSERS
 from engine.text.tokens.tokenizer import Tokenizer
+
+_PROMPT_TAIL = 2048
+"""Tokens of a raw prompt searched for an open thought: a prompt may end in a thought to be continued."""
 
 
 class StructuredOutputManager:
@@ -40,14 +40,19 @@ class StructuredOutputManager:
         parser = TOOL_PARSERS.get(tool_call_parser or "")
         self._demanded = parser.demanded if parser else None
         self.markers: ThoughtMarkers | None = thought_markers(reasoning_parser, reasoning_config or {}, tokenizer)
-        start = self.markers.start if self.markers else ""
+        start = self.markers.reasoning.start.strip() if self.markers else ""
         self._start = tuple(tokenizer.encode(start, add_special_tokens=False)) if start else ()
 
     def prepare(
-        self, constraints: Constraints | None, prompt_token_ids: list[int], params: SamplingParams
+        self,
+        constraints: Constraints | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        make_parser: MakeParser | None = None,
     ) -> MakeGuide | None:
         """What makes the guides of a request's completions; None where nothing is constrained.
 
+        ``make_parser`` makes what reads the reply, which knows where a thought ends; None for a raw prompt.
         Raises RequestError for a bad grammar and for what this model cannot do.
         """
         constraints = constraints or Constraints()
@@ -64,12 +69,16 @@ class StructuredOutputManager:
         if matcher is None and not self.markers and not detection.max_pattern_size:
             return None
         markers = self.markers
-        state = state_after_prompt(markers, prompt_token_ids, self._tokenizer) if markers else ThinkingState.ANSWER
+        if markers is not None and make_parser is None:
+            make_parser = self._raw_parser(prompt_token_ids)
 
         def make() -> CompletionGuide:
+            tracker = None
+            if markers is not None and make_parser is not None:
+                tracker = ThoughtTracker(markers, make_parser(reasoning=markers.reasoning), self._tokenizer)
             return CompletionGuide(
                 matcher=None if matcher is None else matcher.another(),
-                tracker=None if markers is None else ThoughtTracker(markers, state, self._tokenizer),
+                tracker=tracker,
                 budget=None if thinking is None else thinking.limit,
                 own_budget=thinking is not None,
                 repetition=RepetitionDetector(detection) if detection.max_pattern_size else None,
@@ -79,6 +88,20 @@ class StructuredOutputManager:
             )
 
         return make
+
+    def _raw_parser(self, prompt_token_ids: list[int]) -> MakeParser:
+        """For output that nobody parses: thoughts are found in it, calls are not."""
+        tail = self._tokenizer.decode(prompt_token_ids[-_PROMPT_TAIL:], skip_special_tokens=False)
+
+        def make_parser(*, reasoning: ReasoningParser | None = None) -> OutputParser:
+            return make_output_parser(
+                reasoning_parser=reasoning,
+                tool_call_parser=None,
+                prompt_suffix=tail,
+                special_tokens=self._tokenizer.special_tokens,
+            )
+
+        return make_parser
 
     def _matcher(self, structured: StructuredOutput | None, params: SamplingParams) -> GrammarMatcher | None:
         if structured is None:

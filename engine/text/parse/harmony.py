@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from engine.text.parse.scan.lenient_json import LenientJson
-from engine.text.parse.scan.output_sink import OutputSink
+from engine.text.parse.scan.output_sink import OutputSink, ThinkingState
 from engine.text.parse.scan.scanner import Markers, MarkupError, Scanner, Steps
 from engine.text.parse.tool_parsers.base import ToolParser, ToolSchemas
 
@@ -42,6 +42,7 @@ class HarmonyReader:
         elif _MESSAGE in begun:
             mark = yield from self._body(begun.partition(_MESSAGE)[0])
         elif _CHANNEL not in begun and not (yield from self._header_follows()):
+            self._decide(ThinkingState.BEFORE)
             mark = yield from self.scanner.until(_BETWEEN, self.sink.content)
         else:
             mark = yield from self._header(begun)
@@ -55,26 +56,34 @@ class HarmonyReader:
 
     def _header_follows(self) -> Steps[bool]:
         """Whether the header continues here: a model may also answer with plain text."""
+        self._decide(ThinkingState.THOUGHT, undecided=True)
         return (yield from self.scanner.after_space([_CHANNEL, _MESSAGE, "to="])) is not None
 
     def _header(self, begun: str) -> Steps[str | None]:
         """A message after its header; returns the mark that ended it."""
         parts = [begun]
+        self._decide(ThinkingState.THOUGHT, undecided=True)
         mark = yield from self.scanner.until(_IN_HEADER, parts.append)
         return (yield from self._body("".join(parts))) if mark == _MESSAGE else mark
 
     def _body(self, header: str) -> Steps[str | None]:
         recipient = _RECIPIENT.search(header)
+        self._decide(ThinkingState.ANSWER)
         if recipient and self.with_calls and (yield from self.scanner.after_space(["{"])) == "{":
             yield from self._arguments(recipient.group(1))
         elif f"{_CHANNEL}analysis" in header:
             self.sink.begin_thought()
             mark = yield from self.scanner.until(_IN_BODY, self.sink.reasoning)
             self.sink.boundary()
+            self._decide(ThinkingState.THOUGHT, undecided=True)
             return mark
         elif self.forced and (yield from self.scanner.after_space(tuple(self.forced.bare))):
             yield from self._forced_calls(self.forced)
         return (yield from self.scanner.until(_IN_BODY, self.sink.content))
+
+    def _decide(self, state: ThinkingState, *, undecided: bool = False) -> None:
+        """What follows; ``undecided``: as long as no header says otherwise."""
+        self.sink.thinking_state, self.sink.undecided = state, undecided
 
     def _forced_calls(self, forced: ToolParser) -> Steps[None]:
         yield from self.scanner.skip_space()

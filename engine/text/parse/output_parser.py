@@ -21,6 +21,7 @@ from engine.text.parse.scan.output_sink import (
     ParsedDelta,
     ParsedEvent,
     ReasoningDelta,
+    ThinkingState,
     ToolCallDelta,
     random_call_id,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "ParsedDelta",
     "ParsedEvent",
     "ReasoningDelta",
+    "ThinkingState",
     "ToolCallDelta",
     "ToolChoice",
     "make_output_parser",
@@ -48,22 +50,49 @@ ToolChoice = str | Mapping[str, Any] | None
 class OutputParser:
     """Parses one completion. Made by :func:`make_output_parser`; not for several threads at once.
 
+    It alone knows where a thought ends: a thinking budget asks a parser of its own (``thinking_state``).
+
     ``needs_special_tokens``: the request must run with ``skip_special_tokens=False``, since marks are
     special tokens; all others are then removed here. After :meth:`finish`, ``finish_reason`` is the
     one for chats: ``"tool_calls"`` where calls were made and the model stopped by itself.
     """
 
-    def __init__(self, scanner: Scanner, sink: OutputSink, steps: Steps[None], *, needs_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        scanner: Scanner,
+        sink: OutputSink,
+        steps: Steps[None],
+        *,
+        needs_special_tokens: bool,
+        thinks_later: bool = False,
+    ) -> None:
         self.needs_special_tokens = needs_special_tokens
+        self._thinks_later = thinks_later
         self.finish_reason: FinishReason | None = None
         self._scanner = scanner
         self._sink = sink
         self._steps = steps
+        next(steps)  # up to where it wants text: so the state is known before there is any
 
     @property
     def called_tools(self) -> bool:
         """Whether a tool call was found so far."""
         return self._sink.num_calls > 0
+
+    @property
+    def thinking_state(self) -> ThinkingState:
+        """Where the text so far ends: what follows is part of a thought or of the answer."""
+        return self._sink.thinking_state
+
+    @property
+    def in_thought(self) -> bool:
+        """Whether what follows is certainly thought: a message's header may be a call's (harmony)."""
+        return self.thinking_state is ThinkingState.THOUGHT and not self._sink.undecided
+
+    @property
+    def may_think_again(self) -> bool:
+        """Whether another thought may still begin; False for good once it is."""
+        return self._thinks_later or self._sink.fresh
 
     def feed(self, text: str) -> ParsedDelta:
         """Take the next piece of output; gives what became certain."""
@@ -86,12 +115,13 @@ class OutputParser:
 
 def make_output_parser(
     *,
-    reasoning_parser: str | None,
+    reasoning_parser: str | ReasoningParser | None,
     tool_call_parser: str | None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     tool_choice: ToolChoice = None,
     prompt_suffix: str = "",
     parallel_tool_calls: bool = True,
+    calls_in_thoughts: bool = True,
     special_tokens: Collection[str] = (),
     make_call_id: MakeCallId | None = None,
 ) -> OutputParser:
@@ -101,10 +131,11 @@ def make_output_parser(
     inside a thought. Where it is not known (empty), output is held back up to the first mark, which decides.
     Without tools, or with ``tool_choice="none"``, calls are not looked for. A ``required`` or named
     ``tool_choice`` also takes vLLM's forms (a JSON list of name and parameters; the bare arguments).
+    A call inside a thought ends it; without ``calls_in_thoughts`` (a grammar waits for the answer) it is thought.
     ``special_tokens`` are the texts of the tokenizer's special tokens. Raises ConfigError for unknown
     parser names.
     """
-    reasoning: ReasoningParser | None = parser_named(REASONING_PARSERS, reasoning_parser, "reasoning_parser")
+    reasoning = _reasoning_parser(reasoning_parser)
     tool: ToolParser | None = parser_named(TOOL_PARSERS, tool_call_parser, "tool_call_parser")
     wanted = bool(tools) and tool_choice != "none"
     demanded = wanted and tool_choice not in (None, "auto")
@@ -115,18 +146,28 @@ def make_output_parser(
     if reasoning is HARMONY or tool is HARMONY_CALLS:
         with_calls = wanted and tool is HARMONY_CALLS
         harmony = HarmonyReader(scanner, sink, schemas, with_calls=with_calls, forced=calls if demanded else None)
-        return OutputParser(scanner, sink, harmony.read(prompt_suffix), needs_special_tokens=True)
+        steps = harmony.read(prompt_suffix)
+        return OutputParser(scanner, sink, steps, needs_special_tokens=True, thinks_later=True)
     if reasoning is None and calls is None:
         return OutputParser(scanner, sink, _read_plain(scanner, sink), needs_special_tokens=False)
     marks = _marks(reasoning, calls)
     known = set(special_tokens)
     needs = bool(known.intersection(marks)) or any(token in mark for mark in marks for token in known)
     dropped = tuple(known.difference(marks)) if needs else ()
-    reader = _MarkedReader(scanner, sink, reasoning, calls, schemas, dropped)
+    in_thoughts = calls if calls_in_thoughts else None
+    reader = _MarkedReader(scanner, sink, reasoning, calls, in_thoughts, schemas, dropped)
     inside = reasoning.begins_inside(prompt_suffix) if reasoning is not None else False
     if reasoning is not None and reasoning.begins_behind(prompt_suffix):
-        sink.boundary()
-    return OutputParser(scanner, sink, reader.read(inside), needs_special_tokens=needs)
+        sink.end_thought()
+    thinks_later = reasoning is not None and (reasoning.anywhere or calls is not None)
+    return OutputParser(scanner, sink, reader.read(inside), needs_special_tokens=needs, thinks_later=thinks_later)
+
+
+def _reasoning_parser(given: str | ReasoningParser | None) -> ReasoningParser | None:
+    if isinstance(given, ReasoningParser):
+        return given
+    found: ReasoningParser | None = parser_named(REASONING_PARSERS, given, "reasoning_parser")
+    return found
 
 
 def parser_named(table: Mapping[str, Any], name: str | None, flag: str) -> Any:
@@ -164,12 +205,16 @@ def _read_plain(scanner: Scanner, sink: OutputSink) -> Steps[None]:
 
 @dataclass(frozen=True)
 class _MarkedReader:
-    """Reads output whose thoughts and calls are between marks. ``dropped`` are special tokens without a meaning."""
+    """Reads output whose thoughts and calls are between marks. ``dropped`` are special tokens without a meaning.
+
+    ``in_thoughts`` reads the calls that a thought may end with.
+    """
 
     scanner: Scanner
     sink: OutputSink
     reasoning: ReasoningParser | None
     calls: ToolParser | None
+    in_thoughts: ToolParser | None
     schemas: ToolSchemas
     dropped: tuple[str, ...]
 
@@ -177,6 +222,7 @@ class _MarkedReader:
         """The whole output; ``inside`` says whether it begins in a thought, None that its first mark decides."""
         markers = Markers([*_marks(self.reasoning, self.calls), *self.dropped])
         if self.reasoning and (inside or (inside is None and (yield from self._ends_first(self.reasoning)))):
+            self.sink.thinking_state = ThinkingState.THOUGHT
             yield from self.scanner.skip_space()
             yield from self.scanner.accept(self.reasoning.start)  # some models open the thought once more
             yield from self._thought(self.reasoning)
@@ -234,18 +280,18 @@ class _MarkedReader:
 
     def _thought(self, reasoning: ReasoningParser) -> Steps[None]:
         """Up to the thought's end, which a tool call that begins inside it is too."""
-        starts = self.calls.starts if self.calls else ()
+        starts = self.in_thoughts.starts if self.in_thoughts else ()
         markers = Markers([reasoning.end, *starts, *self.dropped])
         self.sink.begin_thought()
         while True:
             mark = yield from self.scanner.until(markers, self.sink.reasoning)
             if mark is None or mark == reasoning.end:
                 break
-            if self.calls and mark in starts:
-                if (yield from self._calls(self.calls, mark)):
+            if self.in_thoughts and mark in starts:
+                if (yield from self._calls(self.in_thoughts, mark)):
                     break
                 self.sink.reasoning(mark)
-        self.sink.boundary()
+        self.sink.end_thought()
 
     def _bare_calls(self, calls: ToolParser) -> Steps[None]:
         space = yield from self.scanner.skip_space()
@@ -258,7 +304,8 @@ class _MarkedReader:
     def _calls(self, calls: ToolParser, start: str) -> Steps[bool]:
         """Try to read calls. False, and nothing read, if the text is not a call. What a limit cut off is dropped."""
         mark = self.scanner.mark()
-        seen = self.sink.num_seen
+        seen, state = self.sink.num_seen, self.sink.thinking_state
+        self.sink.thinking_state = ThinkingState.ANSWER
         self.scanner.at_end = False
         try:
             yield from calls.read(self.scanner, self.sink, self.schemas, start)
@@ -270,6 +317,7 @@ class _MarkedReader:
             if self.scanner.at_end and dropped and not self.scanner.holds(calls.ends):
                 self.scanner.take_rest()
             elif not begun:
+                self.sink.thinking_state = state
                 return False
         finally:
             self.scanner.release(mark)

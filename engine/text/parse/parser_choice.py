@@ -2,14 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from engine.errors import ConfigError
 from engine.params.engine_args import EngineArgs
 from engine.text.parse.output_parser import OutputParser, ToolChoice, make_output_parser, parser_named
-from engine.text.parse.reasoning_parsers import REASONING_PARSERS, detect_reasoning_parser
+from engine.text.parse.reasoning_parsers import REASONING_PARSERS, ReasoningParser, detect_reasoning_parser
 from engine.text.parse.tool_parsers import TOOL_PARSERS, detect_tool_parser
 from engine.text.tokens.tokenizer import Tokenizer
+
+
+class MakeParser(Protocol):
+    """Makes a fresh parser for one completion of a request."""
+
+    def __call__(self, *, reasoning: ReasoningParser | None = None) -> OutputParser:
+        """``reasoning``: in place of the model's own reasoning parser."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class ParserChoice:
         added = tokenizer.hf.get_added_tokens_decoder().values()
         vocab = {token.content for token in added}
         reasoning = args.reasoning_parser or detect_reasoning_parser(template, vocab)
+        _check_reasoning_config(args, reasoning)
         tools = args.tool_call_parser or detect_tool_parser(template, vocab)
         found = {
             "--reasoning-parser": None if args.reasoning_parser else reasoning,
@@ -43,7 +51,7 @@ class ParserChoice:
             )
         chosen = " ".join(f"{flag} {name}" for flag, name in found.items() if name)
         note = f"chosen from the chat template: {chosen}" if chosen else None
-        return cls(reasoning, tools, note, frozenset(token.content for token in added if token.special))
+        return cls(reasoning, tools, note, tokenizer.special_tokens)
 
     def make(
         self,
@@ -52,14 +60,31 @@ class ParserChoice:
         tool_choice: ToolChoice,
         prompt: str,
         parallel_tool_calls: bool,
+        calls_in_thoughts: bool = True,
+        reasoning: ReasoningParser | None = None,
     ) -> OutputParser:
-        """The parser for one completion of a request (see :func:`make_output_parser`)."""
+        """The parser for one completion of a request (see :func:`make_output_parser` and :class:`MakeParser`)."""
         return make_output_parser(
-            reasoning_parser=self.reasoning_parser,
+            reasoning_parser=reasoning or self.reasoning_parser,
             tool_call_parser=self.tool_call_parser,
             tools=tools,
             tool_choice=tool_choice,
             prompt_suffix=prompt,
             parallel_tool_calls=parallel_tool_calls,
+            calls_in_thoughts=calls_in_thoughts,
             special_tokens=self.special_tokens,
         )
+
+
+def _check_reasoning_config(args: EngineArgs, reasoning_parser: str | None) -> None:
+    """A thought that is ended by a text that its parser does not take for an end would go on."""
+    parser = REASONING_PARSERS.get(reasoning_parser or "")
+    for key, mark in (("reasoning_start_str", parser.start), ("reasoning_end_str", parser.end)) if parser else ():
+        given = args.reasoning_config.get(key)
+        if given is not None and mark not in given:
+            raise ConfigError(
+                f"--reasoning-config: {key} {given!r} lacks {mark!r}, by which --reasoning-parser {reasoning_parser} "
+                "reads thoughts; put it in, or name another parser",
+                flag="reasoning_config",
+                value=dict(args.reasoning_config),
+            )

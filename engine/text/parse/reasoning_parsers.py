@@ -14,6 +14,7 @@ class ReasoningParser(Recognised):
     ``anywhere``: a thought may also begin in the middle of an answer. ``implicit``: without a known prompt,
     output begins inside the thought; ``unopened``: also after a prompt that does not open one. ``wrappers`` are marks
     around answers and not part of them. ``prose``: the marks are words, and an end without a start may be an answer's.
+    ``answers`` is written behind ``end`` where a thought is ended from outside, so that the answer follows.
     """
 
     start: str
@@ -23,6 +24,7 @@ class ReasoningParser(Recognised):
     unopened: bool = False
     wrappers: tuple[str, ...] = ()
     prose: bool = False
+    answers: str = ""
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -47,13 +49,21 @@ class ReasoningParser(Recognised):
         return self._open_turn(prompt_suffix)[1].rstrip().endswith(_END)
 
     def _open_turn(self, prompt_suffix: str) -> tuple[str | None, str]:
-        """The last mark of a turn and the text after it."""
-        text = prompt_suffix.replace(self.start, _START).replace(self.end, _END)
-        marks = list(_TURN_MARK.finditer(text))
-        return (marks[-1].group(), text[marks[-1].end() :]) if marks else (None, text)
+        """The last mark of a turn and the text after it: looked for in more and more of the prompt's end."""
+        size = _NEAR
+        while True:
+            text = prompt_suffix[-size:].replace(self.start, _START).replace(self.end, _END)
+            marks = list(_TURN_MARK.finditer(text))
+            if marks:
+                return marks[-1].group(), text[marks[-1].end() :]
+            if size >= len(prompt_suffix):
+                return None, text
+            size *= 8
 
 
 _START, _END = "\x00start\x00", "\x00end\x00"
+_NEAR = 1024
+"""Characters at a prompt's end in which its last turn most often begins."""
 _ROLE = 1
 """Number of words at the beginning of a turn that name its speaker. More words are an answer to be continued."""
 _TURN_MARK = re.compile(
@@ -71,7 +81,13 @@ def _think_templates(*marks: str) -> tuple[tuple[str, ...], ...]:
 _THINK = ReasoningParser("<think>", "</think>")
 _IMPLICIT_THINK = ReasoningParser("<think>", "</think>", implicit=True)
 
-HARMONY = ReasoningParser("<|channel|>analysis<|message|>", "<|end|>", anywhere=True, templates=(("<|channel|>",),))
+HARMONY = ReasoningParser(
+    "<|channel|>analysis<|message|>",
+    "<|end|>",
+    anywhere=True,
+    answers="<|start|>assistant<|channel|>final<|message|>",
+    templates=(("<|channel|>",),),
+)
 """gpt-oss: read by :mod:`engine.text.parse.harmony`, tool calls included."""
 
 REASONING_PARSERS: dict[str, ReasoningParser] = {

@@ -53,6 +53,11 @@ class Tokenizer:
         """Ids of tokens that ``skip_special_tokens`` leaves out."""
         return frozenset(i for i, token in self.hf.get_added_tokens_decoder().items() if token.special)
 
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """Texts of these tokens."""
+        return frozenset(token.content for token in self.hf.get_added_tokens_decoder().values() if token.special)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens written out in it become their ids.
 
@@ -69,7 +74,7 @@ class Tokenizer:
 
     def decode_stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for one sequence that grows token by token."""
-        return TextStream(self, skip_special_tokens=skip_special_tokens)
+        return TextStream(self, skip_special_tokens=skip_special_tokens, join_special_tokens=not skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token by itself; bytes that are not a whole character show as U+FFFD."""

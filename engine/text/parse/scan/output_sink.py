@@ -1,5 +1,6 @@
 """Where parsers put what they find: reasoning, content and tool calls, in the order in which the model wrote them."""
 
+import enum
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,16 @@ from engine.text.parse.scan.scanner import Emit
 
 MakeCallId = Callable[[int, str], str]
 """Index and function name of a call to its id."""
+
+
+class ThinkingState(enum.Enum):
+    """How far a completion is."""
+
+    BEFORE = enum.auto()
+    """Nothing written yet: a thought may begin."""
+    THOUGHT = enum.auto()
+    ANSWER = enum.auto()
+    """In the answer or a tool call, also in a call that began inside a thought."""
 
 
 @dataclass(slots=True)
@@ -112,6 +123,9 @@ class OutputSink:
     def __init__(self, *, max_calls: int | None, make_call_id: MakeCallId) -> None:
         self.num_calls = 0
         self.num_seen = 0
+        self.thinking_state = ThinkingState.BEFORE
+        self.undecided = False
+        """Whether this is between messages (harmony): only the next one's header says what follows."""
         self.fresh = True
         """Whether the answer has had only white space since the beginning, the last thought or the last call."""
         self.knows_thoughts = False
@@ -143,6 +157,7 @@ class OutputSink:
         if body:
             self._delta.add(ContentDelta(body if self._content_begun or not self._bounded else body.lstrip()))
             self._content_begun, self.fresh, self._bounded = True, False, False
+            self.thinking_state = ThinkingState.ANSWER
 
     def reasoning(self, text: str) -> None:
         """Add to the thought. White space at its beginning and end is left out."""
@@ -161,6 +176,12 @@ class OutputSink:
         """A thought begins; a second one starts on a new line."""
         self._reasoning_space = "\n" if self._reasoning_begun else ""
         self._thought_opens = self.knows_thoughts = True
+        self.thinking_state, self.undecided = ThinkingState.THOUGHT, False
+        self.boundary()
+
+    def end_thought(self) -> None:
+        """The thought is over."""
+        self.thinking_state = ThinkingState.ANSWER
         self.boundary()
 
     def boundary(self) -> None:

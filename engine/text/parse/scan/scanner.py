@@ -24,7 +24,7 @@ class Markers:
     def __init__(self, marks: Sequence[str]) -> None:
         self.marks = tuple(sorted(set(filter(None, marks)), key=len, reverse=True))
         self._pattern = re.compile("|".join(map(re.escape, self.marks)) or r"(?!)")
-        self._first = {mark[0] for mark in self.marks}
+        self._first = re.compile("|".join(sorted({re.escape(mark[0]) for mark in self.marks})) or r"(?!)")
         self._longest = max(map(len, self.marks), default=0)
 
     def find(self, text: str, begin: int, *, final: bool) -> tuple[int, str | None]:
@@ -37,11 +37,10 @@ class Markers:
 
     def partial(self, text: str, begin: int) -> int:
         """Where a mark begins that the text's end cuts off (the end of the text if none does)."""
-        for index in range(max(begin, len(text) - self._longest + 1), len(text)):
-            if text[index] in self._first:
-                tail = text[index:]
-                if any(len(mark) > len(tail) and mark.startswith(tail) for mark in self.marks):
-                    return index
+        for found in self._first.finditer(text, max(begin, len(text) - self._longest + 1)):
+            tail = text[found.start() :]
+            if any(len(mark) > len(tail) and mark.startswith(tail) for mark in self.marks):
+                return found.start()
         return len(text)
 
 
@@ -63,7 +62,9 @@ class Scanner:
 
     def feed(self, text: str) -> None:
         """Add text; what was read before every mark is forgotten."""
-        keep = min([self._position, *(place - self._forgotten for place in self._marks.values())])
+        keep = self._position
+        if self._marks:
+            keep = min(keep, min(self._marks.values()) - self._forgotten)
         self._text = self._text[keep:] + text
         self._position -= keep
         self._forgotten += keep

@@ -1,25 +1,32 @@
 """Thinking budgets, repetition and grammars as token logic, without a model."""
 
+import functools
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 
+from engine.chat.reply import read_whole
 from engine.core.token_guide import COMPLETE, TokenGuide
 from engine.errors import RequestError
 from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import Constraints, RepetitionDetection
 from engine.text.guide.completion_guide import RepetitionDetector
 from engine.text.guide.structured_output_manager import StructuredOutputManager
-from engine.text.guide.thinking_state import ThinkingState, state_after_prompt, thought_markers
+from engine.text.guide.thinking_state import thought_markers
+from engine.text.parse.output_parser import ThinkingState, make_output_parser
+from engine.text.parse.parser_choice import MakeParser, ParserChoice
 from engine.text.tokens.tokenizer import Tokenizer
 from tests import tiny_models
 
 PARAMS = SamplingParams(temperature=0)
 MARKS = ("<think>", "</think>", "<|channel>", "<channel|>", "<|channel|>", "<|message|>", "<|end|>", "<|start|>")
+MARKS += ("<|call|>", "<|constrain|>", "<tool_call>", "</tool_call>")
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +34,8 @@ def tokenizer(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> T
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny_models.write_tokenizer(folder, smollm2_gguf)
     hf = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    hf.add_special_tokens([tokenizers.AddedToken(mark, normalized=False, special=True) for mark in MARKS[2:]])
-    hf.add_tokens([tokenizers.AddedToken(mark, normalized=False, special=False) for mark in MARKS[:2]])
+    hf.add_special_tokens([tokenizers.AddedToken(mark, normalized=False, special=True) for mark in MARKS[2:-2]])
+    hf.add_tokens([tokenizers.AddedToken(mark, normalized=False, special=False) for mark in MARKS[:2] + MARKS[-2:]])
     return Tokenizer(hf, eos_token="<|im_end|>")
 
 
@@ -44,10 +51,12 @@ def guide_of(manager: StructuredOutputManager, tokenizer: Tokenizer, prompt: str
     return made()
 
 
-def drive(guide: TokenGuide, script: Sequence[int], *, overlap: bool, limit: int = 400) -> list[int]:
+def drive(
+    guide: TokenGuide, script: Sequence[int], *, overlap: bool, limit: int = 400, jumps: bool = True
+) -> list[int]:
     """What a model that follows ``script`` writes, where a step may start before the last token is known.
 
-    A forced token replaces the model's own, which goes on behind the script's matching end marker.
+    A forced token comes between the model's own, which ``jumps`` behind the script's matching end marker.
     """
     known: list[int] = []
     chosen: list[int] = []
@@ -56,7 +65,7 @@ def drive(guide: TokenGuide, script: Sequence[int], *, overlap: bool, limit: int
         token = guide.forced_token
         if token is None:
             token, place = script[place], place + 1
-        elif token in script[place:]:
+        elif jumps and token in script[place:]:
             place = script.index(token, place) + 1
         chosen.append(token)
         if overlap and not guide.waits:  # the next one is chosen before this one is known
@@ -167,12 +176,9 @@ def test_finish_thinking_lets_only_the_token_in_flight_pass(tokenizer: Tokenizer
         ("openai_gptoss", "<|start|>assistant<|channel|>final<|message|>", ThinkingState.ANSWER),
     ],
 )
-def test_the_prompt_says_where_output_begins(
-    tokenizer: Tokenizer, parser: str, prompt: str, state: ThinkingState
-) -> None:
-    markers = thought_markers(parser, {}, tokenizer)
-    assert markers is not None
-    assert state_after_prompt(markers, tokenizer.encode(prompt), tokenizer) is state
+def test_the_prompt_says_where_output_begins(parser: str, prompt: str, state: ThinkingState) -> None:
+    made = make_output_parser(reasoning_parser=parser, tool_call_parser=None, prompt_suffix=prompt)
+    assert made.thinking_state is state
 
 
 def test_markers_come_from_the_parser_or_the_reasoning_config(tokenizer: Tokenizer) -> None:
@@ -180,10 +186,116 @@ def test_markers_come_from_the_parser_or_the_reasoning_config(tokenizer: Tokeniz
     config = {"reasoning_start_str": "<think>", "reasoning_end_str": "I must answer now.</think>\n\n"}
     own = thought_markers(None, config, tokenizer)
     assert own is not None
-    assert (own.start, own.end, tokenizer.decode(own.injected)) == ("<think>", "</think>", config["reasoning_end_str"])
+    assert (own.reasoning.start, own.reasoning.end) == ("<think>", "</think>")
+    assert tokenizer.decode(own.injected) == config["reasoning_end_str"]
     both = thought_markers("qwen3", {"reasoning_end_str": "Enough.</think>"}, tokenizer)
     assert both is not None
-    assert (both.start, both.end, tokenizer.decode(both.injected)) == ("<think>", "</think>", "Enough.</think>")
+    assert tokenizer.decode(both.injected) == "Enough.</think>"
+
+
+ARGUMENTS = {"command": "rm -r /tmp/old\n" + "0, 0, 0\n" * 120}
+QWEN_CALL = (
+    f"<tool_call>\n<function=run>\n<parameter=command>\n{ARGUMENTS['command']}\n</parameter>\n</function>\n</tool_call>"
+)
+CALLS_IN_THOUGHTS = {
+    "qwen3_coder": ("qwen3", "<think>\nLet me <b>look.\n" + QWEN_CALL),
+    "hermes": (
+        "qwen3",
+        "<think>\nNo <tool_call> yet: look.\n<tool_call>\n"
+        + json.dumps({"name": "run", "arguments": ARGUMENTS})
+        + "\n</tool_call>",
+    ),
+    "openai": (
+        "openai_gptoss",
+        "<|channel|>analysis<|message|>Let me look.<|end|><|start|>assistant<|channel|>commentary to=functions.run "
+        f"<|constrain|>json<|message|>{json.dumps(ARGUMENTS)}<|call|>",
+    ),
+}
+RUN = {
+    "type": "function",
+    "function": {"name": "run", "parameters": {"type": "object", "properties": {"command": {"type": "string"}}}},
+}
+
+
+def reader(tool_parser: str, tokenizer: Tokenizer, **fields: Any) -> MakeParser:
+    prompt = "<|start|>assistant" if tool_parser == "openai" else "<|im_start|>assistant\n"
+    return functools.partial(
+        ParserChoice(CALLS_IN_THOUGHTS[tool_parser][0], tool_parser, None, tokenizer.special_tokens).make,
+        tools=[RUN],
+        tool_choice="auto",
+        prompt=prompt,
+        parallel_tool_calls=True,
+        **fields,
+    )
+
+
+def calls_in(written: list[int], make_parser: MakeParser, tokenizer: Tokenizer) -> list[Any]:
+    reply = read_whole(make_parser(), tokenizer.decode(written, skip_special_tokens=False), "stop")
+    return [json.loads(call["function"]["arguments"]) for call in reply.tool_calls]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("tool_parser", CALLS_IN_THOUGHTS)
+def test_no_budget_cuts_a_call_that_begins_inside_a_thought(
+    tokenizer: Tokenizer, tool_parser: str, overlap: bool
+) -> None:
+    reasoning, text = CALLS_IN_THOUGHTS[tool_parser]
+    manager, make_parser = make_manager(tokenizer, reasoning), reader(tool_parser, tokenizer)
+    script = tokenizer.encode(text)
+    cuts = set()
+    for budget in [*range(60), 200, len(script)]:
+        made = manager.prepare(Constraints.from_request(thinking_token_budget=budget), [1], PARAMS, make_parser)
+        assert made is not None
+        guide = made()
+        written = drive(guide, script, overlap=overlap, limit=2000, jumps=False)
+        assert calls_in(written, make_parser, tokenizer) == [ARGUMENTS], tokenizer.decode(written)
+        cuts.add(guide.thinking_cut)
+    assert cuts == {None, "budget"}
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+@pytest.mark.parametrize("tool_parser", CALLS_IN_THOUGHTS)
+def test_a_thought_told_to_end_ends_outside_a_call_and_not_at_all_behind_one(
+    tokenizer: Tokenizer, tool_parser: str, in_flight: bool
+) -> None:
+    reasoning, text = CALLS_IN_THOUGHTS[tool_parser]
+    manager, make_parser = make_manager(tokenizer, reasoning), reader(tool_parser, tokenizer)
+    script = tokenizer.encode(text)
+    for place in [*range(60), len(script) - 5]:
+        made = manager.prepare(None, [1], PARAMS, make_parser)
+        assert made is not None
+        guide = made()
+        for token in script[:place]:
+            guide.advance(token)
+        guide.finish_thinking(in_flight=in_flight)
+        written = script[:place] + drive(guide, script[place:], overlap=False, limit=2000, jumps=False)
+        assert calls_in(written, make_parser, tokenizer) == [ARGUMENTS], tokenizer.decode(written)
+
+
+@pytest.mark.parametrize("tool_parser", CALLS_IN_THOUGHTS)
+def test_what_repeats_in_a_call_is_no_thought_that_goes_in_circles(tokenizer: Tokenizer, tool_parser: str) -> None:
+    reasoning, text = CALLS_IN_THOUGHTS[tool_parser]
+    made = make_manager(tokenizer, reasoning).prepare(None, [1], PARAMS, reader(tool_parser, tokenizer))
+    assert made is not None
+    guide, script = made(), tokenizer.encode(text)
+    assert drive(guide, script, overlap=True, limit=2000) == script
+    assert guide.thinking_cut is None
+
+
+def test_under_a_grammar_a_call_in_a_thought_is_thought_for_both(tokenizer: Tokenizer) -> None:
+    make_parser = reader("qwen3_coder", tokenizer, calls_in_thoughts=False)
+    constraints = Constraints.from_request(structured_outputs={"choice": ["yes", "no"]})
+    made = make_manager(tokenizer).prepare(constraints, [1], PARAMS, make_parser)
+    assert made is not None
+    guide, end = made(), tokenizer.encode("</think>")
+    for token in tokenizer.encode("<think>\n" + QWEN_CALL):
+        assert guide.advance(token) is None
+        assert guide.thinking
+    guide.advance(end[0])
+    assert not guide.thinking
+    assert guide.advance(tokenizer.encode("no")[0]) == COMPLETE
+    reply = read_whole(make_parser(), f"<think>\n{QWEN_CALL}</think>no", "stop")
+    assert (reply.reasoning, reply.text, reply.tool_calls) == (QWEN_CALL, "no", [])
 
 
 def allowed(guide: TokenGuide, tokenizer: Tokenizer) -> set[int] | None:
