@@ -75,6 +75,10 @@ def test_a_template_without_marks_gets_no_parser_and_no_line(tiny_model_dir: Tin
     [
         ({"reasoning_parser": "qwen9"}, "--reasoning-parser qwen9: not known"),
         ({"tool_call_parser": "herms"}, "--tool-call-parser herms: not known"),
+        (
+            {"reasoning_parser": "qwen3", "reasoning_config": {"reasoning_end_str": "Enough."}},
+            "reasoning_end_str 'Enough.' lacks '</think>', by which --reasoning-parser qwen3",
+        ),
         ({"enable_auto_tool_choice": True}, "--enable-auto-tool-choice requires --tool-call-parser"),
     ],
 )

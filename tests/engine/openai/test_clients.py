@@ -37,6 +37,7 @@ SCRIPTS = (
     f"<think>\n{THOUGHT}\n</think>\n\n{CALL}",
     f"<think>\n{THOUGHT}\n</think>\n\nnothing of the kind",
     f"<think>\n{THOUGHT}\n</think>\n\n" + "Hello, hello. " * 20,
+    f"<think>\n{THOUGHT}\n{CALL}",
 )
 PARAMETERS = {
     "type": "object",
@@ -44,7 +45,7 @@ PARAMETERS = {
     "required": ["city"],
 }
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}]
-CALLING, ANYTHING, REPEATING = "<|script_1|>", "<|script_2|>", "<|script_3|>"
+CALLING, ANYTHING, REPEATING, CALLING_IN_THOUGHT = (f"<|script_{number}|>" for number in range(1, 5))
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,26 @@ def test_openai_chats_call_tools_and_take_their_results(client: openai.OpenAI) -
     message: Any = first.choices[0].message.model_dump(exclude_none=True)
     second = client.chat.completions.create(model="scripted", messages=[*asked, message, result], tools=TOOLS)
     assert second.choices[0].message.content == ANSWER
+
+
+@pytest.mark.parametrize("budget", [None, 0, 2, 4, *range(20, 40)])
+def test_no_thinking_budget_writes_into_a_call_that_began_in_a_thought(
+    client: openai.OpenAI, budget: int | None
+) -> None:
+    chat = client.chat.completions.create(
+        model="scripted",
+        messages=user(f"Weather? {CALLING_IN_THOUGHT}"),
+        tools=TOOLS,
+        extra_body={} if budget is None else {"thinking_token_budget": budget},
+    )
+    message: Any = chat.choices[0].message
+    assert json.loads(message.tool_calls[0].function.arguments) == ARGUMENTS
+    assert chat.choices[0].finish_reason == "tool_calls"
+    cut = budget is not None and budget < 20
+    assert (getattr(message, "reasoning", None) == THOUGHT, chat.choices[0].to_dict().get("thinking_cut")) == (
+        not cut,
+        "budget" if cut else None,
+    )
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
