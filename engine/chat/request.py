@@ -29,8 +29,8 @@ class TemplateOptions:
     """How messages become a prompt.
 
     ``kwargs`` are vLLM's ``chat_template_kwargs``; ``reasoning_effort`` and ``documents`` are variables of the
-    template too, an effort also switches thinking on or off where ``kwargs`` do not. ``shows_tools`` False keeps the
-    tools out of the prompt.
+    template too, an effort also switches thinking on or off where ``kwargs`` do not. ``shown_tools`` are those that the
+    prompt shows, None: all that can be called.
     """
 
     chat_template: str | None = None
@@ -40,7 +40,7 @@ class TemplateOptions:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
-    shows_tools: bool = True
+    shown_tools: Sequence[Mapping[str, Any]] | None = None
 
     def variables(self) -> dict[str, Any]:
         """All that the request itself gives the template."""
@@ -76,7 +76,8 @@ class Truncation:
 class _Request:
     """What all requests may ask for. ``source`` is what ``explain`` calls the origin of their values.
 
-    ``tools`` and ``tool_choice`` have OpenAI's forms; a demanded call constrains the output of a raw prompt too.
+    ``notes`` are lines for ``explain``: what was left out of the request, or read otherwise than it says. ``tools`` and
+    ``tool_choice`` have OpenAI's forms; a demanded call constrains the output of a raw prompt too.
     """
 
     sampling: SamplingParams
@@ -89,6 +90,7 @@ class _Request:
     repetition_detection: RepetitionDetection | Mapping[str, Any] | None = None
     truncation: Truncation | None = None
     source: str = "request"
+    notes: Sequence[str] = ()
 
     def constraints(self) -> Constraints | None:
         """What constrains the output, beside what ``sampling`` says. Raises RequestError."""
@@ -124,12 +126,13 @@ class Account:
     """What ``explain`` shows of a request beside its values; known before it is submitted.
 
     ``template`` is what the chat template was given, the lower layer first; None where none was rendered.
-    ``make_parser`` makes the parser of one completion; None where all output is the answer.
+    ``make_parser`` makes the parser of one completion; None where all output is the answer. ``notes`` as in the request.
     """
 
     source: str = "request"
     template: tuple[Layer, ...] | None = None
     make_parser: MakeParser | None = None
+    notes: tuple[str, ...] = ()
 
     def new_parser(self) -> OutputParser | None:
         """A parser for one completion; None where all output is the answer."""
@@ -172,7 +175,7 @@ class ChatPreparer:
         """Render, tokenize, truncate; choose the parser; check the constraints. Raises RequestError."""
         constraints = request.sampling.constraints(request.constraints())
         if isinstance(request, PromptRequest):
-            text, whole, account = *self._prompt(request), Account(request.source)
+            text, whole, account = *self._prompt(request), Account(request.source, notes=tuple(request.notes))
         else:
             text, whole, account = self._chat(request, constraints)
         params, token_ids = request.sampling, whole
@@ -203,9 +206,10 @@ class ChatPreparer:
         given: dict[str, Any] = {}
         for _, values in layers[1:]:  # the template has its defaults
             given |= values
+        shown = tools if options.shown_tools is None else options.shown_tools
         return self._chosen(options).render(
             [_known_role(message) for message in messages],
-            tools=[_ordered(tool) for tool in tools] if tools and options.shows_tools else None,
+            tools=[_ordered(tool) for tool in shown] if shown else None,
             add_generation_prompt=options.add_generation_prompt,
             continue_final_message=options.continue_final_message,
             **given,
@@ -224,7 +228,7 @@ class ChatPreparer:
             calls_in_thoughts=constraints is None or constraints.structured is None,
         )
         token_ids = self._tokenizer.encode(text, options.add_special_tokens)
-        return text, token_ids, Account(request.source, tuple(layers), make_parser)
+        return text, token_ids, Account(request.source, tuple(layers), make_parser, tuple(request.notes))
 
     def _prompt(self, request: PromptRequest) -> tuple[str | None, list[int]]:
         if isinstance(request.prompt, str):

@@ -87,6 +87,8 @@ class Explanation:
     num_preemptions: int
     finished: bool
     error: str | None
+    notes: tuple[str, ...] = ()
+    """What was left out of the request, or read otherwise than it says."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class Explainer:
             num_preemptions=metrics.num_preemptions,
             finished=outcome.finished,
             error=outcome.error,
+            notes=record.account.notes,
         )
 
     def _output(self, record: RequestRecord, index: int) -> Output:

@@ -56,6 +56,7 @@ class ExplainView:
             ("sampling", aligned(_value_rows(told.sampling))),
             ("chat template and thinking", aligned(_value_rows(told.thinking))),
             ("constraints", list(told.constraints)),
+            ("notes on the request", list(told.notes)),
             ("prefix cache", self._cache()),
             ("attention", [told.attention]),
             ("prompt", told.prompt.splitlines()),
@@ -96,6 +97,7 @@ class ExplainView:
             f'<div style="{CARD_STYLE};max-width:100%"><b>{html.escape(self.headline)}</b>'
             + time_bar_html(told)
             + _details("sampling values and their sources", values + constraints)
+            + "".join(f'<div style="margin:2px 0">{html.escape(note)}</div>' for note in told.notes)
             + _details(self._cache()[0], self._cache_html(), is_open=True)
             + f'<div style="margin:2px 0">attention: {html.escape(told.attention)}</div>'
             + "".join(_output_html(output) for output in self._outputs)

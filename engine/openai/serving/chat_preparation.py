@@ -1,7 +1,8 @@
 """A chat's fields as the engine's requests. Every route that takes messages comes through here."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import Request
 
@@ -13,33 +14,56 @@ from engine.openai.serving.generation import Job, Port, sampling_params, start_j
 from engine.params.sampling_params import SamplingParams
 
 Messages = Sequence[Message]
+Tools = Sequence[Mapping[str, Any]]
 
 
-async def prepare_chat(port: Port, body: ChatFields, conversations: Sequence[Messages]) -> list[PreparedRequest]:
-    """Check ``body`` and prepare its conversations. Raises RequestError."""
+async def prepare_chat(
+    port: Port,
+    body: ChatFields,
+    conversations: Sequence[Messages],
+    *,
+    shown_tools: Tools | None = None,
+    notes: Sequence[str] = (),
+) -> list[PreparedRequest]:
+    """Check ``body`` and prepare its conversations. Raises RequestError.
+
+    ``shown_tools`` are those of the prompt, None: all of ``body``. ``notes`` are lines for ``explain``.
+    """
     port.check_model(body.model)
     check_chat(body, port.engine.preparer.parsers.tool_call_parser)
     port.check_template(body.chat_template, body.chat_template_kwargs)
     params = _params(port.engine, body)
-    hides_tools = port.options.exclude_tools_when_tool_choice_none and body.tool_choice == "none"
+    if port.options.exclude_tools_when_tool_choice_none and body.tool_choice == "none":
+        shown_tools = ()
 
     def prepare() -> list[PreparedRequest]:
-        requests = (chat_request(body, messages, params, shows_tools=not hides_tools) for messages in conversations)
+        requests = (chat_request(body, messages, params, shown_tools, notes) for messages in conversations)
         return [port.engine.prepare(request) for request in requests]
 
     return await asyncio.to_thread(prepare)
 
 
 async def start_chat(
-    port: Port, http: Request, body: ChatFields, conversations: Sequence[Messages], *, prefix: str = "chatcmpl"
+    port: Port,
+    http: Request,
+    body: ChatFields,
+    conversations: Sequence[Messages],
+    *,
+    prefix: str = "chatcmpl",
+    shown_tools: Tools | None = None,
+    notes: Sequence[str] = (),
 ) -> Job:
     """Submit a chat's conversations; each choice gets its own parser. Raises RequestError."""
-    prepared = await prepare_chat(port, body, conversations)
+    prepared = await prepare_chat(port, body, conversations, shown_tools=shown_tools, notes=notes)
     return await start_job(port, prefix, http, body, prepared, keeps_reasoning=body.include_reasoning)
 
 
 def chat_request(
-    body: ChatFields, messages: Messages, params: SamplingParams, *, shows_tools: bool = True
+    body: ChatFields,
+    messages: Messages,
+    params: SamplingParams,
+    shown_tools: Tools | None = None,
+    notes: Sequence[str] = (),
 ) -> ChatRequest:
     """What ``body`` asks for one of its conversations."""
     return ChatRequest(
@@ -53,11 +77,12 @@ def chat_request(
         thinking_token_budget=body.thinking_token_budget,
         repetition_detection=body.repetition_detection,
         truncation=truncation(body),
-        template=template_options(body, shows_tools=shows_tools),
+        template=template_options(body, shown_tools),
+        notes=notes,
     )
 
 
-def template_options(body: TemplateFields, *, shows_tools: bool = True) -> TemplateOptions:
+def template_options(body: TemplateFields, shown_tools: Tools | None = None) -> TemplateOptions:
     """How the messages of ``body`` become a prompt."""
     return TemplateOptions(
         chat_template=body.chat_template,
@@ -67,7 +92,7 @@ def template_options(body: TemplateFields, *, shows_tools: bool = True) -> Templ
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         add_special_tokens=body.add_special_tokens,
-        shows_tools=shows_tools,
+        shown_tools=shown_tools,
     )
 
 

@@ -107,7 +107,7 @@ def test_tools_can_be_kept_out_of_the_prompt_and_stand_in_one_order() -> None:
     tool = {"function": {"parameters": {}, "strict": True, "name": "f"}, "type": "function"}
     shown = str(prepare(tools=[tool]).prompt)
     assert shown.endswith('[{"type": "function", "function": {"name": "f", "parameters": {}, "strict": true}}]')
-    hidden = prepare(tools=[tool], template=TemplateOptions(shows_tools=False))
+    hidden = prepare(tools=[tool], template=TemplateOptions(shown_tools=()))
     assert hidden.prompt == "[system]Be brief.[user]Hi!"
 
 
