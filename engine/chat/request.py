@@ -126,7 +126,7 @@ class Account:
     """What ``explain`` shows of a request beside its values; known before it is submitted.
 
     ``template`` is what the chat template was given, the lower layer first; None where none was rendered.
-    ``make_parser`` makes the parser of one completion; None where all output is the answer. ``notes`` as in the request.
+    ``make_parser`` makes the parser of one completion, None: all output is the answer. ``notes`` are the request's.
     """
 
     source: str = "request"
