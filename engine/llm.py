@@ -111,8 +111,8 @@ class LLM:
         self._requests = RequestMaker.of_model(
             self.args, built.config, self.tokenizer, parsers, built.engine.runner.vocab_size
         )
-        self._activity = SnapshotPoller(self._thread.post, snapshot_activity)
-        self._blocks = SnapshotPoller(self._thread.post, snapshot_blocks)
+        self._activity = SnapshotPoller(self._thread, snapshot_activity)
+        self._blocks = SnapshotPoller(self._thread, snapshot_blocks)
         follow = weakref.WeakMethod(self._follow_settings)
         self.settings.on_change(lambda: (method := follow()) and method())
         self._reuses_prefixes = built.engine.scheduler.kv.groups[0].pool.enable_caching
@@ -430,12 +430,12 @@ class LLM:
         return KernelBench(name, [(name, shape) for shape in shapes], lambda function: call(lambda _: function()))
 
     def activity(self) -> Activity:
-        """Requests under way, counters and recent speed; while a step takes long, as of the step before."""
-        return self._activity.latest(self._thread.call)
+        """Requests under way, counters and recent speed; while a step takes long, as it began (see ``age``)."""
+        return self._activity.latest()
 
     def block_map(self) -> BlockMap:
-        """Who holds which KV block; while a step takes long, as of the step before."""
-        return self._blocks.latest(self._thread.call)
+        """Who holds which KV block; while a step takes long, as it began (see ``age``)."""
+        return self._blocks.latest()
 
     def abort(self, request_id: str) -> None:
         """End a request soon, whoever sent it; its last delta says ``abort``. A request that is over is left alone."""

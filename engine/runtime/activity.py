@@ -82,13 +82,15 @@ class EngineStats:
 class Activity:
     """A snapshot of the engine between two steps: its requests and its counters.
 
-    ``rates`` has an entry per second with tokens, oldest first; ``second`` is the clock's now.
+    ``rates`` has an entry per second with tokens, oldest first; ``second`` is the clock's now. ``age`` is the time in
+    seconds since it was taken: not 0 where a step took long when it was asked for, and never more than that step.
     """
 
     requests: tuple[RequestActivity, ...]
     stats: EngineStats
     rates: tuple[Rate, ...]
     second: int
+    age: float = 0.0
 
     @property
     def num_running(self) -> int:
@@ -104,12 +106,13 @@ class Activity:
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockMap:
     """Who holds which KV block: ``owners[i]`` is :data:`FREE`, :data:`CACHED`, :data:`SHARED` (several requests hold
-    it) or an index in ``request_ids``."""
+    it) or an index in ``request_ids``. ``age`` as in :class:`Activity`."""
 
     num_blocks: int
     block_size: int
     owners: NDArray[np.int32]
     request_ids: tuple[str, ...]
+    age: float = 0.0
 
 
 class Throughput:

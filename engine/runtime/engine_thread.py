@@ -52,6 +52,7 @@ class EngineThread:
         self._still, self._ended = threading.Event(), threading.Event()
         """Set once the thread does nothing more though it has not ended; and once it serves nothing more."""
         self._step_began: float | None = None
+        self._watchers: list[_Command] = []
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> BuiltEngine:
@@ -72,7 +73,7 @@ class EngineThread:
     def submit(self, request: NewRequest, stream: RequestStream) -> None:
         """Hand a request over; its deltas come through ``stream``."""
         with self._lock:
-            self._check_open()
+            self.check_open()
             self._handed_over[request.request_id] = stream
         self._about(request.request_id, "queued", lambda engine: self._add(engine, request, stream))
 
@@ -97,7 +98,7 @@ class EngineThread:
                 if failure is not None:
                     raise failure from error
 
-        self._check_open()
+        self.check_open()
         self._commands.put(command)
         while True:
             try:
@@ -105,12 +106,16 @@ class EngineThread:
             except TimeoutError:
                 if future.done():
                     raise
-                self._check_open()
+                self.check_open()
 
     def post(self, command: _Command) -> None:
         """Run ``command`` soon, between two steps; nothing happens once the engine is closed."""
         if self.alive:
             self._commands.put(command)
+
+    def watch(self, command: _Command) -> None:
+        """Run ``command`` before every step from now on: it must be quick."""
+        self._watchers.append(command)
 
     def close(self) -> None:
         """End all requests, free the engine on its own thread and wait for that. Safe to repeat."""
@@ -137,7 +142,8 @@ class EngineThread:
             self._handed_over.pop(request.request_id, None)
         engine.add_request(request, stream)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises EngineClosedError if nothing is served any more."""
         if self._closing or self._failure is not None or not self._thread.is_alive():
             raise self._closed_error()
 
@@ -240,6 +246,8 @@ class EngineThread:
                 log.resume()
             idle = False
             try:
+                for watcher in self._watchers:
+                    watcher(engine)
                 self._step_began = time.monotonic()
                 engine.step()
                 log.tick(idle=not engine.has_work)

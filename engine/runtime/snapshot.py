@@ -1,69 +1,89 @@
 """Snapshots of a running engine: taken on its own thread between two steps, asked for from any other."""
 
+import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from engine.core.request import Request, RequestStatus
 from engine.runtime.activity import CACHED, FREE, SHARED, Activity, BlockMap, RequestActivity
+from engine.runtime.engine_thread import EngineThread
 from engine.runtime.llm_engine import LLMEngine
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Activity | BlockMap)
 PATIENCE = 0.05
-"""Seconds to wait for a new snapshot while there is an older one: a step can take long."""
+"""Seconds to wait for a new snapshot while there is one of the step before: a step can take long."""
+INTEREST = 10.0
+"""Seconds after a question in which snapshots are taken unasked before steps, so that the next one finds one."""
+_SPARE = PATIENCE / 2
+"""Shortest time between two of these: short steps are not worth one each."""
 
 
 class SnapshotPoller(Generic[T]):
-    """The latest snapshot of the engine. Any thread may ask; nobody waits long, and the engine is never locked.
+    """The latest snapshot of the engine. Any thread may ask, and the engine is never locked.
 
-    ``take`` makes one on the engine's thread; ``post`` hands a command to the engine's thread.
+    ``take`` makes one on the engine's thread, between two steps.
     """
 
-    def __init__(self, post: Callable[[Callable[[LLMEngine], None]], None], take: Callable[[LLMEngine], T]) -> None:
-        self._post = post
+    def __init__(self, thread: EngineThread, take: Callable[[LLMEngine], T]) -> None:
+        self._thread = thread
         self._take = take
         self._lock = threading.Lock()
         self._asked: Future[T] | None = None
-        self._latest: T | None = None
+        self._latest: tuple[float, T] | None = None
+        self._interest_ends = -math.inf
+        thread.watch(self._before_step)
 
-    def latest(self, first: Callable[[Callable[[LLMEngine], T]], T]) -> T:
-        """A new snapshot if the engine gives one within :data:`PATIENCE`, else the one before.
+    def latest(self) -> T:
+        """A new snapshot; while a step takes long, one from before that step, if somebody asked lately.
 
-        The very first is waited for through ``first``.
+        ``age`` says how old it is. Raises EngineClosedError.
         """
         with self._lock:
-            if self._latest is None:
-                self._latest = first(self._take)
-                return self._latest
-            self._wait(0)
-            if self._asked is None:
-                self._ask()
-            self._wait(PATIENCE)
-            return self._latest
+            now = time.monotonic()
+            watched, self._interest_ends = now < self._interest_ends, now + INTEREST
+            if self._asked is None or self._asked.done():
+                self._asked = self._ask()
+            asked = self._asked
+        while True:
+            try:
+                return asked.result(PATIENCE)
+            except TimeoutError:
+                if asked.done():
+                    raise
+                self._thread.check_open()
+            latest = self._latest
+            if watched and latest is not None:
+                return replace(latest[1], age=time.monotonic() - latest[0])
 
-    def _wait(self, patience: float) -> None:
-        if self._asked is None:
-            return
-        try:
-            self._latest = self._asked.result(patience)
-        except TimeoutError:
-            return
-        self._asked = None
-
-    def _ask(self) -> None:
-        asked = self._asked = Future[T]()
+    def _ask(self) -> Future[T]:
+        asked = Future[T]()
 
         def command(engine: LLMEngine) -> None:
             try:
-                asked.set_result(self._take(engine))
+                asked.set_result(self._keep(engine))
             except Exception as error:  # noqa: BLE001  (whoever asked gets it)
                 asked.set_exception(error)
 
-        self._post(command)
+        self._thread.post(command)
+        return asked
+
+    def _before_step(self, engine: LLMEngine) -> None:
+        now = time.monotonic()
+        if now < self._interest_ends and (self._latest is None or now - self._latest[0] >= _SPARE):
+            with contextlib.suppress(Exception):  # no request may fail by it; whoever asks next is told
+                self._keep(engine)
+
+    def _keep(self, engine: LLMEngine) -> T:
+        taken = self._take(engine)
+        self._latest = (time.monotonic(), taken)
+        return taken
 
 
 def snapshot_activity(engine: LLMEngine) -> Activity:

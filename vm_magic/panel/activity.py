@@ -14,6 +14,8 @@ from vm_magic.panel.style import faint, swatch
 
 MOST_ROWS = 12
 """Requests with a row of their own; the others are counted."""
+OLD = 1.0
+"""Age in seconds from which on it is told."""
 _NOTEBOOK_PREFIXES = ("req-", "remote-")
 COLUMNS = ("request", "state", "prompt", "tokens", "speed", "first token", "temp.")
 _WIDTHS: Mapping[str, tuple[str, str]] = {
@@ -95,6 +97,8 @@ class ActivitySection:
         if snapshot.blocks is not None:
             self.blocks.value = f"<h4>KV blocks</h4>{block_map_svg(snapshot.blocks, self.palette)}"
         self._show_requests(activity.requests)
+        if activity.age >= OLD:
+            self.more.value += faint(f"as of {activity.age:.0f} s ago, when the step under way began")
         self.throughput.value = f"<h4>Generated tokens per second</h4>{throughput_svg(activity)}"
 
     def _show_nothing(self) -> None:

@@ -107,6 +107,30 @@ def test_a_long_step_keeps_nobody_waiting(scripted_llm: Callable[..., LLM]) -> N
     stream.abort()
 
 
+@pytest.mark.parametrize("pause", [0.0, 1.1])
+def test_a_look_is_never_older_than_the_step_under_way(
+    scripted_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch, pause: float
+) -> None:
+    step = 0.3
+    llm = scripted_llm(COUNTING, step_seconds=step)
+    llm.activity()
+    stream = llm.submit_prompt(PROMPT, SamplingParams(temperature=0, max_tokens=100))
+    told = 0
+    deltas = iter(stream)
+    for _ in range(4):
+        before = time.monotonic()
+        while time.monotonic() - before < pause or not told:
+            told += len(next(deltas).token_ids)
+        activity, blocks = llm.activity(), llm.block_map()
+        assert sum(request.num_output_tokens for request in activity.requests) >= told - 1
+        assert 0 <= max(activity.age, blocks.age) < 2 * step
+        assert (blocks.owners == 0).any()
+    monkeypatch.setattr("engine.runtime.snapshot.INTEREST", 0.0)  # nobody asked lately: it is waited for
+    llm.activity()
+    assert llm.activity().age == 0
+    stream.abort()
+
+
 def test_many_threads_may_look_at_once(scripted_llm: Callable[..., LLM]) -> None:
     llm = scripted_llm(COUNTING, step_seconds=0.001)
     stream = llm.submit_prompt(PROMPT, SamplingParams(temperature=0, max_tokens=300))
