@@ -44,8 +44,9 @@ ENVIRONMENT = {
     "OPENBLAS_DIR": "folder of an OpenBLAS to use on a Linux CPU before the system's",
     "OPENBLAS_NUM_THREADS": "its threads; not set: as many as the container's quota of processors allows",
     "JUPYTERHUB_SERVICE_PREFIX": "set by JupyterHub: `serve` shows the address through its proxy too",
-    "JUPYTERHUB_PUBLIC_URL": "set by JupyterHub: the address that others see",
-    "JUPYTERHUB_HOST": "set by JupyterHub: the address that others see",
+    "JUPYTERHUB_PUBLIC_URL": "set by JupyterHub: the address that others see, whose name the port then serves",
+    "JUPYTERHUB_HOST": "set by JupyterHub where users have subdomains: its address",
+    "JUPYTERHUB_USER": "set by JupyterHub: whose subdomain that is",
 }
 
 

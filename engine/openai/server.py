@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from engine.errors import ConfigError, ServerError
 from engine.openai.app import create_app
+from engine.openai.http.hub import Hub
 from engine.openai.http.options import KEEP_ALIVE_SECONDS, MAX_BODY_BYTES, ServerOptions, choose_api_keys
 from engine.openai.http.ring_log import RingLog
 from engine.openai.serving.backend import ServedEngine
@@ -34,7 +35,8 @@ _BACKLOG = 2048
 class ServerHandle:
     """A server, running until :meth:`stop`; a stopped one holds no model.
 
-    ``base_url`` ends in ``/v1``; ``api_key`` is None where none is asked for, and never part of the text.
+    ``base_url`` ends in ``/v1``; ``hub_url`` is the same through JupyterHub, None outside of one. ``api_key`` is None
+    where none is asked for, and never part of the text.
     """
 
     def __init__(self, app: FastAPI, listener: socket.socket, options: ServerOptions) -> None:
@@ -44,6 +46,8 @@ class ServerHandle:
         self.port: int = listener.getsockname()[1]
         self.api_key = options.api_keys[0] if options.api_keys else None
         self.base_url = f"http://{_reachable(self.host)}:{self.port}/v1"
+        hub = Hub.of_environment()
+        self.hub_url = None if hub is None else hub.base_url(self.port)
         self._listener = listener
         self._log = RingLog(_LOGGERS)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -94,7 +98,8 @@ class ServerHandle:
     def __repr__(self) -> str:
         if not self.running:
             return f"{self.model} at {self.base_url}, closed"
-        return f"{self.model} at {self.base_url} ({'the key is in .api_key' if self.api_key else 'no key'})"
+        place = f"{self.base_url}, through the hub {self.hub_url}" if self.hub_url else self.base_url
+        return f"{self.model} at {place} ({'the key is in .api_key' if self.api_key else 'no key'})"
 
     def _start(self) -> None:
         self._log.attach()

@@ -1,7 +1,6 @@
 """The panel's server section: open and close the port, where it is, the key when asked, what clients need."""
 
 import html
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -80,7 +79,7 @@ class ServerSection(ClientsPart):
             self.address.value = faint(NO_MODEL if snapshot.llm is None else "the port is closed")
             self.snippet.value = ""
             return
-        self.show(Endpoint.of(server, show_key=self.show_key.value), proxied_url(server.port))
+        self.show(Endpoint.of(server, show_key=self.show_key.value), server.hub_url)
 
     def _start(self, _: Any) -> None:
         self._act(lambda session: session.serve({}))
@@ -115,20 +114,11 @@ def address_html(port: Endpoint, proxied: str | None = None) -> str:
     if proxied is not None:
         rows.insert(1, ("through the hub", proxied))
     rows.append(("api_key", (port.api_key or "•" * 12) if port.needs_key else "none is asked for"))
+    note = faint("through the hub the key goes into the header x-api-key, and the hub's token into Authorization")
     cells = "".join(
         f'<span class="vmp-faint">{name}</span><code style="user-select:all" data-name="{name}">'
         f"{html.escape(value)}</code>"
         for name, value in rows
     )
-    return f'<div style="display:grid;grid-template-columns:max-content 1fr;gap:1px 14px;margin:6px 0">{cells}</div>'
-
-
-def proxied_url(port: int) -> str | None:
-    """The port's address through JupyterHub (jupyter-server-proxy); a path alone where the hub's name is not known."""
-    prefix = os.environ.get("JUPYTERHUB_SERVICE_PREFIX")
-    if prefix is None:
-        return None
-    host = os.environ.get("JUPYTERHUB_PUBLIC_URL") or os.environ.get("JUPYTERHUB_HOST") or ""
-    path = f"/{prefix.strip('/')}/proxy/{port}/v1"
-    # JUPYTERHUB_PUBLIC_URL is that of this server and ends in the prefix; JUPYTERHUB_HOST is the hub's alone.
-    return f"{host.rstrip('/').removesuffix('/' + prefix.strip('/'))}{path}"
+    grid = f'<div style="display:grid;grid-template-columns:max-content 1fr;gap:1px 14px;margin:6px 0">{cells}</div>'
+    return grid + (f"<div>{note}</div>" if proxied is not None and port.needs_key else "")

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.openai.http.errors import plain_error
+from engine.openai.http.hub import Hub
 from engine.openai.http.options import ServerOptions, is_loopback
 
 OPEN_PATHS = ("/health",)
@@ -18,7 +19,11 @@ _WILDCARD_HOSTS = ("0.0.0.0", "::", "")
 
 
 class HostOriginMiddleware:
-    """Refuses requests under a foreign name (DNS rebinding) and from foreign web pages."""
+    """Refuses requests under a foreign name (DNS rebinding) and from foreign web pages.
+
+    Behind JupyterHub its name is served. Where the hub does not tell it, any name is that comes with the path of this
+    port there, which jupyter-server-proxy sends along: a page could send it too, so only where a key is asked for.
+    """
 
     def __init__(self, app: ASGIApp, *, options: ServerOptions) -> None:
         self._app = app
@@ -27,6 +32,10 @@ class HostOriginMiddleware:
         self._names = {options.host.lower(), "localhost", *(host.lower() for host in options.allowed_hosts)}
         if self._any_address:
             self._names.add(socket.gethostname().lower())
+        hub = Hub.of_environment()
+        if hub is not None and hub.name:
+            self._names.add(hub.name)
+        self._nameless_hub = hub if hub is not None and not hub.name and options.api_keys else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
@@ -35,7 +44,7 @@ class HostOriginMiddleware:
             return
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        if not self._host_allowed(_host_name(host)):
+        if not self._host_allowed(_host_name(host)) and not self._proxied(scope, headers):
             message = f"Host {host!r} is not served here; --allowed-hosts adds names."
             response = plain_error(HTTPStatus.BAD_REQUEST, message, path=scope["path"], type="BadRequestError")
             await response(scope, receive, send)
@@ -52,6 +61,13 @@ class HostOriginMiddleware:
             return True
         # Rebinding needs a name: a bare address cannot be rebound.
         return self._any_address and _is_address(name)
+
+    def _proxied(self, scope: Scope, headers: Headers) -> bool:
+        """Whether the request came through the proxy of a hub whose name is not known."""
+        server = scope.get("server")
+        if self._nameless_hub is None or server is None:
+            return False
+        return headers.get("x-forwarded-context", "").rstrip("/") == self._nameless_hub.path(server[1])
 
     def _origin_allowed(self, origin: str, host: str) -> bool:
         allowed = self._options.allowed_origins

@@ -169,3 +169,68 @@ def test_a_proxys_root_path_does_not_open_other_paths(serve: Serve) -> None:
         authorized = {"x-api-key": KEY}
         assert http.get("/proxy/v1/models", headers=authorized).status_code == 200
         assert http.get("/v1/models", headers=authorized).status_code == 200
+
+
+PROXIED = {"X-Forwarded-Context": "/user/me/proxy/{port}", "X-Proxycontextpath": "/user/me/proxy/{port}"}
+"""What jupyter-server-proxy 4.6 adds; it passes Host, Origin, Authorization and x-api-key on as they come."""
+
+
+def through_the_hub(server: ServerHandle, host: str, **headers: str) -> dict[str, str]:
+    return {
+        "Host": host,
+        "Authorization": "token the-hubs-own",
+        "x-api-key": server.api_key or "",
+        **{name: value.format(port=server.port) for name, value in PROXIED.items()},
+        **headers,
+    }
+
+
+@pytest.mark.parametrize(
+    ("environment", "served", "address"),
+    [
+        ({"JUPYTERHUB_PUBLIC_URL": "https://hub.example.org:444/user/me/"}, "hub.example.org:444", "https://{}"),
+        ({"JUPYTERHUB_HOST": "https://hub.example.org", "JUPYTERHUB_USER": "me"}, "me.hub.example.org", "https://{}"),
+        ({}, "hub.example.org", ""),
+    ],
+)
+def test_the_hubs_name_is_served_as_advertised_and_no_other(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], served: str, address: str
+) -> None:
+    for name, value in {"JUPYTERHUB_SERVICE_PREFIX": "/user/me/", **environment}.items():
+        monkeypatch.setenv(name, value)
+    server = serve()
+    assert server.hub_url == f"{address.format(served)}/user/me/proxy/{server.port}/v1"
+    assert f"through the hub {server.hub_url}" in repr(server)
+    with bare(server) as http:
+        good = through_the_hub(server, served)
+        assert http.get("/v1/models", headers=good).status_code == 200
+        page = {**good, "Origin": f"https://{served}"}
+        assert http.get("/v1/models", headers=page).status_code == 200
+        strict.error(http.get("/v1/models", headers={**good, "Origin": "https://evil.example"}), 403, "Forbidden")
+        strict.error(http.get("/v1/models", headers={**good, "x-api-key": "wrong"}), 401, "Unauthorized")
+        foreign = {"Host": "evil.example", "x-api-key": KEY}
+        strict.error(http.get("/v1/models", headers=foreign), 400, "BadRequestError")
+        if not address:
+            other = through_the_hub(server, served, **{"X-Forwarded-Context": f"/user/you/proxy/{server.port}"})
+            strict.error(http.get("/v1/models", headers=other), 400, "BadRequestError")
+        else:
+            strict.error(http.get("/v1/models", headers={**good, "Host": "evil.example"}), 400, "BadRequestError")
+
+
+def test_without_a_key_a_hub_of_unknown_name_is_not_served(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/me/")
+    server = serve(api_key=None, no_api_key=True)
+    with http_client(server) as http:
+        refused = http.get("/v1/models", headers=through_the_hub(server, "hub.example.org"))
+        assert "--allowed-hosts" in strict.error(refused, 400, "BadRequestError")
+    named = serve(api_key=None, no_api_key=True, allowed_hosts=["hub.example.org"])
+    with http_client(named) as http:
+        assert http.get("/v1/models", headers=through_the_hub(named, "hub.example.org")).status_code == 200
+
+
+def test_outside_of_a_hub_a_proxys_headers_open_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JUPYTERHUB_SERVICE_PREFIX", raising=False)
+    server = serve()
+    assert server.hub_url is None
+    with bare(server) as http:
+        strict.error(http.get("/v1/models", headers=through_the_hub(server, "hub.example.org")), 400, "BadRequestError")
