@@ -83,7 +83,7 @@ class LLM:
         clock = LoadClock()
         self.tokenizer: Tokenizer = load_tokenizer(resolved, self.args)
         template = ChatTemplate.of_model(self.args, self.tokenizer)
-        parsers = ParserChoice.of_model(self.args, template.source, self.tokenizer)
+        parsers = ParserChoice.of_model(self.args, template, self.tokenizer)
         clock.ended("tokenizer")
         self.metrics = EngineMetrics(self.args.names[0])
         self.settings = Settings()
@@ -184,7 +184,7 @@ class LLM:
         reasoning_effort: str | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt text of a chat, from the model's template or ``chat_template`` (Jinja text, sandboxed)."""
+        """The prompt text of a chat; ``chat_template`` is Jinja text (sandboxed) or a name among the model's own."""
         options = TemplateOptions(
             chat_template,
             chat_template_kwargs or {},

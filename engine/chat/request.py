@@ -20,6 +20,7 @@ from engine.text.template.chat_template import ChatTemplate
 from engine.text.tokens.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]
 Layer = tuple[str, Mapping[str, Any]]
 """The name of a source, and the values that come from it."""
 
@@ -194,7 +195,7 @@ class ChatPreparer:
         options: TemplateOptions = TemplateOptions(),
     ) -> str:
         """The prompt's text. Raises RequestError, also for what the template refuses."""
-        return self._render(messages, tools, options, self._layers(options))
+        return self._render(messages, tools, options, self._layers(options, tools))
 
     def _render(
         self,
@@ -207,7 +208,7 @@ class ChatPreparer:
         for _, values in layers[1:]:  # the template has its defaults
             given |= values
         shown = tools if options.shown_tools is None else options.shown_tools
-        return self._chosen(options).render(
+        return self._chosen(options, tools).render(
             [_known_role(message) for message in messages],
             tools=[_ordered(tool) for tool in shown] if shown else None,
             add_generation_prompt=options.add_generation_prompt,
@@ -217,7 +218,7 @@ class ChatPreparer:
 
     def _chat(self, request: ChatRequest, constraints: Constraints | None) -> tuple[str, list[int], Account]:
         options = request.template
-        layers = self._layers(options, request.source)  # once: live settings may change meanwhile
+        layers = self._layers(options, request.tools, request.source)  # once: live settings may change meanwhile
         text = self._render(request.messages, request.tools, options, layers)
         make_parser = functools.partial(
             self.parsers.make,
@@ -235,12 +236,13 @@ class ChatPreparer:
             return request.prompt, self._tokenizer.encode(request.prompt, request.add_special_tokens)
         return None, [int(token_id) for token_id in request.prompt]
 
-    def _chosen(self, options: TemplateOptions) -> ChatTemplate:
-        return self.template if options.chat_template is None else self.template.with_source(options.chat_template)
+    def _chosen(self, options: TemplateOptions, tools: Tools | None) -> ChatTemplate:
+        shown = tools if options.shown_tools is None else options.shown_tools
+        return self.template.chosen(options.chat_template, with_tools=bool(shown))
 
-    def _layers(self, options: TemplateOptions, source: str = "request") -> list[Layer]:
+    def _layers(self, options: TemplateOptions, tools: Tools | None, source: str = "request") -> list[Layer]:
         """What the template gets: its defaults, then the live settings' switch, then the request's own."""
-        template = self._chosen(options)
+        template = self._chosen(options, tools)
         return [
             ("--default-chat-template-kwargs", template.default_kwargs),
             ("set", self._settings.template_kwargs(template.variables)),

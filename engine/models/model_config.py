@@ -56,16 +56,29 @@ def read_model_config(resolved: ResolvedModel, args: EngineArgs) -> ModelConfig:
     if not isinstance(model_type, str):
         raise ModelLoadError(f"{resolved.name}: config.json names no model_type; is this a language model?")
     text = text_config(config)
+    vocab_size = int(text.get("vocab_size") or 0)
     return ModelConfig(
         name=resolved.name,
         path=resolved.path,
         hf_config=config,
         generation_config=_generation_config(args.generation_config, own),
         context_length=context_length(config, resolved.format.tokenizer_limit(resolved.path)),
-        vocab_size=int(text.get("vocab_size") or 0),
-        eos_token_ids=end_token_ids(config, own),
+        vocab_size=vocab_size,
+        eos_token_ids=_named_end_tokens(args, vocab_size) or end_token_ids(config, own),
         model_type=model_type,
     )
+
+
+def _named_end_tokens(args: EngineArgs, vocab_size: int) -> frozenset[int]:
+    """Those of ``--override-generation-config``, which take the place of the model's. Raises ConfigError."""
+    named = end_token_ids(args.override_generation_config)
+    if vocab_size and max(named, default=0) >= vocab_size:
+        raise ConfigError(
+            f"--override-generation-config: eos_token_id {max(named)} is out of vocabulary ({vocab_size})",
+            flag="override_generation_config",
+            value=dict(args.override_generation_config),
+        )
+    return named
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,8 +84,12 @@ class SamplingDefaults:
 
 
 def check_override(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError where ``--override-generation-config`` gives a sampling value out of its range."""
+    """Raise ConfigError where ``--override-generation-config`` gives a value out of its range."""
+    end = values.get("eos_token_id")
+    ids = end if isinstance(end, list) else [end]
     try:
+        if end is not None and not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
+            raise RequestError(f"eos_token_id must be a token id or a list of them, got {end!r}.")
         SamplingParams(**_translate(values))
     except RequestError as error:
         flag = "override_generation_config"

@@ -45,9 +45,14 @@ class Port:
             raise UnknownModelError(f"The model `{name}` does not exist.", param="model")
 
     def check_template(self, chat_template: str | None, chat_template_kwargs: dict[str, Any]) -> None:
-        """Refuse a request's own template unless the user trusts them, and variables that are not free."""
-        given = chat_template is not None or chat_template_kwargs.get("chat_template") is not None
-        if given and not self.options.trust_request_chat_template:
+        """Refuse a request's own template unless the user trusts them, and variables that are not free.
+
+        One of the model's own templates may be named.
+        """
+        own = chat_template is None or chat_template in self.engine.preparer.template.named
+        if (
+            not own or chat_template_kwargs.get("chat_template") is not None
+        ) and not self.options.trust_request_chat_template:
             raise RequestError(
                 "Chat template is passed with request, but --trust-request-chat-template is not set. "
                 "Refused request with untrusted chat template.",

@@ -9,6 +9,7 @@ from engine.params.engine_args import EngineArgs
 from engine.text.parse.output_parser import OutputParser, ToolChoice, make_output_parser, parser_named
 from engine.text.parse.reasoning_parsers import REASONING_PARSERS, ReasoningParser, detect_reasoning_parser
 from engine.text.parse.tool_parsers import TOOL_PARSERS, detect_tool_parser
+from engine.text.template.chat_template import ChatTemplate
 from engine.text.tokens.tokenizer import Tokenizer
 
 
@@ -29,15 +30,15 @@ class ParserChoice:
     special_tokens: frozenset[str]
 
     @classmethod
-    def of_model(cls, args: EngineArgs, template: str | None, tokenizer: Tokenizer) -> Self:
+    def of_model(cls, args: EngineArgs, template: ChatTemplate, tokenizer: Tokenizer) -> Self:
         """Choose for a model. Raises ConfigError for unknown names and for tools without a parser."""
         parser_named(REASONING_PARSERS, args.reasoning_parser, "reasoning_parser")
         parser_named(TOOL_PARSERS, args.tool_call_parser, "tool_call_parser")
         added = tokenizer.hf.get_added_tokens_decoder().values()
         vocab = {token.content for token in added}
-        reasoning = args.reasoning_parser or detect_reasoning_parser(template, vocab)
+        reasoning = args.reasoning_parser or detect_reasoning_parser(template.source, vocab)
         _check_reasoning_config(args, reasoning)
-        tools = args.tool_call_parser or detect_tool_parser(template, vocab)
+        tools = args.tool_call_parser or detect_tool_parser(template.chosen(None, with_tools=True).source, vocab)
         found = {
             "--reasoning-parser": None if args.reasoning_parser else reasoning,
             "--tool-call-parser": None if args.tool_call_parser else tools,

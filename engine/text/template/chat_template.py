@@ -82,8 +82,9 @@ def _read_template(value: str) -> str:
 class ChatTemplate:
     """A chat template and the variables that it always gets.
 
-    ``source`` may be None: the model has no template and :meth:`render` says how to give one.
-    ``wanted_format`` None: the content's format is detected in the template.
+    ``source`` may be None: the model has no template and :meth:`render` says how to give one. ``named`` are the model's
+    templates by name; ``for_tools`` is the one for requests with tools, where there is one of its own (``tool_use``, as
+    in transformers). ``wanted_format`` None: the content's format is detected in the template.
     """
 
     source: str | None
@@ -91,22 +92,29 @@ class ChatTemplate:
     eos_token: str | None = field(default=None, kw_only=True)
     default_kwargs: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     wanted_format: ContentFormat | None = field(default=None, kw_only=True)
+    named: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    for_tools: str | None = field(default=None, kw_only=True)
 
     @classmethod
     def of_model(cls, args: EngineArgs, tokenizer: Tokenizer) -> Self:
-        """The template that ``--chat-template`` names, else the tokenizer's own."""
-        wanted = args.chat_template_content_format
+        """The template that ``--chat-template`` names (one of the model's, or a file), else the tokenizer's own."""
+        wanted, named = args.chat_template_content_format, tokenizer.named_templates
+        by_name = named.get(args.chat_template or "")
         return cls(
-            load_template(args.chat_template, tokenizer.chat_template),
+            by_name or load_template(args.chat_template, tokenizer.chat_template),
+            named=named,
+            for_tools=named.get("tool_use") if args.chat_template is None else None,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
             default_kwargs=args.default_chat_template_kwargs,
             wanted_format=None if wanted == "auto" else wanted,  # type: ignore[arg-type]
         )
 
-    def with_source(self, source: str | None) -> Self:
-        """The same variables for another template (a request's own)."""
-        return replace(self, source=source)
+    def chosen(self, wanted: str | None, *, with_tools: bool) -> Self:
+        """The template of a request: the one that it wants (a name of the model's, or Jinja text), else the model's."""
+        if wanted is not None:
+            return replace(self, source=self.named.get(wanted, wanted), for_tools=None)
+        return replace(self, source=self.for_tools, for_tools=None) if with_tools and self.for_tools else self
 
     @property
     def content_format(self) -> ContentFormat:
@@ -121,7 +129,7 @@ class ChatTemplate:
     @property
     def takes_tools(self) -> bool:
         """Whether the template shows the model the tools of a request."""
-        return bool(self.source) and self._compiled().takes_tools
+        return bool(self.source) and self.chosen(None, with_tools=True)._compiled().takes_tools
 
     def render(
         self,

@@ -7,6 +7,7 @@ second to import, only where a folder has no ``tokenizer.json``.
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
@@ -14,7 +15,7 @@ import tokenizers
 from engine.errors import ModelLoadError, RequestError
 from engine.models.local import ResolvedModel
 from engine.models.resolve import resolve
-from engine.models.weight_format import read_json
+from engine.models.weight_format import end_token_ids, read_json
 from engine.params.engine_args import EngineArgs
 from engine.text.tokens.text_stream import TextStream
 
@@ -22,7 +23,8 @@ from engine.text.tokens.text_stream import TextStream
 class Tokenizer:
     """A model's tokenizer. Safe to use from several threads at once: nothing in it changes.
 
-    ``chat_template`` is the Jinja source, or None; ``bos_token`` and ``eos_token`` are texts.
+    ``chat_template`` is the Jinja source, or None; ``named_templates`` are others that the model brings, such as
+    ``tool_use``. ``bos_token`` and ``eos_token`` are texts.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Tokenizer:
         bos_token: str | None = None,
         eos_token: str | None = None,
         chat_template: str | None = None,
+        named_templates: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         hf.no_truncation()
         hf.no_padding()
@@ -40,6 +43,7 @@ class Tokenizer:
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.chat_template = chat_template
+        self.named_templates = named_templates
         own = hf.token_to_id(eos_token) if eos_token else None
         self.eos_token_ids = frozenset(eos_token_ids) | (frozenset() if own is None else {own})
 
@@ -84,14 +88,15 @@ class Tokenizer:
 def load_tokenizer(resolved: ResolvedModel, args: EngineArgs) -> Tokenizer:
     """The tokenizer of ``resolved``, or the one that ``--tokenizer`` names. Raises :class:`ModelLoadError`.
 
-    The end tokens are always those of the model's own files as well.
+    The end tokens are those of the model's own files as well, unless ``--override-generation-config`` names any.
     """
     source = resolved
     if args.tokenizer is not None:
         source = resolve(args.tokenizer, part="tokenizer")
     files = source.format.tokenizer_source(source.path)
     tokenizer = _from_folder(files.folder) if files.metadata is None else _from_metadata(files.metadata)
-    for model in {source, resolved}:
+    named = end_token_ids(args.override_generation_config)
+    for model in () if named else {source, resolved}:
         tokenizer.eos_token_ids |= model.format.end_token_ids(model.path)
     return tokenizer
 
@@ -112,14 +117,17 @@ def _from_folder(folder: Path) -> Tokenizer:
     special = {**read_json(folder / "special_tokens_map.json"), **config}
     if (folder / "tokenizer.json").is_file():
         hf = _read_tokenizer(folder / "tokenizer.json")
-        _mark_added_tokens(hf, config)
+        _add_tokens(hf, _listed_tokens(config))
+        _add_tokens(hf, _named_tokens(hf, special))
     else:
         hf = _through_transformers(folder)
+    templates = _chat_templates(folder, config)
     return Tokenizer(
         hf,
         bos_token=_token_text(special.get("bos_token")),
         eos_token=_token_text(special.get("eos_token")),
-        chat_template=_chat_template(folder, config),
+        chat_template=templates.get("default") or next(iter(templates.values()), None),
+        named_templates=templates,
     )
 
 
@@ -130,13 +138,38 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         raise ModelLoadError(f"{path}: not a tokenizer ({str(error).splitlines()[0][:200]}); fetch it again") from None
 
 
-def _mark_added_tokens(hf: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Add tokens that only ``tokenizer_config.json`` knows (as transformers does)."""
-    for index, token in sorted((int(i), token) for i, token in config.get("added_tokens_decoder", {}).items()):
-        if hf.id_to_token(index) is None:
-            flags = {name: token.get(name, False) for name in ("lstrip", "rstrip", "normalized", "single_word")}
-            added = tokenizers.AddedToken(token["content"], special=token.get("special", False), **flags)
-            (hf.add_special_tokens if added.special else hf.add_tokens)([added])
+def _listed_tokens(config: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
+    """``added_tokens_decoder`` of ``tokenizer_config.json``, in the order of their ids."""
+    listed = config.get("added_tokens_decoder")
+    listed = listed if isinstance(listed, Mapping) else {}
+    return [_added_token(token) for _, token in sorted((int(index), token) for index, token in listed.items())]
+
+
+def _named_tokens(hf: tokenizers.Tokenizer, special: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
+    """Tokens that ``tokenizer_config.json`` names as special (``eos_token``, ``additional_special_tokens`` …).
+
+    Only those that the vocabulary has: the model knows no others.
+    """
+    values: list[Any] = [value for name, value in special.items() if name.endswith("_token")]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = special.get(name)
+        values += more.values() if isinstance(more, Mapping) else more if isinstance(more, list) else ()
+    texts = {text: value for value in values if (text := _token_text(value)) and hf.token_to_id(text) is not None}
+    return [_added_token(value if isinstance(value, Mapping) else {"content": text}) for text, value in texts.items()]
+
+
+def _added_token(token: Mapping[str, Any]) -> tokenizers.AddedToken:
+    flags = {name: token.get(name, False) for name in ("lstrip", "rstrip", "normalized", "single_word")}
+    return tokenizers.AddedToken(token["content"], special=token.get("special", True), **flags)
+
+
+def _add_tokens(hf: tokenizers.Tokenizer, tokens: Sequence[tokenizers.AddedToken]) -> None:
+    """Add what the tokenizer does not know as an added token, or not as a special one, as transformers does."""
+    known = {token.content: token for token in hf.get_added_tokens_decoder().values()}
+    for token in tokens:
+        before = known.get(token.content)
+        if before is None or (token.special and not before.special):
+            (hf.add_special_tokens if token.special else hf.add_tokens)([token])
 
 
 def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
@@ -152,17 +185,18 @@ def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template's source: its own file first, then ``tokenizer_config.json``; of several the default one."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The templates by name: their own files first, then ``tokenizer_config.json``."""
     template = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        template = template.get("default") or next(iter(template.values()), None)
-    return template
+    found = {"default": template} if isinstance(template, str) else dict(template or {})
+    file = folder / "chat_template.jinja"
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if file.is_file() or more:
+        found = {"default": file.read_text(encoding="utf-8")} if file.is_file() else {}
+        found |= {path.stem: path.read_text(encoding="utf-8") for path in more}
+    return found
 
 
 def _token_text(token: object) -> str | None:

@@ -114,8 +114,9 @@ class Caught:
     def __init__(self, llm: LLM, source: str) -> None:
         self.llm = llm
         self.requests: list[PreparedRequest] = []
-        parsers = ParserChoice.of_model(llm.args, source, llm.tokenizer)
-        llm.preparer = ChatPreparer(llm.tokenizer, ChatTemplate(source, default_kwargs={"b": 1}), parsers, llm.settings)
+        template = ChatTemplate(source, default_kwargs={"b": 1})
+        parsers = ParserChoice.of_model(llm.args, template, llm.tokenizer)
+        llm.preparer = ChatPreparer(llm.tokenizer, template, parsers, llm.settings)
         llm.submit = self._submit  # type: ignore[method-assign, assignment]
 
     def _submit(self, request: PreparedRequest, **_: Any) -> RequestStream:

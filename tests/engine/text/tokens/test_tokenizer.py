@@ -145,6 +145,61 @@ def test_a_template_file_goes_before_the_config(plain_folder: Path) -> None:
     assert folder_tokenizer(plain_folder).chat_template == "jinja"
 
 
+NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "usual"}]
+
+
+def test_templates_keep_their_names_and_files_go_before_the_config(plain_folder: Path) -> None:
+    write(plain_folder, "tokenizer_config.json", {"chat_template": NAMED})
+    assert folder_tokenizer(plain_folder).named_templates == {"tool_use": "tools", "default": "usual"}
+    (plain_folder / "chat_template.jinja").write_text("by file")
+    assert folder_tokenizer(plain_folder).named_templates == {"default": "by file"}
+    more = plain_folder / "additional_chat_templates"
+    more.mkdir()
+    (more / "rag.jinja").write_text("documents")
+    tokenizer = folder_tokenizer(plain_folder)
+    assert tokenizer.named_templates == {"default": "by file", "rag": "documents"}
+    assert tokenizer.chat_template == "by file"
+
+
+CONFIGS = [
+    {"eos_token": "ab"},
+    {"eos_token": {"__type": "AddedToken", "content": "ab", "lstrip": True}},
+    {"additional_special_tokens": ["ab", "cd"]},
+    {"extra_special_tokens": {"image_token": "cd"}},
+    {"added_tokens_decoder": {"8": {"content": "ab", "special": True}}},
+    {"added_tokens_decoder": {"8": {"content": "ab", "special": False}, "10": {"content": "<new>", "special": True}}},
+    {"added_tokens_decoder": {"10": {"content": "<s>", "special": False}}},
+    {"bos_token": "<s>", "pad_token": "ab", "tool_call_token": "cd"},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_tokens_that_only_the_config_calls_special_are_so_as_in_transformers(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {text: index for index, text in enumerate([*"abcd efg", "ab", "cd"])}
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))  # "ab" is in the vocabulary, and no merge makes it
+    hf.decoder = tokenizers.decoders.Fuse()
+    hf.add_special_tokens(["<s>"])
+    hf.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **config})
+    theirs, ours = PreTrainedTokenizerFast.from_pretrained(str(tmp_path)), folder_tokenizer(tmp_path)
+    for text in ("gab cd", "<s>ab<new>", "a b c d"):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        for skip in (False, True):
+            assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+def test_a_name_that_the_vocabulary_lacks_adds_no_token(plain_folder: Path) -> None:
+    write(plain_folder, "tokenizer_config.json", {"eos_token": "<|nothing|>"})
+    tokenizer = folder_tokenizer(plain_folder)
+    assert tokenizer.vocab_size == 10
+    assert tokenizer.eos_token_ids == frozenset()
+
+
 def test_tokens_that_only_the_config_knows_are_added(plain_folder: Path) -> None:
     write(plain_folder, "tokenizer_config.json", {"added_tokens_decoder": {"10": {"content": "<x>", "special": True}}})
     tokenizer = folder_tokenizer(plain_folder)
