@@ -15,9 +15,12 @@ from engine.text.parse.tool_parsers.base import ToolParser, ToolSchemas
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>")
 _BETWEEN = Markers([_START, _CHANNEL, _MESSAGE, *_ENDS])
-_IN_HEADER = Markers([_START, _MESSAGE, *_ENDS])
+_IN_HEADER = Markers([_START, _MESSAGE, "{", *_ENDS])
 _IN_BODY = Markers([_START, *_ENDS])
 _RECIPIENT = re.compile(r"to=(?:functions\.)?+([^\s<]+)")
+_KNOWN_IN_HEADER = re.compile(
+    r"<\|start\|>(?:assistant)?|<\|channel\|>\s*(?:analysis|commentary|final)?|to=[^\s<]+|<\|constrain\|>\s*\w*|\bjson\b"
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class HarmonyReader:
             self._decide(ThinkingState.BEFORE)
             mark = yield from self.scanner.until(_BETWEEN, self.sink.content)
         else:
-            mark = yield from self._header(begun)
+            mark = yield from self._header(_START + begun)
         while mark is not None:
             if mark in (_START, _CHANNEL):
                 mark = yield from self._header(mark)
@@ -60,11 +63,33 @@ class HarmonyReader:
         return (yield from self.scanner.after_space([_CHANNEL, _MESSAGE, "to="])) is not None
 
     def _header(self, begun: str) -> Steps[str | None]:
-        """A message after its header; returns the mark that ended it."""
-        parts = [begun]
+        """A message after its header; returns the mark that ended it. A call's object may follow without a mark."""
+        header = begun
         self._decide(ThinkingState.THOUGHT, undecided=True)
-        mark = yield from self.scanner.until(_IN_HEADER, parts.append)
-        return (yield from self._body("".join(parts))) if mark == _MESSAGE else mark
+        while True:
+            parts: list[str] = []
+            mark = yield from self.scanner.until(_IN_HEADER, parts.append)
+            header += "".join(parts)
+            if mark != "{" or _RECIPIENT.search(header):
+                break
+            header += mark
+        if mark is None and self.scanner.cut:
+            return None
+        self._show_stray(header)
+        if mark == "{":
+            self.scanner.put_back(mark)
+        return (yield from self._body(header)) if mark in ("{", _MESSAGE) else mark
+
+    def _show_stray(self, header: str) -> None:
+        """Words that no header has: the model's, so they are shown."""
+        words = _KNOWN_IN_HEADER.sub("", header).strip()
+        if words and f"{_CHANNEL}analysis" in header:
+            self.sink.begin_thought()
+            self.sink.reasoning(words)
+            self.sink.boundary()
+            self._decide(ThinkingState.THOUGHT, undecided=True)
+        elif words:
+            self.sink.content(words)
 
     def _body(self, header: str) -> Steps[str | None]:
         recipient = _RECIPIENT.search(header)

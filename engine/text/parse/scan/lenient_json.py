@@ -6,8 +6,10 @@ one valid JSON value, in the form of ``json.dumps(value, ensure_ascii=False)``.
 """
 
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from engine.text.parse.scan.scanner import Emit, Markers, MarkupError, Scanner, Steps
 
@@ -15,28 +17,61 @@ _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
 _WORDS = {"true": "true", "false": "false", "null": "null", "True": "true", "False": "false", "None": "null"}
 _ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "/": "/", '"': '"', "\\": "\\", "'": "'"}
 _HEX = set("0123456789abcdefABCDEF")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _LONGEST_WORD = 4096
+"""Characters of a word without quotes. Python reads no longer numbers than 4300 digits."""
 _DEEPEST = 100
 """Levels of nesting: each takes several of Python's stack frames."""
 
 
 def quoted(text: str) -> str:
     """The inside of a JSON string that holds ``text``."""
-    inside = json.dumps(text, ensure_ascii=False)[1:-1]
-    return inside if inside.isascii() else _escape_lone_surrogates(inside)
+    return dumps(text)[1:-1]
 
 
-def _escape_lone_surrogates(text: str) -> str:
-    return "".join(f"\\u{ord(char):04x}" if "\ud800" <= char <= "\udfff" else char for char in text)
+def dumps(value: Any) -> str:
+    """``value`` as JSON that a client can read: halves of surrogate pairs, which UTF-8 cannot carry, are replaced."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text)
+
+
+def loads(text: str) -> Any:
+    """The value of a JSON text; numbers that are not JSON's, or too large for a float, stay text.
+
+    Raises ValueError, also for a value that is nested too deep for its readers.
+    """
+    try:
+        value = json.loads(text, strict=False, parse_constant=str, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("too deep") from None
+    level, depth = [value], 0
+    while level := [child for item in level for child in _children(item)]:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError("too deep")
+    return value
+
+
+def _finite(text: str) -> float | str:
+    return float(text) if math.isfinite(float(text)) else text
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def number(text: str) -> str | None:
-    """``text`` as a JSON number, or None. What is cut off (``1.``, ``2e``) is a number up to there."""
+    """``text`` as a JSON number, or None. What is cut off (``1.``, ``2e``) is a number up to there.
+
+    None too for a number that clients cannot hold: past the range of a float, or of thousands of digits.
+    """
     text = text.lstrip("+")
     if text.startswith((".", "-.")):
         text = text.replace(".", "0.", 1)
     match = _NUMBER.match(text)
-    if match is None:
+    if match is None or match.end() > _LONGEST_WORD:
+        return None
+    if not match.group().lstrip("-").isdigit() and not math.isfinite(float(match.group())):
         return None
     return match.group() if text[match.end() :] in ("", ".", "e", "E", "e+", "e-", "E+", "E-") else None
 
@@ -183,7 +218,7 @@ class LenientJson:
             emit(quoted(text))
 
         if quote == self._raw_quote:
-            self.cut = (yield from self._scanner.until(self._raw, emit_plain)) is None
+            self.cut = (yield from self._scanner.until(self._raw, emit_plain, self._cut_mark(emit_plain))) is None
             return
         num_inside = 0
         while (found := (yield from self._scanner.until(self._quotes[quote], emit_plain))) is not None:
@@ -195,6 +230,10 @@ class LenientJson:
                 emit_plain(quote)
                 num_inside += 1
         self.cut, self._ran_over = True, num_inside > 0
+
+    def _cut_mark(self, emit: Emit) -> Emit:
+        """Where the beginning of a mark goes: nowhere if a limit cut it off."""
+        return lambda text: None if self._scanner.cut else emit(text)
 
     def _ends_here(self, followers: str) -> Steps[bool]:
         """Whether what follows a quote is what follows a string: else the quote belongs to it."""

@@ -132,6 +132,7 @@ class OutputSink:
         """Whether a thought began, or its start mark was quoted: then its end mark may be a quotation too."""
         self._max_calls = max_calls
         self._make_call_id = make_call_id
+        self._ids: set[str] = set()
         self._delta = ParsedDelta()
         self._content_begun = False
         self._content_space = ""
@@ -196,7 +197,10 @@ class OutputSink:
             return _drop
         index = self.num_calls
         self.num_calls += 1
-        self._delta.add(ToolCallDelta(index, call_id or self._make_call_id(index, name), name))
+        if not call_id or call_id in self._ids:  # a result must find its call
+            call_id = self._make_call_id(index, name)
+        self._ids.add(call_id)
+        self._delta.add(ToolCallDelta(index, call_id, name))
         return lambda text: self._delta.add(ToolCallDelta(index, arguments=text))
 
     def finish(self) -> None:

@@ -1,9 +1,8 @@
 """Tool calls written as JSON: one object or a list, after a mark or without one."""
 
-import json
 from dataclasses import dataclass
 
-from engine.text.parse.scan.lenient_json import LenientJson
+from engine.text.parse.scan.lenient_json import LenientJson, dumps, loads, quoted
 from engine.text.parse.scan.output_sink import OutputSink
 from engine.text.parse.scan.scanner import Emit, MarkupError, Scanner, Steps
 from engine.text.parse.tool_parsers.base import DemandedForm, FormatFacts, ToolSchemas, function_name
@@ -28,14 +27,18 @@ class CallObject:
         self._id: str | None = None
         self._arguments: str | None = None
         self._begun = False
-        self._has_unknown = False
+        self._unknown: list[str] = []
 
     def read(self) -> Steps[None]:
         """Read one object. Raises MarkupError where it is not a call, and after malformed arguments."""
         yield from self._scanner.expect("{")
-        yield from self._members()
+        try:
+            yield from self._members()
+        finally:
+            if self._begun:
+                self._show_unknown()
         if not self._begun:
-            is_call = self._arguments is not None or (self._names is None and not self._has_unknown)
+            is_call = self._arguments is not None or (self._names is None and not self._unknown)
             if not self._name or not is_call:
                 raise MarkupError("a call needs a name and arguments")
             self._begin()(self._arguments or "{}")
@@ -62,42 +65,49 @@ class CallObject:
             self._scanner.take()
             yield from self._members()
         elif key in _NAME_KEYS or (key == "function" and not self._name):
-            self._name = function_name(json.loads((yield from self._json.collect())), self._names)
+            self._name = function_name(loads((yield from self._json.collect())), self._names)
         elif key in _ARGUMENT_KEYS and not self._begun and self._arguments is None:
             yield from self._read_arguments(first)
         else:
-            value = json.loads((yield from self._json.collect()))
+            value = loads((yield from self._json.collect()))
             if self._json.cut:
                 raise MarkupError(key)
             if key in _ID_KEYS and isinstance(value, str | int):
                 self._id = str(value)
             elif key not in _EXTRA_KEYS:
-                self._has_unknown = True
+                self._unknown.append(f'"{quoted(key)}": {dumps(value)}')
 
     def _read_arguments(self, first: str) -> Steps[None]:
         if first == "{" and self._name:
             yield from self._json.value(self._begin())
             return
-        value = json.loads((yield from self._json.collect()))
+        value = loads((yield from self._json.collect()))
         if isinstance(value, str):  # some templates write the object as a string
             value = _object_in(value)
         if value is None:
             value = {}
         if not isinstance(value, dict):
             raise MarkupError("arguments")
-        self._arguments = json.dumps(value, ensure_ascii=False)
+        self._arguments = dumps(value)
         if self._name:
             self._begin()(self._arguments)
 
     def _begin(self) -> Emit:
         self._begun = True
         self._scanner.commit()
+        self._show_unknown()
         return self._sink.call(self._name, self._id)
+
+    def _show_unknown(self) -> None:
+        """Members that no call has are text: before the call or after it."""
+        for member in self._unknown:
+            self._sink.content(f"{member}\n")
+        self._unknown.clear()
 
 
 def _object_in(text: str) -> object:
     try:
-        return json.loads(text, strict=False) if text.strip() else {}
+        return loads(text) if text.strip() else {}
     except ValueError:
         return text
 
@@ -129,7 +139,7 @@ class JsonCalls(FormatFacts):
                 return
             char = yield from scanner.peek()
             if char == "{":
-                yield from CallObject(scanner, sink, self.ends, names).read()
+                yield from scanner.attempt(CallObject(scanner, sink, self.ends, names).read())
             elif (char == "[" and sink.num_seen == seen) or (char and char in ",;]}" and sink.num_seen > seen):
                 scanner.take()
             elif sink.num_seen == seen:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engine.text.parse.scan.lenient_json import LenientJson
 from engine.text.parse.scan.output_sink import OutputSink
-from engine.text.parse.scan.scanner import MarkupError, Scanner, Steps
+from engine.text.parse.scan.scanner import Markers, MarkupError, Scanner, Steps
 from engine.text.parse.tool_parsers.base import FormatFacts, ToolSchemas, function_name
 from engine.text.parse.tool_parsers.json_calls import JsonCalls
 
@@ -37,8 +37,8 @@ class NamedCalls(FormatFacts):
 
     @property
     def starts(self) -> tuple[str, ...]:
-        """The section's mark."""
-        return (self.start,)
+        """The section's mark, and a call's for models that leave the section out."""
+        return tuple(filter(None, (self.start, self.begin)))
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -48,7 +48,7 @@ class NamedCalls(FormatFacts):
     @property
     def strays(self) -> tuple[str, ...]:
         """Marks within a section, and those that follow one."""
-        return (*self.ends, *filter(None, (self.begin,)), *self.more_strays)
+        return (*self.ends, *self.more_strays)
 
     @property
     def bare(self) -> str:
@@ -57,22 +57,28 @@ class NamedCalls(FormatFacts):
 
     def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:  # noqa: ARG002
         """The calls of a section."""
-        yield from self._call(scanner, sink)
+        yield from self._call(scanner, sink, begun=start == self.begin)
         while self.begin and (yield from scanner.after_space([self.begin])):
             yield from scanner.attempt(self._call(scanner, sink))
         if self.section_end and (yield from scanner.after_space([self.section_end])):
             yield from self._skip(scanner, self.section_end)
 
-    def _call(self, scanner: Scanner, sink: OutputSink) -> Steps[None]:
+    def _call(self, scanner: Scanner, sink: OutputSink, *, begun: bool = False) -> Steps[None]:
         yield from scanner.skip_space()
-        if self.begin:
+        if self.begin and not begun:
             yield from scanner.expect(self.begin)
         for text in self.lead:
             yield from self._skip(scanner, text)
         name, call_id = self._parts((yield from self._name(scanner)))
-        if (yield from scanner.after_space(["{"])) != "{":
+        prose: list[str] = []
+        found = yield from scanner.until(Markers(["{", *self.ends, *self.starts]), prose.append)
+        if found != "{":
             raise MarkupError("arguments")
+        scanner.put_back("{")
         scanner.commit()
+        sink.boundary()
+        for text in prose:
+            sink.content(text)
         yield from LenientJson(scanner, self.ends, self.raw_quote).value(sink.call(name, call_id))
         for text in (*self.tail, self.end):
             yield from self._skip(scanner, text)

@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-from engine.text.parse.scan.lenient_json import LenientJson, number, quoted
+from engine.text.parse.scan.lenient_json import LenientJson, dumps, loads, number, quoted
 from engine.text.parse.scan.scanner import MarkupError, Scanner
 
 _TRUE = ("true", "1", "yes", "on")
@@ -70,14 +70,14 @@ def _container(text: str, kind: type) -> str | None:
     for read in (_read_json, _read_python, _read_leniently):
         value = read(text)
         if isinstance(value, kind):
-            return json.dumps(value, ensure_ascii=False)
+            return dumps(value)
     return None
 
 
 def _read_json(text: str) -> Any:
     try:
-        return json.loads(text, strict=False, parse_constant=str)
-    except (ValueError, RecursionError):
+        return loads(text)
+    except ValueError:
         return None
 
 
@@ -86,7 +86,7 @@ def _read_python(text: str) -> Any:
         return None
     try:
         value = ast.literal_eval(text)
-        return json.loads(json.dumps(value, allow_nan=False))
+        return loads(json.dumps(value, allow_nan=False))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None
 
@@ -101,4 +101,4 @@ def _read_leniently(text: str) -> Any:
             raise AssertionError("a closed scanner has no more to wait for")
     except (MarkupError, RecursionError):
         return None
-    return json.loads("".join(parts)) if not scanner.rest().strip() else None
+    return loads("".join(parts)) if not scanner.rest().strip() else None

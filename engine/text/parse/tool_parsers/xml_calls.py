@@ -1,12 +1,14 @@
 """Tool calls written as tags, one per parameter; values are text, typed by the tool's schema."""
 
-from collections.abc import Callable
+import contextlib
+import re
 from dataclasses import dataclass
 
 from engine.text.parse.scan.lenient_json import LenientJson, quoted
 from engine.text.parse.scan.output_sink import OutputSink
 from engine.text.parse.scan.scanner import Emit, Markers, MarkupError, Scanner, Steps
 from engine.text.parse.tool_parsers.base import FormatFacts, ToolSchemas, function_name
+from engine.text.parse.tool_parsers.json_calls import JsonCalls
 from engine.text.parse.tool_parsers.values import to_json
 
 _STATED = {
@@ -67,13 +69,19 @@ class XmlCalls(FormatFacts):
         return ""
 
     def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
-        """The functions of a section, or one function without a section (which must be a declared one)."""
+        """The functions of a section, or one function without a section (which must be a declared one).
+
+        A section may also hold a call as JSON, as other models write it.
+        """
         call = _XmlReader(self, scanner, sink, tools)
         in_section = bool(self.start) and start == self.start
+        if in_section and (yield from scanner.after_space(["{"])):
+            yield from JsonCalls((self.start,), (self.end,)).read(scanner, sink, tools, start)
+            return
         if in_section and self.open:
             yield from scanner.skip_space()
             yield from scanner.expect(self.open)
-        yield from call.function(check_name=not in_section and bool(self.start))
+        yield from call.function(alone=not in_section and bool(self.start))
         while in_section:
             yield from scanner.skip_space()
             if (yield from scanner.accept(self.end)) or not self.open or not (yield from scanner.at([self.open])):
@@ -81,8 +89,16 @@ class XmlCalls(FormatFacts):
             yield from scanner.attempt(call.next_function())
 
 
+_NAME_IN_TAG = re.compile(r"""\s*(?:"([^"<>]*)"|'([^'<>]*)'|([^\s"'<>]+))((?:\s+[\w-]+="(?:[a-z]+|\d+)")*)\s*""")
+"""A name, in quotes or without, and the attributes behind it."""
+
+
 @dataclass(frozen=True)
 class _XmlReader:
+    """Reads functions. Text between the tags of a function is content: before the call where no parameter was written
+    yet, else after it.
+    """
+
     format: XmlCalls
     scanner: Scanner
     sink: OutputSink
@@ -91,75 +107,165 @@ class _XmlReader:
     def next_function(self) -> Steps[None]:
         """Another function of a section, with its opening tag."""
         yield from self.scanner.expect(self.format.open)
-        yield from self.function(check_name=False)
+        yield from self.function()
 
-    def function(self, *, check_name: bool) -> Steps[None]:
-        """One function after its opening tag, up to and including its closing tag."""
-        name = function_name((yield from self._function_name()), self.tools.names if check_name else None)
+    def function(self, *, alone: bool = False) -> Steps[None]:
+        """One function after its opening tag, up to and including its closing tag.
+
+        ``alone``: it has no section, so that the tag may also be a quotation. Then a declared function must be called,
+        and nothing but its arguments may follow.
+        """
+        layout = self.format
+        name = function_name((yield from self._function_name()), self.tools.names if alone else None)
+        if alone and (yield from self.scanner.after_space([*self._tags, "{"])) is None:
+            raise MarkupError("arguments")
         self.scanner.commit()
-        emit = self.sink.call(name)
-        if self.format.whole and (yield from self.scanner.after_space([self.format.whole])):
-            yield from self._whole(emit)
-            return
-        emit("{")
-        try:
-            yield from self._parameters(name, emit)
-        finally:
+        self.sink.boundary()
+        yield from self._prose(self.sink.content)
+        if self.scanner.cut and not (yield from self.scanner.peek()):
+            return  # cut off before its arguments: not a call
+        emit, asides = self.sink.call(name), list[str]()
+        if layout.whole and (yield from self.scanner.after_space([layout.whole])):
+            yield from self._whole(emit, asides)
+        elif (yield from self.scanner.after_space(["{"])):
+            yield from self._object(emit, asides)
+        else:
+            emit("{")
+            yield from self._parameters(name, emit, asides)
             emit("}")
+        for aside in asides:
+            self.sink.content(aside)
 
-    def _whole(self, emit: Emit) -> Steps[None]:
+    @property
+    def _tags(self) -> list[str]:
+        """What may follow in a function: a parameter, or its end in one form or another."""
+        layout = self.format
+        return list(filter(None, (layout.whole, layout.key, *self._ends)))
+
+    @property
+    def _ends(self) -> list[str]:
+        """What ends a function: its own tag, its section's, or the beginning of the next."""
+        layout = self.format
+        return list(filter(None, (layout.close, layout.end, layout.open, layout.start)))
+
+    def _prose(self, emit: Emit) -> Steps[None]:
+        """Text up to the next tag, or to an object that may be all arguments."""
+        markers = Markers([*self._tags, "{"])
+        while (found := (yield from self._until(markers, emit))) is not None:
+            if found != "{" or (yield from self.scanner.after_space(['"', "'", "}"])):
+                self.scanner.put_back(found)
+                return
+            emit(found)
+
+    def _until(self, markers: Markers, emit: Emit) -> Steps[str | None]:
+        """Text up to the first marker; where a limit cut the reply off, without the beginning of one at its end."""
+        return (yield from self.scanner.until(markers, emit, lambda text: None if self.scanner.cut else emit(text)))
+
+    def _aside(self, begun: str, asides: list[str]) -> Steps[None]:
+        """Text up to the next tag, to be shown behind the call; half a text that a limit cut off is not."""
+        parts = [begun]
+        found = yield from self.scanner.until(Markers(self._tags), parts.append)
+        if found is not None:
+            self.scanner.put_back(found)
+        elif self.scanner.cut:
+            return
+        asides.append("".join(parts))
+
+    def _whole(self, emit: Emit, asides: list[str]) -> Steps[None]:
         """The arguments as one JSON object after its opening tag, up to and including the function's closing tag."""
         layout = self.format
         yield from self.scanner.skip_space()
         yield from self.scanner.accept(layout.whole)
-        if (yield from self.scanner.after_space(["{"])) != "{":
+        if (yield from self.scanner.after_space(["{"])):
+            yield from self._object(emit, asides)
+        else:
             emit("{}")
-            raise MarkupError("{")
-        yield from LenientJson(self.scanner, (layout.whole_end, *layout.ends)).value(emit)
-        for mark in (layout.whole_end, layout.close):
-            yield from self.scanner.skip_space()
-            yield from self.scanner.accept(mark)
+            yield from self._end(asides)
+
+    def _object(self, emit: Emit, asides: list[str]) -> Steps[None]:
+        """All arguments as one JSON object, up to and including the function's closing tag."""
+        layout = self.format
+        stops = list(filter(None, (layout.whole_end, *self._ends)))
+        with contextlib.suppress(MarkupError):  # closed; what follows is not an argument
+            yield from LenientJson(self.scanner, stops).value(emit)
+        yield from self.scanner.skip_space()
+        if layout.whole_end:
+            yield from self.scanner.accept(layout.whole_end)
+        yield from self._end(asides)
+
+    def _end(self, asides: list[str]) -> Steps[None]:
+        """Up to and including the closing tag, or up to what else ends the function."""
+        parts: list[str] = []
+        found = yield from self.scanner.until(Markers(self._ends), parts.append)
+        if found and found != self.format.close:
+            self.scanner.put_back(found)
+        if found or not self.scanner.cut:
+            asides += parts
 
     def _function_name(self) -> Steps[str]:
         layout = self.format
-        first = {mark[0] for mark in layout.name_end}
-        word = yield from self.scanner.word("".join(first), limit=200)
+        if layout.quoted:
+            name, _, rest = yield from self._name_and_attributes(layout.name_end)
+            self.scanner.put_back(rest)
+            return name
+        word = yield from self.scanner.word("".join({mark[0] for mark in layout.name_end}), limit=200)
         found = yield from self.scanner.at(layout.name_end)
         if found is None:
             raise MarkupError(layout.name_end)
-        if found not in (layout.key, layout.end):
+        if found not in (layout.key, layout.end, "{"):
             yield from self.scanner.accept(found)
-        return _attribute(word) if layout.quoted else word.strip()
+        return word.strip()
 
-    def _parameters(self, function: str, emit: Emit) -> Steps[None]:
+    def _name_and_attributes(self, tag_end: tuple[str, ...]) -> Steps[tuple[str, str, str]]:
+        """The quoted name in a tag, its attributes, and text behind them; the tag's end is read.
+
+        Where it has no end, what follows the attributes is left.
+        """
+        text = yield from self.scanner.word(f"<\n{tag_end[0][0]}")
+        match = _NAME_IN_TAG.match(text)
+        if match is None:
+            raise MarkupError("name")
+        rest = text[match.end() :]
+        if not (yield from self.scanner.accept(*tag_end)):
+            if self.scanner.cut and any(mark.startswith(self.scanner.rest()) for mark in tag_end):
+                raise MarkupError(tag_end)  # its beginning is there
+            self.scanner.put_back(rest)
+            rest = ""
+        return next(filter(None, match.group(1, 2, 3)), ""), match.group(4), rest
+
+    def _parameters(self, function: str, emit: Emit, asides: list[str]) -> Steps[None]:
         layout, separator = self.format, ""
         while True:
             yield from self.scanner.skip_space()
             if layout.close and (yield from self.scanner.accept(layout.close)):
                 return
-            if not layout.close and (yield from self.scanner.at([layout.end])):
+            if not (yield from self.scanner.peek()) or (yield from self.scanner.at(self._ends)):
                 return
-            if not (yield from self.scanner.peek()):
-                return
-            key, kinds = yield from self.scanner.attempt(self._key(function))
-            yield from self._value(f'{separator}"{quoted(key)}": ', kinds, emit)
-            separator = ", "
+            try:
+                key, kinds = yield from self.scanner.attempt(self._key(function, asides))
+            except MarkupError:
+                begun = (yield from self.scanner.accept(layout.key)) or ""
+                yield from self._aside(begun, asides)
+            else:
+                yield from self._value(f'{separator}"{quoted(key)}": ', kinds, emit)
+                separator = ", "
 
-    def _key(self, function: str) -> Steps[tuple[str, frozenset[str]]]:
+    def _key(self, function: str, asides: list[str]) -> Steps[tuple[str, frozenset[str]]]:
         """A parameter's name and types, read up to its value."""
         layout = self.format
         yield from self.scanner.expect(layout.key)
-        tag = yield from self.scanner.word(layout.key_end[0][0])
-        yield from self._value_opens()
-        key = _attribute(tag) if layout.quoted else tag.strip()
-        return key, _STATED.get(tag.rpartition(" ")[2]) or self.tools.kinds(function, key)
-
-    def _value_opens(self) -> Steps[None]:
-        for mark in self.format.key_end:
-            yield from self.scanner.skip_space()
-            yield from self.scanner.expect(mark)
-        if self.format.newlines:
+        if layout.quoted:
+            key, attributes, rest = yield from self._name_and_attributes(layout.key_end)
+            asides += [rest] if rest else []
+            stated = _STATED.get(attributes.rpartition(" ")[2].strip())
+        else:
+            key, stated = (yield from self.scanner.word(layout.key_end[0][0])).strip(), None
+            for mark in layout.key_end:
+                yield from self.scanner.skip_space()
+                yield from self.scanner.expect(mark)
+        if layout.newlines:
             yield from self.scanner.accept("\r\n", "\n")
+        return key, stated or self.tools.kinds(function, key)
 
     def _value(self, lead: str, kinds: frozenset[str], emit: Emit) -> Steps[None]:
         """A value up to its closing tag: text is passed on as it comes, the rest when it is whole."""
@@ -175,34 +281,33 @@ class _XmlReader:
             yield from self._text(close, parts.append)
             emit(lead + to_json("".join(parts), kinds))
 
-    def _text(self, close: str, emit: Callable[[str], None]) -> Steps[None]:
-        """Text up to the closing tag. A closing tag that no tag of the call follows belongs to the text."""
+    def _text(self, close: str, emit: Emit) -> Steps[None]:
+        """Text up to the closing tag. One that another closing tag follows before any other tag belongs to the text."""
         layout = self.format
         ends = ["\n" + close, close] if layout.newlines else [close]
-        follow = [mark for mark in (layout.key, layout.close, layout.end) if mark]
         unclosed = [] if not layout.close else ["\n" + layout.close, layout.close]
         markers = Markers([*ends, *unclosed])
-        while (found := (yield from self.scanner.until(markers, emit))) is not None:
+        while (found := (yield from self._until(markers, emit))) is not None:
             if found in ends:
-                if (yield from self.scanner.after_space(follow)) is not None:
+                if (yield from self._text_ends(close)):
                     return
             elif (yield from self._function_ends()):
                 self.scanner.put_back(layout.close)
                 return
             emit(found)
 
+    def _text_ends(self, close: str) -> Steps[bool]:
+        """Whether no other closing tag of a value comes before the next tag of the call."""
+        place = self.scanner.mark()
+        found = yield from self.scanner.until(Markers([close, *self._tags]), lambda _: None)
+        self.scanner.rewind(place)
+        self.scanner.release(place)
+        return found != close
+
     def _function_ends(self) -> Steps[bool]:
         """Whether a function's closing tag inside a value ends the call, the value's own tag missing."""
         end = self.format.end
         return bool(end) and (yield from self.scanner.after_space([end])) == end
-
-
-def _attribute(text: str) -> str:
-    """The first quoted value in a tag: ``"f" type="x"`` gives ``f``; without quotes the whole text."""
-    text = text.strip()
-    if text[:1] in ('"', "'"):
-        return text[1:].partition(text[0])[0]
-    return text
 
 
 QWEN3_CODER = XmlCalls(
@@ -281,7 +386,7 @@ GLM45 = XmlCalls(
     "<tool_call>",
     "</tool_call>",
     "",
-    ("\n", "<arg_key>", "</tool_call>"),
+    ("\n", "<arg_key>", "</tool_call>", "{"),
     "",
     "<arg_key>",
     ("</arg_key>", "<arg_value>"),
@@ -292,7 +397,7 @@ LONGCAT = XmlCalls(
     "<longcat_tool_call>",
     "</longcat_tool_call>",
     "",
-    ("\n", "<longcat_arg_key>", "</longcat_tool_call>"),
+    ("\n", "<longcat_arg_key>", "</longcat_tool_call>", "{"),
     "",
     "<longcat_arg_key>",
     ("</longcat_arg_key>", "<longcat_arg_value>"),
@@ -339,7 +444,7 @@ class MuseCalls(FormatFacts):
     def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
         """The functions of a section, after the message's header if one is there."""
         if start == self.header:
-            yield from scanner.word("<")
+            function_name((yield from scanner.word("<\n")))
             yield from scanner.expect("<|message|>")
             yield from scanner.skip_space()
             start = yield from scanner.expect(_ATEM.start)

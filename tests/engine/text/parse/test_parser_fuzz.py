@@ -210,10 +210,11 @@ SWALLOWED = {
     "</atem:parameter>\n</atem:invoke>\n</atem:function_calls>",
     "openai": '<|channel|>commentary to=functions.f <|constrain|>json{"text": "wordinside"}',
 }
-"""A tag that is not closed takes the value for its attributes; a header without a message is not shown."""
+"""A tag that is not closed; a header that no mark ends."""
 
 
-@pytest.mark.xfail(strict=True, reason="text inside a broken tag or header is lost")
 @pytest.mark.parametrize("name", SWALLOWED)
 def test_a_broken_tag_or_header_loses_no_word(name: str) -> None:
-    assert "wordinside" in everything(check(name, SWALLOWED[name], [7, 30], reason="stop"))
+    reply = check(name, SWALLOWED[name], [7, 30], reason="stop")
+    assert "wordinside" in reply.tool_calls[0]["function"]["arguments"]
+    assert "wordinside" in everything(reply)
