@@ -75,20 +75,20 @@ class HarmonyReader:
             header += mark
         if mark is None and self.scanner.cut:
             return None
-        self._show_stray(header)
+        words = _stray_words(header).removeprefix(_stray_words(begun)).strip()
+        if words:
+            self._show_stray(words, header)
         if mark == "{":
             self.scanner.put_back(mark)
         return (yield from self._body(header)) if mark in ("{", _MESSAGE) else mark
 
-    def _show_stray(self, header: str) -> None:
-        """Words that no header has: the model's, so they are shown."""
-        words = _KNOWN_IN_HEADER.sub("", header).strip()
-        if words and f"{_CHANNEL}analysis" in header:
+    def _show_stray(self, words: str, header: str) -> None:
+        if f"{_CHANNEL}analysis" in header:
             self.sink.begin_thought()
             self.sink.reasoning(words)
             self.sink.boundary()
             self._decide(ThinkingState.THOUGHT, undecided=True)
-        elif words:
+        else:
             self.sink.content(words)
 
     def _body(self, header: str) -> Steps[str | None]:
@@ -132,3 +132,8 @@ class HarmonyReader:
         """Half a call that a limit cut off is dropped; where the model itself ended there, its text is kept."""
         if (demanded or self.scanner.cut) and self.scanner.at_end and not self.scanner.holds(_ENDS):
             self.scanner.take_rest()
+
+
+def _stray_words(header: str) -> str:
+    """Words that no header has: the model's own, so they are shown."""
+    return _KNOWN_IN_HEADER.sub("", header)
