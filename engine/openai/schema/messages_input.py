@@ -83,7 +83,7 @@ def _assistant_message(blocks: Sequence[Mapping[str, Any]], where: str, names: d
         elif block.get("type") == "tool_use":
             call_id, name = _text_of(block, "id", at), _text_of(block, "name", at)
             names[call_id] = name
-            function = {"name": name, "arguments": block.get("input") or {}}
+            function = {"name": name, "arguments": block.get("input")}
             calls.append({"id": call_id, "type": "function", "function": function})
         else:
             texts.append(_block_text(block, at))

@@ -1,6 +1,8 @@
 """Chat messages as a template needs them: content as strings or as parts, tool arguments as objects."""
 
 import json
+import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -105,19 +107,64 @@ def _part(part: Any, where: str) -> dict[str, str]:
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """A tool call whose arguments are an object: templates loop over them."""
+    """A tool call whose arguments are a mapping: templates loop over them."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         raise RequestError(f"{where}.tool_calls must hold objects with a function.", param="messages")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str) and arguments.strip():
+    return {**call, "function": {**function, "arguments": call_arguments(function.get("arguments"))}}
+
+
+class BrokenArguments(Mapping[str, str]):
+    """Arguments that are not a JSON object, for a template that wants one: the model sees the text that it wrote.
+
+    Printed, and by ``tojson``, they are that text; for a loop they have it as their only value.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._only = {"arguments": text}
+
+    def __str__(self) -> str:
+        return self._only["arguments"]
+
+    def __getitem__(self, name: str) -> str:
+        return self._only[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._only)
+
+    def __len__(self) -> int:
+        return len(self._only)
+
+
+def call_arguments(given: Any) -> Mapping[str, Any]:
+    """A call's arguments, JSON text or JSON itself, as the mapping that templates loop over; none are an empty one."""
+    value = given
+    if isinstance(given, str):
         try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise RequestError(
-                f"{where}.tool_calls has arguments that are not valid JSON: {error}.", param="messages"
-            ) from None
-    return {**call, "function": {**function, "arguments": arguments or {}}}
+            value = json.loads(given) if given.strip() else {}
+        except (ValueError, RecursionError):
+            return BrokenArguments(given)
+    if value is None or isinstance(value, Mapping):
+        return value or {}
+    return BrokenArguments(given if isinstance(given, str) else json.dumps(given, ensure_ascii=False))
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """``json.dumps`` for templates: :class:`BrokenArguments` anywhere in ``value`` are their text."""
+    broken: list[str] = []
+
+    def hold(arguments: Any) -> str:
+        if not isinstance(arguments, BrokenArguments):
+            raise TypeError(f"Object of type {type(arguments).__name__} is not JSON serializable")
+        broken.append(str(arguments))
+        return f"{_HELD}{len(broken) - 1}"
+
+    text = json.dumps(value, default=hold, **options)
+    return re.sub(rf'"{_HELD}(\d+)"', lambda held: broken[int(held[1])], text) if broken else text
+
+
+_HELD = f"broken-arguments-{secrets.token_hex(16)}-"
+"""Holds a place in JSON; nobody else can write it."""
 
 
 def _aliases(template: nodes.Template, name: str) -> Iterator[str]:

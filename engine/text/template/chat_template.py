@@ -1,7 +1,6 @@
 """Chat templates: messages to prompt text, in Jinja's sandbox, with what transformers' templates expect."""
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -21,6 +20,7 @@ from engine.text.template.chat_messages import (
     detect_content_format,
     normalise_messages,
     tests_for_string,
+    to_json,
 )
 from engine.text.tokens.tokenizer import Tokenizer
 
@@ -229,7 +229,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes <, > and & for HTML, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return to_json(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -297,9 +297,13 @@ class _XmlReader:
             emit(found)
 
     def _text_ends(self, close: str) -> Steps[bool]:
-        """Whether no other closing tag of a value comes before the next tag of the call."""
+        """Whether a tag of the call follows, or prose before one: not another closing tag of the value."""
+        layout = self.format
+        if (yield from self.scanner.after_space(self._tags)) is not None:
+            return True
         place = self.scanner.mark()
-        found = yield from self.scanner.until(Markers([close, *self._tags]), lambda _: None)
+        tags = filter(None, (close, layout.key, layout.close or layout.end, layout.open))
+        found = yield from self.scanner.until(Markers(list(tags)), lambda _: None)
         self.scanner.rewind(place)
         self.scanner.release(place)
         return found != close

@@ -167,9 +167,38 @@ def test_tool_call_arguments_are_objects_for_the_template() -> None:
     source = "{% for k, v in messages[0].tool_calls[0].function.arguments.items() %}{{ k }}={{ v }}{% endfor %}"
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     assert render(source, [message]) == "x=[1]"
-    call["function"] = {"name": "f", "arguments": "{"}
-    with pytest.raises(RequestError, match="not valid JSON"):
-        render(source, [message])
+
+
+BROKEN = ['{"command": "l', '"ls"', "[1]", "ls -l", "12", '{"a": 1} or so', "{'a': 1}", "[" * 5000]
+FUNCTION = "messages[0].tool_calls[0].function"
+
+
+@pytest.mark.parametrize("written", BROKEN)
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        (f"{{{{ {FUNCTION}.arguments | tojson }}}}", "%s"),
+        (f"{{{{ {FUNCTION}.arguments }}}}", "%s"),
+        (f"{{{{ {FUNCTION} | tojson }}}}", '{"name": "f", "arguments": %s}'),
+        (f"{{{{ [{FUNCTION}, {FUNCTION}] | tojson }}}}", '[{"name": "f", "arguments": %s}, {"name": "f", "arguments": %s}]'),
+        (f"{{% for k, v in {FUNCTION}.arguments.items() %}}{{{{ k }}}}={{{{ v }}}}{{% endfor %}}", "arguments=%s"),
+        (f"{{% for k, v in {FUNCTION}.arguments | items %}}{{{{ k }}}}={{{{ v }}}}{{% endfor %}}", "arguments=%s"),
+        (f"{{% for k, v in {FUNCTION}.arguments | dictsort %}}{{{{ k }}}}={{{{ v }}}}{{% endfor %}}", "arguments=%s"),
+        (f"{{% for k in {FUNCTION}.arguments %}}{{{{ k }}}}={{{{ {FUNCTION}.arguments[k] }}}}{{% endfor %}}", "arguments=%s"),
+        (f"{{{{ {FUNCTION}.arguments is mapping }}}}{{{{ {FUNCTION}.arguments is string }}}}", "TrueFalse"),
+    ],
+)  # fmt: skip
+def test_arguments_that_are_not_an_object_are_shown_as_they_were_written(source: str, shown: str, written: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": written}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert render(source, [message]) == shown.replace("%s", written)
+
+
+@pytest.mark.parametrize("missing", ["", " \n", None, {}])
+def test_a_call_without_arguments_has_none(missing: Any) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": missing}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert render(f"{{{{ {FUNCTION}.arguments | tojson }}}}", [message]) == "{}"
 
 
 def test_reasoning_is_seen_under_both_names() -> None:
