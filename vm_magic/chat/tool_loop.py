@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.outputs import Reply
 from vm_magic.chat.generation import FAILED, INTERRUPTED, Generation
-from vm_magic.chat.tools import MAX_RESULT_LENGTH, NotebookTool, arguments_text
+from vm_magic.chat.tools import MAX_RESULT_LENGTH, NotebookTool
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.reply_view import ReplyView
@@ -100,10 +100,6 @@ class ToolLoop:
 
     def _keep(self, reply: Reply, outcomes: Sequence[ToolOutcome]) -> None:
         *earlier, answer = reply.messages
-        calls = [
-            {**call, "function": {**call["function"], "arguments": arguments_text(call["function"]["arguments"])}}
-            for call in reply.tool_calls
-        ]
         results: list[Message] = [
             {
                 "role": "tool",
@@ -111,7 +107,7 @@ class ToolLoop:
                 "name": call["function"]["name"],
                 "content": f"Error: {outcome.text}" if outcome.failed else outcome.text,
             }
-            for call, outcome in zip(calls, outcomes, strict=True)
+            for call, outcome in zip(reply.tool_calls, outcomes, strict=True)
         ]
-        reply.messages = [*earlier, {**answer, "tool_calls": calls}, *results]
+        reply.messages = [*earlier, {**answer, "tool_calls": reply.tool_calls}, *results]
         self.conversation.messages = list(reply.messages)

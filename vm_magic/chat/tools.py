@@ -4,7 +4,6 @@ import asyncio
 import contextvars
 import functools
 import inspect
-import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -218,11 +217,3 @@ def _awaited(awaitable: Awaitable[Any]) -> Any:
         thread.join(CANCEL_SECONDS)
         raise
     return result.result(0)
-
-
-def arguments_text(arguments: str) -> str:
-    """The arguments of a call for a chat template: always a JSON object."""
-    try:
-        return arguments if isinstance(json.loads(arguments or "null"), dict) else "{}"
-    except ValueError:
-        return "{}"

@@ -14,7 +14,7 @@ from engine.params.structured_outputs import plain_schema
 from vm_magic.remote.address import Address, RemoteConnectionError
 from vm_magic.remote.metrics import ServerState
 from vm_magic.remote.stream import RemoteStream
-from vm_magic.remote.wire import request_body, response_format
+from vm_magic.remote.wire import request_body, response_format, sent_message
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -138,7 +138,7 @@ class RemoteLLM:
         """
         values, params = self._sampling(sampling)
         body = request_body(self.model, values, chat=True)
-        body["messages"] = [_plain(message) for message in messages]
+        body["messages"] = [sent_message(message) for message in messages]
         thinking = self.settings.thinking()
         switch = think if think is not None else thinking.get("enable_thinking")
         kwargs = {**({} if switch is None else dict.fromkeys(THINKING_SWITCHES, switch)), **(template_kwargs or {})}
@@ -289,9 +289,3 @@ class RemoteJob:
 
 def _without_system(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if name != "system"}
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    """A message without our own fields: earlier thoughts go back under the name that vLLM reads."""
-    sent = {name: value for name, value in message.items() if name != "reasoning"}
-    return sent | ({"reasoning_content": message["reasoning"]} if message.get("reasoning") else {})

@@ -74,6 +74,31 @@ def response_format(schema: Mapping[str, Any] | bool) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema}}
 
 
+def sent_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without our own fields: earlier thoughts go back under the name that vLLM reads.
+
+    Servers refuse a conversation with arguments that are not a JSON object; such a text goes inside one.
+    """
+    sent = {name: value for name, value in message.items() if name != "reasoning"}
+    if message.get("reasoning"):
+        sent["reasoning_content"] = message["reasoning"]
+    if message.get("tool_calls"):
+        sent["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": _sent_arguments(call["function"]["arguments"])}}
+            for call in message["tool_calls"]
+        ]
+    return sent
+
+
+def _sent_arguments(written: str) -> str:
+    try:
+        if isinstance(json.loads(written or "{}"), dict):
+            return written or "{}"
+    except (ValueError, RecursionError):
+        pass
+    return json.dumps({"arguments": written}, ensure_ascii=False) if written.strip() else "{}"
+
+
 def read_chat_choice(choice: Mapping[str, Any]) -> ParsedCompletionDelta:
     """One choice of a chat chunk. The thought may be called ``reasoning`` or ``reasoning_content``."""
     from engine.text.parse.output_parser import ParsedDelta, ToolCallDelta

@@ -144,8 +144,10 @@ def call_arguments(given: Any) -> Mapping[str, Any]:
             value = json.loads(given) if given.strip() else {}
         except (ValueError, RecursionError):
             return BrokenArguments(given)
-    if value is None or isinstance(value, Mapping):
-        return value or {}
+    if isinstance(value, Mapping):
+        return value
+    if value in (None, [], ""):  # some clients know only one empty value
+        return {}
     return BrokenArguments(given if isinstance(given, str) else json.dumps(given, ensure_ascii=False))
 
 

@@ -12,6 +12,7 @@ from IPython.core.error import UsageError
 from engine import LLM
 from engine.errors import RequestError
 from engine.explain.request_log import RequestLog
+from engine.params.sampling_params import SamplingParams
 from tests import scripted_model
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import Capture, cell, line, shown
@@ -143,6 +144,26 @@ def test_errors_and_wrong_arguments_are_told_to_the_model_and_shown(shell: Any, 
     assert contents[1].startswith("Error: wrong arguments: x: Input should be a valid integer")
     assert contents[2].startswith("Error: wrong arguments: x: Field required; y: Extra inputs are not permitted")
     assert "⚠ ValueError: no 3 at all" in shown(shell)["text/markdown"]
+
+
+@pytest.mark.parametrize("written", ['{"city": "K', '"Köln"', "[1]", "Köln"])
+def test_a_conversation_with_broken_arguments_goes_on_and_the_model_sees_them(
+    shell: Any, llm: LLM, written: str
+) -> None:
+    made = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": written}}
+    history: list[dict[str, Any]] = [
+        {"role": "user", "content": "How is the weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [made]},
+        {"role": "tool", "tool_call_id": "c1", "name": "get_weather", "content": "Error: wrong arguments"},
+    ]
+    current_session().conversation(None).messages = list(history)
+    assert cell(shell, "chat -t 0", "Well? <|script_1|>").text == "It rains in Köln."
+    asked = [*history, {"role": "user", "content": "Well? <|script_1|>"}]
+    (output,) = llm.chat(asked, SamplingParams(temperature=0, max_tokens=50))
+    assert output.outputs[0].text == "It rains in Köln."
+    shown = f'{{"name": "get_weather", "arguments": {written}}}'
+    assert shown in llm.explain(1).prompt
+    assert shown in llm.explain(2).prompt
 
 
 def test_the_loop_stops_at_its_limit_and_says_so(shell: Any, llm: LLM, capsys: Capture) -> None:

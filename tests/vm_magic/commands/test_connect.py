@@ -247,6 +247,36 @@ def test_tools_in_a_cell_work_over_the_wire(shell: Any, server: FakeVLLM) -> Non
     assert server.bodies[0]["tools"][0]["function"]["name"] == "add"
 
 
+@pytest.mark.parametrize(
+    ("written", "sent"),
+    [
+        ('{"a": 2, "b', {"arguments": '{"a": 2, "b'}),
+        ("[1]", {"arguments": "[1]"}),
+        ("", {}),
+    ],
+)
+def test_broken_arguments_stay_in_the_conversation_and_do_not_end_it(
+    shell: Any, server: FakeVLLM, written: str, sent: dict[str, str]
+) -> None:
+    line(shell, f"connect {server.url}")
+    shell.run_cell("def add(a: int, b: int) -> int:\n    'Add two numbers.'\n    return a + b\n").raise_error()
+    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "add", "arguments": written}}
+    events = iter([[chunk(tool_calls=[call]), chunk("tool_calls"), USAGE], [chunk("stop", content="Oh."), USAGE]])
+    stream = server.stream
+
+    def next_reply() -> Any:
+        server.events = next(events)
+        return stream()
+
+    server.stream = next_reply  # type: ignore[method-assign]
+    reply = cell(shell, "chat --tools add", "2 + 3?")
+    assert reply.text == "Oh."
+    assert reply.messages[1]["tool_calls"][0]["function"]["arguments"] == written
+    _, answer, result = server.bodies[1]["messages"]
+    assert json.loads(answer["tool_calls"][0]["function"]["arguments"]) == sent
+    assert result["content"].startswith("Error: wrong arguments: ")
+
+
 @pytest.fixture
 def two_engines(shell: Any, scripted_llm: Callable[..., LLM]) -> Iterator[tuple[LLM, LLM]]:
     """A model of this notebook, and one behind a port that it is connected to."""

@@ -231,6 +231,22 @@ def test_markup_inside_arguments_stays_text(template: Template) -> None:
     check(template, render(template, calls=[("run_code", {"code": MARKUP}), ("get_weather", {"days": 0})]))
 
 
+@pytest.mark.parametrize("template", [t for t in TEMPLATES if "call" in t.renders], ids=str)
+@pytest.mark.parametrize("written", ['{"code": "l', '"ls"', "[1]", "ls -l"])
+def test_arguments_that_are_not_an_object_are_in_the_prompt_as_they_were_written(
+    template: Template, written: str
+) -> None:
+    chat = ChatTemplate(template_source(template.package, template.name), bos_token="", eos_token="</s>")
+    call = {"id": "call00000", "type": "function", "function": {"name": "run_code", "arguments": written}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call00000", "name": "run_code", "content": "Error"},
+    ]
+    turn = chat.render(messages, tools=TOOLS).partition("hi")[2]
+    assert written in turn[turn.index("run_code") : turn.rindex("Error")]
+
+
 @pytest.mark.parametrize("name", ["gemma4", "gemma4_v2", "gemma4_v5"])
 def test_gemma4s_prompt_after_a_tool_result_is_read_as_it_ends(name: str) -> None:
     """Some versions end it inside the thought's channel, others leave the channel to the model."""
