@@ -112,6 +112,16 @@ WAYS_TO_WRITE_A_CALL = {
         bash("<parameter=command>\necho </parameter> x\n</parameter>"),
         [("call", {"command": "echo </parameter> x"})],
     ),
+    "a value that is not closed": (
+        "qwen3_coder",
+        bash("<parameter=command>\nls -l\n<parameter=count>\n3\n</parameter>"),
+        [("call", {"command": "ls -l", "count": 3})],
+    ),
+    "a value that quotes a parameter's tag": (
+        "qwen3_coder",
+        bash("<parameter=command>\necho\n<parameter=other>\n3\n</parameter>"),
+        [("call", {"command": "echo\n<parameter=other>\n3"})],
+    ),
     "a function that is not closed": (
         "qwen3_coder",
         f"<tool_call>\n<function=Bash>\n{COMMAND}\n</tool_call>",

@@ -23,13 +23,21 @@ class ToolSchemas:
         """Names of the declared functions."""
         return frozenset(self._parameters)
 
+    def declares(self, function: str, parameter: str) -> bool:
+        """Whether a function has a parameter of this name."""
+        return parameter in self._properties(function)
+
     def kinds(self, function: str, parameter: str) -> frozenset[str]:
         """JSON types that a parameter may have; empty where nothing is declared."""
+        properties = self._properties(function)
+        if parameter not in properties:
+            return frozenset()
+        return frozenset(_kinds(properties[parameter], self._parameters[function], 0))
+
+    def _properties(self, function: str) -> Mapping[str, Any]:
         root = self._parameters.get(function)
         properties = root.get("properties") if isinstance(root, Mapping) else None
-        if not isinstance(properties, Mapping) or parameter not in properties:
-            return frozenset()
-        return frozenset(_kinds(properties[parameter], root, 0))
+        return properties if isinstance(properties, Mapping) else {}
 
 
 _NAMES = {"int": "integer", "float": "number", "double": "number", "bool": "boolean", "str": "string", "text": "string"}

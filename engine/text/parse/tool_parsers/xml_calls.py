@@ -247,7 +247,7 @@ class _XmlReader:
                 begun = (yield from self.scanner.accept(layout.key)) or ""
                 yield from self._aside(begun, asides)
             else:
-                yield from self._value(f'{separator}"{quoted(key)}": ', kinds, emit)
+                yield from self._value(function, f'{separator}"{quoted(key)}": ', kinds, emit)
                 separator = ", "
 
     def _key(self, function: str, asides: list[str]) -> Steps[tuple[str, frozenset[str]]]:
@@ -267,34 +267,56 @@ class _XmlReader:
             yield from self.scanner.accept("\r\n", "\n")
         return key, stated or self.tools.kinds(function, key)
 
-    def _value(self, lead: str, kinds: frozenset[str], emit: Emit) -> Steps[None]:
+    def _value(self, function: str, lead: str, kinds: frozenset[str], emit: Emit) -> Steps[None]:
         """A value up to its closing tag: text is passed on as it comes, the rest when it is whole."""
         cdata = self.format.cdata and (yield from self.scanner.accept("<![CDATA["))
         close = "]]>" + self.format.value_end if cdata else self.format.value_end
         first = yield from self.scanner.peek()
         if kinds == {"string"} or cdata or (not kinds and first and first not in _NOT_TEXT and not first.isspace()):
             emit(lead + '"')
-            yield from self._text(close, lambda text: emit(quoted(text)))
+            yield from self._text(function, close, lambda text: emit(quoted(text)))
             emit('"')
         else:
             parts: list[str] = []
-            yield from self._text(close, parts.append)
+            yield from self._text(function, close, parts.append)
             emit(lead + to_json("".join(parts), kinds))
 
-    def _text(self, close: str, emit: Emit) -> Steps[None]:
-        """Text up to the closing tag. One that another closing tag follows before any other tag belongs to the text."""
+    def _text(self, function: str, close: str, emit: Emit) -> Steps[None]:
+        """Text up to the closing tag. One that another closing tag follows before any other tag belongs to the text.
+
+        Where the closing tag is missing, the function's end ends the text too, and so does a declared parameter.
+        """
         layout = self.format
-        ends = ["\n" + close, close] if layout.newlines else [close]
-        unclosed = [] if not layout.close else ["\n" + layout.close, layout.close]
-        markers = Markers([*ends, *unclosed])
+        before = ("\n", "") if layout.newlines else ("",)
+        ends, unclosed = ([lead + mark for lead in before if mark] for mark in (close, layout.close))
+        next_key = before[0] + layout.key
+        markers = Markers([*ends, *unclosed, next_key])
         while (found := (yield from self._until(markers, emit))) is not None:
             if found in ends:
                 if (yield from self._text_ends(close)):
+                    return
+            elif found == next_key:
+                if (yield from self._declared_key(function)):
                     return
             elif (yield from self._function_ends()):
                 self.scanner.put_back(layout.close)
                 return
             emit(found)
+
+    def _declared_key(self, function: str) -> Steps[bool]:
+        """Whether a parameter's opening tag, just read, names one that is declared; then the tag is put back."""
+        self.scanner.put_back(self.format.key)
+        place = self.scanner.mark()
+        try:
+            key, _ = yield from self._key(function, [])
+        except MarkupError:
+            key = ""
+        self.scanner.rewind(place)
+        self.scanner.release(place)
+        declared = self.tools.declares(function, key)
+        if not declared:
+            yield from self.scanner.accept(self.format.key)
+        return declared
 
     def _text_ends(self, close: str) -> Steps[bool]:
         """Whether a tag of the call follows, or prose before one: not another closing tag of the value."""
