@@ -129,6 +129,16 @@ WAYS_TO_WRITE_A_CALL = {
     ),
     "an object behind the name": ("glm45", '<tool_call>Bash\n{"command": "ls -l"}\n</tool_call>', [LISTED]),
     "an object right behind the name": ("glm45", '<tool_call>Bash{"command": "ls -l"}</tool_call>', [LISTED]),
+    "an object in the opening tag": (
+        "minimax_m2",
+        '<minimax:tool_call>\n<invoke name="Bash"{"command": "ls -l"}>\n</invoke>\n</minimax:tool_call>',
+        [LISTED],
+    ),
+    "a name that no function has": (
+        "minimax_m2",
+        '<minimax:tool_call><invoke name="Bash"></invoke>\n<invoke name="a b"once>\n</invoke>\n</minimax:tool_call>',
+        [("call", {}), ("text", '<invoke name="a b"once>')],
+    ),
     "a tag that is not closed": (
         "minimax_m2",
         '<minimax:tool_call>\n<invoke name="Bash"\n<parameter name="command"ls -l</parameter>\n</invoke>\n'

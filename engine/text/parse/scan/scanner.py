@@ -119,7 +119,17 @@ class Scanner:
 
     def put_back(self, text: str) -> None:
         """Let ``text``, just read, come next once more."""
-        self._text = self._text[: self._position] + text + self._text[self._position :]
+        forgotten = max(0, len(text) - self._position)
+        self._text = text[:forgotten] + self._text
+        self._forgotten -= forgotten
+        self._position += forgotten - len(text)
+        assert self._text.startswith(text, self._position), "only what was just read can be put back"
+
+    def insert(self, text: str) -> None:
+        """Let ``text`` come next. What was read before must be settled (see :meth:`commit`)."""
+        assert not self._marks, "a mark would have its text twice"
+        self._text = text + self.rest()
+        self._position = 0
 
     def rest(self) -> str:
         """The text after this position."""

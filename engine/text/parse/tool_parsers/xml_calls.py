@@ -116,10 +116,12 @@ class _XmlReader:
         and nothing but its arguments may follow.
         """
         layout = self.format
-        name = function_name((yield from self._function_name()), self.tools.names if alone else None)
+        word, rest = yield from self._function_name()
+        name = function_name(word, self.tools.names if alone else None)
         if alone and (yield from self.scanner.after_space([*self._tags, "{"])) is None:
             raise MarkupError("arguments")
         self.scanner.commit()
+        self.scanner.insert(rest)
         self.sink.boundary()
         yield from self._prose(self.sink.content)
         if self.scanner.cut and not (yield from self.scanner.peek()):
@@ -202,19 +204,19 @@ class _XmlReader:
         if found or not self.scanner.cut:
             asides += parts
 
-    def _function_name(self) -> Steps[str]:
+    def _function_name(self) -> Steps[tuple[str, str]]:
+        """The name in the opening tag, and what else was written there."""
         layout = self.format
         if layout.quoted:
             name, _, rest = yield from self._name_and_attributes(layout.name_end)
-            self.scanner.put_back(rest)
-            return name
+            return name, rest
         word = yield from self.scanner.word("".join({mark[0] for mark in layout.name_end}), limit=200)
         found = yield from self.scanner.at(layout.name_end)
         if found is None:
             raise MarkupError(layout.name_end)
         if found not in (layout.key, layout.end, "{"):
             yield from self.scanner.accept(found)
-        return word.strip()
+        return word.strip(), ""
 
     def _name_and_attributes(self, tag_end: tuple[str, ...]) -> Steps[tuple[str, str, str]]:
         """The quoted name in a tag, its attributes, and text behind them; the tag's end is read.
