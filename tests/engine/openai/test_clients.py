@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anthropic
 import openai
@@ -254,6 +254,31 @@ def test_anthropics_client_thinks_calls_and_takes_results(claude: anthropic.Anth
     second = claude.messages.create(model="scripted", max_tokens=300, messages=turns, tools=tools)
     assert second.content[-1].text == ANSWER  # type: ignore[union-attr]
     assert second.stop_reason == "end_turn"
+
+
+def test_a_call_that_max_tokens_cuts_off_is_valid_says_so_and_can_be_gone_on_from(claude: anthropic.Anthropic) -> None:
+    tools: list[Any] = [{"name": "weather", "input_schema": PARAMETERS}]
+    asked = user(f"Weather? {CALLING}")
+    found: list[dict[str, Any]] = []
+    for size in range(22, 52, 3):
+        with claude.messages.stream(model="scripted", max_tokens=size, messages=asked, tools=tools) as events:
+            first = events.get_final_message()
+        plain = claude.messages.create(model="scripted", max_tokens=size, messages=asked, tools=tools)
+        assert (first.stop_reason, plain.stop_reason) == ("max_tokens", "max_tokens")
+        calls = [block for block in first.content if block.type == "tool_use"]
+        assert [call.input for call in calls] == [block.input for block in plain.content if block.type == "tool_use"]
+        found += [cast(dict[str, Any], call.input) for call in calls]
+        results = [
+            {"type": "tool_result", "tool_use_id": call.id, "content": "It was cut off.", "is_error": True}
+            for call in calls
+        ]
+        said: Any = {"role": "user", "content": [*results, {"type": "text", "text": "Then just talk. <|script_0|>"}]}
+        turns: list[Any] = [*asked, {"role": "assistant", "content": first.content}, said]
+        second = claude.messages.create(model="scripted", max_tokens=300, messages=turns, tools=tools)
+        assert second.content[-1].text == ANSWER  # type: ignore[union-attr]
+    cities = {given["city"] for given in found if "city" in given}
+    assert len(cities) > 2
+    assert all(ARGUMENTS["city"].startswith(city) for city in cities)  # type: ignore[attr-defined]
 
 
 def test_many_apis_at_once_do_not_mix_up_their_replies(server: ServerHandle) -> None:
