@@ -117,6 +117,17 @@ WAYS_TO_WRITE_A_CALL = {
         bash("<parameter=command>\nls -l\n<parameter=count>\n3\n</parameter>"),
         [("call", {"command": "ls -l", "count": 3})],
     ),
+    "a closing tag with too much in it": (
+        "qwen3_coder",
+        "<tool_call>\n<function=Bash>\n<parameter=command>\nls -l\n</parameter_function>\n</tool_call>",
+        [LISTED],
+    ),
+    "a closing tag that is not closed": ("qwen3_coder", bash("<parameter=command>\nls -l\n</parameter"), [LISTED]),
+    "a value that quotes such a tag": (
+        "qwen3_coder",
+        bash("<parameter=command>\necho </parameters> x\n</parameter>"),
+        [("call", {"command": "echo </parameters> x"})],
+    ),
     "a value that quotes a parameter's tag": (
         "qwen3_coder",
         bash("<parameter=command>\necho\n<parameter=other>\n3\n</parameter>"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from engine.text.parse.tool_parsers import json_calls, named_calls, xml_calls
+from engine.text.parse.tool_parsers import json_calls, named_calls, xml_formats
 from engine.text.parse.tool_parsers.base import ToolParser
 from engine.text.parse.tool_parsers.json_calls import HARMONY_CALLS
 from engine.text.parse.tool_parsers.pythonic import OLMO3, PYTHONIC
@@ -10,22 +10,22 @@ from engine.text.parse.tool_parsers.pythonic import OLMO3, PYTHONIC
 __all__ = ["HARMONY_CALLS", "TOOL_PARSERS", "ToolParser", "detect_tool_parser"]
 
 TOOL_PARSERS: dict[str, ToolParser] = {
-    "minimax_m2": xml_calls.MINIMAX_M2,
+    "minimax_m2": xml_formats.MINIMAX_M2,
     "gemma4": named_calls.GEMMA4,
     **dict.fromkeys(("function_gemma", "functiongemma"), named_calls.FUNCTION_GEMMA),
-    "longcat": xml_calls.LONGCAT,
-    "muse_spark": xml_calls.MUSE_SPARK,
-    **dict.fromkeys(("glm45", "glm47", "laguna"), xml_calls.GLM45),
-    "kimi_k3": xml_calls.KIMI_K3,
+    "longcat": xml_formats.LONGCAT,
+    "muse_spark": xml_formats.MUSE_SPARK,
+    **dict.fromkeys(("glm45", "glm47", "laguna"), xml_formats.GLM45),
+    "kimi_k3": xml_formats.KIMI_K3,
     **dict.fromkeys(("pythonic", "llama4_pythonic", "lfm2"), PYTHONIC),
-    "seed_oss": xml_calls.SEED_OSS,
-    **dict.fromkeys(("qwen3_coder", "qwen3_xml", "nemotron_v3", "step3p5"), xml_calls.QWEN3_CODER),
+    "seed_oss": xml_formats.SEED_OSS,
+    **dict.fromkeys(("qwen3_coder", "qwen3_xml", "nemotron_v3", "step3p5"), xml_formats.QWEN3_CODER),
     "kimi_k2": named_calls.KIMI_K2,
-    "deepseek_v4": xml_calls.DEEPSEEK_V4,
-    "deepseek_v32": xml_calls.DEEPSEEK_V32,
+    "deepseek_v4": xml_formats.DEEPSEEK_V4,
+    "deepseek_v32": xml_formats.DEEPSEEK_V32,
     "deepseek_v3": named_calls.DEEPSEEK_V3,
     "deepseek_v31": named_calls.DEEPSEEK_V31,
-    "minicpm5": xml_calls.MINICPM5,
+    "minicpm5": xml_formats.MINICPM5,
     "mistral": named_calls.MISTRAL,
     "openai": HARMONY_CALLS,
     "cohere_command3": json_calls.COHERE,

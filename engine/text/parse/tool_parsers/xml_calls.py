@@ -89,6 +89,8 @@ class XmlCalls(FormatFacts):
             yield from scanner.attempt(call.next_function())
 
 
+_LONGEST_SLIP = 20
+"""Characters that a closing tag may have too many: ``</parameter_function>``."""
 _NAME_IN_TAG = re.compile(r"""\s*(?:"([^"<>]*)"|'([^'<>]*)'|([^\s"'<>]+))((?:\s+[\w-]+="(?:[a-z]+|\d+)")*)\s*""")
 """A name, in quotes or without, and the attributes behind it."""
 
@@ -286,16 +288,21 @@ class _XmlReader:
     def _text(self, function: str, close: str, emit: Emit) -> Steps[None]:
         """Text up to the closing tag. One that another closing tag follows before any other tag belongs to the text.
 
-        Where the closing tag is missing, the function's end ends the text too, and so does a declared parameter.
+        Where the closing tag is missing or malformed, the function's end ends the text too, and so does a declared
+        parameter.
         """
         layout = self.format
         before = ("\n", "") if layout.newlines else ("",)
-        ends, unclosed = ([lead + mark for lead in before if mark] for mark in (close, layout.close))
+        stub = close[:-1] if close.startswith("</") else ""
+        ends, malformed, unclosed = ([lead + mark for lead in before if mark] for mark in (close, stub, layout.close))
         next_key = before[0] + layout.key
-        markers = Markers([*ends, *unclosed, next_key])
+        markers = Markers([*ends, *malformed, *unclosed, next_key])
         while (found := (yield from self._until(markers, emit))) is not None:
             if found in ends:
                 if (yield from self._text_ends(close)):
+                    return
+            elif found in malformed:
+                if (yield from self._end_is_malformed()):
                     return
             elif found == next_key:
                 if (yield from self._declared_key(function)):
@@ -304,6 +311,21 @@ class _XmlReader:
                 self.scanner.put_back(layout.close)
                 return
             emit(found)
+
+    def _end_is_malformed(self) -> Steps[bool]:
+        """Whether what goes on after the beginning of a closing tag (``</parameter``) is a slip in that tag."""
+        place = self.scanner.mark()
+        for _ in range(_LONGEST_SLIP):
+            char = yield from self.scanner.peek()
+            if not char or char.isspace() or char in "<>":
+                break
+            self.scanner.take()
+        yield from self.scanner.accept(">")
+        ends = (yield from self.scanner.after_space(self._tags)) is not None
+        if not ends:
+            self.scanner.rewind(place)
+        self.scanner.release(place)
+        return ends
 
     def _declared_key(self, function: str) -> Steps[bool]:
         """Whether a parameter's opening tag, just read, names one that is declared; then the tag is put back."""
@@ -336,147 +358,3 @@ class _XmlReader:
         """Whether a function's closing tag inside a value ends the call, the value's own tag missing."""
         end = self.format.end
         return bool(end) and (yield from self.scanner.after_space([end])) == end
-
-
-QWEN3_CODER = XmlCalls(
-    "<tool_call>",
-    "</tool_call>",
-    "<function=",
-    (">", "\n"),
-    "</function>",
-    "<parameter=",
-    (">",),
-    "</parameter>",
-    newlines=True,
-    templates=(("<tool_call>", "<function="),),
-)
-SEED_OSS = XmlCalls(
-    "<seed:tool_call>",
-    "</seed:tool_call>",
-    "<function=",
-    (">",),
-    "</function>",
-    "<parameter=",
-    (">",),
-    "</parameter>",
-    templates=(("<seed:tool_call>",),),
-)
-MINIMAX_M2 = XmlCalls(
-    "<minimax:tool_call>",
-    "</minimax:tool_call>",
-    "<invoke name=",
-    (">",),
-    "</invoke>",
-    "<parameter name=",
-    (">",),
-    "</parameter>",
-    quoted=True,
-    templates=(("<minimax:tool_call>",),),
-)
-DEEPSEEK_V32 = XmlCalls(
-    "<｜DSML｜function_calls>",
-    "</｜DSML｜function_calls>",
-    "<｜DSML｜invoke name=",
-    (">",),
-    "</｜DSML｜invoke>",
-    "<｜DSML｜parameter name=",
-    (">",),
-    "</｜DSML｜parameter>",
-    quoted=True,
-    templates=(("｜DSML｜",),),
-)
-DEEPSEEK_V4 = XmlCalls(
-    "<｜DSML｜tool_calls>",
-    "</｜DSML｜tool_calls>",
-    "<｜DSML｜invoke name=",
-    (">",),
-    "</｜DSML｜invoke>",
-    "<｜DSML｜parameter name=",
-    (">",),
-    "</｜DSML｜parameter>",
-    quoted=True,
-    templates=(("｜DSML｜", "'tool_calls>"),),
-)
-MINICPM5 = XmlCalls(
-    "",
-    "",
-    "<function name=",
-    (">",),
-    "</function>",
-    "<param name=",
-    (">",),
-    "</param>",
-    quoted=True,
-    cdata=True,
-    templates=(('<function name="', '<param name="'),),
-)
-GLM45 = XmlCalls(
-    "<tool_call>",
-    "</tool_call>",
-    "",
-    ("\n", "<arg_key>", "</tool_call>", "{"),
-    "",
-    "<arg_key>",
-    ("</arg_key>", "<arg_value>"),
-    "</arg_value>",
-    templates=(("<arg_key>",),),
-)
-LONGCAT = XmlCalls(
-    "<longcat_tool_call>",
-    "</longcat_tool_call>",
-    "",
-    ("\n", "<longcat_arg_key>", "</longcat_tool_call>", "{"),
-    "",
-    "<longcat_arg_key>",
-    ("</longcat_arg_key>", "<longcat_arg_value>"),
-    "</longcat_arg_value>",
-    templates=(("<longcat_tool_call>",),),
-)
-KIMI_K3 = XmlCalls(
-    "<|open|>tools<|sep|>",
-    "<|close|>tools<|sep|>",
-    "<|open|>call tool=",
-    ("<|sep|>",),
-    "<|close|>call<|sep|>",
-    "<|open|>argument key=",
-    ("<|sep|>",),
-    "<|close|>argument<|sep|>",
-    quoted=True,
-    whole='<|open|>json type="object"<|sep|>',
-    whole_end="<|close|>json<|sep|>",
-    vocab=frozenset({"<|open|>", "<|close|>", "<|sep|>"}),
-)
-_ATEM = XmlCalls(
-    "<atem:function_calls>",
-    "</atem:function_calls>",
-    "<atem:invoke name=",
-    (">",),
-    "</atem:invoke>",
-    "<atem:parameter name=",
-    (">",),
-    "</atem:parameter>",
-    quoted=True,
-)
-
-
-@dataclass(frozen=True)
-class MuseCalls(FormatFacts):
-    """Muse Spark's tags, in messages whose header names the tool: ``to=f<|message|><atem:function_calls>…``."""
-
-    header: str = "to="
-    starts: tuple[str, ...] = (_ATEM.start, "to=")
-    ends: tuple[str, ...] = _ATEM.ends
-    strays: tuple[str, ...] = _ATEM.strays
-    bare: str = ""
-
-    def read(self, scanner: Scanner, sink: OutputSink, tools: ToolSchemas, start: str) -> Steps[None]:
-        """The functions of a section, after the message's header if one is there."""
-        if start == self.header:
-            function_name((yield from scanner.word("<\n")))
-            yield from scanner.expect("<|message|>")
-            yield from scanner.skip_space()
-            start = yield from scanner.expect(_ATEM.start)
-        yield from _ATEM.read(scanner, sink, tools, start)
-
-
-MUSE_SPARK = MuseCalls(templates=((_ATEM.start,),))
