@@ -28,7 +28,8 @@ class Tokenizer:
     """A model's tokenizer. Safe to use from several threads at once: nothing in it changes.
 
     ``chat_template`` is the Jinja source, or None; ``named_templates`` are others that the model brings, such as
-    ``tool_use``. ``bos_token`` and ``eos_token`` are texts.
+    ``tool_use``. ``bos_token`` and ``eos_token`` are texts. ``config`` is what its files say, as in
+    ``tokenizer_config.json``.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Tokenizer:
         eos_token: str | None = None,
         chat_template: str | None = None,
         named_templates: Mapping[str, str] = MappingProxyType({}),
+        config: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         hf.no_truncation()
         hf.no_padding()
@@ -48,6 +50,7 @@ class Tokenizer:
         self.eos_token = eos_token
         self.chat_template = chat_template
         self.named_templates = named_templates
+        self.config = config
         own = hf.token_to_id(eos_token) if eos_token else None
         self.eos_token_ids = frozenset(eos_token_ids) | (frozenset() if own is None else {own})
         self._token_texts: dict[int, str] = {}
@@ -150,11 +153,14 @@ def load_tokenizer(resolved: ResolvedModel, args: EngineArgs) -> Tokenizer:
 def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     from engine.text.tokens.gguf_tokenizer import build_tokenizer, special_token
 
+    kinds = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    named = {f"{name}_token": special_token(metadata, kind) for name, kind in kinds.items()}
     return Tokenizer(
         build_tokenizer(metadata),
         bos_token=special_token(metadata, "bos"),
         eos_token=special_token(metadata, "eos"),
         chat_template=metadata.get("tokenizer.chat_template"),
+        config={name: text for name, text in named.items() if text is not None},
     )
 
 
@@ -174,6 +180,7 @@ def _from_folder(folder: Path) -> Tokenizer:
         eos_token=_token_text(special.get("eos_token")),
         chat_template=templates.get("default") or next(iter(templates.values()), None),
         named_templates=templates,
+        config=special,
     )
 
 
