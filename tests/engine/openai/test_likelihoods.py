@@ -1,11 +1,12 @@
 """What evaluation programs send to /v1/completions, against a dense forward in float64."""
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import httpx
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -18,8 +19,16 @@ CONTINUATIONS = (" a winter garden", " こんにちは, мир", "½ 😀", "\n"
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model_dir: Callable[..., Path]) -> Path:
-    return tiny_model_dir("llama")
+def folder(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that is surer of its tokens: where one is likely, sums lose the others."""
+    made = tmp_path_factory.mktemp("surer")
+    shutil.copytree(tiny_model_dir("llama"), made, dirs_exist_ok=True)
+    weights = mx.load(str(made / "model.safetensors"))
+    assert isinstance(weights, dict)
+    changed = {name: 3 * weight if name == "model.norm.weight" else weight for name, weight in weights.items()}
+    mx.eval(changed)
+    mx.save_safetensors(str(made / "model.safetensors"), changed, metadata={"format": "mlx"})
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -68,29 +77,6 @@ def test_loglikelihoods_are_those_of_a_dense_float64_forward(llm: LLM, http: htt
         wanted = expected(dense, ids, length)
         assert found[0] == pytest.approx(wanted[0], abs=1e-4)
         assert found[1] == wanted[1]
-
-
-def test_is_greedy_tells_the_likeliest_token_from_others_of_its_name(
-    llm: LLM, http: httpx.Client, dense: DenseLlama
-) -> None:
-    """Pieces of characters are all called U+FFFD: the likeliest two of them after each of some prompts."""
-    pieces = [i for i in range(llm.tokenizer.vocab_size) if "\ufffd" in llm.tokenizer.token_text(i)]
-    bias = dict.fromkeys(map(str, pieces), 100)
-    for context in CONTEXTS:
-        ids = llm.tokenizer.encode(context)
-        first, second = [piece for _, piece in _likeliest(dense.logprobs(ids)[-1], pieces)[:2]]
-        tops = []
-        for taken in (first, second):
-            body = {"prompt": ids, "temperature": 0, "max_tokens": 1, "logprobs": 5, "logit_bias": bias}
-            if taken == second:
-                body["logit_bias"] = {name: value for name, value in bias.items() if name != str(first)}
-            tops.append(http.post("/v1/completions", json=body).json()["choices"][0]["logprobs"])
-        assert tops[0]["token_logprobs"][0] > tops[1]["token_logprobs"][0]
-        assert max(tops[0]["top_logprobs"][0].values()) == max(tops[1]["top_logprobs"][0].values())
-
-
-def _likeliest(row: np.ndarray[Any, np.dtype[np.float64]], tokens: Sequence[int]) -> list[tuple[float, int]]:
-    return sorted(((float(row[token]), token) for token in tokens), reverse=True)
 
 
 def test_a_rolling_likelihood_and_a_score_are_those_of_a_dense_float64_forward(
