@@ -37,6 +37,8 @@ def create_app(llm: ServedEngine, options: ServerOptions) -> FastAPI:
     app.state.responses = ResponseStore()
     for module in (chat, completions, responses, messages, render, tokens, service):
         app.include_router(module.router)
+    if options.enable_tokenizer_info_endpoint:
+        app.include_router(tokens.info_router)
     install_error_handlers(app)
     _add_middleware(app, options)
     return app

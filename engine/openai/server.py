@@ -185,6 +185,7 @@ def want_server(
     trust_request_chat_template: bool = False,
     enable_force_include_usage: bool = False,
     exclude_tools_when_tool_choice_none: bool = False,
+    enable_tokenizer_info_endpoint: bool = False,
     keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> WantedServer:
@@ -205,6 +206,7 @@ def want_server(
         trust_request_chat_template=trust_request_chat_template,
         enable_force_include_usage=enable_force_include_usage,
         exclude_tools_when_tool_choice_none=exclude_tools_when_tool_choice_none,
+        enable_tokenizer_info_endpoint=enable_tokenizer_info_endpoint,
         keep_alive_seconds=keep_alive_seconds,
         max_body_bytes=max_body_bytes,
     )

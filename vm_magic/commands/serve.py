@@ -23,6 +23,7 @@ SERVER_SWITCHES = {
     "enable_log_requests": "log each request (%%vllm_metal logs)",
     "enable_force_include_usage": "send usage at the end of every stream, requested or not",
     "exclude_tools_when_tool_choice_none": "leave tools out of the prompt of a request with tool_choice none",
+    "enable_tokenizer_info_endpoint": "offer /tokenizer_info: the tokenizer's configuration and the chat template",
 }
 SERVER_OPTIONS = (
     *("host", "port", "api_key", "no_api_key", "allowed_origins", "allowed_hosts", "root_path"),

@@ -40,7 +40,7 @@ NOT_OFFERED: dict[str, str] = {
     "/inference/v1/generate": "send token ids as the `prompt` of /v1/completions, with `return_token_ids`",
     "/abort_requests": "close the connection of a request to end it",
     "/invocations": "use /v1/chat/completions or /v1/completions",
-    "/tokenizer_info": "use /tokenize and /detokenize",
+    "/tokenizer_info": "serve with --enable-tokenizer-info-endpoint",
     **dict.fromkeys(
         (
             *("/server_info", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache", "/collective_rpc"),

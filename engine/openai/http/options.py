@@ -32,6 +32,7 @@ class ServerOptions:
     trust_request_chat_template: bool = False
     enable_force_include_usage: bool = False
     exclude_tools_when_tool_choice_none: bool = False
+    enable_tokenizer_info_endpoint: bool = False
     keep_alive_seconds: float = KEEP_ALIVE_SECONDS
     max_body_bytes: int = MAX_BODY_BYTES
 

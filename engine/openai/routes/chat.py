@@ -96,7 +96,9 @@ def _choice(job: Job, body: ChatFields, choice: Choice, echo: str) -> dict[str, 
     }
     if body.logprobs:
         num_top = body.top_logprobs or 0
-        result["logprobs"] = chat_logprobs(reply.token_ids, reply.logprobs, num_top, job.names)
+        result["logprobs"] = chat_logprobs(
+            job.place(choice, reply.token_ids, last=True), reply.logprobs, num_top, job.names
+        )
     if body.return_token_ids:
         result["token_ids"] = reply.token_ids
     return result
@@ -159,7 +161,8 @@ def _last_piece(
         result |= {"stop_reason": delta.stop_reason, **choice.cut()}
     if body.logprobs and delta.token_ids:
         num_top = body.top_logprobs or 0
-        result["logprobs"] = chat_logprobs(delta.token_ids, delta.logprobs or [], num_top, job.names)
+        tokens = job.place(choice, delta.token_ids, last=delta.finish_reason is not None)
+        result["logprobs"] = chat_logprobs(tokens, delta.logprobs or [], num_top, job.names)
     if body.return_token_ids:
         result["token_ids"] = delta.token_ids
     return result

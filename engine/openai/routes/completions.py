@@ -25,7 +25,7 @@ from engine.openai.serving.generation import (
     system_fingerprint,
     truncation,
 )
-from engine.openai.serving.logprobs import completion_logprobs, prompt_logprobs
+from engine.openai.serving.logprobs import completion_logprobs, prompt_logprobs, prompt_tokens
 from engine.outputs import CompletionDelta, LogprobsAtPosition
 from engine.params.sampling_params import SamplingParams
 
@@ -133,7 +133,7 @@ def _choice(job: Job, body: CompletionRequest, choice: Choice) -> dict[str, Any]
     whole = _whole(choice, body)
     logprobs = None
     if body.logprobs is not None:
-        logprobs = _logprobs(job, body, choice, whole.token_ids, whole.logprobs or [], begin=True)
+        logprobs = _logprobs(job, body, choice, whole, begin=True)
     result = {
         "index": choice.index,
         "text": (_echo(job, choice) if body.echo else "") + whole.text,
@@ -155,32 +155,27 @@ def _echo(job: Job, choice: Choice) -> str:
 
 
 def _logprobs(
-    job: Job,
-    body: CompletionRequest,
-    choice: Choice,
-    token_ids: list[int],
-    positions: list[LogprobsAtPosition],
-    *,
-    begin: bool,
-    text_offset: int = 0,
+    job: Job, body: CompletionRequest, choice: Choice, delta: CompletionDelta, *, begin: bool
 ) -> dict[str, Any]:
-    """Logprobs of ``token_ids``; at the ``begin`` of an echoing choice those of the prompt come first."""
-    all_positions: list[LogprobsAtPosition | None] = list(positions)
+    """Logprobs of ``delta``; at the ``begin`` of an echoing choice those of the prompt come first."""
+    positions: list[LogprobsAtPosition | None] = list(delta.logprobs or ())
+    tokens = []
+    echo = _echo(job, choice) if begin and body.echo else ""
     if begin and body.echo:
-        prompt_positions = job.stream_of(choice).prompt_logprobs or []
-        token_ids = [*job.prompt_of(choice).token_ids, *token_ids]
-        all_positions = [*prompt_positions, *positions]
-    return completion_logprobs(token_ids, all_positions, body.logprobs or 0, job.names, text_offset=text_offset)
+        tokens = prompt_tokens(job.names, job.prompt_of(choice).token_ids, echo)
+        positions = [*(job.stream_of(choice).prompt_logprobs or []), *positions]
+    over = delta.finish_reason is not None
+    tokens += job.place(choice, delta.token_ids, last=over, text_offset=len(echo))
+    return completion_logprobs(tokens, positions, body.logprobs or 0, job.names)
 
 
 async def _chunks(job: Job, body: CompletionRequest, options: StreamOptions) -> AsyncGenerator[dict[str, Any], None]:
     head = {"id": job.id, "object": "text_completion", "created": job.created, "model": job.model}
-    offsets: dict[int, int] = {}
+    begun: set[int] = set()
     async for choice, news, _ in job.deltas():
         delta = _shown(news, body)
-        begin = choice.index not in offsets
-        chunk = _delta_choice(job, body, choice, delta, offset=offsets.get(choice.index, 0), begin=begin)
-        offsets[choice.index] = offsets.get(choice.index, 0) + _num_characters(chunk)
+        chunk = _delta_choice(job, body, choice, delta, begin=choice.index not in begun)
+        begun.add(choice.index)
         if chunk["text"] or delta.finish_reason or chunk["logprobs"] or body.return_token_ids:
             usage = {"usage": _usage(job, body)} if options.continuous_usage_stats else {}
             yield head | {"choices": [chunk]} | usage
@@ -188,12 +183,8 @@ async def _chunks(job: Job, body: CompletionRequest, options: StreamOptions) -> 
         yield head | {"choices": [], "usage": _usage(job, body)}
 
 
-def _num_characters(chunk: dict[str, Any]) -> int:
-    return sum(map(len, chunk["logprobs"]["tokens"])) if chunk["logprobs"] else len(chunk["text"])
-
-
 def _delta_choice(
-    job: Job, body: CompletionRequest, choice: Choice, delta: CompletionDelta, *, offset: int, begin: bool
+    job: Job, body: CompletionRequest, choice: Choice, delta: CompletionDelta, *, begin: bool
 ) -> dict[str, Any]:
     text = delta.text
     if begin and body.echo:
@@ -206,8 +197,7 @@ def _delta_choice(
         "stop_reason": delta.stop_reason,
     }
     if body.logprobs is not None and (delta.token_ids or (begin and body.echo)):
-        positions = delta.logprobs or []
-        result["logprobs"] = _logprobs(job, body, choice, delta.token_ids, positions, begin=begin, text_offset=offset)
+        result["logprobs"] = _logprobs(job, body, choice, delta, begin=begin)
     if body.return_token_ids:
         result["token_ids"] = delta.token_ids
         if begin:

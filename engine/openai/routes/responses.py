@@ -18,7 +18,7 @@ from engine.openai.schema.responses_input import input_messages, with_instructio
 from engine.openai.schema.responses_protocol import ResponsesRequest, chat_request, check_responses
 from engine.openai.schema.validation import RESPONSES_REFUSED_FIELDS, check_extra_fields
 from engine.openai.serving.chat_preparation import start_chat
-from engine.openai.serving.generation import Job, Port, open_request, port_of, stream_job
+from engine.openai.serving.generation import Choice, Job, Port, open_request, port_of, stream_job
 from engine.openai.serving.logprobs import chat_logprobs
 from engine.outputs import CompletionDelta
 
@@ -231,8 +231,8 @@ async def _events(body: ResponsesRequest, running: RunningResponse) -> AsyncGene
     for event in builder.queued() if body.background else builder.started():
         yield event
     logprobs: list[JsonObject] = []
-    async for _, delta, parsed in job.deltas():
-        logprobs += _logprobs(body, job, delta)
+    async for choice, delta, parsed in job.deltas():
+        logprobs += _logprobs(body, job, choice, delta)
         for event in builder.feed(parsed, logprobs):
             yield event
         if parsed:
@@ -241,10 +241,11 @@ async def _events(body: ResponsesRequest, running: RunningResponse) -> AsyncGene
         yield event
 
 
-def _logprobs(body: ResponsesRequest, job: Job, delta: CompletionDelta) -> list[JsonObject]:
+def _logprobs(body: ResponsesRequest, job: Job, choice: Choice, delta: CompletionDelta) -> list[JsonObject]:
     if not body.with_logprobs or not delta.token_ids:
         return []
-    content = chat_logprobs(delta.token_ids, delta.logprobs or [], body.top_logprobs, job.names)["content"]
+    tokens = job.place(choice, delta.token_ids, last=delta.finish_reason is not None)
+    content = chat_logprobs(tokens, delta.logprobs or [], body.top_logprobs, job.names)["content"]
     assert isinstance(content, list)
     return content
 

@@ -1,6 +1,7 @@
-"""``/tokenize`` and ``/detokenize``."""
+"""``/tokenize``, ``/detokenize`` and, where the user wants it, ``/tokenizer_info``."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,6 +15,9 @@ from engine.openai.serving.generation import port_of
 from engine.text.tokens.tokenizer import Tokenizer
 
 router = APIRouter(tags=["tokens"])
+info_router = APIRouter(tags=["tokens"])
+_FILES = ("vocab_file", "merges_file", "tokenizer_file", "special_tokens_map_file", "name_or_path")
+"""What a configuration says about the machine that it was written on."""
 
 
 @router.post("/tokenize")
@@ -59,3 +63,20 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
 def _is_known(tokenizer: Tokenizer, token_id: int) -> bool:
     # The tokenizer takes 32 bits; a larger number is not a token either.
     return token_id < 2**32 and tokenizer.hf.id_to_token(token_id) is not None
+
+
+@info_router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> dict[str, Any]:
+    """The tokenizer's configuration as its files say it, tokens as texts; the chat template in use (vLLM's form)."""
+    engine = port_of(request).engine
+    config = {name: _as_text(value) for name, value in engine.tokenizer.config.items() if name not in _FILES}
+    names: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return names | kind | config | {"chat_template": engine.preparer.template.source}
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        content = value.get("content")
+        return content if isinstance(content, str) else {name: _as_text(inner) for name, inner in value.items()}
+    return [_as_text(inner) for inner in value] if isinstance(value, list) else value

@@ -20,12 +20,13 @@ from engine.openai.http.options import ServerOptions
 from engine.openai.http.sse import OPENAI_FORM, EventStream, StreamForm
 from engine.openai.schema.protocol import SAMPLING_FIELDS, GenerationFields, SamplingFields, StreamOptions
 from engine.openai.serving.backend import ServedEngine
-from engine.openai.serving.logprobs import TokenNames
+from engine.openai.serving.logprobs import CompletionTokens, PlacedToken, TokenNames
 from engine.outputs import CompletionDelta
 from engine.params.sampling_params import SamplingParams
 from engine.runtime.stream import RequestStream
 from engine.text.parse.scan.output_sink import ParsedDelta
 from engine.text.template.chat_template import RESERVED_VARIABLES
+from engine.text.tokens.detokenizer import completion_stream
 
 _MAX_ID_LENGTH = 128
 _BIAS_LIMIT = 100.0
@@ -117,6 +118,7 @@ class Job:
             Choice(index, ReplyBuilder(prompt.new_parser(), keeps_reasoning=self.keeps_reasoning))
             for index, prompt in enumerate(each)
         ]
+        self._tokens: dict[int, CompletionTokens] = {}
 
     @property
     def params(self) -> SamplingParams:
@@ -135,6 +137,14 @@ class Job:
     def stream_of(self, choice: Choice) -> RequestStream:
         """The engine's request that ``choice`` belongs to."""
         return self.streams[choice.index // self.num_per_prompt]
+
+    def place(self, choice: Choice, token_ids: Sequence[int], *, last: bool, text_offset: int = 0) -> list[PlacedToken]:
+        """The next tokens at their places in the text of ``choice``, which begins at ``text_offset``."""
+        tokens = self._tokens.get(choice.index)
+        if tokens is None:
+            stream = completion_stream(self.names.tokenizer, self.prompt_of(choice).token_ids, self.params)
+            tokens = self._tokens[choice.index] = CompletionTokens(self.names, stream, text_offset)
+        return tokens.place(token_ids, last=last)
 
     async def deltas(self) -> AsyncIterator[tuple[Choice, CompletionDelta, ParsedDelta]]:
         """Deltas as they come, already added to their choice, each with what it was parsed to."""
@@ -227,7 +237,7 @@ async def start_job(
         for stream in streams:
             stream.abort()
         raise
-    names = TokenNames(engine.tokenizer.token_text, request.return_tokens_as_token_ids)
+    names = TokenNames(engine.tokenizer, request.return_tokens_as_token_ids)
     return Job(
         id=job_id,
         model=engine.args.names[0],

@@ -1,73 +1,122 @@
 """Log-probabilities in the shapes of the two APIs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.outputs import Logprob, LogprobsAtPosition
+from engine.text.tokens.text_stream import TextStream
+from engine.text.tokens.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks (vLLM's number)."""
-TokenText = Callable[[int], str]
 
 
 @dataclass(frozen=True)
 class TokenNames:
     """How tokens are written: as text, or as ``token_id:N`` where a client asks for it."""
 
-    token_text: TokenText
+    tokenizer: Tokenizer
     as_token_ids: bool = False
 
-    def of(self, token_id: int, logprob: Logprob | None = None) -> str:
-        """The token's name."""
+    def of(self, token_id: int, text: str | None = None) -> str:
+        """The token's name; ``text`` is what it shows at its place, where that is known."""
         if self.as_token_ids:
             return f"token_id:{token_id}"
-        if logprob is not None and logprob.decoded_token is not None:
-            return logprob.decoded_token
-        return self.token_text(token_id)
+        return self.tokenizer.token_text(token_id) if text is None else text
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedToken:
+    """A token at its place: ``offset`` counts the characters of the text before it.
+
+    A character that several tokens make up is the last one's, the names of the others are empty, as in vLLM; but each
+    has its own ``utf8``.
+    """
+
+    id: int
+    name: str
+    utf8: bytes
+    offset: int
+
+
+class CompletionTokens:
+    """Places a completion's tokens as they come: their texts make up its text, which begins at ``offset``."""
+
+    def __init__(self, names: TokenNames, stream: TextStream, offset: int = 0) -> None:
+        self._names = names
+        self._stream = stream
+        self._offset = offset
+
+    def place(self, token_ids: Sequence[int], *, last: bool) -> list[PlacedToken]:
+        """The next tokens; after the ``last`` ones, what waits for the rest of a character shows as U+FFFD."""
+        placed: list[PlacedToken] = []
+        for token_id in token_ids:
+            text = self._stream.step(token_id)
+            if last and len(placed) == len(token_ids) - 1:
+                text += self._stream.flush()
+            placed.append(_placed(self._names, token_id, text, self._offset))
+            self._offset += len(text)
+        return placed
+
+
+def prompt_tokens(names: TokenNames, token_ids: Sequence[int], text: str) -> list[PlacedToken]:
+    """The tokens of a prompt in its ``text``, which may lack special tokens that encoding added."""
+    placed: list[PlacedToken] = []
+    offset = 0
+    stream = TextStream(names.tokenizer, skip_special_tokens=False)
+    for position, token_id in enumerate(token_ids):
+        part = stream.step(token_id) + (stream.flush() if position == len(token_ids) - 1 else "")
+        here = next((one for one in (part, part.lstrip(" ")) if text.startswith(one, offset)), None)
+        if here is None:
+            here = "" if token_id in names.tokenizer.special_ids else part
+        placed.append(_placed(names, token_id, here, min(offset, len(text))))
+        offset += len(here)
+    return placed
+
+
+def _placed(names: TokenNames, token_id: int, text: str, offset: int) -> PlacedToken:
+    if token_id in names.tokenizer.special_ids:
+        own = names.tokenizer.token_text(token_id)
+        return PlacedToken(token_id, names.of(token_id), own.encode(), offset)
+    utf8 = names.tokenizer.token_bytes(token_id)
+    if utf8.lstrip() == text.encode():  # the first of a text lost its space
+        utf8 = text.encode()
+    return PlacedToken(token_id, names.of(token_id, text), utf8, offset)
 
 
 def chat_logprobs(
-    token_ids: Sequence[int], positions: Sequence[LogprobsAtPosition], num_top: int, names: TokenNames
+    tokens: Sequence[PlacedToken], positions: Sequence[LogprobsAtPosition], num_top: int, names: TokenNames
 ) -> dict[str, Any]:
     """The chat API's ``logprobs``: one entry per token with its ``num_top`` most likely ones (-1: all)."""
     return {
         "content": [
             {
-                **_chat_entry(token_id, at[token_id], names),
-                "top_logprobs": [_chat_entry(other, logprob, names) for other, logprob in _top(at, num_top)],
+                **_chat_entry(token.id, at[token.id], token, names),
+                "top_logprobs": [_chat_entry(other, logprob, token, names) for other, logprob in _top(at, num_top)],
             }
-            for token_id, at in zip(token_ids, positions, strict=True)
+            for token, at in zip(tokens, positions, strict=True)
         ],
         "refusal": None,
     }
 
 
 def completion_logprobs(
-    token_ids: Sequence[int],
+    tokens: Sequence[PlacedToken],
     positions: Sequence[LogprobsAtPosition | None],
     num_top: int,
     names: TokenNames,
-    *,
-    text_offset: int = 0,
 ) -> dict[str, Any]:
     """The completion API's ``logprobs``: parallel lists. A position without values (a prompt's first) is null."""
-    tokens: list[str] = []
-    offsets: list[int] = []
-    token_logprobs: list[float | None] = []
-    top_logprobs: list[dict[str, float] | None] = []
-    for token_id, at in zip(token_ids, positions, strict=True):
-        sampled = at[token_id] if at else None
-        tokens.append(names.of(token_id, sampled))
-        offsets.append(text_offset)
-        text_offset += len(tokens[-1])
-        token_logprobs.append(_finite(sampled.logprob) if sampled else None)
-        top_logprobs.append(_by_name(token_id, at, num_top, names) if at else None)
     return {
-        "text_offset": offsets,
-        "token_logprobs": token_logprobs,
-        "tokens": tokens,
-        "top_logprobs": top_logprobs,
+        "text_offset": [token.offset for token in tokens],
+        "token_logprobs": [
+            _finite(at[token.id].logprob) if at else None for token, at in zip(tokens, positions, strict=True)
+        ],
+        "tokens": [token.name for token in tokens],
+        "top_logprobs": [
+            _by_name(token, at, num_top, names) if at else None for token, at in zip(tokens, positions, strict=True)
+        ],
     }
 
 
@@ -90,14 +139,20 @@ def prompt_logprobs(positions: Sequence[LogprobsAtPosition | None] | None) -> li
     ]
 
 
-def _chat_entry(token_id: int, logprob: Logprob, names: TokenNames) -> dict[str, Any]:
-    token = names.of(token_id, logprob)
-    return {"token": token, "logprob": _finite(logprob.logprob), "bytes": list(token.encode())}
+def _chat_entry(token_id: int, logprob: Logprob, taken: PlacedToken, names: TokenNames) -> dict[str, Any]:
+    here = token_id == taken.id
+    name, utf8 = (taken.name, taken.utf8) if here else (names.of(token_id), names.tokenizer.token_bytes(token_id))
+    return {"token": name, "logprob": _finite(logprob.logprob), "bytes": list(utf8)}
 
 
-def _by_name(token_id: int, at: LogprobsAtPosition, num_top: int, names: TokenNames) -> dict[str, float]:
-    chosen = {**dict(_top(at, num_top)), token_id: at[token_id]}
-    return {names.of(other, logprob): _finite(logprob.logprob) for other, logprob in chosen.items()}
+def _by_name(taken: PlacedToken, at: LogprobsAtPosition, num_top: int, names: TokenNames) -> dict[str, float]:
+    """Values by name. Where tokens share one, it is the likelier's: so the largest value is the likeliest token's."""
+    found: dict[str, float] = {}
+    chosen: Iterable[tuple[int, Logprob]] = [*_top(at, num_top), (taken.id, at[taken.id])]
+    for token_id, logprob in chosen:
+        name = taken.name if token_id == taken.id else names.of(token_id)
+        found[name] = max(_finite(logprob.logprob), found.get(name, LOWEST_LOGPROB))
+    return found
 
 
 def _top(at: LogprobsAtPosition, num_top: int) -> list[tuple[int, Logprob]]:

@@ -83,7 +83,7 @@ class Detokenizer:
         self._params = params
         self._num_tokens = 0
         self._stops = StopStrings(params.stop, include_in_output=params.include_stop_str_in_output)
-        self._stream = _stream(tokenizer, prompt_token_ids, params) if params.detokenize else None
+        self._stream = completion_stream(tokenizer, prompt_token_ids, params) if params.detokenize else None
         self._parts: list[str] = []
 
     @property
@@ -147,7 +147,10 @@ class Detokenizer:
         return DetokenizerStep(step.text_delta + text, met, step.num_tokens_kept)
 
 
-def _stream(tokenizer: DecodingTokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> TextStream:
+def completion_stream(
+    tokenizer: DecodingTokenizer, prompt_token_ids: Sequence[int], params: SamplingParams
+) -> TextStream:
+    """The stream that makes a completion's text, before stop strings are cut."""
     skip = params.skip_special_tokens
     joined = not (skip or params.spaces_between_special_tokens)
     return TextStream(tokenizer, prompt_token_ids, skip_special_tokens=skip, join_special_tokens=joined)

@@ -4,8 +4,9 @@ From a folder's ``tokenizer.json`` or a GGUF file through ``tokenizers``; transf
 second to import, only where a folder has no ``tokenizer.json``.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,18 +14,22 @@ from typing import Any
 import tokenizers
 
 from engine.errors import ModelLoadError, RequestError
+from engine.format.text import REPLACEMENT
 from engine.models.local import ResolvedModel
 from engine.models.resolve import resolve
 from engine.models.weight_format import end_token_ids, read_json
 from engine.params.engine_args import EngineArgs
 from engine.text.tokens.text_stream import TextStream
 
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
 
 class Tokenizer:
     """A model's tokenizer. Safe to use from several threads at once: nothing in it changes.
 
     ``chat_template`` is the Jinja source, or None; ``named_templates`` are others that the model brings, such as
-    ``tool_use``. ``bos_token`` and ``eos_token`` are texts.
+    ``tool_use``. ``bos_token`` and ``eos_token`` are texts. ``config`` is what its files say, as in
+    ``tokenizer_config.json``.
     """
 
     def __init__(
@@ -36,6 +41,7 @@ class Tokenizer:
         eos_token: str | None = None,
         chat_template: str | None = None,
         named_templates: Mapping[str, str] = MappingProxyType({}),
+        config: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         hf.no_truncation()
         hf.no_padding()
@@ -44,8 +50,10 @@ class Tokenizer:
         self.eos_token = eos_token
         self.chat_template = chat_template
         self.named_templates = named_templates
+        self.config = config
         own = hf.token_to_id(eos_token) if eos_token else None
         self.eos_token_ids = frozenset(eos_token_ids) | (frozenset() if own is None else {own})
+        self._token_texts: dict[int, str] = {}
 
     @cached_property
     def vocab_size(self) -> int:
@@ -61,6 +69,16 @@ class Tokenizer:
     def special_tokens(self) -> frozenset[str]:
         """Texts of these tokens."""
         return frozenset(token.content for token in self.hf.get_added_tokens_decoder().values() if token.special)
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self.hf.get_added_tokens_decoder())
+
+    @cached_property
+    def _anchor(self) -> tuple[list[int], str]:
+        """Tokens and their text to decode another behind: decoders strip a leading space from a text's first token."""
+        before = self.encode("a", add_special_tokens=False)
+        return before, self.decode(before)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens written out in it become their ids.
@@ -81,8 +99,39 @@ class Tokenizer:
         return TextStream(self, skip_special_tokens=skip_special_tokens, join_special_tokens=not skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
-        """The text of one token by itself; bytes that are not a whole character show as U+FFFD."""
-        return str(self.hf.decode([token_id], skip_special_tokens=False))
+        """What one token adds to a text that it does not begin; bytes that are not a whole character show as U+FFFD."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self._token_text(token_id)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 of one token, which may be a part of a character's."""
+        text = self.token_text(token_id)
+        if REPLACEMENT not in text:
+            return text.encode()
+        written = self.hf.id_to_token(token_id) or ""
+        if _BYTE_TOKEN.fullmatch(written):
+            return bytes.fromhex(written[3:5])
+        alphabet = _byte_alphabet()
+        return bytes(alphabet[char] for char in written) if alphabet.keys() >= set(written) else text.encode()
+
+    def _token_text(self, token_id: int) -> str:
+        alone = self.decode([token_id], skip_special_tokens=False)
+        if token_id in self._added_ids:
+            return alone
+        before, known = self._anchor
+        whole = self.decode([*before, token_id], skip_special_tokens=False)
+        return whole.removeprefix(known) if known and whole.startswith(known) else alone
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """Characters that stand for bytes in byte-level vocabularies: those that can be seen for themselves."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    own = {char: ord(char) for char in alphabet if ord(char) < 256}
+    others = sorted(set(range(256)) - set(own.values()))
+    return own | dict(zip(alphabet[len(own) :], others, strict=True))
 
 
 def load_tokenizer(resolved: ResolvedModel, args: EngineArgs) -> Tokenizer:
@@ -104,11 +153,14 @@ def load_tokenizer(resolved: ResolvedModel, args: EngineArgs) -> Tokenizer:
 def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     from engine.text.tokens.gguf_tokenizer import build_tokenizer, special_token
 
+    kinds = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    named = {f"{name}_token": special_token(metadata, kind) for name, kind in kinds.items()}
     return Tokenizer(
         build_tokenizer(metadata),
         bos_token=special_token(metadata, "bos"),
         eos_token=special_token(metadata, "eos"),
         chat_template=metadata.get("tokenizer.chat_template"),
+        config={name: text for name, text in named.items() if text is not None},
     )
 
 
@@ -128,6 +180,7 @@ def _from_folder(folder: Path) -> Tokenizer:
         eos_token=_token_text(special.get("eos_token")),
         chat_template=templates.get("default") or next(iter(templates.values()), None),
         named_templates=templates,
+        config=special,
     )
 
 
