@@ -39,7 +39,7 @@ def byte_tokenizer() -> Tokenizer:
     hf.decoder = decoders.ByteLevel()
     hf.add_special_tokens([AddedToken("<|start|>", special=True), AddedToken("<|end|>", special=True)])
     hf.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 256)])
-    return Tokenizer(hf, eos_token="<|end|>")
+    return Tokenizer(hf, named_tokens={"eos_token": "<|end|>"})
 
 
 class FakeLLM:
