@@ -68,11 +68,12 @@ class FakeLLM:
         self.aborted = threading.Event()
         self.reasoning_parser: str | None = None
         self.tool_call_parser: str | None = None
+        self.chat_template = ChatTemplate(TEMPLATE)
 
     @property
     def preparer(self) -> ChatPreparer:
         parsers = ParserChoice(self.reasoning_parser, self.tool_call_parser, None, frozenset())
-        return ChatPreparer(self.tokenizer, ChatTemplate(TEMPLATE), parsers, self.settings)
+        return ChatPreparer(self.tokenizer, self.chat_template, parsers, self.settings)
 
     def prepare(self, request: ChatRequest | PromptRequest) -> PreparedRequest:
         return self.preparer.prepare(request, self.plan.max_model_len)
