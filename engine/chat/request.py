@@ -216,7 +216,7 @@ class ChatPreparer:
             given |= values
         known, notes = [_known_role(message) for message in messages], []
         if options.folds_system:
-            known, moved = fold_system_messages(known, template.system_place)
+            known, moved = fold_system_messages(known, template.system_place(with_tools=bool(shown)))
             notes = [_FOLDED] if moved else []
         text = template.render(
             known,

@@ -133,11 +133,10 @@ class ChatTemplate:
     def _with_source(self, source: str) -> Self:
         return replace(self, source=source, for_tools=None)
 
-    @property
-    def system_place(self) -> SystemPlace:
-        """Where the template shows system messages."""
+    def system_place(self, *, with_tools: bool) -> SystemPlace:
+        """Where the template shows system messages, of a prompt with tools or without."""
         self._compiled()
-        return _system_place(str(self.source), self._form)
+        return _system_place(str(self.source), self._form, with_tools)
 
     @property
     def content_format(self) -> ContentFormat:
@@ -253,8 +252,8 @@ def _call_form(source: str, base: MessageForm) -> MessageForm:
 
 
 @functools.lru_cache(maxsize=16)
-def _system_place(source: str, base: MessageForm) -> SystemPlace:
-    return Probes(_compile(source).template.render, base).system_place()
+def _system_place(source: str, base: MessageForm, with_tools: bool) -> SystemPlace:
+    return Probes(_compile(source).template.render, base).system_place(with_tools=with_tools)
 
 
 @functools.cache

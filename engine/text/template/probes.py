@@ -51,14 +51,17 @@ class Probes:
             chosen = replace(chosen, thought_beside_text=False)
         return chosen
 
-    def system_place(self) -> SystemPlace:
+    def system_place(self, *, with_tools: bool) -> SystemPlace:
         """Where it shows system messages; one that it drops silently is refused as well."""
+        tools = (_TOOL,) if with_tools else None
+        if self._rendered([_QUESTION], self.base, tools) is None:
+            return "anywhere"  # something else is wrong: the template's own word says what
         first, behind_user, behind_answer = (
             {"role": "system", "content": f"probe-system-{number}"} for number in range(3)
         )
         messages = [first, _QUESTION, behind_user, _ANSWER, _QUESTION, _ANSWER, behind_answer, _QUESTION]
         for place, shown in (("anywhere", messages), ("first", [first, _QUESTION])):
-            text = self._rendered(shown, self.base, tools=None)
+            text = self._rendered(shown, self.base, tools)
             systems = [message for message in shown if message["role"] == "system"]
             if text is not None and all(message["content"] in text for message in systems):
                 return place  # type: ignore[return-value]

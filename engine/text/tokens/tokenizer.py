@@ -166,11 +166,10 @@ def _added_token(token: Mapping[str, Any]) -> tokenizers.AddedToken:
 
 def _add_tokens(hf: tokenizers.Tokenizer, tokens: Sequence[tokenizers.AddedToken]) -> None:
     """Add what the tokenizer does not know as an added token, or not as a special one, as transformers does."""
-    known = {token.content: token for token in hf.get_added_tokens_decoder().values()}
-    for token in tokens:
-        before = known.get(token.content)
-        if before is None or (token.special and not before.special):
-            (hf.add_special_tokens if token.special else hf.add_tokens)([token])
+    special = {token.content: token.special for token in hf.get_added_tokens_decoder().values()}
+    hf.add_tokens(  # all at once: each call reads all of them anew, 17 s for Gemma's 6242
+        [token for token in tokens if token.content not in special or (token.special and not special[token.content])]
+    )
 
 
 def _through_transformers(folder: Path) -> tokenizers.Tokenizer:

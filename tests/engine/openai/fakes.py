@@ -64,6 +64,7 @@ class FakeLLM:
         self.fail_after: int | None = None
         self.abort_after: int | None = None
         self.submitted: list[RequestStream] = []
+        self.prepared: list[PreparedRequest] = []
         self.options: list[dict[str, Any]] = []
         self.aborted = threading.Event()
         self.reasoning_parser: str | None = None
@@ -107,6 +108,7 @@ class FakeLLM:
 
         stream = RequestStream(request_id or "fake", request.prompt, ids, params, abort)
         self.submitted.append(stream)
+        self.prepared.append(request)
         given = {
             "request_id": request_id,
             "priority": priority,
