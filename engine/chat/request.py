@@ -17,12 +17,13 @@ from engine.params.structured_outputs import Constraints, RepetitionDetection, S
 from engine.text.parse.output_parser import OutputParser, ToolChoice
 from engine.text.parse.parser_choice import MakeParser, ParserChoice
 from engine.text.template.chat_template import ChatTemplate
+from engine.text.template.system_messages import fold_system_messages
 from engine.text.tokens.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-Tools = Sequence[Mapping[str, Any]]
 Layer = tuple[str, Mapping[str, Any]]
 """The name of a source, and the values that come from it."""
+_FOLDED = "a system message stood where this model's template refuses it: joined to the first one, or to its turn"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class TemplateOptions:
 
     ``kwargs`` are vLLM's ``chat_template_kwargs``; ``reasoning_effort`` and ``documents`` are variables of the
     template too, an effort also switches thinking on or off where ``kwargs`` do not. ``shown_tools`` are those that the
-    prompt shows, None: all that can be called.
+    prompt shows, None: all that can be called. ``chat_template`` is a template of the model by name, or Jinja text.
+    ``folds_system``: system messages where the template refuses them are joined to what it takes.
     """
 
     chat_template: str | None = None
@@ -42,6 +44,7 @@ class TemplateOptions:
     continue_final_message: bool = False
     add_special_tokens: bool = False
     shown_tools: Sequence[Mapping[str, Any]] | None = None
+    folds_system: bool = False
 
     def variables(self) -> dict[str, Any]:
         """All that the request itself gives the template."""
@@ -195,31 +198,38 @@ class ChatPreparer:
         options: TemplateOptions = TemplateOptions(),
     ) -> str:
         """The prompt's text. Raises RequestError, also for what the template refuses."""
-        return self._render(messages, tools, options, self._layers(options, tools))
+        return self._render(messages, tools, options)[0]
 
     def _render(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None,
         options: TemplateOptions,
-        layers: Sequence[Layer],
-    ) -> str:
+        source: str = "request",
+    ) -> tuple[str, list[Layer], list[str]]:
+        """The prompt's text, what the template was given, and notes for ``explain``."""
+        shown = tools if options.shown_tools is None else options.shown_tools
+        template = self.template.chosen(options.chat_template, with_tools=bool(shown))
+        layers = self._layers(template, options, source)  # once: live settings may change meanwhile
         given: dict[str, Any] = {}
         for _, values in layers[1:]:  # the template has its defaults
             given |= values
-        shown = tools if options.shown_tools is None else options.shown_tools
-        return self._chosen(options, tools).render(
-            [_known_role(message) for message in messages],
+        known, notes = [_known_role(message) for message in messages], []
+        if options.folds_system:
+            known, moved = fold_system_messages(known, template.system_place(with_tools=bool(shown)))
+            notes = [_FOLDED] if moved else []
+        text = template.render(
+            known,
             tools=[_ordered(tool) for tool in shown] if shown else None,
             add_generation_prompt=options.add_generation_prompt,
             continue_final_message=options.continue_final_message,
             **given,
         )
+        return text, layers, notes
 
     def _chat(self, request: ChatRequest, constraints: Constraints | None) -> tuple[str, list[int], Account]:
         options = request.template
-        layers = self._layers(options, request.tools, request.source)  # once: live settings may change meanwhile
-        text = self._render(request.messages, request.tools, options, layers)
+        text, layers, notes = self._render(request.messages, request.tools, options, request.source)
         make_parser = functools.partial(
             self.parsers.make,
             tools=request.tools or None,
@@ -229,20 +239,15 @@ class ChatPreparer:
             calls_in_thoughts=constraints is None or constraints.structured is None,
         )
         token_ids = self._tokenizer.encode(text, options.add_special_tokens)
-        return text, token_ids, Account(request.source, tuple(layers), make_parser, tuple(request.notes))
+        return text, token_ids, Account(request.source, tuple(layers), make_parser, (*request.notes, *notes))
 
     def _prompt(self, request: PromptRequest) -> tuple[str | None, list[int]]:
         if isinstance(request.prompt, str):
             return request.prompt, self._tokenizer.encode(request.prompt, request.add_special_tokens)
         return None, [int(token_id) for token_id in request.prompt]
 
-    def _chosen(self, options: TemplateOptions, tools: Tools | None) -> ChatTemplate:
-        shown = tools if options.shown_tools is None else options.shown_tools
-        return self.template.chosen(options.chat_template, with_tools=bool(shown))
-
-    def _layers(self, options: TemplateOptions, tools: Tools | None, source: str = "request") -> list[Layer]:
+    def _layers(self, template: ChatTemplate, options: TemplateOptions, source: str) -> list[Layer]:
         """What the template gets: its defaults, then the live settings' switch, then the request's own."""
-        template = self._chosen(options, tools)
         return [
             ("--default-chat-template-kwargs", template.default_kwargs),
             ("set", self._settings.template_kwargs(template.variables)),

@@ -25,7 +25,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     """Reply to a conversation in Anthropic's form; with ``stream`` as its named events."""
     port = port_of(request)
     chat_body = _chat_body(body)
-    job = await start_chat(port, request, chat_body, [chat_body.messages], prefix="msg")
+    job = await start_chat(port, request, chat_body, [chat_body.messages], prefix="msg", folds_system=True)
     if body.stream:
         form = StreamForm(named_event, _errors, keep_alive=named_event(_PING), end=b"")
         return stream_job(port, request, job, _events(job, MessageEvents()), form)
@@ -40,7 +40,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
 async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
     """How many tokens a conversation has as a prompt."""
     chat_body = _chat_body(body)
-    prepared = await prepare_chat(port_of(request), chat_body, [chat_body.messages])
+    prepared = await prepare_chat(port_of(request), chat_body, [chat_body.messages], folds_system=True)
     return JSONResponse({"input_tokens": len(prepared[0].token_ids)})
 
 

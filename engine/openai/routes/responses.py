@@ -33,7 +33,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     check_responses(body)
     messages = input_messages(body.input, _history(store, body))
     chat_body = chat_request(body, with_instructions(body.instructions, messages))
-    job = await start_chat(port, request, chat_body, [chat_body.messages], prefix="resp")
+    job = await start_chat(port, request, chat_body, [chat_body.messages], prefix="resp", folds_system=True)
     running = RunningResponse(ResponseBuilder(_response(body, job)), job, messages)
     if body.store:
         store.add(running)

@@ -24,10 +24,12 @@ async def prepare_chat(
     *,
     shown_tools: Tools | None = None,
     notes: Sequence[str] = (),
+    folds_system: bool = False,
 ) -> list[PreparedRequest]:
     """Check ``body`` and prepare its conversations. Raises RequestError.
 
     ``shown_tools`` are those of the prompt, None: all of ``body``. ``notes`` are lines for ``explain``.
+    ``folds_system``: see :class:`TemplateOptions`.
     """
     port.check_model(body.model)
     check_chat(body, port.engine.preparer.parsers.tool_call_parser)
@@ -37,7 +39,9 @@ async def prepare_chat(
         shown_tools = ()
 
     def prepare() -> list[PreparedRequest]:
-        requests = (chat_request(body, messages, params, shown_tools, notes) for messages in conversations)
+        requests = (
+            chat_request(body, messages, params, shown_tools, notes, folds_system) for messages in conversations
+        )
         return [port.engine.prepare(request) for request in requests]
 
     return await asyncio.to_thread(prepare)
@@ -52,9 +56,12 @@ async def start_chat(
     prefix: str = "chatcmpl",
     shown_tools: Tools | None = None,
     notes: Sequence[str] = (),
+    folds_system: bool = False,
 ) -> Job:
     """Submit a chat's conversations; each choice gets its own parser. Raises RequestError."""
-    prepared = await prepare_chat(port, body, conversations, shown_tools=shown_tools, notes=notes)
+    prepared = await prepare_chat(
+        port, body, conversations, shown_tools=shown_tools, notes=notes, folds_system=folds_system
+    )
     return await start_job(port, prefix, http, body, prepared, keeps_reasoning=body.include_reasoning)
 
 
@@ -64,6 +71,7 @@ def chat_request(
     params: SamplingParams,
     shown_tools: Tools | None = None,
     notes: Sequence[str] = (),
+    folds_system: bool = False,
 ) -> ChatRequest:
     """What ``body`` asks for one of its conversations."""
     return ChatRequest(
@@ -77,12 +85,14 @@ def chat_request(
         thinking_token_budget=body.thinking_token_budget,
         repetition_detection=body.repetition_detection,
         truncation=truncation(body),
-        template=template_options(body, shown_tools),
+        template=template_options(body, shown_tools, folds_system),
         notes=notes,
     )
 
 
-def template_options(body: TemplateFields, shown_tools: Tools | None = None) -> TemplateOptions:
+def template_options(
+    body: TemplateFields, shown_tools: Tools | None = None, folds_system: bool = False
+) -> TemplateOptions:
     """How the messages of ``body`` become a prompt."""
     return TemplateOptions(
         chat_template=body.chat_template,
@@ -93,6 +103,7 @@ def template_options(body: TemplateFields, shown_tools: Tools | None = None) -> 
         continue_final_message=body.continue_final_message,
         add_special_tokens=body.add_special_tokens,
         shown_tools=shown_tools,
+        folds_system=folds_system,
     )
 
 

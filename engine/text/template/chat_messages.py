@@ -1,9 +1,10 @@
-"""Chat messages as a template needs them: content as strings or as parts, tool arguments as objects."""
+"""Chat messages as a template needs them: content as strings or as parts, calls' arguments as objects or as text."""
 
 import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from jinja2 import nodes
@@ -13,7 +14,25 @@ from engine.errors import RequestError
 ContentFormat = Literal["string", "openai"]
 """How a template reads ``content``: as a string, or looping over parts as OpenAI's API has them."""
 
+
+@dataclass(frozen=True)
+class MessageForm:
+    """The form in which a template takes messages.
+
+    ``strings_as_parts``: strings become parts too. ``call_content``: the content of an assistant's message that has
+    calls and no text. ``arguments_as_text``: calls bring their arguments as JSON text, not as objects.
+    ``thought_beside_text``: a message with calls may have a text and a thought for ``thinking``.
+    """
+
+    content_format: ContentFormat = "string"
+    strings_as_parts: bool = False
+    call_content: Literal[""] | None = ""
+    arguments_as_text: bool = False
+    thought_beside_text: bool = True
+
+
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_THOUGHT_NAMES = ("reasoning", "reasoning_content", "thinking")
 _MEDIA_PARTS = ("image", "audio", "video", "file")
 
 
@@ -46,38 +65,38 @@ def tests_for_string(template: nodes.Template) -> bool:
     return any(test.name == "string" for test in template.find_all(nodes.Test))
 
 
-def normalise_messages(
-    messages: Sequence[Mapping[str, Any]], content_format: ContentFormat, *, strings_as_parts: bool = False
-) -> list[dict[str, Any]]:
+def normalise_messages(messages: Sequence[Mapping[str, Any]], form: MessageForm) -> list[dict[str, Any]]:
     """Messages ready for a template. Raises RequestError naming the message that is wrong."""
     if not messages:
         raise RequestError("messages must hold at least one message.", param="messages")
-    return [
-        _normalise_message(message, content_format, strings_as_parts=strings_as_parts, where=f"messages[{index}]")
-        for index, message in enumerate(messages)
-    ]
+    return [_normalise_message(message, form, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
-def _normalise_message(
-    message: Mapping[str, Any], content_format: ContentFormat, *, strings_as_parts: bool, where: str
-) -> dict[str, Any]:
+def _normalise_message(message: Mapping[str, Any], form: MessageForm, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(f"{where} must be an object with a role and a content.", param="messages")
     result = {key: value for key, value in message.items() if value is not None}
     content = _content(message.get("content"), where)
-    if isinstance(content, list) and content_format == "string":
+    calls = result.pop("tool_calls", None) or []
+    has_text = bool(content)
+    if isinstance(content, list) and form.content_format == "string":
         content = "\n".join(part["text"] for part in content)
-    elif isinstance(content, str) and strings_as_parts:
+    elif isinstance(content, str) and form.strings_as_parts:
         content = [{"type": "text", "text": content}]
-    result["content"] = content
-    reasoning = result.get("reasoning", result.get("reasoning_content"))
-    if reasoning is not None:
-        result["reasoning"] = result["reasoning_content"] = reasoning
-    if result.get("tool_calls"):
-        result["tool_calls"] = [_tool_call(call, where) for call in result["tool_calls"]]
-    else:
-        result.pop("tool_calls", None)
+    result["content"] = form.call_content if calls and not has_text and form.call_content is None else content
+    _name_thought(result, beside_text=form.thought_beside_text or not (calls and has_text))
+    if calls:
+        result["tool_calls"] = [_tool_call(call, where, as_text=form.arguments_as_text) for call in calls]
     return result
+
+
+def _name_thought(message: dict[str, Any], *, beside_text: bool) -> None:
+    """The message's thought under all names that templates read it by."""
+    thought = next((message[name] for name in _THOUGHT_NAMES if name in message), None)
+    if thought is not None:
+        message["reasoning"] = message["reasoning_content"] = thought
+        if beside_text:
+            message.setdefault("thinking", thought)
 
 
 def _content(content: Any, where: str) -> str | list[dict[str, str]]:
@@ -106,12 +125,14 @@ def _part(part: Any, where: str) -> dict[str, str]:
     raise RequestError(f"{where}.content has a part of unknown type {kind!r}; send text parts.", param="messages")
 
 
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """A tool call whose arguments are a mapping: templates loop over them."""
+def _tool_call(call: Any, where: str, *, as_text: bool) -> dict[str, Any]:
+    """A tool call whose arguments are a mapping, for templates that loop over it, or text, for those that print it."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         raise RequestError(f"{where}.tool_calls must hold objects with a function.", param="messages")
-    return {**call, "function": {**function, "arguments": call_arguments(function.get("arguments"))}}
+    arguments = function.get("arguments")
+    read = _arguments_text(arguments) if as_text else call_arguments(arguments)
+    return {**call, "function": {**function, "arguments": read}}
 
 
 class BrokenArguments(Mapping[str, str]):
@@ -167,6 +188,12 @@ def to_json(value: Any, **options: Any) -> str:
 
 _HELD = f"broken-arguments-{secrets.token_hex(16)}-"
 """Holds a place in JSON; nobody else can write it."""
+
+
+def _arguments_text(arguments: Any) -> str:
+    if isinstance(arguments, str) and arguments.strip():
+        return arguments
+    return json.dumps(arguments or {}, ensure_ascii=False)
 
 
 def _aliases(template: nodes.Template, name: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
 import jinja2
@@ -17,11 +18,13 @@ from engine.errors import ConfigError, RequestError
 from engine.params.engine_args import EngineArgs
 from engine.text.template.chat_messages import (
     ContentFormat,
+    MessageForm,
     detect_content_format,
     normalise_messages,
     tests_for_string,
     to_json,
 )
+from engine.text.template.probes import Probes, SystemPlace
 from engine.text.tokens.tokenizer import Tokenizer
 
 RESERVED_VARIABLES = frozenset(
@@ -48,14 +51,12 @@ class _IgnoreGeneration(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def load_template(flag_value: str | None, tokenizer_template: str | None) -> str | None:
-    """The template's text: from ``--chat-template`` (a file, or the text itself), else the tokenizer's.
+def load_template(flag_value: str, named: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The text of the template that ``--chat-template`` gives: one of ``named``, a file, or the text itself.
 
     Raises ConfigError for a file that is not there and for text that is not valid Jinja.
     """
-    if flag_value is None:
-        return tokenizer_template
-    source = _read_template(flag_value)
+    source = named.get(flag_value) or _read_template(flag_value, named)
     try:
         _compile(source)
     except jinja2.TemplateSyntaxError as error:
@@ -65,17 +66,22 @@ def load_template(flag_value: str | None, tokenizer_template: str | None) -> str
     return source
 
 
-def _read_template(value: str) -> str:
-    if any(mark in value for mark in "{}\n"):
+def _read_template(value: str, named: Mapping[str, str]) -> str:
+    if _is_jinja(value):
         return value
     path = Path(value).expanduser()
     if path.is_file():
         return path.read_text(encoding="utf-8")
+    names = f", nor a template of the model ({', '.join(sorted(named))})" if named else ""
     raise ConfigError(
-        f"--chat-template {value}: no such file, and not Jinja text either (it would contain {{{{ or {{%)",
+        f"--chat-template {value}: no such file, and not Jinja text either (it would contain {{{{ or {{%){names}",
         flag="chat_template",
         value=value,
     )
+
+
+def _is_jinja(value: str) -> bool:
+    return any(mark in value for mark in "{}\n")
 
 
 @dataclass(frozen=True)
@@ -83,38 +89,54 @@ class ChatTemplate:
     """A chat template and the variables that it always gets.
 
     ``source`` may be None: the model has no template and :meth:`render` says how to give one. ``named`` are the model's
-    templates by name; ``for_tools`` is the one for requests with tools, where there is one of its own (``tool_use``, as
-    in transformers). ``wanted_format`` None: the content's format is detected in the template.
+    templates by name; ``for_tools`` is used in place of ``source`` where tools are shown. ``special_tokens`` are
+    variables by their names, such as ``bos_token``. ``wanted_format`` None: the content's format is detected in the
+    template.
     """
 
     source: str | None
-    bos_token: str | None = field(default=None, kw_only=True)
-    eos_token: str | None = field(default=None, kw_only=True)
-    default_kwargs: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    wanted_format: ContentFormat | None = field(default=None, kw_only=True)
     named: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     for_tools: str | None = field(default=None, kw_only=True)
+    special_tokens: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    default_kwargs: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    wanted_format: ContentFormat | None = field(default=None, kw_only=True)
 
     @classmethod
     def of_model(cls, args: EngineArgs, tokenizer: Tokenizer) -> Self:
-        """The template that ``--chat-template`` names (one of the model's, or a file), else the tokenizer's own."""
-        wanted, named = args.chat_template_content_format, tokenizer.named_templates
-        by_name = named.get(args.chat_template or "")
+        """The template that ``--chat-template`` names, else the tokenizer's own: for tools its ``tool_use``, if any."""
+        wanted = args.chat_template_content_format
+        named = tokenizer.named_templates
+        given = None if args.chat_template is None else load_template(args.chat_template, named)
         return cls(
-            by_name or load_template(args.chat_template, tokenizer.chat_template),
+            given or named.get("default"),
             named=named,
-            for_tools=named.get("tool_use") if args.chat_template is None else None,
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
+            for_tools=None if given else named.get("tool_use"),
+            special_tokens=tokenizer.named_tokens,
             default_kwargs=args.default_chat_template_kwargs,
             wanted_format=None if wanted == "auto" else wanted,  # type: ignore[arg-type]
         )
 
     def chosen(self, wanted: str | None, *, with_tools: bool) -> Self:
-        """The template of a request: the one that it wants (a name of the model's, or Jinja text), else the model's."""
-        if wanted is not None:
-            return replace(self, source=self.named.get(wanted, wanted), for_tools=None)
-        return replace(self, source=self.for_tools, for_tools=None) if with_tools and self.for_tools else self
+        """The template of a request, as transformers chooses: the ``wanted`` one (a name or Jinja text), else that for
+        tools where they are shown. Raises RequestError for an unknown name.
+        """
+        if wanted is None:
+            return self._with_source(self.for_tools) if with_tools and self.for_tools else self
+        if wanted not in self.named and not _is_jinja(wanted):
+            names = ", ".join(sorted(self.named)) or "none"
+            raise RequestError(
+                f"chat_template {wanted!r} is neither Jinja text nor a template of this model; it has: {names}.",
+                param="chat_template",
+            )
+        return self._with_source(self.named.get(wanted, wanted))
+
+    def _with_source(self, source: str) -> Self:
+        return replace(self, source=source, for_tools=None)
+
+    def system_place(self, *, with_tools: bool) -> SystemPlace:
+        """Where the template shows system messages, of a prompt with tools or without."""
+        self._compiled()
+        return _system_place(str(self.source), self._form, with_tools)
 
     @property
     def content_format(self) -> ContentFormat:
@@ -129,7 +151,8 @@ class ChatTemplate:
     @property
     def takes_tools(self) -> bool:
         """Whether the template shows the model the tools of a request."""
-        return bool(self.source) and self.chosen(None, with_tools=True)._compiled().takes_tools
+        used = self.chosen(None, with_tools=True)
+        return bool(used.source) and used._compiled().takes_tools
 
     def render(
         self,
@@ -154,13 +177,13 @@ class ChatTemplate:
         for name in RESERVED_VARIABLES.intersection(kwargs):
             raise RequestError(f"chat_template_kwargs cannot set {name!r}.", param="chat_template_kwargs")
         compiled = self._compiled()
-        as_parts = compiled.strings_as_parts if self.wanted_format is None else self.wanted_format == "openai"
-        conversation = normalise_messages(messages, self.content_format, strings_as_parts=as_parts)
+        has_calls = any(isinstance(message, Mapping) and message.get("tool_calls") for message in messages)
+        form = _call_form(str(self.source), self._form) if has_calls else self._form
+        conversation = normalise_messages(messages, form)
         if continue_final_message:
             _mark_end(conversation[-1])
         variables = {
-            "bos_token": self.bos_token or "",
-            "eos_token": self.eos_token or "",
+            **self.special_tokens,
             "documents": None,
             **self.default_kwargs,
             **kwargs,
@@ -171,8 +194,21 @@ class ChatTemplate:
         text = _run(compiled.template, variables)
         return _cut_at_mark(text) if continue_final_message else text
 
+    @property
+    def _form(self) -> MessageForm:
+        """The form that the template's text shows; what calls are to look like only a probe tells."""
+        compiled = self._compiled()
+        as_parts = compiled.strings_as_parts if self.wanted_format is None else self.wanted_format == "openai"
+        return MessageForm(self.wanted_format or compiled.content_format, as_parts)
+
     def _compiled(self) -> "_Compiled":
         if not self.source:
+            if self.named:
+                raise RequestError(
+                    "This model has several chat templates and none of them is the default: name one with "
+                    f"--chat-template ({', '.join(sorted(self.named))}).",
+                    param="chat_template",
+                )
             raise RequestError(
                 "This model has no chat template: give one with --chat-template FILE, or send a prompt to "
                 "/v1/completions (in a notebook, %vllm_metal complete).",
@@ -208,6 +244,16 @@ def _compile(source: str) -> _Compiled:
         variables=variables - RESERVED_VARIABLES,
         takes_tools="tools" in variables,
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _call_form(source: str, base: MessageForm) -> MessageForm:
+    return Probes(_compile(source).template.render, base).call_form()
+
+
+@functools.lru_cache(maxsize=16)
+def _system_place(source: str, base: MessageForm, with_tools: bool) -> SystemPlace:
+    return Probes(_compile(source).template.render, base).system_place(with_tools=with_tools)
 
 
 @functools.cache

@@ -9,6 +9,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from engine.errors import ModelLoadError
 
 _KEY = "tokenizer.ggml."
+_NAMES = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "sep": "seperator",  # so the format spells it
+    "pad": "padding",
+    "cls": "cls",
+    "mask": "mask",
+}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "\u2581"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -78,6 +87,12 @@ def special_token(metadata: Mapping[str, Any], name: str) -> str | None:
     """The text of the file's ``bos``, ``eos``, ``unknown`` … token."""
     index = metadata.get(f"{_KEY}{name}_token_id")
     return None if index is None else str(metadata[_KEY + "tokens"][index])
+
+
+def named_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The file's special tokens by the names that a ``tokenizer_config.json`` has for them."""
+    found = {name: special_token(metadata, ours) for name, ours in _NAMES.items()}
+    return {f"{name}_token": text for name, text in found.items() if text is not None}
 
 
 def _byte_level_bpe(metadata: Mapping[str, Any]) -> Tokenizer:

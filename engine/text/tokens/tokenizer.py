@@ -27,9 +27,9 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class Tokenizer:
     """A model's tokenizer. Safe to use from several threads at once: nothing in it changes.
 
-    ``chat_template`` is the Jinja source, or None; ``named_templates`` are others that the model brings, such as
-    ``tool_use``. ``bos_token`` and ``eos_token`` are texts. ``config`` is what its files say, as in
-    ``tokenizer_config.json``.
+    ``named_tokens`` are special tokens by their names in a config (``bos_token``, ``eos_token`` …). ``named_templates``
+    are the model's chat templates, Jinja sources by name; the only one is called ``default``. ``config`` is what its
+    files say, as in ``tokenizer_config.json``.
     """
 
     def __init__(
@@ -37,23 +37,24 @@ class Tokenizer:
         hf: tokenizers.Tokenizer,
         *,
         eos_token_ids: Iterable[int] = (),
-        bos_token: str | None = None,
-        eos_token: str | None = None,
-        chat_template: str | None = None,
+        named_tokens: Mapping[str, str] = MappingProxyType({}),
         named_templates: Mapping[str, str] = MappingProxyType({}),
         config: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         hf.no_truncation()
         hf.no_padding()
         self.hf = hf
-        self.bos_token = bos_token
-        self.eos_token = eos_token
-        self.chat_template = chat_template
+        self.named_tokens = named_tokens
         self.named_templates = named_templates
         self.config = config
-        own = hf.token_to_id(eos_token) if eos_token else None
+        own = hf.token_to_id(self.eos_token) if self.eos_token else None
         self.eos_token_ids = frozenset(eos_token_ids) | (frozenset() if own is None else {own})
         self._token_texts: dict[int, str] = {}
+
+    @property
+    def eos_token(self) -> str | None:
+        """The text of the token that ends a sequence, None where no file names one."""
+        return self.named_tokens.get("eos_token")
 
     @cached_property
     def vocab_size(self) -> int:
@@ -151,17 +152,14 @@ def load_tokenizer(resolved: ResolvedModel, args: EngineArgs) -> Tokenizer:
 
 
 def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
-    from engine.text.tokens.gguf_tokenizer import build_tokenizer, special_token
+    from engine.text.tokens.gguf_tokenizer import build_tokenizer, named_tokens
 
-    kinds = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    named = {f"{name}_token": special_token(metadata, kind) for name, kind in kinds.items()}
-    return Tokenizer(
-        build_tokenizer(metadata),
-        bos_token=special_token(metadata, "bos"),
-        eos_token=special_token(metadata, "eos"),
-        chat_template=metadata.get("tokenizer.chat_template"),
-        config={name: text for name, text in named.items() if text is not None},
-    )
+    prefix = "tokenizer.chat_template"
+    templates = {key.removeprefix(f"{prefix}."): text for key, text in metadata.items() if key.startswith(f"{prefix}.")}
+    if prefix in metadata:
+        templates["default"] = metadata[prefix]
+    named = named_tokens(metadata)
+    return Tokenizer(build_tokenizer(metadata), named_tokens=named, named_templates=templates, config=named)
 
 
 def _from_folder(folder: Path) -> Tokenizer:
@@ -170,18 +168,11 @@ def _from_folder(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         hf = _read_tokenizer(folder / "tokenizer.json")
         _add_tokens(hf, _listed_tokens(config))
-        _add_tokens(hf, _named_tokens(hf, special))
+        _add_tokens(hf, _special_tokens(hf, special))
     else:
         hf = _through_transformers(folder)
-    templates = _chat_templates(folder, config)
-    return Tokenizer(
-        hf,
-        bos_token=_token_text(special.get("bos_token")),
-        eos_token=_token_text(special.get("eos_token")),
-        chat_template=templates.get("default") or next(iter(templates.values()), None),
-        named_templates=templates,
-        config=special,
-    )
+    named = {name: text for name, value in _named(special).items() if (text := _token_text(value))}
+    return Tokenizer(hf, named_tokens=named, named_templates=_chat_templates(folder, config), config=special)
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
@@ -198,15 +189,22 @@ def _listed_tokens(config: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
     return [_added_token(token) for _, token in sorted((int(index), token) for index, token in listed.items())]
 
 
-def _named_tokens(hf: tokenizers.Tokenizer, special: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
+def _named(special: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a name that ends in ``_token``, and extra tokens with names of their own, as transformers reads them."""
+    extra = special.get("extra_special_tokens")
+    named = {name: value for name, value in special.items() if name.endswith("_token")}
+    return {**named, **extra} if isinstance(extra, Mapping) else named
+
+
+def _special_tokens(hf: tokenizers.Tokenizer, special: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
     """Tokens that ``tokenizer_config.json`` names as special (``eos_token``, ``additional_special_tokens`` …).
 
     Only those that the vocabulary has: the model knows no others.
     """
-    values: list[Any] = [value for name, value in special.items() if name.endswith("_token")]
+    values = list(_named(special).values())
     for name in ("additional_special_tokens", "extra_special_tokens"):
         more = special.get(name)
-        values += more.values() if isinstance(more, Mapping) else more if isinstance(more, list) else ()
+        values += more if isinstance(more, list) else ()
     texts = {text: value for value in values if (text := _token_text(value)) and hf.token_to_id(text) is not None}
     return [_added_token(value if isinstance(value, Mapping) else {"content": text}) for text, value in texts.items()]
 
@@ -218,11 +216,10 @@ def _added_token(token: Mapping[str, Any]) -> tokenizers.AddedToken:
 
 def _add_tokens(hf: tokenizers.Tokenizer, tokens: Sequence[tokenizers.AddedToken]) -> None:
     """Add what the tokenizer does not know as an added token, or not as a special one, as transformers does."""
-    known = {token.content: token for token in hf.get_added_tokens_decoder().values()}
-    for token in tokens:
-        before = known.get(token.content)
-        if before is None or (token.special and not before.special):
-            (hf.add_special_tokens if token.special else hf.add_tokens)([token])
+    special = {token.content: token.special for token in hf.get_added_tokens_decoder().values()}
+    hf.add_tokens(  # all at once: each call reads all of them anew, 17 s for Gemma's 6242
+        [token for token in tokens if token.content not in special or (token.special and not special[token.content])]
+    )
 
 
 def _through_transformers(folder: Path) -> tokenizers.Tokenizer:

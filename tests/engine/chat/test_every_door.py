@@ -269,10 +269,10 @@ def messages(llm: LLM, asked: Asked) -> None:
     post(llm, "/v1/messages", body)
 
 
-def doors_for(asked: Asked) -> dict[str, Door]:
-    """The doors that can say ``asked``."""
+def doors_for(asked: Asked, llm: LLM) -> dict[str, Door]:
+    """The doors that can say ``asked``: in a cell tools are refused where the template does not show them."""
     doors = {"LLM.chat": python, "chat completions": completions, "Responses": responses, "Messages": messages}
-    if asked.effort is None:  # a variable of the template there, without a word of its own
+    if asked.effort is None and (llm.takes_tools or not asked.tools):  # an effort is a variable of the template there
         doors["%%chat"] = cell
         if not asked.turns and not asked.tools and asked.budget is None:
             doors["LLM.map"] = table
@@ -311,7 +311,7 @@ def test_a_conversation_is_one_request_through_every_door(model: LLM, template: 
     @settings(max_examples=16, deadline=None, suppress_health_check=list(HealthCheck))
     @given(requests())
     def through_every_door(asked: Asked) -> None:
-        found = {name: caught.through(door, asked) for name, door in doors_for(asked).items()}
+        found = {name: caught.through(door, asked) for name, door in doors_for(asked, model).items()}
         first = found["LLM.chat"]
         for name, request in found.items():
             if isinstance(first, PreparedRequest):

@@ -39,7 +39,7 @@ def byte_tokenizer() -> Tokenizer:
     hf.decoder = decoders.ByteLevel()
     hf.add_special_tokens([AddedToken("<|start|>", special=True), AddedToken("<|end|>", special=True)])
     hf.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 256)])
-    return Tokenizer(hf, eos_token="<|end|>")
+    return Tokenizer(hf, named_tokens={"eos_token": "<|end|>"})
 
 
 class FakeLLM:
@@ -64,15 +64,17 @@ class FakeLLM:
         self.fail_after: int | None = None
         self.abort_after: int | None = None
         self.submitted: list[RequestStream] = []
+        self.prepared: list[PreparedRequest] = []
         self.options: list[dict[str, Any]] = []
         self.aborted = threading.Event()
         self.reasoning_parser: str | None = None
         self.tool_call_parser: str | None = None
+        self.chat_template = ChatTemplate(TEMPLATE)
 
     @property
     def preparer(self) -> ChatPreparer:
         parsers = ParserChoice(self.reasoning_parser, self.tool_call_parser, None, frozenset())
-        return ChatPreparer(self.tokenizer, ChatTemplate(TEMPLATE), parsers, self.settings)
+        return ChatPreparer(self.tokenizer, self.chat_template, parsers, self.settings)
 
     def prepare(self, request: ChatRequest | PromptRequest) -> PreparedRequest:
         return self.preparer.prepare(request, self.plan.max_model_len)
@@ -106,6 +108,7 @@ class FakeLLM:
 
         stream = RequestStream(request_id or "fake", request.prompt, ids, params, abort)
         self.submitted.append(stream)
+        self.prepared.append(request)
         given = {
             "request_id": request_id,
             "priority": priority,

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.engine.openai import fakes
+from engine.text.template.chat_template import ChatTemplate
 from tests.engine.openai.fakes import FakeLLM
 
 TEMPLATE = (
@@ -52,7 +52,7 @@ def message(written: Any) -> tuple[str, dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _shows_calls(llm: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fakes, "TEMPLATE", TEMPLATE)
+    llm.chat_template = ChatTemplate(TEMPLATE)
     llm.tool_call_parser = "hermes"
 
 

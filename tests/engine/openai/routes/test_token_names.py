@@ -33,7 +33,7 @@ def llama_tokenizer() -> Tokenizer:
     )
     hf.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<s>", "</s>")])
     hf.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return Tokenizer(hf, bos_token="<s>", eos_token="</s>")
+    return Tokenizer(hf, named_tokens={"bos_token": "<s>", "eos_token": "</s>"})
 
 
 class ListedLLM(FakeLLM):

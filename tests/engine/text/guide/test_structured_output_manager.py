@@ -36,7 +36,7 @@ def tokenizer(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> T
     hf = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     hf.add_special_tokens([tokenizers.AddedToken(mark, normalized=False, special=True) for mark in MARKS[2:-2]])
     hf.add_tokens([tokenizers.AddedToken(mark, normalized=False, special=False) for mark in MARKS[:2] + MARKS[-2:]])
-    return Tokenizer(hf, eos_token="<|im_end|>")
+    return Tokenizer(hf, named_tokens={"eos_token": "<|im_end|>"})
 
 
 def make_manager(tokenizer: Tokenizer, parser: str | None = "qwen3", **options: object) -> StructuredOutputManager:

@@ -35,9 +35,19 @@ LLAMA_CPP = TemplatePackage(
 )
 
 
-@cache
+def template_names(package: TemplatePackage) -> list[str]:
+    """All its templates, but for copies that only mark what to train on. Skips as :func:`template_source` does."""
+    names = sorted(file.stem for file in _folder(package).glob("*.jinja"))
+    return [name for name in names if not name.endswith("_training")]
+
+
 def template_source(package: TemplatePackage, name: str) -> str:
     """The text of a template. Skips the test where a large package is neither here nor asked for."""
+    return (_folder(package) / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@cache
+def _folder(package: TemplatePackage) -> Path:
     folder = cache_folder().parent / "test-templates" / package.requirement
     if not folder.is_dir():
         if package.large and not os.environ.get("VM_MAGIC_TEST_DOWNLOADS"):
@@ -50,7 +60,7 @@ def template_source(package: TemplatePackage, name: str) -> str:
             except OSError:  # another test process was quicker
                 if not folder.is_dir():
                     raise
-    return (folder / f"{name}.jinja").read_text(encoding="utf-8")
+    return folder
 
 
 def _fetch(package: TemplatePackage, work: Path) -> None:

@@ -25,7 +25,7 @@ USER = [{"role": "user", "content": "Hi"}]
 
 
 def render(source: str | None, messages: list[dict[str, Any]] = USER, **given: Any) -> str:
-    return ChatTemplate(source, bos_token="<s>", eos_token="</s>").render(messages, **given)
+    return ChatTemplate(source, special_tokens={"bos_token": "<s>", "eos_token": "</s>"}).render(messages, **given)
 
 
 def test_a_chat_is_rendered_with_the_generation_prompt() -> None:
@@ -42,7 +42,9 @@ def test_blocks_are_trimmed_as_transformers_does() -> None:
 
 def test_tokens_defaults_and_request_variables_reach_the_template() -> None:
     template = ChatTemplate(
-        "{{ bos_token }}{{ a }}{{ b }}{{ eos_token }}", bos_token="<s>", default_kwargs={"a": 1, "b": 2}
+        "{{ bos_token }}{{ a }}{{ b }}{{ eos_token }}",
+        special_tokens={"bos_token": "<s>"},
+        default_kwargs={"a": 1, "b": 2},
     )
     assert template.render(USER) == "<s>12"
     assert template.render(USER, b=3) == "<s>13"
@@ -222,14 +224,12 @@ def test_strftime_now_gives_the_date() -> None:
 def test_the_flag_takes_a_file_or_the_text_itself(tmp_path: Path) -> None:
     file = tmp_path / "chat.jinja"
     file.write_text("{{ messages }}")
-    assert load_template(str(file), "x") == "{{ messages }}"
-    assert load_template("{{ bos_token }}", "x") == "{{ bos_token }}"
-    assert load_template(None, "x") == "x"
-    assert load_template(None, None) is None
+    assert load_template(str(file)) == "{{ messages }}"
+    assert load_template("{{ bos_token }}") == "{{ bos_token }}"
 
 
 def test_a_template_file_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.jinja: no such file"):
-        load_template("nowhere.jinja", None)
+        load_template("nowhere.jinja")
     with pytest.raises(ConfigError, match="line 1"):
-        load_template("{% if %}", None)
+        load_template("{% if %}")

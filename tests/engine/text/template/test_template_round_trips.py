@@ -127,7 +127,9 @@ def render(template: Template, *, content: str = "", thought: str = "", calls: l
             {"id": f"call0000{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
             for i, (name, arguments) in enumerate(calls)
         ]
-    chat = ChatTemplate(template_source(template.package, template.name), bos_token="", eos_token="</s>")
+    chat = ChatTemplate(
+        template_source(template.package, template.name), special_tokens={"bos_token": "", "eos_token": "</s>"}
+    )
     user = [{"role": "user", "content": "hi"}]
     whole = chat.render([*user, message], tools=TOOLS, add_generation_prompt=False)
     opened = chat.render(user, tools=TOOLS, add_generation_prompt=True)
@@ -236,7 +238,9 @@ def test_markup_inside_arguments_stays_text(template: Template) -> None:
 def test_arguments_that_are_not_an_object_are_in_the_prompt_as_they_were_written(
     template: Template, written: str
 ) -> None:
-    chat = ChatTemplate(template_source(template.package, template.name), bos_token="", eos_token="</s>")
+    chat = ChatTemplate(
+        template_source(template.package, template.name), special_tokens={"bos_token": "", "eos_token": "</s>"}
+    )
     call = {"id": "call00000", "type": "function", "function": {"name": "run_code", "arguments": written}}
     messages = [
         {"role": "user", "content": "hi"},
@@ -250,7 +254,7 @@ def test_arguments_that_are_not_an_object_are_in_the_prompt_as_they_were_written
 @pytest.mark.parametrize("name", ["gemma4", "gemma4_v2", "gemma4_v5"])
 def test_gemma4s_prompt_after_a_tool_result_is_read_as_it_ends(name: str) -> None:
     """Some versions end it inside the thought's channel, others leave the channel to the model."""
-    chat = ChatTemplate(template_source(TRL, name), bos_token="<bos>")
+    chat = ChatTemplate(template_source(TRL, name), special_tokens={"bos_token": "<bos>"})
     call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "x"}}}
     messages = [
         {"role": "user", "content": "hi"},

@@ -71,9 +71,10 @@ def test_smollm2_splits_digits_and_knows_its_special_tokens(smollm2_tokenizer: T
     assert smollm2_tokenizer.encode("<|im_start|>") == [1]
     assert {0, 1, 2} <= smollm2_tokenizer.special_ids
     assert smollm2_tokenizer.eos_token_ids == {0, 2}
-    assert (smollm2_tokenizer.bos_token, smollm2_tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert smollm2_tokenizer.named_tokens["bos_token"] == "<|im_start|>"
+    assert smollm2_tokenizer.eos_token == smollm2_tokenizer.named_tokens["eos_token"] == "<|im_end|>"
     assert smollm2_tokenizer.vocab_size == 49152
-    assert "im_start" in (smollm2_tokenizer.chat_template or "")
+    assert "im_start" in smollm2_tokenizer.named_templates["default"]
     assert smollm2_tokenizer.decode([1, 2]) == ""
     assert smollm2_tokenizer.token_text(2) == "<|im_end|>"
 
@@ -120,29 +121,28 @@ def test_end_tokens_are_those_of_all_files_together(plain_folder: Path) -> None:
     write(plain_folder, "tokenizer_config.json", {"eos_token": {"content": "</s>"}, "bos_token": "<s>"})
     tokenizer = folder_tokenizer(plain_folder)
     assert tokenizer.eos_token_ids == {3, 4, 5, 6, 9}
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert tokenizer.named_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        ("plain", "plain"),
-        ([{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "usual"}], "usual"),
-        ({"rag": "one", "default": "usual"}, "usual"),
-        (None, None),
+        ("plain", {"default": "plain"}),
+        ({"rag": "one", "default": "usual"}, {"rag": "one", "default": "usual"}),
+        (None, {}),
     ],
 )
-def test_of_several_templates_the_default_one_is_taken(plain_folder: Path, template: Any, expected: Any) -> None:
+def test_all_templates_of_a_model_are_known_by_name(plain_folder: Path, template: Any, expected: Any) -> None:
     write(plain_folder, "tokenizer_config.json", {"chat_template": template})
-    assert folder_tokenizer(plain_folder).chat_template == expected
+    assert folder_tokenizer(plain_folder).named_templates == expected
 
 
 def test_a_template_file_goes_before_the_config(plain_folder: Path) -> None:
     write(plain_folder, "tokenizer_config.json", {"chat_template": "config"})
     write(plain_folder, "chat_template.json", {"chat_template": "json"})
-    assert folder_tokenizer(plain_folder).chat_template == "json"
+    assert folder_tokenizer(plain_folder).named_templates == {"default": "json"}
     (plain_folder / "chat_template.jinja").write_text("jinja")
-    assert folder_tokenizer(plain_folder).chat_template == "jinja"
+    assert folder_tokenizer(plain_folder).named_templates == {"default": "jinja"}
 
 
 NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "usual"}]
@@ -158,7 +158,6 @@ def test_templates_keep_their_names_and_files_go_before_the_config(plain_folder:
     (more / "rag.jinja").write_text("documents")
     tokenizer = folder_tokenizer(plain_folder)
     assert tokenizer.named_templates == {"default": "by file", "rag": "documents"}
-    assert tokenizer.chat_template == "by file"
 
 
 CONFIGS = [
