@@ -105,6 +105,14 @@ class _Request:
             repetition_detection=self.repetition_detection,
         )
 
+    def all_notes(self, constraints: Constraints | None) -> tuple[str, ...]:
+        """``notes``, and what ``constraints`` leave out of the request."""
+        structured = None if constraints is None else constraints.structured
+        given = self.response_format is not None and self.response_format.get("type") != "text"
+        if structured is None or structured.tool_calls is None or not given:
+            return tuple(self.notes)
+        return (*self.notes, "response_format: left out, since tool_choice demands a call")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest(_Request):
@@ -175,8 +183,12 @@ class ChatPreparer:
     def prepare(self, request: ChatRequest | PromptRequest, max_model_len: int) -> PreparedRequest:
         """Render, tokenize, truncate; choose the parser; check the constraints. Raises RequestError."""
         constraints = request.sampling.constraints(request.constraints())
+        if constraints is not None and isinstance(request, ChatRequest):
+            constraints = constraints.with_possible_calls(
+                request.tools, request.tool_choice, parallel=request.parallel_tool_calls
+            )
         if isinstance(request, PromptRequest):
-            text, whole, account = *self._prompt(request), Account(request.source, notes=tuple(request.notes))
+            text, whole, account = *self._prompt(request), Account(request.source, notes=request.all_notes(constraints))
         else:
             text, whole, account = self._chat(request, constraints)
         params, token_ids = request.sampling, whole
@@ -229,7 +241,7 @@ class ChatPreparer:
             calls_in_thoughts=constraints is None or constraints.structured is None,
         )
         token_ids = self._tokenizer.encode(text, options.add_special_tokens)
-        return text, token_ids, Account(request.source, tuple(layers), make_parser, tuple(request.notes))
+        return text, token_ids, Account(request.source, tuple(layers), make_parser, request.all_notes(constraints))
 
     def _prompt(self, request: PromptRequest) -> tuple[str | None, list[int]]:
         if isinstance(request.prompt, str):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engine.core.token_guide import COMPLETE, REPETITION_STOP_REASON, ThinkingCut
 from engine.params.structured_outputs import RepetitionDetection
-from engine.text.guide.grammar import GrammarMatcher
+from engine.text.guide.grammar import Matcher
 from engine.text.guide.thinking_state import ThoughtTracker
 from engine.text.parse.output_parser import ThinkingState
 
@@ -58,7 +58,7 @@ class CompletionGuide:
     def __init__(
         self,
         *,
-        matcher: GrammarMatcher | None = None,
+        matcher: Matcher | None = None,
         tracker: ThoughtTracker | None = None,
         budget: int | None = None,
         own_budget: bool = False,
@@ -101,6 +101,8 @@ class CompletionGuide:
         """See :class:`engine.core.token_guide.TokenGuide`. A thought is free but for its request's end."""
         if self._matcher is None or self.forced_token is not None or self.error is not None:
             return False
+        if self._state is ThinkingState.CALL:
+            return False
         if self._state is ThinkingState.THOUGHT:
             words[:] = -1
             _clear_bits(words, self._eos_token_ids)
@@ -128,7 +130,7 @@ class CompletionGuide:
         if self._state is ThinkingState.THOUGHT:
             self._think(token_id, begins=before is not ThinkingState.THOUGHT, waited=waited)
             return None
-        return None if before is ThinkingState.THOUGHT else self._answer(token_id)
+        return None if before in (ThinkingState.THOUGHT, ThinkingState.CALL) else self._answer(token_id)
 
     def finish_thinking(self, in_flight: bool) -> None:
         """See :class:`engine.core.token_guide.TokenGuide`. A thought that has not begun gets no budget."""

@@ -19,6 +19,8 @@ class ThinkingState(enum.Enum):
     THOUGHT = enum.auto()
     ANSWER = enum.auto()
     """In the answer or a tool call, also in a call that began inside a thought."""
+    CALL = enum.auto()
+    """In a message that is a call (harmony): no grammar of the answer holds there."""
 
 
 @dataclass(slots=True)
