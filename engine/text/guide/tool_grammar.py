@@ -42,8 +42,8 @@ def arguments_grammar(function: Mapping[str, Any], relaxed: set[str]) -> str:
 
 
 def opening_grammar(openings: Sequence[str], mark: Mark) -> str:
-    """The grammar of the texts that calls begin with."""
-    return "start: " + " | ".join(map(mark, openings))
+    """The grammar of the texts that calls begin with; a token may also hold what follows."""
+    return f"start: ({' | '.join(map(mark, openings))}) TEXT\nTEXT: /(.|\\n)*/"
 
 
 def _lark(head: str, calls: ToolCalls, key: str, relaxed: set[str]) -> str:
