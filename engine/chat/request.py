@@ -238,7 +238,7 @@ class ChatPreparer:
             tool_choice=request.tool_choice,
             prompt=text,
             parallel_tool_calls=request.parallel_tool_calls,
-            calls_in_thoughts=constraints is None or constraints.structured is None,
+            calls_in_thoughts=constraints is None or constraints.structured is None or constraints.calls is not None,
         )
         token_ids = self._tokenizer.encode(text, options.add_special_tokens)
         return text, token_ids, Account(request.source, tuple(layers), make_parser, request.all_notes(constraints))

@@ -68,6 +68,8 @@ class CompletionGuide:
         eos_token_ids: Iterable[int] = (),
     ) -> None:
         self._matcher = matcher
+        self._called = False
+        """Whether a call was made inside a thought: then there is no answer to be constrained."""
         self._tracker = tracker
         self._budget = budget
         self._own_budget = own_budget
@@ -88,7 +90,7 @@ class CompletionGuide:
         """See :class:`engine.core.token_guide.TokenGuide`."""
         if self._matcher is not None or self._forced:
             return True
-        if self._tracker is None or self._budget is None or self._state is ThinkingState.ANSWER:
+        if self._tracker is None or self._budget is None or self._state in (ThinkingState.ANSWER, ThinkingState.CALL):
             return False
         return self._tracker.num_tokens + (self._state is ThinkingState.THOUGHT) >= self._budget
 
@@ -101,7 +103,7 @@ class CompletionGuide:
         """See :class:`engine.core.token_guide.TokenGuide`. A thought is free but for its request's end."""
         if self._matcher is None or self.forced_token is not None or self.error is not None:
             return False
-        if self._state is ThinkingState.CALL:
+        if self._called or self._state is ThinkingState.CALL:
             return False
         if self._state is ThinkingState.THOUGHT:
             words[:] = -1
@@ -127,6 +129,7 @@ class CompletionGuide:
             if self._ending is not None and not self._tracker.may_be_ended:
                 # The model ended the thought, or calls a tool: no end is forced.
                 self._forced, self._num_passing, self._ending = [], 0, None
+        self._called |= before is ThinkingState.CALL and self._state is ThinkingState.ANSWER
         if self._state is ThinkingState.THOUGHT:
             self._think(token_id, begins=before is not ThinkingState.THOUGHT, waited=waited)
             return None
@@ -177,7 +180,7 @@ class CompletionGuide:
             self._end_thought("repetition", waited=waited)
 
     def _answer(self, token_id: int) -> str | None:
-        if self._matcher is not None:
+        if self._matcher is not None and not self._called:
             if self._begins_start_marker(token_id):
                 self._forced = list(self._start[1:])
                 return None

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +61,13 @@ def function(name: str, properties: dict[str, Any], **more: Any) -> dict[str, An
 
 
 LOOK_UP = function("look_up", {"word": {"type": "string"}})
-Answer = Callable[..., dict[str, Any]]
+
+
+@contextmanager
+def served(llm: LLM) -> Iterator[httpx.Client]:
+    """A client of an engine's port."""
+    with http_client(llm.server or llm.serve(api_key=KEY)) as http:
+        yield http
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +80,12 @@ def make_llm(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> It
             scripted_model.install()
             folder = tmp_path_factory.mktemp(parser)
             scripts = [ANSWERS.get(parser, RAMBLING), CALLS[parser], "I would rather say it in prose."]
+            scripts += (
+                [] if parser == "openai" else [f"<think>\nHm.\n{CALLS[parser]}", f"<think>\nHm.</think>{RAMBLING}"]
+            )
             special = HARMONY if parser == "openai" else ("<|role_sep|>",)
             scripted_model.write_scripted_model(folder, smollm2_gguf, scripts, special_tokens=special)
-            reasoning = {"reasoning_parser": "openai_gptoss"} if parser == "openai" else {}
+            reasoning = {"reasoning_parser": "openai_gptoss" if parser == "openai" else "qwen3"}
             made[parser] = LLM(
                 str(folder), tool_call_parser=parser, max_model_len=1024, gpu_memory_utilization=0.2,
                 served_model_name="scripted", **reasoning,
@@ -117,9 +127,13 @@ def calls_of(choice: dict[str, Any]) -> list[tuple[str, Any]]:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"response_format": FORMAT}, *({"structured_outputs": {"json": schema}} for schema in (SCHEMA, json.dumps(SCHEMA)))],
+    [
+        {"response_format": FORMAT},
+        {"structured_outputs": {"json": SCHEMA}},
+        {"structured_outputs": {"json": json.dumps(SCHEMA)}},
+    ],
     ids=["response_format", "structured_outputs", "text"],
-)  # fmt: skip
+)
 def test_a_model_that_would_go_on_inventing_ends_with_the_declared_properties(
     http: httpx.Client, fields: dict[str, Any]
 ) -> None:
@@ -150,20 +164,6 @@ def test_arguments_are_closed_unless_the_tool_is_not_strict(
     assert set(found) == {"name", "age"} or (strict_tool is False and {"name", "age"} < set(found))
     if choice != "required":
         assert ("gender" in found) == (strict_tool is False)
-
-
-class served:  # noqa: N801 - reads as a word
-    """A client of an engine's port."""
-
-    def __init__(self, llm: LLM) -> None:
-        self._server = llm.server or llm.serve(api_key=KEY)
-
-    def __enter__(self) -> httpx.Client:
-        self._http = http_client(self._server)
-        return self._http
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._http.close()
 
 
 ITEM = {"item": {"$ref": "#/$defs/Item"}}
@@ -233,6 +233,17 @@ def test_the_model_may_call_or_answer_in_the_format(make_llm: Callable[..., LLM]
                 assert not answered["message"].get("tool_calls")
         suppressed = ask(http, 1, tools=[LOOK_UP], tool_choice="none", response_format=FORMAT)
         assert not suppressed["message"].get("tool_calls")
+
+
+@pytest.mark.parametrize("parser", ["hermes", "qwen3_coder"])
+def test_a_call_inside_the_thought_is_a_call_under_a_format_too(make_llm: Callable[..., LLM], parser: str) -> None:
+    with served(make_llm(parser)) as http:
+        called = ask(http, 3, tools=[LOOK_UP], response_format=FORMAT)
+        assert calls_of(called) == [("look_up", {"word": "x"})], called
+        assert (called["message"]["reasoning"], called["finish_reason"]) == ("Hm.", "tool_calls")
+        answered = ask(http, 4, tools=[LOOK_UP], response_format=FORMAT)
+        assert answered["message"]["reasoning"] == "Hm."
+        assert json.loads(answered["message"]["content"]) == {"name": "Ann", "age": 30}
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
