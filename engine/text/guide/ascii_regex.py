@@ -4,13 +4,14 @@ llguidance takes Rust's syntax, in which these classes are Unicode's and sets st
 nor back. What a text must be as a whole (``\bword\b``, ``(?=.*\d).{8,}``) is given apart, to be intersected.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _TOKEN = re.compile(
     r"""\\(?:x\{[^}]*\}|x..|u\{[^}]*\}|u....|[pP](?:\{[^}]*\}|.)|c.|.)
-    | \[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]
+    | \[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*(?:\]|\\?\Z)
     | \((?:\?(?:[:=!>]|<[=!]|P?<\w+>|[a-zA-Z-]+[:)]))?
     | (?:[*+?]|\{\d+(?:,\d*)?\}|\{,\d+\})[?+]?
     | .""",
@@ -21,6 +22,8 @@ _IN_SET = re.compile(r"\[:\^?\w+:\]|\\.|.", re.DOTALL)
 _CLASSES = {"d": "0-9", "w": "0-9A-Za-z_", "s": r"\t\n\x0B\f\r "}
 _OTHERWISE = {r"\<": "<", r"\>": ">", r"\Z": r"\z", r"\0": r"\x00"}
 """Escapes that Rust reads otherwise, or not at all."""
+_NEAR = 8
+r"""Tokens beside a ``\b`` that are looked at."""
 _ANY = "(?s:.*)"
 _WORD = "[0-9A-Za-z_]"
 _ONE_CLASS = re.compile(r"(\[(?:\\.|[^\]\\])+\]|\\[dws]|[^\\.^$*+?{}\[\]|()])")
@@ -74,14 +77,15 @@ def ascii_classes(pattern: str) -> str:
 
 def _inner(tokens: Sequence[str], found: _Found) -> None:
     """The tokens between what was said of the whole text."""
-    place = 0
+    place, grouped = 0, "|" not in tokens
     while place < len(tokens):
         token = tokens[place]
         if token in ("(?=", "(?!", "(?<=", "(?<!"):
             found.lost.append(token + "…)")
             place = _group_end(tokens, place)
         elif token == r"\b":
-            before, behind = _side(_beside(tokens[:place], tokens), -1), _side(_beside(tokens[place + 1 :], tokens), 1)
+            before = _side(_near(tokens[max(0, place - _NEAR) : place], grouped), -1)
+            behind = _side(_near(tokens[place + 1 : place + 1 + _NEAR], grouped), 1)
             if before is None or before == behind:
                 found.lost.append(token)
         elif token == r"\B":
@@ -142,9 +146,9 @@ def _group_end(tokens: Sequence[str], place: int) -> int:
     return len(tokens) - 1
 
 
-def _beside(tokens: Sequence[str], whole: Sequence[str]) -> Sequence[str]:
+def _near(tokens: Sequence[str], grouped: bool) -> Sequence[str]:
     """``tokens`` without the brackets of groups, where no group is one of several."""
-    return tokens if "|" in whole else [token for token in tokens if token not in ("(", "(?:", ")")]
+    return [token for token in tokens if token not in ("(", "(?:", ")")] if grouped else tokens
 
 
 def _side(tokens: Sequence[str], step: int) -> bool | None:
@@ -159,6 +163,12 @@ def _side(tokens: Sequence[str], step: int) -> bool | None:
         return None
     if atom in ("", ".", "^", "$", "|", ")") or atom[0] == "(":
         return None
+    return _kind(atom)
+
+
+@functools.lru_cache(maxsize=256)
+def _kind(atom: str) -> bool | None:
+    """Whether one class of characters holds those of words only (True), or none of them (False)."""
     try:
         known = re.compile(atom, re.ASCII)
     except re.error:
@@ -169,7 +179,7 @@ def _side(tokens: Sequence[str], step: int) -> bool | None:
 
 def _ascii(token: str) -> str:
     """One token as Rust reads it: a class of characters is a set of its own, since sets may stand inside sets."""
-    if token[0] == "[" and len(token) > 1:
+    if token[0] == "[" and token[-1] == "]":
         head = re.match(r"\[\^?", token)
         assert head is not None, "a set begins so"
         return head.group() + "".join(map(_in_set, _IN_SET.findall(token[head.end() : -1]))) + "]"

@@ -19,14 +19,15 @@ _VALUES = ("const", "default")
 """Keywords whose null is a value; others say nothing with it."""
 _YEAR = "^(?:[1-9]...|0[1-9]..|00[1-9].|000[1-9])"
 _FORMATS = {
-    **dict.fromkeys(("duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid")),
+    **dict.fromkeys(("email", "hostname", "ipv4", "ipv6", "uri", "uuid")),
     "date": _YEAR,
     "time": "^.{6}[0-5]",
+    "duration": "^(?:[0-9]{0,6}[^0-9])*$",
     "date-time": _YEAR + ".{13}[0-5]",
     **{f"uuid{version}": f"^.{{14}}{version}.{{4}}[89abAB]" for version in range(1, 9)},
 }
 """The formats that llguidance knows; all others are annotations, as JSON Schema has it. Their patterns leave out what
-most languages cannot read, the year 0 and the leap second, and say which version a UUID has."""
+most languages cannot read, the year 0, leap seconds and endless numbers, and say which version a UUID has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +156,11 @@ class _Writing:
 
     def _parts(self, schema: Schema) -> list[tuple[str, _Declared]]:
         """What the schemas of a keyword say of properties, each of ``allOf`` for itself."""
-        seen = {id(schema)}
-        found = [("allOf", self._declared([part], seen)) for part in as_list(schema.get("allOf"))]
-        found += [(key, self._declared(as_list(schema.get(key)), seen)) for key in CHOICES]
+        found = [("allOf", [part]) for part in as_list(schema.get("allOf"))]
+        found += [(key, as_list(schema.get(key))) for key in CHOICES]
         if "$ref" in schema:
-            found.append(("$ref", self._declared([self._document.resolve(schema["$ref"], schema)], seen)))
-        return found
+            found.append(("$ref", [self._document.resolve(schema["$ref"], schema)]))
+        return [(key, self._declared(schemas, {id(schema)})) for key, schemas in found]
 
     def _declared(self, schemas: list[Any], seen: set[int]) -> _Declared:
         """What schemas say of properties, with all that they refer to in place."""
@@ -168,12 +168,13 @@ class _Writing:
         for schema in schemas:
             if not isinstance(schema, Mapping) or id(schema) in seen:
                 continue
+            seen.add(id(schema))
             parts = [part for key in ("allOf", *CHOICES) for part in as_list(schema.get(key))]
             if "$ref" in schema:
                 parts.append(self._document.resolve(schema["$ref"], schema))
             own = self._own(schema)
             found |= own if _declares(schema) or own.is_open else _NOTHING
-            found |= self._declared(parts, seen | {id(schema)})
+            found |= self._declared(parts, seen)
         return found
 
     def _keyword(self, written: dict[str, Any], schema: Schema, key: str, value: Any, beside: _Declared | None) -> None:

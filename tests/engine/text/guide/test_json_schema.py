@@ -172,3 +172,10 @@ def test_nothing_is_told_of_what_is_enforced() -> None:
 def test_a_schema_without_a_meaning_is_refused(compiler: GrammarCompiler, schema: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words):
         compiler.compile(json_grammar(schema, set()))
+
+
+def test_a_schema_whose_parts_are_found_on_very_many_ways_is_read_soon() -> None:
+    twice: dict[str, Any] = {
+        f"a{n}": {"properties": {f"p{n}": INTEGER}, "anyOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(60)
+    }
+    assert json_grammar({"$ref": "#/$defs/a0", "$defs": twice | {"a60": A}}, set())
