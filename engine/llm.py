@@ -107,10 +107,11 @@ class LLM:
             self.settings,
             self.args.generation_config,
         )
-        self.notes = [*built.notes, *filter(None, [parsers.note, self.defaults.log_line()])]
         self._requests = RequestMaker.of_model(
             self.args, built.config, self.tokenizer, parsers, built.engine.runner.vocab_size
         )
+        more = (parsers.note, self.defaults.log_line(), self._requests.structured_outputs.note)
+        self.notes = [*built.notes, *filter(None, more)]
         self._activity = SnapshotPoller(self._thread, snapshot_activity)
         self._blocks = SnapshotPoller(self._thread, snapshot_blocks)
         follow = weakref.WeakMethod(self._follow_settings)

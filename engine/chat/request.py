@@ -108,6 +108,14 @@ class _Request:
             repetition_detection=self.repetition_detection,
         )
 
+    def all_notes(self, constraints: Constraints | None) -> tuple[str, ...]:
+        """``notes``, and what ``constraints`` leave out of the request."""
+        structured = None if constraints is None else constraints.structured
+        given = self.response_format is not None and self.response_format.get("type") != "text"
+        if structured is None or structured.tool_calls is None or not given:
+            return tuple(self.notes)
+        return (*self.notes, "response_format: left out, since tool_choice demands a call")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest(_Request):
@@ -178,8 +186,12 @@ class ChatPreparer:
     def prepare(self, request: ChatRequest | PromptRequest, max_model_len: int) -> PreparedRequest:
         """Render, tokenize, truncate; choose the parser; check the constraints. Raises RequestError."""
         constraints = request.sampling.constraints(request.constraints())
+        if constraints is not None and isinstance(request, ChatRequest):
+            constraints = constraints.with_possible_calls(
+                request.tools, request.tool_choice, parallel=request.parallel_tool_calls
+            )
         if isinstance(request, PromptRequest):
-            text, whole, account = *self._prompt(request), Account(request.source, notes=tuple(request.notes))
+            text, whole, account = *self._prompt(request), Account(request.source, notes=request.all_notes(constraints))
         else:
             text, whole, account = self._chat(request, constraints)
         params, token_ids = request.sampling, whole
@@ -236,10 +248,11 @@ class ChatPreparer:
             tool_choice=request.tool_choice,
             prompt=text,
             parallel_tool_calls=request.parallel_tool_calls,
-            calls_in_thoughts=constraints is None or constraints.structured is None,
+            calls_in_thoughts=constraints is None or constraints.structured is None or constraints.calls is not None,
         )
         token_ids = self._tokenizer.encode(text, options.add_special_tokens)
-        return text, token_ids, Account(request.source, tuple(layers), make_parser, (*request.notes, *notes))
+        told = (*request.all_notes(constraints), *notes)
+        return text, token_ids, Account(request.source, tuple(layers), make_parser, told)
 
     def _prompt(self, request: PromptRequest) -> tuple[str | None, list[int]]:
         if isinstance(request.prompt, str):

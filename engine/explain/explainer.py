@@ -10,8 +10,9 @@ from engine.errors import RequestError
 from engine.explain.request_log import RequestLog, RequestRecord, common_prefix
 from engine.memory.plan import MemoryPlan
 from engine.params.sampling_params import COMMON, CONSTRAINTS, SamplingParams
-from engine.params.structured_outputs import Constraints
+from engine.params.structured_outputs import Constraints, ToolCalls
 from engine.runner.kv.attention_path import AttentionPath, describe
+from engine.text.guide.structured_output_manager import grammar_notes
 from engine.text.tokens.token_texts import token_texts
 from engine.text.tokens.tokenizer import Tokenizer
 
@@ -171,7 +172,7 @@ class Explainer:
             num_preemptions=metrics.num_preemptions,
             finished=outcome.finished,
             error=outcome.error,
-            notes=record.account.notes,
+            notes=(*record.account.notes, *grammar_notes(record.constraints)),
         )
 
     def _output(self, record: RequestRecord, index: int) -> Output:
@@ -312,6 +313,8 @@ def constraint_lines(constraints: Constraints | None) -> list[str]:
 
 
 def _set_fields(part: Any) -> str:
+    if isinstance(part, ToolCalls):
+        return "instead of it, any of " + ", ".join(str(function["name"]) for function in part.functions)
     return ", ".join(f"{name}={value!r}" for name, value in _fields(part) if value not in (None, False))
 
 

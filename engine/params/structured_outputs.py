@@ -53,7 +53,7 @@ class ToolCalls:
 class StructuredOutput:
     """A grammar for the answer; exactly one kind is given. Field names are vLLM's ``structured_outputs``.
 
-    ``json`` is a schema (object or text), ``choice`` a list of texts, ``grammar`` Lark or GBNF text,
+    ``json`` is a schema (object or text), ``choice`` a list of texts, ``grammar`` Lark, or GBNF where it holds ``::=``,
     ``structural_tag`` an object with a ``format``, or with ``structures`` and ``triggers``. Raises RequestError.
     """
 
@@ -208,11 +208,15 @@ Shorter patterns repeat at their multiples too, so one token 128 times is found 
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """Everything that constrains one request's output. None: nothing asked for."""
+    """Everything that constrains one request's output. None: nothing asked for.
+
+    ``calls`` may be made in place of an answer as ``structured`` says it must be.
+    """
 
     structured: StructuredOutput | None = None
     thinking: ThinkingBudget | None = None
     repetition: RepetitionDetection | None = None
+    calls: ToolCalls | None = None
 
     @classmethod
     def from_request(
@@ -226,18 +230,20 @@ class Constraints:
         thinking_token_budget: int | None = None,
         repetition_detection: RepetitionDetection | Mapping[str, Any] | None = None,
     ) -> Self | None:
-        """From request fields as they come; None if nothing is constrained. Raises RequestError."""
+        """From request fields as they come; None if nothing is constrained. Raises RequestError.
+
+        A demanded call wins over ``response_format``, as in vLLM: clients send both in every turn.
+        """
+        calls = ToolCalls.from_request(tools, tool_choice, parallel_tool_calls)
         formats = [
             None if structured_outputs is None else StructuredOutput.from_structured_outputs(structured_outputs),
-            StructuredOutput.from_response_format(response_format),
+            StructuredOutput.from_response_format(response_format) if calls is None else None,
+            None if calls is None else StructuredOutput(tool_calls=calls),
         ]
-        calls = ToolCalls.from_request(tools, tool_choice, parallel_tool_calls)
         found = [one for one in formats if one is not None]
-        if calls is not None:
-            found.append(StructuredOutput(tool_calls=calls))
         if len(found) > 1:
             raise RequestError(
-                "structured_outputs, response_format and a demanded tool call exclude each other: give one.",
+                "structured_outputs and response_format, or a demanded tool call, exclude each other: give one.",
                 param="structured_outputs",
             )
         made = cls(
@@ -246,6 +252,16 @@ class Constraints:
             RepetitionDetection.from_request(repetition_detection),
         )
         return None if made == cls() else made
+
+    def with_possible_calls(
+        self, tools: Sequence[Mapping[str, Any]] | None, tool_choice: object, *, parallel: bool
+    ) -> Self:
+        """With the calls that a request leaves to the model; a structural tag says itself what may be called."""
+        if self.structured is None or self.structured.kind in ("tool_calls", "structural_tag"):
+            return self
+        if not tools or tool_choice not in (None, "auto"):
+            return self
+        return replace(self, calls=ToolCalls(tuple(tools), (), parallel))
 
     def joined(self, other: Self) -> Self:
         """Both together. Raises RequestError where they ask for the same."""
@@ -265,6 +281,7 @@ _FIELD_NAMES = {
     "structured": "structured_outputs",
     "thinking": "thinking_token_budget",
     "repetition": "repetition_detection",
+    "calls": "tools",
 }
 """What a request calls the parts of :class:`Constraints`."""
 

@@ -486,6 +486,8 @@ def _log_cut_thought(request: Request) -> None:
 
 def _no_token(request: Request) -> str:
     """Why a row gave no token."""
-    if request.guide is not None:
+    if request.params.allowed_token_ids is not None:
+        return "no token is left of allowed_token_ids that bad_words, logit_bias and min_tokens allow"
+    if request.guide is not None and request.guide.waits:
         return "no token is left that the grammar and the request's bad_words, logit_bias and min_tokens all allow"
     return "the model gave no finite logits: its weights or element type are broken"

@@ -1,7 +1,9 @@
 """From a tokenized prompt to a request that the engine takes: checked, seeded, with its limits known."""
 
 import itertools
+import math
 import secrets
+from collections.abc import Sequence
 from typing import Self
 
 from engine.core.request import NewRequest, check_length
@@ -75,6 +77,8 @@ class RequestMaker:
             raise RequestError(f"Token id {wrong} is out of vocabulary ({self.vocab_size}).", param="prompt")
         check_token_ids(params, self.vocab_size)
         check_length(len(token_ids), params.max_tokens, max_model_len)
+        bad_words = self._bad_words(params)
+        self._check_allowed(params, bad_words)
         return NewRequest(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -82,7 +86,7 @@ class RequestMaker:
             max_tokens=params.max_tokens or max_model_len - len(token_ids),
             eos_token_ids=self.eos_token_ids,
             seed=self._seed(params),
-            bad_words_token_ids=self._bad_words(params),
+            bad_words_token_ids=bad_words,
             priority=priority,
             cache_salt=cache_salt,
             make_guide=self.structured_outputs.prepare(constraints, token_ids, params, make_parser),
@@ -94,6 +98,23 @@ class RequestMaker:
         if self._base_seed is not None:
             return self._base_seed * 1_000_003 + next(self._numbers)
         return secrets.randbits(63)
+
+    def _check_allowed(self, params: SamplingParams, bad_words: Sequence[Sequence[int]]) -> None:
+        """Refuse ``allowed_token_ids`` of which the first token can be none (RequestError)."""
+        if params.allowed_token_ids is None:
+            return
+        forbidding = {
+            "bad_words": {word[0] for word in bad_words if len(word) == 1},
+            "logit_bias": {token for token, bias in params.logit_bias.items() if bias == -math.inf},
+            "min_tokens": {*self.eos_token_ids, *params.stop_token_ids} if params.min_tokens else set(),
+        }
+        allowed = set(params.allowed_token_ids)
+        if allowed <= set().union(*forbidding.values()):
+            why = " and ".join(name for name, tokens in forbidding.items() if allowed & tokens)
+            raise RequestError(
+                f"allowed_token_ids: no token is left, {why} forbid all of {sorted(allowed)[:8]}.",
+                param="allowed_token_ids",
+            )
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Each word as tokens, at the start of a text and behind a space, as in vLLM."""

@@ -230,6 +230,9 @@ def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
                 f"token_id(s) {outside} in {name} contain out-of-vocab token ids. Vocabulary size: {vocab_size}",
                 param=name,
             )
+    for token_id, bias in params.logit_bias.items():
+        if not bias < np.inf:
+            raise RequestError(f"logit_bias of token {token_id} must be a number, got {bias}.", param="logit_bias")
 
 
 def _int32(values: Iterable[int]) -> Int32:

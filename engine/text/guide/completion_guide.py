@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engine.core.token_guide import COMPLETE, REPETITION_STOP_REASON, ThinkingCut
 from engine.params.structured_outputs import RepetitionDetection
-from engine.text.guide.grammar import GrammarMatcher
+from engine.text.guide.grammar import Matcher
 from engine.text.guide.thinking_state import ThoughtTracker
 from engine.text.parse.output_parser import ThinkingState
 
@@ -58,7 +58,7 @@ class CompletionGuide:
     def __init__(
         self,
         *,
-        matcher: GrammarMatcher | None = None,
+        matcher: Matcher | None = None,
         tracker: ThoughtTracker | None = None,
         budget: int | None = None,
         own_budget: bool = False,
@@ -68,6 +68,8 @@ class CompletionGuide:
         eos_token_ids: Iterable[int] = (),
     ) -> None:
         self._matcher = matcher
+        self._called = False
+        """Whether a call was made inside a thought: then there is no answer to be constrained."""
         self._tracker = tracker
         self._budget = budget
         self._own_budget = own_budget
@@ -88,7 +90,7 @@ class CompletionGuide:
         """See :class:`engine.core.token_guide.TokenGuide`."""
         if self._matcher is not None or self._forced:
             return True
-        if self._tracker is None or self._budget is None or self._state is ThinkingState.ANSWER:
+        if self._tracker is None or self._budget is None or self._state in (ThinkingState.ANSWER, ThinkingState.CALL):
             return False
         return self._tracker.num_tokens + (self._state is ThinkingState.THOUGHT) >= self._budget
 
@@ -100,6 +102,8 @@ class CompletionGuide:
     def fill_bitmask(self, words: NDArray[np.int32]) -> bool:
         """See :class:`engine.core.token_guide.TokenGuide`. A thought is free but for its request's end."""
         if self._matcher is None or self.forced_token is not None or self.error is not None:
+            return False
+        if self._called or self._state is ThinkingState.CALL:
             return False
         if self._state is ThinkingState.THOUGHT:
             words[:] = -1
@@ -125,10 +129,11 @@ class CompletionGuide:
             if self._ending is not None and not self._tracker.may_be_ended:
                 # The model ended the thought, or calls a tool: no end is forced.
                 self._forced, self._num_passing, self._ending = [], 0, None
+        self._called |= before is ThinkingState.CALL and self._state is ThinkingState.ANSWER
         if self._state is ThinkingState.THOUGHT:
             self._think(token_id, begins=before is not ThinkingState.THOUGHT, waited=waited)
             return None
-        return None if before is ThinkingState.THOUGHT else self._answer(token_id)
+        return None if before in (ThinkingState.THOUGHT, ThinkingState.CALL) else self._answer(token_id)
 
     def finish_thinking(self, in_flight: bool) -> None:
         """See :class:`engine.core.token_guide.TokenGuide`. A thought that has not begun gets no budget."""
@@ -175,7 +180,7 @@ class CompletionGuide:
             self._end_thought("repetition", waited=waited)
 
     def _answer(self, token_id: int) -> str | None:
-        if self._matcher is not None:
+        if self._matcher is not None and not self._called:
             if self._begins_start_marker(token_id):
                 self._forced = list(self._start[1:])
                 return None

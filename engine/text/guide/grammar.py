@@ -5,16 +5,19 @@ computed on the fly. A grammar is checked when a request comes in; the library a
 trie (about a third of a second for 49k tokens) are loaded with the first one.
 """
 
-import json
+import re
 import threading
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from engine.errors import RequestError
 from engine.params.structured_outputs import StructuredOutput, parse_json_text
+from engine.text.guide.json_schema import written_schema
+from engine.text.guide.lark_text import ascii_lark, lark_regex, lark_string, says_gbnf
 from engine.text.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -22,29 +25,85 @@ if TYPE_CHECKING:
 
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Between the parts of JSON: bounded, since small models otherwise never stop writing white space."""
+_UNREADABLE = "this model's tokenizer cannot be read for grammars"
 
 
 class _Tokens:
-    """A model's tokens in llguidance, which does not treat added tokens such as ``<tool_call>`` as text."""
+    """A model's tokens in llguidance, which does not treat added tokens such as ``<tool_call>`` as text.
+
+    There may be more of them than logits: ``vocab_size`` are the model's, and only they may be written.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> None:
         from llguidance import LLTokenizer
 
-        self.all = LLTokenizer(tokenizer.hf.to_str(), n_vocab=vocab_size, eos_token=eos_token_ids)
+        most = max(tokenizer.hf.get_vocab(with_added_tokens=True).values(), default=0) + 1
+        size = max(vocab_size, most)
+        try:
+            self.all = LLTokenizer(tokenizer.hf.to_str(), n_vocab=size, eos_token=eos_token_ids)
+        except ValueError as error:
+            raise RequestError(
+                f"{_UNREADABLE}, so structured output and demanded calls are not possible with it: "
+                f"{_one_line(str(error))}",
+                param="structured_outputs",
+            ) from None
+        self.num_words = -(-size // 32)
+        self.vocab_size = vocab_size
         self._tokenizer = tokenizer
+        added = (token.content for token in tokenizer.hf.get_added_tokens_decoder().values())
+        self._marks = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
 
     def mark(self, text: str) -> str:
         """``text`` in a Lark grammar: by its id where it is a token that llguidance does not treat as text."""
         token_id = self._tokenizer.hf.token_to_id(text)
-        if token_id is not None and self.all.is_special_token(token_id):
+        if token_id is not None and token_id < self.vocab_size and self.all.is_special_token(token_id):
             return f"<[{token_id}]>"
-        return json.dumps(text, ensure_ascii=False)
+        return lark_string(text)
+
+    def marks(self, text: str) -> str:
+        """``text`` in a Lark grammar, where it may hold several such tokens."""
+        place, parts = 0, []
+        for found in self._marks.finditer(text):
+            parts += [text[place : found.start()], found.group()]
+            place = found.end()
+        return " ".join(self.mark(part) for part in [*parts, text[place:]] if part)
 
     def spelled(self, token_id: int) -> list[int]:
         """The text of such a token, spelled with ordinary tokens; empty for all other tokens."""
         if not self.all.is_special_token(token_id) or token_id in self._tokenizer.special_ids:
             return []
         return list(self.all.greedy_tokenize(self._tokenizer.token_text(token_id)))
+
+
+class Matcher(Protocol):
+    """The state of one completion in what it must be."""
+
+    def another(self) -> "Matcher":
+        """A second matcher in the same state."""
+
+    def fill_bitmask(self, words: NDArray[np.int32]) -> None:
+        """Set the bits of the tokens that may come next, end tokens included where it may end."""
+
+    def accepts(self, token_id: int) -> bool:
+        """Whether this token may come next."""
+
+    def consume(self, token_id: int) -> bool:
+        """Take a token; False if it may not come, or what is read became too complex."""
+
+    def reset(self) -> None:
+        """Back to the beginning."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end can follow."""
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the end can follow."""
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong, as one line."""
 
 
 class GrammarMatcher:
@@ -60,7 +119,12 @@ class GrammarMatcher:
 
     def fill_bitmask(self, words: NDArray[np.int32]) -> None:
         """Set the bits of the tokens that the grammar allows next, including end tokens where it may end."""
-        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if len(words) == self._tokens.num_words:
+            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            return
+        every = np.zeros(self._tokens.num_words, np.int32)
+        self._matcher.unsafe_compute_mask_ptr(every.ctypes.data, every.nbytes)
+        words[:] = every[: len(words)]
 
     def accepts(self, token_id: int) -> bool:
         """Whether the grammar allows this token next."""
@@ -87,6 +151,11 @@ class GrammarMatcher:
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     @property
+    def may_end(self) -> bool:
+        """Whether the end can follow."""
+        return bool(self._matcher.is_accepting())
+
+    @property
     def error(self) -> str | None:
         """What went wrong, as one line."""
         return _one_line(self._matcher.get_error()) if self._matcher.is_error() else None
@@ -108,15 +177,24 @@ class GrammarCompiler:
 
         tokens = self._tokens()
         matcher = LLMatcher(tokens.all, grammar, log_level=0)
-        begins = not matcher.is_error() and any(matcher.compute_bitmask())
-        if matcher.is_error() or not begins:
-            why = _one_line(matcher.get_error()) or "no text satisfies it"
-            raise RequestError(f"bad grammar or schema: {why}", param=param)
+        if matcher.is_error():
+            raise RequestError(f"bad grammar or schema: {_one_line(matcher.get_error())}", param=param)
+        if not self._begins(matcher) or matcher.is_error():  # which is known only now
+            raise RequestError("bad grammar or schema: no text satisfies it", param=param)
         return GrammarMatcher(matcher, tokens)
+
+    def _begins(self, matcher: "LLMatcher") -> bool:
+        """Whether one of the model's tokens can come first, or nothing must."""
+        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        return bool(np.unpackbits(mask, count=self._vocab_size, bitorder="little").any())
 
     def mark(self, text: str) -> str:
         """``text`` in a Lark grammar; a mark that is a single token is written by its id."""
         return self._tokens().mark(text)
+
+    def marks(self, text: str) -> str:
+        """``text`` in a Lark grammar; marks in it that are single tokens are written by their ids."""
+        return self._tokens().marks(text)
 
     def _tokens(self) -> _Tokens:
         with self._lock:
@@ -125,37 +203,67 @@ class GrammarCompiler:
             return self._loaded
 
 
-def grammar_text(structured: StructuredOutput) -> str:
-    """llguidance's grammar for every kind except tool calls and structural tags. Raises RequestError."""
-    from llguidance import LLMatcher, grammar_from
+def tokenizer_problem(tokenizer: Tokenizer) -> str | None:
+    """A line for the user where no grammar can be used with this tokenizer: llguidance reads it by its decoder.
 
+    The vocabulary is left out, whose trie would take a third of a second.
+    """
+    decoder = tokenizer.hf.decoder
+    if isinstance(decoder, tokenizers.decoders.ByteLevel):
+        return None
+    from llguidance import LLTokenizer
+
+    small = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    if decoder is not None:
+        small.decoder = decoder
+    try:
+        LLTokenizer(small.to_str(), n_vocab=2, eos_token=[1])
+    except ValueError as error:
+        return f"structured output and demanded calls: none, {_UNREADABLE} ({_one_line(str(error))[:100]})"
+    return None
+
+
+def grammar_text(structured: StructuredOutput, relaxed: set[str]) -> str:
+    """llguidance's grammar for every kind except tool calls and structural tags; see :func:`json_grammar`."""
     if structured.json_object:
-        return json_grammar({"type": "object"}, structured)
+        return json_grammar({"type": "object"}, relaxed, structured)
     if structured.json is not None:
         schema = structured.json
-        return json_grammar(parse_json_text(schema, "json") if isinstance(schema, str) else schema, structured)
+        schema = parse_json_text(schema, "json") if isinstance(schema, str) else schema
+        return json_grammar(schema, relaxed, structured)
     if structured.regex is not None:
-        return str(LLMatcher.grammar_from_regex(structured.regex))
+        return lark_regex(structured.regex)
     if structured.choice is not None:
-        return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in structured.choice)
+        return "start: " + " | ".join(map(lark_string, structured.choice))
     assert structured.grammar is not None, "tool calls and structural tags have their own grammars"
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
     try:
-        return str(grammar_from("grammar", structured.grammar))
-    except ValueError as error:
+        lark = any_to_lark(structured.grammar) if says_gbnf(structured.grammar) else ascii_lark(structured.grammar)
+        return str(LLMatcher.grammar_from_lark(lark))
+    except Exception as error:  # noqa: BLE001 - the converter's error has no class of its own that it gives
         raise RequestError(f"bad grammar: {_one_line(str(error))}", param="structured_outputs") from None
 
 
-def json_grammar(schema: Any, structured: StructuredOutput | None = None) -> str:
-    """The grammar of a JSON schema (an object or a truth value)."""
+def json_grammar(
+    schema: Any, relaxed: set[str], structured: StructuredOutput | None = None, *, closes: bool = True
+) -> str:
+    """The grammar of a JSON schema (an object or a truth value). Raises RequestError.
+
+    ``relaxed`` gets the keywords that it cannot enforce. ``closes``: objects that do not say otherwise have the
+    declared properties only.
+    """
     from llguidance import LLMatcher
 
     if not isinstance(schema, Mapping | bool):
         raise RequestError("json must be a schema: an object, or true.", param="structured_outputs")
-    schema = dict(schema) if isinstance(schema, Mapping) else {} if schema else {"not": {}}
-    if structured is not None and structured.disable_additional_properties:
-        schema = _closed(schema)
+    written, left_out = written_schema(schema, closes=closes)
+    relaxed |= left_out
+    if isinstance(written, bool):
+        written = {} if written else {"not": {}}
     try:
-        return str(LLMatcher.grammar_from_json_schema(schema, defaults=whitespace_options(structured)))
+        return str(LLMatcher.grammar_from_json_schema(written, defaults=whitespace_options(structured)))
     except ValueError as error:
         raise RequestError(f"bad grammar or schema: {_one_line(str(error))}", param="structured_outputs") from None
 
@@ -168,17 +276,7 @@ def whitespace_options(structured: StructuredOutput | None = None) -> Any:
     return {"whitespace_pattern": pattern or _WHITESPACE}
 
 
-def _closed(schema: Any) -> Any:
-    """A schema whose objects allow only the declared properties."""
-    if isinstance(schema, list):
-        return [_closed(part) for part in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    closed = {key: _closed(value) for key, value in schema.items()}
-    if "properties" in closed and "additionalProperties" not in closed:
-        closed["additionalProperties"] = False
-    return closed
-
-
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:200]
+    """A library's words in one line, keywords that it lacks by their names."""
+    line = " ".join(text.split())
+    return re.sub(r"Unimplemented keys: \[(.*?)\]", r"the grammar cannot enforce \1", line)[:200]

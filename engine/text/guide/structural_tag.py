@@ -12,6 +12,7 @@ from typing import Any
 from engine.errors import RequestError
 from engine.params.structured_outputs import parse_json_text
 from engine.text.guide.grammar import whitespace_options
+from engine.text.guide.json_schema import written_schema
 
 _FIELDS = {
     "const_string": {"value"},
@@ -27,11 +28,14 @@ _FIELDS = {
 Format = Mapping[str, Any]
 
 
-def structural_tag_grammar(tag: Mapping[str, Any] | str, mark: Callable[[str], str]) -> str:
-    """llguidance's grammar of a structural tag. Raises RequestError that names what is not supported."""
+def structural_tag_grammar(tag: Mapping[str, Any] | str, mark: Callable[[str], str], relaxed: set[str]) -> str:
+    """llguidance's grammar of a structural tag. Raises RequestError that names what is not supported.
+
+    ``relaxed`` gets the keywords of schemas that it cannot enforce.
+    """
     value = parse_json_text(tag, "structural_tag") if isinstance(tag, str) else tag
     root = value["format"] if isinstance(value, Mapping) and "format" in value else _older_form(value)
-    rules = _Rules(mark)
+    rules = _Rules(mark, relaxed)
     start = rules.sequence([_checked(root)], last=True)
     return "\n".join([f"start: {start}", *rules.lines])
 
@@ -59,9 +63,10 @@ def _older_form(value: Any) -> Format:
 class _Rules:
     """The grammar's rules while a format is read. ``mark`` writes a text that may be a single token."""
 
-    def __init__(self, mark: Callable[[str], str]) -> None:
+    def __init__(self, mark: Callable[[str], str], relaxed: set[str]) -> None:
         self.lines = ["TEXT: /(.|\\n)*/"]
         self._mark = mark
+        self._relaxed = relaxed
 
     def sequence(self, parts: list[Format], *, last: bool) -> str:
         """Formats one after another; ``last`` means that nothing follows them."""
@@ -104,7 +109,9 @@ class _Rules:
         schema = part.get("json_schema")
         if not isinstance(schema, Mapping | bool) or part.get("style", "json") != "json":
             raise _error("json_schema must hold a schema, in the style json")
-        schema = {**schema, "x-guidance": whitespace_options()} if isinstance(schema, Mapping) else schema
+        schema, left_out = written_schema(schema)
+        self._relaxed |= left_out
+        schema = {**schema, "x-guidance": whitespace_options()} if isinstance(schema, dict) else schema
         return self._rule(f"%json {json.dumps(schema, ensure_ascii=False)}")
 
     def _text_up_to(self, end: str) -> str:

@@ -93,7 +93,8 @@ class HarmonyReader:
 
     def _body(self, header: str) -> Steps[str | None]:
         recipient = _RECIPIENT.search(header)
-        self._decide(ThinkingState.ANSWER)
+        calls = recipient and self.with_calls and not self.forced
+        self._decide(ThinkingState.CALL if calls else ThinkingState.ANSWER)
         if recipient and self.with_calls and (yield from self.scanner.after_space(["{"])) == "{":
             yield from self._arguments(recipient.group(1))
         elif f"{_CHANNEL}analysis" in header:

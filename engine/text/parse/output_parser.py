@@ -305,7 +305,8 @@ class _MarkedReader:
         """Try to read calls. False, and nothing read, if the text is not a call. What a limit cut off is dropped."""
         mark = self.scanner.mark()
         seen, state = self.sink.num_seen, self.sink.thinking_state
-        self.sink.thinking_state = ThinkingState.ANSWER
+        inside = state is ThinkingState.THOUGHT
+        self.sink.thinking_state = ThinkingState.CALL if inside else ThinkingState.ANSWER
         self.scanner.at_end = False
         try:
             yield from calls.read(self.scanner, self.sink, self.schemas, start)

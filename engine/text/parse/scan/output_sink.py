@@ -18,7 +18,9 @@ class ThinkingState(enum.Enum):
     """Nothing written yet: a thought may begin."""
     THOUGHT = enum.auto()
     ANSWER = enum.auto()
-    """In the answer or a tool call, also in a call that began inside a thought."""
+    """In the answer, or in a tool call that is written there."""
+    CALL = enum.auto()
+    """In a call that began inside a thought, or is a message of its own (harmony): not where an answer stands."""
 
 
 @dataclass(slots=True)

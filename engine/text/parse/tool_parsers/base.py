@@ -113,11 +113,13 @@ class FormatFacts(Recognised):
     """What differs between formats of tool calls, besides their marks.
 
     ``make_call_id`` makes ids for calls that have none. ``demanded`` is the form of demanded calls; None: vLLM's
-    (:mod:`engine.text.parse.tool_parsers.forced`), which all parsers read when a call is demanded.
+    (:mod:`engine.text.parse.tool_parsers.forced`), which all parsers read when a call is demanded. ``bare_opening`` is
+    what a call without a mark begins with, ``NAME`` in it the function's.
     """
 
     make_call_id: MakeCallId = random_call_id
     demanded: DemandedForm | None = None
+    bare_opening: str = ""
 
 
 class ToolParser(Protocol):
@@ -134,6 +136,10 @@ class ToolParser(Protocol):
 
     @property
     def demanded(self) -> DemandedForm | None:
+        """See :class:`FormatFacts`."""
+
+    @property
+    def bare_opening(self) -> str:
         """See :class:`FormatFacts`."""
 
     def in_template(self, template: str) -> bool:

@@ -160,7 +160,14 @@ LLAMA3_JSON = JsonCalls(
     templates=(("<|python_tag|>",), ("<|eot_id|>", '"parameters": ')),
     demanded=DemandedForm("parameters", separator="; "),
 )
-GRANITE = JsonCalls(("<|tool_call|>", "<tool_call>"), ("</tool_call>",), bare="[", templates=(("<|tool_call|>",),))
+_LISTED = '[{"name": "NAME"'
+GRANITE = JsonCalls(
+    ("<|tool_call|>", "<tool_call>"),
+    ("</tool_call>",),
+    bare="[",
+    bare_opening=_LISTED,
+    templates=(("<|tool_call|>",),),
+)
 PHI4_MINI = JsonCalls(("functools",), templates=(("functools",),))
 JAMBA = JsonCalls(("<tool_calls>",), ("</tool_calls>",), templates=(("<tool_calls>",),))
 INTERNLM = JsonCalls(
@@ -169,7 +176,7 @@ INTERNLM = JsonCalls(
     templates=(("<|action_start|>",),),
 )
 COHERE = JsonCalls(("<|START_ACTION|>",), ("<|END_ACTION|>",), templates=(("<|START_ACTION|>",),))
-XLAM = JsonCalls(("[TOOL_CALLS]", "<tool_call>"), ("</tool_call>",), bare="[")
+XLAM = JsonCalls(("[TOOL_CALLS]", "<tool_call>"), ("</tool_call>",), bare="[", bare_opening=_LISTED)
 GRANITE_20B_FC = JsonCalls(("<function_call>",))
 _GIGACHAT3 = "function call<|role_sep|>\n"
 GIGACHAT3 = JsonCalls((_GIGACHAT3, f"<|message_sep|>\n\n{_GIGACHAT3}", "<|function_call|>"))

@@ -119,6 +119,7 @@ class PythonicCalls(FormatFacts):
 
 
 PYTHONIC = PythonicCalls(
+    bare_opening="[NAME(",
     templates=(("<|tool_list_start|>",), ("<|tool_call_start|>",)),
     vocab=frozenset({"<|tool_call_start|>", "<|tool_call_end|>"}),
 )

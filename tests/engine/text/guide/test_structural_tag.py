@@ -8,6 +8,7 @@ from engine.errors import RequestError
 from engine.text.guide.grammar import GrammarCompiler
 from engine.text.guide.structural_tag import structural_tag_grammar
 from engine.text.tokens.tokenizer import Tokenizer
+from tests.engine.text.guide import admitting
 
 INTEGER = {"type": "json_schema", "json_schema": {"type": "integer"}}
 ANY = {"type": "any_text"}
@@ -30,13 +31,9 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
 
 
 def admits(compiler: GrammarCompiler, tokenizer: Tokenizer, format: Any, text: str) -> bool:
-    """Whether the grammar takes ``text`` token by token and may end behind it."""
+    """Whether the grammar of a format takes ``text`` as a whole."""
     tag = {"type": "structural_tag", "format": format}
-    matcher = compiler.compile(structural_tag_grammar(tag, compiler.mark))
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    return all(matcher.consume(token) if matcher.accepts(token) else False for token in ids) and (
-        matcher.complete or matcher.accepts(min(tokenizer.eos_token_ids))
-    )
+    return admitting.admits(compiler, tokenizer, structural_tag_grammar(tag, compiler.mark, set()), text)
 
 
 @pytest.mark.parametrize(
@@ -103,4 +100,4 @@ def test_a_tag_whose_mark_is_one_token_begins_with_that_token(compiler: GrammarC
 )
 def test_what_is_not_understood_is_refused_by_name(format: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        structural_tag_grammar({"type": "structural_tag", "format": format}, repr)
+        structural_tag_grammar({"type": "structural_tag", "format": format}, repr, set())

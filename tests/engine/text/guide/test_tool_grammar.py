@@ -120,9 +120,9 @@ def test_a_demanded_call_is_read_back_by_the_parser_of_its_grammar(
 def test_every_name_of_a_family_has_its_grammar(name: str, family: str, begin: str, choice: str) -> None:
     calls = ToolCalls.from_request(TOOLS, CHOICES[choice], None)
     assert calls is not None
-    grammar = tool_grammar(TOOL_PARSERS[name].demanded, calls, json.dumps)
+    grammar = tool_grammar(TOOL_PARSERS[name].demanded, calls, json.dumps, set())
     assert begin in grammar
-    assert grammar == tool_grammar(TOOL_PARSERS[family].demanded, calls, json.dumps)
+    assert grammar == tool_grammar(TOOL_PARSERS[family].demanded, calls, json.dumps, set())
 
 
 @pytest.mark.parametrize("name", ["granite4", "ernie45", "llama4_json"])
