@@ -99,7 +99,18 @@ class RequestError(VMMagicError, ValueError):
 
 
 class ContextLengthError(RequestError):
-    """Prompt and requested output do not fit in ``max_model_len``."""
+    """Prompt and requested output do not fit in ``max_model_len``.
+
+    ``num_prompt``, ``asked`` and ``limit`` are token counts: the prompt's, those to be generated, and both at most.
+    """
+
+    def __init__(
+        self, message: str, *, param: str | None = None, num_prompt: int = 0, asked: int = 0, limit: int = 0
+    ) -> None:
+        super().__init__(message, param=param)
+        self.num_prompt = num_prompt
+        self.asked = asked
+        self.limit = limit
 
 
 class UnknownModelError(RequestError):

@@ -70,21 +70,23 @@ def write_scripted_model(
     special_tokens: Sequence[str] = (),
     chat_template: str | None = None,
     step_seconds: float = 0.0,
+    context_length: int = tiny_models.CONTEXT_LENGTH,
+    selectors: Sequence[str] = (),
 ) -> Path:
     """A whole model folder that says ``scripts``.
 
     ``extra_tokens`` and ``special_tokens`` become single tokens beside ``MARKERS`` (special ones are those that
-    ``skip_special_tokens`` leaves out); ``chat_template`` replaces SmolLM2's ChatML.
+    ``skip_special_tokens`` leaves out); ``chat_template`` replaces SmolLM2's ChatML. ``selectors`` choose scripts in
+    place of ``<|script_N|>``: ordinary tokens, which a script may write and a client sends back.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tiny_models.write_tokenizer(folder, gguf)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    plain = [text for text in (*MARKERS, *extra_tokens) if text not in special_tokens]
+    plain = [text for text in (*MARKERS, *extra_tokens, *selectors) if text not in special_tokens]
     tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False, special=False) for text in plain])
-    chosen = [f"<|script_{number}|>" for number in range(MAX_SCRIPTS)]
-    tokenizer.add_special_tokens(
-        [tokenizers.AddedToken(text, normalized=False, special=True) for text in (*special_tokens, *chosen)]
-    )
+    chosen = list(selectors) or [f"<|script_{number}|>" for number in range(MAX_SCRIPTS)]
+    special = [*special_tokens, *(text for text in chosen if text not in selectors)]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in special])
     tokenizer.save(str(folder / "tokenizer.json"))
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
@@ -94,7 +96,7 @@ def write_scripted_model(
         "model_type": "scripted",
         "architectures": ["ScriptedForCausalLM"],
         "vocab_size": tokenizer.get_vocab_size(),
-        "max_position_embeddings": tiny_models.CONTEXT_LENGTH,
+        "max_position_embeddings": context_length,
         "torch_dtype": "float32",
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -43,6 +43,9 @@ def check_length(num_prompt: int, max_tokens: int | None, limit: int) -> None:
             f"{num_prompt + asked} tokens. Please reduce the length of the input prompt or the number of "
             "requested output tokens.",
             param="max_tokens" if num_prompt < limit else "prompt",
+            num_prompt=num_prompt,
+            asked=asked,
+            limit=limit,
         )
 
 

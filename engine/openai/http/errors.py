@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from engine.errors import EngineClosedError, GenerationError, RequestError
+from engine.errors import ContextLengthError, EngineClosedError, GenerationError, RequestError
 
 logger = logging.getLogger("engine.openai")
 MESSAGES_PATH = "/v1/messages"
@@ -126,7 +126,19 @@ async def _on_client_gone(_request: Request, _error: Exception) -> Response:
 
 
 async def _on_exception(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, ContextLengthError) and error.limit and MESSAGES_PATH in request.url.path:
+        error = RequestError(_too_long(error), param=error.param)
     return _response(describe(error), request.url.path)
+
+
+def _too_long(error: ContextLengthError) -> str:
+    """In the words by which Anthropic's clients know that fewer output tokens, or a shorter history, would do."""
+    if error.num_prompt < error.limit:
+        return (
+            f"input length and `max_tokens` exceed context limit: {error.num_prompt} + {error.asked} > {error.limit}, "
+            "decrease input length or `max_tokens` and try again"
+        )
+    return f"prompt is too long: {error.num_prompt} tokens > {error.limit} maximum"
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:

@@ -9,12 +9,11 @@ from fastapi.responses import JSONResponse, Response
 from engine.openai.http.errors import MESSAGES_PATH, anthropic_error, describe
 from engine.openai.http.sse import StreamForm, named_event
 from engine.openai.routes.messages_output import MessageEvents, ending, message_object, usage
-from engine.openai.schema.messages_input import chat_request
+from engine.openai.schema.messages_input import ReadRequest, read_request
 from engine.openai.schema.messages_protocol import CountTokensRequest, MessagesRequest
-from engine.openai.schema.protocol import ChatCompletionRequest
-from engine.openai.schema.validation import MESSAGES_REFUSED_FIELDS, check_extra_fields
+from engine.openai.schema.validation import MESSAGES_REFUSED_FIELDS, refuse_fields
 from engine.openai.serving.chat_preparation import prepare_chat, start_chat
-from engine.openai.serving.generation import Job, open_request, port_of, stream_job
+from engine.openai.serving.generation import Job, Port, open_request, port_of, stream_job
 
 router = APIRouter(tags=["Anthropic"])
 _PING = {"type": "ping"}
@@ -24,8 +23,17 @@ _PING = {"type": "ping"}
 async def create_message(body: MessagesRequest, request: Request) -> Response:
     """Reply to a conversation in Anthropic's form; with ``stream`` as its named events."""
     port = port_of(request)
-    chat_body = _chat_body(body)
-    job = await start_chat(port, request, chat_body, [chat_body.messages], prefix="msg", folds_system=True)
+    read = _read(body, port)
+    job = await start_chat(
+        port,
+        request,
+        read.chat,
+        [read.chat.messages],
+        prefix="msg",
+        shown_tools=read.shown_tools,
+        notes=read.notes,
+        folds_system=True,
+    )
     if body.stream:
         form = StreamForm(named_event, _errors, keep_alive=named_event(_PING), end=b"")
         return stream_job(port, request, job, _events(job, MessageEvents()), form)
@@ -39,14 +47,17 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
 @router.post(f"{MESSAGES_PATH}/count_tokens", response_model=None)
 async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
     """How many tokens a conversation has as a prompt."""
-    chat_body = _chat_body(body)
-    prepared = await prepare_chat(port_of(request), chat_body, [chat_body.messages], folds_system=True)
+    port = port_of(request)
+    read = _read(body, port)
+    prepared = await prepare_chat(
+        port, read.chat, [read.chat.messages], shown_tools=read.shown_tools, folds_system=True
+    )
     return JSONResponse({"input_tokens": len(prepared[0].token_ids)})
 
 
-def _chat_body(body: CountTokensRequest) -> ChatCompletionRequest:
-    check_extra_fields(body, MESSAGES_REFUSED_FIELDS)
-    return chat_request(body)
+def _read(body: CountTokensRequest, port: Port) -> ReadRequest:
+    refuse_fields(body, MESSAGES_REFUSED_FIELDS)
+    return read_request(body, port.engine.preparer.template.variables)
 
 
 def _errors(error: Exception) -> list[dict[str, Any]]:

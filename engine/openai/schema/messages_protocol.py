@@ -1,6 +1,6 @@
 """Anthropic's Messages API: the fields of its requests."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -10,7 +10,7 @@ from engine.openai.schema.protocol import Effort, JsonObject, ReplyFields, Reque
 class ThinkingOptions(RequestBody):
     """Whether to think, and for how many tokens at most."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: str
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
@@ -30,6 +30,7 @@ class CountTokensRequest(TemplateFields):
     tool_choice: JsonObject | None = None
     thinking: ThinkingOptions | None = None
     output_config: OutputOptions = Field(default_factory=OutputOptions)
+    output_format: JsonObject | None = Field(None, description="The older name of `output_config.format`.")
 
 
 class MessagesRequest(CountTokensRequest, SamplingFields, ReplyFields):

@@ -61,15 +61,22 @@ RESPONSES_REFUSED_FIELDS: dict[str, Refusal] = {
 """More of them, for the Responses API."""
 
 MESSAGES_REFUSED_FIELDS: dict[str, Refusal] = {
-    "mcp_servers": Refusal(f"{_NOT_YET}: it runs no tools itself, leave the field out", ([],)),
-    "container": _OTHER,
-    "context_management": _OTHER,
+    "compaction": Refusal(f"{_NOT_YET}: ask for a summary in a message"),
+    "thread": Refusal(f"{_NOT_YET}: it keeps no conversations, send all messages"),
+    "response_format": Refusal("is a field of chat completions: send `output_config.format`", ({"type": "text"},)),
 }
-"""More of them, for the Messages API."""
+"""More of them, for the Messages API; its other unknown fields are left out, and ``explain`` says so."""
 
 
 def check_extra_fields(request: RequestBody, also: Mapping[str, Refusal] = MappingProxyType({})) -> None:
     """Refuse by name what cannot be honoured; log the rest of the unknown fields."""
+    ignored = refuse_fields(request, also)
+    if ignored:
+        logger.warning("The following fields were present in the request but ignored: %s", set(ignored))
+
+
+def refuse_fields(request: RequestBody, also: Mapping[str, Refusal]) -> list[str]:
+    """Refuse by name what cannot be honoured; gives the names of the rest of the unknown fields."""
     ignored = []
     for name, value in (request.model_extra or {}).items():
         refusal = REFUSED_FIELDS.get(name) or also.get(name)
@@ -77,8 +84,7 @@ def check_extra_fields(request: RequestBody, also: Mapping[str, Refusal] = Mappi
             ignored.append(name)
         elif value not in refusal.neutral:
             raise RequestError(f"`{name}` {refusal.why}.", param=name)
-    if ignored:
-        logger.warning("The following fields were present in the request but ignored: %s", set(ignored))
+    return ignored
 
 
 def check_generation(request: GenerationFields) -> None:
