@@ -77,16 +77,19 @@ def write_scripted_model(
 
     ``extra_tokens`` and ``special_tokens`` become single tokens beside ``MARKERS`` (special ones are those that
     ``skip_special_tokens`` leaves out); ``chat_template`` replaces SmolLM2's ChatML. ``selectors`` choose scripts in
-    place of ``<|script_N|>``: ordinary tokens, which a script may write and a client sends back.
+    place of ``<|script_N|>``: ordinary text, which a script writes in pieces, so that it chooses once a client sends it
+    back.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tiny_models.write_tokenizer(folder, gguf)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    plain = [text for text in (*MARKERS, *extra_tokens, *selectors) if text not in special_tokens]
+    plain = [text for text in (*MARKERS, *extra_tokens) if text not in special_tokens]
     tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False, special=False) for text in plain])
     chosen = list(selectors) or [f"<|script_{number}|>" for number in range(MAX_SCRIPTS)]
     special = [*special_tokens, *(text for text in chosen if text not in selectors)]
     tokenizer.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in special])
+    writer = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False, special=False) for text in selectors])
     tokenizer.save(str(folder / "tokenizer.json"))
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
@@ -101,8 +104,8 @@ def write_scripted_model(
         "bos_token_id": 1,
         "eos_token_id": 2,
         "num_hidden_layers": 1,
-        "scripts": [_encode(tokenizer, text, anchors) for text in texts],
-        "anchors": [_anchors(tokenizer, text, prompt_suffix, anchors) for text in texts],
+        "scripts": [_encode(writer, text, anchors) for text in texts],
+        "anchors": [_anchors(writer, text, prompt_suffix, anchors) for text in texts],
         "selectors": [tokenizer.token_to_id(text) for text in chosen],
         "closers": [tokenizer.token_to_id(text) for text in _CLOSERS if tokenizer.token_to_id(text) is not None],
         "step_seconds": step_seconds,
