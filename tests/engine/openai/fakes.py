@@ -114,6 +114,7 @@ class FakeLLM:
             "priority": priority,
             "cache_salt": cache_salt,
             "constraints": request.constraints,
+            "notes": request.account.notes,
         }
         self.options.append(given)
         threading.Thread(target=self._generate, args=(stream, gone), daemon=True).start()
