@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Annotated, Any, NoReturn
 
 from fastapi import APIRouter, Query, Request
@@ -12,10 +12,12 @@ from engine.errors import RequestError, UnknownResponseError
 from engine.openai.http.errors import ClientGoneError
 from engine.openai.http.lifetime import OpenRequest
 from engine.openai.http.sse import EventStream, StreamForm, named_event
+from engine.openai.routes.responses_calls import CallItems
 from engine.openai.routes.responses_output import JsonObject, ResponseBuilder
 from engine.openai.routes.responses_store import ResponseCancelledError, ResponseStore, RunningResponse
-from engine.openai.schema.responses_input import input_messages, with_instructions
-from engine.openai.schema.responses_protocol import ResponsesRequest, chat_request, check_responses
+from engine.openai.schema.responses_input import InputReader, tools_in_input, with_instructions
+from engine.openai.schema.responses_protocol import ResponsesRequest, chat_request, check_responses, request_notes
+from engine.openai.schema.responses_tools import Toolbox, read_tools
 from engine.openai.schema.validation import RESPONSES_REFUSED_FIELDS, check_extra_fields
 from engine.openai.serving.chat_preparation import start_chat
 from engine.openai.serving.generation import Choice, Job, Port, open_request, port_of, stream_job
@@ -31,10 +33,19 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     port, store = port_of(request), _store(request)
     check_extra_fields(body, RESPONSES_REFUSED_FIELDS)
     check_responses(body)
-    messages = input_messages(body.input, _history(store, body))
-    chat_body = chat_request(body, with_instructions(body.instructions, messages))
-    job = await start_chat(port, request, chat_body, [chat_body.messages], prefix="resp", folds_system=True)
-    running = RunningResponse(ResponseBuilder(_response(body, job)), job, messages)
+    history, known = _history(store, body)
+    brought = [*known, *tools_in_input(body.input)]
+    toolbox = read_tools([*((f"tools[{number}]", tool) for number, tool in enumerate(body.tools)), *brought])
+    reader = InputReader(history, toolbox, store.output_item)
+    reader.read(body.input)
+    chat_body, written = chat_request(body, with_instructions(body.instructions, reader.messages), toolbox)
+    notes = [*request_notes(body, toolbox, written), *reader.notes]
+    job = await start_chat(
+        port, request, chat_body, [chat_body.messages], prefix="resp", notes=notes, folds_system=True
+    )
+    calls = CallItems(toolbox, written)
+    builder = ResponseBuilder(_response(body, job, toolbox), calls, seals_thoughts=body.seals_thoughts)
+    running = RunningResponse(builder, job, reader.messages, brought)
     if body.store:
         store.add(running)
     if body.background:
@@ -92,19 +103,22 @@ def _store(request: Request) -> ResponseStore:
     return store
 
 
-def _history(store: ResponseStore, body: ResponsesRequest) -> list[dict[str, Any]]:
+def _history(
+    store: ResponseStore, body: ResponsesRequest
+) -> tuple[list[dict[str, Any]], Sequence[tuple[str, JsonObject]]]:
+    """The messages before ``body``'s own, and the tools that items among them brought."""
     if body.previous_response_id is None:
-        return []
+        return [], []
     previous = store.get(body.previous_response_id, param="previous_response_id")
     if not previous.builder.over:
         raise RequestError(
             f"Response '{previous.id}' is still in progress: wait for its end before going on from it.",
             param="previous_response_id",
         )
-    return previous.conversation()
+    return previous.conversation(), previous.brought_tools
 
 
-def _response(body: ResponsesRequest, job: Job) -> JsonObject:
+def _response(body: ResponsesRequest, job: Job, toolbox: Toolbox) -> JsonObject:
     """The object before any output: OpenAI's fields, with the values that apply."""
     params = job.params
     return {
@@ -134,7 +148,7 @@ def _response(body: ResponsesRequest, job: Job) -> JsonObject:
         "temperature": params.temperature,
         "text": {"format": body.text.format},
         "tool_choice": body.tool_choice,
-        "tools": [_shown_tool(tool) for tool in body.tools],
+        "tools": [_shown_tool(tool) for tool in toolbox.shown],
         "top_logprobs": body.top_logprobs,
         "top_p": params.top_p,
         "truncation": body.truncation,
@@ -144,6 +158,8 @@ def _response(body: ResponsesRequest, job: Job) -> JsonObject:
 
 
 def _shown_tool(tool: JsonObject) -> JsonObject:
+    if tool["type"] != "function":
+        return {"description": "", **tool}
     flat = {**tool, **tool.get("function", {})}
     flat.pop("function", None)
     return {"parameters": None, "strict": None, **flat}

@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.openai.http.errors import describe
+from engine.openai.routes.responses_calls import CallItems, FunctionCall
+from engine.openai.schema.responses_tools import Toolbox
+from engine.openai.schema.sealed_thought import seal
 from engine.openai.serving.generation import Job
 from engine.text.parse.scan.output_sink import ContentDelta, ParsedDelta, ReasoningDelta, ToolCallDelta
 
@@ -20,11 +23,19 @@ _PART_TYPES = {"reasoning": "reasoning_text", "message": "output_text"}
 class ResponseBuilder:
     """Turns deltas into items and events. ``response`` is the object as it stands now."""
 
-    def __init__(self, response: JsonObject) -> None:
+    def __init__(self, response: JsonObject, calls: CallItems, *, seals_thoughts: bool = False) -> None:
         self.response = response
+        self._calls = calls
+        self._seals_thoughts = seals_thoughts
         self._open: JsonObject | None = None
+        self._call_item: FunctionCall | None = None
         self._call_index = -1
         self._number = 0
+
+    @property
+    def toolbox(self) -> Toolbox:
+        """The tools that the calls are read by."""
+        return self._calls.toolbox
 
     @property
     def over(self) -> bool:
@@ -49,6 +60,8 @@ class ResponseBuilder:
             match event:
                 case ReasoningDelta(text):
                     yield from self._text("reasoning", text, ())
+                case ContentDelta(text) if self._calls.written is not None:
+                    yield from self._call(self._calls.written_call(text))
                 case ContentDelta(text):
                     yield from self._text("message", text, logprobs)
                     logprobs = ()
@@ -115,12 +128,14 @@ class ResponseBuilder:
         if piece.index != self._call_index:
             yield from self._close()
             self._call_index = piece.index
-            call = {"call_id": piece.id, "name": piece.name, "arguments": "", "status": "in_progress"}
-            yield from self._open_item({"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", **call})
-        assert self._open is not None
-        if piece.arguments:
-            self._open["arguments"] += piece.arguments
-            yield self._event("response.function_call_arguments.delta", delta=piece.arguments)
+            self._call_item = self._calls.item(piece)
+            yield from self._open_item(self._call_item.json)
+        if self._call_item is not None and piece.arguments:
+            yield from self._arguments(self._call_item, self._call_item.add(piece.arguments))
+
+    def _arguments(self, call: FunctionCall, delta: str) -> Iterator[JsonObject]:
+        if delta:
+            yield self._event(f"response.{call.event}.delta", delta=delta)
 
     def _open_item(self, item: JsonObject) -> Iterator[JsonObject]:
         self._open = item
@@ -132,14 +147,17 @@ class ResponseBuilder:
         if item is None:
             return
         item["status"] = status
-        if item["type"] == "function_call":
-            done = {"name": item["name"], "arguments": item["arguments"]}
-            yield self._event("response.function_call_arguments.done", **done)
+        if self._call_item is not None and item is self._call_item.json:
+            yield from self._arguments(self._call_item, self._call_item.finish())
+            if self._call_item.event:
+                yield self._event(f"response.{self._call_item.event}.done", **self._call_item.done())
         else:
             part = item["content"][0]
             text = {key: part[key] for key in ("text", "logprobs") if key in part}
             yield self._event(f"response.{part['type']}.done", content_index=0, **text)
             yield self._event("response.content_part.done", content_index=0, part=_copy(part))
+            if item["type"] == "reasoning" and self._seals_thoughts:
+                item["encrypted_content"] = seal(part["text"])
         yield self._numbered("response.output_item.done", output_index=self._output_index, item=_copy(item))
         self._open = None
 

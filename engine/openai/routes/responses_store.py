@@ -3,12 +3,13 @@
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from engine.errors import UnknownResponseError
 from engine.openai.http.lifetime import OpenRequest
 from engine.openai.routes.responses_output import JsonObject, ResponseBuilder
+from engine.openai.schema.responses_input import InputReader
 from engine.openai.serving.generation import Job
 
 MAX_RESPONSES = 1000
@@ -21,11 +22,21 @@ class ResponseCancelledError(Exception):
 
 
 class RunningResponse:
-    """One response: its job, its object and, in the background, its events."""
+    """One response: its job, its object and, in the background, its events.
 
-    def __init__(self, builder: ResponseBuilder, job: Job, messages: list[dict[str, Any]]) -> None:
+    ``messages`` are those before its own; ``brought_tools`` came with items among them, each with its place.
+    """
+
+    def __init__(
+        self,
+        builder: ResponseBuilder,
+        job: Job,
+        messages: list[dict[str, Any]],
+        brought_tools: Sequence[tuple[str, JsonObject]] = (),
+    ) -> None:
         self.builder = builder
         self.job = job
+        self.brought_tools = brought_tools
         self.events: list[JsonObject] = []
         self.num_bytes = 0
         self.work: OpenRequest | None = None
@@ -40,9 +51,9 @@ class RunningResponse:
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages up to this response's own, without instructions: what the next turn continues."""
-        reply = self.job.choices[0].message()
-        kept = {name: reply[name] for name in ("role", "content", "reasoning", "tool_calls") if reply.get(name)}
-        return [*self._messages, {"content": "", **kept}]
+        reader = InputReader(self._messages, self.builder.toolbox)
+        reader.read(self.builder.response["output"])
+        return reader.messages
 
     def publish(self, event: JsonObject | None = None) -> None:
         """Keep ``event`` and wake those who follow; None only wakes them."""
@@ -90,6 +101,11 @@ class ResponseStore:
         if response_id not in self._by_id:
             raise UnknownResponseError(f"Response with id '{response_id}' not found.", param=param)
         return self._by_id[response_id]
+
+    def output_item(self, item_id: str) -> JsonObject | None:
+        """An item that a stored response wrote; None if there is none of that id."""
+        outputs = (response.builder.response["output"] for response in self._by_id.values())
+        return next((item for output in outputs for item in output if item["id"] == item_id), None)
 
     def add(self, response: RunningResponse) -> None:
         """Keep ``response`` from its beginning."""

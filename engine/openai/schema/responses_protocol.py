@@ -14,14 +14,17 @@ from engine.openai.schema.protocol import (
     SamplingFields,
     TemplateFields,
 )
+from engine.openai.schema.responses_tools import ClientTool, Toolbox
 from engine.params.tool_choice import refuse_kind
 
-_INCLUDABLE = ("reasoning.encrypted_content", "message.output_text.logprobs")
+_THOUGHT, _LOGPROBS = "reasoning.encrypted_content", "message.output_text.logprobs"
+_OF_HOSTED_TOOLS = ("web_search_call.", "file_search_call.", "code_interpreter_call.", "computer_call_output.")
+"""Beginnings of what `include` asks about tools that are left out: there is nothing to include."""
 _OWN_NAMES = {"tools", "tool_choice", "stream", "top_logprobs", "reasoning_effort"}
 
 
 class ReasoningOptions(RequestBody):
-    """How much to think. ``summary`` is accepted and ignored: the thought itself is sent in full."""
+    """How much to think. There is no ``summary``: the thought itself is sent in full."""
 
     effort: Effort | None = None
     summary: str | None = None
@@ -55,11 +58,17 @@ class ResponsesRequest(SamplingFields, TemplateFields, ReplyFields):
     service_tier: str | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
+    client_metadata: JsonObject = Field(default_factory=dict)
 
     @property
     def with_logprobs(self) -> bool:
         """Whether the answer's tokens come with their log-probabilities."""
-        return "message.output_text.logprobs" in self.include
+        return _LOGPROBS in self.include
+
+    @property
+    def seals_thoughts(self) -> bool:
+        """Whether thoughts come with an ``encrypted_content`` that can be sent back."""
+        return _THOUGHT in self.include
 
 
 def check_responses(body: ResponsesRequest) -> None:
@@ -67,16 +76,21 @@ def check_responses(body: ResponsesRequest) -> None:
     if body.background and not body.store:
         raise RequestError("`background` can only be used when `store` is true.", param="background")
     for name in body.include:
-        if name not in _INCLUDABLE:
+        if name not in (_THOUGHT, _LOGPROBS) and not name.startswith(_OF_HOSTED_TOOLS):
             raise RequestError(
-                f"include cannot name {name!r}: this server knows {' and '.join(_INCLUDABLE)}.", param="include"
+                f"include cannot name {name!r}: this server knows {_THOUGHT} and {_LOGPROBS}.", param="include"
             )
     if body.top_logprobs and not body.with_logprobs:
         raise RequestError("`top_logprobs` needs 'message.output_text.logprobs' in `include`.", param="top_logprobs")
 
 
-def chat_request(body: ResponsesRequest, messages: list[dict[str, Any]]) -> ChatCompletionRequest:
-    """The chat that ``body`` asks for: fields that both APIs share keep their names."""
+def chat_request(
+    body: ResponsesRequest, messages: list[dict[str, Any]], toolbox: Toolbox
+) -> tuple[ChatCompletionRequest, ClientTool | None]:
+    """The chat that ``body`` asks for: fields that both APIs share keep their names.
+
+    The tool is the custom one that the whole answer is the text of, since its grammar was demanded. None: as it comes.
+    """
     shared = (
         body.model_fields_set & type(body).model_fields.keys() & ChatCompletionRequest.model_fields.keys()
     ) - _OWN_NAMES
@@ -85,8 +99,7 @@ def chat_request(body: ResponsesRequest, messages: list[dict[str, Any]]) -> Chat
         "messages": messages,
         "n": 1,
         "max_completion_tokens": body.max_output_tokens,
-        "tools": [_chat_tool(tool, f"tools[{position}]") for position, tool in enumerate(body.tools)],
-        "tool_choice": _chat_tool_choice(body.tool_choice) if body.tools else None,
+        "tools": toolbox.functions(),
         "reasoning_effort": body.reasoning.effort or body.reasoning_effort,
     }
     if body.with_logprobs:
@@ -95,22 +108,55 @@ def chat_request(body: ResponsesRequest, messages: list[dict[str, Any]]) -> Chat
         fields.setdefault("truncate_prompt_tokens", -1)
     if response_format := _response_format(body.text.format):
         fields["response_format"] = response_format
-    return ChatCompletionRequest.model_validate(fields)
+    written = _written_tool(body, toolbox)
+    if written is not None:
+        fields |= _free_text(body, written)
+    elif body.tools or toolbox.tools:
+        fields["tool_choice"] = _chat_tool_choice(body.tool_choice, toolbox)
+    return ChatCompletionRequest.model_validate(fields), written
 
 
-def _chat_tool(tool: JsonObject, where: str) -> JsonObject:
-    if tool.get("type") != "function":
-        raise refuse_kind(where, tool.get("type"), "tools")
-    function = tool.get("function", {key: value for key, value in tool.items() if key != "type" and value is not None})
-    return {"type": "function", "function": function}
+def request_notes(body: ResponsesRequest, toolbox: Toolbox, written: ClientTool | None) -> list[str]:
+    """Lines for ``explain``: what ``body`` asks for and does not get."""
+    notes = list(toolbox.notes)
+    notes += [
+        f"the grammar of tool {tool.name!r} is shown to the model, not enforced: only a tool_choice that names it does"
+        for tool in toolbox.tools
+        if tool.grammar is not None and tool is not written
+    ]
+    if body.text.verbosity is not None:
+        notes.append(f"text.verbosity={body.text.verbosity} was left out: this model has no such setting")
+    return notes
 
 
-def _chat_tool_choice(choice: str | JsonObject) -> str | JsonObject:
-    if isinstance(choice, str) or "function" in choice:
+def _written_tool(body: ResponsesRequest, toolbox: Toolbox) -> ClientTool | None:
+    """The custom tool with a grammar that ``tool_choice`` names: a grammar cannot reach into a call's JSON."""
+    tool = toolbox.find(body.tool_choice) if isinstance(body.tool_choice, dict) else None
+    return tool if tool is not None and tool.grammar is not None else None
+
+
+def _free_text(body: ResponsesRequest, tool: ClientTool) -> dict[str, Any]:
+    if body.structured_outputs:
+        raise RequestError(
+            f"`tool_choice` demands the grammar of {tool.name!r}: leave `structured_outputs` out.",
+            param="structured_outputs",
+        )
+    assert tool.grammar is not None, "only a tool with a grammar is written as free text"
+    name = "grammar" if tool.grammar["syntax"] == "lark" else "regex"
+    text = {"structured_outputs": {name: tool.grammar["definition"]}}
+    return {"tool_choice": "none", "response_format": None, **text}
+
+
+def _chat_tool_choice(choice: str | JsonObject, toolbox: Toolbox) -> str | JsonObject | None:
+    if isinstance(choice, str):
+        return choice if toolbox.tools or choice not in ("auto", "none") else None
+    if "function" in choice:
         return choice
-    if choice.get("type") != "function":
+    if choice.get("type") not in ("function", "custom", "tool_search"):
         raise refuse_kind("tool_choice", choice.get("type"), "tool_choice")
-    return {"type": "function", "function": {"name": choice.get("name")}}
+    tool = toolbox.find(choice)
+    name = choice.get("name") if tool is None else tool.model_name
+    return {"type": "function", "function": {"name": name}}
 
 
 def _response_format(format: JsonObject) -> JsonObject | None:

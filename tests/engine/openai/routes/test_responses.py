@@ -1,22 +1,23 @@
 """``/v1/responses``: items, events in the order that clients rely on, the store."""
 
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from engine.chat.reply import ReplyBuilder
 from engine.errors import UnknownResponseError
+from engine.openai.routes.responses_calls import CallItems
 from engine.openai.routes.responses_output import ResponseBuilder
 from engine.openai.routes.responses_store import ResponseStore, RunningResponse
-from engine.openai.serving.generation import Choice
+from engine.openai.schema.responses_tools import Toolbox
 from tests.engine.openai import strict, strict_more
 from tests.engine.openai.conftest import Serve, http_client
 from tests.engine.openai.fakes import FakeLLM
 
+NO_JOB: Any = None
+"""A response that is over is kept without asking its job."""
 REPLY = "Hello, wörld!"
 THOUGHT = "<think>\nSo be it.\n</think>\n\nHello!"
 CALLS = (
@@ -302,11 +303,12 @@ def test_a_stopping_server_fails_what_runs(serve: Serve, llm: FakeLLM) -> None:
         ({"conversation": "conv_1"}, "conversation"),
         ({"previous_input_messages": [{"role": "user", "content": "x"}]}, "previous_input_messages"),
         ({"enable_response_messages": True}, "enable_response_messages"),
-        ({"include": ["file_search_call.results"]}, "include"),
+        ({"include": ["everything"]}, "include"),
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "funktion", "name": "f"}]}, "tools"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
-        ({"input": [{"type": "computer_call"}]}, "input"),
+        ({"input": [{"type": "computer_calls"}]}, "input"),
         ({"input": [{"type": "function_call", "call_id": "x"}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "messages"),
         ({"input": 3}, "input"),
@@ -325,8 +327,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(http: httpx.Client, body: di
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"tools": [{"type": "web_search"}]}, 'web_search = "disabled"'),
-        ({"tools": [{"type": "custom", "name": "apply_patch"}]}, "free text"),
+        ({"tools": [{"type": "allowed_tools"}]}, "send only the tools"),
         (
             {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}},
             "send only the tools",
@@ -338,7 +339,7 @@ def test_a_tool_that_is_no_function_is_refused_with_what_to_do_instead(
     http: httpx.Client, body: dict[str, Any], words: str
 ) -> None:
     response = http.post("/v1/responses", json={"input": "Hi", **body})
-    param = "tool_choice" if "allowed_tools" in str(body) else "tools"
+    param = "tool_choice" if "allowed_tools" in str(body.get("tool_choice")) else "tools"
     assert words in strict.error(response, 400, "BadRequestError", param)
 
 
@@ -378,7 +379,9 @@ def test_a_request_as_codex_sends_it_is_answered_without_being_kept(http: httpx.
 
 def test_the_store_is_bounded_in_number_and_bytes_and_forgets_the_oldest(http: httpx.Client, llm: FakeLLM) -> None:
     store = ResponseStore(max_responses=3, max_bytes=5000)
-    kept = [RunningResponse(ResponseBuilder(post(http, store=False)), finished_chat(), []) for _ in range(5)]
+    calls = CallItems(Toolbox())
+    replies = [ResponseBuilder(post(http, store=False), calls) for _ in range(5)]
+    kept = [RunningResponse(reply, NO_JOB, []) for reply in replies]
     for response in kept:
         store.add(response)
         store.settle(response)
@@ -390,7 +393,3 @@ def test_the_store_is_bounded_in_number_and_bytes_and_forgets_the_oldest(http: h
     store.settle(kept[4])
     assert len(store) == 1
     assert store.get(kept[4].id) is kept[4]
-
-
-def finished_chat() -> Any:
-    return SimpleNamespace(choices=[Choice(0, ReplyBuilder())])  # only its reply is asked for
