@@ -17,7 +17,7 @@ from engine.openai.routes.responses_output import JsonObject, ResponseBuilder
 from engine.openai.routes.responses_store import ResponseCancelledError, ResponseStore, RunningResponse
 from engine.openai.schema.responses_input import InputReader, tools_in_input, with_instructions
 from engine.openai.schema.responses_protocol import ResponsesRequest, chat_request, check_responses, request_notes
-from engine.openai.schema.responses_tools import Toolbox, read_tools
+from engine.openai.schema.responses_tools import GivenTool, Toolbox, read_tools
 from engine.openai.schema.validation import RESPONSES_REFUSED_FIELDS, check_extra_fields
 from engine.openai.serving.chat_preparation import start_chat
 from engine.openai.serving.generation import Choice, Job, Port, open_request, port_of, stream_job
@@ -35,13 +35,16 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     check_responses(body)
     history, known = _history(store, body)
     brought = [*known, *tools_in_input(body.input)]
-    toolbox = read_tools([*((f"tools[{number}]", tool) for number, tool in enumerate(body.tools)), *brought])
+    own = [GivenTool(f"tools[{position}]", tool) for position, tool in enumerate(body.tools)]
+    toolbox = read_tools([*own, *brought])
     reader = InputReader(history, toolbox, store.output_item)
     reader.read(body.input)
     chat_body, written = chat_request(body, with_instructions(body.instructions, reader.messages), toolbox)
     notes = [*request_notes(body, toolbox, written), *reader.notes]
+    shown = toolbox.shown_functions()
+    conversation = [chat_body.messages]
     job = await start_chat(
-        port, request, chat_body, [chat_body.messages], prefix="resp", notes=notes, folds_system=True
+        port, request, chat_body, conversation, prefix="resp", shown_tools=shown, notes=notes, folds_system=True
     )
     calls = CallItems(toolbox, written)
     builder = ResponseBuilder(_response(body, job, toolbox), calls, seals_thoughts=body.seals_thoughts)
@@ -103,9 +106,7 @@ def _store(request: Request) -> ResponseStore:
     return store
 
 
-def _history(
-    store: ResponseStore, body: ResponsesRequest
-) -> tuple[list[dict[str, Any]], Sequence[tuple[str, JsonObject]]]:
+def _history(store: ResponseStore, body: ResponsesRequest) -> tuple[list[dict[str, Any]], Sequence[GivenTool]]:
     """The messages before ``body``'s own, and the tools that items among them brought."""
     if body.previous_response_id is None:
         return [], []

@@ -10,6 +10,7 @@ from engine.errors import UnknownResponseError
 from engine.openai.http.lifetime import OpenRequest
 from engine.openai.routes.responses_output import JsonObject, ResponseBuilder
 from engine.openai.schema.responses_input import InputReader
+from engine.openai.schema.responses_tools import GivenTool
 from engine.openai.serving.generation import Job
 
 MAX_RESPONSES = 1000
@@ -24,7 +25,7 @@ class ResponseCancelledError(Exception):
 class RunningResponse:
     """One response: its job, its object and, in the background, its events.
 
-    ``messages`` are those before its own; ``brought_tools`` came with items among them, each with its place.
+    ``messages`` are those before its own; ``brought_tools`` came with items among them.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class RunningResponse:
         builder: ResponseBuilder,
         job: Job,
         messages: list[dict[str, Any]],
-        brought_tools: Sequence[tuple[str, JsonObject]] = (),
+        brought_tools: Sequence[GivenTool] = (),
     ) -> None:
         self.builder = builder
         self.job = job

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.errors import RequestError
-from engine.openai.schema.responses_tools import FREE_TEXT, TOOL_SEARCH, Toolbox
+from engine.openai.schema.responses_tools import FREE_TEXT, TOOL_SEARCH, GivenTool, Toolbox
 from engine.openai.schema.sealed_thought import unseal
 
 Message = dict[str, Any]
@@ -24,15 +24,16 @@ _LEFT_OUT = (
 """What other servers did or wrote for themselves: it is in old conversations, and no model here can read it."""
 
 
-def tools_in_input(given: str | Sequence[Item]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Tools that input items bring (``additional_tools``, what a client's tool search found), each with its place."""
+def tools_in_input(given: str | Sequence[Item]) -> Iterator[GivenTool]:
+    """Tools that input items bring: ``additional_tools``, and what a client's tool search found."""
     for position, item in enumerate([] if isinstance(given, str) else given):
         if item.get("type") in ("additional_tools", "tool_search_output"):
             tools = item.get("tools")
             if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
                 raise RequestError(f"input[{position}].tools must be a list of tools.", param="input")
             for number, tool in enumerate(tools):
-                yield f"input[{position}].tools[{number}]", tool
+                where = f"input[{position}].tools[{number}]"
+                yield GivenTool(where, tool, is_found=item["type"] == "tool_search_output")
 
 
 class InputReader:
@@ -72,7 +73,7 @@ class InputReader:
         elif kind in _OUTPUTS:
             self._add_output(item, self._output(item.get("output")), where)
         elif kind == "tool_search_output":
-            self._add_output(item, json.dumps(item.get("tools"), ensure_ascii=False), where)
+            self._add_output(item, _json(self._toolbox.found_functions(item["tools"])), where)
         elif kind == "item_reference":
             self._add_stored(item, where)
         elif kind in _LEFT_OUT:

@@ -1,6 +1,6 @@
 """The tools of a Responses request: for the model all are functions; their calls go back as the client knows them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,17 @@ _HOSTED = (
 """Beginnings of the types that OpenAI runs, or whose calls have forms of their own: left out, since none runs here."""
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
 _Key = tuple[str | None, str]
-_Found = dict[_Key, tuple[str, JsonObject, str]]
-"""Kind, tool and context by namespace and name."""
+"""Namespace and name."""
+
+
+@dataclass(frozen=True)
+class GivenTool:
+    """A tool as the request has it. ``where`` is its place; ``is_found``: a client's search found it, so that it stands
+    in the search's result and not among the tools at the beginning of the prompt, which stays as it was."""
+
+    where: str
+    tool: JsonObject
+    is_found: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class ClientTool:
     model_name: str
     given: JsonObject
     context: str = ""
+    is_found: bool = False
 
     def function(self) -> JsonObject:
         """The tool as a chat's function."""
@@ -83,8 +93,17 @@ class Toolbox:
     notes: tuple[str, ...] = ()
 
     def functions(self) -> list[JsonObject]:
-        """The tools in a chat's form."""
+        """All that can be called, in a chat's form."""
         return [tool.function() for tool in self.tools]
+
+    def shown_functions(self) -> list[JsonObject]:
+        """Those that the prompt begins with."""
+        return [tool.function() for tool in self.tools if not tool.is_found]
+
+    def found_functions(self, tools: Iterable[JsonObject]) -> list[JsonObject]:
+        """What a search's result shows of ``tools``."""
+        names = {(space, one.get("name")) for tool in tools for space, one in _members(tool)}
+        return [tool.function() for tool in self.tools if (tool.namespace, tool.name) in names]
 
     def called(self, model_name: str) -> ClientTool:
         """The tool that the model means by ``model_name``; a function of that name where there is none."""
@@ -107,79 +126,73 @@ class Toolbox:
         return next((tool for tool in found if namespace in (None, tool.namespace)), None)
 
 
-def read_tools(given: Iterable[tuple[str, JsonObject]]) -> Toolbox:
-    """The tools at their places in the request (``tools[3]``); a later one of the same name replaces the earlier.
-
-    Raises RequestError for what is not a tool of OpenAI's API.
-    """
-    found: _Found = {}
+def read_tools(given: Iterable[GivenTool]) -> Toolbox:
+    """All tools of a request; one that is given again is the same tool. Raises RequestError for other kinds."""
+    given = list(given)
+    plain = {name for one in given if (name := one.tool.get("name")) and one.tool.get("type") != "namespace"}
+    tools: dict[_Key, ClientTool] = {}
     shown: list[JsonObject] = []
     left_out: dict[str, None] = {}
-    for where, tool in given:
-        kind = tool.get("type")
-        if kind == "namespace":
-            _add_namespace(found, tool, where)
-        elif kind in ("function", "custom") or _is_client_search(tool):
-            found[None, _name(tool, where)] = (str(kind), tool, "")
-        elif isinstance(kind, str) and kind.startswith(_HOSTED):
+    for one in given:
+        kind = one.tool.get("type")
+        searches = kind == TOOL_SEARCH and one.tool.get("execution") == "client"
+        if isinstance(kind, str) and kind.startswith(_HOSTED) and not searches:
             left_out[kind] = None
             continue
-        else:
-            raise refuse_kind(where, kind, "tools")
-        shown.append(tool)
+        # The description of a whole namespace stands before that of its first tool, so that it is read once.
+        context = f"{one.tool.get('name')}: {one.tool['description']}" if _describes_many(one.tool) else ""
+        for namespace, tool in _members(one.tool, one.where):
+            name = _checked_name(tool, one.where)
+            if (namespace, name) not in tools:
+                taken = plain | {tool.model_name for tool in tools.values()}
+                # So no tool that a later turn brings renames one.
+                model_name = f"{namespace}__{name}" if namespace is not None and name in taken else name
+                own = ClientTool(str(tool["type"]), name, namespace, model_name, tool, context, one.is_found)
+                tools[namespace, name] = own
+                context = ""
+        shown.append(one.tool)
     notes = [f"tool {kind!r} was left out: this server runs no tools itself" for kind in left_out]
-    return Toolbox(tuple(_named(found)), tuple(shown), tuple(notes))
+    return Toolbox(tuple(tools.values()), tuple(shown), tuple(notes))
 
 
-def _is_client_search(tool: JsonObject) -> bool:
-    return tool.get("type") == TOOL_SEARCH and tool.get("execution") == "client"
+def _describes_many(tool: JsonObject) -> bool:
+    return tool.get("type") == "namespace" and bool(tool.get("description"))
 
 
-def _add_namespace(found: _Found, tool: JsonObject, where: str) -> None:
-    namespace, inner = _name(tool, where), tool.get("tools")
-    if not isinstance(inner, list):
-        raise RequestError(f"{where}.tools must be a list of functions and custom tools.", param="tools")
-    # The description of all stands before that of the first, so that the model reads it once.
-    context = f"{namespace}: {tool['description']}" if tool.get("description") else ""
+def _members(tool: JsonObject, where: str = "") -> Iterator[tuple[str | None, JsonObject]]:
+    """A tool, or those of a namespace, each with its namespace's name. Raises RequestError."""
+    kind, inner = tool.get("type"), tool.get("tools")
+    if kind != "namespace":
+        yield None, tool
+        return
+    if not isinstance(tool.get("name"), str) or not isinstance(inner, list):
+        raise RequestError(f"{where} must have a name and tools.", param="tools")
     for position, one in enumerate(inner):
-        at = f"{where}.tools[{position}]"
-        kind = one.get("type") if isinstance(one, Mapping) else None
-        if kind not in ("function", "custom"):
-            raise refuse_kind(at, kind, "tools")
-        found[namespace, _name(one, at)] = (str(kind), one, context)
-        context = ""
+        if not isinstance(one, Mapping) or one.get("type") not in ("function", "custom"):
+            raise RequestError(f"{where}.tools[{position}] must be a function or a custom tool.", param="tools")
+        yield tool["name"], dict(one)
 
 
-def _name(tool: JsonObject, where: str) -> str:
+def _checked_name(tool: JsonObject, where: str) -> str:
+    kind = tool.get("type")
+    if kind not in ("function", "custom", TOOL_SEARCH):
+        raise refuse_kind(where, kind, "tools")
     function = tool.get("function", tool)
-    name = function.get("name", TOOL_SEARCH if tool.get("type") == TOOL_SEARCH else None)
+    name = function.get("name", TOOL_SEARCH if kind == TOOL_SEARCH else None) if isinstance(function, dict) else None
     if not isinstance(name, str) or not name:
         raise RequestError(f"{where}.name must be a non-empty string.", param="tools")
-    _check_format(tool, where)
+    if kind == "custom":
+        _check_format(tool.get("format"), where)
     return name
 
 
-def _check_format(tool: JsonObject, where: str) -> None:
-    form = tool.get("format") if tool.get("type") == "custom" else None
-    if form is None or (isinstance(form, Mapping) and form.get("type") == "text"):
+def _check_format(form: Any, where: str) -> None:
+    kind = form.get("type") if isinstance(form, Mapping) else None
+    if form is None or kind == "text":
         return
-    whole = isinstance(form, Mapping) and form.get("type") == "grammar" and isinstance(form.get("definition"), str)
-    if not whole or form.get("syntax") not in ("lark", "regex"):
+    if kind != "grammar" or form.get("syntax") not in ("lark", "regex") or not isinstance(form.get("definition"), str):
         raise RequestError(
             f"{where}.format must be {{'type': 'text'}} or {{'type': 'grammar', 'syntax': 'lark' or 'regex', "
             "'definition': …}.",
             param="tools",
         )
-
-
-def _named(found: _Found) -> Sequence[ClientTool]:
-    """Each tool by its own name; those of namespaces that share one are told apart by their namespace."""
-    counts: dict[str, int] = {}
-    for _, name in found:
-        counts[name] = counts.get(name, 0) + 1
-    return [
-        ClientTool(
-            kind, name, namespace, f"{namespace}__{name}" if namespace and counts[name] > 1 else name, tool, context
-        )
-        for (namespace, name), (kind, tool, context) in found.items()
-    ]
