@@ -10,10 +10,7 @@ KINDS_NOT_CALLED = {
     "allowed_tools": "a choice among some of the tools is not supported; send only the tools that may be called",
 }
 """Types of ``tools`` and of ``tool_choice`` that are neither functions nor run by OpenAI, and what to do instead."""
-_HOSTED = (
-    "this server runs no tools itself, so only functions can be offered; leave it out "
-    '(Codex: web_search = "disabled" in its config.toml)'
-)
+_HOSTED = "this server runs no tools itself, so only functions can be offered; leave it out"
 
 
 def refuse_kind(where: str, kind: object, param: str) -> RequestError:

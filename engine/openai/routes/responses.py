@@ -2,7 +2,8 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence, Set
+from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn
 
 from fastapi import APIRouter, Query, Request
@@ -15,9 +16,11 @@ from engine.openai.http.sse import EventStream, StreamForm, named_event
 from engine.openai.routes.responses_calls import CallItems
 from engine.openai.routes.responses_output import JsonObject, ResponseBuilder
 from engine.openai.routes.responses_store import ResponseCancelledError, ResponseStore, RunningResponse
+from engine.openai.schema.left_out import LeftOut
+from engine.openai.schema.protocol import ChatCompletionRequest
 from engine.openai.schema.responses_input import InputReader, tools_in_input, with_instructions
-from engine.openai.schema.responses_protocol import ResponsesRequest, chat_request, check_responses, request_notes
-from engine.openai.schema.responses_tools import GivenTool, Toolbox, read_tools
+from engine.openai.schema.responses_protocol import ResponsesRequest, chat_request, check_responses
+from engine.openai.schema.responses_tools import GivenTool, read_tools
 from engine.openai.schema.validation import RESPONSES_REFUSED_FIELDS, check_extra_fields
 from engine.openai.serving.chat_preparation import start_chat
 from engine.openai.serving.generation import Choice, Job, Port, open_request, port_of, stream_job
@@ -33,22 +36,19 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     port, store = port_of(request), _store(request)
     check_extra_fields(body, RESPONSES_REFUSED_FIELDS)
     check_responses(body)
-    history, known = _history(store, body)
-    brought = [*known, *tools_in_input(body.input)]
-    own = [GivenTool(f"tools[{position}]", tool) for position, tool in enumerate(body.tools)]
-    toolbox = read_tools([*own, *brought])
-    reader = InputReader(history, toolbox, store.output_item)
-    reader.read(body.input)
-    chat_body, written = chat_request(body, with_instructions(body.instructions, reader.messages), toolbox)
-    notes = [*request_notes(body, toolbox, written), *reader.notes]
-    shown = toolbox.shown_functions()
-    conversation = [chat_body.messages]
+    read = _read(body, store, port.engine.preparer.template.variables)
     job = await start_chat(
-        port, request, chat_body, conversation, prefix="resp", shown_tools=shown, notes=notes, folds_system=True
+        port,
+        request,
+        read.chat,
+        [read.chat.messages],
+        prefix="resp",
+        shown_tools=read.shown_tools,
+        notes=read.notes,
+        folds_system=True,
     )
-    calls = CallItems(toolbox, written)
-    builder = ResponseBuilder(_response(body, job, toolbox), calls, seals_thoughts=body.seals_thoughts)
-    running = RunningResponse(builder, job, reader.messages, brought)
+    builder = ResponseBuilder(_response(body, job, read.calls), read.calls, seals_thoughts=body.seals_thoughts)
+    running = RunningResponse(builder, job, read.messages, read.brought_tools)
     if body.store:
         store.add(running)
     if body.background:
@@ -106,6 +106,35 @@ def _store(request: Request) -> ResponseStore:
     return store
 
 
+@dataclass(frozen=True)
+class _ReadRequest:
+    """A request as a chat. ``messages`` are without instructions, ``brought_tools`` came with items among them."""
+
+    chat: ChatCompletionRequest
+    calls: CallItems
+    messages: list[JsonObject]
+    brought_tools: Sequence[GivenTool]
+    notes: Sequence[str]
+
+    @property
+    def shown_tools(self) -> list[JsonObject]:
+        """Those that the prompt lists."""
+        return self.calls.toolbox.shown_functions()
+
+
+def _read(body: ResponsesRequest, store: ResponseStore, variables: Set[str]) -> _ReadRequest:
+    left_out = LeftOut()
+    history, known = _history(store, body)
+    brought = [*known, *tools_in_input(body.input)]
+    own = [GivenTool(f"tools[{position}]", tool) for position, tool in enumerate(body.tools)]
+    toolbox = read_tools([*own, *brought], left_out)
+    reader = InputReader(history, toolbox, left_out, store.output_item)
+    reader.read(body.input)
+    messages = with_instructions(body.instructions, reader.messages)
+    read = chat_request(body, messages, toolbox, left_out, variables)
+    return _ReadRequest(read.chat, CallItems(toolbox, read.written), reader.messages, brought, left_out.lines())
+
+
 def _history(store: ResponseStore, body: ResponsesRequest) -> tuple[list[dict[str, Any]], Sequence[GivenTool]]:
     """The messages before ``body``'s own, and the tools that items among them brought."""
     if body.previous_response_id is None:
@@ -119,7 +148,7 @@ def _history(store: ResponseStore, body: ResponsesRequest) -> tuple[list[dict[st
     return previous.conversation(), previous.brought_tools
 
 
-def _response(body: ResponsesRequest, job: Job, toolbox: Toolbox) -> JsonObject:
+def _response(body: ResponsesRequest, job: Job, calls: CallItems) -> JsonObject:
     """The object before any output: OpenAI's fields, with the values that apply."""
     params = job.params
     return {
@@ -149,7 +178,7 @@ def _response(body: ResponsesRequest, job: Job, toolbox: Toolbox) -> JsonObject:
         "temperature": params.temperature,
         "text": {"format": body.text.format},
         "tool_choice": body.tool_choice,
-        "tools": [_shown_tool(tool) for tool in toolbox.shown],
+        "tools": [_shown_tool(tool) for tool in calls.toolbox.shown],
         "top_logprobs": body.top_logprobs,
         "top_p": params.top_p,
         "truncation": body.truncation,

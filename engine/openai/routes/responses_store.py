@@ -9,6 +9,7 @@ from typing import Any
 from engine.errors import UnknownResponseError
 from engine.openai.http.lifetime import OpenRequest
 from engine.openai.routes.responses_output import JsonObject, ResponseBuilder
+from engine.openai.schema.left_out import LeftOut
 from engine.openai.schema.responses_input import InputReader
 from engine.openai.schema.responses_tools import GivenTool
 from engine.openai.serving.generation import Job
@@ -52,7 +53,7 @@ class RunningResponse:
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages up to this response's own, without instructions: what the next turn continues."""
-        reader = InputReader(self._messages, self.builder.toolbox)
+        reader = InputReader(self._messages, self.builder.toolbox, LeftOut(), lambda _: None)
         reader.read(self.builder.response["output"])
         return reader.messages
 

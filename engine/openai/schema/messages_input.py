@@ -9,7 +9,7 @@ from engine.openai.schema.left_out import HOSTED, LeftOut
 from engine.openai.schema.messages_content import MessageReader
 from engine.openai.schema.messages_protocol import CountTokensRequest, MessagesRequest
 from engine.openai.schema.messages_tools import OfferedTools
-from engine.openai.schema.protocol import ChatCompletionRequest, Effort, JsonObject
+from engine.openai.schema.protocol import KEEPS_THOUGHTS, ChatCompletionRequest, Effort, JsonObject
 
 _OWN_NAMES = {"messages", "tools", "tool_choice", "max_tokens", "stream", "reasoning_effort"}
 _ON, _OFF = ("enabled", "adaptive", "between_tools"), ("disabled",)
@@ -26,8 +26,6 @@ _FIELDS = {
 """Fields that change nothing here, and why not."""
 _QUIET = frozenset(("betas", "cache_control", "context_management"))
 """Fields without a note: prefixes are cached without being asked, nothing is beta, edits have notes of their own."""
-_KEEPS_THOUGHTS = {"preserve_thinking": True, "clear_thinking": False, "truncate_history_thinking": False}
-"""What templates call it when the thoughts of earlier turns stay in the prompt."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def _edits(body: CountTokensRequest, variables: Set[str], left_out: LeftOut) -> 
     kwargs: JsonObject = {}
     for edit in edits if isinstance(edits, list) else ():
         kind = edit.get("type") if isinstance(edit, Mapping) else edit
-        asked = {name: value for name, value in _KEEPS_THOUGHTS.items() if name in variables}
+        asked = {name: value for name, value in KEEPS_THOUGHTS.items() if name in variables}
         if str(kind).startswith("clear_thinking_") and edit.get("keep") == "all" and asked:
             kwargs |= asked
         else:

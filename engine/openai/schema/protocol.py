@@ -9,6 +9,8 @@ from engine.params.sampling_params import COMMON, PARAMETERS, names_of
 TokenId = Annotated[int, Field(ge=0)]
 JsonObject = dict[str, Any]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+KEEPS_THOUGHTS = {"preserve_thinking": True, "clear_thinking": False, "truncate_history_thinking": False}
+"""What templates call it when the thoughts of earlier turns stay in the prompt."""
 
 SAMPLING_FIELDS = names_of(lambda known: known.wire != "own")
 """Fields that go to ``SamplingParams`` under the same name."""

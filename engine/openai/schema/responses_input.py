@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.errors import RequestError
+from engine.openai.schema.left_out import LeftOut
 from engine.openai.schema.responses_tools import FREE_TEXT, TOOL_SEARCH, GivenTool, Toolbox
 from engine.openai.schema.sealed_thought import unseal
 
@@ -39,20 +40,15 @@ def tools_in_input(given: str | Sequence[Item]) -> Iterator[GivenTool]:
 class InputReader:
     """Continues ``history`` by items: calls and thoughts join the assistant's message that they belong to.
 
-    ``toolbox`` tells what the model calls the client's tools. ``notes`` are lines for ``explain`` about what could not
-    be read and was left out.
+    ``toolbox`` tells what the model calls the client's tools, ``find`` gives stored items by their ids. What cannot be
+    read is told to ``left_out``.
     """
 
-    def __init__(self, history: Sequence[Message], toolbox: Toolbox, find: FindItem = lambda _: None) -> None:
+    def __init__(self, history: Sequence[Message], toolbox: Toolbox, left_out: LeftOut, find: FindItem) -> None:
         self.messages = [dict(message) for message in history]
         self._toolbox = toolbox
         self._find = find
-        self._notes: dict[str, None] = {}
-
-    @property
-    def notes(self) -> list[str]:
-        """What was left out so far, each kind once."""
-        return list(self._notes)
+        self._left_out = left_out
 
     def read(self, given: str | Sequence[Item]) -> None:
         """Add what ``given`` says. Raises RequestError naming the item that is wrong."""
@@ -77,7 +73,7 @@ class InputReader:
         elif kind == "item_reference":
             self._add_stored(item, where)
         elif kind in _LEFT_OUT:
-            self._notes[f"input item {kind!r} was left out: only the server that wrote it can read it"] = None
+            self._left_out.add(f"{kind} of `input`", "only the server that wrote it can read it")
         elif kind != "additional_tools":  # which tools_in_input reads
             raise RequestError(
                 f"{where} is of type {kind!r}; this server reads message, reasoning, item_reference, additional_tools, "
@@ -101,7 +97,7 @@ class InputReader:
             message = self._open_assistant(for_thought=True)
             message["reasoning"] = message.get("reasoning", "") + text
         elif sealed:
-            self._notes["a thought was left out: its encrypted_content is damaged, or another server's"] = None
+            self._left_out.add("a thought of `input`", "its encrypted_content is damaged, or another server's")
 
     def _add_call(self, kind: str, item: Item, where: str) -> None:
         call_id = _call_id(item, where)
@@ -142,7 +138,7 @@ class InputReader:
         if isinstance(part.get("text"), str):
             return part
         kind = str(part["type"]).removeprefix("input_")
-        self._notes[f"a tool's result of type {part['type']!r} was left out: this model reads text only"] = None
+        self._left_out.add(f"{part['type']} of a tool's result", "this engine serves text only")
         return {"type": "text", "text": f"[{kind} left out: only text can be read here]"}
 
     def _add_stored(self, item: Item, where: str) -> None:

@@ -1,11 +1,15 @@
 """The Responses API's request, and how it becomes a chat's fields."""
 
+from collections.abc import Set
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
 
 from engine.errors import RequestError
+from engine.openai.schema.left_out import LeftOut
 from engine.openai.schema.protocol import (
+    KEEPS_THOUGHTS,
     ChatCompletionRequest,
     Effort,
     JsonObject,
@@ -20,13 +24,14 @@ from engine.params.tool_choice import refuse_kind
 _THOUGHT, _LOGPROBS = "reasoning.encrypted_content", "message.output_text.logprobs"
 _OF_HOSTED_TOOLS = ("web_search_call.", "file_search_call.", "code_interpreter_call.", "computer_call_output.")
 """Beginnings of what `include` asks about tools that are left out: there is nothing to include."""
-_OWN_NAMES = {"tools", "tool_choice", "stream", "top_logprobs", "reasoning_effort"}
+_OWN_NAMES = {"chat_template_kwargs", "tools", "tool_choice", "stream", "top_logprobs", "reasoning_effort"}
 
 
 class ReasoningOptions(RequestBody):
     """How much to think. There is no ``summary``: the thought itself is sent in full."""
 
     effort: Effort | None = None
+    context: str | None = None
     summary: str | None = None
     generate_summary: str | None = None
 
@@ -84,12 +89,24 @@ def check_responses(body: ResponsesRequest) -> None:
         raise RequestError("`top_logprobs` needs 'message.output_text.logprobs' in `include`.", param="top_logprobs")
 
 
-def chat_request(
-    body: ResponsesRequest, messages: list[dict[str, Any]], toolbox: Toolbox
-) -> tuple[ChatCompletionRequest, ClientTool | None]:
-    """The chat that ``body`` asks for: fields that both APIs share keep their names.
+@dataclass(frozen=True)
+class ChatOfRequest:
+    """A request as a chat. ``written`` is the custom tool whose input is the whole answer: its grammar was demanded."""
 
-    The tool is the custom one that the whole answer is the text of, since its grammar was demanded. None: as it comes.
+    chat: ChatCompletionRequest
+    written: ClientTool | None
+
+
+def chat_request(
+    body: ResponsesRequest,
+    messages: list[dict[str, Any]],
+    toolbox: Toolbox,
+    left_out: LeftOut,
+    variables: Set[str] = frozenset(),
+) -> ChatOfRequest:
+    """The chat that ``body`` asks for: fields that both APIs share keep their names. Raises RequestError.
+
+    ``variables`` are those that the chat template reads.
     """
     shared = (
         body.model_fields_set & type(body).model_fields.keys() & ChatCompletionRequest.model_fields.keys()
@@ -101,6 +118,7 @@ def chat_request(
         "max_completion_tokens": body.max_output_tokens,
         "tools": toolbox.functions(),
         "reasoning_effort": body.reasoning.effort or body.reasoning_effort,
+        "chat_template_kwargs": _template_kwargs(body, left_out, variables),
     }
     if body.with_logprobs:
         fields |= {"logprobs": True, "top_logprobs": body.top_logprobs}
@@ -108,25 +126,28 @@ def chat_request(
         fields.setdefault("truncate_prompt_tokens", -1)
     if response_format := _response_format(body.text.format):
         fields["response_format"] = response_format
+    if body.text.verbosity is not None:
+        left_out.add("text.verbosity", "chat templates have no place for it")
     written = _written_tool(body, toolbox)
     if written is not None:
         fields |= _free_text(body, written)
     elif body.tools or toolbox.tools:
         fields["tool_choice"] = _chat_tool_choice(body.tool_choice, toolbox)
-    return ChatCompletionRequest.model_validate(fields), written
+    for tool in toolbox.tools:
+        if tool.grammar is not None and tool is not written:
+            why = "it is shown to the model, and enforced only where tool_choice names the tool"
+            left_out.add(f"the grammar of the tool {tool.name}", why)
+    return ChatOfRequest(ChatCompletionRequest.model_validate(fields), written)
 
 
-def request_notes(body: ResponsesRequest, toolbox: Toolbox, written: ClientTool | None) -> list[str]:
-    """Lines for ``explain``: what ``body`` asks for and does not get."""
-    notes = list(toolbox.notes)
-    notes += [
-        f"the grammar of tool {tool.name!r} is shown to the model, not enforced: only a tool_choice that names it does"
-        for tool in toolbox.tools
-        if tool.grammar is not None and tool is not written
-    ]
-    if body.text.verbosity is not None:
-        notes.append(f"text.verbosity={body.text.verbosity} was left out: this model has no such setting")
-    return notes
+def _template_kwargs(body: ResponsesRequest, left_out: LeftOut, variables: Set[str]) -> dict[str, Any]:
+    """The request's own, and what keeps the thoughts of earlier turns in the prompt, where that is asked for."""
+    if body.reasoning.context != "all_turns":
+        return body.chat_template_kwargs
+    keeping = {name: value for name, value in KEEPS_THOUGHTS.items() if name in variables}
+    if not keeping:
+        left_out.add("reasoning.context", "the chat template alone says which thoughts it shows")
+    return keeping | body.chat_template_kwargs
 
 
 def _written_tool(body: ResponsesRequest, toolbox: Toolbox) -> ClientTool | None:

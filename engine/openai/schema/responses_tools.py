@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import RequestError
+from engine.openai.schema.left_out import HOSTED, LeftOut
 from engine.openai.schema.protocol import JsonObject
 from engine.params.tool_choice import refuse_kind
 
@@ -85,12 +86,10 @@ class ClientTool:
 
 @dataclass(frozen=True)
 class Toolbox:
-    """All tools of a request. ``shown`` are those that the model can call, as the client gave them; ``notes`` are lines
-    for ``explain`` about those that were left out."""
+    """The tools of a request that the model can call; ``shown`` as the client gave them."""
 
     tools: tuple[ClientTool, ...] = ()
     shown: tuple[JsonObject, ...] = ()
-    notes: tuple[str, ...] = ()
 
     def functions(self) -> list[JsonObject]:
         """All that can be called, in a chat's form."""
@@ -126,18 +125,17 @@ class Toolbox:
         return next((tool for tool in found if namespace in (None, tool.namespace)), None)
 
 
-def read_tools(given: Iterable[GivenTool]) -> Toolbox:
+def read_tools(given: Iterable[GivenTool], left_out: LeftOut) -> Toolbox:
     """All tools of a request; one that is given again is the same tool. Raises RequestError for other kinds."""
     given = list(given)
     plain = {name for one in given if (name := one.tool.get("name")) and one.tool.get("type") != "namespace"}
     tools: dict[_Key, ClientTool] = {}
     shown: list[JsonObject] = []
-    left_out: dict[str, None] = {}
     for one in given:
         kind = one.tool.get("type")
         searches = kind == TOOL_SEARCH and one.tool.get("execution") == "client"
         if isinstance(kind, str) and kind.startswith(_HOSTED) and not searches:
-            left_out[kind] = None
+            left_out.add(f"the tool {kind}", HOSTED)
             continue
         # The description of a whole namespace stands before that of its first tool, so that it is read once.
         context = f"{one.tool.get('name')}: {one.tool['description']}" if _describes_many(one.tool) else ""
@@ -151,8 +149,7 @@ def read_tools(given: Iterable[GivenTool]) -> Toolbox:
                 tools[namespace, name] = own
                 context = ""
         shown.append(one.tool)
-    notes = [f"tool {kind!r} was left out: this server runs no tools itself" for kind in left_out]
-    return Toolbox(tuple(tools.values()), tuple(shown), tuple(notes))
+    return Toolbox(tuple(tools.values()), tuple(shown))
 
 
 def _describes_many(tool: JsonObject) -> bool:
