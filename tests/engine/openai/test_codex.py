@@ -144,9 +144,9 @@ def test_a_whole_task_goes_through_and_each_turn_finds_the_one_before_in_the_cac
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_plain_response_is_that_at_the_end_of_the_stream(http: httpx.Client, run: str) -> None:
-    for num_items in RUNS[run]["lengths"]:
-        plain = http.post(RECORDED["path"], json=body_of(run, num_items, stream=False)).json()
-        assert bare(strict_more.response(plain)["output"]) == bare(ask(http, body_of(run, num_items))["output"])
+    num_items = RUNS[run]["lengths"][0]
+    plain = http.post(RECORDED["path"], json=body_of(run, num_items, stream=False)).json()
+    assert bare(strict_more.response(plain)["output"]) == bare(ask(http, body_of(run, num_items))["output"])
 
 
 def test_thoughts_are_read_from_what_was_sealed_alone(http: httpx.Client, llm: LLM) -> None:
