@@ -42,6 +42,7 @@ class ServerHandle:
     def __init__(self, app: FastAPI, listener: socket.socket, options: ServerOptions) -> None:
         self._port: Port | None = app.state.port
         self.model: str = self._port.engine.args.names[0]
+        self.max_model_len: int = self._port.engine.plan.max_model_len
         self.host = options.host
         self.port: int = listener.getsockname()[1]
         self.api_key = options.api_keys[0] if options.api_keys else None

@@ -70,6 +70,7 @@ class FakeServer(_ServerHandle):
 
     def __init__(self, model: str, port: int, host: str, api_key: str | None, options: Mapping[str, Any]) -> None:
         self.model = model
+        self.max_model_len = 4096
         self.port = port
         self.host = host
         self.api_key = api_key

@@ -24,18 +24,22 @@ class Endpoint:
     api_key: str | None = None
     key_place: str = "server.api_key in the notebook"
     """Where the reader finds the key."""
+    max_model_len: int | None = None
+    """The context's length, if it is known."""
 
     @classmethod
     def of(cls, server: "ServerHandle", *, show_key: bool = False) -> Self:
         """The port behind a handle; its key only where that may be shown."""
         key = server.api_key if show_key else None
-        return cls(server.base_url, server.model, server.api_key is not None, key)
+        return cls(server.base_url, server.model, server.api_key is not None, key, max_model_len=server.max_model_len)
 
     @classmethod
     def of_remote(cls, remote: "RemoteLLM", *, show_key: bool = False) -> Self:
         """The server that the notebook is connected to."""
         key = remote.address.key
-        return cls(remote.base_url, remote.model, key is not None, key if show_key else None, "that of connect")
+        shown = key if show_key else None
+        length = remote.served.max_model_len
+        return cls(remote.base_url, remote.model, key is not None, shown, "that of connect", length)
 
     @property
     def root_url(self) -> str:
@@ -96,8 +100,10 @@ def _llm(endpoint: Endpoint) -> CodeText:
 
 
 def _codex(endpoint: Endpoint) -> CodeText:
+    # Codex takes the context of a model that it does not know for 272000 tokens, and shortens its history too late.
+    length = f"model_context_window = {endpoint.max_model_len}\n" if endpoint.max_model_len else ""
     text = (
-        f'model = "{endpoint.model}"\nmodel_provider = "vm-magic"\nweb_search = "disabled"\n\n'
+        f'model = "{endpoint.model}"\nmodel_provider = "vm-magic"\n{length}web_search = "disabled"\n\n'
         f'[model_providers.vm-magic]\nname = "vm-magic"\nbase_url = "{endpoint.base_url}"\n'
         'wire_api = "responses"\n' + (f'env_key = "{KEY_VARIABLE}"\n' if endpoint.needs_key else "")
     )

@@ -134,9 +134,10 @@ def test_each_client_gets_address_and_model_and_the_key_only_if_given(
         assert ("VLLM_API_KEY" in code.text + code.note) == (needs_key and (api_key is None or name == "codex"))
 
 
-def test_codex_is_told_to_offer_no_web_search() -> None:
-    config = tomllib.loads(snippets(Endpoint("http://h:1/v1", "m", needs_key=False))["codex"].text)
-    assert config["web_search"] == "disabled"
+def test_codex_is_told_to_offer_no_web_search_and_how_long_the_context_is() -> None:
+    config = tomllib.loads(snippets(Endpoint("http://h:1/v1", "m", needs_key=False, max_model_len=8192))["codex"].text)
+    assert (config["web_search"], config["model_context_window"]) == ("disabled", 8192)
+    assert "context" not in snippets(Endpoint("http://h:1/v1", "m", needs_key=False))["codex"].text
 
 
 def test_the_anthropic_sdk_gets_the_address_without_v1() -> None:
