@@ -105,6 +105,15 @@ def test_arguments_that_a_template_prints_are_the_text_that_was_sent(http: httpx
     assert '[weather {"city":"Zürich"}]' in prompt_of(llm)
 
 
+@pytest.mark.parametrize("written", ['{"city": "Os', '"Oslo"', "[1]"])
+def test_broken_arguments_are_printed_as_the_model_wrote_them(http: httpx.Client, llm: FakeLLM, written: str) -> None:
+    llm.chat_template = ChatTemplate(PRINTS_TEXT)
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": written}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    post(http, "/v1/chat/completions", messages=[{"role": "user", "content": "Hi"}, message])
+    assert f"[weather {written}]" in prompt_of(llm)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_thought_goes_to_templates_that_call_it_thinking(http: httpx.Client, llm: FakeLLM, route: str) -> None:
     llm.chat_template = ChatTemplate(THINKS)

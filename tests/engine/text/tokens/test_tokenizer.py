@@ -12,7 +12,7 @@ from engine.errors import ModelLoadError, RequestError
 from engine.models.local import ResolvedModel
 from engine.params.engine_args import EngineArgs
 from engine.text.tokens.gguf_tokenizer import build_tokenizer
-from engine.text.tokens.tokenizer import Tokenizer, load_tokenizer
+from engine.text.tokens.tokenizer import Tokenizer, _from_metadata, load_tokenizer
 
 TEXTS = [
     "Hello, world!",
@@ -268,6 +268,13 @@ def test_each_pre_tokenizer_splits_digits_in_its_own_way(pre: str | None, pieces
     assert hf.encode("1111", add_special_tokens=False).tokens == pieces
     text = " a1111\n\n b'll É漢  "
     assert hf.decode(hf.encode(text, add_special_tokens=False).ids) == text
+
+
+def test_a_gguf_file_names_its_templates_and_special_tokens_too() -> None:
+    more = {"tokenizer.chat_template": "usual", "tokenizer.chat_template.tool_use": "tools"}
+    tokenizer = _from_metadata(byte_level_metadata("gpt-2", **more, **{"tokenizer.ggml.padding_token_id": 1}))
+    assert tokenizer.named_templates == {"default": "usual", "tool_use": "tools"}
+    assert tokenizer.named_tokens == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
 
 
 def test_llama_3_takes_whole_words_of_the_vocabulary_and_begins_with_bos() -> None:
