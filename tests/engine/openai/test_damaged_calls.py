@@ -31,7 +31,7 @@ from tests.engine.openai import strict, strict_more
 from tests.engine.text.parse import damaged_calls
 
 NUM_CALLS = 200
-NUM_IN_FORMATS = 60
+NUM_IN_FORMATS = 40
 NUM_BY_CHARACTER = 12
 """Of these calls: those read by all formats, and those that come character by character there and are checked against
 the client packages' types.
