@@ -22,6 +22,8 @@ _ANTHROPIC_TYPES = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
 }
+_ANTHROPIC_DETAILS = {"thread": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}}
+"""By the refused field: what Anthropic's clients read to go on without it."""
 
 _POOLING = "it runs models that generate text, none that embed, rank or classify"
 _MEDIA = "it serves text only"
@@ -86,7 +88,9 @@ def anthropic_error(body: Mapping[str, Any]) -> dict[str, Any]:
     """The same error in the Messages API's form."""
     error = body["error"]
     kind = _ANTHROPIC_TYPES.get(error["code"], "invalid_request_error" if error["code"] < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error["message"]}, "request_id": None}
+    details = _ANTHROPIC_DETAILS.get(error["param"] or "")
+    told = {"type": kind, "message": error["message"]} | ({"details": details} if details else {})
+    return {"type": "error", "error": told, "request_id": None}
 
 
 def _response(body: dict[str, Any], path: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

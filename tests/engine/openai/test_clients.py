@@ -281,6 +281,20 @@ def test_a_call_that_max_tokens_cuts_off_is_valid_says_so_and_can_be_gone_on_fro
     assert all(ARGUMENTS["city"].startswith(city) for city in cities)  # type: ignore[attr-defined]
 
 
+def test_anthropics_tool_runner_goes_on_without_a_thread_and_sends_the_whole_conversation(
+    claude: anthropic.Anthropic,
+) -> None:
+    @anthropic.beta_tool
+    def weather(city: str, days: list[int]) -> str:
+        """The weather of a city."""
+        return f"{city} {days}: rain <|script_0|>"
+
+    runner = claude.beta.messages.tool_runner(
+        model="scripted", max_tokens=300, messages=user(f"Weather? {CALLING}"), tools=[weather]
+    )
+    assert runner.until_done().content[-1].text == ANSWER  # type: ignore[union-attr]
+
+
 def test_many_apis_at_once_do_not_mix_up_their_replies(server: ServerHandle) -> None:
     import concurrent.futures
 
