@@ -20,20 +20,12 @@ from engine.openai.server import ServerHandle
 from tests import scripted_model
 from tests.engine.openai import strict_more
 from tests.engine.openai.conftest import KEY, http_client
+from tests.engine.openai.recorded import called, expanded
 from tests.engine.openai.routes.test_messages import blocks_of
 from tests.engine.text.template.template_packages import TRL, template_source
 
 FILE = "/home/user/greeter/greet.py"
 SELECTORS = ("[step-0]", "[step-1]", "[step-2]", "[step-3]")
-FILLER = "A word to the wise is enough, and a long text is made of many such words. "
-NOT_FIRST = "{{- raise_exception('System message must be at the beginning.') }}"
-LATER_SYSTEM = "{{- '<|im_start|>system\\n' + content + '<|im_end|>\\n' }}"
-
-
-def called(name: str, **arguments: str) -> str:
-    """A call as Qwen's coders write it."""
-    parameters = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
-    return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
 
 
 OLD, NEW = '"Helo, " + name  # [step-1]', '"Hello, " + name  # [step-2]'
@@ -46,19 +38,6 @@ SCRIPTS = (
 )
 
 
-def expanded(value: Any) -> Any:
-    """``value`` with its texts as long as they were."""
-    if isinstance(value, dict):
-        return {name: expanded(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [expanded(one) for one in value]
-    found = re.fullmatch(r"@(\d+) (.*)", value, re.DOTALL) if isinstance(value, str) else None
-    if found is None:
-        return value
-    length = int(found[1])
-    return (found[2] + " " + FILLER * (length // len(FILLER) + 1))[:length]
-
-
 RECORDED: dict[str, Any] = expanded(json.loads(Path(__file__).with_name("claude_code.json").read_text()))
 TURNS: list[list[Any]] = RECORDED["turns"]
 
@@ -66,7 +45,7 @@ TURNS: list[list[Any]] = RECORDED["turns"]
 @pytest.fixture(scope="module")
 def llm(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     scripted_model.install()
-    template = template_source(TRL, "qwen3_6").replace(NOT_FIRST, LATER_SYSTEM)
+    template = template_source(TRL, "qwen3_6")  # it takes a system message at the beginning only
     folder = scripted_model.write_scripted_model(
         tmp_path_factory.mktemp("scripted"),
         smollm2_gguf,
@@ -176,7 +155,8 @@ def test_explain_says_what_was_left_out_and_what_the_template_was_given(http: ht
     ask(http, body_of(TURNS[0]))
     told = llm.explain()
     left_out = [note.removeprefix("left out: ").partition(":")[0] for note in told.notes]
-    assert left_out == ["the line x-anthropic-billing-header of `system`", "metadata", "thinking.display"]
+    folded = "a system message stood where this model's template refuses it"
+    assert left_out == ["the line x-anthropic-billing-header of `system`", "metadata", "thinking.display", folded]
     given = {value.name: value.value for value in told.thinking}
     assert given == {"preserve_thinking": True, "enable_thinking": True, "reasoning_effort": "high"}
     assert "DeferredToolPlaceholder" not in told.prompt

@@ -21,7 +21,7 @@ from engine.openai.server import ServerHandle
 from tests import scripted_model
 from tests.engine.openai import strict_more
 from tests.engine.openai.conftest import KEY, http_client
-from tests.engine.openai.test_claude_code import called, expanded
+from tests.engine.openai.recorded import called, expanded
 from tests.engine.text.template.template_packages import TRL, template_source
 
 SELECTORS = tuple(f"[step-{number}]" for number in range(8))

@@ -16,10 +16,12 @@ from engine.chat.reply import read_whole
 from engine.chat.request import Account, PreparedRequest
 from engine.openai.routes import chat, messages, responses
 from engine.openai.routes.messages_output import MessageEvents, ending, message_object
+from engine.openai.routes.responses_calls import CallItems
 from engine.openai.routes.responses_output import ResponseBuilder
 from engine.openai.routes.responses_store import RunningResponse
 from engine.openai.schema.protocol import ChatCompletionRequest, StreamOptions
 from engine.openai.schema.responses_protocol import ResponsesRequest
+from engine.openai.schema.responses_tools import Toolbox
 from engine.openai.serving.generation import Job
 from engine.openai.serving.logprobs import TokenNames
 from engine.outputs import CompletionDelta, Reply
@@ -130,7 +132,9 @@ async def message_parts(job: Job) -> tuple[list[Part], dict[str, Any]]:
 async def response_parts(job: Job) -> tuple[list[Part], dict[str, Any]]:
     """What the events say in order, and the plain response."""
     body = ResponsesRequest(input="x")
-    running = RunningResponse(ResponseBuilder(responses._response(body, job)), job, [])
+    calls = CallItems(Toolbox())
+    builder = ResponseBuilder(responses._response(body, job, calls), calls)
+    running = RunningResponse(builder, job, [])
     events = [sendable(event) async for event in responses._events(body, running)]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     plain = sendable(running.builder.response)
