@@ -245,7 +245,8 @@ class _Writing:
         allowed = asked.get("enum", [asked["const"]] if "const" in asked else None)
         values = schema.get("additionalProperties")
         pattern = asked.get("pattern")
-        if _declares(schema) or not (isinstance(allowed, list) or isinstance(pattern, str)):
+        declared = as_map(schema.get("properties")) or as_map(schema.get("patternProperties"))
+        if declared or not (isinstance(allowed, list) or isinstance(pattern, str)):
             self._writer.relaxed.add("propertyNames")
             return
         what = True if values is None else self.schema(values, _NOTHING)

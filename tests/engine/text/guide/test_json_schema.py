@@ -85,6 +85,16 @@ CASES: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
         [{}, ONE, BOTH],
         [MORE, {"a": "x"}],
     ),
+    "names from a list beside no properties": (
+        {
+            "type": "object",
+            "propertyNames": {"enum": ["a", "b"]},
+            "additionalProperties": INTEGER,
+            "properties": {},
+        },
+        [ONE],
+        [{"c": 1}],
+    ),
     "names by a pattern": ({"type": "object", "propertyNames": {"pattern": "^[ab]$"}}, [ONE], [{"c": 1}]),
 }
 
