@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import re
 from typing import Any
 
 from engine.text.parse.scan.lenient_json import LenientJson, dumps, loads, number, quoted
@@ -81,11 +82,20 @@ def _read_json(text: str) -> Any:
         return None
 
 
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_KNOWN_ESCAPES = "\\'\"abfnrtv01234567xuUN\n"
+
+
+def _escaped(match: re.Match[str]) -> str:
+    """An escape of Python's; it keeps the backslash of any other, and warns on stderr."""
+    return match[0] if match[1] in _KNOWN_ESCAPES else "\\" + match[0]
+
+
 def _read_python(text: str) -> Any:
     if len(text) > _LONGEST_LITERAL:
         return None
     try:
-        value = ast.literal_eval(text)
+        value = ast.literal_eval(_ESCAPE.sub(_escaped, text))
         return loads(json.dumps(value, allow_nan=False))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None

@@ -1,6 +1,7 @@
 """The parsers' choices: prompts that open thoughts, cut and broken output, what is held back, what is forced."""
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -537,3 +538,13 @@ def test_a_template_without_thoughts_or_tools_gets_no_parser() -> None:
     assert detect_reasoning_parser(template, ()) is None
     assert detect_tool_parser(template) is None
     assert detect_reasoning_parser(None, ()) is None
+
+
+def test_python_values_with_escapes_that_python_does_not_know_are_read_without_a_word() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "array"}}}}}]
+    written = r"""<tool_call><function=f><parameter=a>['\d+', 'a\\b', '\n']</parameter></function></tool_call>"""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        reply = parse_output(written, tool_call_parser="qwen3_coder", tools=tools)
+    assert json.loads(reply.tool_calls[0]["function"]["arguments"]) == {"a": [r"\d+", r"a\b", "\n"]}
+    assert told == []
