@@ -254,7 +254,6 @@ def json_grammar(
     ``relaxed`` gets the keywords that it cannot enforce. ``closes``: objects that do not say otherwise have the
     declared properties only.
     """
-    from llguidance import LLMatcher
 
     if not isinstance(schema, Mapping | bool):
         raise RequestError("json must be a schema: an object, or true.", param="structured_outputs")
@@ -262,8 +261,15 @@ def json_grammar(
     relaxed |= left_out
     if isinstance(written, bool):
         written = {} if written else {"not": {}}
+    return written_grammar(written, structured)
+
+
+def written_grammar(schema: dict[str, Any], structured: StructuredOutput | None = None) -> str:
+    """llguidance's grammar of a schema that was written for it. Raises RequestError for values that are not JSON's."""
+    from llguidance import LLMatcher
+
     try:
-        return str(LLMatcher.grammar_from_json_schema(written, defaults=whitespace_options(structured)))
+        return str(LLMatcher.grammar_from_json_schema(schema, defaults=whitespace_options(structured)))
     except ValueError as error:
         raise RequestError(f"bad grammar or schema: {_one_line(str(error))}", param="structured_outputs") from None
 

@@ -111,6 +111,7 @@ class _Writing:
         written: dict[str, Any] = {}
         for key, value in schema.items():
             if key not in _NOT_WRITTEN and (value is not None or key in _VALUES):
+                _check_shape(key, value)
                 self._keyword(written, schema, key, value, inside.get(key))
         if closed is not None and written.get("additionalProperties") is None:
             written["properties"] = dict.fromkeys(closed.names, True) | written.get("properties", {})
@@ -277,7 +278,8 @@ class _Writing:
     def _finish(self, written: dict[str, Any]) -> None:
         if self._closes and "prefixItems" in written:
             written.setdefault("items", False)
-        if not set(as_map(written.get("properties"))) <= set(as_list(written.get("required"))):
+        required = {name for name in as_list(written.get("required")) if isinstance(name, str)}
+        if not set(as_map(written.get("properties"))) <= required:
             for key in ("minProperties", "maxProperties"):
                 if written.pop(key, None) is not None:
                     self._writer.relaxed.add(key)
@@ -304,6 +306,13 @@ def _differ(parts: list[Any], document: Document) -> bool:
 
 def _declares(schema: Schema) -> bool:
     return any(isinstance(schema.get(key), Mapping) for key in ("properties", "patternProperties"))
+
+
+def _check_shape(key: str, value: Any) -> None:
+    if key in MAPS and not isinstance(value, Mapping):
+        raise _error(f"{key} must be an object of schemas, got {str(value)[:60]!r}")
+    if key in LISTS and key not in ONE and not isinstance(value, list):
+        raise _error(f"{key} must be a list of schemas, got {str(value)[:60]!r}")
 
 
 def _error(message: str) -> RequestError:

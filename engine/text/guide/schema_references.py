@@ -33,7 +33,7 @@ class Document:
         if not isinstance(reference, str):
             raise _leads_nowhere(reference)
         base = self._bases.get(id(origin), "")
-        address = base if reference[:1] in ("", "#") else urljoin(base, reference).partition("#")[0]
+        address = base if reference[:1] in ("", "#") else _address(base, reference)
         fragment = unquote(reference.partition("#")[2])
         found = self._named.get(address)
         if fragment.startswith("/"):
@@ -51,7 +51,7 @@ class Document:
             return
         own, anchor = schema.get("$id"), schema.get("$anchor")
         if isinstance(own, str):
-            base = urljoin(base, own).partition("#")[0]
+            base = _address(base, own)
         if isinstance(own, str) or depth == 0:
             self._named.setdefault(base, schema)
         if isinstance(anchor, str):
@@ -59,6 +59,14 @@ class Document:
         self._bases[id(schema)] = base
         for part in _parts(schema):
             self._collect(part, base, depth + 1)
+
+
+def _address(base: str, reference: str) -> str:
+    """The address of a document, as it stands where it is not one."""
+    try:
+        return urljoin(base, reference).partition("#")[0]
+    except ValueError:
+        return reference
 
 
 def _parts(schema: Schema) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.errors import RequestError
 from engine.params.structured_outputs import ToolCalls
-from engine.text.guide.grammar import json_grammar, whitespace_options
+from engine.text.guide.grammar import json_grammar, whitespace_options, written_grammar
 from engine.text.guide.json_schema import SchemaWriter, written_schema
 from engine.text.guide.lark_text import lark_string
 from engine.text.parse.tool_parsers.base import DemandedForm, is_function_name
@@ -95,7 +95,6 @@ def _of(function: Mapping[str, Any], left_out: frozenset[str] | set[str]) -> set
 
 def _list_grammar(calls: ToolCalls, relaxed: set[str]) -> str:
     """vLLM's form of demanded calls; the definitions of all functions, each with a name of its own, at the root."""
-    from llguidance import LLMatcher
 
     writer = SchemaWriter()
     items = []
@@ -109,4 +108,4 @@ def _list_grammar(calls: ToolCalls, relaxed: set[str]) -> str:
         )
     most = {} if calls.parallel else {"maxItems": 1}
     schema = {"type": "array", "minItems": 1, **most, "items": {"anyOf": items}, "$defs": writer.definitions}
-    return str(LLMatcher.grammar_from_json_schema(schema, defaults=whitespace_options()))
+    return written_grammar(schema)

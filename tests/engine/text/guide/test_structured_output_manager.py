@@ -1,5 +1,6 @@
 """Thinking budgets, repetition and grammars as token logic, without a model."""
 
+import contextlib
 import functools
 import json
 import random
@@ -357,6 +358,8 @@ for _ in range(400):
         {"structured_outputs": {"json": {"$ref": "http://localhost/x"}}},
         {"structured_outputs": {"json": {"minimum": 10**400, "type": "integer"}}},
         {"structured_outputs": {"json": {}, "whitespace_pattern": "("}},
+        {"structured_outputs": {"json": {"properties": {"a": {}}, "required": [{}]}}},
+        {"structured_outputs": {"json": {"$id": "http://[x", "properties": {"a": {"$ref": "y"}}}}},
         {"structured_outputs": {"grammar": "start: start"}},
         {"structured_outputs": {"grammar": ""}},
         {"structured_outputs": {"structural_tag": {"structures": [5], "triggers": ["<"]}}},
@@ -378,3 +381,51 @@ def test_nonsense_of_any_type_is_the_clients_error(tokenizer: Tokenizer, fields:
     with pytest.raises(RequestError) as raised:
         manager.prepare(Constraints.from_request(**fields), [1], PARAMS)
     assert "\n" not in str(raised.value)
+
+
+ODD: list[Any] = [None, True, -1, 1e400, 10**30, "", "#", "#/x", "string", ["a"], [1, {}], {}, [[]], "(", "é\ud800"]
+HOLD = ("properties", "$defs", "patternProperties"), ("anyOf", "oneOf", "allOf", "prefixItems")
+HOLD += (("items", "additionalProperties", "not", "propertyNames", "unevaluatedProperties", "contains"),)
+SAY = (
+    "type",
+    "required",
+    "$ref",
+    "$id",
+    "enum",
+    "const",
+    "pattern",
+    "format",
+    "minProperties",
+    "uniqueItems",
+    "minimum",
+)
+
+
+def odd_schema(rng: random.Random, depth: int = 0) -> Any:
+    """A schema in which one value in three is of any kind."""
+    if depth > 4 or rng.random() < 0.1:
+        return rng.choice(ODD)
+    schema: dict[str, Any] = {}
+    for key in rng.sample([key for keys in (*HOLD, SAY) for key in keys], rng.randint(0, 5)):
+        parts = [odd_schema(rng, depth + 1) for _ in range(rng.randint(1, 3))]
+        if key in SAY or rng.random() < 0.2:
+            schema[key] = rng.choice([*ODD, "object", "array", "#/$defs/a", ["a"]])
+        elif key in HOLD[0]:
+            schema[key] = dict(zip("ab^", parts, strict=False))
+        else:
+            schema[key] = parts if key in HOLD[1] else parts[0]
+    return schema
+
+
+@pytest.mark.parametrize("parser", [None, "hermes", "qwen3_coder"])
+def test_a_schema_of_any_kind_is_taken_or_the_clients_error(tokenizer: Tokenizer, parser: str | None) -> None:
+    manager, rng = make_manager(tokenizer, None, tool_call_parser=parser), random.Random(7)
+    taken = 0
+    for _ in range(500):
+        tools = [{"function": {"name": f"f{number}", "parameters": odd_schema(rng, 1)}} for number in range(2)]
+        described = {"type": "json_schema", "json_schema": {"schema": odd_schema(rng)}}
+        for fields in ({"tools": tools, "tool_choice": "required"}, {"response_format": described, "tools": tools}):
+            with contextlib.suppress(RequestError):
+                manager.prepare(Constraints.from_request(**fields), [1], PARAMS)
+                taken += 1
+    assert 100 < taken < 900
