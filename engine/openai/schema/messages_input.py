@@ -101,7 +101,8 @@ def _edits(body: CountTokensRequest, variables: Set[str], left_out: LeftOut) -> 
     for edit in edits if isinstance(edits, list) else ():
         kind = edit.get("type") if isinstance(edit, Mapping) else edit
         asked = {name: value for name, value in KEEPS_THOUGHTS.items() if name in variables}
-        if str(kind).startswith("clear_thinking_") and edit.get("keep") == "all" and asked:
+        keeps = isinstance(edit, Mapping) and edit.get("keep") == "all"
+        if keeps and str(kind).startswith("clear_thinking_") and asked:
             kwargs |= asked
         else:
             left_out.add(f"the edit {kind} of context_management", "the chat template shows the history as it was sent")

@@ -66,10 +66,10 @@ class OfferedTools:
         """``tool_choice`` in OpenAI's form. Raises RequestError for what is not Anthropic's, or cannot be met."""
         kind, name = choice.get("type"), choice.get("name")
         if kind == "tool":
-            if name in self._hosted:
+            if str(name) in self._hosted:
                 raise RequestError(f"tool_choice demands {name!r}, but {HOSTED}: leave it out.", param="tool_choice")
             chosen: Any = {"type": "function", "function": {"name": name}}
-        elif kind in _CHOICES:
+        elif isinstance(kind, str) and kind in _CHOICES:
             chosen = _CHOICES[kind]
         else:
             raise RequestError(f"tool_choice.type must be auto, any, tool or none, got {kind!r}.", param="tool_choice")

@@ -128,7 +128,7 @@ class Toolbox:
 def read_tools(given: Iterable[GivenTool], left_out: LeftOut) -> Toolbox:
     """All tools of a request; one that is given again is the same tool. Raises RequestError for other kinds."""
     given = list(given)
-    plain = {name for one in given if (name := one.tool.get("name")) and one.tool.get("type") != "namespace"}
+    plain = {str(one.tool.get("name")) for one in given if one.tool.get("type") != "namespace"}
     tools: dict[_Key, ClientTool] = {}
     shown: list[JsonObject] = []
     for one in given:

@@ -5,7 +5,7 @@ goes on inventing. Only schemas are rewritten: a property named ``properties`` a
 stay as they are. What the grammar cannot enforce is left out and told (:attr:`SchemaWriter.relaxed`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,14 +39,27 @@ class _Declared:
     is_open: bool = False
 
     def __or__(self, more: "_Declared") -> "_Declared":
-        names, patterns = (*self.names, *more.names), (*self.patterns, *more.patterns)
-        return _Declared(tuple(dict.fromkeys(names)), tuple(dict.fromkeys(patterns)), self.is_open or more.is_open)
+        return _union((self, more))
 
     def __bool__(self) -> bool:
         return bool(self.names or self.patterns or self.is_open)
 
 
 _NOTHING = _Declared()
+_MOST_DEFINITIONS = 5000
+"""Each definition stands once for each object that it may be a part of: schemas that refer to one another in place need
+very many."""
+
+
+def _union(said: Iterable[_Declared]) -> _Declared:
+    names: dict[str, None] = {}
+    patterns: dict[str, None] = {}
+    is_open = False
+    for one in said:
+        names |= dict.fromkeys(one.names)
+        patterns |= dict.fromkeys(one.patterns)
+        is_open |= one.is_open
+    return _Declared(tuple(names), tuple(patterns), is_open)
 
 
 class SchemaWriter:
@@ -68,7 +81,11 @@ class SchemaWriter:
         """
         document = Document(schema)
         self._documents.append(document)  # definitions go by identity, so their schemas must live
-        written = _Writing(self, document, closes).schema(schema, _NOTHING)
+        writing = _Writing(self, document, closes)
+        written = writing.schema(schema, _NOTHING)
+        while writing.waiting:  # one behind the other: many that refer to the next are not deep
+            name, target, beside = writing.waiting.pop()
+            self.definitions[name] = writing.schema(target, beside)
         assert isinstance(written, dict), "an object stays one"
         return written
 
@@ -76,6 +93,8 @@ class SchemaWriter:
         """The name of a definition, and whether it is new."""
         key = (id(target), closes, beside)
         fresh = key not in self._names
+        if len(self._names) > _MOST_DEFINITIONS:
+            raise _error("too many schemas refer to one another in allOf, anyOf and oneOf")
         return self._names.setdefault(key, f"d{len(self._names)}"), fresh
 
 
@@ -100,6 +119,9 @@ class _Writing:
         self._writer = writer
         self._document = document
         self._closes = closes
+        self._known: dict[int, _Declared] = {}
+        self.waiting: list[tuple[str, Schema | bool, _Declared | None]] = []
+        """Definitions with a name that are still to be written."""
 
     def schema(self, schema: Any, beside: _Declared | None) -> dict[str, Any] | bool:
         """One schema."""
@@ -161,22 +183,37 @@ class _Writing:
         found += [(key, as_list(schema.get(key))) for key in CHOICES]
         if "$ref" in schema:
             found.append(("$ref", [self._document.resolve(schema["$ref"], schema)]))
-        return [(key, self._declared(schemas, {id(schema)})) for key, schemas in found]
+        return [(key, _union(self._declared(part) for part in schemas)) for key, schemas in found]
 
-    def _declared(self, schemas: list[Any], seen: set[int]) -> _Declared:
-        """What schemas say of properties, with all that they refer to in place."""
-        found = _NOTHING
-        for schema in schemas:
-            if not isinstance(schema, Mapping) or id(schema) in seen:
+    def _declared(self, schema: Any) -> _Declared:
+        """What a schema says of properties, with all that it refers to in place; found out once for each."""
+        if not isinstance(schema, Mapping):
+            return _NOTHING
+        if id(schema) not in self._known:
+            target = self._document.resolve(schema["$ref"], schema) if "$ref" in schema else None
+            if isinstance(target, Mapping) and id(target) not in self._known:
+                self._known[id(target)] = self._reached(target)
+            self._known[id(schema)] = self._reached(schema)
+        return self._known[id(schema)]
+
+    def _reached(self, schema: Schema) -> _Declared:
+        found, left, seen = [], [schema], {id(schema)}
+        while left:
+            one = left.pop()
+            if id(one) in self._known:
+                found.append(self._known[id(one)])
                 continue
-            seen.add(id(schema))
-            parts = [part for key in ("allOf", *CHOICES) for part in as_list(schema.get(key))]
-            if "$ref" in schema:
-                parts.append(self._document.resolve(schema["$ref"], schema))
-            own = self._own(schema)
-            found |= own if _declares(schema) or own.is_open else _NOTHING
-            found |= self._declared(parts, seen)
-        return found
+            own = self._own(one)
+            if _declares(one) or own.is_open:
+                found.append(own)
+            parts = [part for key in ("allOf", *CHOICES) for part in as_list(one.get(key))]
+            if "$ref" in one:
+                parts.append(self._document.resolve(one["$ref"], one))
+            for part in reversed(parts):
+                if isinstance(part, Mapping) and id(part) not in seen:
+                    seen.add(id(part))
+                    left.append(part)
+        return _union(found)
 
     def _keyword(self, written: dict[str, Any], schema: Schema, key: str, value: Any, beside: _Declared | None) -> None:
         if key == "$ref":
@@ -217,7 +254,7 @@ class _Writing:
     def _reference(self, target: Schema | bool, beside: _Declared | None) -> str:
         name, fresh = self._writer.name_of(target, self._closes, beside)
         if fresh:
-            self._writer.definitions[name] = self.schema(target, beside)
+            self.waiting.append((name, target, beside))
         return f"#/$defs/{name}"
 
     def _format(self, written: dict[str, Any], name: Any) -> None:

@@ -113,7 +113,7 @@ def _part(part: Any, where: str) -> dict[str, str]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in _TEXT_PARTS and isinstance(part.get(_TEXT_PARTS[kind]), str):
+    if isinstance(kind, str) and kind in _TEXT_PARTS and isinstance(part.get(_TEXT_PARTS[kind]), str):
         return {"type": "text", "text": part[_TEXT_PARTS[kind]]}
     for media in _MEDIA_PARTS:
         if isinstance(kind, str) and media in kind:

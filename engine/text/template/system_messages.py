@@ -35,6 +35,8 @@ def _beside(messages: Sequence[Message]) -> list[Message]:
     found: list[Message] = []
     waiting: list[Any] = []
     for message in messages:
+        if message["role"] == "system" and not message.get("content"):
+            continue
         if message["role"] != "system":
             found += _with_text(_joined(*waiting), [message]) if waiting else [message]
             waiting = []
