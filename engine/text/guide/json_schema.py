@@ -94,7 +94,7 @@ class SchemaWriter:
         key = (id(target), closes, beside)
         fresh = key not in self._names
         if len(self._names) > _MOST_DEFINITIONS:
-            raise _error("too many schemas refer to one another in allOf, anyOf and oneOf")
+            raise _error("too many schemas refer to one another")
         return self._names.setdefault(key, f"d{len(self._names)}"), fresh
 
 
@@ -179,11 +179,15 @@ class _Writing:
 
     def _parts(self, schema: Schema) -> list[tuple[str, _Declared]]:
         """What the schemas of a keyword say of properties, each of ``allOf`` for itself."""
+        return [(key, _union(map(self._declared, schemas))) for key, schemas in self._in_place(schema)]
+
+    def _in_place(self, schema: Schema) -> list[tuple[str, list[Any]]]:
+        """The schemas that describe the same value, by keyword, each of ``allOf`` for itself."""
         found = [("allOf", [part]) for part in as_list(schema.get("allOf"))]
         found += [(key, as_list(schema.get(key))) for key in CHOICES]
         if "$ref" in schema:
             found.append(("$ref", [self._document.resolve(schema["$ref"], schema)]))
-        return [(key, _union(self._declared(part) for part in schemas)) for key, schemas in found]
+        return found
 
     def _declared(self, schema: Any) -> _Declared:
         """What a schema says of properties, with all that it refers to in place; found out once for each."""
@@ -197,6 +201,7 @@ class _Writing:
         return self._known[id(schema)]
 
     def _reached(self, schema: Schema) -> _Declared:
+        """The same, by going through them: those that refer to one another say the same."""
         found, left, seen = [], [schema], {id(schema)}
         while left:
             one = left.pop()
@@ -206,10 +211,7 @@ class _Writing:
             own = self._own(one)
             if _declares(one) or own.is_open:
                 found.append(own)
-            parts = [part for key in ("allOf", *CHOICES) for part in as_list(one.get(key))]
-            if "$ref" in one:
-                parts.append(self._document.resolve(one["$ref"], one))
-            for part in reversed(parts):
+            for part in reversed([part for _, schemas in self._in_place(one) for part in schemas]):
                 if isinstance(part, Mapping) and id(part) not in seen:
                     seen.add(id(part))
                     left.append(part)
@@ -237,17 +239,17 @@ class _Writing:
 
     def _schemas(self, written: dict[str, Any], schema: Schema, key: str, value: Any, beside: _Declared | None) -> None:
         """A keyword that holds schemas, or that stays as it is."""
-        if key in CHOICES and isinstance(value, list):
+        if key in CHOICES:
             self._choices(written, schema, key, [self.schema(part, beside) for part in value])
-        elif key in MAPS and isinstance(value, Mapping):
+        elif key in MAPS:
             parts = {name: self.schema(part, _NOTHING) for name, part in value.items()}
             if key == "patternProperties":
                 parts = {ascii_classes(name): part for name, part in parts.items()}
             written[key] = {**written.get(key, {}), **parts}
-        elif key in LISTS and isinstance(value, list):
-            written[key] = [*written.get(key, []), *(self.schema(part, beside) for part in value)]
-        elif key in ONE:
+        elif key in ONE:  # items too, where it is not a list
             written.setdefault(key, self.schema(value, _NOTHING))
+        elif key in LISTS:
+            written[key] = [*written.get(key, []), *(self.schema(part, beside) for part in value)]
         else:
             written[key] = value
 
