@@ -12,7 +12,7 @@ from engine.openai.routes.messages_output import MessageEvents, ending, message_
 from engine.openai.schema.messages_input import ReadRequest, read_request
 from engine.openai.schema.messages_protocol import CountTokensRequest, MessagesRequest
 from engine.openai.schema.validation import MESSAGES_REFUSED_FIELDS, refuse_fields
-from engine.openai.serving.chat_preparation import prepare_chat, start_chat
+from engine.openai.serving.chat_preparation import prepare_read, start_read
 from engine.openai.serving.generation import Job, Port, open_request, port_of, stream_job
 
 router = APIRouter(tags=["Anthropic"])
@@ -24,16 +24,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     """Reply to a conversation in Anthropic's form; with ``stream`` as its named events."""
     port = port_of(request)
     read = _read(body, port)
-    job = await start_chat(
-        port,
-        request,
-        read.chat,
-        [read.chat.messages],
-        prefix="msg",
-        shown_tools=read.shown_tools,
-        notes=read.notes,
-        folds_system=True,
-    )
+    job = await start_read(port, request, read, "msg")
     if body.stream:
         form = StreamForm(named_event, _errors, keep_alive=named_event(_PING), end=b"")
         return stream_job(port, request, job, _events(job, MessageEvents()), form)
@@ -48,11 +39,8 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
 async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
     """How many tokens a conversation has as a prompt."""
     port = port_of(request)
-    read = _read(body, port)
-    prepared = await prepare_chat(
-        port, read.chat, [read.chat.messages], shown_tools=read.shown_tools, folds_system=True
-    )
-    return JSONResponse({"input_tokens": len(prepared[0].token_ids)})
+    prepared = await prepare_read(port, _read(body, port))
+    return JSONResponse({"input_tokens": len(prepared.token_ids)})
 
 
 def _read(body: CountTokensRequest, port: Port) -> ReadRequest:

@@ -22,7 +22,7 @@ from engine.openai.schema.responses_input import InputReader, tools_in_input, wi
 from engine.openai.schema.responses_protocol import ResponsesRequest, chat_request, check_responses
 from engine.openai.schema.responses_tools import GivenTool, read_tools
 from engine.openai.schema.validation import RESPONSES_REFUSED_FIELDS, check_extra_fields
-from engine.openai.serving.chat_preparation import start_chat
+from engine.openai.serving.chat_preparation import start_read
 from engine.openai.serving.generation import Choice, Job, Port, open_request, port_of, stream_job
 from engine.openai.serving.logprobs import chat_logprobs
 from engine.outputs import CompletionDelta
@@ -37,16 +37,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     check_extra_fields(body, RESPONSES_REFUSED_FIELDS)
     check_responses(body)
     read = _read(body, store, port.engine.preparer.template.variables)
-    job = await start_chat(
-        port,
-        request,
-        read.chat,
-        [read.chat.messages],
-        prefix="resp",
-        shown_tools=read.shown_tools,
-        notes=read.notes,
-        folds_system=True,
-    )
+    job = await start_read(port, request, read, "resp")
     builder = ResponseBuilder(_response(body, job, read.calls), read.calls, seals_thoughts=body.seals_thoughts)
     running = RunningResponse(builder, job, read.messages, read.brought_tools)
     if body.store:

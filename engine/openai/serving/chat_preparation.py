@@ -2,12 +2,12 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request
 
 from engine.chat.request import ChatRequest, Message, PreparedRequest, TemplateOptions
-from engine.openai.schema.protocol import ChatFields, TemplateFields
+from engine.openai.schema.protocol import ChatCompletionRequest, ChatFields, TemplateFields
 from engine.openai.schema.validation import check_chat
 from engine.openai.serving.backend import ServedEngine
 from engine.openai.serving.generation import Job, Port, sampling_params, start_job, truncation
@@ -52,17 +52,40 @@ async def start_chat(
     http: Request,
     body: ChatFields,
     conversations: Sequence[Messages],
-    *,
-    prefix: str = "chatcmpl",
-    shown_tools: Tools | None = None,
-    notes: Sequence[str] = (),
-    folds_system: bool = False,
 ) -> Job:
     """Submit a chat's conversations; each choice gets its own parser. Raises RequestError."""
-    prepared = await prepare_chat(
-        port, body, conversations, shown_tools=shown_tools, notes=notes, folds_system=folds_system
+    prepared = await prepare_chat(port, body, conversations)
+    return await start_job(port, "chatcmpl", http, body, prepared, keeps_reasoning=body.include_reasoning)
+
+
+class ReadChat(Protocol):
+    """A request of another API as a chat."""
+
+    @property
+    def chat(self) -> ChatCompletionRequest:
+        """Its one conversation, and what is asked of the reply."""
+
+    @property
+    def shown_tools(self) -> Tools:
+        """The tools that the prompt lists."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Lines for ``explain``."""
+
+
+async def prepare_read(port: Port, read: ReadChat) -> PreparedRequest:
+    """Check and prepare what was read; system messages are folded. Raises RequestError."""
+    found = await prepare_chat(
+        port, read.chat, [read.chat.messages], shown_tools=read.shown_tools, notes=read.notes, folds_system=True
     )
-    return await start_job(port, prefix, http, body, prepared, keeps_reasoning=body.include_reasoning)
+    return found[0]
+
+
+async def start_read(port: Port, http: Request, read: ReadChat, prefix: str) -> Job:
+    """Submit what was read. Raises RequestError."""
+    prepared = await prepare_read(port, read)
+    return await start_job(port, prefix, http, read.chat, [prepared], keeps_reasoning=read.chat.include_reasoning)
 
 
 def chat_request(
