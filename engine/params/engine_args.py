@@ -87,8 +87,13 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
     Flag("served_model_name", str, "name that clients use; may be repeated", "NAME", kind="list"),
     Flag("trust_remote_code", bool, "run Python files that come with the model (off by default)", kind="switch"),
     Flag("generation_config", str, "sampling defaults: auto (the model's), vllm (none) or a folder", "auto|vllm|DIR"),
-    Flag("override_generation_config", json_object, "sampling defaults set over the model's", "JSON"),
-    Flag("chat_template", str, "chat template: a file or the Jinja text itself", "FILE|TEXT"),
+    Flag("override_generation_config", json_object, "sampling defaults and end tokens set over the model's", "JSON"),
+    Flag(
+        "chat_template",
+        str,
+        "chat template: a file, the Jinja text itself, or the name of one of the model's",
+        "FILE|TEXT|NAME",
+    ),
     Flag(
         "chat_template_content_format",
         str,
