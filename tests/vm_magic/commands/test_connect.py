@@ -228,18 +228,23 @@ def test_interrupting_a_remote_reply_keeps_the_text_and_frees_the_server(
     assert server.gone.wait(30)
 
 
+def replies_in_turn(server: FakeVLLM, *replies: list[Any]) -> None:
+    """Have each request answered by the next of ``replies``."""
+    left = iter(replies)
+    stream = server.stream
+
+    def next_reply() -> Any:
+        server.events = [*next(left), USAGE]
+        return stream()
+
+    server.stream = next_reply  # type: ignore[method-assign]
+
+
 def test_tools_in_a_cell_work_over_the_wire(shell: Any, server: FakeVLLM) -> None:
     line(shell, f"connect {server.url}")
     shell.run_cell("def add(a: int, b: int) -> int:\n    'Add two numbers.'\n    return a + b\n").raise_error()
     call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 3}'}}
-    events = iter([[chunk(tool_calls=[call]), chunk("tool_calls"), USAGE], [chunk("stop", content="Five."), USAGE]])
-    stream = server.stream
-
-    def next_reply() -> Any:
-        server.events = next(events)
-        return stream()
-
-    server.stream = next_reply  # type: ignore[method-assign]
+    replies_in_turn(server, [chunk(tool_calls=[call]), chunk("tool_calls")], [chunk("stop", content="Five.")])
     reply = cell(shell, "chat --tools add", "2 + 3?")
     assert reply.text == "Five."
     assert [message["role"] for message in server.bodies[1]["messages"]] == ["user", "assistant", "tool"]
@@ -261,14 +266,7 @@ def test_broken_arguments_stay_in_the_conversation_and_do_not_end_it(
     line(shell, f"connect {server.url}")
     shell.run_cell("def add(a: int, b: int) -> int:\n    'Add two numbers.'\n    return a + b\n").raise_error()
     call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "add", "arguments": written}}
-    events = iter([[chunk(tool_calls=[call]), chunk("tool_calls"), USAGE], [chunk("stop", content="Oh."), USAGE]])
-    stream = server.stream
-
-    def next_reply() -> Any:
-        server.events = next(events)
-        return stream()
-
-    server.stream = next_reply  # type: ignore[method-assign]
+    replies_in_turn(server, [chunk(tool_calls=[call]), chunk("tool_calls")], [chunk("stop", content="Oh.")])
     reply = cell(shell, "chat --tools add", "2 + 3?")
     assert reply.text == "Oh."
     assert reply.messages[1]["tool_calls"][0]["function"]["arguments"] == written

@@ -47,7 +47,14 @@ def make_manager(tokenizer: Tokenizer, parser: str | None = "qwen3", **options: 
 
 
 def guide_of(manager: StructuredOutputManager, tokenizer: Tokenizer, prompt: str = "", **fields: object) -> TokenGuide:
-    made = manager.prepare(Constraints.from_request(**fields), tokenizer.encode(prompt), PARAMS)
+    return guide_of_reply(manager, None, tokenizer.encode(prompt), **fields)
+
+
+def guide_of_reply(
+    manager: StructuredOutputManager, make_parser: MakeParser | None, prompt_ids: Sequence[int] = (1,), **fields: object
+) -> TokenGuide:
+    """The guide of a reply that ``make_parser``'s parsers read."""
+    made = manager.prepare(Constraints.from_request(**fields), list(prompt_ids), PARAMS, make_parser)
     assert made is not None
     return made()
 
@@ -245,9 +252,7 @@ def test_no_budget_cuts_a_call_that_begins_inside_a_thought(
     script = tokenizer.encode(text)
     cuts = set()
     for budget in [*range(60), 200, len(script)]:
-        made = manager.prepare(Constraints.from_request(thinking_token_budget=budget), [1], PARAMS, make_parser)
-        assert made is not None
-        guide = made()
+        guide = guide_of_reply(manager, make_parser, thinking_token_budget=budget)
         written = drive(guide, script, overlap=overlap, limit=2000, jumps=False)
         assert calls_in(written, make_parser, tokenizer) == [ARGUMENTS], tokenizer.decode(written)
         cuts.add(guide.thinking_cut)
@@ -263,9 +268,7 @@ def test_a_thought_told_to_end_ends_outside_a_call_and_not_at_all_behind_one(
     manager, make_parser = make_manager(tokenizer, reasoning), reader(tool_parser, tokenizer)
     script = tokenizer.encode(text)
     for place in [*range(60), len(script) - 5]:
-        made = manager.prepare(None, [1], PARAMS, make_parser)
-        assert made is not None
-        guide = made()
+        guide = guide_of_reply(manager, make_parser)
         for token in script[:place]:
             guide.advance(token)
         guide.finish_thinking(in_flight=in_flight)
@@ -276,19 +279,16 @@ def test_a_thought_told_to_end_ends_outside_a_call_and_not_at_all_behind_one(
 @pytest.mark.parametrize("tool_parser", CALLS_IN_THOUGHTS)
 def test_what_repeats_in_a_call_is_no_thought_that_goes_in_circles(tokenizer: Tokenizer, tool_parser: str) -> None:
     reasoning, text = CALLS_IN_THOUGHTS[tool_parser]
-    made = make_manager(tokenizer, reasoning).prepare(None, [1], PARAMS, reader(tool_parser, tokenizer))
-    assert made is not None
-    guide, script = made(), tokenizer.encode(text)
+    guide = guide_of_reply(make_manager(tokenizer, reasoning), reader(tool_parser, tokenizer))
+    script = tokenizer.encode(text)
     assert drive(guide, script, overlap=True, limit=2000) == script
     assert guide.thinking_cut is None
 
 
 def test_under_a_grammar_a_call_in_a_thought_is_thought_for_both(tokenizer: Tokenizer) -> None:
     make_parser = reader("qwen3_coder", tokenizer, calls_in_thoughts=False)
-    constraints = Constraints.from_request(structured_outputs={"choice": ["yes", "no"]})
-    made = make_manager(tokenizer).prepare(constraints, [1], PARAMS, make_parser)
-    assert made is not None
-    guide, end = made(), tokenizer.encode("</think>")
+    guide = guide_of_reply(make_manager(tokenizer), make_parser, structured_outputs={"choice": ["yes", "no"]})
+    end = tokenizer.encode("</think>")
     for token in tokenizer.encode("<think>\n" + QWEN_CALL):
         assert guide.advance(token) is None
         assert guide.thinking
