@@ -1,7 +1,7 @@
 """``engine.plan``: the memory plan from a config alone, without weights and without running anything."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -110,7 +110,7 @@ class _Shapes:
         from engine.runner.load.loader import WEIGHT_READERS
 
         resolved = resolve(args.model, args.revision, part="config")
-        config = read_model_config(resolved, args)
+        config = read_model_config(resolved, replace(args, max_model_len=None))  # one for all lengths asked for
         abstract = WEIGHT_READERS[resolved.kind].abstract(resolved, config, args, device)
         return cls(config, ModelCaches(abstract.model), abstract.num_bytes)
 

@@ -9,26 +9,15 @@ from typing import Any
 from engine.errors import ConfigError, ModelLoadError
 from engine.models.local import ResolvedModel
 from engine.models.resolve import resolve
+from engine.models.rope import LENGTHS, main_rope, rope_note, rope_settings
+from engine.models.spelling import with_every_spelling
 from engine.models.weight_format import end_token_ids, read_json
 from engine.params.engine_args import EngineArgs
 
-_LENGTH_KEYS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "seq_length",
-    "model_max_length",
-    "max_target_positions",
-    "max_sequence_length",
-    "max_seq_length",
-    "seq_len",
-)
 _DEFAULT_CONTEXT_LENGTH = 2048
 """vLLM's, where a model's files give none."""
 _USUAL_LENGTHS = {"gemma3": 131072}
 """By model type, where published files omit the length."""
-_ALREADY_SCALED = ("su", "longrope", "llama3")
-"""RoPE scalings of models whose stated length already includes the scaling."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +32,8 @@ class ModelConfig:
     vocab_size: int
     eos_token_ids: frozenset[int]
     model_type: str
+    notes: tuple[str, ...] = ()
+    """Lines for the user on how the files were read."""
 
 
 def read_model_config(resolved: ResolvedModel, args: EngineArgs) -> ModelConfig:
@@ -50,23 +41,46 @@ def read_model_config(resolved: ResolvedModel, args: EngineArgs) -> ModelConfig:
 
     ``--hf-config-path`` replaces its ``config.json``, ``--generation-config`` its sampling defaults.
     """
-    config = _hf_config(resolved, args)
+    told = _hf_config(resolved, args)
+    config = _spelled(told, resolved, args)
     own = resolved.format.generation_config(resolved.path)
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ModelLoadError(f"{resolved.name}: config.json names no model_type; is this a language model?")
     text = text_config(config)
     vocab_size = int(text.get("vocab_size") or 0)
+    length = _length(config, resolved, args)
     return ModelConfig(
         name=resolved.name,
         path=resolved.path,
         hf_config=config,
         generation_config=_generation_config(args.generation_config, own),
-        context_length=context_length(config, resolved.format.tokenizer_limit(resolved.path)),
+        context_length=length,
         vocab_size=vocab_size,
         eos_token_ids=_named_end_tokens(args, vocab_size) or end_token_ids(config, own),
         model_type=model_type,
+        notes=tuple(filter(None, [rope_note(text_config(told), length)])),
     )
+
+
+def _spelled(config: dict[str, Any], resolved: ResolvedModel, args: EngineArgs) -> dict[str, Any]:
+    try:
+        return with_every_spelling(config, _asked_length(args))
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{resolved.name}: {error}") from None
+
+
+def _asked_length(args: EngineArgs) -> int | None:
+    return args.max_model_len if isinstance(args.max_model_len, int) else None
+
+
+def _length(config: Mapping[str, Any], resolved: ResolvedModel, args: EngineArgs) -> int:
+    """The context length; of a RoPE in its form for short sequences no more than those."""
+    length = context_length(config, resolved.format.tokenizer_limit(resolved.path))
+    rope, asked = main_rope(rope_settings(text_config(config))), _asked_length(args)
+    if rope is not None and rope.type == "longrope" and asked and asked <= rope.original_length:
+        return min(length, rope.original_length)
+    return length
 
 
 def _named_end_tokens(args: EngineArgs, vocab_size: int) -> frozenset[int]:
@@ -89,16 +103,15 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def context_length(config: Mapping[str, Any], limit: float = math.inf) -> int:
     """Most tokens of a sequence, as vLLM derives it: the least length named, times the RoPE scaling."""
     text = text_config(config)
-    named = [text[key] for key in _LENGTH_KEYS if isinstance(text.get(key), int | float)]
+    named = [text[key] for key in LENGTHS if isinstance(text.get(key), int | float)]
     usual = _USUAL_LENGTHS.get(str(config.get("model_type")), _DEFAULT_CONTEXT_LENGTH)
     length = float(min(named, default=usual))
-    if "gemma3" not in str(config.get("model_type")):  # its length is after scaling
-        for scaling in _rope_scalings(text):
-            kind = scaling.get("rope_type") or scaling.get("type") or "default"
-            if kind not in _ALREADY_SCALED:
-                if kind == "yarn":
-                    length = float(scaling.get("original_max_position_embeddings") or length)
-                length *= float(scaling.get("factor") or 1.0)
+    rope = main_rope(rope_settings(text))
+    if rope is not None and "gemma3" not in str(config.get("model_type")):  # its length is after scaling
+        if rope.type == "yarn":
+            length = (rope.original_length or length) * rope.factor
+        elif rope.type == "linear":
+            length *= rope.factor
     return int(min(length, limit))
 
 
@@ -125,12 +138,3 @@ def _generation_config(choice: str, own: dict[str, Any]) -> dict[str, Any]:
             allowed="auto, vllm or a folder",
         )
     return read_json(file)
-
-
-def _rope_scalings(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """RoPE settings of a configuration; newer files hold one set per kind of layer."""
-    rope = text.get("rope_parameters") or text.get("rope_scaling")
-    if not isinstance(rope, Mapping):
-        return []
-    nested = [value for value in rope.values() if isinstance(value, Mapping)]
-    return nested or [rope]

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from engine.errors import ModelLoadError
 from engine.models.model_config import ModelConfig, text_config
+from engine.runner.load.rope_layers import honour_rope, readable_config
 from engine.runner.load.weight_types import DTYPES
 
 _SAFETENSORS_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -35,10 +36,11 @@ def build_abstract_model(config: ModelConfig, dtype: mx.Dtype | None = None) -> 
     hf_config = dict(config.hf_config)
     try:
         kind, args = _get_classes(hf_config)
-        model: nn.Module = kind(args.from_dict(hf_config))
+        model: nn.Module = kind(args.from_dict(readable_config(hf_config, args)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelLoadError(f"{config.name}: config.json is incomplete ({type(error).__name__}: {reason})") from error
+    honour_rope(model, config)
     model.set_dtype(dtype or _declared_dtype(hf_config))
     quantization = hf_config.get("quantization") or {}
     if "bits" in quantization:

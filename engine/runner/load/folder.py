@@ -18,6 +18,7 @@ from engine.runner.device.devices import Device
 from engine.runner.load.abstract_model import AbstractModel, build_abstract_model
 from engine.runner.load.parallel_read import ParallelRead, loading_by, parallel_read
 from engine.runner.load.pieces import evaluate, in_file_order
+from engine.runner.load.rope_layers import honour_rope
 from engine.runner.load.weight_reader import PreparedWeights, WeightReader
 from engine.runner.load.weight_types import Converted, convert, describe_weights, main_dtype
 
@@ -76,6 +77,7 @@ def _lazy_model(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs) 
             ) from None
         reason = " ".join(str(error).split())[:200]
         raise ModelLoadError(f"{resolved.name}: {type(error).__name__}: {reason}; fetch the model again") from error
+    honour_rope(model, config)
     return model
 
 

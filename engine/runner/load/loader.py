@@ -69,7 +69,7 @@ def load_model(
     with beside(config, weights.num_bytes):
         model = weights.read(progress or _ignore)
     mx.clear_cache()
-    more = (_text_only_line(config), _terms(resolved))
+    more = (_text_only_line(config), *config.notes, _terms(resolved))
     notes = [f"{backend or device.name}, {weights.describe(model)}", *filter(None, more)]
     return LoadedModel(model, config, parameter_bytes(model), main_dtype(model), notes)
 
