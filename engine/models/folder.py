@@ -1,19 +1,22 @@
 """The format of most models: a folder with ``config.json``, safetensors and a tokenizer's files."""
 
 import json
+import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.errors import ModelNotFoundError
+from engine.errors import ModelLoadError, ModelNotFoundError
 from engine.models.weight_format import TOKENIZER_FILES, CachedModel, Part, Wanted, WeightFormat, read_json
 
+_WEIGHT_FILES, _INDEX = "model*.safetensors", "model.safetensors.index.json"
+"""The names that mlx-lm reads."""
 _TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.tiktoken", "tokenizer.model"]
 _PATTERNS: dict[Part, list[str]] = {
-    "weights": [*_TOKENIZER_PATTERNS, "model*.safetensors", "*.py"],
-    "config": ["config.json", "generation_config.json", "model.safetensors.index.json"],
+    "weights": [*_TOKENIZER_PATTERNS, _WEIGHT_FILES, "*.py"],
+    "config": ["config.json", "generation_config.json", _INDEX],
     "tokenizer": _TOKENIZER_PATTERNS,
 }
 
@@ -42,6 +45,11 @@ class FolderFormat(WeightFormat):
             raise ModelNotFoundError(
                 f"{wanted.model}: has PyTorch weights only; convert them with `mlx_lm.convert --hf-path {wanted.model}`"
             )
+        other = sorted({*missing, *(file.name for file in folder.glob("*.safetensors"))} & _names(folder))
+        if missing and other and not any(folder.glob(_WEIGHT_FILES)):
+            raise ModelNotFoundError(
+                f"{wanted.model}: has weights in {other[0]}, but only {_WEIGHT_FILES} are read; rename the files so"
+            )
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ModelNotFoundError(f"{wanted.model}: {', '.join(missing[:3])}{more} missing in {folder}")
@@ -60,7 +68,7 @@ class FolderFormat(WeightFormat):
     def cached(self, name: str, folder: Path) -> Iterator[CachedModel]:
         """The folder, if nothing is missing."""
         if (folder / "config.json").is_file() and not missing_shards(folder):
-            size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+            size = sum(file.stat().st_size for file in folder.glob(_WEIGHT_FILES))
             yield CachedModel(name, folder, size, self.kind)
 
 
@@ -80,23 +88,69 @@ def stored_weights(folder: Path) -> StoredWeights:
     """From the headers of the files where all are here, else from the index."""
     sizes: Counter[str] = Counter()
     names: list[str] = []
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in sorted(folder.glob(_WEIGHT_FILES)):
         for name, dtype, num_bytes in _tensors(path):
             sizes[dtype] += num_bytes
             names.append(name)
     if missing_shards(folder):
-        metadata = read_json(folder / "model.safetensors.index.json").get("metadata") or {}
+        metadata = read_json(folder / _INDEX).get("metadata") or {}
         return StoredWeights(sizes, int(metadata.get("total_size") or 0), tuple(names))
     return StoredWeights(sizes, sizes.total(), tuple(names))
 
 
 def missing_shards(folder: Path) -> list[str]:
-    """Weight files that the safetensors index names and ``folder`` lacks; also when there are none at all."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        return sorted(name for name in names if not (folder / name).is_file())
-    return [] if any(folder.glob("model*.safetensors")) else ["model.safetensors"]
+    """Weight files that ``folder`` lacks, by its safetensors index or the numbers in the files' names.
+
+    An index may tell of other files than are there, as after a conversion: then the files' own numbers count, and a
+    load checks that every parameter is in them. Raises :class:`ModelLoadError` for an index that is none.
+    """
+    there = {file.name for file in folder.glob(_WEIGHT_FILES) if file.is_file()}
+    index = _index(folder)
+    named = set(index.values())
+    if not there:
+        return sorted(named) or ["model.safetensors"]
+    if not named & there:
+        return _missing_numbers(there)
+    return [] if named <= there or index.keys() <= _tensor_names(folder, there) else sorted(named - there)
+
+
+def _names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir() if file.is_file()}
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor -> file, as the index of ``folder`` tells; {} without one."""
+    path = folder / _INDEX
+    if not path.is_file():
+        return {}
+    found = read_json(path).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ModelLoadError(f"{path}: no weight_map of tensors and files; fetch the file again")
+    return found
+
+
+def _missing_numbers(names: Iterable[str]) -> list[str]:
+    """Of files numbered ``-00001-of-00003``, those that are not there."""
+    names = set(names)
+    missing: set[str] = set()
+    for name in names:
+        match = re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\..*)", name)
+        if match is not None:
+            start, number, total, end = match.groups()
+            wanted = (f"{start}{i:0{len(number)}}-of-{total}{end}" for i in range(1, int(total) + 1))
+            missing.update(one for one in wanted if one not in names)
+    return sorted(missing)
+
+
+def _tensor_names(folder: Path, names: Iterable[str]) -> set[str]:
+    """Tensors in these of its files; a file that cannot be read has none."""
+    found: set[str] = set()
+    for name in names:
+        try:
+            found.update(name for name, *_ in _tensors(folder / name))
+        except (OSError, ValueError, KeyError, TypeError, struct.error, ModelLoadError):
+            continue
+    return found
 
 
 def _tensors(path: Path) -> list[tuple[str, str, int]]:

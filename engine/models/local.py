@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.errors import ModelLoadError
 from engine.models.formats import FORMATS, format_of_kind
 from engine.models.pypi import PACKAGE_MODELS
 from engine.models.weight_format import CachedModel, WeightFormat
@@ -32,13 +33,19 @@ def offline(env: Mapping[str, str]) -> bool:
 
 
 def hub_cache() -> Path:
-    """The Hugging Face cache folder, as ``HF_HUB_CACHE``, ``HF_HOME`` and ``XDG_CACHE_HOME`` say now."""
+    """The Hugging Face cache folder, as ``HF_HUB_CACHE``, ``HF_HOME`` and ``XDG_CACHE_HOME`` say now.
+
+    ``~`` and variables (``$HOME``) in them stand for what they name, as in the hub's own library.
+    """
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(name):
-            return Path(os.environ[name]).expanduser()
+            return _expanded(os.environ[name])
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or str(Path(base, "huggingface"))
-    return Path(home).expanduser() / "hub"
+    return _expanded(os.environ.get("HF_HOME") or str(Path(base, "huggingface"))) / "hub"
+
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
 def cached_models() -> list[CachedModel]:
@@ -52,7 +59,7 @@ def cached_models() -> list[CachedModel]:
     for folder in repos:
         try:
             found += _models_in(folder)
-        except (OSError, ValueError):  # an unreadable or half-written entry is not a model
+        except (OSError, ValueError, ModelLoadError):  # an unreadable or half-written entry is not a model
             continue
     return found
 
@@ -61,6 +68,19 @@ def cached_snapshot(repo: str, revision: str | None) -> Path | None:
     """The snapshot folder of ``repo`` in the Hugging Face cache, complete or not."""
     folder = hub_cache() / ("models--" + repo.replace("/", "--"))
     return _snapshot(folder, revision) if folder.is_dir() else None
+
+
+def snapshots(repo: str) -> dict[str, Path]:
+    """The snapshot folders of ``repo`` in the cache, complete or not, by what ``--revision`` may call them.
+
+    That is the name of a branch or tag where one points there, else the commit.
+    """
+    folder = hub_cache() / ("models--" + repo.replace("/", "--"))
+    names: dict[str, str] = {}
+    for reference in sorted(path for path in (folder / "refs").rglob("*") if path.is_file()):
+        names.setdefault(reference.read_text().strip(), str(reference.relative_to(folder / "refs")))
+    found = sorted(path for path in folder.glob("snapshots/*") if path.is_dir())
+    return {names.get(path.name, path.name): path for path in found}
 
 
 def _snapshot(folder: Path, revision: str | None) -> Path | None:

@@ -8,9 +8,9 @@ import os
 import re
 from pathlib import Path
 
-from engine.errors import ModelNotFoundError
+from engine.errors import ModelLoadError, ModelNotFoundError
 from engine.models.formats import format_of_file, format_of_folder
-from engine.models.local import OFFLINE_VARIABLES, ResolvedModel, cached_models, cached_snapshot, offline
+from engine.models.local import OFFLINE_VARIABLES, ResolvedModel, cached_models, cached_snapshot, offline, snapshots
 from engine.models.pypi import PACKAGE_MODELS, Progress, fetch
 from engine.models.weight_format import Part, Wanted
 
@@ -39,11 +39,15 @@ def resolve(
         return _open_folder(cached, wanted)
     if not _HUB_ID.fullmatch(repo):
         raise ModelNotFoundError(_unknown_name(model))
+    elsewhere = _complete_revisions(repo, wanted)
     if offline(os.environ):
-        raise ModelNotFoundError(_offline_text(cached, wanted))
+        raise ModelNotFoundError(_offline_text(cached, wanted) + elsewhere)
     from engine.models.download import download
 
-    return download(repo, revision, wanted, progress)
+    try:
+        return download(repo, revision, wanted, progress)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"{error}{elsewhere}") from None
 
 
 def _resolve_local(model: str, part: Part) -> ResolvedModel | None:
@@ -90,6 +94,21 @@ def _offline_text(cached: Path | None, wanted: Wanted) -> str:
         missing = _missing(cached, wanted)
         found = f"only partly in the Hugging Face cache ({', '.join(missing[:3])} missing)"
     return f"{wanted.model} is {found} and {name} forbids the network: run `hf download {repo}` or unset {name}"
+
+
+def _complete_revisions(repo: str, wanted: Wanted) -> str:
+    """The end of an error about what is not here: which revisions of ``repo`` are."""
+    whole = []
+    for name, folder in snapshots(repo).items():
+        try:
+            if not _missing(folder, wanted):
+                whole.append(name)
+        except (OSError, ModelLoadError):  # not whole, whatever is wrong
+            continue
+    if not whole:
+        return ""
+    are = "is" if len(whole) == 1 else "are"
+    return f"; here {are} complete: {', '.join(f'--revision {name}' for name in whole[:3])}"
 
 
 def _unknown_name(model: str) -> str:

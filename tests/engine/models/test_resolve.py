@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+import struct
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ import pytest
 from engine.errors import ModelLoadError, ModelNotFoundError
 from engine.models import pypi as package_model
 from engine.models.gguf import pick_gguf
-from engine.models.local import cached_models
+from engine.models.local import cached_models, hub_cache
 from engine.models.resolve import resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -191,6 +193,118 @@ def test_a_local_folder_says_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("x")
     with pytest.raises(ModelNotFoundError, match="neither"):
         resolve(str(tmp_path / "other.txt"))
+
+
+def _write_tensors(path: Path, *names: str) -> None:
+    """A safetensors file with a float of each name."""
+    header = {name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i, name in enumerate(names)}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4 * len(names)))
+
+
+def test_an_index_of_other_files_than_are_there_does_not_matter_where_these_are_whole(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(INDEX)
+    _write_tensors(tmp_path / "model.safetensors", "converted.a", "converted.b")
+    assert resolve(str(tmp_path)).path == tmp_path
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00003.safetensors")
+    with pytest.raises(ModelNotFoundError, match=r"model-00002-of-00003\.safetensors, model-00003-of-00003"):
+        resolve(str(tmp_path))
+
+
+def test_a_shard_of_an_index_may_be_missing_where_its_tensors_are_in_the_others(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(INDEX)
+    _write_tensors(tmp_path / "model-00001-of-00002.safetensors", "a")
+    with pytest.raises(ModelNotFoundError, match=r"model-00002-of-00002\.safetensors missing"):
+        resolve(str(tmp_path))
+    _write_tensors(tmp_path / "model-00001-of-00002.safetensors", "a", "b")
+    assert resolve(str(tmp_path)).path == tmp_path
+
+
+def test_numbered_files_without_an_index_must_all_be_there(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    _write_tensors(tmp_path / "model-00002-of-00002.safetensors", "a")
+    with pytest.raises(ModelNotFoundError, match=r"model-00001-of-00002\.safetensors missing"):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{}", "no json", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors\.index\.json: .*fetch the file again"):
+        resolve(str(tmp_path))
+
+
+def test_weights_under_a_name_that_is_not_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    _write_tensors(tmp_path / "pytorch_model.safetensors", "a")
+    with pytest.raises(ModelNotFoundError, match=r"has weights in pytorch_model\.safetensors, but only model\*"):
+        resolve(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "pytorch_model.safetensors"}}')
+    with pytest.raises(ModelNotFoundError, match=r"rename the files"):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_offline_the_error_names_the_revision_that_is_complete(
+    cache: FakeHubCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    cache.add("org/name", {"config.json": "{}"})
+    snapshot = cache.add("org/name", WHOLE, commit="f" * 40, ref=None)
+    with pytest.raises(ModelNotFoundError, match=f"here is complete: --revision {'f' * 40}$"):
+        resolve("org/name")
+    assert resolve("org/name", "f" * 40).path == snapshot
+    cache.add("org/name", {}, commit="f" * 40, ref="v1.0")
+    with pytest.raises(ModelNotFoundError, match=r"here is complete: --revision v1\.0$"):
+        resolve("org/name")
+    assert resolve("org/name", "v1.0").path == snapshot
+
+
+def test_a_hub_that_cannot_be_reached_leaves_the_revision_that_is_complete(
+    cache: FakeHubCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(HfApi, "model_info", fail)
+    cache.add("org/name", WHOLE, commit="f" * 40, ref="v1.0")
+    cache.add("org/name", {"config.json": "{}"})
+    with pytest.raises(ModelNotFoundError, match=r"cannot be reached.*; here is complete: --revision v1\.0$"):
+        resolve("org/name")
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"])
+def test_the_caches_folder_is_where_the_hubs_own_library_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for other in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("$HOME/hf", "~/hf", "${HOME}/hf/$UNSET_VARIABLE"):
+        monkeypatch.setenv(name, path)
+        code = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+        theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert str(hub_cache()) == theirs.stdout.strip()
+
+
+def test_files_that_several_repositories_share_in_one_store_are_found(cache: FakeHubCache) -> None:
+    for repo in ("org/one", "org/two"):
+        blob = (cache.add(repo, WHOLE) / "model.safetensors").resolve()
+        shared = cache.root / "blobs" / blob.name[:2] / blob.name
+        shared.parent.mkdir(parents=True, exist_ok=True)
+        if not shared.exists():
+            shared.write_text("weights")
+        blob.unlink()
+        blob.symlink_to(os.path.relpath(shared, blob.parent))
+    assert resolve("org/two").path.parent.parent.name == "models--org--two"
+    assert {model.name: model.bytes for model in cached_models()} == {"org/one": 7, "org/two": 7}
+    shared.unlink()
+    assert cached_models() == []
 
 
 def test_cached_models_lists_whole_models_and_never_raises(cache: FakeHubCache) -> None:
