@@ -78,7 +78,7 @@ class StoredTensor:
 class StoredWeights:
     """What safetensors files say of themselves: the tensors in the files here, and bytes in all (0: unknown).
 
-    ``tensors`` are in the order of their data, file after file. ``complete``: all files are here.
+    ``tensors`` are in the order of their data, file after file. ``complete``: all are here.
     """
 
     tensors: tuple[StoredTensor, ...] = ()
@@ -106,7 +106,7 @@ def stored_weights(folder: Path) -> StoredWeights:
     if missing_shards(folder):
         metadata = read_json(folder / "model.safetensors.index.json").get("metadata") or {}
         return StoredWeights(tensors, int(metadata.get("total_size") or 0))
-    return StoredWeights(tensors, sum(tensor.num_bytes for tensor in tensors), complete=True)
+    return StoredWeights(tensors, sum(tensor.num_bytes for tensor in tensors), complete=bool(tensors))
 
 
 def missing_shards(folder: Path) -> list[str]:

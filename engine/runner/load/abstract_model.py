@@ -68,7 +68,7 @@ def check_architecture(config: ModelConfig) -> None:
 def quantize_as_told(model: nn.Module, found: Quantization) -> None:
     """Quantize as a load would, as far as a configuration tells it without the weights' files."""
     if "bits" in found.mlx:
-        _quantize(model, found.mlx, lambda path, module: True)
+        _quantize(model, found.mlx, lambda *_: True)
     elif found.method == "bitnet":
         from mlx_lm.models.bitlinear_layers import bitnet_quantize
 

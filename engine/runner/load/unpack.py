@@ -8,7 +8,7 @@ _NVFP4_LARGEST = 6.0 * 448.0
 """The largest value times the largest scale: a global scale is what the largest weight was."""
 
 
-class QuantizedInputLinear(nn.Module):
+class QuantizedInputLinear(nn.Module):  # type: ignore[misc]
     """A linear layer that rounds its input to ``mode`` as the device's own product would, where MLX has none.
 
     ``weight`` [out, in] is plain, or packed with ``scales``.
@@ -25,10 +25,10 @@ class QuantizedInputLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """``x`` [..., in] to [..., out]."""
-        words, scales = mx.quantize(x, self.group_size, self.input_bits, mode=self.mode)
-        x = mx.dequantize(words, scales, None, self.group_size, self.input_bits, self.mode, dtype=x.dtype)
+        words, *scales = mx.quantize(x, self.group_size, self.input_bits, mode=self.mode)
+        x = mx.dequantize(words, scales[0], None, self.group_size, self.input_bits, self.mode, dtype=x.dtype)
         if "scales" not in self:
-            return x @ self.weight.T
+            return mx.matmul(x, self.weight.T)
         return mx.quantized_matmul(
             x,
             self.weight,
@@ -70,14 +70,14 @@ def unpack(model: nn.Module, modules: dict[str, nn.Module], dtype: mx.Dtype) -> 
     """
     plain = [(path, one) for path, module in modules.items() if (one := _plain(module, dtype)) is not None]
     if plain:
-        model.update_modules(tree_unflatten(plain))  # type: ignore[arg-type]
+        model.update_modules(tree_unflatten(plain))
 
 
 def round_inputs_here(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Have ``modules`` of ``model`` that round their inputs do it by operations that every device has."""
     ours = [(path, QuantizedInputLinear(one, None)) for path, one in modules.items() if isinstance(one, nn.QQLinear)]
     if ours:
-        model.update_modules(tree_unflatten(ours))  # type: ignore[arg-type]
+        model.update_modules(tree_unflatten(ours))
 
 
 def _plain(module: nn.Module, dtype: mx.Dtype) -> nn.Module | None:
@@ -89,9 +89,7 @@ def _plain(module: nn.Module, dtype: mx.Dtype) -> nn.Module | None:
     if isinstance(module, nn.QQLinear):
         return QuantizedInputLinear(module, dtype)
     plain: nn.Module
-    if isinstance(module, BitLinear):
-        plain = nn.Linear(1, 1, bias=False)
-    elif type(module) is nn.QuantizedLinear:
+    if isinstance(module, BitLinear) or type(module) is nn.QuantizedLinear:
         plain = nn.Linear(1, 1, bias=False)
     elif type(module) is nn.QuantizedEmbedding:
         plain = nn.Embedding(1, 1)
@@ -113,7 +111,7 @@ def _dense(module: nn.Module, dtype: mx.Dtype) -> mx.array:
     weight = mx.dequantize(
         module.weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode, dtype=dtype
     )
-    scale = module.get("global_scale")
+    scale: mx.array | None = module.get("global_scale")
     if scale is None:
         return weight
     scale = scale.astype(mx.float32) / _NVFP4_LARGEST
@@ -123,6 +121,6 @@ def _dense(module: nn.Module, dtype: mx.Dtype) -> mx.array:
 def _ternary(module: nn.Module, dtype: mx.Dtype) -> mx.array:
     """BitNet's weights: the rows of each quarter lie in two bits of a byte, 0 to 2 for -1 to 1."""
     quarters = [((module.weight >> shift) & 3).astype(dtype) - 1 for shift in (0, 2, 4, 6)]
-    scale = module.weight_scale.astype(mx.float32)
-    scale = 1 / scale if module.invert_weight_scales else scale
+    stored: mx.array = module.weight_scale.astype(mx.float32)
+    scale = mx.reciprocal(stored) if module.invert_weight_scales else stored
     return mx.concatenate(quarters)[: module.out_features] * scale.astype(dtype)
