@@ -94,10 +94,10 @@ class Quantization:
 
     @property
     def title(self) -> str:
-        """Its name for people: ``compressed-tensors pack-quantized``."""
+        """Its name for people, before "weights": ``compressed-tensors pack-quantized``."""
         if self.mlx:
-            return f"MLX {self.mlx.get('mode', 'affine')} quantization"
-        name = _TITLES.get(self.method, self.method or "unnamed quantization")
+            return f"MLX {self.mlx.get('mode', 'affine')}"
+        name = _TITLES.get(self.method, self.method or "unnamed")
         if self.method == "compressed-tensors":
             return f"{name} {self.settings.get('format')}"
         return f"{name} {algorithm(self.settings)}" if self.method == "modelopt" else name
@@ -163,12 +163,12 @@ def has_fp8(tensors: Iterable[StoredTensor]) -> bool:
 
 
 def describe_packing(found: Quantization, tensors: Sequence[StoredTensor]) -> str | None:
-    """The weights' format for people, from the configuration or, failing that, the names; None for plain floats."""
+    """``AWQ weights``: the format for people, from the configuration or, failing that, the names; None: plain floats."""
     if found.exists:
-        return found.title
+        return f"{found.title} weights"
     names = " ".join(tensor.name for tensor in tensors)
     for mark, title in (
-        (r"\.weight_scale_inv", "FP8 with block scales"),
+        (r"\.weight_scale_inv", "FP8"),
         (r"\.weight_packed", "compressed-tensors"),
         (r"\.g_idx", "GPTQ"),
         (r"\.qweight", "AWQ or GPTQ"),

@@ -68,6 +68,17 @@ def nvfp4(name: str, weight: mx.array, tool: str) -> Tensors:
     }
 
 
+def nvfp4_experts(name: str, weight: mx.array, *, scales: int) -> Tensors:
+    """ModelOpt's NVFP4 of all experts in one tensor [experts, out, in], with ``scales`` of all for each expert."""
+    words, *small = mx.quantize(weight, 16, 4, mode="nvfp4")
+    return {
+        name: words.view(mx.uint8),
+        f"{name}_weight_scale": as_stored(small[0], "F8_E4M3"),
+        f"{name}_weight_scale_2": mx.ones((weight.shape[0], scales) if scales > 1 else (weight.shape[0],)),
+        f"{name}_input_scale": mx.ones((weight.shape[0],)),
+    }
+
+
 def mxfp4_packed(name: str, weight: mx.array) -> Tensors:
     """compressed-tensors' MXFP4: bytes of two values, powers of two for 32."""
     words, *scales = mx.quantize(weight, 32, 4, mode="mxfp4")

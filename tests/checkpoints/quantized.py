@@ -12,12 +12,14 @@ from tests.checkpoints.writers import (
     FP8,
     GPTQ,
     INT4,
+    NUMBERED,
     NVFP4,
     Writer,
     bitnet,
     by_mlx,
     compressed,
     deepseek,
+    experts,
     mistral4,
     mixed_bits,
     modelopt,
@@ -26,7 +28,7 @@ from tests.checkpoints.writers import (
     plain_type,
     unread,
     write_gpt_oss,
-    write_minimax,
+    write_muse_spark,
 )
 
 
@@ -34,12 +36,14 @@ from tests.checkpoints.writers import (
 class Checkpoint:
     """A kind of folder. ``refused``: words of the refusal, None where it loads.
 
-    ``plain`` writes the same values unpacked, where mlx-lm cannot compute on the packed ones on a CPU.
+    ``plain`` writes the same values unpacked, where mlx-lm cannot compute on the packed ones on a CPU. Where not ``runs``,
+    mlx-lm's model of the architecture needs Metal.
     """
 
     write: Writer
     refused: str | None = None
     plain: Writer | None = None
+    runs: bool = True
 
 
 def _awq(name: str, weight: mx.array) -> packing.Tensors:
@@ -107,21 +111,33 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     "compressed-tensors pack-quantized, 8 bits": Checkpoint(
         deepseek(
             compressed("pack-quantized", {**INT4, "num_bits": 8}),
-            functools.partial(packing.pack_quantized, bits=8), _EXPERTS, moe_intermediate_size=64,
+            functools.partial(packing.pack_quantized, bits=8),
+            _EXPERTS,
+            moe_intermediate_size=64,
         ),  # fmt: skip
         "num_bits 8",
     ),
     "compressed-tensors pack-quantized": Checkpoint(
         of_tool(compressed("pack-quantized", INT4), packing.pack_quantized),
-        "compressed-tensors pack-quantized is not read by mlx-lm's llama",
+        "compressed-tensors pack-quantized weights are not read by mlx-lm's llama",
     ),
     "compressed-tensors nvfp4-pack-quantized": Checkpoint(
         of_tool(compressed("nvfp4-pack-quantized", NVFP4), _llm_compressor),
-        "compressed-tensors nvfp4-pack-quantized is not read by mlx-lm's llama",
+        "compressed-tensors nvfp4-pack-quantized weights are not read by mlx-lm's llama",
     ),
     "compressed-tensors mxfp4-pack-quantized": Checkpoint(
         of_tool(compressed("mxfp4-pack-quantized", {**NVFP4, "group_size": 32}), packing.mxfp4_packed),
-        "compressed-tensors mxfp4-pack-quantized is not read by mlx-lm's llama",
+        "compressed-tensors mxfp4-pack-quantized weights are not read by mlx-lm's llama",
+    ),
+    "compressed-tensors mxfp4-pack-quantized, Kimi": Checkpoint(
+        experts(
+            "kimi_k3",
+            compressed("mxfp4-pack-quantized", {**NVFP4, "group_size": 32}),
+            packing.mxfp4_packed,
+            only=".experts.",
+            stored="block_sparse_moe",
+            names=NUMBERED,
+        ),  # fmt: skip
     ),
     "compressed-tensors float-quantized": Checkpoint(
         of_tool(compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}), _one_scale),
@@ -132,32 +148,48 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         "compressed-tensors int-quantized weights are not read",
     ),
     "ModelOpt NVFP4, own file": Checkpoint(
-        modelopt("NVFP4", own_file=True, pack=_modelopt), "ModelOpt NVFP4 is not read by mlx-lm's llama"
+        modelopt("NVFP4", own_file=True, pack=_modelopt), "ModelOpt NVFP4 weights are not read by mlx-lm's llama"
     ),
     "ModelOpt NVFP4, config": Checkpoint(
-        modelopt("NVFP4", own_file=False, pack=_modelopt), "ModelOpt NVFP4 is not read by mlx-lm's llama"
+        modelopt("NVFP4", own_file=False, pack=_modelopt), "ModelOpt NVFP4 weights are not read by mlx-lm's llama"
     ),
+    "ModelOpt NVFP4, Muse Spark": Checkpoint(write_muse_spark, runs=False),
     "ModelOpt FP8": Checkpoint(modelopt("FP8", own_file=True, pack=_one_scale), "ModelOpt FP8 weights are not read"),
     "FP8 blocks, DeepSeek": Checkpoint(deepseek(FP8, packing.fp8_blocks)),
-    "FP8 blocks, MiniMax": Checkpoint(write_minimax),
+    "FP8 blocks, DeepSeek V3.2": Checkpoint(experts("deepseek_v32", FP8, packing.fp8_blocks)),
+    "FP8 blocks, MiniMax": Checkpoint(
+        experts("minimax", FP8, packing.fp8_blocks, mlp="block_sparse_moe", names=NUMBERED, hidden_size=256)
+    ),
+    "FP8 blocks, MiMo": Checkpoint(experts("mimo_v2_flash", FP8, packing.fp8_blocks)),
+    "FP8 blocks of 32, MiniMax M3": Checkpoint(
+        experts(
+            "minimax_m3_vl",
+            {"quant_method": "mxfp8", "weight_block_size": [1, 32]},
+            packing.mxfp8,
+            mlp="block_sparse_moe",
+            names=NUMBERED,
+        ),  # fmt: skip
+    ),
     "FP8 blocks, powers of two": Checkpoint(
         deepseek({**FP8, "scale_fmt": "ue8m0"}, functools.partial(packing.fp8_blocks, scale_type="F8_E8M0")),
         "is F8_E8M0, not a float",
     ),
     "FP8 blocks, Qwen3": Checkpoint(
-        of_tool(FP8, packing.fp8_blocks, "qwen3", hidden_size=128), "FP8 is not read by mlx-lm's qwen3"
+        of_tool(FP8, packing.fp8_blocks, "qwen3", hidden_size=128), "FP8 weights are not read by mlx-lm's qwen3"
     ),
     "FP8 one scale, Mistral 4": Checkpoint(mistral4("weight_scale_inv")),
     "FP8 one scale, Ministral 3": Checkpoint(
         of_tool(
             {"quant_method": "fp8", "activation_scheme": "static"},
-            functools.partial(packing.fp8_tensor, scale="weight_scale_inv"), "ministral3", layer_types=None,
+            functools.partial(packing.fp8_tensor, scale="weight_scale_inv"),
+            "ministral3",
+            layer_types=None,
         ),  # fmt: skip
-        "FP8 is not dequantized by mlx-lm's ministral3",
+        "FP8 weights are not dequantized by mlx-lm's ministral3",
     ),
     "FP8 one scale, DeepSeek": Checkpoint(
         deepseek(FP8, functools.partial(packing.fp8_tensor, scale="weight_scale_inv")),
-        "FP8 is not read by mlx-lm's deepseek_v3",
+        "FP8 weights are not read by mlx-lm's deepseek_v3",
     ),
     "FP8 without scales": Checkpoint(of_tool({}, _no_scale), "F8_E4M3 weights, of which config.json says nothing"),
     "FP8 without scales, DeepSeek": Checkpoint(deepseek({}, _no_scale), "is FP8 without a scale"),
@@ -166,11 +198,15 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     "BitNet": Checkpoint(
         bitnet("bitnet", "autobitlinear", packed=True), plain=bitnet("bitnet", "autobitlinear", packed=False)
     ),
-    "BitNet, llama": Checkpoint(bitnet("llama", "bitlinear", packed=True), plain=bitnet("llama", "bitlinear", packed=False)),
+    "BitNet, llama": Checkpoint(
+        bitnet("llama", "bitlinear", packed=True), plain=bitnet("llama", "bitlinear", packed=False)
+    ),
     "bitsandbytes 4-bit": Checkpoint(
         unread("bitsandbytes", mx.uint8, "weight", load_in_4bit=True, bnb_4bit_quant_type="nf4"), "bitsandbytes weights"
     ),
-    "HQQ": Checkpoint(unread("hqq", mx.uint8, "W_q", quant_config={"weight_quant_params": {"nbits": 4}}), "HQQ weights"),
+    "HQQ": Checkpoint(
+        unread("hqq", mx.uint8, "W_q", quant_config={"weight_quant_params": {"nbits": 4}}), "HQQ weights"
+    ),
     "Quanto": Checkpoint(unread("quanto", mx.uint8, "weight._data", weights="int4"), "Quanto weights"),
     "EXL2": Checkpoint(unread("exl2", mx.int32, "q_weight", bits=4.0, version="0.2.4"), "EXL2 weights"),
     "EXL3": Checkpoint(unread("exl3", mx.int16, "trellis", bits=3.0), "EXL3 weights"),

@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 
 from tests.checkpoints import packing
 from tests.checkpoints.stored import Tensors, write_folder
-from tests.engine.parity.tiny_architectures import VOCAB, build, config_of
+from tests.engine.parity.tiny_architectures import build, config_of
+from tests.sweep.configurations import tiny_config
 
 Writer = Callable[[Path], None]
 Pack = Callable[[str, mx.array], Tensors]
@@ -30,6 +31,11 @@ WIDE = {"hidden_size": 128, "intermediate_size": 192}
 MLA = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 8, "qk_nope_head_dim": 64, "v_head_dim": 64}
 
 
+SAME = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
+NUMBERED = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+"""Names of an expert's projections."""
+
+
 def compressed(form: str, weights: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """llm-compressor's ``quantization_config``."""
     group = {"targets": ["Linear"], "weights": dict(weights), "input_activations": None, "output_activations": None}
@@ -41,7 +47,13 @@ def compressed(form: str, weights: Mapping[str, Any], **more: Any) -> dict[str, 
 
 def model_config(name: str, **changes: Any) -> dict[str, Any]:
     """A tiny architecture of two layers in float32, with a head of its own."""
-    return {**config_of(name), "num_hidden_layers": 2, "torch_dtype": "float32", "tie_word_embeddings": False, **changes}
+    return {
+        **config_of(name),
+        "num_hidden_layers": 2,
+        "torch_dtype": "float32",
+        "tie_word_embeddings": False,
+        **changes,
+    }
 
 
 def weights_of(config: Mapping[str, Any]) -> dict[str, mx.array]:
@@ -111,8 +123,10 @@ def mixed_bits(path: str, module: nn.Module) -> bool | dict[str, Any]:
     return {"bits": 6, "group_size": 32, "mode": "affine"} if path.endswith("down_proj") else True
 
 
-def experts_apart(weights: Mapping[str, mx.array], block: str, names: Mapping[str, str]) -> dict[str, mx.array]:
-    """Weights with every expert's own tensors, under its block's name and the ``names`` of its projections."""
+def experts_apart(
+    weights: Mapping[str, mx.array], block: str, names: Mapping[str, str], stored: str = ""
+) -> dict[str, mx.array]:
+    """Weights with every expert's own tensors, under its block's name (or ``stored``) and its projections' ``names``."""
     apart: dict[str, mx.array] = {}
     for name, value in weights.items():
         prefix, found, rest = name.partition(f".{block}.switch_mlp.")
@@ -121,7 +135,7 @@ def experts_apart(weights: Mapping[str, mx.array], block: str, names: Mapping[st
             continue
         projection, _, key = rest.partition(".")
         for number, one in enumerate(value):
-            apart[f"{prefix}.{block}.experts.{number}.{names[projection]}.{key}"] = one
+            apart[f"{prefix}.{stored or block}.experts.{number}.{names[projection]}.{key}"] = one
     return apart
 
 
@@ -144,8 +158,7 @@ def deepseek(settings: Mapping[str, Any], pack: Pack, only: str = "", **changes:
     def write(folder: Path) -> None:
         config = model_config("deepseek_v3", **{**WIDE, **MLA, **changes})
         weights = joined_kv(weights_of({**config, "model_type": "deepseek_v3"}))
-        same = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
-        tensors = packed_by(pack, experts_apart(weights, "mlp", same), only)
+        tensors = packed_by(pack, experts_apart(weights, "mlp", SAME), only)
         write_folder(folder, {**config, "quantization_config": dict(settings)}, tensors)
 
     return write
@@ -157,9 +170,11 @@ def mistral4(scale: str | None) -> Writer:
     def write(folder: Path) -> None:
         more = {**MLA, "moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1,
                 "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "norm_topk_prob": True,
-                "routed_scaling_factor": 1.0}  # fmt: skip
+                "routed_scaling_factor": 1.0,
+                "rope_parameters": {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 4096,
+                                    "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}}  # fmt: skip
         config = {**model_config("llama", **more), "model_type": "mistral4", "head_dim": 72}
-        weights = experts_apart(joined_kv(weights_of(config)), "mlp", {n: n for n in ("gate_proj", "up_proj", "down_proj")})
+        weights = experts_apart(joined_kv(weights_of(config)), "mlp", SAME)
         tensors = packed_by(lambda name, value: packing.fp8_tensor(name, value, scale), weights)
         settings = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
         write_folder(folder, {**config, "quantization_config": settings}, tensors)
@@ -167,14 +182,54 @@ def mistral4(scale: str | None) -> Writer:
     return write
 
 
-def write_minimax(folder: Path) -> None:
-    """MiniMax-M2's FP8 with blocks."""
-    config = {**model_config("llama", **WIDE), "model_type": "minimax", "num_experts_per_tok": 2, "rotary_dim": 8,
-              "num_local_experts": 4, "shared_intermediate_size": 0, "use_qk_norm": True}  # fmt: skip
-    names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-    weights = experts_apart(weights_of(config), "block_sparse_moe", names)
-    settings = {**FP8, "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]}
-    write_folder(folder, {**config, "quantization_config": settings}, packed_by(packing.fp8_blocks, weights))
+def experts(
+    name: str,
+    settings: Mapping[str, Any],
+    pack: Pack,
+    *,
+    only: str = "",
+    mlp: str = "mlp",
+    stored: str = "",
+    names: Mapping[str, str] = SAME,
+    **more: Any,
+) -> Writer:
+    """A writer of an architecture of mixed experts: every expert's tensors lie apart, under ``names``.
+
+    ``mlp`` is the block's name in mlx-lm, ``stored`` that in the files.
+    """
+
+    def write(folder: Path) -> None:
+        config = tiny_config(name)
+        inner = config.get("text_config")
+        config = {**config, "text_config": {**inner, **more}} if isinstance(inner, dict) else {**config, **more}
+        weights = experts_apart(weights_of(config), mlp, names, stored)
+        write_folder(folder, {**config, "quantization_config": dict(settings)}, packed_by(pack, weights, only))
+
+    return write
+
+
+def write_muse_spark(folder: Path) -> None:
+    """ModelOpt's NVFP4 of experts, of which gates and values are one; its settings lie in a file of their own."""
+    config = tiny_config("muse_spark")
+    tensors: Tensors = {}
+    weights = weights_of(config)
+    for name, value in weights.items():
+        layer, _, key = name.rpartition(".")
+        if name.endswith(("_beta", "up_proj.weight")):
+            continue
+        if name.endswith("_alpha"):
+            kind = "post_attention" if "attn" in key else "post_feedforward"
+            tensors[f"{layer}.{kind}_residual_gate.gate"] = mx.zeros(value.shape)
+        elif ".experts.gate_proj." in name:
+            both = mx.concatenate([value, weights[name.replace("gate_proj", "up_proj")]], axis=1)
+            tensors |= packing.nvfp4_experts(layer.replace("gate_proj", "gate_up_proj"), both, scales=2)
+        elif ".experts.down_proj." in name:
+            tensors |= packing.nvfp4_experts(layer, value, scales=1)
+        else:
+            tensors[name] = value
+    details = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
+    own = {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": details}
+    write_folder(folder, config, tensors, hf_quant_config=own)
 
 
 def write_gpt_oss(folder: Path) -> None:
@@ -258,7 +313,12 @@ def modelopt(algorithm: str, *, own_file: bool, pack: Pack) -> Writer:
     def write(folder: Path) -> None:
         config = model_config("llama")
         tensors = packed_by(pack, weights_of(config))
-        details = {"quant_algo": algorithm, "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
+        details = {
+            "quant_algo": algorithm,
+            "kv_cache_quant_algo": None,
+            "group_size": 16,
+            "exclude_modules": ["lm_head"],
+        }
         producer = {"name": "modelopt", "version": "0.29.0"}
         if own_file:
             write_folder(folder, config, tensors, hf_quant_config={"producer": producer, "quantization": details})
@@ -269,4 +329,3 @@ def modelopt(algorithm: str, *, own_file: bool, pack: Pack) -> Writer:
             write_folder(folder, {**config, "quantization_config": settings}, tensors)
 
     return write
-

@@ -11,7 +11,7 @@ from engine.models.folder import stored_weights
 from engine.models.local import ResolvedModel
 from engine.models.model_config import ModelConfig
 from engine.models.pypi import Progress
-from engine.models.quantization import check_quantization, quantization_of
+from engine.models.quantization import check_quantization, has_fp8, quantization_of
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.cgroups import usable_cpus
 from engine.runner.device.devices import Device
@@ -61,7 +61,7 @@ class FolderWeights(WeightReader):
             converted.num_bytes,
             lambda: converted.model,
             partial(_materialise, converted.model, files.names, reader),
-            partial(_describe, converted),
+            partial(_describe, converted, fp8=has_fp8(files.tensors)),
         )
 
 
@@ -83,6 +83,8 @@ def _materialise(model: nn.Module, names: tuple[str, ...], reader: ParallelRead 
     return model
 
 
-def _describe(converted: Converted, model: nn.Module) -> str:
+def _describe(converted: Converted, model: nn.Module, *, fp8: bool) -> str:
     text = describe_weights(converted.dtype or main_dtype(model), list(converted.kinds), converted.keep_packed)
-    return f"{text}; activations are rounded as for a GPU's products" if converted.rounds_inputs else text
+    if fp8 and not converted.kinds:
+        text += " (dequantized from FP8)"
+    return f"{text}; activations are rounded as in a GPU's products" if converted.rounds_inputs else text

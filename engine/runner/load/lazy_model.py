@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -74,15 +75,22 @@ def _load(config: ModelConfig, found: Quantization, files: StoredWeights, args: 
 
 def _reason(config: ModelConfig, found: Quantization, files: StoredWeights, error: Exception) -> str:
     """What went wrong, and what to do about it."""
-    said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if config.hf_config.get("quantize_activations") and "activation quantization" in said:
-        return f"{said}; set quantize_activations to false in config.json"
+    said = f"{type(error).__name__}: {_in_short(str(error))}"
     if isinstance(error, RuntimeError | FileNotFoundError):
         return f"{said}; fetch the model again"
+    if config.hf_config.get("quantize_activations") and "activation quantization" in said:
+        return f"{said}; set quantize_activations to false in config.json"
     packing = describe_packing(found, files.tensors)
     if packing is None or (found.mlx and "Missing" in said):
         return f"{said}; config.json and the weights are not of one model, or a newer mlx-lm reads it"
-    return f"{packing} is not read by mlx-lm's {config.model_type} ({said}); {ADVICE}"
+    return f"{packing} are not read by mlx-lm's {config.model_type} ({said}); {ADVICE}"
+
+
+def _in_short(said: str) -> str:
+    """An error of mlx-lm in one line; of a list of tensors its first name."""
+    text = " ".join(said.split())
+    listed = re.match(r"((?:Received|Missing) \d+ parameters[^:]*): ([^,\s]+),", text)
+    return f"{listed[1]}: {listed[2]} …" if listed else text[:200]
 
 
 def _check_fp8(name: str, model: nn.Module, found: Quantization, files: StoredWeights) -> None:
@@ -98,7 +106,7 @@ def _check_fp8(name: str, model: nn.Module, found: Quantization, files: StoredWe
     if not readers:
         packing = describe_packing(found, files.tensors)
         model_type = getattr(model, "model_type", "model")
-        raise ModelLoadError(f"{name}: {packing} is not dequantized by mlx-lm's {model_type}; {ADVICE}")
+        raise ModelLoadError(f"{name}: {packing} are not dequantized by mlx-lm's {model_type}; {ADVICE}")
     fault = fp8_fault(files.tensors, all(readers))
     if fault:
         raise ModelLoadError(f"{name}: {fault}, which mlx-lm would take for something else; {ADVICE}")
