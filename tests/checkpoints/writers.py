@@ -126,7 +126,7 @@ def mixed_bits(path: str, module: nn.Module) -> bool | dict[str, Any]:
 def experts_apart(
     weights: Mapping[str, mx.array], block: str, names: Mapping[str, str], stored: str = ""
 ) -> dict[str, mx.array]:
-    """Weights with every expert's own tensors, under its block's name (or ``stored``) and its projections' ``names``."""
+    """Weights with every expert's tensors apart, under its block's name (or ``stored``) and ``names``."""
     apart: dict[str, mx.array] = {}
     for name, value in weights.items():
         prefix, found, rest = name.partition(f".{block}.switch_mlp.")
@@ -278,8 +278,10 @@ def bitnet(model_type: str, linear_class: str, *, packed: bool) -> Writer:
                 return {f"{name}.weight": rounded * 0.25}
             return {**packing.ternary(name, rounded), f"{name}.weight_scale": stored}
 
-        settings = {"quant_method": "bitnet", "linear_class": linear_class, "quantization_mode": "offline",
-                    "modules_to_not_convert": None}  # fmt: skip
+        settings: dict[str, Any] = {"quant_method": "bitnet", "linear_class": linear_class}
+        settings["quantization_mode"] = "offline"
+        if model_type != "bitnet":
+            settings["modules_to_not_convert"] = None
         config = {**llama, "model_type": model_type, "tie_word_embeddings": True}
         more = {"quantization_config": settings} if packed else {}
         write_folder(folder, {**config, **more}, packed_by(pack, weights))
