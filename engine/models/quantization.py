@@ -115,7 +115,8 @@ def quantization_of(config: Mapping[str, Any], folder: Path) -> Quantization:
             settings = {**settings, "quant_method": "modelopt"}
     if not isinstance(settings, Mapping):
         settings = {}
-    return Quantization({}, settings, _method(settings))
+    told = {key: value for key, value in settings.items() if value is not None}  # mlx-lm takes null for a list
+    return Quantization({}, told, _method(told))
 
 
 def algorithm(settings: Mapping[str, Any]) -> str:
@@ -163,7 +164,7 @@ def has_fp8(tensors: Iterable[StoredTensor]) -> bool:
 
 
 def describe_packing(found: Quantization, tensors: Sequence[StoredTensor]) -> str | None:
-    """``AWQ weights``: the format for people, from the configuration or, failing that, the names; None: plain floats."""
+    """``AWQ weights``: by the configuration or, failing that, by the tensors' names and types; None: plain floats."""
     if found.exists:
         return f"{found.title} weights"
     names = " ".join(tensor.name for tensor in tensors)
@@ -180,12 +181,13 @@ def describe_packing(found: Quantization, tensors: Sequence[StoredTensor]) -> st
 
 
 def leaves_out(found: Quantization, path: str) -> bool:
-    """Whether the settings leave the module ``path`` (``model.layers.0.mlp.gate``) as it is."""
+    """Whether the settings leave the module ``path`` of mlx-lm (``model.layers.0.mlp.gate``) as it is."""
     settings = found.settings.get("quantization") or found.settings
     named: list[str] = []
     for key in ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules"):
         named += settings.get(key) or ()
-    return any(_matches(pattern, path) for pattern in named)
+    in_files = path.replace("switch_mlp", "experts.0")  # mlx-lm's name for all of them
+    return any(_matches(pattern, in_files) for pattern in named)
 
 
 def _method(settings: Mapping[str, Any]) -> str:

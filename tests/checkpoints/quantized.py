@@ -57,7 +57,13 @@ def _awq_symmetric(name: str, weight: mx.array) -> packing.Tensors:
 _gptq = functools.partial(packing.gptq, group_size=32, g_idx=True)
 _modelopt = functools.partial(packing.nvfp4, tool="modelopt")
 _llm_compressor = functools.partial(packing.nvfp4, tool="compressed-tensors")
-_KIMI = compressed("pack-quantized", INT4, ignore=["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"])
+_BUT_EXPERTS = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
+_KIMI = compressed("pack-quantized", INT4, ignore=_BUT_EXPERTS)
+_KIMI_K3 = compressed(
+    "mxfp4-pack-quantized",
+    {**NVFP4, "group_size": 32},
+    ignore=[*_BUT_EXPERTS, "re:.*res_proj", "re:.*routed_expert_.*"],
+)
 _EXPERTS = ".mlp.experts."
 
 
@@ -132,7 +138,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     "compressed-tensors mxfp4-pack-quantized, Kimi": Checkpoint(
         experts(
             "kimi_k3",
-            compressed("mxfp4-pack-quantized", {**NVFP4, "group_size": 32}),
+            _KIMI_K3,
             packing.mxfp4_packed,
             only=".experts.",
             stored="block_sparse_moe",

@@ -61,15 +61,15 @@ def weights_of(config: Mapping[str, Any]) -> dict[str, mx.array]:
     return dict(tree_flatten(build(dict(config)).parameters()))
 
 
-def packed_by(pack: Pack, weights: Mapping[str, mx.array], only: str = "") -> Tensors:
-    """``weights`` with the linear layers (those whose path holds ``only``) packed; the head is left."""
+def packed_by(pack: Pack, weights: Mapping[str, mx.array], only: str = "", rest: mx.Dtype = mx.bfloat16) -> Tensors:
+    """``weights`` with the linear layers (those whose path holds ``only``) packed; the head is left, as ``rest``."""
     tensors: Tensors = {}
     for name, value in weights.items():
         path, _, key = name.rpartition(".")
         if key == "weight" and value.ndim == 2 and path.endswith(_LINEAR) and only in path:
             tensors |= pack(path, value)
         else:
-            tensors[name] = value
+            tensors[name] = value.astype(rest)
     return tensors
 
 
@@ -77,8 +77,10 @@ def of_tool(settings: Mapping[str, Any], pack: Pack, name: str = "llama", **chan
     """A writer of an architecture whose linear layers ``pack`` packs, with ``quantization_config``."""
 
     def write(folder: Path) -> None:
-        config = model_config(name, **changes)
-        write_folder(folder, {**config, "quantization_config": dict(settings)}, packed_by(pack, weights_of(config)))
+        dtype = "float16" if settings.get("quant_method") == "awq" else "bfloat16"
+        config = model_config(name, torch_dtype=dtype, **changes)
+        tensors = packed_by(pack, weights_of(config), rest=getattr(mx, dtype))
+        write_folder(folder, {**config, "quantization_config": dict(settings)}, tensors)
 
     return write
 
@@ -156,7 +158,7 @@ def deepseek(settings: Mapping[str, Any], pack: Pack, only: str = "", **changes:
     """A writer of DeepSeek-V3's layout (also Kimi K2's, with its ``model_type``)."""
 
     def write(folder: Path) -> None:
-        config = model_config("deepseek_v3", **{**WIDE, **MLA, **changes})
+        config = model_config("deepseek_v3", torch_dtype="bfloat16", **{**WIDE, **MLA, **changes})
         weights = joined_kv(weights_of({**config, "model_type": "deepseek_v3"}))
         tensors = packed_by(pack, experts_apart(weights, "mlp", SAME), only)
         write_folder(folder, {**config, "quantization_config": dict(settings)}, tensors)
@@ -173,7 +175,7 @@ def mistral4(scale: str | None) -> Writer:
                 "routed_scaling_factor": 1.0,
                 "rope_parameters": {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 4096,
                                     "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}}  # fmt: skip
-        config = {**model_config("llama", **more), "model_type": "mistral4", "head_dim": 72}
+        config = {**model_config("llama", **more), "model_type": "mistral4", "head_dim": 72, "torch_dtype": "bfloat16"}
         weights = experts_apart(joined_kv(weights_of(config)), "mlp", SAME)
         tensors = packed_by(lambda name, value: packing.fp8_tensor(name, value, scale), weights)
         settings = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
@@ -226,21 +228,22 @@ def write_muse_spark(folder: Path) -> None:
         elif ".experts.down_proj." in name:
             tensors |= packing.nvfp4_experts(layer, value, scales=1)
         else:
-            tensors[name] = value
-    details = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
+            tensors[name] = value.astype(mx.bfloat16)
+    details = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}
+    details["exclude_modules"] = ["lm_head", "*self_attn*", "*pre_expert_proj", "*post_expert_proj", "*mlp.gate"]
     own = {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": details}
     write_folder(folder, config, tensors, hf_quant_config=own)
 
 
 def write_gpt_oss(folder: Path) -> None:
     """gpt-oss: experts in MXFP4, gates and values by turns, the rest plain."""
-    config = model_config("gpt_oss", layer_types=["sliding_attention", "full_attention"])
+    config = model_config("gpt_oss", torch_dtype="bfloat16", layer_types=["sliding_attention", "full_attention"])
     tensors: Tensors = {}
     weights = weights_of(config)
     for name, value in weights.items():
         path, found, key = name.rpartition(".experts.gate_proj.")
         if not found and ".experts." not in name:
-            tensors[name] = value
+            tensors[name] = value.astype(mx.bfloat16)
         elif found:
             both = mx.stack([value, weights[f"{path}.experts.up_proj.{key}"]], axis=2 if key == "weight" else -1)
             both = both.reshape(value.shape[0], -1, value.shape[-1]) if key == "weight" else both.flatten(1)
@@ -254,7 +257,7 @@ def write_gpt_oss(folder: Path) -> None:
 
 def _mxfp4_experts(name: str, value: mx.array) -> Tensors:
     if value.ndim == 2:
-        return {f"{name}_bias": value}
+        return {f"{name}_bias": value.astype(mx.bfloat16)}
     words, *scales = mx.quantize(value, 32, 4, mode="mxfp4")
     blocks = words.view(mx.uint8).reshape(*scales[0].shape, 16)
     return {f"{name}_blocks": blocks, f"{name}_scales": scales[0]}
@@ -264,7 +267,7 @@ def bitnet(model_type: str, linear_class: str, *, packed: bool) -> Writer:
     """A writer of BitNet's ternary weights, packed or as llama's plain ones."""
 
     def write(folder: Path) -> None:
-        llama = model_config("llama", hidden_act="relu2")
+        llama = model_config("llama", torch_dtype="bfloat16", hidden_act="relu2")
         weights = {name: value for name, value in weights_of(llama).items() if not name.startswith("lm_head")}
         if model_type == "bitnet":
             for number in range(2):

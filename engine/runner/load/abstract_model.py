@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from engine.errors import ModelLoadError
 from engine.models.model_config import ModelConfig, text_config
 from engine.models.quantization import Quantization, leaves_out, quantization_of
-from engine.runner.load.unpack import packed_kind
+from engine.runner.load.unpack import QuantizedInputLinear, packed_kind
 from engine.runner.load.weight_types import DTYPES
 
 
@@ -79,26 +79,37 @@ def quantize_as_told(model: nn.Module, found: Quantization) -> None:
 
 def quantize_like(model: nn.Module, other: nn.Module) -> None:
     """Quantize the modules of ``model`` as those of ``other`` with the same paths are, and give arrays their types."""
-    from mlx_lm.models.bitlinear_layers import BitLinear
-
     modules = dict(other.named_modules())
-    changed: list[tuple[str, nn.Module]] = []
-    for path, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
-        like = modules.get(path)
-        kind = None if like is None else packed_kind(like)
-        if like is None or kind is None:
-            continue
-        if isinstance(like, BitLinear):
-            rows, columns = module.weight.shape
-            changed.append((path, BitLinear(columns, rows, "bias" in module, like.invert_weight_scales)))
-        elif hasattr(module, "to_quantized") and module.weight.shape[-1] % like.group_size == 0:
-            more = {} if like.get("global_scale") is None else {"global_scale": True}
-            packed = module.to_quantized(group_size=like.group_size, bits=like.bits, mode=like.mode, **more)
-            changed.append((path, _rounding_inputs(packed) if isinstance(like, nn.QQLinear) else packed))
-    model.update_modules(tree_unflatten(changed))
+    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    model.update_modules(tree_unflatten([(path, _like(module, modules.get(path))) for path, module in leaves]))
     types = {name: value.dtype for name, value in tree_flatten(other.parameters())}
     arrays = tree_flatten(model.parameters())
     model.update(tree_unflatten([(name, value.astype(types.get(name, value.dtype))) for name, value in arrays]))
+
+
+def _like(module: nn.Module, like: nn.Module | None) -> nn.Module:
+    """``module``, of other sizes perhaps, as one of the kind of ``like``."""
+    from mlx_lm.models.bitlinear_layers import BitLinear
+
+    if isinstance(module, BitLinear) and isinstance(like, nn.Linear):
+        return nn.Linear(module.in_features, module.out_features, module.get("bias") is not None)
+    if isinstance(like, BitLinear) and isinstance(module, nn.Linear):
+        rows, columns = module.weight.shape
+        return BitLinear(columns, rows, "bias" in module, like.invert_weight_scales)
+    rounds = isinstance(like, nn.QQLinear | QuantizedInputLinear)
+    if like is None or not hasattr(module, "to_quantized") or not (rounds or packed_kind(like)):
+        return module
+    if module.weight.shape[-1] % like.group_size:
+        return module
+    bits = like.input_bits if isinstance(like, QuantizedInputLinear) else like.bits
+    more = {} if like.get("global_scale") is None else {"global_scale": True}
+    packed: nn.Module = module.to_quantized(group_size=like.group_size, bits=bits, mode=like.mode, **more)
+    if not rounds:
+        return packed
+    layer = _rounding_inputs(packed)
+    if isinstance(like, nn.QQLinear):
+        return layer
+    return QuantizedInputLinear(layer, None if "scales" in like else like.weight.dtype)
 
 
 def _mode(found: Quantization) -> dict[str, Any] | None:
@@ -121,8 +132,8 @@ def _mode(found: Quantization) -> dict[str, Any] | None:
 
 
 def _is_linear(path: str, module: nn.Module) -> bool:
-    """Whether other tools than MLX's quantize a module: no embeddings, and no heads."""
-    return not isinstance(module, nn.Embedding) and path.rpartition(".")[2] != "lm_head"
+    """Whether other tools than MLX's quantize a module: no embeddings, heads and routers."""
+    return not isinstance(module, nn.Embedding) and path.rpartition(".")[2] not in ("lm_head", "gate", "router")
 
 
 def _quantize(model: nn.Module, quantization: Mapping[str, Any], others: Callable[[str, nn.Module], bool]) -> None:

@@ -53,10 +53,9 @@ def lazy_model(config: ModelConfig, files: StoredWeights, args: EngineArgs) -> n
 def _load(config: ModelConfig, found: Quantization, files: StoredWeights, args: EngineArgs) -> nn.Module:
     from mlx_lm.utils import load_model as load
 
-    # mlx-lm changes entries as it reads them, takes null for a list, and asks for a method that ModelOpt's own file
-    # leaves out.
-    settings = {key: copy.deepcopy(value) for key, value in found.settings.items() if value is not None}
-    entries = {**config.hf_config, **({"quantization_config": settings} if settings else {})}
+    # mlx-lm changes entries as it reads them, and asks for a method that ModelOpt's own file leaves out.
+    settings = {"quantization_config": copy.deepcopy(dict(found.settings))} if found.settings else {}
+    entries = {**config.hf_config, **settings}
     if "quantization" in entries:
         entries["quantization"] = copy.deepcopy(entries["quantization"])
     try:
