@@ -5,7 +5,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import ModelLoadError, ModelNotFoundError
@@ -73,29 +73,48 @@ class FolderFormat(WeightFormat):
 
 
 @dataclass(frozen=True, slots=True)
-class StoredWeights:
-    """What safetensors files say of themselves: bytes by element type (``BF16``), and bytes in all (0: unknown).
+class StoredTensor:
+    """A tensor as the header of a safetensors file tells of it; ``dtype`` in the format's words (``F8_E4M3``)."""
 
-    ``names`` are those of the tensors in the files here, file after file, as they lie in them.
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """What safetensors files say of themselves: the tensors in the files here, and bytes in all (0: unknown).
+
+    ``tensors`` are in the order of their data, file after file. ``complete``: all are here.
     """
 
-    bytes_by_dtype: Counter[str] = field(default_factory=Counter)
+    tensors: tuple[StoredTensor, ...] = ()
     num_bytes: int = 0
-    names: tuple[str, ...] = ()
+    complete: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names."""
+        return tuple(tensor.name for tensor in self.tensors)
+
+    @property
+    def bytes_by_dtype(self) -> Counter[str]:
+        """Bytes by element type (``BF16``)."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors:
+            sizes[tensor.dtype] += tensor.num_bytes
+        return sizes
 
 
 def stored_weights(folder: Path) -> StoredWeights:
-    """From the headers of the files where all are here, else from the index."""
-    sizes: Counter[str] = Counter()
-    names: list[str] = []
-    for path in sorted(folder.glob(_WEIGHT_FILES)):
-        for name, dtype, num_bytes in _tensors(path):
-            sizes[dtype] += num_bytes
-            names.append(name)
+    """From the headers of the files; where some are missing, the bytes in all from the index."""
+    files = sorted(folder.glob(_WEIGHT_FILES))
+    tensors = tuple(tensor for path in files for tensor in _tensors(path))
     if missing_shards(folder):
         metadata = read_json(folder / _INDEX).get("metadata") or {}
-        return StoredWeights(sizes, int(metadata.get("total_size") or 0), tuple(names))
-    return StoredWeights(sizes, sizes.total(), tuple(names))
+        return StoredWeights(tensors, int(metadata.get("total_size") or 0))
+    return StoredWeights(tensors, sum(tensor.num_bytes for tensor in tensors), complete=bool(tensors))
 
 
 def missing_shards(folder: Path) -> list[str]:
@@ -147,17 +166,23 @@ def _tensor_names(folder: Path, names: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for name in names:
         try:
-            found.update(name for name, *_ in _tensors(folder / name))
-        except (OSError, ValueError, KeyError, TypeError, struct.error, ModelLoadError):
+            found.update(tensor.name for tensor in _tensors(folder / name))
+        except (OSError, ModelLoadError):
             continue
     return found
 
 
-def _tensors(path: Path) -> list[tuple[str, str, int]]:
-    """Name, element type and bytes of the tensors in a safetensors file, in the order of their data."""
+def _tensors(path: Path) -> list[StoredTensor]:
+    """The tensors in a safetensors file, in the order of their data. Raises ModelLoadError for a broken header."""
     with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
+        try:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(size, path.stat().st_size)))
+        except (struct.error, ValueError):
+            raise ModelLoadError(f"{path}: not a safetensors file; fetch the file again") from None
     header.pop("__metadata__", None)
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return [(name, entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0]) for name, entry in entries]
+    return [
+        StoredTensor(name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in entries
+    ]

@@ -7,18 +7,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from engine.errors import ModelLoadError
 from engine.models.folder import stored_weights
 from engine.models.local import ResolvedModel
 from engine.models.model_config import ModelConfig
 from engine.models.pypi import Progress
+from engine.models.quantization import check_quantization, has_fp8, quantization_of
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.cgroups import usable_cpus
 from engine.runner.device.devices import Device
-from engine.runner.load.abstract_model import AbstractModel, build_abstract_model
+from engine.runner.load.abstract_model import AbstractModel, build_abstract_model, check_architecture
+from engine.runner.load.lazy_model import lazy_model
 from engine.runner.load.parallel_read import ParallelRead, loading_by, parallel_read
 from engine.runner.load.pieces import evaluate, in_file_order
-from engine.runner.load.rope_layers import honour_rope
 from engine.runner.load.weight_reader import PreparedWeights, WeightReader
 from engine.runner.load.weight_types import Converted, convert, describe_weights, main_dtype
 
@@ -30,14 +30,20 @@ class FolderWeights(WeightReader):
     """Weights that mlx-lm loads lazily, converted before they are read."""
 
     def abstract(self, resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device) -> AbstractModel:
-        """From the headers of the files, as far as they are here, and the config."""
+        """As a load would give it where all files are here, else from the config and the headers of those that are."""
         files = stored_weights(resolved.path)
+        check_architecture(config)
+        if files.complete and not config.hf_config.get("model_file"):
+            converted = convert(lazy_model(config, files, args), args, device)
+            return AbstractModel(converted.model, converted.num_bytes)
+        found = quantization_of(config.hf_config, config.path)
+        check_quantization(config.name, found, files.tensors)
         floating = {name: size for name, size in files.bytes_by_dtype.items() if name in _DTYPES}
         most = max(floating, key=lambda name: floating[name], default=None)
-        dtype = None if most is None else _DTYPES[most]
+        dtype = None if most is None or found.unpacks else _DTYPES[most]
         converted = convert(build_abstract_model(config, dtype), args, device)
         size = converted.num_bytes
-        if converted.as_stored and files.num_bytes:
+        if converted.as_stored and files.num_bytes and not found.unpacks:
             # Of what the files hold, a language model leaves vision and speech aside.
             partial_load = dtype is not None or "text_config" in config.hf_config
             size = min(size, files.num_bytes) if partial_load else files.num_bytes
@@ -48,37 +54,15 @@ class FolderWeights(WeightReader):
     ) -> PreparedWeights:
         """The lazily loaded model, converted."""
         reader = parallel_read(mx.gpu, usable_cpus()) if device.kind == "cuda" else None
+        files = stored_weights(resolved.path)
         with loading_by(reader) if reader else nullcontext():
-            converted = convert(_lazy_model(resolved, config, args), args, device)
+            converted = convert(lazy_model(config, files, args), args, device)
         return PreparedWeights(
             converted.num_bytes,
             lambda: converted.model,
-            partial(_materialise, converted.model, stored_weights(resolved.path).names, reader),
-            partial(_describe, converted),
+            partial(_materialise, converted.model, files.names, reader),
+            partial(_describe, converted, fp8=has_fp8(files.tensors)),
         )
-
-
-def _lazy_model(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs) -> nn.Module:
-    """mlx-lm's model with weights that are read when evaluated."""
-    from mlx_lm.utils import load_model as load
-
-    try:
-        model: nn.Module = load(
-            resolved.path,
-            lazy=True,
-            model_config=dict(config.hf_config),
-            trust_remote_code=args.trust_remote_code,
-        )[0]
-    except (ValueError, KeyError, TypeError, FileNotFoundError, RuntimeError) as error:
-        if config.hf_config.get("model_file") and not args.trust_remote_code:
-            raise ModelLoadError(
-                f"{resolved.name} runs its own Python file {config.hf_config['model_file']!r}; "
-                "read it, then load with --trust-remote-code"
-            ) from None
-        reason = " ".join(str(error).split())[:200]
-        raise ModelLoadError(f"{resolved.name}: {type(error).__name__}: {reason}; fetch the model again") from error
-    honour_rope(model, config)
-    return model
 
 
 def _materialise(model: nn.Module, names: tuple[str, ...], reader: ParallelRead | None, report: Progress) -> nn.Module:
@@ -99,6 +83,8 @@ def _materialise(model: nn.Module, names: tuple[str, ...], reader: ParallelRead 
     return model
 
 
-def _describe(converted: Converted, model: nn.Module) -> str:
-    bits = [f"{bits}-bit" for bits in converted.bits]
-    return describe_weights(converted.dtype or main_dtype(model), bits, converted.keep_packed)
+def _describe(converted: Converted, model: nn.Module, *, fp8: bool) -> str:
+    text = describe_weights(converted.dtype or main_dtype(model), list(converted.kinds), converted.keep_packed)
+    if fp8 and not converted.kinds:
+        text += " (dequantized from FP8)"
+    return f"{text}; activations are rounded as in a GPU's products" if converted.rounds_inputs else text

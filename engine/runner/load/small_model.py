@@ -12,8 +12,9 @@ from engine.models.local import ResolvedModel
 from engine.models.model_config import ModelConfig
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device
+from engine.runner.load.abstract_model import plain_model, quantize_like
 from engine.runner.load.loader import WEIGHT_READERS
-from engine.runner.load.weight_types import parameter_bytes
+from engine.runner.load.weight_types import main_dtype, parameter_bytes
 
 _LAYERS = (6, 2)
 """Six show all kinds of layers where a configuration does not tell after how many they repeat."""
@@ -24,13 +25,17 @@ _PERIODS = ("sliding_window_pattern", "full_attention_interval")
 """Entries that tell it."""
 _SPREAD = 0.02
 """Of random weights, as models are trained from."""
+_SMALL_SCALE = 0x26
+"""As E4M3 0.05; as a power of two (E8M0) almost nothing; as four ternary values 1, 0, 1, -1."""
 
 
 def small_model(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, device: Device) -> nn.Module | None:
     """The model with its weights evaluated on this thread; None where even that would take much memory."""
+    large = WEIGHT_READERS[resolved.kind].abstract(resolved, config, args, device).model
     for layers in _LAYERS:
-        small = dataclasses.replace(config, hf_config=small_config(config.hf_config, layers))
-        model = WEIGHT_READERS[resolved.kind].abstract(resolved, small, args, device).model
+        model = plain_model(dataclasses.replace(config, hf_config=small_config(config.hf_config, layers)))
+        model.set_dtype(main_dtype(large))
+        quantize_like(model, large)
         if parameter_bytes(model) <= _MOST_BYTES:
             _fill(model)
             return model
@@ -66,6 +71,8 @@ def _fill(model: nn.Module) -> None:
 def _random(like: mx.array, key: mx.array) -> mx.array:
     if like.dtype == mx.uint32:  # packed
         return mx.random.randint(0, 1 << 30, like.shape, key=key).astype(like.dtype)
+    if like.dtype == mx.uint8:  # scales, or ternary values: small and finite in every format
+        return mx.full(like.shape, _SMALL_SCALE, like.dtype)
     if not mx.issubdtype(like.dtype, mx.floating):
         return like
     if like.ndim < 2:

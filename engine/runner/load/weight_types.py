@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.devices import Device
+from engine.runner.load.unpack import packed_kind, round_inputs_here, runs_packed, unpack, unpacked_size
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _EASY_SHARE = 0.5
@@ -20,17 +21,22 @@ _EASY_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A folder's model as the device holds it. ``dtype`` None: as the checkpoint has it; ``bits`` of packed weights."""
+    """A folder's model as the device holds it. ``dtype`` None: as the checkpoint has it.
+
+    ``kinds`` of packed weights for people: ``4-bit``, ``mxfp4``. ``rounds_inputs``: whether MLX lacks the products of
+    layers that quantize their inputs, so that they are rounded by other operations.
+    """
 
     model: nn.Module
     dtype: mx.Dtype | None
-    bits: tuple[int, ...]
+    kinds: tuple[str, ...]
     keep_packed: bool
+    rounds_inputs: bool
 
     @property
     def as_stored(self) -> bool:
         """Whether the weights are what the files hold, to the byte."""
-        return self.dtype is None and (self.keep_packed or not self.bits)
+        return self.dtype is None and (self.keep_packed or not self.kinds)
 
     @property
     def num_bytes(self) -> int:
@@ -48,14 +54,16 @@ def convert(model: nn.Module, args: EngineArgs, device: Device) -> Converted:
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else (mx.float32 if device.kind == "cpu" else None)
     packed = packed_modules(model)
     keep = bool(packed) and (device.runs_packed_weights_fast or not _model_unpacks_easily(model, packed, dtype, device))
+    kinds = tuple(sorted({_kind_of(module) for module in packed.values()}))
+    rounds = device.kind == "cpu" and any(isinstance(module, nn.QQLinear) for module in packed.values())
     if dtype is not None:
         _cast(model, dtype)
-    if packed and not keep:
-        from mlx_lm.utils import dequantize_model
-
-        model = dequantize_model(model)
-        _cast(model, dtype or mx.float32)
-    return Converted(model, dtype, tuple(sorted({int(module.bits) for module in packed})), keep)
+    if keep:
+        if rounds:
+            round_inputs_here(model, packed)
+        packed = {path: one for path, one in packed_modules(model).items() if not runs_packed(one, device.kind)}
+    unpack(model, packed, dtype or (main_dtype(model) if keep else mx.float32))
+    return Converted(model, dtype, kinds, keep, rounds)
 
 
 def unpacks_easily(num_bytes: int, device: Device) -> bool:
@@ -80,18 +88,23 @@ def describe_weights(dtype: mx.Dtype, kinds: list[str], keep_packed: bool) -> st
     return f"{name} ({', '.join(kinds)} weights {'kept packed' if keep_packed else 'unpacked exactly'})"
 
 
-def packed_modules(model: nn.Module) -> list[Any]:
-    """Modules with quantized weights."""
-    return [module for _, module in model.named_modules() if hasattr(module, "bits") and "scales" in module]
+def packed_modules(model: nn.Module) -> dict[str, Any]:
+    """Modules with packed weights, by their paths."""
+    return {path: module for path, module in model.named_modules() if packed_kind(module)}
 
 
-def _model_unpacks_easily(model: nn.Module, packed: list[Any], dtype: mx.Dtype | None, device: Device) -> bool:
-    """Whether the model, unpacked, takes a modest part of memory (and mlx-lm can unpack it)."""
-    if any("global_scale" in module for module in packed):
-        return False
+def _kind_of(module: Any) -> str:
+    """The packing of a module for people."""
+    kind = packed_kind(module)
+    return f"{module.bits}-bit" if kind == "affine" else str(kind)
+
+
+def _model_unpacks_easily(model: nn.Module, packed: dict[str, Any], dtype: mx.Dtype | None, device: Device) -> bool:
+    """Whether the model, unpacked, takes a modest part of memory."""
     width = (dtype or mx.float32).size
-    size = sum(value.size for _, value in tree_flatten(model.parameters()) if value.dtype != mx.uint32)
-    size += sum(module.weight.size * 32 // module.bits for module in packed)
+    inside = {f"{path}.{key}" for path, module in packed.items() for key in module if key != "bias"}
+    size = sum(value.size for name, value in tree_flatten(model.parameters()) if name not in inside)
+    size += sum(unpacked_size(module) for module in packed.values())
     return unpacks_easily(int(size) * int(width), device)
 
 

@@ -268,7 +268,7 @@ def test_the_config_carries_length_scaling_end_tokens_and_vocabulary(tmp_path: P
     path = write_gguf(tmp_path / "m.gguf", "qwen2", Type.F16, more=scaling)
     config = load_model(resolved(path), EngineArgs("m")).config
     assert config.context_length == 2048
-    assert config.hf_config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert config.hf_config["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 4.0}
     assert (config.vocab_size, config.eos_token_ids, config.model_type) == (VOCAB, {3}, "qwen2")
 
 

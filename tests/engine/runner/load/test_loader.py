@@ -123,7 +123,7 @@ def test_on_a_small_cpu_weights_stay_packed_with_float32_scales(
     loaded = load(quantized_dir)
     packed = packed_modules(loaded.model)
     assert packed
-    assert all(module.scales.dtype == mx.float32 for module in packed)
+    assert all(module.scales.dtype == mx.float32 for module in packed.values())
     assert "kept packed" in loaded.notes[0]
     on(monkeypatch, CPU)
     np.testing.assert_allclose(logits(load(quantized_dir)), logits(loaded), atol=1e-3)

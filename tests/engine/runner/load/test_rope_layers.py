@@ -35,8 +35,8 @@ _NEVER_OLD = {"laguna", "mellum"}
 """Types that are younger than the older words."""
 _OWN_SCALING = {"gemma4", "gemma4_text"}
 _NO_LAYERS = {"nanochat"}
-_REFUSED = {("gpt_oss", "longrope"), ("bailing_hybrid", "longrope")}
-"""What mlx-lm's layers cannot be made for: the one passes no length on, the other turns parts of two sizes."""
+_REFUSED = {("gpt_oss", "longrope"), ("bailing_hybrid", "longrope"), ("laguna", "longrope")}
+"""What mlx-lm's layers cannot be made for: the first passes no length on, the others turn parts of two sizes."""
 
 
 def _config(hf_config: dict[str, Any]) -> ModelConfig:

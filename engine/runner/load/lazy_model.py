@@ -1,0 +1,150 @@
+"""A folder's model as mlx-lm builds it from the headers of its files: weights that are read when evaluated."""
+
+import copy
+import inspect
+import re
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from engine.errors import ModelLoadError
+from engine.models.folder import StoredWeights
+from engine.models.model_config import ModelConfig
+from engine.models.quantization import (
+    ADVICE,
+    Quantization,
+    check_quantization,
+    describe_packing,
+    fp8_fault,
+    has_fp8,
+    quantization_of,
+)
+from engine.params.engine_args import EngineArgs
+from engine.runner.load.abstract_model import plain_model
+from engine.runner.load.rope_layers import honour_rope, readable_config
+from engine.runner.load.unpack import packed_kind
+
+FP8_READERS = {
+    "deepseek_v3": True,
+    "deepseek_v32": True,
+    "mimo_v2_flash": True,
+    "minimax": True,
+    "mistral4": False,
+}
+"""mlx-lm's models that dequantize FP8 weights, and whether by scales of blocks only."""
+FP8_PACKERS = ("deepseek_v41", "minimax_m3_vl")
+"""Those that keep FP8 weights packed, as mxfp8."""
+
+
+def lazy_model(config: ModelConfig, files: StoredWeights, args: EngineArgs) -> nn.Module:
+    """mlx-lm's model of ``config.path``; nothing is read but headers.
+
+    Raises ModelLoadError in one line for what mlx-lm would refuse, and for what it would take for something else.
+    """
+    found = quantization_of(config.hf_config, config.path)
+    check_quantization(config.name, found, files.tensors)
+    model = _load(config, found, files, args)
+    honour_rope(model, config)
+    if has_fp8(files.tensors):
+        _check_fp8(config.name, model, found, files)
+    _check_types(config, model, files)
+    return model
+
+
+def _load(config: ModelConfig, found: Quantization, files: StoredWeights, args: EngineArgs) -> nn.Module:
+    from mlx_lm.utils import _get_classes
+    from mlx_lm.utils import load_model as load
+
+    # mlx-lm changes entries as it reads them, and asks for a method that ModelOpt's own file leaves out.
+    settings = {"quantization_config": copy.deepcopy(dict(found.settings))} if found.settings else {}
+    entries = {**config.hf_config, **settings}
+    if "quantization" in entries:
+        entries["quantization"] = copy.deepcopy(entries["quantization"])
+    try:
+        if not config.hf_config.get("model_file"):
+            entries = readable_config(entries, _get_classes(entries)[1])
+        loaded = load(config.path, lazy=True, model_config=entries, trust_remote_code=args.trust_remote_code)
+        model: nn.Module = loaded[0]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, FileNotFoundError, RuntimeError) as error:
+        if config.hf_config.get("model_file") and not args.trust_remote_code:
+            raise ModelLoadError(
+                f"{config.name} runs its own Python file {config.hf_config['model_file']!r}; "
+                "read it, then load with --trust-remote-code"
+            ) from None
+        raise ModelLoadError(f"{config.name}: {_reason(config, found, files, error)}") from error
+    return model
+
+
+def _reason(config: ModelConfig, found: Quantization, files: StoredWeights, error: Exception) -> str:
+    """What went wrong, and what to do about it."""
+    said = f"{type(error).__name__}: {_in_short(str(error))}"
+    if isinstance(error, RuntimeError | FileNotFoundError):
+        return f"{said}; fetch the model again"
+    if config.hf_config.get("quantize_activations") and "activation quantization" in said:
+        return f"{said}; set quantize_activations to false in config.json"
+    packing = describe_packing(found, files.tensors)
+    if packing is None or (found.mlx and "Missing" in said):
+        return f"{said}; config.json and the weights are not of one model, or a newer mlx-lm reads it"
+    return f"{packing} are not read by mlx-lm's {config.model_type} ({said}); {ADVICE}"
+
+
+def _in_short(said: str) -> str:
+    """An error of mlx-lm in one line; of a list of tensors its first name."""
+    text = " ".join(said.split())
+    listed = re.match(r"((?:Received|Missing) \d+ parameters[^:]*): ([^,\s]+),", text)
+    return f"{listed[1]}: {listed[2]} …" if listed else text[:200]
+
+
+def _check_fp8(name: str, model: nn.Module, found: Quantization, files: StoredWeights) -> None:
+    """Refuse FP8 weights that the model takes for integers, or scales that it does not apply as they are meant."""
+    kinds = {
+        inspect.getmodule(type(part)).__name__.rpartition(".")[2]  # type: ignore[union-attr]
+        for part in model.modules()
+        if hasattr(type(part), "sanitize")
+    }
+    if any(kind in FP8_PACKERS for kind in kinds):
+        return
+    readers = [blocks for kind, blocks in FP8_READERS.items() if kind in kinds]
+    if not readers:
+        packing = describe_packing(found, files.tensors)
+        model_type = getattr(model, "model_type", "model")
+        raise ModelLoadError(f"{name}: {packing} are not dequantized by mlx-lm's {model_type}; {ADVICE}")
+    fault = fp8_fault(files.tensors, all(readers))
+    if fault:
+        raise ModelLoadError(f"{name}: {fault}, which mlx-lm would take for something else; {ADVICE}")
+
+
+def _check_types(config: ModelConfig, model: nn.Module, files: StoredWeights) -> None:
+    """Refuse integers where the model computes with floats, and packed weights of another kind than MLX's."""
+    packed = {path: kind for path, module in model.named_modules() if (kind := packed_kind(module))}
+    odd: dict[str, mx.Dtype] = {}
+    for name, value in tree_flatten(model.parameters()):
+        path, _, key = name.rpartition(".")
+        allowed = _packed_types(packed[path]).get(key) if path in packed else None
+        if value.dtype not in allowed if allowed else not mx.issubdtype(value.dtype, mx.inexact):
+            odd[name] = value.dtype
+    if odd and not config.hf_config.get("model_file"):
+        plain = dict(tree_flatten(plain_model(config).parameters()))
+        odd = {
+            name: dtype
+            for name, dtype in odd.items()
+            if name.rpartition(".")[0] in packed or (name in plain and mx.issubdtype(plain[name].dtype, mx.inexact))
+        }
+        for name, dtype in odd.items():
+            kept = next((tensor.dtype for tensor in files.tensors if tensor.name == name), None)
+            stored = kept or str(dtype).rpartition(".")[2]
+            needed = "packed words" if name.rpartition(".")[0] in packed else "floats"
+            raise ModelLoadError(
+                f"{config.name}: {name} is stored as {stored}, where mlx-lm's {config.model_type} "
+                f"computes with {needed}; {ADVICE}"
+            )
+
+
+def _packed_types(kind: str) -> dict[str, tuple[mx.Dtype, ...]]:
+    """Element types of the arrays of a packed module."""
+    floats = (mx.float32, mx.float16, mx.bfloat16)
+    if kind == "ternary":
+        return {"weight": (mx.uint8,), "weight_scale": floats}
+    scales = floats if kind == "affine" else (mx.uint8,)
+    return {"weight": (mx.uint32,), "scales": scales, "biases": floats, "global_scale": floats}
