@@ -13,6 +13,7 @@ from engine.models.weight_format import TOKENIZER_FILES, CachedModel, Part, Want
 
 _WEIGHT_FILES, _INDEX = "model*.safetensors", "model.safetensors.index.json"
 """The names that mlx-lm reads."""
+_LFS_POINTER = b"version https://git-lfs"
 _TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.tiktoken", "tokenizer.model"]
 _PATTERNS: dict[Part, list[str]] = {
     "weights": [*_TOKENIZER_PATTERNS, _WEIGHT_FILES, "*.py"],
@@ -110,11 +111,24 @@ class StoredWeights:
 def stored_weights(folder: Path) -> StoredWeights:
     """From the headers of the files; where some are missing, the bytes in all from the index."""
     files = sorted(folder.glob(_WEIGHT_FILES))
-    tensors = tuple(tensor for path in files for tensor in _tensors(path))
+    held = [(path, tensor) for path in files for tensor in _tensors(path)]
+    tensors = tuple(tensor for _, tensor in held)
+    _check_once(folder, held)
     if missing_shards(folder):
         metadata = read_json(folder / _INDEX).get("metadata") or {}
         return StoredWeights(tensors, int(metadata.get("total_size") or 0))
     return StoredWeights(tensors, sum(tensor.num_bytes for tensor in tensors), complete=bool(tensors))
+
+
+def _check_once(folder: Path, held: Iterable[tuple[Path, StoredTensor]]) -> None:
+    """Refuse files that hold a tensor of the same name: which of them is meant would be left to chance."""
+    first: dict[str, Path] = {}
+    for path, tensor in held:
+        other = first.setdefault(tensor.name, path)
+        if other != path:
+            raise ModelLoadError(
+                f"{folder}: {other.name} and {path.name} both hold {tensor.name}; move away the files of one conversion"
+            )
 
 
 def missing_shards(folder: Path) -> list[str]:
@@ -173,16 +187,20 @@ def _tensor_names(folder: Path, names: Iterable[str]) -> set[str]:
 
 
 def _tensors(path: Path) -> list[StoredTensor]:
-    """The tensors in a safetensors file, in the order of their data. Raises ModelLoadError for a broken header."""
+    """The tensors in a safetensors file, in the order of their data. Raises ModelLoadError where it is not whole."""
+    there = path.stat().st_size
     with path.open("rb") as file:
+        start = file.read(8)
+        if _LFS_POINTER.startswith(start) and there >= len(start) == 8:
+            raise ModelLoadError(f"{path}: a pointer of Git LFS, not the weights; run `git lfs pull` in the folder")
         try:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(size, path.stat().st_size)))
-        except (struct.error, ValueError):
+            (size,) = struct.unpack("<Q", start)
+            header = json.loads(file.read(min(size, there)))
+            entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+            tensors = sorted((*entry["data_offsets"], name, entry["dtype"], *entry["shape"]) for name, entry in entries)
+        except (struct.error, ValueError, AttributeError, KeyError, TypeError):
             raise ModelLoadError(f"{path}: not a safetensors file; fetch the file again") from None
-    header.pop("__metadata__", None)
-    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return [
-        StoredTensor(name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in entries
-    ]
+    needed = 8 + size + max((end for _, end, *_ in tensors), default=0)
+    if there < needed:
+        raise ModelLoadError(f"{path}: cut short, {there} of {needed} bytes; fetch the file again")
+    return [StoredTensor(name, dtype, tuple(shape), end - begin) for begin, end, name, dtype, *shape in tensors]

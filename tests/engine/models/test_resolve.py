@@ -14,6 +14,7 @@ import pytest
 
 from engine.errors import ModelLoadError, ModelNotFoundError
 from engine.models import pypi as package_model
+from engine.models.folder import stored_weights
 from engine.models.gguf import pick_gguf
 from engine.models.local import cached_models, hub_cache
 from engine.models.resolve import resolve
@@ -227,6 +228,31 @@ def test_numbered_files_without_an_index_must_all_be_there(tmp_path: Path) -> No
     _write_tensors(tmp_path / "model-00002-of-00002.safetensors", "a")
     with pytest.raises(ModelNotFoundError, match=r"model-00001-of-00002\.safetensors missing"):
         resolve(str(tmp_path))
+
+
+def test_a_file_of_weights_that_is_not_whole_says_why(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    _write_tensors(file, "a", "b")
+    assert [tensor.name for tensor in stored_weights(tmp_path).tensors] == ["a", "b"]
+    whole = file.read_bytes()
+    for content, said in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs pull"),
+        (whole[:-1], f"cut short, {len(whole) - 1} of {len(whole)} bytes"),
+        (whole[:20], "not a safetensors file"),
+        (b"", "not a safetensors file"),
+        (struct.pack("<Q", 2) + b"[]", "not a safetensors file"),
+        (struct.pack("<Q", 8) + b'{"a": 1}', "not a safetensors file"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ModelLoadError, match=said):
+            stored_weights(tmp_path)
+
+
+def test_two_files_with_a_tensor_of_the_same_name_are_refused(tmp_path: Path) -> None:
+    _write_tensors(tmp_path / "model.safetensors", "a", "b")
+    _write_tensors(tmp_path / "model-00001-of-00001.safetensors", "b")
+    with pytest.raises(ModelLoadError, match=r"model-00001-of-00001\.safetensors and model\.safetensors both hold b"):
+        stored_weights(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{}", "no json", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
