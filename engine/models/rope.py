@@ -95,6 +95,8 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Rope]:
     base = _number(config, _BASES)
     part = _number(config, _PARTS)
     if nested:
+        if part is None and any("partial_rotary_factor" in own for own in nested.values()):
+            part = 1.0  # of the kinds that tell none
         return {kind: _rope({"rope_theta": base, **own}, config, part) for kind, own in nested.items()}
     sliding = _number(config, _SLIDING_BASES)
     if not flat and base is None and part is None and sliding is None:
@@ -128,7 +130,7 @@ def with_rope(config: Mapping[str, Any], max_model_len: int | None = None) -> di
         written |= {"rope_theta": main.base, "rotary_emb_base": main.base}
         if isinstance(config.get("attn_config"), Mapping):  # DBRX
             written["attn_config"] = {**config["attn_config"], "rope_theta": main.base}
-    if main.part is not None:
+    if main.part is not None and all(rope.part == main.part for rope in settings.values()):
         written |= dict.fromkeys(_PARTS, main.part)
         if isinstance(config.get("head_dim"), int):
             written.setdefault("rotary_dim", int(config["head_dim"] * main.part))

@@ -61,6 +61,7 @@ def original_config(name: str, scaling: dict[str, Any], dims: int = 0) -> dict[s
     if scaling.get("rope_type") == "longrope":
         words |= {"short_factor": [1.0] * (dims // 2), "long_factor": [1 + 0.3 * i for i in range(dims // 2)]}
         if name in ("phi3", "phimoe"):
+            words["type"] = "longrope"
             text["original_max_position_embeddings"] = _ORIGINAL
         if name == "phimoe":
             words |= {"short_mscale": 1.0954451150103321, "long_mscale": 1.0954451150103321}
@@ -85,15 +86,15 @@ def saved_again(config: dict[str, Any], name: str) -> tuple[dict[str, Any], Any]
         return {**saved, "model_type": config["model_type"]}, theirs.get_text_config()
 
 
-def angles_by_kind(theirs: Any, dims: int) -> list[Angles]:
-    """Of each kind of layers: radians per position for ``dims`` elements that turn, and the factor of attention."""
-    theirs, found = copy.deepcopy(theirs), []
+def angles_by_kind(theirs: Any, dims: int) -> dict[str | None, Angles]:
+    """By kind of layers: radians per position for ``dims`` elements that turn, and the factor of attention."""
+    theirs, found = copy.deepcopy(theirs), {}
     if theirs.is_heterogeneous:
         theirs.allow_global_per_layer_attribute_access = True
     for kind in theirs.nested_rope_parameter_keys(theirs.rope_parameters) or [None]:
         words = theirs.rope_parameters if kind is None else theirs.rope_parameters[kind]
         if words["rope_type"] == "default":
-            found.append((words["rope_theta"] ** -(np.arange(0, dims, 2) / dims), 1.0))
+            found[kind] = words["rope_theta"] ** -(np.arange(0, dims, 2) / dims), 1.0
             continue
         if words["rope_type"] != "proportional":
             words["partial_rotary_factor"] = 1.0
@@ -102,7 +103,7 @@ def angles_by_kind(theirs: Any, dims: int) -> list[Angles]:
         with _numpy_for_torch():
             function = modeling_rope_utils.ROPE_INIT_FUNCTIONS[words["rope_type"]]
             inverse, factor = function(theirs, None, layer_type=kind, **longer)
-        found.append((np.asarray(inverse, np.float64), float(factor)))
+        found[kind] = np.asarray(inverse, np.float64), float(factor)
     return found
 
 

@@ -72,6 +72,8 @@ def _load(config: ModelConfig, found: Quantization, files: StoredWeights, args: 
                 f"{config.name} runs its own Python file {config.hf_config['model_file']!r}; "
                 "read it, then load with --trust-remote-code"
             ) from None
+        if not config.hf_config.get("model_file"):
+            plain_model(config)  # which says so where the configuration alone is at fault
         raise ModelLoadError(f"{config.name}: {_reason(config, found, files, error)}") from error
     return model
 

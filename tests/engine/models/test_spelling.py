@@ -93,6 +93,18 @@ def test_reading_what_was_spelled_tells_the_same_again() -> None:
     assert with_every_spelling(spelled) == spelled
 
 
+def test_the_part_of_a_head_that_turns_in_some_layers_is_not_told_for_all() -> None:
+    kinds = {
+        "full_attention": {"rope_theta": 1e6, "partial_rotary_factor": 0.25},
+        "sliding_attention": {"rope_theta": 1e4},
+    }
+    spelled = with_every_spelling({"model_type": "gemma4_text", "rope_parameters": kinds})
+    assert "partial_rotary_factor" not in spelled
+    assert {kind: rope.part for kind, rope in rope_settings(spelled).items()} == {
+        "full_attention": 0.25, "sliding_attention": 1.0,
+    }  # fmt: skip
+
+
 def test_the_older_word_wins_where_both_are_there() -> None:
     config = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},

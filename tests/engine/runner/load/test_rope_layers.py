@@ -66,7 +66,9 @@ def _scalings(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _turns_as(theirs: Any, layers: list[Angles]) -> bool:
-    return all(any(_same(found, told) for told in angles_by_kind(theirs, 2 * found[0].size)) for found in layers)
+    return all(
+        any(_same(found, told) for told in angles_by_kind(theirs, 2 * found[0].size).values()) for found in layers
+    )
 
 
 @pytest.mark.parametrize("name", sorted(set(known_to_transformers()) - _OWN_VALUES - _NO_LAYERS))
