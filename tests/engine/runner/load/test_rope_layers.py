@@ -1,6 +1,5 @@
 """A model's rotary layers turn as its configuration tells, in whatever words: the oracle is transformers itself."""
 
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,87 +9,50 @@ from mlx_lm.models.rope_utils import YarnRoPE
 from mlx_lm.utils import _get_classes
 
 from engine.errors import ModelLoadError
-from engine.models.model_config import ModelConfig
 from engine.models.rope import rope_settings
 from engine.models.spelling import with_every_spelling
 from engine.runner.load.abstract_model import build_abstract_model
 from engine.runner.load.rope_layers import angles_of, angles_told, rotary_layers
-from tests.checkpoints.saved_again import (
-    BASE,
-    SCALINGS,
-    Angles,
-    angles_by_kind,
-    known_to_transformers,
-    original_config,
-    refused_by_transformers,
-    saved_again,
+from tests.checkpoints.ropes import (
+    compared_types,
+    engine_angles,
+    model_config,
+    same_angles,
+    scalings_of,
+    smallest,
+    turn_as,
 )
+from tests.checkpoints.saved_again import BASE, SCALINGS, original_config, saved_again
 from tests.sweep.configurations import tiny_config
 
-_OWN_VALUES = {"mimo_v2_flash", "muse_glimmer", "recurrent_gemma", "gptj"}
-"""Types whose class of transformers puts values of its own in place of those of a tiny configuration."""
 _OWN_DEFAULTS = {"apertus", "gemma4", "gemma4_text", "gpt_oss", "laguna", "mellum"}
 """Types whose class of transformers takes another RoPE than the plain one where a configuration tells none."""
 _NEVER_OLD = {"laguna", "mellum"}
 """Types that are younger than the older words."""
-_OWN_SCALING = {"gemma4", "gemma4_text"}
-_NO_LAYERS = {"nanochat"}
 _REFUSED = {("gpt_oss", "longrope"), ("bailing_hybrid", "longrope"), ("laguna", "longrope")}
 """What mlx-lm's layers cannot be made for: the first passes no length on, the others turn parts of two sizes."""
 
 
-def _config(hf_config: dict[str, Any]) -> ModelConfig:
-    spelled = with_every_spelling(hf_config)
-    return ModelConfig("tiny", Path(), spelled, {}, 4096, 199, frozenset(), str(hf_config["model_type"]))
-
-
-def _angles(hf_config: dict[str, Any]) -> list[Angles]:
-    """Of each rotary layer of the model that the engine builds."""
-    found = [angles_of(place.layer) for place in rotary_layers(build_abstract_model(_config(hf_config)))]
-    assert all(angles is not None for angles in found)
-    return [angles for angles in found if angles is not None]
-
-
-def _same(one: Angles, other: Angles) -> bool:
-    return (
-        one[0].shape == other[0].shape
-        and bool(np.allclose(one[0], other[0], rtol=2e-4, atol=1e-9))
-        and abs(one[1] - other[1]) < 2e-4
-    )
-
-
-def _scalings(name: str) -> dict[str, dict[str, Any]]:
-    if name in _OWN_SCALING:
-        return {"default": SCALINGS["default"]}
-    return {kind: words for kind, words in SCALINGS.items() if not refused_by_transformers(name, words)}
-
-
-def _turns_as(theirs: Any, layers: list[Angles]) -> bool:
-    return all(
-        any(_same(found, told) for told in angles_by_kind(theirs, 2 * found[0].size).values()) for found in layers
-    )
-
-
-@pytest.mark.parametrize("name", sorted(set(known_to_transformers()) - _OWN_VALUES - _NO_LAYERS))
+@pytest.mark.parametrize("name", compared_types())
 def test_layers_turn_as_transformers_turns_them_in_old_words_and_in_new(name: str) -> None:
-    plain = _angles(saved_again(original_config(name, {}), name)[0])
+    plain = engine_angles(saved_again(original_config(name, {}), name)[0])
     assert plain, "no rotary layers"
-    for kind, scaling in _scalings(name).items():
-        original = original_config(name, scaling, 2 * min(angles[0].size for angles in plain))
+    for kind, scaling in scalings_of(name).items():
+        original = original_config(name, scaling, smallest(plain))
         saved, theirs = saved_again(original, name)
         if (name, kind) in _REFUSED:
             with pytest.raises(ModelLoadError):
-                _angles(saved)
+                engine_angles(saved)
             continue
         if kind == "yarn of fractions" and theirs.nested_rope_parameter_keys(theirs.rope_parameters):
             continue  # transformers looks for `truncate` beside the kinds of layers, not in them
-        assert _turns_as(theirs, _angles(saved)), f"{kind}, as saved again"
+        assert turn_as(theirs, engine_angles(saved)), f"{kind}, as saved again"
         if name not in _NEVER_OLD and (name not in _OWN_DEFAULTS or kind != "default"):
-            assert _turns_as(theirs, _angles(original)), f"{kind}, as first written"
+            assert turn_as(theirs, engine_angles(original)), f"{kind}, as first written"
 
 
 def test_most_of_the_types_with_rotary_layers_are_compared() -> None:
-    assert len(set(known_to_transformers()) - _OWN_VALUES - _NO_LAYERS) >= 75
+    assert len(compared_types()) >= 75
 
 
 @pytest.mark.parametrize("name", ["Klear", "bailing_moe", "deepseek", "internlm2", "minicpm", "plamo", "telechat3"])
@@ -100,34 +62,34 @@ def test_types_that_transformers_lacks_turn_alike_in_old_words_and_in_new(name: 
     original = {**tiny_config(name), "rope_theta": BASE, "rope_scaling": scaling, "max_position_embeddings": 4096}
     new = {entry: value for entry, value in original.items() if entry not in ("rope_theta", "rope_scaling")}
     new["rope_parameters"] = {**scaling, "rope_theta": BASE}
-    one, other = _angles(original), _angles(new)
+    one, other = engine_angles(original), engine_angles(new)
     (rope,) = rope_settings(new).values()
     for found, again in zip(one, other, strict=True):
         told = angles_told(rope, 2 * found[0].size)
         assert told is not None
-        assert _same(found, told)
-        assert _same(again, told)
+        assert same_angles(found, told)
+        assert same_angles(again, told)
 
 
-def test_a_layer_that_rounds_the_bounds_of_yarn_gets_the_exact_angles() -> None:
+def test_a_layer_that_rounds_the_bounds_of_yarn_gets_the_exactengine_angles() -> None:
     scaling = {**SCALINGS["yarn"], "truncate": False}
     config = {**tiny_config("gpt_oss"), "rope_theta": 150000.0, "rope_scaling": scaling}
     kind, args = _get_classes(config)
     rounded = [angles_of(place.layer) for place in rotary_layers(kind(args.from_dict(with_every_spelling(config))))]
-    exact = _angles(config)
-    assert not any(found is not None and _same(found, told) for found, told in zip(rounded, exact, strict=True))
+    exact = engine_angles(config)
+    assert not any(found is not None and same_angles(found, told) for found, told in zip(rounded, exact, strict=True))
 
 
 def test_a_part_of_a_head_turns_where_the_model_file_turns_all_of_it() -> None:
     config = {**tiny_config("glm"), "head_dim": 16, "rope_parameters": {"rope_theta": BASE}}
-    assert {angles[0].size for angles in _angles(config)} == {8}
+    assert {angles[0].size for angles in engine_angles(config)} == {8}
     config["rope_parameters"]["partial_rotary_factor"] = 0.5
-    assert {angles[0].size for angles in _angles(config)} == {4}
+    assert {angles[0].size for angles in engine_angles(config)} == {4}
 
 
 def test_a_mended_layer_is_mlx_lms_own_and_turns_neighbours_as_before() -> None:
     config = {**tiny_config("cohere"), "rope_theta": BASE, "rope_scaling": SCALINGS["llama3"]}
-    layers = [place.layer for place in rotary_layers(build_abstract_model(_config(config)))]
+    layers = [place.layer for place in rotary_layers(build_abstract_model(model_config(config)))]
     assert all(type(layer) is YarnRoPE and layer.traditional for layer in layers)
     x = mx.random.normal((1, 1, 3, layers[0].dims), key=mx.random.key(0))
     turned, (angles, _) = np.array(layers[0](x, offset=5)), angles_of(layers[0]) or (np.zeros(0), 0.0)
@@ -147,4 +109,4 @@ def test_a_mended_layer_is_mlx_lms_own_and_turns_neighbours_as_before() -> None:
 def test_what_cannot_be_honoured_is_refused_by_name(name: str, words: dict[str, Any]) -> None:
     kind = words["rope_scaling"].get("rope_type", "long")
     with pytest.raises(ModelLoadError, match=kind):
-        build_abstract_model(_config({**tiny_config(name), "rope_theta": BASE, **words}))
+        build_abstract_model(model_config({**tiny_config(name), "rope_theta": BASE, **words}))
