@@ -1,6 +1,8 @@
 """What mlx-lm makes of the RoPE in configurations that transformers 5 saved, by itself and told by the engine."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +73,29 @@ def turn_as(theirs: Any, layers: Sequence[Angles]) -> bool:
     return all(any(same_angles(found, told) for told in _told(theirs, found)) for found in layers)
 
 
+@cache
+def saved_cases() -> tuple[tuple[str, str, dict[str, Any], Any], ...]:
+    """Type, scaling, configuration as transformers 5 saves it, and its own object: every one that it has."""
+    found = []
+    for name in compared_types():
+        dims = smallest(engine_angles(saved_again(original_config(name, {}), name)[0]))
+        for kind, scaling in scalings_of(name).items():
+            saved, theirs = saved_again(original_config(name, scaling, dims), name)
+            if kind == "yarn of fractions" and theirs.nested_rope_parameter_keys(theirs.rope_parameters):
+                continue  # transformers looks for `truncate` beside the kinds of layers, not in them
+            found.append((name, kind, saved, theirs))
+    return tuple(found)
+
+
 def outcomes(angles: Callable[[Mapping[str, Any]], list[Angles]]) -> dict[str, dict[str, list[str]]]:
     """Scaling -> ``right``, ``wrong`` or ``fails`` -> the types whose saved configurations come out so."""
     found: dict[str, dict[str, list[str]]] = {kind: {"right": [], "wrong": [], "fails": []} for kind in SCALINGS}
-    for name in compared_types():
-        plain = engine_angles(saved_again(original_config(name, {}), name)[0])
-        for kind, scaling in scalings_of(name).items():
-            saved, theirs = saved_again(original_config(name, scaling, smallest(plain)), name)
-            if kind == "yarn of fractions" and theirs.nested_rope_parameter_keys(theirs.rope_parameters):
-                continue  # transformers looks for `truncate` beside the kinds of layers, not in them
-            try:
-                result = "right" if turn_as(theirs, angles(saved)) else "wrong"
-            except (ModelLoadError, KeyError, TypeError, ValueError, AttributeError):
-                result = "fails"
-            found[kind][result].append(name)
+    for name, kind, saved, theirs in saved_cases():
+        try:
+            result = "right" if turn_as(theirs, angles(copy.deepcopy(saved))) else "wrong"
+        except (ModelLoadError, KeyError, TypeError, ValueError, AttributeError):
+            result = "fails"
+        found[kind][result].append(name)
     return found
 
 
