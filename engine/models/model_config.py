@@ -12,7 +12,7 @@ from engine.models.resolve import resolve
 from engine.models.weight_format import end_token_ids, read_json
 from engine.params.engine_args import EngineArgs
 
-_LENGTH_KEYS = (
+LENGTH_KEYS = (
     "max_position_embeddings",
     "n_positions",
     "max_seq_len",
@@ -23,6 +23,7 @@ _LENGTH_KEYS = (
     "max_seq_length",
     "seq_len",
 )
+"""Entries that give a length; the least of them counts."""
 _DEFAULT_CONTEXT_LENGTH = 2048
 """vLLM's, where a model's files give none."""
 _USUAL_LENGTHS = {"gemma3": 131072}
@@ -89,7 +90,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def context_length(config: Mapping[str, Any], limit: float = math.inf) -> int:
     """Most tokens of a sequence, as vLLM derives it: the least length named, times the RoPE scaling."""
     text = text_config(config)
-    named = [text[key] for key in _LENGTH_KEYS if isinstance(text.get(key), int | float)]
+    named = [text[key] for key in LENGTH_KEYS if isinstance(text.get(key), int | float)]
     usual = _USUAL_LENGTHS.get(str(config.get("model_type")), _DEFAULT_CONTEXT_LENGTH)
     length = float(min(named, default=usual))
     if "gemma3" not in str(config.get("model_type")):  # its length is after scaling

@@ -1,0 +1,53 @@
+"""Text for others to read: no home folders, user names, keys or control characters, and no more than a few lines."""
+
+import getpass
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+from engine.format.text import shortened
+
+LONGEST = 600
+"""Characters of one fact or finding."""
+_HOMES = re.compile(r"(?<![\w~])/(?:home|Users)/[^/\s'\"]+")
+_KEYS = re.compile(r"\b(?:hf|sk|api|key|ghp|github_pat)[-_][A-Za-z0-9_-]{16,}")
+
+
+def shareable(text: str, folder: Path | None = None) -> str:
+    """``text`` in one line, without what tells who and where its reader's sender is.
+
+    Paths in ``folder`` become relative to it; a home folder becomes ``~``.
+    """
+    for path in () if folder is None else (str(folder), str(folder.absolute()), str(folder.resolve())):
+        text = text.replace(f"{path}{os.sep}", "")
+    for home in _home_folders():
+        text = re.sub(rf"{re.escape(home)}(?=[/\\\s:,;)'\"]|$)", "~", text)
+    text = _HOMES.sub("~", text)
+    if name := _user_name():
+        text = re.sub(rf"(?<=/){re.escape(name)}(?=/|$)", "USER", text)
+    text = _KEYS.sub("(a key)", text)
+    line = " ".join(text.split())
+    return shortened("".join(char if char.isprintable() else _escaped(char) for char in line), LONGEST)
+
+
+def _escaped(char: str) -> str:
+    return ascii(char)[1:-1]
+
+
+@cache
+def _home_folders() -> tuple[str, ...]:
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without an entry and without $HOME
+        return ()
+    return tuple({str(path) for path in (home, home.resolve())} - {os.sep})
+
+
+@cache
+def _user_name() -> str:
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        return ""
+    return name
