@@ -1,15 +1,13 @@
 """What a configuration says of a model's layers: its class in mlx-lm, its shape, its experts."""
 
-import importlib
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Iterator
 from importlib import metadata
-from typing import Any
 
 from engine.errors import ModelLoadError
 from engine.model_card.card import Fact
 from engine.model_card.model_files import ModelFiles, as_mapping
 from engine.runner.load.abstract_model import check_architecture
+from engine.runner.load.model_classes import model_classes
 
 SHAPE = {
     "layers": ("num_hidden_layers", "n_layers", "n_layer", "num_layers"),
@@ -34,12 +32,13 @@ _OTHER_PARTS = ("vision_config", "audio_config", "visual", "speech_config", "vid
 def architecture(files: ModelFiles) -> Iterator[Fact]:
     """The model type, the class that runs it, and its shape."""
     words = files.words
-    if (model_type := words.find("model_type")) is not None and isinstance(model_type.value, str):
-        if words.gguf is not None:
-            yield Fact("architecture", words.gguf.architecture, f"{words.file}: general.architecture")
-        yield Fact("model_type", model_type.value, words.source("model_type"))
+    if words.gguf is not None:
+        yield Fact("architecture", words.gguf.architecture, words.source("model_type"))
+    for one, name in zip(words.all("model_type"), ("model_type", "text model_type"), strict=False):
+        yield Fact(name, str(one.value), one.source)
     if names := words.values.get("architectures"):
-        yield Fact("architectures", tuple(map(str, names)), words.source("architectures"))
+        named = (names,) if isinstance(names, str) else tuple(map(str, names))
+        yield Fact("architectures", named, words.source("architectures"))
     yield from _class(files)
     for name, keys in SHAPE.items():
         if (found := words.find(*keys)) is not None and isinstance(found.value, int):
@@ -88,18 +87,10 @@ def _class(files: ModelFiles) -> Iterator[Fact]:
         files.problem(str(error))
         yield Fact("runs as", "nothing: mlx-lm has no such type", f"mlx-lm {version}")
         return
-    kind = mlx_lm_classes(files.config.hf_config)[0]
-    module = kind.__module__.rpartition(".")[2]
+    classes = model_classes(files.config.hf_config)
     asked = files.config.model_type
-    remapped = "" if module == asked else f" (in place of {asked})"
-    yield Fact("runs as", f"{kind.__module__}.{kind.__name__}{remapped}", f"mlx-lm {version}")
-
-
-def mlx_lm_classes(config: Mapping[str, Any]) -> tuple[type[Any], type[Any]]:
-    """The model's class and that of its arguments, as mlx-lm chooses them. Raises ValueError for an unknown type."""
-    utils = importlib.import_module("mlx_lm.utils")
-    found: tuple[type[Any], type[Any]] = utils._get_classes(dict(config))
-    return found
+    remapped = "" if classes.module == asked else f" (in place of {asked})"
+    yield Fact("runs as", f"{classes.model.__module__}.{classes.model.__name__}{remapped}", f"mlx-lm {version}")
 
 
 def class_default(files: ModelFiles, name: str) -> Fact | None:
@@ -107,11 +98,8 @@ def class_default(files: ModelFiles, name: str) -> Fact | None:
     if files.config is None or own_code(files) is not None:
         return None
     try:
-        arguments = mlx_lm_classes(files.config.hf_config)[1]
-    except ValueError:
+        classes = model_classes(files.config.hf_config)
+    except ValueError:  # no such type, which is noted with the architecture
         return None
-    found = {field.name: field.default for field in fields(arguments)} if is_dataclass(arguments) else {}
-    value = found.get(name, MISSING)
-    if value is MISSING or not isinstance(value, int | float | str):
-        return None
-    return Fact(name, value, f"no file: the default of mlx-lm's {arguments.__module__.rpartition('.')[2]}")
+    value = classes.default(name)
+    return None if value is None else Fact(name, value, f"no file: the default of mlx-lm's {classes.module}")

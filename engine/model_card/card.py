@@ -43,13 +43,15 @@ class Section:
 class ModelCard:
     """What was understood of the model ``name``, from its files alone; ``str()`` is a text to send.
 
-    ``problems`` would be refused by a load or change tokens; ``remarks`` are worth knowing.
+    ``problems`` would be refused by a load or change tokens; ``remarks`` are worth knowing. ``file``: the one file that
+    the model is, empty for a folder.
     """
 
     name: str
     sections: tuple[Section, ...]
     problems: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    file: str = ""
 
     @property
     def facts(self) -> tuple[Fact, ...]:
@@ -59,6 +61,10 @@ class ModelCard:
     def section(self, title: str) -> Mapping[str, Fact]:
         """The facts of one section by their names; empty where nothing is known."""
         return {fact.name: fact for section in self.sections if section.title == title for fact in section.facts}
+
+    def shown_source(self, fact: Fact) -> str:
+        """A fact's source for people: the name of the only file there is would be repeated in every line."""
+        return fact.source.removeprefix(f"{self.file}: ") if self.file else fact.source
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON has it: facts by section and name, each with its value and source."""
@@ -80,7 +86,8 @@ class ModelCard:
         }
 
     def __str__(self) -> str:
-        return "\n".join([f"Model card of {self.name}", "", *_findings(self), *_sections(self)]).rstrip()
+        title = f"Model card of {self.name}" + (f", from {self.file}" if self.file else "")
+        return "\n".join([title, "", *_findings(self), *_sections(self)]).rstrip()
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         printer.text(str(self))
@@ -99,7 +106,7 @@ def _sections(card: ModelCard) -> Iterator[str]:
         yield f"{_MARGIN}{section.title}"
         width = min(_LONGEST_NAME, max(len(fact.name) for fact in section.facts))
         for fact in section.facts:
-            source = f"  [{fact.source}]" if fact.source else ""
+            source = f"  [{card.shown_source(fact)}]"
             yield from _wrapped(
                 f"{fact.text}{source}", f"{_MARGIN}  {fact.name:<{width}}  ", _MARGIN + " " * (width + 4)
             )

@@ -45,7 +45,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Words:
-    """A model's configuration in its own words. ``file`` is what it is called, ``gguf`` what it was made from, if so."""
+    """A model's configuration in its own words. ``file`` is its name, ``gguf`` what it was made from, if so."""
 
     values: Mapping[str, Any]
     file: str
@@ -73,8 +73,8 @@ class Words:
         """Where ``key`` stands, for people."""
         if self.gguf is None:
             return f"{self.file}: {key}"
-        name = f"{self.gguf.architecture}.{_GGUF_KEYS.get(key, key)}"
-        return f"{self.file}: {name}" if name in self.gguf.metadata else f"{self.file}: as its architecture has it"
+        name = "general.architecture" if key == "model_type" else f"{self.gguf.architecture}.{_GGUF_KEYS.get(key, key)}"
+        return f"{self.file}: {name if name in self.gguf.metadata else 'not named, follows from the rest'}"
 
 
 @dataclass

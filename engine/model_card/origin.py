@@ -47,7 +47,7 @@ def origin(files: ModelFiles) -> Iterator[Fact]:
         sizes = [(path.name, path)]
     named = tuple(f"{name} {size_text(file.stat().st_size)}" for name, file in sizes)
     if named:
-        yield Fact("files", named, "a listing")
+        yield Fact("files", named, "listing")
 
 
 def _commit(path: Path) -> str | None:

@@ -1,6 +1,6 @@
 """How far a model reads: its rotary positions, its context, and what each kind of layer keeps."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ class _Rope:
 
 def rope(files: ModelFiles) -> Iterator[Fact]:
     """The base, the scaling and the share of a head that turns, by type of layer where these differ."""
-    found = read_ropes(files.words)
+    found = read_ropes(files.words) or {"": _Rope(None, None)}
     for layers, one in found.items():
         name = f"{layers}: " if layers else ""
         if one.theta is not None:
@@ -71,9 +71,13 @@ def _of_parameters(settings: Mapping[str, Any], source: str, theta: Found | None
     """One rope; what its own settings name comes before what stands beside them."""
 
     def own(*names: str) -> Found | None:
-        return next((Found(settings[name], f"{source}.{name}") for name in names if settings.get(name) is not None), None)
+        return next(
+            (Found(settings[name], f"{source}.{name}") for name in names if settings.get(name) is not None), None
+        )
 
-    return _Rope(own("rope_theta") or theta, own("rope_type", "type"), settings, own("partial_rotary_factor") or partial)
+    return _Rope(
+        own("rope_theta") or theta, own("rope_type", "type"), settings, own("partial_rotary_factor") or partial
+    )
 
 
 def _note_contradictions(files: ModelFiles, ropes: Mapping[str, _Rope]) -> None:
@@ -82,7 +86,9 @@ def _note_contradictions(files: ModelFiles, ropes: Mapping[str, _Rope]) -> None:
     for one in ropes.values():
         inner = one.theta
         if len(ropes) == 1 and outer is not None and inner is not None and inner.value != outer.value:
-            files.problem(f"{inner.source} is {inner.value}, and {outer.source} is {outer.value}: two bases of one rope")
+            files.problem(
+                f"{inner.source} is {inner.value}, and {outer.source} is {outer.value}: two bases of one rope"
+            )
     old, new = words.find("rope_scaling"), words.find("rope_parameters")
     if old is None or new is None or not isinstance(old.value, Mapping) or not isinstance(new.value, Mapping):
         return
@@ -138,18 +144,21 @@ def caches(files: ModelFiles, found: "ModelCaches", chunk: int) -> Iterator[Fact
         window = f", window {group.reach}" if group.part == "windows" else ""
         per_token = f", {group.bytes_per_token} bytes a token" if group.bytes_per_token else ""
         state = "" if group.bytes_per_token else f", {group.bytes_per_block} bytes a sequence"
-        text = f"{len(group.layers)} layers ({layer_ranges(group.layers)}){window}{per_token}{state}"
+        text = f"{_layers(group.layers)}{window}{per_token}{state}"
         yield Fact(group.kind, text, source)
     if found.shared_layers:
-        layers = found.shared_layers
-        yield Fact("shared", f"{len(layers)} layers ({layer_ranges(layers)}) read those before them", source)
-    window = files.words.find("sliding_window", "attention_chunk_size")
-    if window is not None and isinstance(window.value, int):
-        yield Fact("window", window.value, window.source)
+        yield Fact("shared", f"{_layers(found.shared_layers)}, which read those before them", source)
+    stated = files.words.find("sliding_window", "attention_chunk_size")
+    if stated is not None and isinstance(stated.value, int):
+        yield Fact("stated window", stated.value, stated.source)
         used = files.words.find("use_sliding_window")
         windowed = used is None or bool(used.value)
         if windowed and not any(group.part == "windows" for group in found.groups(16, chunk, paged=True)):
-            files.remark(f"{window.source} is {window.value}, and no layer of mlx-lm's class has a window")
+            files.remark(f"{stated.source} is {stated.value}, and no layer of mlx-lm's class has a window")
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return f"{len(layers)} layer{'' if len(layers) == 1 else 's'} ({layer_ranges(layers)})"
 
 
 def _plain(value: Any) -> str | int | float:

@@ -1,10 +1,10 @@
 """What the weights' files hold: bytes by element type, parameters, quantization; from headers, never from data."""
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from engine.errors import ModelNotFoundError
@@ -28,7 +28,13 @@ _OTHER_PARTS = (
     "embed_audio",
     "mm_projector",
 )
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "token_embd.weight", "word_embeddings.weight", "tok_embeddings.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "token_embd.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ def read_tensors(files: ModelFiles) -> StoredModel:
         return StoredModel(
             tuple(StoredTensor(name, one.name, one.type.name, one.shape, one.num_bytes) for one in infos)
         )
+    files.json(INDEX)  # whose fault is noted first
     found: list[StoredTensor] = []
     for path in sorted(files.folder.glob("model*.safetensors")) if files.is_folder else ():
         found += files.collected(path.name, read_header(path))
@@ -84,7 +91,9 @@ def weights(files: ModelFiles, stored: StoredModel) -> Iterator[Fact]:
     if names:
         source = "the headers of the files" if files.is_folder else f"{names[0]}: its header"
         total = sum(stored.bytes_by_dtype.values())
-        yield Fact("stored", f"{size_text(total)} in {_counted(len(names), 'file')}, {len(stored.tensors)} tensors", source)
+        yield Fact(
+            "stored", f"{size_text(total)} in {_counted(len(names), 'file')}, {len(stored.tensors)} tensors", source
+        )
         types = tuple(f"{dtype} {size_text(size)}" for dtype, size in stored.bytes_by_dtype.most_common())
         yield Fact("element types", types, source)
         other = sum(tensor.num_bytes for tensor in stored.tensors if is_other_part(tensor.name))
@@ -114,7 +123,7 @@ def _index(files: ModelFiles, stored: StoredModel) -> Iterator[Fact]:
             files.remark(f"{INDEX} names {_listed(missing)}, which are not here; all its tensors are, in other files")
         if unnamed := sorted({tensor.file for tensor in stored.tensors} - named):
             files.remark(f"{INDEX} does not name {_listed(unnamed)}, which mlx-lm reads as well")
-    elif files.has(INDEX):
+    elif index:
         files.problem(f"{INDEX}: has no weight_map; fetch the file again")
     if not stored.tensors and (size := as_mapping(index.get("metadata")).get("total_size")):
         yield Fact("stored", f"{size_text(float(size))}, not here", f"{INDEX}: metadata.total_size")
@@ -124,9 +133,7 @@ def _index(files: ModelFiles, stored: StoredModel) -> Iterator[Fact]:
 def _note_missing(files: ModelFiles) -> None:
     """Weights that are not here: a problem in a load's words; a remark for a model that a load would fetch first."""
     wanted = Wanted(files.resolved.name, "", "weights")
-    if files.has(INDEX) and not as_mapping(files.json(INDEX).get("weight_map")):
-        return  # said already
-    missing = missing_shards(files.folder)
+    missing = _missing(files)
     if not missing:
         return
     if not any(part.name == "snapshots" for part in files.folder.parents):
@@ -138,13 +145,24 @@ def _note_missing(files: ModelFiles) -> None:
     files.remark(f"the weights are not here ({_listed(missing)}): a load fetches them")
 
 
+def _missing(files: ModelFiles) -> list[str]:
+    """Weight files that a load would look for in vain; none where the index cannot be read, which was noted."""
+    if files.has(INDEX) and not as_mapping(files.json(INDEX).get("weight_map")):
+        return []
+    return missing_shards(files.folder)
+
+
 def parameters(num_parameters: int | None, files: ModelFiles, stored: StoredModel) -> Iterator[Fact]:
     """How many parameters the model has: as its class counts them, else as the files do where nothing is packed."""
     if num_parameters is not None:
-        yield Fact("parameters", f"{num_parameters / 1e9:.3f} billion ({num_parameters})", "mlx-lm's class, built of its configuration")
+        yield Fact(
+            "parameters",
+            _millions(num_parameters),
+            "mlx-lm's class, built of its configuration",
+        )
     elif stored.tensors and (files.gguf is not None or stored.bytes_by_dtype.keys() <= {"F64", "F32", "F16", "BF16"}):
         count = stored.text_values
-        yield Fact("parameters", f"{count / 1e9:.3f} billion ({count})", "the headers of the files")
+        yield Fact("parameters", _millions(count), "the headers of the files")
 
 
 def quantization(files: ModelFiles, stored: StoredModel) -> Iterator[Fact]:
@@ -155,12 +173,20 @@ def quantization(files: ModelFiles, stored: StoredModel) -> Iterator[Fact]:
             yield Fact("format", tuple(kinds), f"{files.resolved.path.name}: its tensors")
         return
     found = [(one, read_quantization(one.value)) for one in _said(files)]
+    shown: dict[str, Fact] = {}
     for one, said in found:
-        yield Fact(_label(one.source), ", ".join(f"{key} {value}" for key, value in said.items()) or "empty", one.source)
-    for (first, one), (second, other) in zip(found, found[1:], strict=False):
-        for key in sorted(one.keys() & other.keys()):
-            if one[key] != other[key]:
-                files.problem(f"{first.source} says {key} {one[key]}, and {second.source} {other[key]}")
+        text = ", ".join(f"{key} {value}" for key, value in said.items()) or "nothing that is known"
+        file, _, name = one.source.rpartition(": ")
+        name = name if file == files.words.file else file
+        same = shown.get(text)
+        shown[text] = (
+            Fact(name, text, one.source) if same is None else replace(same, source=f"{same.source}; {one.source}")
+        )
+    yield from shown.values()
+    for (first, says), (second, differs) in pairwise(found):
+        for key in sorted(says.keys() & differs.keys()):
+            if says[key] != differs[key]:
+                files.problem(f"{first.source} says {key} {says[key]}, and {second.source} {differs[key]}")
     packed = any(tensor.name.endswith((".scales", ".qweight", ".weight_packed")) for tensor in stored.tensors)
     if packed and not found:
         files.problem(f"the files hold packed weights, and neither {files.words.file} nor another file says how")
@@ -208,23 +234,21 @@ def _said(files: ModelFiles) -> list[Found]:
     return [one for one in found if isinstance(one.value, Mapping)]
 
 
-def _label(source: str) -> str:
-    return "as mlx-lm has it" if source.endswith(": quantization") and source.startswith("config") else source.partition(".")[0] if source.startswith("hf_") else "as published"
-
-
 def _note_type(files: ModelFiles, stored: StoredModel, declared: Found) -> None:
     """Most of the floating values are of another type than the configuration says."""
     floating = {name: size for name, size in stored.bytes_by_dtype.items() if name in _DECLARED.values()}
     most = max(floating, key=lambda name: floating[name], default=None)
     wanted = _DECLARED.get(str(declared.value).removeprefix("torch."))
     if most is not None and wanted is not None and most != wanted:
-        files.remark(f"{declared.source} is {declared.value}, and most floating values are stored as {most}: those count")
+        files.remark(
+            f"{declared.source} is {declared.value}, and most floating values are stored as {most}: those count"
+        )
 
 
 def _note_head(files: ModelFiles, stored: StoredModel) -> None:
     """An output layer that is stored although it is the embedding, or missing although it is not."""
     tied = files.words.find("tie_word_embeddings")
-    if tied is None or not stored.tensors or files.gguf is not None or missing_shards(files.folder):
+    if tied is None or not stored.tensors or files.gguf is not None or _missing(files):
         return
     head = next((one.name for one in stored.tensors if one.name.endswith("lm_head.weight")), None)
     if tied.value and head is not None:
@@ -233,9 +257,10 @@ def _note_head(files: ModelFiles, stored: StoredModel) -> None:
         files.remark(f"{tied.source} is false, and no lm_head.weight is stored")
 
 
-def total_values(shapes: Iterable[tuple[int, ...]]) -> int:
-    """Elements of all ``shapes``."""
-    return sum(map(math.prod, shapes))
+def _millions(count: int) -> str:
+    """``134.5 million (134515008)``."""
+    text = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+    return f"{text} ({count})"
 
 
 def _counted(number: int, what: str) -> str:
