@@ -3,15 +3,17 @@
 A condition is worked out for a switch that is undefined, true or false, whatever else it asks for being unknown.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from jinja2 import nodes
 
 UNDEFINED: Final = object()
 _UNKNOWN: Final = object()
-SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "thinking_mode", "think")
-"""Variables by which templates switch thinking, the usual first."""
+EFFORTS = ("reasoning_effort", "thinking_mode")
+"""Variables by which templates choose how much a model thinks, by a word."""
+SWITCHES = ("enable_thinking", "thinking", "think", *EFFORTS)
+"""Variables by which templates switch thinking, the usual first; all but :data:`EFFORTS` are true or false."""
 
 
 def default_of(tree: nodes.Template, switch: str) -> Any:
@@ -23,22 +25,20 @@ def default_of(tree: nodes.Template, switch: str) -> Any:
         return value
     likes: set[bool] = set()
     for condition in _conditions(tree, switch):
-        unset, on, off = (_value(condition, switch, given) for given in (UNDEFINED, True, False))
-        if _UNKNOWN in (unset, on, off) or bool(on) == bool(off):
-            continue
-        likes.add(bool(unset) == bool(on))
+        unset, on, off = (_value(condition, {switch: given}) for given in (UNDEFINED, True, False))
+        if _truth(on) != _truth(off):
+            likes.add(_truth(unset) == _truth(on))
     return likes.pop() if len(likes) == 1 else None
 
 
 def _constants(tree: nodes.Template, switch: str) -> Iterator[Any]:
     """Constants that an undefined ``switch`` is replaced by: ``set`` under a condition, or a ``default``."""
+    unset = dict.fromkeys(SWITCHES, UNDEFINED)
     for one in tree.find_all(nodes.If):
-        if _value(one.test, switch, UNDEFINED) is True:
-            for inner in one.body:
-                if _sets(inner, switch):
-                    yield inner.node.value  # type: ignore[attr-defined]
+        if switch in _names(one.test) and _value(one.test, unset) is True:
+            yield from _set_in(one.body, switch, unset)
     for choice in tree.find_all(nodes.CondExpr):
-        taken = _value(choice.test, switch, UNDEFINED)
+        taken = _value(choice.test, {switch: UNDEFINED})
         branch, other = (choice.expr1, choice.expr2) if taken is True else (choice.expr2, choice.expr1)
         if taken is not _UNKNOWN and isinstance(branch, nodes.Const) and _is(other, switch):
             yield branch.value
@@ -48,8 +48,15 @@ def _constants(tree: nodes.Template, switch: str) -> Iterator[Any]:
             yield given.value
 
 
-def _sets(node: nodes.Node, switch: str) -> bool:
-    return isinstance(node, nodes.Assign) and _is(node.target, switch) and isinstance(node.node, nodes.Const)
+def _set_in(body: Iterable[nodes.Node], switch: str, unset: Mapping[str, Any]) -> Iterator[Any]:
+    """Constants that ``switch`` is set to in ``body``, on the way that is taken where nothing is set."""
+    for node in body:
+        if isinstance(node, nodes.Assign) and _is(node.target, switch) and isinstance(node.node, nodes.Const):
+            yield node.node.value
+        elif isinstance(node, nodes.If):
+            taken = _value(node.test, unset)
+            if taken is not _UNKNOWN and not node.elif_:
+                yield from _set_in(node.body if _truth(taken) else node.else_, switch, unset)
 
 
 def _conditions(tree: nodes.Template, switch: str) -> Iterator[nodes.Node]:
@@ -61,9 +68,9 @@ def _conditions(tree: nodes.Template, switch: str) -> Iterator[nodes.Node]:
 
 def _parts(test: nodes.Node, switch: str) -> Iterator[nodes.Node]:
     """``test``, or where something else decides as well, the parts of it that only ask for the switch."""
-    if not any(name.name == switch for name in (test, *test.find_all(nodes.Name)) if isinstance(name, nodes.Name)):
+    if switch not in _names(test):
         return
-    if _UNKNOWN not in (_value(test, switch, UNDEFINED), _value(test, switch, True), _value(test, switch, False)):
+    if all(_value(test, {switch: given}) is not _UNKNOWN for given in (UNDEFINED, True, False)):
         yield test
     elif isinstance(test, nodes.And | nodes.Or):
         yield from _parts(test.left, switch)
@@ -72,32 +79,32 @@ def _parts(test: nodes.Node, switch: str) -> Iterator[nodes.Node]:
         yield from _parts(test.node, switch)
 
 
-def _value(node: nodes.Node | None, switch: str, given: Any) -> Any:
-    """What an expression gives where the switch has the value ``given``."""
+def _value(node: nodes.Node | None, given: Mapping[str, Any]) -> Any:
+    """What an expression gives where names have the values ``given``; others are not known."""
     if isinstance(node, nodes.Const):
         return node.value
     if isinstance(node, nodes.Name):
-        return given if node.name == switch else _UNKNOWN
+        return given.get(node.name, _UNKNOWN)
     if isinstance(node, nodes.Not):
-        inner = _value(node.node, switch, given)
+        inner = _value(node.node, given)
         return inner if inner is _UNKNOWN else not _truth(inner)
     if isinstance(node, nodes.And | nodes.Or):
-        return _joined(node, switch, given)
+        return _joined(node, given)
     if isinstance(node, nodes.Test):
-        return _tested(node, _value(node.node, switch, given))
+        return _tested(node, _value(node.node, given))
     if isinstance(node, nodes.Compare) and len(node.ops) == 1 and node.ops[0].op in ("eq", "ne"):
-        left, right = _value(node.expr, switch, given), _value(node.ops[0].expr, switch, given)
+        left, right = _value(node.expr, given), _value(node.ops[0].expr, given)
         return _UNKNOWN if _UNKNOWN in (left, right) else (left == right) == (node.ops[0].op == "eq")
     if isinstance(node, nodes.Filter) and node.name in ("default", "d") and node.args:
-        inner = _value(node.node, switch, given)
-        return _value(node.args[0], switch, given) if inner is UNDEFINED else inner
+        inner = _value(node.node, given)
+        return _value(node.args[0], given) if inner is UNDEFINED else inner
     return _UNKNOWN
 
 
-def _joined(node: nodes.And | nodes.Or, switch: str, given: Any) -> Any:
+def _joined(node: nodes.And | nodes.Or, given: Mapping[str, Any]) -> Any:
     """``and`` and ``or`` as far as they can be known: one side may decide alone."""
     decides = isinstance(node, nodes.Or)
-    sides = [_value(side, switch, given) for side in (node.left, node.right)]
+    sides = [_value(side, given) for side in (node.left, node.right)]
     known = [_truth(side) for side in sides if side is not _UNKNOWN]
     if decides in known:
         return decides
@@ -121,6 +128,12 @@ def _tested(node: nodes.Test, value: Any) -> Any:
 
 def _truth(value: Any) -> bool:
     return value is not UNDEFINED and bool(value)
+
+
+def _names(node: nodes.Node) -> set[str]:
+    """The variables that an expression asks for."""
+    own = {node.name} if isinstance(node, nodes.Name) else set()
+    return own | {name.name for name in node.find_all(nodes.Name)}
 
 
 def _is(node: nodes.Node | None, name: str) -> bool:

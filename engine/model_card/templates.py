@@ -10,7 +10,7 @@ import jinja2
 from engine.errors import RequestError
 from engine.model_card.card import Fact
 from engine.model_card.model_files import ModelFiles
-from engine.model_card.switches import SWITCHES, default_of
+from engine.model_card.switches import EFFORTS, SWITCHES, default_of
 from engine.model_card.tokens import TokenizerFiles
 from engine.models.weight_format import read_json
 from engine.text.parse.parser_choice import ParserChoice
@@ -93,10 +93,11 @@ def _template(files: ModelFiles, prefix: str, text: str, source: str, read: Toke
     more = tuple(sorted(template.variables - _ALWAYS_GIVEN - read.tokenizer.named_tokens.keys()))
     yield Fact(f"{prefix}variables", more or "none but messages", source)
     yield Fact(f"{prefix}tools", template.takes_tools, source)
-    switches = [name for name in SWITCHES if name in template.variables]
-    for name in switches:
+    for name in SWITCHES:
         given = files.args.default_chat_template_kwargs.get(name)
         default = default_of(tree, name) if given is None else given
+        if name not in template.variables or (name not in EFFORTS and not isinstance(default, bool | None)):
+            continue  # not there, or a variable of the template's own that happens to be called so
         flag = source if given is None else "--default-chat-template-kwargs"
         yield Fact(f"{prefix}thinking", f"{name}, {_switched(default)} unless set", flag)
 
