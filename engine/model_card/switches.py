@@ -59,11 +59,27 @@ def _set_in(body: Iterable[nodes.Node], switch: str, unset: Mapping[str, Any]) -
                 yield from _set_in(node.body if _truth(taken) else node.else_, switch, unset)
 
 
-def _conditions(tree: nodes.Template, switch: str) -> Iterator[nodes.Node]:
-    """Conditions that ask for the switch, each with the smallest parts that can be worked out."""
-    tests = [one.test for one in tree.find_all(nodes.If)] + [one.test for one in tree.find_all(nodes.CondExpr)]
-    for test in tests:
-        yield from _parts(test, switch)
+def _conditions(node: nodes.Node, switch: str) -> Iterator[nodes.Node]:
+    """Conditions that ask for the switch, each with the smallest parts that can be worked out.
+
+    What is passed by where the switch is not set (``if … is defined``) tells nothing of that case.
+    """
+    if isinstance(node, nodes.If | nodes.CondExpr):
+        yield from _parts(node.test, switch)
+        taken = _value(node.test, {switch: UNDEFINED})
+        passed = [] if taken is _UNKNOWN else _branches(node)[1 if _truth(taken) else 0]
+    else:
+        passed = []
+    for child in node.iter_child_nodes():
+        if not any(child is one for one in passed):
+            yield from _conditions(child, switch)
+
+
+def _branches(node: nodes.If | nodes.CondExpr) -> tuple[list[nodes.Node], list[nodes.Node]]:
+    """What follows where the condition holds, and what else."""
+    if isinstance(node, nodes.If):
+        return node.body, [*node.elif_, *node.else_]
+    return [node.expr1], [] if node.expr2 is None else [node.expr2]
 
 
 def _parts(test: nodes.Node, switch: str) -> Iterator[nodes.Node]:
