@@ -164,13 +164,14 @@ def _size(files: ModelFiles, stored: StoredModel, abstract: "AbstractModel | Non
 def _embedding_rows(files: ModelFiles, stored: StoredModel) -> Fact | None:
     """Ids that the model can take: the rows of its embedding, else what the configuration says."""
     said = files.words.find("vocab_size")
-    rows = stored.embedding_rows
-    if rows is None:
+    table = stored.embedding
+    if table is None:
         is_number = said is not None and isinstance(said.value, int)
         return Fact("embedding rows", said.value, said.source) if said is not None and is_number else None
+    rows, source = table.shape[0], f"{table.file}: {table.name}"
     if said is not None and said.value != rows:
-        files.problem(f"{said.source} is {said.value}, and the stored embedding has {rows} rows")
-    return Fact("embedding rows", rows, "the headers of the files")
+        files.problem(f"{said.source} is {said.value}, and the embedding has {rows} rows ({source})")
+    return Fact("embedding rows", rows, source)
 
 
 def _sampling(files: ModelFiles) -> Iterator[Fact]:

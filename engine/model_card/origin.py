@@ -36,8 +36,8 @@ def origin(files: ModelFiles) -> Iterator[Fact]:
         yield Fact("from", "a snapshot of the hub", "the Hugging Face cache")
         yield from _revision(path, commit)
     else:
-        yield Fact("from", "a folder" if files.is_folder else "a file", "this machine")
-    yield Fact("format", files.resolved.kind, "a folder" if files.is_folder else path.name)
+        yield Fact("from", "this machine", "listing")
+    yield Fact("format", files.resolved.kind, "config.json" if files.is_folder else path.name)
     if packaged is not None and packaged.terms:
         yield Fact("terms", packaged.terms, "built in")
     if files.gguf is not None and (licence := files.gguf.metadata.get("general.license")):

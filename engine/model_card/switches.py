@@ -31,6 +31,15 @@ def default_of(tree: nodes.Template, switch: str) -> Any:
     return likes.pop() if len(likes) == 1 else None
 
 
+def own_variables(tree: nodes.Template) -> frozenset[str]:
+    """Variables that the template sets itself, without asking whether they were given."""
+    stored = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    tests = [one for one in tree.find_all(nodes.Test) if one.name in ("defined", "undefined")]
+    defaults = [one for one in tree.find_all(nodes.Filter) if one.name in ("default", "d")]
+    asked = {one.node.name for one in (*tests, *defaults) if isinstance(one.node, nodes.Name)}
+    return frozenset(stored - asked - set(SWITCHES))
+
+
 def _constants(tree: nodes.Template, switch: str) -> Iterator[Any]:
     """Constants that an undefined ``switch`` is replaced by: ``set`` under a condition, or a ``default``."""
     unset = dict.fromkeys(SWITCHES, UNDEFINED)

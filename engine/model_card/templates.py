@@ -10,11 +10,11 @@ import jinja2
 from engine.errors import RequestError
 from engine.model_card.card import Fact
 from engine.model_card.model_files import ModelFiles
-from engine.model_card.switches import EFFORTS, SWITCHES, default_of
+from engine.model_card.switches import EFFORTS, SWITCHES, default_of, own_variables
 from engine.model_card.tokens import TokenizerFiles
 from engine.models.weight_format import read_json
 from engine.text.parse.parser_choice import ParserChoice
-from engine.text.parse.reasoning_parsers import REASONING_PARSERS
+from engine.text.parse.reasoning_parsers import REASONING_PARSERS, detect_reasoning_parser
 from engine.text.parse.tool_parsers import TOOL_PARSERS
 from engine.text.template.chat_template import ChatTemplate, parse_template
 
@@ -90,16 +90,22 @@ def _template(files: ModelFiles, prefix: str, text: str, source: str, read: Toke
         return
     template = ChatTemplate(text)
     yield Fact(f"{prefix}template", f"{len(text)} characters", source)
-    more = tuple(sorted(template.variables - _ALWAYS_GIVEN - read.tokenizer.named_tokens.keys()))
+    usual = _ALWAYS_GIVEN | read.tokenizer.named_tokens.keys() | own_variables(tree)
+    more = tuple(sorted(template.variables - usual))
     yield Fact(f"{prefix}variables", more or "none but messages", source)
     yield Fact(f"{prefix}tools", template.takes_tools, source)
+    switched = False
     for name in SWITCHES:
         given = files.args.default_chat_template_kwargs.get(name)
         default = default_of(tree, name) if given is None else given
         if name not in template.variables or (name not in EFFORTS and not isinstance(default, bool | None)):
             continue  # not there, or a variable of the template's own that happens to be called so
+        switched = True
         flag = source if given is None else "--default-chat-template-kwargs"
         yield Fact(f"{prefix}thinking", f"{name}, {_switched(default)} unless set", flag)
+    if not switched:
+        thinks = detect_reasoning_parser(text, ()) is not None
+        yield Fact(f"{prefix}thinking", "yes, without a switch" if thinks else "no", source)
 
 
 def _reads_tools(text: str) -> bool:

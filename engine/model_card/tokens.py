@@ -3,15 +3,17 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from engine.errors import ModelLoadError
 from engine.model_card.card import Fact
-from engine.model_card.model_files import ModelFiles
+from engine.model_card.model_files import ModelFiles, as_mapping
 from engine.models.resolve import resolve
-from engine.models.weight_format import TOKENIZER_FILES
+from engine.models.weight_format import TOKENIZER_FILES, read_json
 from engine.text.tokens.tokenizer import Tokenizer, load_tokenizer
 
 _GENERATION = "generation_config.json"
@@ -37,9 +39,14 @@ class TokenizerFiles:
             name = key.removesuffix("_token")
             return f"{self.file}: {_GGML}{_GGML_NAMES.get(name, name)}_token_id"
         for name in _SPECIAL_FILES:
-            if self.tokenizer.config.get(key) is not None and _names(self.folder / name, key):
+            if key in self._keys[name]:
                 return f"{name}: {key}"
         return f"{self.file}: {key}"
+
+    @cached_property
+    def _keys(self) -> dict[str, frozenset[str]]:
+        """What the files of special tokens name."""
+        return {name: _keys(self.folder / name) for name in _SPECIAL_FILES} if self.folder else {}
 
 
 def read_tokenizer(files: ModelFiles) -> TokenizerFiles | None:
@@ -213,10 +220,13 @@ def _kind_source(read: TokenizerFiles) -> str:
     return f"{read.file}: model.type" if read.file == "tokenizer.json" else f"{read.file}, through transformers"
 
 
-def _names(path: Path, key: str) -> bool:
-    """Whether the file names ``key``."""
+def _keys(path: Path) -> frozenset[str]:
+    """The entries that a file names, its extra special tokens included; none where it cannot be read, as is noted."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(value, dict) and (key in value or key in (value.get("extra_special_tokens") or {}))
+        entries = read_json(path)
+    except (ModelLoadError, OSError):
+        return frozenset()
+    return (
+        frozenset({key for key, value in entries.items() if value is not None})
+        | as_mapping(entries.get("extra_special_tokens")).keys()
+    )

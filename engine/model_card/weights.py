@@ -52,12 +52,10 @@ class StoredModel:
         return sizes
 
     @property
-    def embedding_rows(self) -> int | None:
-        """Rows of the table of token embeddings: ids that the model can take."""
-        for tensor in self.tensors:
-            if tensor.name.endswith(_EMBEDDINGS) and len(tensor.shape) == 2:
-                return tensor.shape[0]
-        return None
+    def embedding(self) -> StoredTensor | None:
+        """The table of token embeddings, which has a row for each id that the model can take."""
+        text = (one for one in self.tensors if not is_other_part(one.name))
+        return next((one for one in text if one.name.endswith(_EMBEDDINGS) and len(one.shape) == 2), None)
 
     @property
     def text_values(self) -> int:
@@ -253,7 +251,7 @@ def _note_head(files: ModelFiles, stored: StoredModel) -> None:
     head = next((one.name for one in stored.tensors if one.name.endswith("lm_head.weight")), None)
     if tied.value and head is not None:
         files.remark(f"{tied.source} is true, and {head} is stored too: the embedding is used")
-    elif tied.value is False and head is None and stored.embedding_rows is not None:
+    elif tied.value is False and head is None and stored.embedding is not None:
         files.remark(f"{tied.source} is false, and no lm_head.weight is stored")
 
 
