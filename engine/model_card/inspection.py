@@ -102,7 +102,7 @@ def _sections(files: ModelFiles) -> list[Section]:
     add("weights", "the weights", weights(files, stored))
     add("quantization", config, quantization(files, stored))
     add("size", config, _size(files, stored, abstract, device))
-    _add_text(files, add, _embedding_rows(files, stored))
+    _add_text(files, add, files.attempt(config, lambda: _embedding_rows(files, stored)))
     add("sampling defaults", "generation_config.json", _sampling(files))
     add("versions", "this installation", _versions())
     return found

@@ -155,12 +155,12 @@ def parameters(num_parameters: int | None, files: ModelFiles, stored: StoredMode
     if num_parameters is not None:
         yield Fact(
             "parameters",
-            _millions(num_parameters),
+            _count_text(num_parameters),
             "mlx-lm's class, built of its configuration",
         )
     elif stored.tensors and (files.gguf is not None or stored.bytes_by_dtype.keys() <= {"F64", "F32", "F16", "BF16"}):
         count = stored.text_values
-        yield Fact("parameters", _millions(count), "the headers of the files")
+        yield Fact("parameters", _count_text(count), "the headers of the files")
 
 
 def quantization(files: ModelFiles, stored: StoredModel) -> Iterator[Fact]:
@@ -255,9 +255,11 @@ def _note_head(files: ModelFiles, stored: StoredModel) -> None:
         files.remark(f"{tied.source} is false, and no lm_head.weight is stored")
 
 
-def _millions(count: int) -> str:
+def _count_text(count: int) -> str:
     """``134.5 million (134515008)``."""
-    text = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+    if count < 10**6:
+        return str(count)
+    text = f"{count / 1e9:.2f} billion" if count >= 10**9 else f"{count / 1e6:.1f} million"
     return f"{text} ({count})"
 
 
