@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from engine.model_card.card import Fact, ModelCard, Section
 from engine.model_card.model_files import ModelFiles
 from engine.model_card.origin import origin
 from engine.model_card.positions import caches, context, rope
-from engine.model_card.privacy import shareable
+from engine.model_card.privacy import names_of, shareable
 from engine.model_card.templates import parsers, templates
 from engine.model_card.tokens import end_tokens, read_tokenizer, tokenizer
 from engine.model_card.weights import StoredModel, parameters, quantization, read_tensors, weights
@@ -46,8 +47,7 @@ def inspect(model: str, **options: Any) -> ModelCard:
     files = ModelFiles(resolved, args, problems=refusals)
     sections = _sections(files)
 
-    def clean(text: str) -> str:
-        return shareable(text, files.folder)
+    clean = partial(shareable, beginnings=names_of(files.folder))
 
     return ModelCard(
         shareable(model),

@@ -3,6 +3,7 @@
 import getpass
 import os
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -11,16 +12,21 @@ from engine.format.text import shortened
 LONGEST = 600
 """Characters of one fact or finding."""
 _HOMES = re.compile(r"(?<![\w~])/(?:home|Users)/[^/\s'\"]+")
-_KEYS = re.compile(r"\b(?:hf|sk|api|key|ghp|github_pat)[-_][A-Za-z0-9_-]{16,}")
+_KEYS = re.compile(r"\b(?:hf_|gh[oprsu]_|github_pat_|sk-)[A-Za-z0-9][A-Za-z0-9_-]{18,}")
 
 
-def shareable(text: str, folder: Path | None = None) -> str:
-    """``text`` in one line, without what tells who and where its reader's sender is.
+def names_of(folder: Path) -> tuple[str, ...]:
+    """The ways in which paths in ``folder`` begin."""
+    return tuple({f"{path}{os.sep}" for path in (folder, folder.absolute(), folder.resolve())})
 
-    Paths in ``folder`` become relative to it; a home folder becomes ``~``.
+
+def shareable(text: str, beginnings: Sequence[str] = ()) -> str:
+    """``text`` in one line, without what tells who sends it and from where.
+
+    Paths lose their ``beginnings`` (see :func:`names_of`), and a home folder becomes ``~``.
     """
-    for path in () if folder is None else (str(folder), str(folder.absolute()), str(folder.resolve())):
-        text = text.replace(f"{path}{os.sep}", "")
+    for begin in beginnings:
+        text = text.replace(begin, "")
     for home in _home_folders():
         text = re.sub(rf"{re.escape(home)}(?=[/\\\s:,;)'\"]|$)", "~", text)
     text = _HOMES.sub("~", text)
