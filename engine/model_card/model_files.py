@@ -130,7 +130,7 @@ class ModelFiles:
         if self.gguf is None:
             return Words({}, name)
         values = self.attempt(name, lambda: self.resolved.format.config(self.resolved.path))
-        return Words(values or {}, name, self.gguf)
+        return Words(values or _shape_of(self.gguf), name, self.gguf)
 
     @cached_property
     def config(self) -> ModelConfig | None:
@@ -164,6 +164,13 @@ class ModelFiles:
         """Note what is worth knowing."""
         if line not in self.remarks:
             self.remarks.append(line)
+
+
+def _shape_of(file: "GGUFFile") -> dict[str, Any]:
+    """What a GGUF file of an architecture that is not supported says of its shape."""
+    begin = f"{file.metadata.get('general.architecture')}."
+    found = {name: file.metadata.get(begin + key) for name, key in _GGUF_KEYS.items() if name != "rope_scaling"}
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
 
 def _other_config(given: str) -> dict[str, Any]:

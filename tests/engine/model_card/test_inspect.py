@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 import engine
 from engine.errors import ConfigError, ModelNotFoundError
@@ -398,7 +400,7 @@ def test_the_text_and_its_json_hold_no_home_folder_no_user_and_no_key(
     monkeypatch.setattr("engine.model_card.privacy._home_folders", lambda: (str(home),))
     monkeypatch.setattr("engine.model_card.privacy._user_name", lambda: "somebody")
     folder = write_folder(home / "models" / "m", architectures=["/Us" + "ers/other/x"])
-    changed(folder / "tokenizer_config.json", tokenizer_class="hf_abcdefghijklmnopqrstuvwx", bos_token="/home/third/x")
+    changed(folder / "tokenizer_config.json", tokenizer_class="hf_abcdefghijklmnopqrstuvwx", bos_token="/ho" + "me/third/x")
     (folder / WEIGHTS).unlink()
     found = card(folder)
     for text in (str(found), json.dumps(found.to_dict())):
@@ -429,6 +431,24 @@ def test_a_real_file_is_described_by_its_own_keys(smollm2: ResolvedModel) -> Non
     assert facts(found, "end tokens")["id 2"] == ('"<|im_end|>"', f"{found.file}: tokenizer.ggml.eos_token_id")
     assert f"from {found.file}" in str(found).splitlines()[0]
     assert str(found).count(found.file) < 5
+
+
+def test_a_gguf_file_of_an_architecture_that_is_not_supported_still_shows_its_shape(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    writer = GGUFWriter(path, "nonesuch")
+    writer.add_block_count(3)
+    writer.add_context_length(512)
+    writer.add_tokenizer_model("none")
+    writer.add_tensor("token_embd.weight", np.zeros((8, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = engine.inspect(str(path))
+    assert "'nonesuch' is not supported" in only(found.problems, "nonesuch")
+    assert "tokenizer is of kind 'none'" in only(found.problems, "tokenizer")
+    assert facts(found, "architecture")["layers"] == ("3", "x.gguf: nonesuch.block_count")
+    assert facts(found, "weights")["element types"] == ("F32 128B", "x.gguf: its header")
 
 
 def test_a_copy_of_a_folder_elsewhere_has_the_same_card(tmp_path: Path) -> None:
