@@ -80,6 +80,7 @@ class ModelCard:
         }
         return {
             "model": self.name,
+            "file": self.file or None,
             "problems": list(self.problems),
             "remarks": list(self.remarks),
             "facts": facts,

@@ -16,7 +16,7 @@ from engine.model_card.origin import origin
 from engine.model_card.positions import caches, context, rope
 from engine.model_card.privacy import names_of, shareable
 from engine.model_card.templates import parsers, templates
-from engine.model_card.tokens import end_tokens, read_tokenizer, tokenizer
+from engine.model_card.tokens import end_tokens, named_ends, read_tokenizer, tokenizer
 from engine.model_card.weights import StoredModel, parameters, quantization, read_tensors, weights
 from engine.models.local import ResolvedModel, cached_snapshot
 from engine.models.resolve import resolve
@@ -69,11 +69,11 @@ def _find(args: EngineArgs) -> tuple[ResolvedModel, list[str]]:
         except ModelNotFoundError as error:
             errors[part] = error
     folder = Path(args.model).expanduser()
-    if folder.exists():
+    if folder.exists() or (found is not None and found.path.is_file()):
         errors.pop("tokenizer", None)  # noted where it is looked for
     else:
         folder = cached_snapshot(args.model.partition(":")[0], args.revision) or folder
-    if found is None and not any(next(folder.rglob(pattern), None) for pattern in _MODEL_FILES):
+    if found is None and not any(next(folder.glob(pattern), None) for pattern in _MODEL_FILES):
         raise errors["config"]
     return found or ResolvedModel(args.model, folder, "folder"), [str(error) for error in errors.values()]
 
@@ -114,7 +114,8 @@ def _add_text(files: ModelFiles, add: Callable[[str, str, Iterator[Fact]], None]
         add("tokenizer", read.file, tokenizer(files, read, rows))
     add("end tokens", "the end tokens", end_tokens(files, read, rows))
     if read is not None:
-        add("chat templates", "the chat templates", templates(files, read))
+        ids = {token_id for found in named_ends(files, read).values() for token_id in found}
+        add("chat templates", "the chat templates", templates(files, read, ids))
         add("parsers", "the parsers", parsers(files, read))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from engine.memory.plan import layer_ranges
+from engine.memory.plan import check_length, layer_ranges
 from engine.model_card.architecture import class_default
 from engine.model_card.card import Fact
 from engine.model_card.model_files import Found, ModelFiles, Words, as_mapping
@@ -114,6 +114,8 @@ def context(files: ModelFiles) -> Iterator[Fact]:
         source = f"tokenizer_config.json: model_max_length (the model's own {scaled} is longer)"
         files.remark(f"tokenizer_config.json: model_max_length limits the context to {files.config.context_length}")
     yield Fact("context", files.config.context_length, source)
+    length = files.config.context_length
+    files.attempt("--max-model-len", lambda: check_length(files.args.max_model_len, length))
     _note_scaled_length(files, scaled)
 
 

@@ -27,6 +27,10 @@ _CONFIG, _JSON, _JINJA, _MORE = (
 )
 
 
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|return|>", "<end_of_turn>", "<turn|>", "<|end_of_text|>")
+"""Tokens with which chat formats end a turn."""
+
+
 @dataclass(frozen=True)
 class _Written:
     """A template as it is written in one place."""
@@ -36,26 +40,42 @@ class _Written:
     source: str
 
 
-def templates(files: ModelFiles, read: TokenizerFiles) -> Iterator[Fact]:
-    """Each template: where it stands, its variables, whether it shows tools, how thinking is switched."""
+def templates(files: ModelFiles, read: TokenizerFiles, end_ids: Collection[int]) -> Iterator[Fact]:
+    """Each template: where it stands, its variables, whether it shows tools, how thinking is switched.
+
+    ``end_ids`` are the tokens that end a reply: a turn must end with one of them.
+    """
     named = read.tokenizer.named_templates
     written = list(_written(read))
-    if files.args.chat_template is not None:
-        yield Fact("given", "in place of the model's own", "--chat-template")
+    given = files.args.chat_template is not None
+    if given:
         used = ChatTemplate.of_model(files.args, read.tokenizer).source
-        yield from _template(files, "", used or "", "--chat-template", read)
+        yield from _template(files, "", used or "", "--chat-template, in place of the model's own", read)
     for name, text in sorted(named.items(), key=lambda item: (item[0] != "default", item[0])):
         sources = [one.source for one in written if one.name == name and one.text == text]
         others = [one.source for one in written if one.name == name and one.text != text]
         source = "; ".join(sources) or read.file
-        yield from _template(files, "" if name == "default" else f"{name}: ", text, source, read)
+        prefix = "" if name == "default" and not given else f"{name}: "
+        yield from _template(files, prefix, text, source, read)
         if others:
             files.remark(f"{source} is used, and {', '.join(others)} has another template {name!r}")
-    if not named and files.args.chat_template is None:
+    if not named and not given:
         files.remark("no chat template: chats need --chat-template, completions do without")
-    elif "default" not in named and files.args.chat_template is None:
+    elif "default" not in named and not given:
         files.remark(
             f"none of the templates is the default: name one with --chat-template ({', '.join(sorted(named))})"
+        )
+    _note_endless_turns(files, read, end_ids)
+
+
+def _note_endless_turns(files: ModelFiles, read: TokenizerFiles, end_ids: Collection[int]) -> None:
+    """Where a template ends turns with a token that ends no reply, the model would go on to speak for the user."""
+    text = ChatTemplate.of_model(files.args, read.tokenizer).source or ""
+    ids = {mark: read.tokenizer.hf.token_to_id(mark) for mark in _TURN_ENDS if mark in text}
+    marks = {mark: token_id for mark, token_id in ids.items() if token_id is not None}
+    if marks and not set(marks.values()) & set(end_ids):
+        files.problem(
+            f"the chat template ends turns with {', '.join(marks)}, which is no end token: replies would go on"
         )
 
 

@@ -102,7 +102,7 @@ def tokenizer(files: ModelFiles, read: TokenizerFiles, rows: Fact | None) -> Ite
 
 def end_tokens(files: ModelFiles, read: TokenizerFiles | None, rows: Fact | None) -> Iterator[Fact]:
     """Each id that ends a reply, its text, and every file that names it."""
-    named = _ends(files, read)
+    named = named_ends(files, read)
     sources: dict[int, list[str]] = {}
     for source, ids in named.items():
         for token_id in ids:
@@ -137,7 +137,7 @@ def _check_end(
         files.remark(f"end token {token_id} ({source}) is no token of the tokenizer")
 
 
-def _ends(files: ModelFiles, read: TokenizerFiles | None) -> dict[str, list[int]]:
+def named_ends(files: ModelFiles, read: TokenizerFiles | None) -> dict[str, list[int]]:
     """Ids by where they are named, as a load reads them."""
     override = files.args.override_generation_config.get("eos_token_id")
     if override is not None:

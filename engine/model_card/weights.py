@@ -37,6 +37,10 @@ _EMBEDDINGS = (
 )
 
 
+_PACKED = (".scales", ".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", "_scales", "_blocks")
+"""Ends of the names of tensors that only quantized models have."""
+
+
 @dataclass(frozen=True)
 class StoredModel:
     """All tensors of a model that are here."""
@@ -185,7 +189,9 @@ def quantization(files: ModelFiles, stored: StoredModel) -> Iterator[Fact]:
         for key in sorted(says.keys() & differs.keys()):
             if says[key] != differs[key]:
                 files.problem(f"{first.source} says {key} {says[key]}, and {second.source} {differs[key]}")
-    packed = any(tensor.name.endswith((".scales", ".qweight", ".weight_packed")) for tensor in stored.tensors)
+    packed = any(tensor.name.endswith(_PACKED) for tensor in stored.tensors)
+    if found and stored.tensors and not packed and not _missing(files):
+        files.remark(f"{found[0][0].source} is there, and no weight is stored with scales: nothing is quantized")
     if packed and not found:
         files.problem(f"the files hold packed weights, and neither {files.words.file} nor another file says how")
 

@@ -125,6 +125,22 @@ def test_several_templates_are_named_one_by_one(tmp_path: Path) -> None:
     assert (described["tools"][0], described["tool_use: tools"][0]) == ("no", "yes")
 
 
+def test_a_template_of_a_flag_is_shown_before_the_models_own(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m")
+    described = facts(card(folder, chat_template="{{ messages }}{{ mood }}"), "chat templates")
+    assert described["variables"] == ("mood", "--chat-template, in place of the model's own")
+    assert described["default: variables"] == ("enable_thinking", "tokenizer_config.json: chat_template")
+
+
+def test_a_template_whose_turns_end_with_no_end_token_is_a_problem(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", eos_token_id=3, leave_out=("generation_config.json",))
+    text = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    changed(folder / "tokenizer_config.json", eos_token="<|endoftext|>", chat_template=text)
+    assert "ends turns with <|im_end|>, which is no end token" in only(card(folder).problems, "turns")
+    changed(folder / "config.json", eos_token_id=[2, 3])
+    assert card(folder).problems == ()
+
+
 def test_a_template_that_is_not_valid_jinja_is_a_problem_that_names_its_file_and_line(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m")
     (folder / "chat_template.jinja").write_text("{% if x %}")
@@ -214,6 +230,16 @@ def test_a_context_that_the_tokenizer_cuts_or_the_scaling_does_not_reach_is_expl
     scaling = {"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 1024}
     far = card(write_folder(tmp_path / "far", rope_scaling=scaling))
     assert "the context is 4096, and the rope's scaling reaches 2048" in only(far.remarks, "reaches")
+
+
+def test_flags_that_a_load_would_refuse_are_problems(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m")
+    long = card(folder, max_model_len=9999)
+    assert "max_model_len (9999) is greater than" in only(long.problems, "max_model_len")
+    unknown = card(folder, reasoning_parser="nonesuch")
+    assert only(unknown.problems, "nonesuch").startswith("--reasoning-parser nonesuch")
+    nowhere = card(folder, chat_template="nowhere.jinja")
+    assert only(nowhere.problems, "nowhere").startswith("--chat-template nowhere.jinja: no such file")
 
 
 def test_quantizations_are_read_wherever_they_stand_and_a_difference_is_a_problem(tmp_path: Path) -> None:
@@ -400,7 +426,9 @@ def test_the_text_and_its_json_hold_no_home_folder_no_user_and_no_key(
     monkeypatch.setattr("engine.model_card.privacy._home_folders", lambda: (str(home),))
     monkeypatch.setattr("engine.model_card.privacy._user_name", lambda: "somebody")
     folder = write_folder(home / "models" / "m", architectures=["/Us" + "ers/other/x"])
-    changed(folder / "tokenizer_config.json", tokenizer_class="hf_abcdefghijklmnopqrstuvwx", bos_token="/ho" + "me/third/x")
+    changed(
+        folder / "tokenizer_config.json", tokenizer_class="hf_abcdefghijklmnopqrstuvwx", bos_token="/ho" + "me/third/x"
+    )
     (folder / WEIGHTS).unlink()
     found = card(folder)
     for text in (str(found), json.dumps(found.to_dict())):
