@@ -85,7 +85,7 @@ def _class(files: ModelFiles) -> Iterator[Fact]:
         check_architecture(files.config)
     except ModelLoadError as error:
         files.problem(str(error))
-        yield Fact("runs as", "nothing: mlx-lm has no such type", f"mlx-lm {version}")
+        yield Fact("runs as", "nothing: refused", f"mlx-lm {version}")
         return
     classes = model_classes(files.config.hf_config)
     asked = files.config.model_type

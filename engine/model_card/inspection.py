@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ModelNotFoundError
+from engine.errors import ModelLoadError, ModelNotFoundError
 from engine.model_card.architecture import architecture, experts, own_code
 from engine.model_card.card import Fact, ModelCard, Section
 from engine.model_card.model_files import ModelFiles
@@ -46,9 +46,7 @@ def inspect(model: str, **options: Any) -> ModelCard:
     prepare_backend()
     files = ModelFiles(resolved, args, problems=refusals)
     sections = _sections(files)
-
     clean = partial(shareable, beginnings=names_of(files.folder))
-
     return ModelCard(
         shareable(model),
         tuple(Section(section.title, tuple(_clean(fact, clean) for fact in section.facts)) for section in sections),
@@ -60,20 +58,21 @@ def inspect(model: str, **options: Any) -> ModelCard:
 
 def _find(args: EngineArgs) -> tuple[ResolvedModel, list[str]]:
     """The model's files, as far as they are here or can be fetched, and why others are not."""
-    errors: dict[Part, ModelNotFoundError] = {}
+    errors: dict[Part, ModelNotFoundError | ModelLoadError] = {}
     found: ResolvedModel | None = None
     parts: tuple[Part, ...] = ("tokenizer", "config")  # on the hub, the first brings most of the second
     for part in parts:
         try:
             found = resolve(args.model, args.revision, part=part)
-        except ModelNotFoundError as error:
+        except (ModelNotFoundError, ModelLoadError) as error:
             errors[part] = error
     folder = Path(args.model).expanduser()
     if folder.exists() or (found is not None and found.path.is_file()):
         errors.pop("tokenizer", None)  # noted where it is looked for
     else:
         folder = cached_snapshot(args.model.partition(":")[0], args.revision) or folder
-    if found is None and not any(next(folder.glob(pattern), None) for pattern in _MODEL_FILES):
+    nothing = found is None and not any(next(folder.glob(pattern), None) for pattern in _MODEL_FILES)
+    if nothing and isinstance(errors["config"], ModelNotFoundError):
         raise errors["config"]
     return found or ResolvedModel(args.model, folder, "folder"), [str(error) for error in errors.values()]
 
@@ -98,7 +97,7 @@ def _sections(files: ModelFiles) -> list[Section]:
     add("rope", config, rope(files))
     add("context", config, context(files))
     if abstract is not None:
-        add("layers", config, _layers(files, abstract, device))
+        add("layers", "the caches of mlx-lm's class", _layers(files, abstract, device))
     add("weights", "the weights", weights(files, stored))
     add("quantization", config, quantization(files, stored))
     add("size", config, _size(files, stored, abstract, device))

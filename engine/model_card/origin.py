@@ -32,7 +32,7 @@ def origin(files: ModelFiles) -> Iterator[Fact]:
     packaged = PACKAGE_MODELS.get(files.resolved.name)
     if packaged is not None:
         yield Fact("from", f"the Python package index: {packaged.requirement}", "built in")
-    elif (commit := _commit(path)) is not None:
+    elif (commit := snapshot_commit(path)) is not None:
         yield Fact("from", "a snapshot of the hub", "the Hugging Face cache")
         yield from _revision(path, commit)
     else:
@@ -48,9 +48,12 @@ def origin(files: ModelFiles) -> Iterator[Fact]:
     named = tuple(f"{name} {size_text(file.stat().st_size)}" for name, file in sizes)
     if named:
         yield Fact("files", named, "listing")
+    code = tuple(sorted(file.name for file in files.folder.glob("*.py"))) if files.is_folder else ()
+    if code:
+        yield Fact("Python files", code, "listing; none is run here")
 
 
-def _commit(path: Path) -> str | None:
+def snapshot_commit(path: Path) -> str | None:
     """The commit of a snapshot in the Hugging Face cache, by where it lies."""
     for part in (path, *path.parents):
         if part.parent.name == "snapshots" and part.parent.parent.name.startswith("models--"):

@@ -10,6 +10,7 @@ from typing import Any
 from engine.errors import ModelNotFoundError
 from engine.model_card.card import Fact
 from engine.model_card.model_files import Found, ModelFiles, as_mapping
+from engine.model_card.origin import snapshot_commit
 from engine.model_card.stored_tensors import StoredTensor, read_header
 from engine.models.folder import missing_shards
 from engine.models.weight_format import Wanted
@@ -35,8 +36,6 @@ _EMBEDDINGS = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
 )
-
-
 _PACKED = (".scales", ".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", "_scales", "_blocks")
 """Ends of the names of tensors that only quantized models have."""
 
@@ -138,7 +137,7 @@ def _note_missing(files: ModelFiles) -> None:
     missing = _missing(files)
     if not missing:
         return
-    if not any(part.name == "snapshots" for part in files.folder.parents):
+    if snapshot_commit(files.folder) is None:
         try:
             files.resolved.format.open(files.folder, wanted)
         except ModelNotFoundError as error:
@@ -192,7 +191,7 @@ def quantization(files: ModelFiles, stored: StoredModel) -> Iterator[Fact]:
     packed = any(tensor.name.endswith(_PACKED) for tensor in stored.tensors)
     if found and stored.tensors and not packed and not _missing(files):
         files.remark(f"{found[0][0].source} is there, and no weight is stored with scales: nothing is quantized")
-    if packed and not found:
+    if packed and not found and files.words.values:
         files.problem(f"the files hold packed weights, and neither {files.words.file} nor another file says how")
 
 

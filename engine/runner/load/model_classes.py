@@ -28,9 +28,12 @@ class ModelClasses:
 
 
 def model_classes(config: Mapping[str, Any]) -> ModelClasses:
-    """The classes that mlx-lm takes for ``config``. Raises ValueError for a model type that it has not."""
+    """The classes that mlx-lm takes for ``config``. Raises ValueError for a type that it has not or cannot run."""
     utils = importlib.import_module("mlx_lm.utils")
-    return ModelClasses(*utils._get_classes(dict(config)))
+    try:
+        return ModelClasses(*utils._get_classes(dict(config)))
+    except SystemExit:  # see check_architecture
+        raise ValueError(f"{config['model_type']} needs a package that is not installed") from None
 
 
 def num_parameters(model: nn.Module) -> int:

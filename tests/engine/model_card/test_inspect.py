@@ -1,5 +1,6 @@
 """``engine.inspect``: facts with their files, what is missing or contradicts, and folders in every state."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -12,7 +13,7 @@ import pytest
 from gguf import GGUFWriter
 
 import engine
-from engine.errors import ConfigError, ModelNotFoundError
+from engine.errors import ConfigError, ModelLoadError, ModelNotFoundError
 from engine.model_card.card import ModelCard
 from engine.models.local import ResolvedModel
 from tests.engine.model_card.folders import (
@@ -180,6 +181,15 @@ def test_a_model_type_that_mlx_lm_lacks_is_a_problem_and_its_configuration_is_st
     assert found.section("weights")
 
 
+def test_a_type_whose_file_in_mlx_lm_would_end_the_process_is_a_problem(tmp_path: Path) -> None:
+    if importlib.util.find_spec("hf_olmo") is not None:
+        pytest.skip("its package is installed")
+    found = card(write_folder(tmp_path / "m", model_type="olmo"))
+    assert "needs a package that is not installed" in only(found.problems, "olmo")
+    with pytest.raises(ModelLoadError, match="ai2-olmo"):
+        engine.plan(str(tmp_path / "m"))
+
+
 def test_a_type_that_runs_as_another_says_so(tmp_path: Path) -> None:
     found = card(write_folder(tmp_path / "m", model_type="mistral"))
     assert facts(found, "architecture")["runs as"][0] == "mlx_lm.models.llama.Model (in place of mistral)"
@@ -192,6 +202,7 @@ def test_a_python_file_of_the_folder_is_named_and_never_run(tmp_path: Path) -> N
         found = card(folder, trust_remote_code=trusted)
         assert facts(found, "architecture")["own code"] == ("own.py: not run here", "config.json: model_file")
         assert bool(found.problems) is not trusted
+    assert facts(found, "model")["Python files"] == ("own.py", "listing; none is run here")
     assert "own" not in sys.modules
 
 
@@ -402,6 +413,11 @@ def test_only_a_model_that_is_not_there_raises(tmp_path: Path, monkeypatch: pyte
     assert "config.json missing" in only(found.problems, "missing")
     (tmp_path / "x.gguf").write_bytes(b"GGUF and no more")
     assert engine.inspect(str(tmp_path / "x.gguf")).problems
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for number in (1, 2):
+        (parts / f"m-Q8_0-0000{number}-of-00002.gguf").write_bytes(b"GGUF")
+    assert "is split; join the parts" in only(card(parts).problems, "split")
 
 
 def test_a_snapshot_of_the_hub_tells_its_commit_and_that_weights_are_not_here(
