@@ -8,6 +8,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
+import engine
+from engine.model_card.card import ModelCard
+
 VOCAB_SIZE = 64
 TEMPLATE = (
     "{% if tools %}<tool_call>{{ tools }}</tool_call>{% endif %}{% for message in messages %}{{ message.content }}"
@@ -94,3 +97,18 @@ def _tensors() -> dict[str, tuple[str, list[int]]]:
     for number in range(2):
         found |= {f"model.layers.{number}.{name}.weight": ("BF16", shape) for name, shape in layer.items()}
     return {**found, "model.norm.weight": ("BF16", [32])}
+
+
+def card(folder: Path, **options: Any) -> ModelCard:
+    return engine.inspect(str(folder), **options)
+
+
+def facts(found: ModelCard, section: str) -> dict[str, tuple[str, str]]:
+    return {name: (fact.text, fact.source) for name, fact in found.section(section).items()}
+
+
+def only(lines: tuple[str, ...], words: str) -> str:
+    """The one line that has ``words``."""
+    found = [line for line in lines if words in line]
+    assert len(found) == 1, lines
+    return found[0]
