@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     )
     from engine.llm import LLM
     from engine.memory.plan import MemoryPlan
+    from engine.model_card.card import ModelCard
+    from engine.model_card.inspection import inspect
     from engine.outputs import CompletionDelta, CompletionOutput, Reply, RequestOutput
     from engine.params.sampling_params import SamplingParams, StructuredOutputsParams
     from engine.planning import plan, plan_table
@@ -48,6 +50,7 @@ __all__ = [
     "MemoryInUseError",
     "MemoryPlan",
     "MemoryPlanError",
+    "ModelCard",
     "ModelLoadError",
     "ModelNotFoundError",
     "OutOfMemoryError",
@@ -61,6 +64,7 @@ __all__ = [
     "UnknownResponseError",
     "UnsupportedOptionError",
     "VMMagicError",
+    "inspect",
     "parse_output",
     "plan",
     "plan_table",
@@ -70,6 +74,8 @@ _HOMES = {
     "engine.chat.parse_output": ("parse_output",),
     "engine.llm": ("LLM",),
     "engine.memory.plan": ("MemoryPlan",),
+    "engine.model_card.card": ("ModelCard",),
+    "engine.model_card.inspection": ("inspect",),
     "engine.outputs": (
         "CompletionDelta",
         "CompletionOutput",

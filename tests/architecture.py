@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.models", "engine.memory"),
     ("engine.core",),
     ("engine.text", "engine.runner"),
-    ("engine.planning", "engine.runtime"),
+    ("engine.planning", "engine.model_card", "engine.runtime"),
     ("engine.chat",),
     ("engine.explain", "engine.batch", "engine.openai"),
     ("engine.llm",),

@@ -9,14 +9,14 @@ from typing import Any
 from engine.errors import ConfigError, ModelLoadError
 from engine.models.local import ResolvedModel
 from engine.models.resolve import resolve
-from engine.models.rope import LENGTHS, main_rope, rope_note, rope_settings
+from engine.models.rope import LENGTH_KEYS, main_rope, rope_note, rope_settings
 from engine.models.spelling import with_every_spelling
 from engine.models.weight_format import end_token_ids, read_json
 from engine.params.engine_args import EngineArgs
 
 _DEFAULT_CONTEXT_LENGTH = 2048
 """vLLM's, where a model's files give none."""
-_USUAL_LENGTHS = {"gemma3": 131072}
+_USUAL_LENGTH_KEYS = {"gemma3": 131072}
 """By model type, where published files omit the length."""
 
 
@@ -103,8 +103,8 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def context_length(config: Mapping[str, Any], limit: float = math.inf) -> int:
     """Most tokens of a sequence, as vLLM derives it: the least length named, times the RoPE scaling."""
     text = text_config(config)
-    named = [text[key] for key in LENGTHS if isinstance(text.get(key), int | float)]
-    usual = _USUAL_LENGTHS.get(str(config.get("model_type")), _DEFAULT_CONTEXT_LENGTH)
+    named = [text[key] for key in LENGTH_KEYS if isinstance(text.get(key), int | float)]
+    usual = _USUAL_LENGTH_KEYS.get(str(config.get("model_type")), _DEFAULT_CONTEXT_LENGTH)
     length = float(min(named, default=usual))
     rope = main_rope(rope_settings(text))
     if rope is not None and "gemma3" not in str(config.get("model_type")):  # its length is after scaling

@@ -25,7 +25,7 @@ _OLDER_TYPES = {
 _ORIGINAL = "original_max_position_embeddings"
 _WITH_ORIGINAL = ("yarn", "longrope", "llama3")
 """Types that follow from the length before scaling."""
-LENGTHS = (
+LENGTH_KEYS = (
     "max_position_embeddings",
     "n_positions",
     "max_seq_len",
@@ -160,7 +160,7 @@ def _rope(words: Mapping[str, Any], config: Mapping[str, Any], part: float | Non
     if kind not in TYPES:
         raise ModelLoadError(f"RoPE type {named!r} in config.json is not known ({', '.join(TYPES)} are)")
     parameters = {name: value for name, value in words.items() if name not in _OWN_WORDS and value is not None}
-    longest = _number(config, LENGTHS)
+    longest = _number(config, LENGTH_KEYS)
     if kind in _WITH_ORIGINAL:
         parameters[_ORIGINAL] = over or parameters.get(_ORIGINAL) or longest
         if kind != "llama3" and "factor" not in parameters and longest and parameters[_ORIGINAL]:
@@ -171,7 +171,7 @@ def _rope(words: Mapping[str, Any], config: Mapping[str, Any], part: float | Non
 
 def _for_length(rope: Rope, config: Mapping[str, Any], max_model_len: int | None) -> Rope:
     """``longrope`` turns short sequences by other factors; mlx-lm has one set, so the longest sequence decides."""
-    longest = max_model_len or _number(config, LENGTHS) or 0
+    longest = max_model_len or _number(config, LENGTH_KEYS) or 0
     if rope.type != "longrope" or longest > rope.original_length or "short_factor" not in rope.parameters:
         return rope
     return replace(rope, parameters={**rope.parameters, "long_factor": rope.parameters["short_factor"]})

@@ -302,7 +302,7 @@ def fake_plan(model: str, **options: Any) -> PlanRecord:
     return PlanRecord(model, options)
 
 
-REPLACED = ("new_llm", "find_model", "memory_in_use", "new_plan", "new_plan_table", "cached_models")
+REPLACED = ("new_llm", "find_model", "memory_in_use", "new_plan", "new_plan_table", "new_card", "cached_models")
 """Functions of :mod:`vm_magic.state.session` that :func:`install` replaces."""
 
 
@@ -313,4 +313,5 @@ def install() -> None:
     session.memory_in_use = fake_memory
     session.new_plan = fake_plan
     session.new_plan_table = fake_plan
+    session.new_card = fake_plan
     session.cached_models = fake_models

@@ -19,6 +19,7 @@ COMMANDS = {
     "stop": "serve.Stop",
     "unload": "load.Unload",
     "plan": "plan.Plan",
+    "inspect": "model_card.Inspect",
     "panel": "panel.Panel",
     "set": "settings.Set",
     "chat": "chat.Chat",

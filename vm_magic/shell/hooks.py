@@ -55,7 +55,7 @@ def keep_questions(lines: list[str]) -> list[str]:
 
 
 def add_formatters(shell: Any) -> None:
-    """Teach ``shell`` the HTML of plans and scores, and the Markdown of replies."""
+    """Teach ``shell`` the HTML of plans, model cards and scores, and the Markdown of replies."""
     for mime, name, show in _FORMATTERS:
         shell.display_formatter.formatters[mime].for_type_by_name(*name.rsplit(".", 1), show)
 
@@ -78,6 +78,12 @@ def _plan_table(table: Any) -> str:
     return plan_table_html(table)
 
 
+def _model_card(card: Any) -> str:
+    from vm_magic.show.model_card_view import model_card_html
+
+    return model_card_html(card)
+
+
 def _reply(reply: Any) -> str:
     from vm_magic.show.safe_markdown import safe_markdown
 
@@ -93,6 +99,7 @@ def _score(score: Any) -> str:
 _FORMATTERS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     (_HTML, "engine.memory.plan.MemoryPlan", _plan),
     (_HTML, "engine.memory.plan_table.PlanTable", _plan_table),
+    (_HTML, "engine.model_card.card.ModelCard", _model_card),
     (_HTML, "engine.batch.score.Score", _score),
     (_MARKDOWN, "engine.outputs.Reply", _reply),
 )

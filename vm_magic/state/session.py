@@ -67,6 +67,13 @@ def new_plan_table(model: str, **settings: Any) -> Any:
     return engine.plan_table(model, **settings)
 
 
+def new_card(model: str, **options: Any) -> Any:
+    """What is understood of ``model`` before loading."""
+    import engine
+
+    return engine.inspect(model, **options)
+
+
 def kernel_bench() -> "KernelBench":
     """A check of the GPU kernels that needs no model."""
     from engine.batch.kernel_bench import bench_kernels

@@ -65,6 +65,10 @@ def check_architecture(config: ModelConfig) -> None:
             f"{config.name}: model_type {config.model_type!r} is not supported by mlx-lm "
             f"{metadata.version('mlx-lm')}; a newer mlx-lm may have it"
         ) from None
+    except SystemExit:  # so olmo's file in mlx-lm ends the process where its package is missing
+        raise ModelLoadError(
+            f"{config.name}: mlx-lm's {config.model_type} needs a package that is not installed (ai2-olmo for olmo)"
+        ) from None
 
 
 def quantize_as_told(model: nn.Module, found: Quantization) -> None:

@@ -66,6 +66,11 @@ def load_template(flag_value: str, named: Mapping[str, str] = MappingProxyType({
     return source
 
 
+def parse_template(source: str) -> nodes.Template:
+    """The syntax tree of a template, to look at. Raises jinja2.TemplateSyntaxError."""
+    return _environment().parse(source)
+
+
 def _read_template(value: str, named: Mapping[str, str]) -> str:
     if _is_jinja(value):
         return value

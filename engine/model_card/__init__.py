@@ -1,0 +1,1 @@
+"""engine.inspect: what is understood of a model before loading, and from which file each fact came."""
