@@ -128,6 +128,9 @@ def _tensors(path: Path) -> list[StoredTensor]:
             raise ModelLoadError(f"{path}: not a safetensors file; fetch the file again") from None
     header.pop("__metadata__", None)
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    lacking = 8 + size + max((entry["data_offsets"][1] for _, entry in entries), default=0) - path.stat().st_size
+    if lacking > 0:
+        raise ModelLoadError(f"{path}: {lacking} bytes are missing at its end; fetch the file again")
     return [
         StoredTensor(name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
         for name, entry in entries
