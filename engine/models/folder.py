@@ -13,7 +13,7 @@ from engine.models.weight_format import TOKENIZER_FILES, CachedModel, Part, Want
 _TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.tiktoken", "tokenizer.model"]
 _PATTERNS: dict[Part, list[str]] = {
     "weights": [*_TOKENIZER_PATTERNS, "model*.safetensors", "*.py"],
-    "config": ["config.json", "generation_config.json", "model.safetensors.index.json"],
+    "config": ["config.json", "generation_config.json", "hf_quant_config.json", "model.safetensors.index.json"],
     "tokenizer": _TOKENIZER_PATTERNS,
 }
 

@@ -123,6 +123,10 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         ),
         "num_bits 8",
     ),
+    "compressed-tensors pack-quantized, no groups": Checkpoint(
+        deepseek({**_KIMI, "config_groups": {}}, packing.pack_quantized, _EXPERTS, moe_intermediate_size=64),
+        "num_bits None",
+    ),
     "compressed-tensors pack-quantized": Checkpoint(
         of_tool(compressed("pack-quantized", INT4), packing.pack_quantized),
         "compressed-tensors pack-quantized weights are not read by mlx-lm's llama",

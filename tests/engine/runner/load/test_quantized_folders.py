@@ -30,7 +30,7 @@ from engine.runner.load import lazy_model  # noqa: E402
 from engine.runner.load.folder import FolderWeights  # noqa: E402
 from engine.runner.load.loader import LoadedModel, load_model  # noqa: E402
 from engine.runner.load.small_model import small_model  # noqa: E402
-from engine.runner.load.weight_types import parameter_bytes  # noqa: E402
+from engine.runner.load.weight_types import packed_modules, parameter_bytes  # noqa: E402
 from tests.checkpoints.quantized import CHECKPOINTS, write_checkpoint  # noqa: E402
 from tests.checkpoints.reference import PROMPT, greedy, mlx_lm_tokens  # noqa: E402
 from tests.engine.parity.tiny_architectures import build  # noqa: E402
@@ -139,8 +139,8 @@ def test_without_the_files_a_plan_bills_what_the_configuration_tells(
     assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["AWQ gemm, symmetric", "compressed-tensors pack-quantized, Kimi", "gpt-oss MXFP4",
-                                  "FP8 blocks, DeepSeek", "FP8 one scale, Mistral 4", "FP8 blocks, MiMo",
+@pytest.mark.parametrize("name", ["AWQ gemm", "AWQ gemm, symmetric", "compressed-tensors pack-quantized, Kimi",
+                                  "gpt-oss MXFP4", "FP8 blocks, DeepSeek", "FP8 one scale, Mistral 4", "FP8 blocks, MiMo",
                                   "MLX nvfp4, global scales", "MLX mxfp8"])  # fmt: skip
 def test_unpacked_weights_are_near_those_that_were_packed(name: str, folder_of: Callable[[str], Path]) -> None:
     config = json.loads((folder_of(name) / "config.json").read_text())
@@ -189,6 +189,18 @@ def test_notes_tell_what_became_of_the_weights(folder_of: Callable[[str], Path])
     }
     for name, end in ends.items():
         assert load(folder_of(name)).notes[0].endswith(end)
+
+
+@pytest.mark.parametrize(("device", "kept"), [(CPU, False), (GPU, True), (Device("cuda", "a GPU", 16 << 30), False)])
+def test_ternary_weights_stay_packed_where_there_is_a_kernel_for_them(
+    device: Device, kept: bool, folder_of: Callable[[str], Path]
+) -> None:
+    resolved, args = ResolvedModel("tiny", folder_of("BitNet"), "folder"), EngineArgs("tiny")
+    prepared = FolderWeights().prepare(resolved, read_model_config(resolved, args), args, device)
+    model = prepared.read(lambda *_: None)
+    assert bool(packed_modules(model)) is kept
+    assert ("kept packed" in prepared.describe(model)) is kept
+    assert prepared.num_bytes == parameter_bytes(model)
 
 
 def test_fp8_is_trusted_to_just_those_models_of_mlx_lm_that_unpack_or_keep_it() -> None:
