@@ -140,8 +140,8 @@ def test_without_the_files_a_plan_bills_what_the_configuration_tells(
 
 
 @pytest.mark.parametrize("name", ["AWQ gemm", "AWQ gemm, symmetric", "compressed-tensors pack-quantized, Kimi",
-                                  "gpt-oss MXFP4", "FP8 blocks, DeepSeek", "FP8 one scale, Mistral 4", "FP8 blocks, MiMo",
-                                  "MLX nvfp4, global scales", "MLX mxfp8"])  # fmt: skip
+                                  "gpt-oss MXFP4", "FP8 blocks, DeepSeek", "FP8 one scale, Mistral 4",
+                                  "FP8 blocks, MiMo", "MLX nvfp4, global scales", "MLX mxfp8"])  # fmt: skip
 def test_unpacked_weights_are_near_those_that_were_packed(name: str, folder_of: Callable[[str], Path]) -> None:
     config = json.loads((folder_of(name) / "config.json").read_text())
     original = dict(tree_flatten(build(config).parameters()))
