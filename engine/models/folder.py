@@ -17,7 +17,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.tiktoken", "tokenizer.model"]
 _PATTERNS: dict[Part, list[str]] = {
     "weights": [*_TOKENIZER_PATTERNS, _WEIGHT_FILES, "*.py"],
-    "config": ["config.json", "generation_config.json", _INDEX],
+    "config": ["config.json", "generation_config.json", "hf_quant_config.json", _INDEX],
     "tokenizer": _TOKENIZER_PATTERNS,
 }
 

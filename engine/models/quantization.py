@@ -242,15 +242,13 @@ def _compressed_refusal(settings: Mapping[str, Any]) -> str | None:
     form = settings.get("format")
     if form not in _PACKED_FORMATS:
         return f"compressed-tensors {form} weights are not read by mlx-lm"
-    for group in (settings.get("config_groups") or {}).values():
-        weights = (group.get("weights") or {}) if isinstance(group, Mapping) else {}
-        if form == "pack-quantized" and weights:
-            allowed = {"num_bits": (4,), "symmetric": (True,), "group_size": _MODES["affine"][1]}
-            other = [f"{key} {weights.get(key)}" for key, values in allowed.items() if weights.get(key) not in values]
-            if weights.get("actorder") not in (None, False, "static", "weight"):
-                other.append(f"actorder {weights['actorder']}")
-            if other:
-                return f"compressed-tensors pack-quantized weights with {', '.join(other)} are not read by mlx-lm"
+    if form != "pack-quantized":
+        return None
+    groups = [group.get("weights") or {} for group in (settings.get("config_groups") or {}).values()]
+    allowed = {"num_bits": (4,), "symmetric": (True,), "group_size": _MODES["affine"][1]}  # mlx-lm takes all for these
+    other = [f"{key} {own.get(key)}" for own in groups or [{}] for key in allowed if own.get(key) not in allowed[key]]
+    if other:
+        return f"compressed-tensors pack-quantized weights with {', '.join(other)} are not read by mlx-lm"
     return None
 
 

@@ -123,6 +123,10 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         ),
         "num_bits 8",
     ),
+    "compressed-tensors pack-quantized, no groups": Checkpoint(
+        deepseek({**_KIMI, "config_groups": {}}, packing.pack_quantized, _EXPERTS, moe_intermediate_size=64),
+        "num_bits None",
+    ),
     "compressed-tensors pack-quantized": Checkpoint(
         of_tool(compressed("pack-quantized", INT4), packing.pack_quantized),
         "compressed-tensors pack-quantized weights are not read by mlx-lm's llama",
@@ -163,6 +167,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     "ModelOpt FP8": Checkpoint(modelopt("FP8", own_file=True, pack=_one_scale), "ModelOpt FP8 weights are not read"),
     "FP8 blocks, DeepSeek": Checkpoint(deepseek(FP8, packing.fp8_blocks)),
     "FP8 blocks, DeepSeek V3.2": Checkpoint(experts("deepseek_v32", FP8, packing.fp8_blocks)),
+    "FP8 blocks, GLM": Checkpoint(experts("glm_moe_dsa", FP8, packing.fp8_blocks)),
     "FP8 blocks, MiniMax": Checkpoint(
         experts("minimax", FP8, packing.fp8_blocks, mlp="block_sparse_moe", names=NUMBERED, hidden_size=256)
     ),

@@ -5,7 +5,7 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from engine.models.folder import stored_weights
 from engine.models.local import ResolvedModel
@@ -16,7 +16,7 @@ from engine.params.engine_args import EngineArgs
 from engine.runner.device.cgroups import usable_cpus
 from engine.runner.device.devices import Device
 from engine.runner.load.abstract_model import AbstractModel, build_abstract_model, check_architecture
-from engine.runner.load.lazy_model import lazy_model
+from engine.runner.load.lazy_model import check_readers, lazy_model
 from engine.runner.load.parallel_read import ParallelRead, loading_by, parallel_read
 from engine.runner.load.pieces import evaluate, in_file_order
 from engine.runner.load.weight_reader import PreparedWeights, WeightReader
@@ -34,14 +34,15 @@ class FolderWeights(WeightReader):
         files = stored_weights(resolved.path)
         check_architecture(config)
         if files.complete and not config.hf_config.get("model_file"):
-            converted = convert(lazy_model(config, files, args), args, device)
-            return AbstractModel(converted.model, converted.num_bytes)
+            return _without_files(convert(lazy_model(config, files, args), args, device))
         found = quantization_of(config.hf_config, config.path)
         check_quantization(config.name, found, files.tensors)
         floating = {name: size for name, size in files.bytes_by_dtype.items() if name in _DTYPES}
         most = max(floating, key=lambda name: floating[name], default=None)
         dtype = None if most is None or found.unpacks else _DTYPES[most]
-        converted = convert(build_abstract_model(config, dtype), args, device)
+        model = build_abstract_model(config, dtype)
+        check_readers(config, model, found)
+        converted = convert(model, args, device)
         size = converted.num_bytes
         if converted.as_stored and files.num_bytes and not found.unpacks:
             # Of what the files hold, a language model leaves vision and speech aside.
@@ -63,6 +64,13 @@ class FolderWeights(WeightReader):
             partial(_materialise, converted.model, files.names, reader),
             partial(_describe, converted, fp8=has_fp8(files.tensors)),
         )
+
+
+def _without_files(converted: Converted) -> AbstractModel:
+    """Its shapes alone: stored arrays would keep their files open."""
+    model = converted.model
+    model.update(tree_map(lambda value: mx.zeros(value.shape, value.dtype), model.parameters()))
+    return AbstractModel(model, converted.num_bytes)
 
 
 def _materialise(model: nn.Module, names: tuple[str, ...], reader: ParallelRead | None, report: Progress) -> nn.Module:

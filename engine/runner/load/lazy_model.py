@@ -1,7 +1,6 @@
 """A folder's model as mlx-lm builds it from the headers of its files: weights that are read when evaluated."""
 
 import copy
-import inspect
 import re
 
 import mlx.core as mx
@@ -35,6 +34,13 @@ FP8_READERS = {
 """mlx-lm's models that dequantize FP8 weights, and whether by scales of blocks only."""
 FP8_PACKERS = ("deepseek_v41", "minimax_m3_vl")
 """Those that keep FP8 weights packed, as mxfp8."""
+PACKED_READERS = {
+    "compressed-tensors pack-quantized": ("deepseek_v3", "mistral4"),
+    "compressed-tensors mxfp4-pack-quantized": ("kimi_k3",),
+    "compressed-tensors nvfp4-pack-quantized": (),
+    "ModelOpt NVFP4": ("muse_spark",),
+}
+"""Those that know the tensors of other tools, by the format."""
 
 
 def lazy_model(config: ModelConfig, files: StoredWeights, args: EngineArgs) -> nn.Module:
@@ -46,10 +52,23 @@ def lazy_model(config: ModelConfig, files: StoredWeights, args: EngineArgs) -> n
     check_quantization(config.name, found, files.tensors)
     model = _load(config, found, files, args)
     honour_rope(model, config)
-    if has_fp8(files.tensors):
-        _check_fp8(config.name, model, found, files)
-    _check_types(config, model, files)
+    if not config.hf_config.get("model_file"):  # which may do as it likes
+        if has_fp8(files.tensors):
+            _check_fp8(config, model, found, files)
+        _check_types(config, model, files)
     return model
+
+
+def check_readers(config: ModelConfig, model: nn.Module, found: Quantization) -> None:
+    """Refuse a format that ``model`` does not read, as far as the configuration tells without the files."""
+    kinds = _sanitizers(model)
+    known: tuple[str, ...] | None = PACKED_READERS.get(found.title)
+    if found.method == "fp8":
+        known = (*FP8_READERS, *FP8_PACKERS)
+    if known is not None and not kinds & set(known):
+        raise ModelLoadError(
+            f"{config.name}: {found.title} weights are not read by mlx-lm's {config.model_type}; {ADVICE}"
+        )
 
 
 def _load(config: ModelConfig, found: Quantization, files: StoredWeights, args: EngineArgs) -> nn.Module:
@@ -61,10 +80,11 @@ def _load(config: ModelConfig, found: Quantization, files: StoredWeights, args: 
     entries = {**config.hf_config, **settings}
     if "quantization" in entries:
         entries["quantization"] = copy.deepcopy(entries["quantization"])
+    trust = args.trust_remote_code
     try:
         if not config.hf_config.get("model_file"):
             entries = readable_config(entries, _get_classes(entries)[1])
-        loaded = load(config.path, lazy=True, model_config=entries, trust_remote_code=args.trust_remote_code)
+        loaded = load(config.path, lazy=True, model_config=entries, trust_remote_code=trust)
         model: nn.Module = loaded[0]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, FileNotFoundError, RuntimeError) as error:
         if config.hf_config.get("model_file") and not args.trust_remote_code:
@@ -81,8 +101,10 @@ def _load(config: ModelConfig, found: Quantization, files: StoredWeights, args: 
 def _reason(config: ModelConfig, found: Quantization, files: StoredWeights, error: Exception) -> str:
     """What went wrong, and what to do about it."""
     said = f"{type(error).__name__}: {_in_short(str(error))}"
-    if isinstance(error, RuntimeError | FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or "safetensor" in said:
         return f"{said}; fetch the model again"
+    if isinstance(error, RuntimeError):
+        return said
     if config.hf_config.get("quantize_activations") and "activation quantization" in said:
         return f"{said}; set quantize_activations to false in config.json"
     packing = describe_packing(found, files.tensors)
@@ -98,23 +120,24 @@ def _in_short(said: str) -> str:
     return f"{listed[1]}: {listed[2]} …" if listed else text[:200]
 
 
-def _check_fp8(name: str, model: nn.Module, found: Quantization, files: StoredWeights) -> None:
+def _sanitizers(model: nn.Module) -> set[str]:
+    """Files of mlx-lm whose classes arrange the weights of ``model`` and of models in it."""
+    kinds = {kind for part in model.modules() for kind in type(part).__mro__ if "sanitize" in vars(kind)}
+    return {kind.__module__.rpartition(".")[2] for kind in kinds}
+
+
+def _check_fp8(config: ModelConfig, model: nn.Module, found: Quantization, files: StoredWeights) -> None:
     """Refuse FP8 weights that the model takes for integers, or scales that it does not apply as they are meant."""
-    kinds = {
-        inspect.getmodule(type(part)).__name__.rpartition(".")[2]  # type: ignore[union-attr]
-        for part in model.modules()
-        if hasattr(type(part), "sanitize")
-    }
-    if any(kind in FP8_PACKERS for kind in kinds):
+    kinds = _sanitizers(model)
+    if not kinds.isdisjoint(FP8_PACKERS):
         return
     readers = [blocks for kind, blocks in FP8_READERS.items() if kind in kinds]
     if not readers:
         packing = describe_packing(found, files.tensors)
-        model_type = getattr(model, "model_type", "model")
-        raise ModelLoadError(f"{name}: {packing} are not dequantized by mlx-lm's {model_type}; {ADVICE}")
+        raise ModelLoadError(f"{config.name}: {packing} are not dequantized by mlx-lm's {config.model_type}; {ADVICE}")
     fault = fp8_fault(files.tensors, all(readers))
     if fault:
-        raise ModelLoadError(f"{name}: {fault}, which mlx-lm would take for something else; {ADVICE}")
+        raise ModelLoadError(f"{config.name}: {fault}, which mlx-lm would take for something else; {ADVICE}")
 
 
 def _check_types(config: ModelConfig, model: nn.Module, files: StoredWeights) -> None:
@@ -126,7 +149,7 @@ def _check_types(config: ModelConfig, model: nn.Module, files: StoredWeights) ->
         allowed = _packed_types(packed[path]).get(key) if path in packed else None
         if value.dtype not in allowed if allowed else not mx.issubdtype(value.dtype, mx.inexact):
             odd[name] = value.dtype
-    if odd and not config.hf_config.get("model_file"):
+    if odd:
         plain = dict(tree_flatten(plain_model(config).parameters()))
         odd = {
             name: dtype

@@ -63,7 +63,7 @@ def convert(model: nn.Module, args: EngineArgs, device: Device) -> Converted:
             round_inputs_here(model, packed)
         packed = {path: one for path, one in packed_modules(model).items() if not runs_packed(one, device.kind)}
     unpack(model, packed, dtype or (main_dtype(model) if keep else mx.float32))
-    return Converted(model, dtype, kinds, keep, rounds)
+    return Converted(model, dtype, kinds, bool(packed_modules(model)), rounds)
 
 
 def unpacks_easily(num_bytes: int, device: Device) -> bool:

@@ -24,14 +24,17 @@ mx = pytest.importorskip("mlx.core")
 import mlx_lm.models  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
+from engine.llm import LLM  # noqa: E402
+from engine.params.sampling_params import SamplingParams  # noqa: E402
 from engine.runner.load import lazy_model  # noqa: E402
 from engine.runner.load.folder import FolderWeights  # noqa: E402
 from engine.runner.load.loader import LoadedModel, load_model  # noqa: E402
 from engine.runner.load.small_model import small_model  # noqa: E402
-from engine.runner.load.weight_types import parameter_bytes  # noqa: E402
+from engine.runner.load.weight_types import packed_modules, parameter_bytes  # noqa: E402
 from tests.checkpoints.quantized import CHECKPOINTS, write_checkpoint  # noqa: E402
-from tests.checkpoints.reference import greedy, mlx_lm_tokens  # noqa: E402
+from tests.checkpoints.reference import PROMPT, greedy, mlx_lm_tokens  # noqa: E402
 from tests.engine.parity.tiny_architectures import build  # noqa: E402
+from tests.tiny_models import write_tokenizer  # noqa: E402
 
 LOADED = [name for name, kind in CHECKPOINTS.items() if kind.refused is None]
 RUN = [name for name in LOADED if CHECKPOINTS[name].runs]
@@ -136,9 +139,9 @@ def test_without_the_files_a_plan_bills_what_the_configuration_tells(
     assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["AWQ gemm, symmetric", "compressed-tensors pack-quantized, Kimi", "gpt-oss MXFP4",
-                                  "FP8 blocks, DeepSeek", "FP8 one scale, Mistral 4", "FP8 blocks, MiMo",
-                                  "MLX nvfp4, global scales", "MLX mxfp8"])  # fmt: skip
+@pytest.mark.parametrize("name", ["AWQ gemm", "AWQ gemm, symmetric", "compressed-tensors pack-quantized, Kimi",
+                                  "gpt-oss MXFP4", "FP8 blocks, DeepSeek", "FP8 one scale, Mistral 4",
+                                  "FP8 blocks, MiMo", "MLX nvfp4, global scales", "MLX mxfp8"])  # fmt: skip
 def test_unpacked_weights_are_near_those_that_were_packed(name: str, folder_of: Callable[[str], Path]) -> None:
     config = json.loads((folder_of(name) / "config.json").read_text())
     original = dict(tree_flatten(build(config).parameters()))
@@ -188,6 +191,18 @@ def test_notes_tell_what_became_of_the_weights(folder_of: Callable[[str], Path])
         assert load(folder_of(name)).notes[0].endswith(end)
 
 
+@pytest.mark.parametrize(("device", "kept"), [(CPU, False), (GPU, True), (Device("cuda", "a GPU", 16 << 30), False)])
+def test_ternary_weights_stay_packed_where_there_is_a_kernel_for_them(
+    device: Device, kept: bool, folder_of: Callable[[str], Path]
+) -> None:
+    resolved, args = ResolvedModel("tiny", folder_of("BitNet"), "folder"), EngineArgs("tiny")
+    prepared = FolderWeights().prepare(resolved, read_model_config(resolved, args), args, device)
+    model = prepared.read(lambda *_: None)
+    assert bool(packed_modules(model)) is kept
+    assert ("kept packed" in prepared.describe(model)) is kept
+    assert prepared.num_bytes == parameter_bytes(model)
+
+
 def test_fp8_is_trusted_to_just_those_models_of_mlx_lm_that_unpack_or_keep_it() -> None:
     """A new mlx-lm may have more: then the tables in lazy_model.py grow."""
     readers, packers = set(), set()
@@ -201,6 +216,50 @@ def test_fp8_is_trusted_to_just_those_models_of_mlx_lm_that_unpack_or_keep_it() 
             packers.add(module.name)
     assert set(lazy_model.FP8_READERS) == readers
     assert set(lazy_model.FP8_PACKERS) == packers
+
+
+def test_other_tools_tensors_are_known_to_just_those_models_of_mlx_lm() -> None:
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in Path(mlx_lm.models.__path__[0]).glob("*.py")}
+    compressed = {name for name, text in sources.items() if "weight_packed" in text}
+    readers = lazy_model.PACKED_READERS
+    assert {name for title, names in readers.items() if title.startswith("compressed") for name in names} == compressed
+    assert {name for name, text in sources.items() if "weight_scale_2" in text} == set(readers["ModelOpt NVFP4"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["compressed-tensors nvfp4-pack-quantized", "ModelOpt NVFP4, own file", "FP8 blocks, Qwen3", "GPTQ", "TorchAO"],
+)
+def test_what_cannot_be_read_is_refused_without_the_files_too(
+    name: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for file in folder_of(name).glob("*.json"):
+        shutil.copy(file, tmp_path)
+    resolved, args = ResolvedModel("tiny", tmp_path, "folder"), EngineArgs("tiny")
+    with pytest.raises(ModelLoadError, match="are not read by mlx-lm"):
+        FolderWeights().abstract(resolved, read_model_config(resolved, args), args, GPU)
+
+
+def test_a_file_that_ends_early_is_named(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(folder_of("bfloat16"), tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors: cut short, .* bytes; fetch"):
+        load(tmp_path / "cut")
+    file.write_bytes(b"\0" * 5)
+    with pytest.raises(ModelLoadError, match="not a safetensors file"):
+        load(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("name", ["AWQ gemm", "gpt-oss MXFP4", "BitNet", "MLX nvfp4, activations",
+                                  "MLX nvfp4, global scales"])  # fmt: skip
+def test_an_engine_gives_mlx_lms_tokens(name: str, tmp_path: Path, smollm2_gguf: Path) -> None:
+    write_checkpoint(name, tmp_path)
+    write_tokenizer(tmp_path, smollm2_gguf)
+    greedily = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with LLM(str(tmp_path), max_model_len=256) as llm:
+        reply = llm.generate({"prompt_token_ids": list(PROMPT)}, greedily)[0]
+    assert list(reply.outputs[0].token_ids) == mlx_lm_tokens(tmp_path, 8)
 
 
 def test_a_config_whose_quantization_was_undone_loads(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
