@@ -28,10 +28,18 @@ _END_TOKEN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _END_TOKENS = frozenset(
     ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|endoftext|>")
 )
-_PLAIN: dict[GGMLQuantizationType, type[np.floating[Any]]] = {
+_PLAIN: dict[GGMLQuantizationType, type[np.number[Any]]] = {
     GGMLQuantizationType.F16: np.float16,
     GGMLQuantizationType.F32: np.float32,
+    GGMLQuantizationType.F64: np.float64,
+    GGMLQuantizationType.I8: np.int8,
+    GGMLQuantizationType.I16: np.int16,
+    GGMLQuantizationType.I32: np.int32,
+    GGMLQuantizationType.I64: np.int64,
 }
+"""Types whose tensors are plain numbers."""
+NEVER_IN_FILES = (GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K)
+"""What llama.cpp computes activations in: no file of weights has them."""
 _CONTROL = 3
 """Token type of control tokens (1 normal, 2 unknown, 4 user-defined, 5 unused, 6 byte)."""
 
@@ -61,7 +69,7 @@ class GGUFFile:
         return str(self.metadata["general.architecture"])
 
     def blocks(self, name: str) -> npt.NDArray[Any]:
-        """A tensor's raw blocks ``[..., bytes per row]`` (of F16 and F32 its values), mapped from the file."""
+        """A tensor's raw blocks ``[..., bytes per row]`` (of plain numbers their values), mapped from the file."""
         info = self.tensors[name]
         dtype = _PLAIN.get(info.type)
         shape = tuple(quant_shape_to_byte_shape(info.shape, info.type)) if dtype is None else info.shape
@@ -69,12 +77,8 @@ class GGUFFile:
         return blocks
 
     def values(self, name: str) -> npt.NDArray[np.float32]:
-        """A tensor's exact values as float32."""
-        try:
-            return np.asarray(dequantize(self.blocks(name), self.tensors[name].type), dtype=np.float32)
-        except NotImplementedError:
-            kind = self.tensors[name].type.name
-            raise ModelLoadError(f"{self.path.name}: tensors of type {kind} cannot be read; use a Q8_0 file") from None
+        """A tensor's exact values as float32 (of F64 and integers, the nearest)."""
+        return dequantized(self.blocks(name), self.tensors[name].type, f"{self.path.name}: {name}")
 
     def end_token_ids(self) -> frozenset[int]:
         """Ids that end a reply: the file's end tokens, and control tokens with a turn-ending name."""
@@ -107,6 +111,27 @@ def _open(path: Path, _changed: int, size: int) -> GGUFFile:
     if gguf.metadata.get("split.count", 1) > 1:
         raise ModelLoadError(f"{path}: one part of several; join them with `llama-gguf-split --merge` first")
     return gguf
+
+
+def dequantized(blocks: npt.NDArray[Any], kind: GGMLQuantizationType, where: str) -> npt.NDArray[np.float32]:
+    """The exact values of ``blocks`` as float32. Raises :class:`ModelLoadError` naming ``where`` and the type."""
+    if kind in _PLAIN:
+        return np.asarray(blocks, dtype=np.float32)
+    if kind == GGMLQuantizationType.Q1_0:
+        return _signs(blocks)
+    try:
+        return np.asarray(dequantize(blocks, kind), dtype=np.float32)
+    except NotImplementedError:
+        reason = "is not for weights" if kind in NEVER_IN_FILES else "cannot be read"
+        raise ModelLoadError(f"{where}: the tensor type {kind.name} {reason}; use a Q8_0 file") from None
+
+
+def _signs(blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Of Q1_0, blocks of a float16 scale and a bit for each of 128 values: minus the scale, or the scale."""
+    parts = blocks.reshape(-1, 18)
+    scales = np.ascontiguousarray(parts[:, :2]).view(np.float16).astype(np.float32)
+    bits = np.unpackbits(parts[:, 2:], axis=-1, bitorder="little")
+    return np.where(bits == 1, scales, -scales).reshape(*blocks.shape[:-1], -1)
 
 
 class _Header:
