@@ -80,10 +80,12 @@ def _feed_forward(fields: Fields) -> int | None:
 
 
 def _norm_eps(fields: Fields) -> float:
-    for key in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"):
-        if (value := fields.get(key)) is not None:
-            return float(value)
-    raise fields.error(f"{fields.name('attention.layer_norm_rms_epsilon')} is missing")
+    """Of norms of the root mean square, or of layer norms where a file has only theirs."""
+    layer_norm = fields.get("attention.layer_norm_epsilon")
+    value = fields.get("attention.layer_norm_rms_epsilon", layer_norm)
+    if value is None:
+        raise fields.error(f"{fields.name('attention.layer_norm_rms_epsilon')} is missing")
+    return float(value)
 
 
 _COMMON: dict[str, Callable[[Fields], Any]] = {

@@ -207,6 +207,7 @@ def ministral3(fields: Fields, config: Words) -> Words:
 
 def olmo3(fields: Fields, config: Words) -> Words:
     """Windows in three of four layers."""
+    fields.expect("rope.freq_base_swa", config["rope_theta"])
     window = fields.need("attention.sliding_window")
     return {"sliding_window": window, "layer_types": _layer_types(fields, config, 4)}
 
@@ -227,15 +228,15 @@ def lfm2(fields: Fields, config: Words) -> Words:
     }
 
 
-def starcoder2(_fields: Fields, config: Words) -> Words:
+def starcoder2(fields: Fields, _config: Words) -> Words:
     """Layer norms, not of the root mean square."""
-    return {"norm_epsilon": config["rms_norm_eps"]}
+    return {"norm_epsilon": fields.need("attention.layer_norm_epsilon")}
 
 
 def cohere(fields: Fields, config: Words) -> Words:
     """Layer norms, one for attention and feed-forward; windows in three of four layers of the second version."""
     words = {
-        "layer_norm_eps": config["rms_norm_eps"],
+        "layer_norm_eps": fields.need("attention.layer_norm_epsilon"),
         "use_qk_norm": "blk.0.attn_q_norm.weight" in fields.file.tensors,
     }
     if (window := fields.get("attention.sliding_window")) is None:

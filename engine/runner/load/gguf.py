@@ -135,6 +135,8 @@ def load_gguf(file: GGUFFile, config: ModelConfig, choice: Choice, report: Progr
     """The model of ``file`` with its weights evaluated, piece by piece: about one copy in memory."""
     model = _abstract(config, choice)
     weights = _read(file, choice, report)
+    if hasattr(model, "sanitize"):
+        weights = model.sanitize(weights)  # the names are the model's; some leave out an output matrix only here
     model.eval()
     try:
         model.load_weights(list(weights.items()), strict=True)
