@@ -11,14 +11,18 @@ from typing import Any
 from engine.models.gguf_fields import Fields
 from engine.models.gguf_more import (
     cohere,
+    deepseek3,
     exaone4,
     experts,
     gemma2,
     gemma3,
     gemma4,
+    glm4_moe,
     gpt_oss,
     granite,
+    granite_hybrid,
     lfm2,
+    lfm2_moe,
     ministral3,
     olmo3,
     phi3,
@@ -33,6 +37,7 @@ from engine.models.gguf_parts import (
     Part,
     as_kernel,
     as_row,
+    flat,
     gate_rows,
     heads_with_gates,
     key_and_value_heads,
@@ -77,6 +82,7 @@ class Architecture:
     ``names`` come over :data:`COMMON`; ``fields`` are entries of ``config.json`` that one key of the metadata gives,
     ``more`` makes the others. ``norms`` undoes what the converter did to norms; ``pairs``: it put the pairs that RoPE
     rotates side by side. ``scalings`` of RoPE are those that mlx-lm's model computes. ``root`` comes before all names.
+    ``derives_head_dim``: its heads divide the hidden size; ``own_heads``: ``more`` checks the sizes of its heads.
     """
 
     model_type: str
@@ -88,6 +94,7 @@ class Architecture:
     rope_scalings: frozenset[str] = frozenset()
     partial_rotary: bool = False
     derives_head_dim: bool = False
+    own_heads: bool = False
     root: str = ""
 
 
@@ -182,6 +189,45 @@ _GLM4: Names = {
     "post_attention_norm": "post_self_attn_layernorm",
     "post_ffw_norm": "post_mlp_layernorm",
 }
+_SIGMOID_EXPERTS: Names = {
+    **_EXPERTS,
+    "exp_probs_b.bias": Part("mlp.gate.e_score_correction_bias"),
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+_DEEPSEEK3: Names = {
+    **_SIGMOID_EXPERTS,
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_k_b": "self_attn.embed_q",
+    "attn_v_b": "self_attn.unembed_out",
+}
+_LFM2_MOE: Names = {
+    **_LFM2,
+    **_expert_names("feed_forward.switch_mlp", "feed_forward.gate"),
+    "ffn_gate": "feed_forward.gate_proj",
+    "ffn_up": "feed_forward.up_proj",
+    "ffn_down": "feed_forward.down_proj",
+    "exp_probs_b.bias": Part("feed_forward.expert_bias"),
+}
+_GRANITE_MOE = _expert_names("block_sparse_moe.switch_mlp", "block_sparse_moe.router.layer")
+_GRANITE_HYBRID: Names = {
+    **_GRANITE_MOE,
+    "ffn_gate_shexp": Part("shared_mlp.input_linear", beside=("ffn_up_shexp",)),
+    "ffn_down_shexp": "shared_mlp.output_linear",
+    "ssm_in": "mamba.in_proj",
+    "ssm_conv1d.weight": Part("mamba.conv1d.weight", change=as_kernel),
+    "ssm_conv1d.bias": Part("mamba.conv1d.bias"),
+    "ssm_dt.bias": Part("mamba.dt_bias"),
+    "ssm_a": Part("mamba.A_log", change=log_of_negative),
+    "ssm_d": Part("mamba.D", change=flat),
+    "ssm_norm": Part("mamba.norm", change=flat),
+    "ssm_out": "mamba.out_proj",
+}
 _FEED_FORWARD_IS_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 _NUM_EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 _LLAMA = Architecture("llama", pairs=True, rope_scalings=_ALL_SCALINGS)
@@ -243,12 +289,22 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Fields], Architecture]] = {
     "granite": Architecture("granite", more=granite, pairs=True, rope_scalings=_ALL_SCALINGS, derives_head_dim=True),
     "granitemoe": Architecture(
         "granitemoe",
-        _expert_names("block_sparse_moe.switch_mlp", "block_sparse_moe.router.layer"),
+        _GRANITE_MOE,
         _FEED_FORWARD_IS_EXPERTS,
         granite,
         pairs=True,
         rope_scalings=_ALL_SCALINGS,
         derives_head_dim=True,
+    ),
+    "granitehybrid": Architecture(
+        "granitemoehybrid", _GRANITE_HYBRID, more=granite_hybrid, pairs=True, derives_head_dim=True
+    ),
+    "deepseek2": Architecture("deepseek_v3", _DEEPSEEK3, more=deepseek3, own_heads=True),
+    "glm4moe": Architecture(
+        "glm4_moe",
+        {**_SIGMOID_EXPERTS, "post_attention_norm": "post_attention_layernorm"},
+        more=glm4_moe,
+        partial_rotary=True,
     ),
     "olmo2": _olmo2,
     "olmoe": Architecture("olmoe", _EXPERTS, _NUM_EXPERTS, experts, rope_scalings=_ALL_SCALINGS),
@@ -259,12 +315,13 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Fields], Architecture]] = {
         rope_scalings=_ALL_SCALINGS,
     ),
     "lfm2": Architecture("lfm2", _LFM2, more=lfm2),
+    "lfm2moe": Architecture("lfm2_moe", _LFM2_MOE, more=lfm2_moe),
     "glm4": Architecture("glm4", _GLM4, partial_rotary=True),
     "starcoder2": Architecture(
         "starcoder2", {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}, more=starcoder2, derives_head_dim=True
     ),
     "command-r": Architecture("cohere", fields={"logit_scale": "logit_scale"}, more=cohere, derives_head_dim=True),
     "cohere2": Architecture("cohere2", fields={"logit_scale": "logit_scale"}, more=cohere),
-    "exaone4": Architecture("exaone4", _NORMS_AFTER, more=exaone4, rope_scalings=_ALL_SCALINGS),
+    "exaone4": Architecture("exaone4", _NORMS_AFTER, more=exaone4),
 }
 """By ``general.architecture``; a function where the model type depends on more."""

@@ -37,7 +37,7 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     _check_heads(fields, config, architecture)
     if architecture.more is not None:
         config |= architecture.more(fields, config)
-    if "rope_parameters" not in config:
+    if "rope_parameters" not in config and "rope_scaling" not in config:
         scaling = rope_scaling(fields, config, architecture.rope_scalings)
         config |= {} if scaling is None else {"rope_scaling": scaling}
     fields.expect("attention.causal", True)
@@ -108,6 +108,8 @@ _COMMON: dict[str, Callable[[Fields], Any]] = {
 
 def _check_heads(fields: Fields, config: dict[str, Any], architecture: Architecture) -> None:
     """Refuse heads of sizes that mlx-lm's model does not take; set how much of them rotates where it does."""
+    if architecture.own_heads:
+        return
     dim = config["head_dim"]
     for key in _SHAPE_ONLY:
         fields.expect(key, dim)

@@ -6,12 +6,15 @@ from engine.models.gguf_fields import Fields
 from engine.models.gguf_rope import FREQUENCY_FACTORS, rope_scaling
 
 Words = dict[str, Any]
+_ALL = frozenset(("linear", "yarn", "llama3"))
 _GEMMA2_27B_LAYERS = 46
 _GEMMA3_27B_HIDDEN_SIZE = 5376
+_GLM47_FLASH_LAYERS, _GLM47_FLASH_VOCAB_SIZE = (47, 48), 154880
+"""Of files from before they said how experts are chosen."""
 _SMALL_ROPE_BASE = 10000.0
 _UNROTATED = 1e29
 """From this factor on a frequency of Gemma 4's full layers stands for none."""
-_SOFTMAX = 1
+_SOFTMAX, _SIGMOID = 1, 2
 
 
 def experts(fields: Fields, _config: Words) -> Words:
@@ -57,6 +60,52 @@ def _linear_attention(fields: Fields) -> Words:
         "linear_value_head_dim": fields.need("ssm.inner_size") // heads,
         "linear_conv_kernel_dim": fields.need("ssm.conv_kernel"),
         "full_attention_interval": fields.get("full_attention_interval", 4),
+    }
+
+
+def deepseek3(fields: Fields, config: Words) -> Words:
+    """Latent attention; experts chosen by a sigmoid and a bias, in groups."""
+    flash = config["num_hidden_layers"] in _GLM47_FLASH_LAYERS and config["vocab_size"] == _GLM47_FLASH_VOCAB_SIZE
+    if fields.get("expert_gating_func", _SIGMOID if flash else _SOFTMAX) != _SIGMOID:
+        raise fields.error("architecture 'deepseek2' with a softmax over experts (DeepSeek 2) is not supported")
+    dims = fields.need("attention.key_length_mla"), fields.need("rope.dimension_count")
+    fields.expect("attention.key_length", fields.need("attention.kv_lora_rank") + dims[1])
+    fields.expect("attention.value_length", fields.need("attention.kv_lora_rank"))
+    scaling = rope_scaling(fields, config, frozenset(("yarn",)))
+    if scaling is not None:
+        share = fields.get("rope.scaling.yarn_log_multiplier", 0.0) / 0.1
+        scaling |= {"mscale": share or 1.0, "mscale_all_dim": share}
+    return _sigmoid_experts(fields) | {
+        "num_key_value_heads": config["num_attention_heads"],
+        "q_lora_rank": fields.get("attention.q_lora_rank"),
+        "kv_lora_rank": fields.need("attention.kv_lora_rank"),
+        "qk_rope_head_dim": dims[1],
+        "qk_nope_head_dim": dims[0] - dims[1],
+        "v_head_dim": fields.need("attention.value_length_mla"),
+        "rope_scaling": scaling,
+    }
+
+
+def glm4_moe(fields: Fields, config: Words) -> Words:
+    """As GLM 4, with experts chosen by a sigmoid and a bias."""
+    return _sigmoid_experts(fields) | {
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in fields.file.tensors,
+        "rope_scaling": rope_scaling(fields, config, frozenset(("linear", "yarn"))),
+    }
+
+
+def _sigmoid_experts(fields: Fields) -> Words:
+    fields.expect("expert_gating_func", _SIGMOID)
+    return {
+        "moe_intermediate_size": fields.need("expert_feed_forward_length"),
+        "n_routed_experts": fields.need("expert_count"),
+        "num_experts_per_tok": fields.need("expert_used_count"),
+        "n_shared_experts": fields.get("expert_shared_count"),
+        "first_k_dense_replace": fields.get("leading_dense_block_count", 0),
+        "routed_scaling_factor": fields.get("expert_weights_scale", 1.0),
+        "norm_topk_prob": bool(fields.get("expert_weights_norm", False)),
+        "n_group": fields.get("expert_group_count", 1),
+        "topk_group": fields.get("expert_group_used_count", 1),
     }
 
 
@@ -228,6 +277,42 @@ def lfm2(fields: Fields, config: Words) -> Words:
     }
 
 
+def lfm2_moe(fields: Fields, config: Words) -> Words:
+    """As LFM2, with experts chosen by a sigmoid and a bias after the first layers."""
+    fields.expect("expert_gating_func", _SIGMOID)
+    return lfm2(fields, config) | {
+        "moe_intermediate_size": fields.need("expert_feed_forward_length"),
+        "num_experts": fields.need("expert_count"),
+        "num_experts_per_tok": fields.need("expert_used_count"),
+        "num_dense_layers": fields.get("leading_dense_block_count", 0),
+        "routed_scaling_factor": fields.get("expert_weights_scale", 1.0),
+        "norm_topk_prob": True,
+        "use_expert_bias": any(name.endswith("exp_probs_b.bias") for name in fields.file.tensors),
+    }
+
+
+def granite_hybrid(fields: Fields, config: Words) -> Words:
+    """States where a layer has no keys; mostly without RoPE."""
+    counts = fields.layers("attention.head_count_kv", config["num_hidden_layers"])
+    heads, inner = fields.need("ssm.time_step_rank"), fields.need("ssm.inner_size")
+    has_rope = fields.file.metadata.get(fields.name("rope.scaling.finetuned"), True)
+    words = granite(fields, config) | {
+        "layer_types": ["attention" if count else "mamba" for count in counts],
+        "shared_intermediate_size": fields.get("expert_shared_feed_forward_length"),
+        "num_local_experts": fields.get("expert_count") or None,
+        "num_experts_per_tok": fields.get("expert_used_count") or None,
+        "position_embedding_type": "rope" if has_rope else "nope",
+        "mamba_n_heads": heads,
+        "mamba_d_head": inner // heads,
+        "mamba_d_state": fields.need("ssm.state_size"),
+        "mamba_d_conv": fields.need("ssm.conv_kernel"),
+        "mamba_n_groups": fields.need("ssm.group_count"),
+        "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in fields.file.tensors),
+        "mamba_proj_bias": any(name.endswith("ssm_in.bias") for name in fields.file.tensors),
+    }
+    return {**words, "time_step_limit": [0.0, 1e9]}
+
+
 def starcoder2(fields: Fields, _config: Words) -> Words:
     """Layer norms, not of the root mean square."""
     return {"norm_epsilon": fields.need("attention.layer_norm_epsilon")}
@@ -251,7 +336,7 @@ def exaone4(fields: Fields, config: Words) -> Words:
     return {
         "sliding_window": window,
         "sliding_window_pattern": None if window is None else "L" * (period - 1) + "G",
-        "rope_scaling": {"rope_type": "default"},
+        "rope_scaling": rope_scaling(fields, config, _ALL) or {"rope_type": "default"},
     }
 
 

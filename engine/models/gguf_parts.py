@@ -45,7 +45,7 @@ def one_less(values: Floats) -> Floats:
 
 def log_of_negative(values: Floats) -> Floats:
     """A state's decay that the file holds as -exp(w), and the model as w."""
-    return np.log(-values)
+    return np.log(-values).reshape(-1)
 
 
 def as_kernel(values: Floats) -> Floats:
@@ -56,6 +56,11 @@ def as_kernel(values: Floats) -> Floats:
 def as_row(values: Floats) -> Floats:
     """A matrix of one row, which the file may hold as a vector."""
     return values.reshape(1, -1)
+
+
+def flat(values: Floats) -> Floats:
+    """A vector, which the file has as a matrix."""
+    return values.reshape(-1)
 
 
 def in_halves(num_heads: int, num_rows: int) -> Indices:

@@ -64,7 +64,7 @@ class GGUFWeights(WeightReader):
 
 @dataclass(frozen=True)
 class Choice:
-    """How a file is loaded: its parameters as ``dtype`` but for modules that stay ``packed``; ``num_bytes`` in memory."""
+    """How a file is loaded: its parameters as ``dtype``, modules that stay ``packed``, ``num_bytes`` of memory."""
 
     dtype: mx.Dtype
     sources: list[Source]
