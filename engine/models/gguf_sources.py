@@ -47,10 +47,19 @@ class Source:
     def shape(self) -> tuple[int, ...]:
         """Of the values: rows chosen, before any ``change``."""
         shape = list(self.tensors[0].shape)
-        axis = row_axis(len(shape))
-        rows = sum(info.shape[axis] for info in self.tensors)
-        shape[axis] = rows if self.rows is None else len(self.rows)
+        shape[self.axis] = self.stored_rows if self.rows is None else len(self.rows)
         return tuple(shape)
+
+    @property
+    def axis(self) -> int:
+        """The axis of rows: the last but one of matrices, the last of biases."""
+        ndim = len(self.tensors[0].shape)
+        return ndim - 1 if ndim == 1 or self.leaf == "bias" else ndim - 2
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of its tensors together."""
+        return sum(info.shape[self.axis] for info in self.tensors)
 
     @property
     def one_type(self) -> bool:
@@ -60,13 +69,7 @@ class Source:
     @property
     def file_bytes(self) -> float:
         """Bytes in the file, of which a tensor that becomes several parameters gives each its share."""
-        whole = sum(info.shape[row_axis(len(info.shape))] for info in self.tensors)
-        return sum(info.num_bytes for info in self.tensors) * (self.shape[row_axis(len(self.shape))] / whole)
-
-
-def row_axis(ndim: int) -> int:
-    """The axis of rows: the last but one, of a vector its only one."""
-    return max(0, ndim - 2)
+        return sum(info.num_bytes for info in self.tensors) * (self.shape[self.axis] / self.stored_rows)
 
 
 def sources(file: GGUFFile, config: Mapping[str, Any]) -> list[Source]:
@@ -97,13 +100,12 @@ def sources(file: GGUFFile, config: Mapping[str, Any]) -> list[Source]:
 
 def values_of(file: GGUFFile, source: Source) -> Floats:
     """A parameter's exact values as float32, as the model has them."""
-    axis = row_axis(len(source.shape))
-    if len(source.shape) > 1 and source.one_type:
+    if source.axis == len(source.shape) - 2 and source.one_type:
         where = f"{file.path.name}: {source.tensors[0].name}"
         values = dequantized(blocks_of(file, source), source.tensors[0].type, where)
     else:
-        values = np.concatenate([file.values(info.name) for info in source.tensors], axis=axis)
-        values = values if source.rows is None else np.take(values, source.rows, axis=axis)
+        values = np.concatenate([file.values(info.name) for info in source.tensors], axis=source.axis)
+        values = values if source.rows is None else np.take(values, source.rows, axis=source.axis)
     if source.columns is not None:
         values = values[..., source.columns]
     if source.scale is not None:
@@ -147,7 +149,13 @@ def _source(
     columns = None if part.columns is None else part.columns(config)
     scale = file.tensors.get(f"{prefix}{name}.scale") if leaf == "weight" else None
     scale = None if f"{name}.scale" in architecture.names else scale
-    return Source(architecture.root + path, leaf, tensors, rows, columns, change, scale)
+    source = Source(architecture.root + path, leaf, tensors, rows, columns, change, scale)
+    if rows is not None and rows.max(initial=-1) >= source.stored_rows:
+        raise ModelLoadError(
+            f"{file.path.name}: tensor {info.name} has {source.stored_rows} rows and the model {rows.max() + 1}; "
+            "load the model's safetensors folder instead"
+        )
+    return source
 
 
 def _gguf_name(part: Part, name: str) -> str:
