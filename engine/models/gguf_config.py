@@ -37,6 +37,8 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     _check_heads(fields, config, architecture)
     if architecture.more is not None:
         config |= architecture.more(fields, config)
+    if config["intermediate_size"] is None:
+        raise fields.error(f"{fields.name('feed_forward_length')} is missing or differs between layers")
     if "rope_parameters" not in config and "rope_scaling" not in config:
         scaling = rope_scaling(fields, config, architecture.rope_scalings)
         config |= {} if scaling is None else {"rope_scaling": scaling}

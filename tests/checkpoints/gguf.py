@@ -6,7 +6,7 @@ llama.cpp, transformers and mlx-lm.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,10 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{number}" for number in range(size)])
+    writer.add_tokenizer_pre("default")
+    writer.add_token_merges(["t 0"])
+    first = ["<unk>", "<s>", "</s>", "<|endoftext|>"]
+    writer.add_token_list(first + [f"t{number}" for number in range(len(first), size)])
     writer.add_token_types([1] * size)
     writer.add_eos_token_id(3)
 
@@ -273,7 +276,8 @@ def _sliding(count: int, period: int) -> list[bool]:
 
 
 _STATE_KEYS = {"ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.group_count": 2, "ssm.time_step_rank": 4,
-               "ssm.inner_size": 64, "full_attention_interval": 2, "rope.dimension_count": 4}  # fmt: skip
+               "ssm.inner_size": 64, "full_attention_interval": 2, "rope.dimension_count": 4,
+               "rope.dimension_sections": [2, 1, 1, 0]}  # fmt: skip
 _EXPERT_KEYS = {"expert_feed_forward_length": 32}
 _SHARED_KEYS = {**_EXPERT_KEYS, "expert_shared_feed_forward_length": 32}
 _SCALES = {"attention.scale": 0.25, "embedding_scale": 2.0, "residual_scale": 0.5, "logit_scale": 8.0}
@@ -290,6 +294,7 @@ _LFM2_MOE = {"norm_eps": 1e-6, "conv_bias": False, "conv_L_cache": 3, "moe_inter
              "num_experts_per_tok": 2, "norm_topk_prob": True, "num_dense_layers": 1, "use_expert_bias": True,
              "full_attn_idxs": [1, 3]}  # fmt: skip
 _COHERE_KEYS = {"attention.layer_norm_epsilon": 1e-5, "attention.layer_norm_rms_epsilon": None, "logit_scale": 0.25}
+_UNTIED = {"tie_word_embeddings": False}
 _WINDOWS = {"attention.sliding_window": 24}
 
 CASES: dict[str, Case] = {
@@ -313,9 +318,9 @@ CASES: dict[str, Case] = {
     "qwen3 moe": Case("qwen3_moe", "qwen3moe", _EXPERT_KEYS),
     "qwen3 next": Case("qwen3_next", "qwen3next", {**_STATE_KEYS, **_SHARED_KEYS},
                        stored=(states, queries_apart_from_gates)),
-    "qwen3.5": Case("qwen3_5", "qwen35", {**_STATE_KEYS, "rope.dimension_sections": [2, 1, 1, 0]},
-                    stored=(states, value_heads_apart)),
-    "qwen3.5 moe": Case("qwen3_5_moe", "qwen35moe", {**_STATE_KEYS, **_SHARED_KEYS}, stored=(states, value_heads_apart)),
+    "qwen3.5": Case("qwen3_5", "qwen35", _STATE_KEYS, stored=(states, value_heads_apart)),
+    "qwen3.5 moe": Case("qwen3_5_moe", "qwen35moe", {**_STATE_KEYS, **_SHARED_KEYS},
+                        stored=(states, value_heads_apart)),
     "gemma": Case("gemma", "gemma", stored=(norms_from_one,)),
     "gemma2": Case("gemma2", "gemma2", {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **_WINDOWS},
                    stored=(norms_from_one,)),
@@ -323,11 +328,13 @@ CASES: dict[str, Case] = {
                    {"num_hidden_layers": 7, "sliding_window_pattern": 6,
                     "rope_scaling": {"type": "linear", "factor": 8.0}}, (norms_from_one,)),
     "gemma4": Case("gemma4_text", "gemma4",
-                   {**_GEMMA4_KEYS, "attention.shared_kv_layers": 2, "embedding_length_per_layer_input": 8,
+                   {**_GEMMA4_KEYS, "attention.shared_kv_layers": 3, "embedding_length_per_layer_input": 8,
                     "attention.sliding_window_pattern": _sliding(6, 3),
-                    "feed_forward_length": [96, 96, 96, 96, 192, 192]}, stored=(rotated_quarter,)),
+                    "feed_forward_length": [96, 96, 96, 192, 192, 192]}, {"num_kv_shared_layers": 3},
+                   (rotated_quarter,)),
     "gemma4 moe": Case("gemma4_text moe", "gemma4",
                        {**_GEMMA4_KEYS, **_EXPERT_KEYS, "attention.shared_kv_layers": 0, "expert_used_count": 2,
+                        "embedding_length_per_layer_input": 0,
                         "attention.head_count_kv": [2, 1, 2, 1], "attention.sliding_window_pattern": _sliding(4, 2)},
                        stored=(gemma4_experts, rotated_quarter)),
     "gpt-oss": Case("gpt_oss", "gpt-oss", {**_YARN_KEYS, "expert_feed_forward_length": 96}, {"rope_scaling": _YARN}),
@@ -340,8 +347,9 @@ CASES: dict[str, Case] = {
     "granite moe": Case("granitemoe", "granitemoe", _SCALES, {**_GRANITE, **_EXPERTS}, (in_pairs,), head_dim=False),
     "granite hybrid": Case(
         "granitemoehybrid", "granitehybrid",
-        {**_SCALES, "logit_scale": 2.0, "attention.head_count_kv": [0, 2, 0, 2], "expert_shared_feed_forward_length": 48,
-         "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.group_count": 1, "ssm.time_step_rank": 8,
+        {**_SCALES, "logit_scale": 2.0, "attention.head_count_kv": [0, 2, 0, 2],
+         "expert_shared_feed_forward_length": 48, "ssm.conv_kernel": 4, "ssm.state_size": 16,
+         "ssm.group_count": 1, "ssm.time_step_rank": 8,
          "ssm.inner_size": 128, "rope.scaling.finetuned": False},
         {"position_embedding_type": "nope", "time_step_limit": [0.0, 1e9]}, (in_pairs, states, mamba_columns)),
     "deepseek 3": Case(
@@ -354,9 +362,10 @@ CASES: dict[str, Case] = {
     "glm4": Case("glm4", "glm4", {"rope.dimension_count": 8}, {"attention_bias": True, "partial_rotary_factor": 0.5}),
     "glm4 moe": Case("glm4_moe", "glm4moe", {**_SIGMOID_KEYS, "rope.dimension_count": 8},
                      {"routed_scaling_factor": 1.5}),
-    "olmo2": Case("olmo2", "olmo2"),
-    "olmo3": Case("olmo3", "olmo2", {"attention.sliding_window_pattern": _sliding(4, 4)}),
-    "olmoe": Case("olmoe", "olmoe", {}, {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+    "olmo2": Case("olmo2", "olmo2", {}, _UNTIED),
+    "olmo3": Case("olmo3", "olmo2", {"attention.sliding_window_pattern": _sliding(4, 4)}, _UNTIED),
+    "olmoe": Case("olmoe", "olmoe", {},
+                  {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4, **_UNTIED}),
     "smollm3": Case("smollm3", "smollm3", stored=(in_pairs,)),
     "seed oss": Case("seed_oss", "seed_oss", {}, {"attention_bias": True}),
     "lfm2": Case("lfm2", "lfm2", {**_LFM2_KEYS, "feed_forward_length": 64}, {"norm_eps": 1e-6}, (states,)),
@@ -373,10 +382,3 @@ CASES: dict[str, Case] = {
                           (llama3_factors,)),
 }  # fmt: skip
 """By what they are, in a few words."""
-
-
-def files(folder: Path) -> Iterator[tuple[str, Path, Any]]:
-    """Each case with its file and mlx-lm's model."""
-    for name, case in CASES.items():
-        path = folder / f"{name.replace(' ', '-')}.gguf"
-        yield name, path, write(path, case)

@@ -141,7 +141,9 @@ def load_gguf(file: GGUFFile, config: ModelConfig, choice: Choice, report: Progr
     try:
         model.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
-        raise ModelLoadError(f"{file.path.name}: {' '.join(str(error).split())[:200]}; fetch the file again") from None
+        reason = " ".join(str(error).split())[:200]
+        way_out = "fetch the file again" if "Missing" in reason else "load the model's safetensors folder instead"
+        raise ModelLoadError(f"{file.path.name}: {reason}; {way_out}") from None
     if FREQUENCY_FACTORS in file.tensors:
         _set_rope_factors(model, file, config.hf_config["rope_theta"])
     return model
