@@ -75,13 +75,14 @@ def query_rows(config: Config) -> Indices:
 
 def key_rows(config: Config) -> Indices:
     """The keys' rows there."""
-    start = config["num_attention_heads"] * config["head_dim"]
-    return start + np.arange(config["num_key_value_heads"] * config["head_dim"])
+    start: int = config["num_attention_heads"] * config["head_dim"]
+    return np.arange(start, start + config["num_key_value_heads"] * config["head_dim"])
 
 
 def value_rows(config: Config) -> Indices:
     """The values' rows there."""
-    return key_rows(config) + config["num_key_value_heads"] * config["head_dim"]
+    count: int = config["num_key_value_heads"] * config["head_dim"]
+    return key_rows(config) + count
 
 
 def gate_rows(config: Config) -> Indices:
@@ -91,12 +92,14 @@ def gate_rows(config: Config) -> Indices:
 
 def up_rows(config: Config) -> Indices:
     """The up projection's rows there."""
-    return gate_rows(config) + config["moe_intermediate_size"]
+    count: int = config["moe_intermediate_size"]
+    return gate_rows(config) + count
 
 
 def value_heads(config: Config, width: int = 1, start: int = 0) -> Indices:
     """Value heads of ``width`` rows beside those of their key head, of a file that has the first of every key first."""
-    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    keys: int = config["linear_num_key_heads"]
+    values: int = config["linear_num_value_heads"]
     file = start + np.arange(values * width).reshape(values // keys, keys, width)
     return file.swapaxes(0, 1).reshape(-1)
 

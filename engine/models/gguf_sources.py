@@ -94,7 +94,7 @@ def sources(file: GGUFFile, config: Mapping[str, Any]) -> list[Source]:
         bare = f"{name}.{leaf}" in names or leaf is None
         for part in place if isinstance(place, tuple) else (place,):
             one = Part(part) if isinstance(part, str) else part
-            found.append(_source(file, config, architecture, info, one, (layer, name, "" if bare else leaf)))
+            found.append(_source(file, config, architecture, info, one, (layer, name, "" if bare else str(leaf))))
     return found
 
 

@@ -202,6 +202,6 @@ def _set_rope_factors(model: nn.Module, file: GGUFFile, base: float) -> None:
     frequencies = base ** (mx.arange(0, dims, 2) / dims) * factors
     mx.eval(frequencies)
     for layer in model.layers:
-        rope = getattr(getattr(layer, "self_attn", None), "rope", None)
+        rope: Any = getattr(getattr(layer, "self_attn", None), "rope", None)
         if type(rope).__name__ == "Llama3RoPE":
             rope._freqs = frequencies
