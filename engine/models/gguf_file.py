@@ -19,6 +19,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantiz
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from engine.errors import ModelLoadError
+from engine.models.gguf_split import parts_of
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -46,18 +47,19 @@ _CONTROL = 3
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: ``shape`` in rows-first order, ``offset`` and ``num_bytes`` in the file."""
+    """One tensor: ``shape`` in rows-first order, ``offset`` and ``num_bytes`` in the file of the model that has it."""
 
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     offset: int
     num_bytes: int
+    file: Path
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A GGUF file's metadata and tensors; data are read from the mapped file when asked for."""
+    """A GGUF file's metadata and tensors (of several parts, all together); data are read when asked for."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -73,7 +75,7 @@ class GGUFFile:
         info = self.tensors[name]
         dtype = _PLAIN.get(info.type)
         shape = tuple(quant_shape_to_byte_shape(info.shape, info.type)) if dtype is None else info.shape
-        blocks: npt.NDArray[Any] = np.memmap(self.path, dtype or np.uint8, "r", info.offset, shape)
+        blocks: npt.NDArray[Any] = np.memmap(info.file, dtype or np.uint8, "r", info.offset, shape)
         return blocks
 
     def values(self, name: str) -> npt.NDArray[np.float32]:
@@ -91,13 +93,30 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Read the header of ``path``. Raises :class:`ModelLoadError` if it is not a GGUF file or is truncated."""
-    stat = path.stat()
-    return _open(path, stat.st_mtime_ns, stat.st_size)
+    """Read the header of ``path`` and of its other parts.
+
+    Raises :class:`ModelLoadError` if one is not a GGUF file, is truncated or is missing.
+    """
+    parts = [path.with_name(name) for name in parts_of(path.name)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing and len(parts) > 1:
+        raise ModelLoadError(f"{path}: {', '.join(missing)} is missing beside it; fetch all {len(parts)} parts")
+    return _open(*((part, stat.st_mtime_ns, stat.st_size) for part in parts for stat in [part.stat()]))
 
 
 @lru_cache(maxsize=1)
-def _open(path: Path, _changed: int, size: int) -> GGUFFile:
+def _open(*parts: tuple[Path, int, int]) -> GGUFFile:
+    files = [_read(path, size) for path, _changed, size in parts]
+    path, first = parts[0][0], files[0].metadata
+    if (count := first.get("split.count", 0) or 1) != len(files):
+        raise ModelLoadError(f"{path}: the file is one of {count}; its name has to end in -00001-of-{count:05d}.gguf")
+    tensors = {name: info for file in files for name, info in file.tensors.items()}
+    if len(tensors) != first.get("split.tensors.count", len(tensors)):
+        raise ModelLoadError(f"{path}: its parts are not of one model; fetch them again")
+    return GGUFFile(path, first, tensors)
+
+
+def _read(path: Path, size: int) -> GGUFFile:
     with path.open("rb") as file:
         if file.read(4) != _MAGIC:
             raise ModelLoadError(f"{path}: not a GGUF file")
@@ -108,8 +127,6 @@ def _open(path: Path, _changed: int, size: int) -> GGUFFile:
                 raise ModelLoadError(f"{path}: the file is cut short or damaged; fetch it again") from None
     if any(info.offset + info.num_bytes > size for info in gguf.tensors.values()):
         raise ModelLoadError(f"{path}: the file is cut short; fetch it again")
-    if gguf.metadata.get("split.count", 1) > 1:
-        raise ModelLoadError(f"{path}: one part of several; join them with `llama-gguf-split --merge` first")
     return gguf
 
 
@@ -152,7 +169,7 @@ class _Header:
         start = -(-self._at // alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in headers:
-            tensors[name] = TensorInfo(name, shape, kind, start + offset, _num_bytes(shape, kind))
+            tensors[name] = TensorInfo(name, shape, kind, start + offset, _num_bytes(shape, kind), path)
         return GGUFFile(path, metadata, tensors)
 
     def _tensor(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:

@@ -78,7 +78,7 @@ def sources(file: GGUFFile, config: Mapping[str, Any]) -> list[Source]:
     names = {**COMMON, **architecture.names}
     joined = {name for part in _parts(names) for name in part.beside}
     found: list[Source] = []
-    for info in sorted(file.tensors.values(), key=lambda info: info.offset):
+    for info in sorted(file.tensors.values(), key=lambda info: (info.file, info.offset)):
         match = _NAME.fullmatch(info.name)
         layer, name, leaf = match.groups() if match else (None, info.name, None)
         if info.name in ROPE_TENSORS or leaf == "input_scale" or name in joined or _is_spare(layer, name, config):

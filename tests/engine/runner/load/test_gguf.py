@@ -132,6 +132,42 @@ def test_layers_that_only_guess_further_tokens_are_left_out(tmp_path: Path) -> N
     np.testing.assert_array_equal(logits(model), logits(write(tmp_path / "plain.gguf", CASES["qwen3"])))
 
 
+def split(path: Path) -> list[Path]:
+    """The file in three parts, as llama.cpp's tool divides it."""
+    reader = gguf.GGUFReader(path)
+    parts = [path.with_name(f"s-Q8_0-{number:05d}-of-00003.gguf") for number in (1, 2, 3)]
+    for number, part in enumerate(parts):
+        writer = gguf.GGUFWriter(part, "")
+        for field in reader.fields.values() if number == 0 else ():
+            if not field.name.startswith("GGUF."):
+                kinds = field.types
+                writer.add_key_value(field.name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", len(parts))
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors[number :: len(parts)]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return parts
+
+
+def test_a_model_in_several_files_is_read_from_any_of_them_if_all_are_there(tmp_path: Path) -> None:
+    write(tmp_path / "whole.gguf", CASES["qwen3 next"], Type.Q8_0)
+    parts = split(tmp_path / "whole.gguf")
+    expected = logits(load_model(resolved(tmp_path / "whole.gguf"), FLOAT32).model)
+    for part in parts:
+        np.testing.assert_array_equal(logits(load_model(resolved(part), FLOAT32).model), expected)
+    parts[1].rename(tmp_path / "away.gguf")
+    with pytest.raises(ModelLoadError, match=r"s-Q8_0-00002-of-00003\.gguf is missing beside it; fetch all 3 parts"):
+        load_model(resolved(parts[0]), FLOAT32)
+    parts[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(ModelLoadError, match=r"one of 3; its name has to end in -00001-of-00003\.gguf"):
+        load_model(resolved(tmp_path / "renamed.gguf"), FLOAT32)
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a scaling that the model does not compute": (
         "qwen3 moe", {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, "RoPE scaling 'yarn'"),
