@@ -152,6 +152,7 @@ _QWEN3_NEXT: Names = {
     **_EXPERTS,
     **_SHARED_EXPERT,
     "attn_qkv": Part("linear_attn.in_proj_qkvz", heads_with_gates, beside=("attn_gate",)),
+    "ssm_in": "linear_attn.in_proj_qkvz",
     "ssm_ba": "linear_attn.in_proj_ba",
     "ssm_a": Part("linear_attn.A_log", change=log_of_negative),
     "ssm_dt.bias": Part("linear_attn.dt_bias"),

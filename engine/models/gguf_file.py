@@ -68,7 +68,7 @@ class GGUFFile:
     @property
     def architecture(self) -> str:
         """``general.architecture``: llama, qwen2, …"""
-        return str(self.metadata["general.architecture"])
+        return str(self.metadata.get("general.architecture", ""))
 
     def blocks(self, name: str) -> npt.NDArray[Any]:
         """A tensor's raw blocks ``[..., bytes per row]`` (of plain numbers their values), mapped from the file."""
