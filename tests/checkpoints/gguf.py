@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -63,21 +64,25 @@ class Case:
         return {**known, **self.changes}
 
 
-def write(path: Path, case: Case, kind: Type = Type.F32, seed: int = 0) -> Any:
-    """Write the file of ``case``, matrices of type ``kind`` where their rows allow it; gives mlx-lm's model."""
+def write(path: Path, case: Case, kind: Type = Type.F32, other: Mapping[str, Type] = MappingProxyType({})) -> Any:
+    """Write the file of ``case``; gives mlx-lm's model.
+
+    Matrices are of type ``kind`` where their rows allow it, or of the ``other`` type that their name has there.
+    """
     config = case.config
-    model = build(config, seed)
+    model = build(config)
     text = {**config, **config.get("text_config", {})}
     writer = gguf.GGUFWriter(path, case.arch)
     for key, value in _metadata(case, text).items():
         _add(writer, f"{case.arch}.{key}", value)
     _add_vocabulary(writer, text["vocab_size"])
     for name, values in stored_tensors(case, model, text).items():
-        packs = values.ndim > 1 and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 and "norm" not in name
-        if not packs or kind in (Type.F32, Type.F16) or "ssm_" in name or "shortconv.conv" in name:
-            writer.add_tensor(name, values.astype(np.float16 if packs and kind == Type.F16 else np.float32))
+        own = other.get(name, kind)
+        packs = values.ndim > 1 and values.shape[-1] % gguf.GGML_QUANT_SIZES[own][0] == 0 and "norm" not in name
+        if not packs or own in (Type.F32, Type.F16) or "ssm_" in name or "shortconv.conv" in name:
+            writer.add_tensor(name, values.astype(np.float16 if packs and own == Type.F16 else np.float32))
         else:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(name, gguf.quants.quantize(values, own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -53,12 +53,11 @@ class GGUFWeights(WeightReader):
         """Packed or not, as the device takes it."""
         file = open_gguf(resolved.path)
         choice = choose(file, config, args, device)
-        kinds = {info.type.name for info in file.tensors.values()} - {"F32"}
         return PreparedWeights(
             choice.num_bytes,
             partial(_abstract, config, choice),
             partial(load_gguf, file, config, choice),
-            lambda _: describe_weights(choice.dtype, sorted(kinds), bool(choice.packed)),
+            lambda _: _describe(file, choice),
         )
 
 
@@ -168,6 +167,15 @@ def _read(file: GGUFFile, choice: Choice, report: Progress) -> dict[str, mx.arra
     pieces.finish()
     report("load", total, total)
     return weights
+
+
+def _describe(file: GGUFFile, choice: Choice) -> str:
+    """``float16 (Q4_0 weights kept packed, Q6_K unpacked exactly)``."""
+    packed = sorted({source.tensors[0].type.name for source in choice.sources if _is_packed(choice, source)})
+    others = sorted({info.type.name for info in file.tensors.values()}.difference(packed, ("F32",)))
+    if not packed or not others:
+        return describe_weights(choice.dtype, packed or others, bool(packed))
+    return f"{describe_weights(choice.dtype, packed, True)[:-1]}, {', '.join(others)} unpacked exactly)"
 
 
 def _is_packed(choice: Choice, source: Source) -> bool:

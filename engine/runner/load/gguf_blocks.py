@@ -158,7 +158,7 @@ PACKINGS: Mapping[Type, Packing] = {
     Type.Q5_0: Packing(5, 32, _q5_0),
     Type.Q5_1: Packing(5, 32, _q5_1),
     Type.Q8_0: Packing(8, 32, _q8_0),
-    Type.Q1_0: Packing(1, 128, _q1_0),
+    Type.Q1_0: Packing(2, 128, _q1_0),  # MLX has no kernel for one bit on CUDA
     Type.TQ2_0: Packing(2, 128, _tq2_0),
     Type.MXFP4: Packing(4, 32, _mxfp4, "mxfp4"),
     Type.NVFP4: Packing(4, 16, _nvfp4, "nvfp4"),

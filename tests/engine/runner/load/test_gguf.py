@@ -259,6 +259,21 @@ def test_a_file_cut_short_is_one_line_at_any_cut(tmp_path: Path, keep: int) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_a_note_says_which_types_stay_packed_and_which_do_not(tmp_path: Path) -> None:
+    from engine.runner.device.devices import describe_device
+
+    write(tmp_path / "m.gguf", CASES["llama"], Type.Q4_0)
+    write(tmp_path / "mixed.gguf", CASES["llama"], Type.Q4_0, {"blk.0.ffn_up.weight": Type.F16})
+    gpu = dataclasses.replace(describe_device(), kind="metal")
+    notes = {}
+    for name in ("m", "mixed"):
+        file = resolved(tmp_path / f"{name}.gguf")
+        notes[name] = GGUFWeights().prepare(file, config_of(file.path), EngineArgs("m"), gpu).describe(None)
+    assert notes["m"] == "float16 (Q4_0 weights kept packed)"
+    assert notes["mixed"] == "float16 (Q4_0 weights kept packed, F16 unpacked exactly)"
+    assert load_model(resolved(tmp_path / "m.gguf"), FLOAT32).notes[0].endswith("(Q4_0 weights unpacked exactly)")
+
+
 def test_progress_counts_the_files_bytes_up_to_all_of_them(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", CASES["gemma4 moe"], Type.Q8_0)
     seen: list[tuple[str, int, int]] = []
