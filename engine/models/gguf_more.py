@@ -90,7 +90,25 @@ def glm4_moe(fields: Fields, config: Words) -> Words:
     """As GLM 4, with experts chosen by a sigmoid and a bias."""
     return _sigmoid_experts(fields) | {
         "use_qk_norm": "blk.0.attn_q_norm.weight" in fields.file.tensors,
-        "rope_scaling": rope_scaling(fields, config, frozenset(("linear", "yarn"))),
+        "rope_scaling": rope_scaling(fields, config, frozenset()),
+    }
+
+
+def ernie4_5(fields: Fields, _config: Words) -> Words:
+    """One word for all biases."""
+    return {"use_bias": "blk.0.attn_q.bias" in fields.file.tensors}
+
+
+def minimax(fields: Fields, config: Words) -> Words:
+    """As Mixtral, with experts chosen by a sigmoid and a bias, and a part of each head that rotates."""
+    fields.expect("expert_gating_func", _SIGMOID)
+    size = fields.need("expert_feed_forward_length")
+    return {
+        "intermediate_size": size,
+        "moe_intermediate_size": size,
+        "shared_intermediate_size": 0,
+        "rotary_dim": round(config["partial_rotary_factor"] * config["head_dim"]),
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in fields.file.tensors,
     }
 
 

@@ -168,6 +168,31 @@ def test_a_model_in_several_files_is_read_from_any_of_them_if_all_are_there(tmp_
         load_model(resolved(tmp_path / "renamed.gguf"), FLOAT32)
 
 
+SCALINGS = {
+    "linear": {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0},
+    "yarn": {
+        "rope__scaling__type": "yarn", "rope__scaling__factor": 8.0, "rope__scaling__original_context_length": 64,
+    },
+}  # fmt: skip
+FIRST = {case.arch: name for name, case in reversed(CASES.items()) if "llama3" not in str(case)}
+"""A case of each architecture that scales no frequencies of its own."""
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("arch", FIRST)
+def test_a_scaling_of_rope_is_computed_or_refused_never_ignored(tmp_path: Path, arch: str, kind: str) -> None:
+    case = CASES[FIRST[arch]]
+    write(tmp_path / "plain.gguf", case)
+    write(tmp_path / "scaled.gguf", with_keys(case, **SCALINGS[kind]))
+    plain = logits(load_model(resolved(tmp_path / "plain.gguf"), FLOAT32).model)
+    try:
+        scaled = logits(load_model(resolved(tmp_path / "scaled.gguf"), FLOAT32).model)
+    except ModelLoadError as error:
+        assert "scaling" in str(error)  # noqa: PT017
+        return
+    assert np.abs(scaled - plain).max() > 0.01
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a scaling that the model does not compute": (
         "qwen3 moe", {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, "RoPE scaling 'yarn'"),
