@@ -1,11 +1,12 @@
-"""The format of llama.cpp's models: one GGUF file with everything in it, alone or several in a folder."""
+"""The format of llama.cpp's models: a GGUF file with everything in it (or its parts), alone or several in a folder."""
 
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ModelLoadError, ModelNotFoundError
+from engine.errors import ModelNotFoundError
+from engine.models.gguf_split import one_name_each, parts_of
 from engine.models.weight_format import TOKENIZER_FILES, CachedModel, TokenizerSource, Wanted, WeightFormat
 
 if TYPE_CHECKING:
@@ -28,27 +29,31 @@ class GGUFFormat(WeightFormat):
     def missing(self, folder: Path, wanted: Wanted) -> list[str]:
         """A file of the quantization; of a folder without one, a tokenizer's own files."""
         if quant := wanted.quant:
-            mark = quant.lower()
-            return [] if any(mark in name.lower() for name in _files(folder)) else [f"*{quant}*{_SUFFIX}"]
+            files = _files(folder)
+            own = [name for name in files if quant.lower() in name.lower()]
+            parts = {part for name in own for part in parts_of(name)}
+            return sorted(parts.difference(files)) if own else [f"*{quant}*{_SUFFIX}"]
         if wanted.part == "tokenizer":
             return [] if any((folder / name).is_file() for name in TOKENIZER_FILES) else ["tokenizer.json"]
         return []
 
     def open(self, folder: Path, wanted: Wanted) -> Path:
-        """The one file that is meant."""
+        """The one file that is meant, of several parts the first."""
         return folder / pick_gguf(wanted.model, _files(folder), wanted.quant)
 
     def to_download(self, files: Sequence[str], wanted: Wanted) -> list[str] | None:
-        """The one file that is meant."""
+        """The one file that is meant, with all its parts."""
         ggufs = [name for name in files if name.endswith(_SUFFIX)]
-        return [pick_gguf(wanted.model, ggufs, wanted.quant)] if wanted.quant or ggufs else None
+        return parts_of(pick_gguf(wanted.model, ggufs, wanted.quant)) if wanted.quant or ggufs else None
 
     def cached(self, name: str, folder: Path) -> Iterator[CachedModel]:
         """Each file, by its quantization where it is not alone."""
-        ggufs = [file for file in sorted(folder.rglob(f"*{_SUFFIX}")) if not file.name.lower().startswith("mmproj")]
+        files = [file for file in _files(folder) if not Path(file).name.lower().startswith("mmproj")]
+        ggufs = one_name_each(files)
         alone = len(ggufs) == 1 and not (folder / "config.json").is_file()
         for file in ggufs:
-            yield CachedModel(name if alone else f"{name}:{_quant_of(file.name)}", file, file.stat().st_size, self.kind)
+            size = sum((folder / part).stat().st_size for part in parts_of(file) if (folder / part).is_file())
+            yield CachedModel(name if alone else f"{name}:{_quant_of(file)}", folder / file, size, self.kind)
 
     def config(self, path: Path) -> dict[str, Any]:
         """Made from the file's metadata."""
@@ -66,12 +71,13 @@ class GGUFFormat(WeightFormat):
 
 
 def pick_gguf(model: str, names: Sequence[str], quant: str) -> str:
-    """The one GGUF file name that carries ``quant`` (or the only one). Errors name what there is."""
-    files = [name for name in names if not Path(name).name.lower().startswith("mmproj")]
+    """The one GGUF file name that carries ``quant`` (or the only one), of several parts the first's.
+
+    Errors name what there is.
+    """
+    files = one_name_each(name for name in names if not Path(name).name.lower().startswith("mmproj"))
     mark = re.compile(rf"(?<![A-Za-z0-9]){re.escape(quant)}(?![A-Za-z0-9_])", re.IGNORECASE)
     matching = [name for name in files if not quant or mark.search(Path(name).name)]
-    if len(matching) > 1 and all(re.search(r"-\d{5}-of-\d{5}", name) for name in matching):
-        raise ModelLoadError(f"{model}: {matching[0]} is split; join the parts with `llama-gguf-split --merge` first")
     if len(matching) == 1:
         return matching[0]
     base = model.removesuffix(f":{quant}") if quant else model

@@ -1,87 +1,126 @@
 """``config.json`` of a GGUF file, made from its metadata: what mlx-lm's models are built from."""
 
+from collections.abc import Callable
 from typing import Any
 
 from engine.errors import ModelLoadError
+from engine.models.gguf_architectures import ARCHITECTURES, Architecture
+from engine.models.gguf_fields import Fields
 from engine.models.gguf_file import GGUFFile
+from engine.models.gguf_rope import rope_scaling
 
-MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
-"""GGUF architecture -> mlx-lm model type."""
-_GEMMA3_27B_HIDDEN_SIZE = 5376
-_GEMMA3_LOCAL_ROPE_BASE = 10000.0
-_GEMMA3_SLIDING_PATTERN = 6
+_SHAPE_ONLY = ("attention.value_length",)
+
+
+def architecture_of(file: GGUFFile) -> Architecture:
+    """The architecture of ``file``. Raises :class:`ModelLoadError` naming it."""
+    known = ARCHITECTURES.get(file.architecture)
+    if known is None:
+        raise ModelLoadError(
+            f"{file.path.name}: GGUF architecture {file.architecture!r} is not supported "
+            f"({', '.join(ARCHITECTURES)} are); load the model's safetensors folder instead"
+        )
+    return known(Fields(file)) if callable(known) else known
 
 
 def gguf_config(file: GGUFFile) -> dict[str, Any]:
-    """The configuration in the words of ``config.json``. Raises :class:`ModelLoadError` naming the architecture."""
-    arch = file.architecture
-    if arch not in MODEL_TYPES or file.metadata.get(f"{arch}.expert_count", 0):
-        experts = " with experts" if arch in MODEL_TYPES else ""
-        raise ModelLoadError(
-            f"{file.path.name}: GGUF architecture {arch!r}{experts} is not supported ({', '.join(MODEL_TYPES)} are); "
-            "load the model's safetensors folder instead"
-        )
-    heads, dim = _field(file, "attention.head_count"), _field(file, "embedding_length")
-    config = {
-        "model_type": MODEL_TYPES[arch],
-        "hidden_size": dim,
-        "num_hidden_layers": _field(file, "block_count"),
-        "intermediate_size": _field(file, "feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": _field(file, "attention.head_count_kv", heads),
-        "head_dim": _field(file, "attention.key_length", dim // heads),
-        "rms_norm_eps": _field(file, "attention.layer_norm_rms_epsilon"),
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "max_position_embeddings": _field(file, "context_length"),
-        "rope_theta": _field(file, "rope.freq_base", 10000.0),
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "eos_token_id": sorted(file.end_token_ids()),
-    }
-    if (rope := _rope_scaling(file)) is not None:
-        config["rope_scaling"] = rope
-    return config | (_gemma3(file, config) if arch == "gemma3" else {})
+    """The configuration in the words of ``config.json``.
+
+    Raises :class:`ModelLoadError` naming an architecture, or what the metadata say, that is not understood.
+    """
+    architecture = architecture_of(file)
+    fields = Fields(file)
+    config: dict[str, Any] = {"model_type": architecture.model_type}
+    config |= {word: value(fields) for word, value in _COMMON.items()}
+    config["intermediate_size"] = _feed_forward(fields)
+    config |= {word: fields.need(key) for word, key in architecture.fields.items()}
+    _check_heads(fields, config, architecture)
+    if architecture.more is not None:
+        config |= architecture.more(fields, config)
+    if config["intermediate_size"] is None:
+        raise fields.error(f"{fields.name('feed_forward_length')} is missing or differs between layers")
+    if "rope_parameters" not in config and "rope_scaling" not in config:
+        scaling = rope_scaling(fields, config, architecture.rope_scalings)
+        config |= {} if scaling is None else {"rope_scaling": scaling}
+    fields.expect("attention.causal", True)
+    fields.refuse_unread()
+    return config
 
 
-def _field(file: GGUFFile, key: str, default: Any = None) -> Any:
-    """A value under the architecture's own prefix."""
-    value = file.metadata.get(f"{file.architecture}.{key}", default)
-    if value is None or isinstance(value, list):
-        state = "missing" if value is None else "different in each layer"
-        raise ModelLoadError(f"{file.path.name}: {file.architecture}.{key} is {state}; load the safetensors instead")
-    return value
+def _layers(fields: Fields) -> int:
+    """Layers of the model itself: those that only guess further tokens come after them."""
+    return int(fields.need("block_count")) - int(fields.get("nextn_predict_layers", 0))
 
 
-def _rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
-    if "rope_freqs.weight" in file.tensors:
-        # Llama 3.1's scaling, of which the file holds only the result (the loader puts that in place).
-        factors = file.values("rope_freqs.weight")
-        return {
-            "rope_type": "llama3",
-            "factor": float(factors.max()),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    kind = file.metadata.get(f"{file.architecture}.rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    if kind not in ("linear", "yarn"):
-        raise ModelLoadError(f"{file.path.name}: RoPE scaling {kind!r} is not supported; load the safetensors instead")
-    scaling = {"rope_type": kind, "factor": _field(file, "rope.scaling.factor")}
-    original = file.metadata.get(f"{file.architecture}.rope.scaling.original_context_length")
-    return scaling | ({"original_max_position_embeddings": original} if original else {})
+def _key_value_heads(fields: Fields) -> int | None:
+    """One number, or the one of all layers that have attention; None where they differ."""
+    counts = {int(count) for count in fields.layers("attention.head_count_kv", _layers(fields))} - {0}
+    if not counts:
+        return int(fields.need("attention.head_count"))
+    return counts.pop() if len(counts) == 1 else None
 
 
-def _gemma3(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    """What Gemma 3 needs besides; its sliding pattern and local RoPE base are constants of the architecture."""
-    scalar = config["head_dim"]
-    if config["hidden_size"] == _GEMMA3_27B_HIDDEN_SIZE:
-        scalar = config["hidden_size"] // config["num_attention_heads"]
-    return {
-        "sliding_window": _field(file, "attention.sliding_window"),
-        "sliding_window_pattern": _field(file, "attention.sliding_window_pattern", _GEMMA3_SLIDING_PATTERN),
-        "rope_local_base_freq": _field(file, "rope.freq_base_swa", _GEMMA3_LOCAL_ROPE_BASE),
-        "query_pre_attn_scalar": scalar,
-    }
+def _head_dim(fields: Fields) -> int:
+    return int(fields.get("attention.key_length") or fields.need("embedding_length") // _heads(fields))
+
+
+def _heads(fields: Fields) -> int:
+    return int(fields.need("attention.head_count"))
+
+
+def _vocab_size(fields: Fields) -> int:
+    size = fields.rows("token_embd.weight")
+    if size is None:
+        raise fields.error("it has no token_embd.weight")
+    return size
+
+
+def _feed_forward(fields: Fields) -> int | None:
+    """Of all layers; None where they differ or there are only experts."""
+    sizes = {int(size) for size in fields.layers("feed_forward_length", _layers(fields))}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _norm_eps(fields: Fields) -> float:
+    """Of norms of the root mean square, or of layer norms where a file has only theirs."""
+    layer_norm = fields.get("attention.layer_norm_epsilon")
+    value = fields.get("attention.layer_norm_rms_epsilon", layer_norm)
+    if value is None:
+        raise fields.error(f"{fields.name('attention.layer_norm_rms_epsilon')} is missing")
+    return float(value)
+
+
+_COMMON: dict[str, Callable[[Fields], Any]] = {
+    "hidden_size": lambda fields: fields.need("embedding_length"),
+    "num_hidden_layers": _layers,
+    "num_attention_heads": _heads,
+    "num_key_value_heads": _key_value_heads,
+    "head_dim": _head_dim,
+    "rms_norm_eps": _norm_eps,
+    "vocab_size": _vocab_size,
+    "max_position_embeddings": lambda fields: fields.need("context_length"),
+    "rope_theta": lambda fields: fields.get("rope.freq_base", 10000.0),
+    "attention_bias": lambda fields: "blk.0.attn_q.bias" in fields.file.tensors,
+    "mlp_bias": lambda fields: "blk.0.ffn_up.bias" in fields.file.tensors,
+    "tie_word_embeddings": lambda fields: "output.weight" not in fields.file.tensors,
+    "eos_token_id": lambda fields: sorted(fields.file.end_token_ids()),
+}
+"""Words that all architectures have."""
+
+
+def _check_heads(fields: Fields, config: dict[str, Any], architecture: Architecture) -> None:
+    """Refuse heads of sizes that mlx-lm's model does not take; set how much of them rotates where it does."""
+    if architecture.own_heads:
+        return
+    dim = config["head_dim"]
+    for key in _SHAPE_ONLY:
+        fields.expect(key, dim)
+    if architecture.derives_head_dim and dim * config["num_attention_heads"] != config["hidden_size"]:
+        raise fields.error(f"{fields.name('attention.key_length')} = {dim} is not supported by this architecture")
+    if config["num_key_value_heads"] is None and architecture.more is None:
+        raise fields.error(f"{fields.name('attention.head_count_kv')} differs between layers")
+    rotated = int(fields.get("rope.dimension_count") or dim)
+    if architecture.partial_rotary:
+        config["partial_rotary_factor"] = rotated / dim
+    elif rotated != dim:
+        raise fields.error(f"{fields.name('rope.dimension_count')} = {rotated} of heads of {dim} is not supported")

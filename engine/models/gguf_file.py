@@ -19,6 +19,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantiz
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from engine.errors import ModelLoadError
+from engine.models.gguf_split import parts_of
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -28,28 +29,37 @@ _END_TOKEN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _END_TOKENS = frozenset(
     ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|endoftext|>")
 )
-_PLAIN: dict[GGMLQuantizationType, type[np.floating[Any]]] = {
+_PLAIN: dict[GGMLQuantizationType, type[np.number[Any]]] = {
     GGMLQuantizationType.F16: np.float16,
     GGMLQuantizationType.F32: np.float32,
+    GGMLQuantizationType.F64: np.float64,
+    GGMLQuantizationType.I8: np.int8,
+    GGMLQuantizationType.I16: np.int16,
+    GGMLQuantizationType.I32: np.int32,
+    GGMLQuantizationType.I64: np.int64,
 }
+"""Types whose tensors are plain numbers."""
+NEVER_IN_FILES = (GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K)
+"""What llama.cpp computes activations in: no file of weights has them."""
 _CONTROL = 3
 """Token type of control tokens (1 normal, 2 unknown, 4 user-defined, 5 unused, 6 byte)."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: ``shape`` in rows-first order, ``offset`` and ``num_bytes`` in the file."""
+    """One tensor: ``shape`` in rows-first order, ``offset`` and ``num_bytes`` in the file of the model that has it."""
 
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     offset: int
     num_bytes: int
+    file: Path
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A GGUF file's metadata and tensors; data are read from the mapped file when asked for."""
+    """A GGUF file's metadata and tensors (of several parts, all together); data are read when asked for."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -58,23 +68,19 @@ class GGUFFile:
     @property
     def architecture(self) -> str:
         """``general.architecture``: llama, qwen2, …"""
-        return str(self.metadata["general.architecture"])
+        return str(self.metadata.get("general.architecture", ""))
 
     def blocks(self, name: str) -> npt.NDArray[Any]:
-        """A tensor's raw blocks ``[..., bytes per row]`` (of F16 and F32 its values), mapped from the file."""
+        """A tensor's raw blocks ``[..., bytes per row]`` (of plain numbers their values), mapped from the file."""
         info = self.tensors[name]
         dtype = _PLAIN.get(info.type)
         shape = tuple(quant_shape_to_byte_shape(info.shape, info.type)) if dtype is None else info.shape
-        blocks: npt.NDArray[Any] = np.memmap(self.path, dtype or np.uint8, "r", info.offset, shape)
+        blocks: npt.NDArray[Any] = np.memmap(info.file, dtype or np.uint8, "r", info.offset, shape)
         return blocks
 
     def values(self, name: str) -> npt.NDArray[np.float32]:
-        """A tensor's exact values as float32."""
-        try:
-            return np.asarray(dequantize(self.blocks(name), self.tensors[name].type), dtype=np.float32)
-        except NotImplementedError:
-            kind = self.tensors[name].type.name
-            raise ModelLoadError(f"{self.path.name}: tensors of type {kind} cannot be read; use a Q8_0 file") from None
+        """A tensor's exact values as float32 (of F64 and integers, the nearest)."""
+        return dequantized(self.blocks(name), self.tensors[name].type, f"{self.path.name}: {name}")
 
     def end_token_ids(self) -> frozenset[int]:
         """Ids that end a reply: the file's end tokens, and control tokens with a turn-ending name."""
@@ -87,13 +93,30 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Read the header of ``path``. Raises :class:`ModelLoadError` if it is not a GGUF file or is truncated."""
-    stat = path.stat()
-    return _open(path, stat.st_mtime_ns, stat.st_size)
+    """Read the header of ``path`` and of its other parts.
+
+    Raises :class:`ModelLoadError` if one is not a GGUF file, is truncated or is missing.
+    """
+    parts = [path.with_name(name) for name in parts_of(path.name)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing and len(parts) > 1:
+        raise ModelLoadError(f"{path}: {', '.join(missing)} is missing beside it; fetch all {len(parts)} parts")
+    return _open(*((part, stat.st_mtime_ns, stat.st_size) for part in parts for stat in [part.stat()]))
 
 
 @lru_cache(maxsize=1)
-def _open(path: Path, _changed: int, size: int) -> GGUFFile:
+def _open(*parts: tuple[Path, int, int]) -> GGUFFile:
+    files = [_read(path, size) for path, _changed, size in parts]
+    path, first = parts[0][0], files[0].metadata
+    if (count := first.get("split.count", 0) or 1) != len(files):
+        raise ModelLoadError(f"{path}: the file is one of {count}; its name has to end in -00001-of-{count:05d}.gguf")
+    tensors = {name: info for file in files for name, info in file.tensors.items()}
+    if len(tensors) != first.get("split.tensors.count", len(tensors)):
+        raise ModelLoadError(f"{path}: its parts are not of one model; fetch them again")
+    return GGUFFile(path, first, tensors)
+
+
+def _read(path: Path, size: int) -> GGUFFile:
     with path.open("rb") as file:
         if file.read(4) != _MAGIC:
             raise ModelLoadError(f"{path}: not a GGUF file")
@@ -104,9 +127,28 @@ def _open(path: Path, _changed: int, size: int) -> GGUFFile:
                 raise ModelLoadError(f"{path}: the file is cut short or damaged; fetch it again") from None
     if any(info.offset + info.num_bytes > size for info in gguf.tensors.values()):
         raise ModelLoadError(f"{path}: the file is cut short; fetch it again")
-    if gguf.metadata.get("split.count", 1) > 1:
-        raise ModelLoadError(f"{path}: one part of several; join them with `llama-gguf-split --merge` first")
     return gguf
+
+
+def dequantized(blocks: npt.NDArray[Any], kind: GGMLQuantizationType, where: str) -> npt.NDArray[np.float32]:
+    """The exact values of ``blocks`` as float32. Raises :class:`ModelLoadError` naming ``where`` and the type."""
+    if kind in _PLAIN:
+        return np.asarray(blocks, dtype=np.float32)
+    if kind == GGMLQuantizationType.Q1_0:
+        return _signs(blocks)
+    try:
+        return np.asarray(dequantize(blocks, kind), dtype=np.float32)
+    except NotImplementedError:
+        reason = "is not for weights" if kind in NEVER_IN_FILES else "cannot be read"
+        raise ModelLoadError(f"{where}: the tensor type {kind.name} {reason}; use a Q8_0 file") from None
+
+
+def _signs(blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Of Q1_0, blocks of a float16 scale and a bit for each of 128 values: minus the scale, or the scale."""
+    parts = blocks.reshape(-1, 18)
+    scales = np.ascontiguousarray(parts[:, :2]).view(np.float16).astype(np.float32)
+    bits = np.unpackbits(parts[:, 2:], axis=-1, bitorder="little")
+    return np.where(bits == 1, scales, -scales).reshape(*blocks.shape[:-1], -1)
 
 
 class _Header:
@@ -127,7 +169,7 @@ class _Header:
         start = -(-self._at // alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in headers:
-            tensors[name] = TensorInfo(name, shape, kind, start + offset, _num_bytes(shape, kind))
+            tensors[name] = TensorInfo(name, shape, kind, start + offset, _num_bytes(shape, kind), path)
         return GGUFFile(path, metadata, tensors)
 
     def _tensor(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:

@@ -92,11 +92,12 @@ def test_packed_weights_are_billed_unpacked_only_where_they_are_unpacked(
     assert planned_bytes(folders["packed"]) == pytest.approx(unpacked * bits / 32, rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q6_K", "F16"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "BF16", "F16"])
 def test_a_gguf_file_takes_what_was_planned(tmp_path: Path, kind: str, device: Device) -> None:
-    from tests.engine.runner.load.test_gguf import write_gguf
+    from tests.checkpoints.gguf import CASES, write
 
-    path = write_gguf(tmp_path / "tiny.gguf", "llama", gguf.GGMLQuantizationType[kind], tied=False)
+    path = tmp_path / "tiny.gguf"
+    write(path, CASES["llama linear"], gguf.GGMLQuantizationType[kind])
     assert planned_bytes(path) == pytest.approx(loaded_bytes(path), rel=0.001)
 
 

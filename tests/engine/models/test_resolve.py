@@ -15,9 +15,10 @@ import pytest
 from engine.errors import ModelLoadError, ModelNotFoundError
 from engine.models import pypi as package_model
 from engine.models.folder import stored_weights
-from engine.models.gguf import pick_gguf
+from engine.models.gguf import GGUFFormat
 from engine.models.local import cached_models, hub_cache
 from engine.models.resolve import resolve
+from engine.models.weight_format import Wanted
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -161,10 +162,18 @@ def test_a_quantization_after_a_colon_picks_its_file(cache: FakeHubCache, tmp_pa
         resolve(f"{snapshot}:Q5_K")
 
 
-def test_a_split_file_says_how_to_join_it() -> None:
-    names = ["m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"]
-    with pytest.raises(ModelLoadError, match="llama-gguf-split --merge"):
-        pick_gguf("org/name:Q8_0", names, "Q8_0")
+@pytest.mark.usefixtures("no_network")
+def test_a_split_file_is_one_model_with_all_its_parts(cache: FakeHubCache) -> None:
+    parts = [f"Q8/m-Q8_0-{part:05d}-of-00002.gguf" for part in (1, 2)]
+    snapshot = cache.add("org/split", dict.fromkeys([*parts, "m-Q4_0.gguf"], "12345"))
+    assert resolve("org/split:Q8_0").path == snapshot / parts[0]
+    sizes = {model.name: model.bytes for model in cached_models()}
+    assert sizes == {"org/split:Q8_0": 10, "org/split:Q4_0": 5}
+    wanted = Wanted("org/split:Q8_0", "Q8_0", "weights")
+    assert GGUFFormat().to_download([*parts[::-1], "m-Q4_0.gguf"], wanted) == parts
+    assert GGUFFormat().missing(snapshot, wanted) == []
+    (snapshot / parts[1]).unlink()
+    assert GGUFFormat().missing(snapshot, wanted) == [parts[1]]
 
 
 @pytest.mark.usefixtures("no_network", "cache")

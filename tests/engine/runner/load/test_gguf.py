@@ -1,4 +1,6 @@
-import json
+"""GGUF files as models: every architecture against mlx-lm's own model, and what is refused."""
+
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,307 +9,310 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
-from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
 from engine.errors import ModelLoadError
-from engine.models.gguf_config import MODEL_TYPES, gguf_config
+from engine.models.gguf_architectures import ARCHITECTURES
+from engine.models.gguf_config import gguf_config
 from engine.models.gguf_file import open_gguf
 from engine.models.local import ResolvedModel
+from engine.models.model_config import ModelConfig, read_model_config
 from engine.params.engine_args import EngineArgs
-from engine.runner.load.gguf import PACKED_BITS, load_gguf
-from engine.runner.load.loader import load_model
 
 mx = pytest.importorskip("mlx.core")
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 256, 4, 2, 64, 64
-ROPE_BASE = 50000.0
-LAYERS = {"llama": 2, "qwen2": 2, "qwen3": 2, "gemma3": 6}  # Gemma: five sliding layers, then a full one
-KINDS = [
-    *(Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0),
-    *(Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_NL, Type.IQ4_XS),
-]
-_PLAIN = (Type.F32, Type.F16)
-_SCALE_BYTES: dict[Type, tuple[int, ...]] = {
-    Type.Q2_K: (80, 82),
-    Type.Q3_K: (108,),
-    Type.Q4_K: (0, 2),
-    Type.Q5_K: (0, 2),
-    Type.Q6_K: (208,),
-    Type.IQ4_NL: (0,),
-    Type.IQ4_XS: (0,),
-}
-"""Where a block holds its float16 scales: random bytes would make NaN of them."""
+from engine.runner.load.gguf import GGUFWeights, choice_of, load_gguf  # noqa: E402
+from engine.runner.load.loader import load_model  # noqa: E402
+from engine.runner.load.weight_types import parameter_bytes  # noqa: E402
+from tests.checkpoints.gguf import CASES, Case, write  # noqa: E402
+
+IDS = [[1, 5, 9, 100, 33, 60, 7, 7, 12, 50, 21, 4, 77, 130, 8, 90, 91, 14, 2, 3, 6, 1, 8, 0, 3, 3, 9, 8, 8, 7]]
+"""Longer than the windows of the tiny models."""
+FLOAT32 = EngineArgs("m", dtype="float32")
 
 
-def random_blocks(kind: Type, shape: tuple[int, int], rng: np.random.Generator) -> npt.NDArray[Any]:
-    """Random weights of about 0.05, in the file's form."""
-    if kind not in _SCALE_BYTES:
-        values = rng.normal(0, 0.05, shape).astype(np.float32)
-        if kind in _PLAIN:
-            return values.astype(np.float16 if kind == Type.F16 else np.float32)
-        return gguf.quants.quantize(values, kind)  # type: ignore[no-any-return]
-    block, size = GGML_QUANT_SIZES[kind]
-    data = rng.integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
-    for at in _SCALE_BYTES[kind]:
-        scales = (rng.uniform(0.5, 1.5, data.shape[:2]) * 1e-3).astype(np.float16)
-        data[..., at : at + 2] = scales[..., None].view(np.uint8)
-    return data.reshape(shape[0], -1)
+def resolved(path: Path) -> ResolvedModel:
+    return ResolvedModel(path.name, path, "gguf")
 
 
-def matrices(arch: str, tied: bool) -> dict[str, tuple[int, int]]:
-    sizes = {
-        "attn_q": (HEADS * HEAD_DIM, HIDDEN),
-        "attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
-        "attn_v": (KV_HEADS * HEAD_DIM, HIDDEN),
-        "attn_output": (HIDDEN, HEADS * HEAD_DIM),
-        "ffn_gate": (512, HIDDEN),
-        "ffn_up": (512, HIDDEN),
-        "ffn_down": (HIDDEN, 512),
-    }
-    layers = {f"blk.{i}.{name}.weight": shape for i in range(LAYERS[arch]) for name, shape in sizes.items()}
-    return {"token_embd.weight": (VOCAB, HIDDEN), **layers, **({} if tied else {"output.weight": (VOCAB, HIDDEN)})}
-
-
-def vectors(arch: str) -> dict[str, int]:
-    sizes = {"attn_norm": HIDDEN, "ffn_norm": HIDDEN}
-    if arch in ("qwen3", "gemma3"):
-        sizes |= {"attn_q_norm": HEAD_DIM, "attn_k_norm": HEAD_DIM}
-    if arch == "gemma3":
-        sizes |= {"post_attention_norm": HIDDEN, "post_ffw_norm": HIDDEN}
-    found = {f"blk.{i}.{name}.weight": size for i in range(LAYERS[arch]) for name, size in sizes.items()}
-    if arch == "qwen2":
-        heads = {"attn_q": HEADS, "attn_k": KV_HEADS, "attn_v": KV_HEADS}
-        found |= {f"blk.{i}.{name}.bias": n * HEAD_DIM for i in range(LAYERS[arch]) for name, n in heads.items()}
-    return {"output_norm.weight": HIDDEN, **found}
-
-
-def write_gguf(
-    path: Path,
-    arch: str,
-    kind: Type,
-    *,
-    tied: bool = True,
-    extra: dict[str, npt.NDArray[np.float32]] | None = None,
-    more: Callable[[gguf.GGUFWriter], None] = lambda _: None,
-) -> Path:
-    rng = np.random.default_rng(7)
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_block_count(LAYERS[arch])
-    writer.add_context_length(512)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(512)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_key_length(HEAD_DIM)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(ROPE_BASE)
-    if arch == "gemma3":
-        writer.add_sliding_window(8)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(VOCAB)])
-    writer.add_token_types([1] * VOCAB)
-    writer.add_eos_token_id(3)
-    more(writer)
-    for name, shape in matrices(arch, tied).items():
-        data = random_blocks(kind, shape, rng)
-        writer.add_tensor(name, data, raw_dtype=None if kind in _PLAIN else kind)
-    for name, size in vectors(arch).items():
-        shift = 1.0 if name.endswith("norm.weight") else 0.0
-        writer.add_tensor(name, (shift + rng.normal(0, 0.1, size)).astype(np.float32))
-    for name, values in (extra or {}).items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-HF_NAMES = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm", "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}  # fmt: skip
-
-
-def write_folder(folder: Path, path: Path, arch: str) -> Path:
-    """The same weights as a Hugging Face folder, made with gguf's own reader and llama.cpp's rules, not with ours."""
-    reader = gguf.GGUFReader(path)
-    weights = {}
-    for tensor in reader.tensors:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        name = tensor.name
-        if arch == "llama" and ("attn_q." in name or "attn_k." in name):
-            rows = values.shape[0] // HEAD_DIM
-            order = [h * HEAD_DIM + i // 2 + (i % 2) * HEAD_DIM // 2 for h in range(rows) for i in range(HEAD_DIM)]
-            straight = np.empty_like(values)
-            straight[order] = values
-            values = straight
-        if arch == "gemma3" and "norm" in name:
-            values = values - 1
-        if name.startswith("blk."):
-            _, layer, part, leaf = name.split(".")
-            after = "pre_feedforward_layernorm" if arch == "gemma3" else "post_attention_layernorm"
-            name = f"model.layers.{layer}.{after if part == 'ffn_norm' else HF_NAMES[part]}.{leaf}"
-        else:
-            ends = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-            name = ends[name.split(".")[0]] + ".weight"
-        weights[name] = mx.array(values)
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    config = {
-        "model_type": MODEL_TYPES[arch], "hidden_size": HIDDEN, "num_hidden_layers": LAYERS[arch],
-        "intermediate_size": 512, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "rms_norm_eps": 1e-6,
-        "vocab_size": VOCAB, "max_position_embeddings": 512, "rope_theta": ROPE_BASE, "sliding_window": 8,
-        "sliding_window_pattern": 6, "query_pre_attn_scalar": HEAD_DIM, "rope_local_base_freq": 10000.0,
-        "tie_word_embeddings": "lm_head.weight" not in weights,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-IDS = [[1, 5, 9, 2, 33, 60, 7, 7, 12, 50, 21, 4]]
+def config_of(path: Path) -> ModelConfig:
+    return read_model_config(resolved(path), FLOAT32)
 
 
 def logits(model: Any) -> npt.NDArray[np.float32]:
     return np.array(model(mx.array(IDS)).astype(mx.float32))
 
 
-def resolved(path: Path) -> ResolvedModel:
-    return ResolvedModel(path.name, path, "gguf" if path.suffix == ".gguf" else "folder")
+def loaded(path: Path, *, keep_packed: bool, dtype: Any = mx.float32) -> Any:
+    file, config = open_gguf(path), config_of(path)
+    return load_gguf(file, config, choice_of(file, config, dtype, keep_packed=keep_packed), lambda *_: None)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_every_weight_equals_what_gguf_itself_dequantizes(tmp_path: Path, kind: Type) -> None:
-    path = write_gguf(tmp_path / "m.gguf", "qwen3", kind)
-    loaded = load_model(resolved(path), EngineArgs("m", dtype="float32"))
-    layer = loaded.model.model.layers[1]
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    pairs = {
-        "blk.1.attn_q.weight": layer.self_attn.q_proj.weight,
-        "blk.1.ffn_down.weight": layer.mlp.down_proj.weight,
-        "token_embd.weight": loaded.model.model.embed_tokens.weight,
-    }
-    for name, weight in pairs.items():
-        expected = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
-        np.testing.assert_array_equal(np.array(weight), expected.astype(np.float32))
+def with_keys(case: Case, **keys: Any) -> Case:
+    return dataclasses.replace(case, keys={**case.keys, **{key.replace("__", "."): keys[key] for key in keys}})
 
 
-@pytest.mark.parametrize("arch", MODEL_TYPES)
-@pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0, Type.Q4_K], ids=lambda kind: kind.name)
-def test_a_file_and_the_same_weights_as_a_folder_give_equal_logits(tmp_path: Path, arch: str, kind: Type) -> None:
-    path = write_gguf(tmp_path / "m.gguf", arch, kind)
-    folder = write_folder(tmp_path / "folder", path, arch)
-    args = EngineArgs("m", dtype="float32")
-    from_file, from_folder = load_model(resolved(path), args), load_model(resolved(folder), args)
-    assert np.abs(logits(from_folder.model)).max() > 0.01
-    np.testing.assert_allclose(logits(from_file.model), logits(from_folder.model), atol=1e-5)
+def add_to(path: Path, case: Case, tensors: dict[str, npt.NDArray[np.float32]]) -> Path:
+    """The file of ``case`` with further tensors."""
+    write(path, dataclasses.replace(case, stored=(*case.stored, lambda own, _: {**own, **tensors})))
+    return path
 
 
-def test_an_output_matrix_of_its_own_is_used(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", "llama", Type.Q4_0, tied=False)
-    folder = write_folder(tmp_path / "folder", path, "llama")
-    args = EngineArgs("m", dtype="float32")
-    np.testing.assert_allclose(
-        logits(load_model(resolved(path), args).model), logits(load_model(resolved(folder), args).model), atol=1e-5
-    )
+def test_every_architecture_that_is_known_has_a_file_here() -> None:
+    assert {case.arch for case in CASES.values()} == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])
-@pytest.mark.parametrize("kind", PACKED_BITS, ids=lambda kind: kind.name)
-def test_packed_weights_hold_the_files_values_bit_for_bit(tmp_path: Path, arch: str, kind: Type) -> None:
-    file = open_gguf(write_gguf(tmp_path / "m.gguf", arch, kind))
-    options: dict[str, Any] = {"dtype": mx.float32, "report": lambda *_: None}
-    packed = load_gguf(file, gguf_config(file), keep_packed=True, **options)
-    plain = load_gguf(file, gguf_config(file), keep_packed=False, **options)
-    for ours, exact in zip(packed.model.layers, plain.model.layers, strict=True):
-        for one, other in ((ours.self_attn.q_proj, exact.self_attn.q_proj), (ours.mlp.up_proj, exact.mlp.up_proj)):
-            values = mx.dequantize(one.weight, one.scales, one.biases, one.group_size, one.bits)
-            # d * q - 8 d is rounded once more than d * (q - 8): the same number but for the last bit.
-            np.testing.assert_allclose(np.array(values), np.array(other.weight), rtol=0, atol=1e-8)
-    np.testing.assert_allclose(logits(packed), logits(plain), atol=1e-4)
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_gives_the_logits_of_mlx_lms_model(tmp_path: Path, name: str) -> None:
+    expected = logits(write(tmp_path / "m.gguf", CASES[name]))
+    ours = logits(load_model(resolved(tmp_path / "m.gguf"), FLOAT32).model)
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(ours, expected, atol=5e-5)
+    np.testing.assert_array_equal(ours.argmax(-1), expected.argmax(-1))
 
 
-def test_packed_scales_are_exact_in_float16(tmp_path: Path) -> None:
-    file = open_gguf(write_gguf(tmp_path / "m.gguf", "qwen3", Type.Q4_0))
-    model = load_gguf(file, gguf_config(file), dtype=mx.float16, keep_packed=True, report=lambda *_: None)
-    projection = model.model.layers[0].mlp.up_proj
-    blocks = file.blocks("blk.0.ffn_up.weight").reshape(512, -1, 18)
-    stored = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
-    np.testing.assert_array_equal(np.array(projection.scales), stored)
-    np.testing.assert_array_equal(np.array(projection.biases), -8 * stored)
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.MXFP4], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("name", ["llama", "qwen2 moe", "qwen3 next", "qwen3.5 moe", "gemma4 moe", "gpt-oss", "phi3"])
+def test_matrices_that_stay_packed_compute_what_the_unpacked_ones_do(tmp_path: Path, name: str, kind: Type) -> None:
+    write(tmp_path / "m.gguf", CASES[name], kind)
+    packed, plain = (loaded(tmp_path / "m.gguf", keep_packed=keep) for keep in (True, False))
+    modes = {getattr(module, "mode", None) for _, module in packed.named_modules() if hasattr(module, "bits")}
+    assert modes == {"mxfp4" if kind == Type.MXFP4 else "affine"}
+    np.testing.assert_allclose(logits(packed), logits(plain), atol=2e-3)
 
 
-def test_progress_counts_the_files_bytes_up_to_all_of_them(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", "llama", Type.Q8_0)
-    seen: list[tuple[str, int, int]] = []
-    load_model(resolved(path), EngineArgs("m"), lambda *at: seen.append(at))
-    assert all(stage == "load" for stage, _, _ in seen)
-    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
-    assert seen[-1][1] == seen[-1][2] == sum(info.num_bytes for info in open_gguf(path).tensors.values())
+@pytest.mark.parametrize(("kind", "dtype"), [(Type.Q8_0, "float32"), (Type.Q5_0, "float16"), (Type.MXFP4, "bfloat16")])
+@pytest.mark.parametrize("name", ["llama llama3", "qwen3.5 moe", "gemma4", "gpt-oss", "deepseek 3", "granite hybrid"])
+def test_the_plan_bills_the_bytes_that_are_loaded(tmp_path: Path, name: str, kind: Type, dtype: str) -> None:
+    write(tmp_path / "m.gguf", CASES[name], kind)
+    file, config = open_gguf(tmp_path / "m.gguf"), config_of(tmp_path / "m.gguf")
+    for keep in (True, False):
+        choice = choice_of(file, config, getattr(mx, dtype), keep_packed=keep)
+        model = load_gguf(file, config, choice, lambda *_: None)
+        assert choice.num_bytes == pytest.approx(parameter_bytes(model), rel=0.01)
+        assert bool(choice.packed) == keep
 
 
-def test_rope_factors_of_the_file_are_used_as_they_are(tmp_path: Path) -> None:
-    factors = np.linspace(1.0, 8.0, HEAD_DIM // 2, dtype=np.float32)
-    path = write_gguf(tmp_path / "m.gguf", "llama", Type.F32, extra={"rope_freqs.weight": factors})
-    model = load_model(resolved(path), EngineArgs("m", dtype="float32")).model
-    expected = ROPE_BASE ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM) * factors
-    for layer in model.model.layers:
-        np.testing.assert_allclose(np.array(layer.self_attn.rope._freqs), expected, rtol=1e-5)
+def test_the_plan_of_a_file_is_the_load_of_it(tmp_path: Path) -> None:
+    from engine.runner.device.devices import describe_device
+
+    write(tmp_path / "m.gguf", CASES["qwen3.5 moe"], Type.Q4_0)
+    file, config = resolved(tmp_path / "m.gguf"), config_of(tmp_path / "m.gguf")
+    plan = GGUFWeights().abstract(file, config, EngineArgs("m"), describe_device())
+    assert plan.num_bytes == load_model(file, EngineArgs("m")).num_bytes == parameter_bytes(plan.model)
 
 
-def test_the_config_carries_length_scaling_end_tokens_and_vocabulary(tmp_path: Path) -> None:
-    def scaling(writer: gguf.GGUFWriter) -> None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(4.0)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3.5"])
+def test_queries_keys_and_values_in_one_matrix_are_divided(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
 
-    path = write_gguf(tmp_path / "m.gguf", "qwen2", Type.F16, more=scaling)
-    config = load_model(resolved(path), EngineArgs("m")).config
-    assert config.context_length == 2048
-    assert config.hf_config["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 4.0}
-    assert (config.vocab_size, config.eos_token_ids, config.model_type) == (VOCAB, {3}, "qwen2")
+    def joined(tensors: dict[str, npt.NDArray[np.float32]], _config: Any) -> dict[str, npt.NDArray[np.float32]]:
+        stored = dict(tensors)
+        for query in [key for key in tensors if ".q_proj." in key]:
+            layer, leaf = query.split("layers.")[1].split(".")[0], query.rsplit(".", 1)[1]
+            parts = [stored.pop(query.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+            stored[f"blk.{layer}.attn_qkv.{leaf}"] = np.concatenate(parts)
+        return stored
+
+    path = tmp_path / "m.gguf"
+    expected = write(path, dataclasses.replace(case, stored=(*case.stored, joined)))
+    if name == "qwen3.5":  # where the name means the linear layers' matrix
+        with pytest.raises(ModelLoadError, match=r"not in model: .*in_proj_qkv.*; load the model's safetensors"):
+            load_model(resolved(path), FLOAT32)
+        return
+    np.testing.assert_allclose(logits(load_model(resolved(path), FLOAT32).model), logits(expected), atol=5e-5)
+
+
+def test_layers_that_only_guess_further_tokens_are_left_out(tmp_path: Path) -> None:
+    case = with_keys(CASES["qwen3"], block_count=5, nextn_predict_layers=1)
+    spare = {"blk.4.attn_norm.weight": np.ones(64, np.float32), "blk.4.nextn.eh_proj.weight": np.ones((64, 128))}
+    path = add_to(tmp_path / "m.gguf", case, spare)
+    model = load_model(resolved(path), FLOAT32).model
+    assert len(model.layers) == 4
+    np.testing.assert_array_equal(logits(model), logits(write(tmp_path / "plain.gguf", CASES["qwen3"])))
+
+
+def split(path: Path) -> list[Path]:
+    """The file in three parts, as llama.cpp's tool divides it."""
+    reader = gguf.GGUFReader(path)
+    parts = [path.with_name(f"s-Q8_0-{number:05d}-of-00003.gguf") for number in (1, 2, 3)]
+    for number, part in enumerate(parts):
+        writer = gguf.GGUFWriter(part, "")
+        for field in reader.fields.values() if number == 0 else ():
+            if not field.name.startswith("GGUF."):
+                kinds = field.types
+                writer.add_key_value(field.name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", len(parts))
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors[number :: len(parts)]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return parts
+
+
+def test_a_model_in_several_files_is_read_from_any_of_them_if_all_are_there(tmp_path: Path) -> None:
+    write(tmp_path / "whole.gguf", CASES["qwen3 next"], Type.Q8_0)
+    parts = split(tmp_path / "whole.gguf")
+    expected = logits(load_model(resolved(tmp_path / "whole.gguf"), FLOAT32).model)
+    for part in parts:
+        np.testing.assert_array_equal(logits(load_model(resolved(part), FLOAT32).model), expected)
+    parts[1].rename(tmp_path / "away.gguf")
+    with pytest.raises(ModelLoadError, match=r"s-Q8_0-00002-of-00003\.gguf is missing beside it; fetch all 3 parts"):
+        load_model(resolved(parts[0]), FLOAT32)
+    parts[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(ModelLoadError, match=r"one of 3; its name has to end in -00001-of-00003\.gguf"):
+        load_model(resolved(tmp_path / "renamed.gguf"), FLOAT32)
+
+
+SCALINGS = {
+    "linear": {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0},
+    "yarn": {
+        "rope__scaling__type": "yarn", "rope__scaling__factor": 8.0, "rope__scaling__original_context_length": 64,
+    },
+}  # fmt: skip
+FIRST = {case.arch: name for name, case in reversed(CASES.items()) if "llama3" not in str(case)}
+"""A case of each architecture that scales no frequencies of its own."""
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("arch", FIRST)
+def test_a_scaling_of_rope_is_computed_or_refused_never_ignored(tmp_path: Path, arch: str, kind: str) -> None:
+    case = CASES[FIRST[arch]]
+    plain = write(tmp_path / "scaled.gguf", with_keys(case, **SCALINGS[kind]))
+    try:
+        scaled = logits(load_model(resolved(tmp_path / "scaled.gguf"), FLOAT32).model)
+    except ModelLoadError as error:
+        assert "scaling" in str(error)  # noqa: PT017
+        return
+    assert np.abs(scaled - logits(plain)).max() > 0.01
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a scaling that the model does not compute": (
+        "qwen3 moe", {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, "RoPE scaling 'yarn'"),
+    "an unknown scaling": ("llama", {"rope__scaling__type": "ntk", "rope__scaling__factor": 4.0}, "scaling 'ntk'"),
+    "a scaling without its type": ("gemma", {"rope__scaling__factor": 4.0}, "RoPE scaling 'linear'"),
+    "another strength of yarn": (
+        "llama yarn", {"rope__scaling__yarn_attn_factor": 2.0}, "yarn_attn_factor = 2 is not supported"),
+    "metadata that nobody knows": ("qwen3", {"attention__clamp_kqv": 8.0}, "attention.clamp_kqv = 8.0 is not under"),
+    "values that differ between layers": ("qwen3", {"feed_forward_length": [96, 96, 96, 64]}, "differs between layers"),
+    "heads that differ between layers": ("llama", {"attention__head_count": [4, 4, 2, 4]}, "head_count differs"),
+    "keys that differ between layers": ("llama", {"attention__head_count_kv": [2, 1, 2, 2]}, "head_count_kv differs"),
+    "a part of the head that rotates": ("llama", {"rope__dimension_count": 8}, "rope.dimension_count = 8 of heads"),
+    "values of another size than keys": ("qwen3", {"attention__value_length": 8}, "value_length = 8"),
+    "heads that do not divide the model": (
+        "mixtral", {"attention__key_length": 32, "attention__value_length": 32, "rope__dimension_count": 32},
+        "key_length = 32 is not supported"),
+    "attention that looks ahead": ("qwen3", {"attention__causal": False}, "attention.causal = False"),
+    "experts of DeepSeek 2": ("deepseek 3", {"expert_gating_func": 1}, "DeepSeek 2"),
+    "experts in groups": ("qwen3 moe", {"expert_group_count": 4}, "expert_group_count = 4"),
+    "a missing key": ("gpt-oss", {"expert_feed_forward_length": None}, "expert_feed_forward_length is missing"),
+    "a window's own RoPE": ("olmo3", {"rope__freq_base_swa": 5e5}, "freq_base_swa"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_would_change_tokens_and_is_not_understood_is_refused_by_name(tmp_path: Path, what: str) -> None:
+    name, keys, words = REFUSED[what]
+    write(tmp_path / "m.gguf", with_keys(CASES[name], **keys))
+    with pytest.raises(ModelLoadError, match=words) as caught:
+        load_model(resolved(tmp_path / "m.gguf"), FLOAT32)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
-    other = tmp_path / "other.gguf"
-    writer = gguf.GGUFWriter(other, "phi3")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mpt")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelLoadError, match=r"architecture 'phi3' is not supported \(llama, qwen2, qwen3, gemma3"):
-        load_model(resolved(other), EngineArgs("m"))
+    with pytest.raises(ModelLoadError, match=r"architecture 'mpt' is not supported \(llama, mistral3, qwen2"):
+        load_model(resolved(tmp_path / "other.gguf"), FLOAT32)
 
 
-def test_an_unknown_tensor_is_named_not_dropped(tmp_path: Path) -> None:
-    extra = {"blk.0.attn_sinks.weight": np.ones(4, dtype=np.float32)}
-    path = write_gguf(tmp_path / "m.gguf", "llama", Type.F32, extra=extra)
-    with pytest.raises(ModelLoadError, match=r"blk\.0\.attn_sinks\.weight is not known"):
-        load_model(resolved(path), EngineArgs("m"))
+@pytest.mark.parametrize("name", ["blk.0.attn_sinks.weight", "blk.0.attn_q_norm.weight", "enc.output", "mtp head.x"])
+def test_an_unknown_tensor_is_named_not_dropped(tmp_path: Path, name: str) -> None:
+    path = add_to(tmp_path / "m.gguf", CASES["llama"], {})
+    file = open_gguf(path)
+    extra = dataclasses.replace(file.tensors["output_norm.weight"], name=name)
+    config = gguf_config(file)
+    from engine.models.gguf_sources import sources
+
+    more = dataclasses.replace(file, tensors={**file.tensors, name: extra})
+    if name == "blk.0.attn_q_norm.weight":  # a name of other architectures: the model itself has no place for it
+        assert any(source.name == "model.layers.0.self_attn.q_norm.weight" for source in sources(more, config))
+        return
+    with pytest.raises(ModelLoadError, match=f"tensor {name} is not known for architecture llama"):
+        sources(more, config)
+
+
+def without(part: str) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
+    return lambda tensors, _: {name: values for name, values in tensors.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    "part", ["layers.1.mlp.up_proj", "layers.0.linear_attn.in_proj_z", "layers.1.self_attn.q_norm"]
+)
+def test_a_missing_tensor_is_named(tmp_path: Path, part: str) -> None:
+    case = CASES["qwen3.5"]
+    write(tmp_path / "m.gguf", dataclasses.replace(case, stored=(*case.stored, without(part))))
+    with pytest.raises(ModelLoadError, match=part.replace(".", r"\.")) as caught:
+        load_model(resolved(tmp_path / "m.gguf"), FLOAT32)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_half_of_a_joined_matrix_is_named(tmp_path: Path) -> None:
+    case = CASES["qwen3 next"]
+    write(tmp_path / "m.gguf", dataclasses.replace(case, stored=(*case.stored, without("blk.0.attn_gate"))))
+    with pytest.raises(ModelLoadError, match=r"tensor blk\.0\.attn_gate\.weight is missing"):
+        load_model(resolved(tmp_path / "m.gguf"), FLOAT32)
 
 
 @pytest.mark.parametrize("keep", [3, 100, 4000, -10])
 def test_a_file_cut_short_is_one_line_at_any_cut(tmp_path: Path, keep: int) -> None:
-    path = write_gguf(tmp_path / "m.gguf", "llama", Type.F32)
+    path = tmp_path / "m.gguf"
+    write(path, CASES["llama"])
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ModelLoadError, match=r"not a GGUF file|cut short") as caught:
         open_gguf(path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_tensor_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = matrices("llama", True)
-    monkeypatch.setitem(
-        write_gguf.__globals__, "matrices", lambda *_: {k: v for k, v in whole.items() if k != "blk.1.ffn_up.weight"}
-    )
-    path = write_gguf(tmp_path / "m.gguf", "llama", Type.F32)
-    with pytest.raises(ModelLoadError, match=r"layers\.1\.mlp\.up_proj\.weight") as caught:
-        load_model(resolved(path), EngineArgs("m"))
-    assert "\n" not in str(caught.value)
+def test_a_note_says_which_types_stay_packed_and_which_do_not(tmp_path: Path) -> None:
+    from engine.runner.device.devices import describe_device
+
+    write(tmp_path / "m.gguf", CASES["llama"], Type.Q4_0)
+    write(tmp_path / "mixed.gguf", CASES["llama"], Type.Q4_0, {"blk.0.ffn_up.weight": Type.F16})
+    gpu = dataclasses.replace(describe_device(), kind="metal")
+    notes = {}
+    for name in ("m", "mixed"):
+        file = resolved(tmp_path / f"{name}.gguf")
+        notes[name] = GGUFWeights().prepare(file, config_of(file.path), EngineArgs("m"), gpu).describe(None)
+    assert notes["m"] == "float16 (Q4_0 weights kept packed)"
+    assert notes["mixed"] == "float16 (Q4_0 weights kept packed, F16 unpacked exactly)"
+    assert load_model(resolved(tmp_path / "m.gguf"), FLOAT32).notes[0].endswith("(Q4_0 weights unpacked exactly)")
+
+
+def test_progress_counts_the_files_bytes_up_to_all_of_them(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", CASES["gemma4 moe"], Type.Q8_0)
+    seen: list[tuple[str, int, int]] = []
+    load_model(resolved(tmp_path / "m.gguf"), EngineArgs("m"), lambda *at: seen.append(at))
+    assert all(stage == "load" for stage, _, _ in seen)
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1][1] == seen[-1][2] == sum(info.num_bytes for info in open_gguf(tmp_path / "m.gguf").tensors.values())
+
+
+def test_the_config_carries_length_scaling_end_tokens_and_vocabulary(tmp_path: Path) -> None:
+    case = with_keys(CASES["qwen2"], rope__scaling__type="linear", rope__scaling__factor=4.0)
+    write(tmp_path / "m.gguf", case)
+    config = load_model(resolved(tmp_path / "m.gguf"), EngineArgs("m")).config
+    assert config.context_length == 4 * 4096
+    assert config.hf_config["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 4.0}
+    assert (config.vocab_size, config.eos_token_ids, config.model_type) == (199, {3}, "qwen2")
 
 
 def test_the_header_reader_agrees_with_ggufs_own_reader(smollm2_gguf: Path) -> None:
