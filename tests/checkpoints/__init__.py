@@ -1,0 +1,1 @@
+"""Folders and files as today's tools write them, and what is read from each."""
