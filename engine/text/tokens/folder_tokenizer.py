@@ -5,7 +5,7 @@ not added, since the model knows none. transformers itself, which takes a second
 that are not in :mod:`engine.text.tokens.tokenizer_class` and for folders without a ``tokenizer.json``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from engine.text.tokens.tokenizer_class import (
 _CONFIG = "tokenizer_config.json"
 _MAP = "special_tokens_map.json"
 _FILE = "tokenizer.json"
+_USUAL_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 
 
@@ -102,14 +103,19 @@ def _from_file(files: _Files) -> tokenizers.Tokenizer | None:
     texts = {name: text for name, value in files.named_tokens.items() if (text := _token_text(value))}
     if files.chosen.builds_its_own and not build_as(files.chosen.name, hf, files.config, texts):
         return None
-    _add_tokens(hf, _listed_tokens(files, hf, set(texts.values())))
-    special = _special_tokens(files, hf)
+    listed = _listed_tokens(files, hf, set(texts.values()))
+    before = hf.get_added_tokens_decoder().values()
+    same, ordinary = {repr(token) for token in before}, {token.content for token in listed if not token.special}
+    hf.add_tokens([token for token in listed if repr(token) not in same])
+    if files.chosen.builds_its_own and any(token.special and token.content in ordinary for token in before):
+        hf = tokenizers.Tokenizer.from_str(hf.to_str())  # the library forgets only so that they were special
+    special = _special_tokens(files, hf, {token.content: token for token in listed})
     known = {token.content for token in hf.get_added_tokens_decoder().values()}
-    _add_tokens(hf, [token for token in special if token.content not in known])
+    hf.add_tokens([token for token in special if token.content not in known])
     if files.chosen.name == "Qwen2Tokenizer":  # which adds all of them again, plain
-        _add_tokens(hf, [tokenizers.AddedToken(token.content, special=True) for token in special])
+        hf.add_tokens([tokenizers.AddedToken(token.content, special=True) for token in special])
     elif files.chosen.name == "CohereTokenizer":
-        _add_tokens(hf, special)
+        hf.add_special_tokens(special)
     return hf
 
 
@@ -120,40 +126,48 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         raise ModelLoadError(f"{path}: not a tokenizer ({str(error).splitlines()[0][:200]}); fetch it again") from None
 
 
-def _listed_tokens(files: _Files, hf: tokenizers.Tokenizer, special: set[str]) -> list[tokenizers.AddedToken]:
-    """``added_tokens_decoder`` of ``tokenizer_config.json``, else ``added_tokens.json``, in the order of their ids.
+def _listed_tokens(files: _Files, hf: tokenizers.Tokenizer, named: set[str]) -> list[tokenizers.AddedToken]:
+    """``added_tokens_decoder`` of ``tokenizer_config.json``, else ``tokenizer.json``'s own and ``added_tokens.json``.
 
-    Only what the tokenizer does not know just so: flags that differ replace those of ``tokenizer.json``.
+    In the order of their ids; those with a name are special. Flags that differ replace those of ``tokenizer.json``.
     """
-    known = hf.get_added_tokens_decoder()
     if "added_tokens_decoder" in files.config:
         listed = files.config["added_tokens_decoder"]
         listed = listed if isinstance(listed, Mapping) else {}
         tokens = [_added_token(listed[index], False) for index in sorted(listed, key=int)]
     else:
         more = read_json(files.folder / "added_tokens.json")
-        pairs = sorted((index, text) for text, index in more.items() if index not in known)
-        extra = special | {text for value in _extra(files.special) if (text := _token_text(value))}
-        tokens = [tokenizers.AddedToken(text, special=text in extra) for _, text in pairs]
-    before = {repr(token) for token in known.values()}
-    tokens = [token for token in tokens if repr(token) not in before]
+        extra = named | {text for value in _extra(files.special) if (text := _token_text(value))}
+        added = {index: tokenizers.AddedToken(text, special=text in extra) for text, index in more.items()}
+        tokens = [token for _, token in sorted({**added, **hf.get_added_tokens_decoder()}.items())]
     for token in tokens:
-        token.special = token.special or token.content in special
+        token.special = token.special or token.content in named
     return tokens
 
 
-def _special_tokens(files: _Files, hf: tokenizers.Tokenizer) -> list[tokenizers.AddedToken]:
-    """Tokens that the files or the class name as special, with the flags that the tokenizer has for them.
+def _special_tokens(
+    files: _Files, hf: tokenizers.Tokenizer, listed: Mapping[str, tokenizers.AddedToken]
+) -> list[tokenizers.AddedToken]:
+    """Tokens that the files or the class name as special; those with usual names as ``listed`` has them.
 
-    Only those that the vocabulary has: the model knows no others.
+    One that is named twice comes twice, and its last flags count. Only those that the vocabulary has: the model knows
+    no others.
     """
-    known = {token.content: token for token in hf.get_added_tokens_decoder().values()}
-    values = [*files.named_tokens.values(), *_extra(files.special)]
-    texts = {text: value for value in values if (text := _token_text(value)) and hf.token_to_id(text) is not None}
-    return [
-        known.get(text) or _added_token(value if isinstance(value, Mapping) else {"content": text}, True)
-        for text, value in texts.items()
-    ]
+    found: list[tokenizers.AddedToken] = []
+    named = files.named_tokens
+    for name in (
+        *(name for name in _USUAL_NAMES if name in named),
+        *(name for name in named if name not in _USUAL_NAMES),
+    ):
+        if text := _token_text(value := named[name]):
+            plain = _added_token(value if isinstance(value, Mapping) else {"content": text}, True)
+            usual = name in _USUAL_NAMES and name in files.special
+            found.append(listed.get(text, plain) if usual else plain)
+    for value in _extra(files.special):
+        if text := _token_text(value):
+            plain = _added_token({"content": text}, True)
+            found.append(_added_token(value, False) if isinstance(value, Mapping) else plain)
+    return [token for token in found if hf.token_to_id(token.content) is not None]
 
 
 def _named(special: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,18 +178,14 @@ def _named(special: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _extra(special: Mapping[str, Any]) -> list[Any]:
-    """Special tokens without names."""
-    lists = [special.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
-    return [value for values in lists if isinstance(values, list) for value in values]
+    """Special tokens without names; the older key counts where the newer one has none."""
+    lists = (special.get("extra_special_tokens"), special.get("additional_special_tokens"))
+    return next((values for values in lists if values and isinstance(values, list)), [])
 
 
 def _added_token(token: Mapping[str, Any], special: bool) -> tokenizers.AddedToken:
     flags = {name: bool(token[name]) for name in _FLAGS if name in token}
     return tokenizers.AddedToken(token["content"], special=special or bool(token.get("special", False)), **flags)
-
-
-def _add_tokens(hf: tokenizers.Tokenizer, tokens: Sequence[tokenizers.AddedToken]) -> None:
-    hf.add_tokens(list(tokens))  # all at once: each call reads all of them anew, 17 s for Gemma's 6242
 
 
 def _token_text(token: object) -> str | None:

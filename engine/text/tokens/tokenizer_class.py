@@ -162,7 +162,8 @@ def build_as(name: str, hf: Tokenizer, options: Mapping[str, Any], named_tokens:
         return False
     sentencepiece = name in ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
     model.byte_fallback = model.fuse_unk = sentencepiece
-    model.unk_token = named_tokens.get("unk_token") if name in ("CodeLlamaTokenizer", "GemmaTokenizer") else None
+    unknown = named_tokens.get("unk_token", "") if name in ("CodeLlamaTokenizer", "GemmaTokenizer") else ""
+    model.unk_token = unknown if model.token_to_id(unknown) is not None else None
     model.ignore_merges, model.dropout = False, None
     prefix = options.get("add_prefix_space")
     if name == "GemmaTokenizer":
@@ -210,13 +211,15 @@ def _split(pre: str) -> Any:
 
 def _build_post_processor(hf: Tokenizer, name: str, bos: str | None) -> None:
     """GPT-NeoX's class adds nothing, Code Llama's always BOS; the others keep what the file says."""
-    if name == "GPTNeoXTokenizer":
-        hf.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
+    if name not in ("GPTNeoXTokenizer", "CodeLlamaTokenizer"):
+        return
     bos_id = hf.token_to_id(bos) if bos is not None and name == "CodeLlamaTokenizer" else None
-    if bos is not None and bos_id is not None:
-        hf.post_processor = processors.TemplateProcessing(
-            single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
-        )
+    first, second = ("", "") if bos_id is None else (f"{bos}:0 ", f"{bos}:1 ")
+    hf.post_processor = processors.TemplateProcessing(
+        single=f"{first}$A:0",
+        pair=f"{first}$A:0 {second}$B:1",
+        special_tokens=[] if bos is None or bos_id is None else [(bos, bos_id)],
+    )
 
 
 def mend_mistral(hf: Tokenizer, model: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> bool:
