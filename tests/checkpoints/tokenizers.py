@@ -1,7 +1,7 @@
 """The ids of a folder's tokenizer beside those of transformers: over sentences, random Unicode, special tokens.
 
-``python -m tests.checkpoints.tokenizers FOLDER…`` prints a table of folders with a ``tokenizer.json``, each as the
-model types that ``--model-type`` names (default: as its own files say).
+``python -m tests.checkpoints.tokenizers`` prints the table for the packages of :mod:`tokenizer_packages` (fetching
+needs ``VM_MAGIC_TEST_DOWNLOADS=1``), ``… FOLDER`` for folders. Tiny tokenizers are made here too.
 """
 
 import argparse
@@ -16,9 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
 from engine.models.local import ResolvedModel
 from engine.params.engine_args import EngineArgs
 from engine.text.tokens.tokenizer import Tokenizer, load_tokenizer
+from tests.checkpoints.tokenizer_packages import FOLDERS, package_folder
 
 SENTENCES = (
     "",
@@ -48,24 +52,40 @@ _ALPHABETS = (
     "{}[]()<>|/\\#@!?;:\"'`~^$%&*=+",
     "𝒜𝓑𐍈𒀀ⅧⅨ½²㋿ﬁ㎏",
 )
+_CORPUS = [*SENTENCES * 3, *["the hello world 1111 22 get"] * 9]
+CLASSES = (
+    *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "GemmaTokenizerFast", "Qwen2Tokenizer"),
+    *("Qwen3_5Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "GPTNeoXTokenizer", "CohereTokenizerFast"),
+    *("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "NoSuchTokenizer", None),
+)
+"""Classes that folders of causal models name, None: no file names one."""
+MODEL_TYPES = (
+    *(None, "llama", "mistral", "qwen2", "qwen3", "qwen3_5", "gemma3_text", "gpt_neox", "olmo2", "cohere2"),
+    *("phi3", "phi", "granite", "minimax_m2", "no_such_model"),
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """How one folder's ids compare: ``equal`` of ``total`` texts, and the first text that differs."""
+    """How one folder's ids compare: ``equal`` of ``total`` texts, and the first text that differs.
+
+    Left out are ``beyond`` texts in which transformers finds a special token that it added behind the vocabulary.
+    """
 
     name: str
     tokenizer_class: str
     equal: int
     total: int
+    beyond: int
     differs: str
 
     def line(self) -> str:
         """As a line of a Markdown table."""
-        return f"| {self.name} | {self.tokenizer_class} | {self.equal}/{self.total} | {self.differs or '–'} |"
+        equal = f"{self.equal}/{self.total}"
+        return f"| {self.name} | {self.tokenizer_class} | {equal} | {self.beyond} | {self.differs or '–'} |"
 
 
-HEADING = "| tokenizer | class | ids equal transformers' | first difference |\n| --- | --- | --- | --- |"
+HEADING = "| tokenizer | class | ids equal transformers' | beyond | first difference |\n| --- | --- | --- | --- | --- |"
 
 
 def random_texts(count: int, special: Sequence[str] = (), seed: int = 0) -> list[str]:
@@ -104,10 +124,12 @@ def compare(name: str, folder: Path, random_count: int = 300, seed: int = 0) -> 
     ours, theirs = our_tokenizer(folder), their_tokenizer(folder)
     special = sorted(ours.special_tokens)[:40]
     texts = [*SENTENCES, *(f"a {token} b{token}c" for token in special), *random_texts(random_count, special, seed)]
-    differing = [text for text in texts if not _same(ours, theirs, text)]
+    known = [text for text in texts if max(theirs.encode(text), default=0) < ours.vocab_size]
+    differing = [text for text in known if not _same(ours, theirs, text)]
     chosen = ours.sources["class"]
     first = "" if not differing else f"{differing[0]!r:.60}"
-    return Row(name, chosen, len(texts) - len(differing), len(texts), first)
+    beyond = len(texts) - len(known)
+    return Row(name, chosen, len(known) - len(differing), len(known), beyond, first)
 
 
 def _same(ours: Tokenizer, theirs: Any, text: str) -> bool:
@@ -136,17 +158,135 @@ def as_model_type(folder: Path, model_type: str | None, **tokenizer: Any) -> Ite
         yield copy
 
 
+def byte_level_tokenizer(ignore_merges: bool = False, add_prefix_space: bool = False) -> tokenizers.Tokenizer:
+    """GPT-2's kind: 500 tokens, all bytes and what the sentences have most."""
+    hf = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    hf.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["<unk>"],
+        show_progress=False,
+    )
+    hf.train_from_iterator(_CORPUS, trainer)
+    return hf
+
+
+def sentencepiece_tokenizer() -> tokenizers.Tokenizer:
+    """Llama's kind: 500 tokens with bytes to fall back to, and the space prefix in the normalizer."""
+    hf = tokenizers.Tokenizer(models.BPE())
+    hf.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    special = ["<unk>", "<s>", "</s>"]
+    pieces = special + [f"<0x{byte:02X}>" for byte in range(256)]
+    corpus = [text for text in _CORPUS if "\x00" not in text]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, min_frequency=1, limit_alphabet=200, special_tokens=pieces, show_progress=False
+    )
+    hf.train_from_iterator(corpus, trainer)
+    made = json.loads(hf.to_str())
+    made["added_tokens"] = made["added_tokens"][: len(special)]
+    made["model"] |= {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}
+    hf = tokenizers.Tokenizer.from_str(json.dumps(made))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    hf.decoder = decoders.Sequence(steps)
+    return hf
+
+
+def random_folder(folder: Path, seed: int) -> None:
+    """Write tokenizer files whose classes, flags and special tokens are drawn at random, each as real files have it."""
+    rng = random.Random(seed)
+    byte_level = rng.random() < 0.5
+    hf = byte_level_tokenizer(rng.random() < 0.5, rng.random() < 0.3) if byte_level else sentencepiece_tokenizer()
+    added = [*rng.sample(("<|endoftext|>", "<bos>", "<BOS_TOKEN>", "<|im_start|>", "<x>"), k=3), "<s>", "</s>"]
+    for text in added:
+        hf.add_tokens([tokenizers.AddedToken(text, special=rng.random() < 0.6, **_flags(rng))])
+    bos = hf.token_to_id("<s>")
+    if rng.random() < 0.5:
+        hf.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", bos)])
+    hf.save(str(folder / "tokenizer.json"))
+    config = _random_config(rng, hf, [*added, "the"])
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if (model_type := rng.choice(MODEL_TYPES)) is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if rng.random() < 0.3:
+        (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": _random_token(rng, added)}))
+    if rng.random() < 0.2:
+        (folder / "added_tokens.json").write_text(json.dumps({"<extra>": hf.get_vocab_size()}))
+
+
+def _random_config(rng: random.Random, hf: tokenizers.Tokenizer, texts: list[str]) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    if (name := rng.choice(CLASSES)) is not None:
+        config["tokenizer_class"] = name
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token"):
+        if rng.random() < 0.6:
+            config[key] = _random_token(rng, texts) if rng.random() < 0.8 else None
+    if rng.random() < 0.3:
+        config["additional_special_tokens"] = [_random_token(rng, texts) for _ in range(2)]
+    if rng.random() < 0.2:
+        config["extra_special_tokens"] = {"image_token": rng.choice(texts)}
+    if rng.random() < 0.5:
+        config["added_tokens_decoder"] = {
+            str(index): {"content": token.content, "special": rng.random() < 0.6, **_flags(rng)}
+            for index, token in hf.get_added_tokens_decoder().items()
+        }
+    for key in ("legacy", "add_prefix_space"):
+        if rng.random() < 0.3:
+            config[key] = rng.choice((True, False, None))
+    for key in ("add_bos_token", "add_eos_token", "split_special_tokens", "clean_up_tokenization_spaces"):
+        if rng.random() < 0.2:
+            config[key] = rng.random() < 0.5
+    return config
+
+
+def _random_token(rng: random.Random, texts: Sequence[str]) -> str | dict[str, Any]:
+    text = rng.choice(texts)
+    return text if rng.random() < 0.6 else {"__type": "AddedToken", "content": text, "special": True, **_flags(rng)}
+
+
+def _flags(rng: random.Random) -> dict[str, bool]:
+    return {name: rng.random() < 0.3 for name in ("lstrip", "rstrip", "normalized", "single_word")}
+
+
+def gguf_metadata(folder: Path, kind: str, pre: str) -> dict[str, Any]:
+    """What llama.cpp's converter would write for ``folder``'s byte-pair tokenizer."""
+    ours = our_tokenizer(folder)
+    saved = json.loads(ours.hf.to_str())
+    texts = {index: text for text, index in ours.hf.get_vocab(with_added_tokens=True).items()}
+    added = {token["id"]: 3 if token["special"] else 4 for token in saved["added_tokens"]}
+    types = [added.get(index, 1 if index in texts else 5) for index in range(max(texts) + 1)]
+    tokens = [texts.get(index, f"[PAD{index}]") for index in range(len(types))]
+    tokens = [token.replace("\u2581", " ") if kind == 4 else token for token, kind in zip(tokens, types, strict=True)]
+    prefix = "tokenizer.ggml."
+    metadata = {
+        f"{prefix}model": kind,
+        f"{prefix}pre": pre,
+        f"{prefix}tokens": tokens,
+        f"{prefix}token_type": types,
+        f"{prefix}merges": [" ".join(merge) for merge in saved["model"]["merges"]],
+        f"{prefix}add_bos_token": bool(ours.begins_with),
+    }
+    if ours.begins_with:
+        metadata[f"{prefix}bos_token_id"] = ours.begins_with[0]
+    if (unknown := saved["model"]["unk_token"]) is not None:
+        metadata[f"{prefix}unknown_token_id"] = ours.hf.token_to_id(unknown)
+    return metadata
+
+
 def main(arguments: Sequence[str]) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--model-type", nargs="*", default=[None])
+    parser.add_argument("folders", nargs="*", type=Path)
     options = parser.parse_args(arguments)
     print(HEADING)
     for folder in options.folders:
-        for model_type in options.model_type:
-            with as_model_type(folder, model_type) as copy:
-                name = f"{folder.name}{f' as {model_type}' if model_type else ''}"
+        print(compare(folder.name, folder).line(), flush=True)
+    for package in () if options.folders else FOLDERS:
+        for model_type in package.model_types:
+            with as_model_type(package_folder(package), model_type) as copy:
+                name = f"{package.requirement}{f' as {model_type}' if model_type else ''}"
                 print(compare(name, copy).line(), flush=True)
 
 

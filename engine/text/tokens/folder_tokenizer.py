@@ -89,6 +89,11 @@ def _read_files(folder: Path) -> _Files:
             f"{folder / _CONFIG}: the class NewlineTokenizer, which writes line breaks as <n>, is not supported; "
             "give another tokenizer with --tokenizer"
         )
+    if (folder / "tekken.json").is_file() and not (folder / _FILE).is_file():
+        raise ModelLoadError(
+            f"{folder}: only Mistral's own tekken.json, which is not read; give a folder or hub id with {_FILE} as "
+            "--tokenizer"
+        )
     special = config if "added_tokens_decoder" in config else {**config, **read_json(folder / _MAP)}
     named = str(config.get("tokenizer_class") or model.get("tokenizer_class") or "")
     # Only a Llama class asks whether the file is byte-level: no other reads a file of ten megabytes twice.
@@ -206,7 +211,7 @@ def _through_transformers(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str,
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         hf: tokenizers.Tokenizer = loaded.backend_tokenizer
     except (OSError, ValueError, ImportError, AttributeError, TypeError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
         problem = "its class cannot be loaded" if (folder / _FILE).is_file() else f"no {_FILE}"
         raise ModelLoadError(f"{folder}: {problem} ({reason}); give a tokenizer with --tokenizer") from None
     named = {name: str(text) for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
@@ -215,7 +220,7 @@ def _through_transformers(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str,
 
 def _vocabulary_file(folder: Path) -> str:
     """The file that transformers reads where it is asked."""
-    names = (_FILE, "tekken.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")
+    names = (_FILE, "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")
     return next((name for name in names if (folder / name).is_file()), "the folder")
 
 

@@ -133,7 +133,9 @@ def choose_class(model: Mapping[str, Any], tokenizer: Mapping[str, Any], byte_le
         not isinstance(auto, Mapping) or "AutoTokenizer" in auto
     )
     if named is None:
-        return TokenizerClass(registered or FILE_CLASS, f"for model type {model_type}" if registered else "no file")
+        return TokenizerClass(
+            registered or FILE_CLASS, f"for model type {model_type}" if registered else "no file names one"
+        )
     if not remote and named == "LlamaTokenizer" and byte_level and not wrong:
         return TokenizerClass(FILE_CLASS, f"tokenizer.json is byte-level, against {source}'s LlamaTokenizer")
     if not remote and registered not in (None, named) and (registered == FILE_CLASS or wrong):
