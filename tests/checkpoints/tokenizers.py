@@ -124,7 +124,8 @@ def compare(name: str, folder: Path, random_count: int = 300, seed: int = 0) -> 
     ours, theirs = our_tokenizer(folder), their_tokenizer(folder)
     special = sorted(ours.special_tokens)[:40]
     texts = [*SENTENCES, *(f"a {token} b{token}c" for token in special), *random_texts(random_count, special, seed)]
-    known = [text for text in texts if max(theirs.encode(text), default=0) < ours.vocab_size]
+    vocabulary = set(ours.hf.get_vocab(with_added_tokens=True).values())
+    known = [text for text in texts if vocabulary.issuperset(theirs.encode(text))]
     differing = [text for text in known if not _same(ours, theirs, text)]
     chosen = ours.sources["class"]
     first = "" if not differing else f"{differing[0]!r:.60}"

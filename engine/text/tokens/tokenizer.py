@@ -180,7 +180,7 @@ def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     named = named_tokens(metadata)
     sources = {
         "tokenizer": "the GGUF file's metadata",
-        "class": f"tokenizer.ggml.model {metadata['tokenizer.ggml.model']}, pre {metadata.get('tokenizer.ggml.pre')}",
+        "class": f"tokenizer.ggml.model {metadata.get('tokenizer.ggml.model')}, pre {metadata.get('tokenizer.ggml.pre')}",
         "special_tokens": "the GGUF file's metadata",
         **{f"template {name}": "the GGUF file's metadata" for name in templates},
     }

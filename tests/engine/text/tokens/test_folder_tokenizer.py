@@ -74,8 +74,8 @@ def test_a_class_that_builds_its_own_gives_the_ids_of_transformers(
 ) -> None:
     for options in OPTIONS:
         with as_model_type(kinds[kind], None, tokenizer_class=name, **options) as folder:
-            row = compare(name, folder, random_count=40)
-            assert row.equal == row.total > 40, row.line()
+            row = compare(name, folder, random_count=15)
+            assert row.equal == row.total > 25, row.line()
             # A byte-level file of a Llama class is read as it is: the class would drop its bytes.
             kept = kind == "bytes" and name == "LlamaTokenizer"
             assert row.tokenizer_class.startswith(FILE_CLASS if kept else name)
@@ -147,10 +147,10 @@ def test_every_class_of_transformers_is_known_by_what_it_does() -> None:
     assert not unknown
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", range(6))
 def test_random_folders_have_the_ids_of_transformers(tmp_path: Path, block: int) -> None:
     compared = 0
-    for seed in range(block * 10, block * 10 + 10):
+    for seed in range(block * 8, block * 8 + 8):
         folder = tmp_path / str(seed)
         folder.mkdir()
         random_folder(folder, seed)
@@ -162,7 +162,7 @@ def test_random_folders_have_the_ids_of_transformers(tmp_path: Path, block: int)
         row = compare(str(seed), folder, random_count=20, seed=seed)
         assert row.equal == row.total, row.line()
         compared += row.total
-    assert compared > 150
+    assert compared > 100
 
 
 def test_the_older_files_count_only_where_the_config_lists_no_tokens(folder: Path) -> None:
@@ -189,22 +189,27 @@ def test_special_tokens_may_be_split(folder: Path) -> None:
     assert tokenizer.hf.token_to_id("<eos>") not in tokenizer.encode("a<eos>")
 
 
-@pytest.mark.parametrize(
-    ("model", "mended"),
-    [
-        ({"model_type": "mistral", "transformers_version": "4.57.0"}, True),
-        ({"model_type": "mistral", "transformers_version": "5.1.0"}, False),
-        ({"model_type": "llama", "transformers_version": "4.57.0"}, False),
-    ],
-)
-def test_mistrals_split_is_mended_where_asked_for(folder: Path, model: dict[str, str], mended: bool) -> None:
-    saved = json.loads((folder / "tokenizer.json").read_text())
+@pytest.fixture(scope="module")
+def large_vocabulary(kinds: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of more than 100,000 tokens: only such are mended."""
+    folder = tmp_path_factory.mktemp("large")
+    saved = json.loads((kinds["bytes"] / "tokenizer.json").read_text())
     first = max(token["id"] for token in saved["added_tokens"]) + 1
     saved["model"]["vocab"] |= {f"filler{index}": index for index in range(first, first + 100_001)}
     write(folder, "tokenizer.json", saved)
-    write(folder, "config.json", model)
     write(folder, "tokenizer_config.json", {"fix_mistral_regex": True})
-    ours, expected = our_tokenizer(folder), their_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model_type", "written_by", "mended"),
+    [("mistral", "4.57.0", True), ("mistral", "5.1.0", False), ("llama", "4.57.0", False)],
+)
+def test_mistrals_split_is_mended_where_asked_for(
+    large_vocabulary: Path, model_type: str, written_by: str, mended: bool
+) -> None:
+    write(large_vocabulary, "config.json", {"model_type": model_type, "transformers_version": written_by})
+    ours, expected = our_tokenizer(large_vocabulary), their_tokenizer(large_vocabulary)
     for text in SENTENCES:
         assert ours.encode(text) == expected.encode(text)
     assert ("mended" in ours.sources["tokenizer"]) is mended
