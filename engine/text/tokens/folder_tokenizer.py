@@ -155,15 +155,11 @@ def _special_tokens(
 ) -> list[tokenizers.AddedToken]:
     """Tokens that the files or the class name as special; those with usual names as ``listed`` has them.
 
-    One that is named twice comes twice, and its last flags count. Only those that the vocabulary has: the model knows
-    no others.
+    One that is named again with other flags comes again, and the last count. Only those that the vocabulary has: the
+    model knows no others.
     """
-    found: list[tokenizers.AddedToken] = []
-    named = files.named_tokens
-    for name in (
-        *(name for name in _USUAL_NAMES if name in named),
-        *(name for name in named if name not in _USUAL_NAMES),
-    ):
+    named, found = files.named_tokens, []
+    for name in sorted(named, key=lambda name: _USUAL_NAMES.index(name) if name in _USUAL_NAMES else len(_USUAL_NAMES)):
         if text := _token_text(value := named[name]):
             plain = _added_token(value if isinstance(value, Mapping) else {"content": text}, True)
             usual = name in _USUAL_NAMES and name in files.special
@@ -172,7 +168,10 @@ def _special_tokens(
         if text := _token_text(value):
             plain = _added_token({"content": text}, True)
             found.append(_added_token(value, False) if isinstance(value, Mapping) else plain)
-    return [token for token in found if hf.token_to_id(token.content) is not None]
+    once: dict[str, tokenizers.AddedToken] = {}
+    for token in found:
+        once.setdefault(repr(token), token)
+    return [token for token in once.values() if hf.token_to_id(token.content) is not None]
 
 
 def _named(special: Mapping[str, Any]) -> dict[str, Any]:

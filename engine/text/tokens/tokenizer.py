@@ -178,9 +178,10 @@ def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     if prefix in metadata:
         templates["default"] = metadata[prefix]
     named = named_tokens(metadata)
+    kind, pre = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     sources = {
         "tokenizer": "the GGUF file's metadata",
-        "class": f"tokenizer.ggml.model {metadata.get('tokenizer.ggml.model')}, pre {metadata.get('tokenizer.ggml.pre')}",
+        "class": f"tokenizer.ggml.model {kind}, tokenizer.ggml.pre {pre}",
         "special_tokens": "the GGUF file's metadata",
         **{f"template {name}": "the GGUF file's metadata" for name in templates},
     }

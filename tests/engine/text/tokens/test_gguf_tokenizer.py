@@ -12,9 +12,10 @@ from engine.models.gguf_file import open_gguf
 from engine.text.tokens.gguf_pre_tokenizers import PRE_TOKENIZERS
 from engine.text.tokens.gguf_tokenizer import build_tokenizer
 from engine.text.tokens.tokenizer import _from_metadata
-from tests.checkpoints.tokenizer_packages import LLAMA_CPP, package_folder
+from tests.checkpoints.tokenizer_packages import FOLDERS, LLAMA_CPP, package_folder
 from tests.checkpoints.tokenizers import (
     SENTENCES,
+    as_model_type,
     byte_level_tokenizer,
     gguf_metadata,
     our_tokenizer,
@@ -210,3 +211,31 @@ def test_llama_cpps_test_vectors_pass(name: str) -> None:
     same = [hf.encode(text, add_special_tokens=False).ids == ids for text, ids in zip(texts, expected, strict=False)]
     assert sum(same) == VECTORS[name]
     assert len(same) - sum(same) == (3 if name == "qwen35" else 0)
+
+
+SAME_VOCABULARY = (
+    ("qwen3", "qwen3", "gpt2", "qwen2"),
+    ("llama3_1", "llama", "gpt2", "llama-bpe"),
+    ("deepseek_v3", "deepseek_v3", "gpt2", "deepseek-v3"),
+    ("gptoss", "gpt_oss", "gpt2", "gpt-4o"),
+    ("gemma3", "gemma3", "gemma4", "gemma4"),
+)
+
+
+@pytest.mark.parametrize(("name", "model_type", "kind", "pre"), SAME_VOCABULARY)
+def test_a_real_folder_and_what_llama_cpp_makes_of_it_agree(name: str, model_type: str, kind: str, pre: str) -> None:
+    (package,) = [package for package in FOLDERS if f"-{name}@" in package.requirement]
+    with as_model_type(package_folder(package), model_type) as copy:
+        folder, file = our_tokenizer(copy), _from_metadata(gguf_metadata(copy, kind, pre))
+    special = sorted(folder.special_tokens)[:40]
+    for text in [*SENTENCES, *special, *random_texts(300, special)]:
+        assert file.encode(text) == folder.encode(text)
+
+
+@pytest.mark.parametrize(("vocabulary", "name"), [("qwen2", "qwen3"), ("llama-bpe", "llama3")])
+def test_llama_cpps_file_and_the_models_folder_agree(vocabulary: str, name: str) -> None:
+    (package,) = [package for package in FOLDERS if f"-{name}@" in package.requirement]
+    folder = our_tokenizer(package_folder(package))
+    hf = build_tokenizer(open_gguf(package_folder(LLAMA_CPP) / f"ggml-vocab-{vocabulary}.gguf").metadata)
+    for text in [*(text for text in SENTENCES if "<" not in text), *random_texts(300)]:
+        assert hf.encode(text, add_special_tokens=False).ids == folder.encode(text, add_special_tokens=False)
