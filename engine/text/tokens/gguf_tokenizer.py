@@ -1,12 +1,13 @@
-"""Build a ``tokenizers.Tokenizer`` from the vocabulary in a GGUF file: byte-level BPE and SentencePiece BPE."""
+"""Build a ``tokenizers.Tokenizer`` from the vocabulary in a GGUF file: byte-pair and SentencePiece vocabularies."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from engine.errors import ModelLoadError
+from engine.text.tokens.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 
 _KEY = "tokenizer.ggml."
 _NAMES = {
@@ -20,66 +21,36 @@ _NAMES = {
 }
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "\u2581"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
-_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
-_QWEN35 = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{{0}}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{{0}}"
-_CASED_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = _CASED.replace("{0}", "") + r"|\p{N}" + _CASED_TAIL
-_GPT4O = _CASED.replace("{0}", _CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _CASED_TAIL
-
-PreTokenizer = Callable[[], Any]
-
-
-def _byte_level(*patterns: str, use_regex: bool = False, digits: bool = False) -> Any:
-    """Splits by ``patterns`` one after another, then bytes; ``use_regex`` adds GPT-2's own split."""
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    steps += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
-    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)])
-
-
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
-"""llama.cpp's splits for files that name no pre-tokenizer."""
-
-_PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    "default": partial(_byte_level, *_DEFAULT),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), partial(_byte_level, use_regex=True)),
-    **dict.fromkeys(
-        ("smollm", "refact", "command-r", "starcoder", "codeshell", "exaone", "minerva-7b"),
-        partial(_byte_level, use_regex=True, digits=True),
-    ),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"), partial(_byte_level, _QWEN2)),
-    **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx", "glm4", "chatglm-bpe"), partial(_byte_level, _LLAMA3)
-    ),
-    "qwen35": partial(_byte_level, _QWEN35),
-    "tekken": partial(_byte_level, _TEKKEN),
-    **dict.fromkeys(("gpt-4o", "llama4"), partial(_byte_level, _GPT4O)),
+_WHOLE = (_UNKNOWN, _CONTROL, _USER_DEFINED)
+"""Kinds of tokens that are found in a text as they are written, before anything is split."""
+_PHI3 = ("<unk>", "<s>", "<|endoftext|>")
+"""Phi 3's special tokens that leave the white space behind them alone."""
+_UTF8_DECODERS = (decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse())
+_KINDS = {
+    "gpt2": "byte-level BPE",
+    "llama": "SentencePiece BPE",
+    "gemma4": "BPE over UTF-8",
 }
-_IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "tekken")
-_BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "tekken")
-_NFC = ("qwen2", "deepseek-r1-qwen", "qwen35")
+"""Vocabulary kinds that are read, as ``tokenizer.ggml.model`` names them."""
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a GGUF file. Raises :class:`ModelLoadError` naming a vocabulary kind that is not known."""
     kind = metadata.get(_KEY + "model")
-    if kind == "gpt2":
-        tokenizer = _byte_level_bpe(metadata)
-    elif kind == "llama":
-        tokenizer = _sentencepiece_bpe(metadata)
-    else:
-        raise ModelLoadError(f"the file's tokenizer is of kind {kind!r}; give --tokenizer with a folder or hub id")
-    _add_special_tokens(tokenizer, metadata)
+    if kind not in _KINDS:
+        raise ModelLoadError(
+            f"the file's tokenizer is of kind {kind!r} ({', '.join(_KINDS)} are read); "
+            "give --tokenizer with a folder or hub id"
+        )
+    tokens = _tokens(metadata)
+    if len(set(tokens)) != len(tokens):
+        twice = next(token for token, count in Counter(tokens).items() if count > 1)
+        raise ModelLoadError(
+            f"the file's vocabulary names the token {twice!r} twice; give --tokenizer with a folder or hub id"
+        )
+    tokenizer = _sentencepiece_bpe(metadata, tokens) if kind == "llama" else _bpe(metadata, tokens)
+    _add_special_tokens(tokenizer, metadata, tokens)
     _add_bos(tokenizer, metadata)
-    if tokenizer.get_vocab_size() != len(metadata[_KEY + "tokens"]):
-        raise ModelLoadError("the file's vocabulary names a token twice; give --tokenizer with a folder or hub id")
     return tokenizer
 
 
@@ -95,28 +66,81 @@ def named_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {f"{name}_token": text for name, text in found.items() if text is not None}
 
 
-def _byte_level_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
-    pre = str(metadata.get(_KEY + "pre", "default"))
-    if pre not in _PRE_TOKENIZERS:
+def pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
+    """How the file's byte-pair vocabulary splits. Raises :class:`ModelLoadError` naming an unknown way."""
+    gemma4 = metadata[_KEY + "model"] == "gemma4"
+    pre = "gemma4" if gemma4 else str(metadata.get(_KEY + "pre", "default"))
+    if pre not in PRE_TOKENIZERS:
         raise ModelLoadError(f"the file's pre-tokenizer {pre!r} is not known; give --tokenizer with a folder or hub id")
-    vocab = {token: index for index, token in enumerate(metadata[_KEY + "tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata[_KEY + "merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _IGNORE_MERGES))
-    if pre in _NFC:
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    tokenizer.decoder = decoders.ByteLevel()
+    return PRE_TOKENIZERS[pre]
+
+
+def _tokens(metadata: Mapping[str, Any]) -> list[str]:
+    """The vocabulary. Tokens without a text get one of their own; user-defined runs of spaces are written as
+    SentencePiece has them where spaces are U+2581 (llama.cpp: plain)."""
+    tokens = list(metadata[_KEY + "tokens"])
+    if not all(tokens):
+        tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
+    if metadata[_KEY + "model"] == "gpt2" and pre_tokenizer(metadata).byte_level:
+        return tokens
+    types = _types(metadata)
+    return [
+        token.replace(" ", _SPACE) if types[index] == _USER_DEFINED and not token.strip(" ") else token
+        for index, token in enumerate(tokens)
+    ]
+
+
+def _types(metadata: Mapping[str, Any]) -> Sequence[int]:
+    """What each token is; all are ordinary in a file that does not say."""
+    types: Sequence[int] = metadata.get(_KEY + "token_type") or [_NORMAL] * len(metadata[_KEY + "tokens"])
+    return types
+
+
+def _bpe(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
+    """Byte pairs by the file's own merges, over bytes or (Gemma 4) over UTF-8 with single bytes to fall back to."""
+    pre = pre_tokenizer(metadata)
+    if _KEY + "merges" not in metadata:
+        raise ModelLoadError("the file's vocabulary has no merges; give --tokenizer with a folder or hub id")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    texts = metadata[_KEY + "merges"]
+    merges = [tuple(merge.split(" ", 1)) if merge[0] != " " else _halves(merge) for merge in texts]
+    options: dict[str, Any] = {"ignore_merges": pre.ignore_merges}
+    if not pre.byte_level:
+        options |= {"byte_fallback": True, "fuse_unk": True, "unk_token": special_token(metadata, "unknown")}
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab, merges, **options))
+    except Exception:  # noqa: BLE001 - the library raises plain Exception for a merge of what the vocabulary lacks
+        known = [(a, b) for a, b in merges if a in vocab and b in vocab and a + b in vocab]
+        tokenizer = Tokenizer(models.BPE(vocab, known, **options))
+    if (split := pre.build()) is not None:
+        tokenizer.pre_tokenizer = split
+    if pre.byte_level:
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer.decoder = decoders.Sequence(list(_UTF8_DECODERS))
+    if pre.nfc or not pre.byte_level:
+        tokenizer.normalizer = normalizers.NFC() if pre.nfc else normalizers.Replace(" ", _SPACE)
     return tokenizer
 
 
-def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
-    tokens = _sentencepiece_tokens(metadata)
+def _halves(merge: str) -> tuple[str, str]:
+    """The two pieces of a merge whose first begins with a space."""
+    at = merge.index(" ", 1)
+    return merge[:at], merge[at + 1 :]
+
+
+def _sentencepiece_bpe(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
+    if metadata.get(_KEY + "remove_extra_whitespaces") or metadata.get(_KEY + "precompiled_charsmap"):
+        raise ModelLoadError(
+            "the file's vocabulary rewrites texts (remove_extra_whitespaces, precompiled_charsmap), which is not "
+            "known for its kind; give --tokenizer with a folder or hub id"
+        )
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = _merges_from_scores(vocab, metadata[_KEY + "token_type"], metadata[_KEY + "scores"])
+    merges = _merges_from_scores(vocab, _types(metadata), metadata[_KEY + "scores"])
     unknown = metadata.get(_KEY + "unknown_token_id", 0)
     bpe = models.BPE(vocab, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
-    back: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    back: list[Any] = list(_UTF8_DECODERS)
     if metadata.get(_KEY + "add_space_prefix", True):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
         back.append(decoders.Strip(" ", 1, 0))
@@ -126,16 +150,7 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece_tokens(metadata: Mapping[str, Any]) -> list[str]:
-    """The vocabulary, with user-defined runs of spaces written as SentencePiece has them (llama.cpp: plain)."""
-    types = metadata[_KEY + "token_type"]
-    return [
-        token.replace(" ", _SPACE) if types[index] == _USER_DEFINED and token and not token.strip(" ") else token
-        for index, token in enumerate(metadata[_KEY + "tokens"])
-    ]
-
-
-def _merges_from_scores(vocab: dict[str, int], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
+def _merges_from_scores(vocab: dict[str, int], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """BPE merges, best first: every way to put a piece together from two others, by the piece's score."""
     merges = []
     for piece, index in vocab.items():
@@ -150,19 +165,25 @@ def _merges_from_scores(vocab: dict[str, int], types: list[int], scores: list[fl
     return [(left, right) for _, left, right in merges]
 
 
-def _add_special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
+def _add_special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: list[str]) -> None:
     """Make control tokens special and user-defined ones whole, under the ids that the file gives them."""
-    types = metadata[_KEY + "token_type"]
-    tokens = _sentencepiece_tokens(metadata) if metadata[_KEY + "model"] == "llama" else metadata[_KEY + "tokens"]
-    for kind, add in ((_CONTROL, tokenizer.add_special_tokens), (_USER_DEFINED, tokenizer.add_tokens)):
-        special = kind == _CONTROL
-        add([AddedToken(tokens[i], normalized=False, special=special) for i, t in enumerate(types) if t == kind])
+    types = _types(metadata)
+    # Phi 3's tokens swallow the white space behind them, which the format has no field for.
+    strips = metadata.get("general.architecture") == "phi3" and metadata[_KEY + "model"] == "llama"
+    added: dict[bool, list[AddedToken]] = {True: [], False: []}
+    for index, kind in enumerate(types):
+        if kind in _WHOLE:
+            text, special = tokens[index], kind != _USER_DEFINED
+            rstrip = strips and text not in _PHI3
+            added[special].append(AddedToken(text, normalized=False, special=special, rstrip=rstrip))
+    tokenizer.add_special_tokens(added[True])
+    tokenizer.add_tokens(added[False])
 
 
 def _add_bos(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
     """Begin (and end) texts with the tokens that the file asks for."""
-    kind, pre = metadata[_KEY + "model"], metadata.get(_KEY + "pre")
-    begins = metadata.get(_KEY + "add_bos_token", kind == "llama" or pre in _BOS_BY_DEFAULT)
+    kind = metadata[_KEY + "model"]
+    begins = metadata.get(_KEY + "add_bos_token", kind == "llama" or pre_tokenizer(metadata).begins)
     bos = special_token(metadata, "bos") if begins else None
     eos = special_token(metadata, "eos") if metadata.get(_KEY + "add_eos_token", False) else None
     if bos is None and eos is None:

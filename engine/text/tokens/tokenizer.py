@@ -1,7 +1,6 @@
 """One tokenizer for everything: encoding, decoding, special tokens and the chat template's source.
 
-From a folder's ``tokenizer.json`` or a GGUF file through ``tokenizers``; transformers, which takes a
-second to import, only where a folder has no ``tokenizer.json``.
+From a folder (:mod:`engine.text.tokens.folder_tokenizer`) or a GGUF file through ``tokenizers``.
 """
 
 import re
@@ -13,12 +12,13 @@ from typing import Any
 
 import tokenizers
 
-from engine.errors import ModelLoadError, RequestError
+from engine.errors import RequestError
 from engine.format.text import REPLACEMENT
 from engine.models.local import ResolvedModel
 from engine.models.resolve import resolve
-from engine.models.weight_format import end_token_ids, read_json
+from engine.models.weight_format import end_token_ids
 from engine.params.engine_args import EngineArgs
+from engine.text.tokens.folder_tokenizer import read_folder
 from engine.text.tokens.text_stream import TextStream
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -29,7 +29,8 @@ class Tokenizer:
 
     ``named_tokens`` are special tokens by their names in a config (``bos_token``, ``eos_token`` …). ``named_templates``
     are the model's chat templates, Jinja sources by name; the only one is called ``default``. ``config`` is what its
-    files say, as in ``tokenizer_config.json``.
+    files say, as in ``tokenizer_config.json``. ``sources`` says from which file each came and what was made of it:
+    ``tokenizer``, ``class``, ``special_tokens``, and ``template NAME`` for each template.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Tokenizer:
         named_tokens: Mapping[str, str] = MappingProxyType({}),
         named_templates: Mapping[str, str] = MappingProxyType({}),
         config: Mapping[str, Any] = MappingProxyType({}),
+        sources: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         hf.no_truncation()
         hf.no_padding()
@@ -47,6 +49,7 @@ class Tokenizer:
         self.named_tokens = named_tokens
         self.named_templates = named_templates
         self.config = config
+        self.sources = sources
         own = hf.token_to_id(self.eos_token) if self.eos_token else None
         self.eos_token_ids = frozenset(eos_token_ids) | (frozenset() if own is None else {own})
         self._token_texts: dict[int, str] = {}
@@ -55,6 +58,22 @@ class Tokenizer:
     def eos_token(self) -> str | None:
         """The text of the token that ends a sequence, None where no file names one."""
         return self.named_tokens.get("eos_token")
+
+    @cached_property
+    def begins_with(self) -> list[int]:
+        """What is put before every text that is encoded with special tokens: BOS, or nothing."""
+        return self._around[0]
+
+    @cached_property
+    def ends_with(self) -> list[int]:
+        """What is put behind every such text."""
+        return self._around[1]
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        bare, whole = self.encode("a", add_special_tokens=False), self.encode("a")
+        start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        return whole[:start], whole[start + len(bare) :]
 
     @cached_property
     def vocab_size(self) -> int:
@@ -159,98 +178,24 @@ def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     if prefix in metadata:
         templates["default"] = metadata[prefix]
     named = named_tokens(metadata)
-    return Tokenizer(build_tokenizer(metadata), named_tokens=named, named_templates=templates, config=named)
-
-
-def _from_folder(folder: Path) -> Tokenizer:
-    config = read_json(folder / "tokenizer_config.json")
-    special = {**read_json(folder / "special_tokens_map.json"), **config}
-    if (folder / "tokenizer.json").is_file():
-        hf = _read_tokenizer(folder / "tokenizer.json")
-        _add_tokens(hf, _listed_tokens(config))
-        _add_tokens(hf, _special_tokens(hf, special))
-    else:
-        hf = _through_transformers(folder)
-    named = {name: text for name, value in _named(special).items() if (text := _token_text(value))}
-    return Tokenizer(hf, named_tokens=named, named_templates=_chat_templates(folder, config), config=special)
-
-
-def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library raises plain Exception for a bad file
-        raise ModelLoadError(f"{path}: not a tokenizer ({str(error).splitlines()[0][:200]}); fetch it again") from None
-
-
-def _listed_tokens(config: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
-    """``added_tokens_decoder`` of ``tokenizer_config.json``, in the order of their ids."""
-    listed = config.get("added_tokens_decoder")
-    listed = listed if isinstance(listed, Mapping) else {}
-    return [_added_token(token) for _, token in sorted((int(index), token) for index, token in listed.items())]
-
-
-def _named(special: Mapping[str, Any]) -> dict[str, Any]:
-    """What has a name that ends in ``_token``, and extra tokens with names of their own, as transformers reads them."""
-    extra = special.get("extra_special_tokens")
-    named = {name: value for name, value in special.items() if name.endswith("_token")}
-    return {**named, **extra} if isinstance(extra, Mapping) else named
-
-
-def _special_tokens(hf: tokenizers.Tokenizer, special: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
-    """Tokens that ``tokenizer_config.json`` names as special (``eos_token``, ``additional_special_tokens`` …).
-
-    Only those that the vocabulary has: the model knows no others.
-    """
-    values = list(_named(special).values())
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        more = special.get(name)
-        values += more if isinstance(more, list) else ()
-    texts = {text: value for value in values if (text := _token_text(value)) and hf.token_to_id(text) is not None}
-    return [_added_token(value if isinstance(value, Mapping) else {"content": text}) for text, value in texts.items()]
-
-
-def _added_token(token: Mapping[str, Any]) -> tokenizers.AddedToken:
-    flags = {name: token.get(name, False) for name in ("lstrip", "rstrip", "normalized", "single_word")}
-    return tokenizers.AddedToken(token["content"], special=token.get("special", True), **flags)
-
-
-def _add_tokens(hf: tokenizers.Tokenizer, tokens: Sequence[tokenizers.AddedToken]) -> None:
-    """Add what the tokenizer does not know as an added token, or not as a special one, as transformers does."""
-    special = {token.content: token.special for token in hf.get_added_tokens_decoder().values()}
-    hf.add_tokens(  # all at once: each call reads all of them anew, 17 s for Gemma's 6242
-        [token for token in tokens if token.content not in special or (token.special and not special[token.content])]
+    kind, pre = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    sources = {
+        "tokenizer": "the GGUF file's metadata",
+        "class": f"tokenizer.ggml.model {kind}, tokenizer.ggml.pre {pre}",
+        "special_tokens": "the GGUF file's metadata",
+        **{f"template {name}": "the GGUF file's metadata" for name in templates},
+    }
+    return Tokenizer(
+        build_tokenizer(metadata), named_tokens=named, named_templates=templates, config=named, sources=sources
     )
 
 
-def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
-    """A folder without ``tokenizer.json``: transformers converts older formats."""
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        backend: tokenizers.Tokenizer = loaded.backend_tokenizer
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ModelLoadError(f"{folder} has no tokenizer.json ({reason}); give one with --tokenizer") from None
-    return backend
-
-
-def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The templates by name: their own files first, then ``tokenizer_config.json``."""
-    template = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
-    found = {"default": template} if isinstance(template, str) else dict(template or {})
-    file = folder / "chat_template.jinja"
-    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    if file.is_file() or more:
-        found = {"default": file.read_text(encoding="utf-8")} if file.is_file() else {}
-        found |= {path.stem: path.read_text(encoding="utf-8") for path in more}
-    return found
-
-
-def _token_text(token: object) -> str | None:
-    """A special token's text: the files write a string or an object."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+def _from_folder(folder: Path) -> Tokenizer:
+    read = read_folder(folder)
+    return Tokenizer(
+        read.hf,
+        named_tokens=read.named_tokens,
+        named_templates=read.named_templates,
+        config=read.config,
+        sources=read.sources,
+    )
