@@ -77,13 +77,18 @@ COMMON: Names = {
 """Names in most architectures. Those of a layer are without ``blk.N.`` and ``model.layers.N.``."""
 
 
+_ALL_SCALINGS = frozenset(("linear", "yarn", "llama3"))
+_NO_SCALINGS: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How files of an architecture are mlx-lm's ``model_type``.
 
     ``names`` come over :data:`COMMON`; ``fields`` are entries of ``config.json`` that one key of the metadata gives,
     ``more`` makes the others. ``norms`` undoes what the converter did to norms; ``pairs``: it put the pairs that RoPE
-    rotates side by side. ``scalings`` of RoPE are those that mlx-lm's model computes. ``root`` comes before all names.
+    rotates side by side. ``rope_scalings`` are those of which it is known what they do: where some layers have windows,
+    llama.cpp has rules of its own. ``root`` comes before all names.
     ``derives_head_dim``: its heads divide the hidden size; ``own_heads``: ``more`` checks the sizes of its heads.
     """
 
@@ -93,7 +98,7 @@ class Architecture:
     more: Callable[[Fields, dict[str, Any]], dict[str, Any]] | None = None
     norms: Change | None = None
     pairs: bool = False
-    rope_scalings: frozenset[str] = frozenset()
+    rope_scalings: frozenset[str] = _ALL_SCALINGS
     partial_rotary: bool = False
     derives_head_dim: bool = False
     own_heads: bool = False
@@ -110,7 +115,6 @@ def _expert_names(module: str, router: str) -> Names:
     }
 
 
-_ALL_SCALINGS = frozenset(("linear", "yarn", "llama3"))
 _EXPERTS = _expert_names("mlp.switch_mlp", "mlp.gate")
 _BLOCK_EXPERTS = _expert_names("block_sparse_moe.switch_mlp", "block_sparse_moe.gate")
 _SHARED_EXPERT: Names = {
@@ -233,10 +237,10 @@ _GRANITE_HYBRID: Names = {
 }
 _FEED_FORWARD_IS_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 _NUM_EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
-_LLAMA = Architecture("llama", pairs=True, rope_scalings=_ALL_SCALINGS)
+_LLAMA = Architecture("llama", pairs=True)
 _MIXTRAL = Architecture("mixtral", _BLOCK_EXPERTS, _FEED_FORWARD_IS_EXPERTS, experts, pairs=True, derives_head_dim=True)
-_MINISTRAL3 = Architecture("ministral3", more=ministral3, pairs=True)
-_OLMO2 = Architecture("olmo2", _NORMS_AFTER, rope_scalings=_ALL_SCALINGS)
+_MINISTRAL3 = Architecture("ministral3", more=ministral3, pairs=True, rope_scalings=_NO_SCALINGS)
+_OLMO2 = Architecture("olmo2", _NORMS_AFTER)
 _OLMO3 = Architecture("olmo3", _NORMS_AFTER, more=olmo3, rope_scalings=frozenset(("linear", "yarn")))
 
 
@@ -258,13 +262,11 @@ def _olmo2(fields: Fields) -> Architecture:
 ARCHITECTURES: Mapping[str, Architecture | Callable[[Fields], Architecture]] = {
     "llama": _llama,
     "mistral3": _mistral3,
-    "qwen2": Architecture("qwen2", rope_scalings=frozenset(("linear", "yarn"))),
+    "qwen2": Architecture("qwen2"),
     "qwen2moe": Architecture("qwen2_moe", {**_EXPERTS, **_SHARED_EXPERT}, _NUM_EXPERTS, shared_experts),
-    "qwen3": Architecture("qwen3", rope_scalings=frozenset(("linear", "yarn"))),
+    "qwen3": Architecture("qwen3"),
     "qwen3moe": Architecture("qwen3_moe", _EXPERTS, _NUM_EXPERTS, experts),
-    "qwen3next": Architecture(
-        "qwen3_next", _QWEN3_NEXT, _NUM_EXPERTS, qwen3_next, rope_scalings=_ALL_SCALINGS, partial_rotary=True
-    ),
+    "qwen3next": Architecture("qwen3_next", _QWEN3_NEXT, _NUM_EXPERTS, qwen3_next, partial_rotary=True),
     "qwen35": Architecture("qwen3_5", _QWEN3_5, more=qwen3_5, partial_rotary=True, root="language_model."),
     "qwen35moe": Architecture(
         "qwen3_5_moe",
@@ -275,12 +277,10 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Fields], Architecture]] = {
         root="language_model.",
     ),
     "gemma": Architecture("gemma", norms=one_less),
-    "gemma2": Architecture("gemma2", _GEMMA, more=gemma2, norms=one_less),
+    "gemma2": Architecture("gemma2", _GEMMA, more=gemma2, norms=one_less, rope_scalings=_NO_SCALINGS),
     "gemma3": Architecture("gemma3_text", _GEMMA, more=gemma3, norms=one_less, rope_scalings=frozenset(("linear",))),
-    "gemma4": Architecture("gemma4_text", _GEMMA4, more=gemma4),
-    "gpt-oss": Architecture(
-        "gpt_oss", _GPT_OSS, _FEED_FORWARD_IS_EXPERTS, gpt_oss, rope_scalings=frozenset(("linear", "yarn"))
-    ),
+    "gemma4": Architecture("gemma4_text", _GEMMA4, more=gemma4, rope_scalings=_NO_SCALINGS),
+    "gpt-oss": Architecture("gpt_oss", _GPT_OSS, _FEED_FORWARD_IS_EXPERTS, gpt_oss),
     "phi3": Architecture(
         "phi3",
         _PHI3,
@@ -289,14 +289,13 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Fields], Architecture]] = {
         partial_rotary=True,
         derives_head_dim=True,
     ),
-    "granite": Architecture("granite", more=granite, pairs=True, rope_scalings=_ALL_SCALINGS, derives_head_dim=True),
+    "granite": Architecture("granite", more=granite, pairs=True, derives_head_dim=True),
     "granitemoe": Architecture(
         "granitemoe",
         _GRANITE_MOE,
         _FEED_FORWARD_IS_EXPERTS,
         granite,
         pairs=True,
-        rope_scalings=_ALL_SCALINGS,
         derives_head_dim=True,
     ),
     "granitehybrid": Architecture(
@@ -318,12 +317,11 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Fields], Architecture]] = {
     ),
     "ernie4_5": Architecture("ernie4_5", more=ernie4_5),
     "olmo2": _olmo2,
-    "olmoe": Architecture("olmoe", _EXPERTS, _NUM_EXPERTS, experts, rope_scalings=_ALL_SCALINGS),
-    "smollm3": Architecture("smollm3", pairs=True, rope_scalings=_ALL_SCALINGS),
+    "olmoe": Architecture("olmoe", _EXPERTS, _NUM_EXPERTS, experts),
+    "smollm3": Architecture("smollm3", pairs=True),
     "seed_oss": Architecture(
         "seed_oss",
         {"post_attention_norm": "post_attention_layernorm"},
-        rope_scalings=_ALL_SCALINGS,
     ),
     "lfm2": Architecture("lfm2", _LFM2, more=lfm2),
     "lfm2moe": Architecture("lfm2_moe", _LFM2_MOE, more=lfm2_moe),
@@ -332,7 +330,7 @@ ARCHITECTURES: Mapping[str, Architecture | Callable[[Fields], Architecture]] = {
         "starcoder2", {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}, more=starcoder2, derives_head_dim=True
     ),
     "command-r": Architecture("cohere", fields={"logit_scale": "logit_scale"}, more=cohere, derives_head_dim=True),
-    "cohere2": Architecture("cohere2", fields={"logit_scale": "logit_scale"}, more=cohere),
+    "cohere2": Architecture("cohere2", fields={"logit_scale": "logit_scale"}, more=cohere, rope_scalings=_NO_SCALINGS),
     "exaone4": Architecture("exaone4", _NORMS_AFTER, more=exaone4),
 }
 """By ``general.architecture``; a function where the model type depends on more."""

@@ -90,7 +90,7 @@ def glm4_moe(fields: Fields, config: Words) -> Words:
     """As GLM 4, with experts chosen by a sigmoid and a bias."""
     return _sigmoid_experts(fields) | {
         "use_qk_norm": "blk.0.attn_q_norm.weight" in fields.file.tensors,
-        "rope_scaling": rope_scaling(fields, config, frozenset()),
+        "rope_scaling": rope_scaling(fields, config, _ALL),
     }
 
 
@@ -227,7 +227,8 @@ def _gemma4_feed_forward(fields: Fields, config: Words, shared: int) -> Words:
 
 
 def gpt_oss(fields: Fields, config: Words) -> Words:
-    """Windows in every other layer; the size of an expert is its own."""
+    """Windows in every other layer; the size of an expert is its own. Its yarn rounds no bounds, as it was trained."""
+    scaling = rope_scaling(fields, config, frozenset(("linear", "yarn")))
     size = fields.need("expert_feed_forward_length")
     fields.expect("expert_gating_func", _SOFTMAX)
     return {
@@ -235,6 +236,7 @@ def gpt_oss(fields: Fields, config: Words) -> Words:
         "moe_intermediate_size": size,
         "sliding_window": fields.need("attention.sliding_window"),
         "layer_types": _layer_types(fields, config, 2),
+        "rope_scaling": None if scaling is None else {**scaling, "truncate": False},
     }
 
 

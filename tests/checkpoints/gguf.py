@@ -19,6 +19,9 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Type
 from mlx.utils import tree_flatten
 
+from engine.models.model_config import ModelConfig
+from engine.models.spelling import with_every_spelling
+from engine.runner.load.rope_layers import honour_rope
 from tests.engine.parity.tiny_architectures import CONFIGS, build, config_of
 
 Array = npt.NDArray[np.float32]
@@ -65,7 +68,7 @@ class Case:
 
 
 def write(path: Path, case: Case, kind: Type = Type.F32, other: Mapping[str, Type] = MappingProxyType({})) -> Any:
-    """Write the file of ``case``; gives mlx-lm's model.
+    """Write the file of ``case``; gives mlx-lm's model, turning as its configuration tells.
 
     Matrices are of type ``kind`` where their rows allow it, or of the ``other`` type that their name has there.
     """
@@ -87,6 +90,7 @@ def write(path: Path, case: Case, kind: Type = Type.F32, other: Mapping[str, Typ
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    honour_rope(model, ModelConfig("tiny", path, with_every_spelling(config), {}, 0, 0, frozenset(), case.model))
     return model
 
 
@@ -260,7 +264,7 @@ def factors(case_scaling: Mapping[str, Any], base: float, dims: int) -> Array:
 
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 64}  # fmt: skip
-_YARN = {"type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_YARN: dict[str, Any] = {"type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 _YARN_KEYS = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
 _LONG = [1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
 
@@ -343,7 +347,8 @@ CASES: dict[str, Case] = {
                         "embedding_length_per_layer_input": 0,
                         "attention.head_count_kv": [2, 1, 2, 1], "attention.sliding_window_pattern": _sliding(4, 2)},
                        stored=(gemma4_experts, rotated_quarter)),
-    "gpt-oss": Case("gpt_oss", "gpt-oss", {**_YARN_KEYS, "expert_feed_forward_length": 96}, {"rope_scaling": _YARN}),
+    "gpt-oss": Case("gpt_oss", "gpt-oss", {**_YARN_KEYS, "expert_feed_forward_length": 96},
+                    {"rope_scaling": {**_YARN, "truncate": False}}),
     "phi3": Case("phi3", "phi3", {"rope.scaling.original_context_length": 4096, "attention.sliding_window": 2047}),
     "phi3 longrope": Case(
         "phi3", "phi3", {"rope.scaling.original_context_length": 1024, "rope.scaling.attn_factor": (1.2) ** 0.5},

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mlx_lm.utils import _get_classes
@@ -30,6 +30,13 @@ OWN_SCALING = {"gemma4", "gemma4_text"}
 _NO_LAYERS = {"nanochat"}
 
 
+class Layer(NamedTuple):
+    """A rotary layer of the decoder's layer ``number``."""
+
+    number: int | None
+    angles: Angles
+
+
 def compared_types() -> list[str]:
     """Model types of both libraries that have rotary layers."""
     return sorted(set(known_to_transformers()) - OWN_VALUES - _NO_LAYERS)
@@ -48,15 +55,15 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig("tiny", Path(), spelled, {}, 4096, 199, frozenset(), str(hf_config["model_type"]))
 
 
-def engine_angles(hf_config: Mapping[str, Any]) -> list[Angles]:
+def engine_angles(hf_config: Mapping[str, Any]) -> list[Layer]:
     """Of each rotary layer of the model that the engine builds."""
-    return _angles(build_abstract_model(model_config(hf_config)))
+    return _layers(build_abstract_model(model_config(hf_config)))
 
 
-def mlx_lm_angles(hf_config: Mapping[str, Any]) -> list[Angles]:
+def mlx_lm_angles(hf_config: Mapping[str, Any]) -> list[Layer]:
     """Of each rotary layer of the model that mlx-lm builds by itself."""
     kind, arguments = _get_classes(dict(hf_config))
-    return _angles(kind(arguments.from_dict(dict(hf_config))))
+    return _layers(kind(arguments.from_dict(dict(hf_config))))
 
 
 def same_angles(one: Angles, other: Angles) -> bool:
@@ -68,9 +75,9 @@ def same_angles(one: Angles, other: Angles) -> bool:
     )
 
 
-def turn_as(theirs: Any, layers: Sequence[Angles]) -> bool:
-    """Whether each of ``layers`` turns as some kind of layers does by transformers' own functions."""
-    return all(any(same_angles(found, told) for told in _told(theirs, found)) for found in layers)
+def turn_as(theirs: Any, layers: Sequence[Layer]) -> bool:
+    """Whether each of ``layers`` turns as layers of its kind do by transformers' own functions."""
+    return all(any(same_angles(layer.angles, told) for told in _told(theirs, layer)) for layer in layers)
 
 
 @cache
@@ -87,7 +94,7 @@ def saved_cases() -> tuple[tuple[str, str, dict[str, Any], Any], ...]:
     return tuple(found)
 
 
-def outcomes(angles: Callable[[Mapping[str, Any]], list[Angles]]) -> dict[str, dict[str, list[str]]]:
+def outcomes(angles: Callable[[Mapping[str, Any]], list[Layer]]) -> dict[str, dict[str, list[str]]]:
     """Scaling -> ``right``, ``wrong`` or ``fails`` -> the types whose saved configurations come out so."""
     found: dict[str, dict[str, list[str]]] = {kind: {"right": [], "wrong": [], "fails": []} for kind in SCALINGS}
     for name, kind, saved, theirs in saved_cases():
@@ -99,19 +106,23 @@ def outcomes(angles: Callable[[Mapping[str, Any]], list[Angles]]) -> dict[str, d
     return found
 
 
-def smallest(layers: Sequence[Angles]) -> int:
+def smallest(layers: Sequence[Layer]) -> int:
     """Elements of a head that turn where the fewest do."""
-    return 2 * min(angles[0].size for angles in layers)
+    return 2 * min(layer.angles[0].size for layer in layers)
 
 
-def _told(theirs: Any, found: Angles) -> list[Angles]:
+def _told(theirs: Any, layer: Layer) -> list[Angles]:
+    """What a layer of its kind does; where its kind cannot be told, what any does."""
     try:
-        return list(angles_by_kind(theirs, 2 * found[0].size).values())
+        by_kind = angles_by_kind(theirs, 2 * layer.angles[0].size)
     except ValueError:  # factors for another number of elements
         return []
+    kinds = getattr(theirs, "layer_types", None) or []
+    kind = kinds[layer.number] if layer.number is not None and layer.number < len(kinds) else None
+    return [by_kind[kind]] if kind in by_kind else list(by_kind.values())
 
 
-def _angles(model: Any) -> list[Angles]:
-    found = [angles_of(place.layer) for place in rotary_layers(model)]
-    assert all(angles is not None for angles in found), "a rotary layer that does not keep its angles"
-    return [angles for angles in found if angles is not None]
+def _layers(model: Any) -> list[Layer]:
+    found = [(place.number, angles_of(place.layer)) for place in rotary_layers(model)]
+    assert all(angles is not None for _, angles in found), "a rotary layer that does not keep its angles"
+    return [Layer(number, angles) for number, angles in found if angles is not None]

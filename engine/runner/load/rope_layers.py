@@ -50,8 +50,8 @@ def readable_config(config: Mapping[str, Any], arguments: type) -> dict[str, Any
 def honour_rope(model: nn.Module, config: ModelConfig) -> None:
     """Make the rotary layers of ``model`` turn as ``config`` tells. Raises ModelLoadError where they cannot.
 
-    A layer that turns as some kind of layers should is taken for one of that kind; another is made to turn as its own
-    kind should, where ``layer_types`` or a single set of settings tell which that is.
+    Where all layers have the same settings and none follows them, all are made to. Where kinds of layers have their
+    own, each is made to turn as its kind should, which ``layer_types`` tell; without these it must turn as some kind.
     """
     try:
         _honour(model, config, text_config(config.hf_config))
@@ -68,11 +68,16 @@ def _honour(model: nn.Module, config: ModelConfig, text: Mapping[str, Any]) -> N
     layers = list(rotary_layers(model))
     if not layers and any(rope.type not in ("default", "dynamic") for rope in settings.values()):
         raise _refusal(config, settings)
+    different: list[Rope] = []
+    for rope in settings.values():
+        if rope not in different:
+            different.append(rope)
+    if len(different) == 1 and any(_turns(place.layer, different[0], text) for place in layers):
+        return  # a model file that follows the settings in some layers has a way of its own for the others
     for place in layers if settings else ():
-        told = settings.values()
-        if any(_turns(place.layer, rope, text) for rope in told):
+        own = different[0] if len(different) == 1 else _settings_of(place, settings, text)
+        if any(_turns(place.layer, rope, text) for rope in ([own] if own else different)):
             continue
-        own = _settings_of(place, settings, text)
         if own is None:
             raise _refusal(config, settings)
         _mend(place, own, text)
@@ -101,13 +106,7 @@ def _turns(layer: Any, rope: Rope, text: Mapping[str, Any]) -> bool:
 
 def _settings_of(place: _Place, settings: Mapping[str, Rope], text: Mapping[str, Any]) -> Rope | None:
     """The settings of a layer's kind; None where it cannot be told."""
-    different: list[Rope] = []
-    for rope in settings.values():
-        if rope not in different:
-            different.append(rope)
     kinds = text.get("layer_types")
-    if len(different) == 1:
-        return different[0]
     if place.number is None or not isinstance(kinds, list) or place.number >= len(kinds):
         return None
     return settings.get(kinds[place.number])
@@ -262,6 +261,6 @@ def _mend(place: _Place, rope: Rope, text: Mapping[str, Any]) -> None:
 def _refusal(config: ModelConfig, settings: Mapping[str, Rope]) -> ModelLoadError:
     ropes = "; ".join(dict.fromkeys(rope.describe() for rope in settings.values()))
     return ModelLoadError(
-        f"{config.name}: config.json asks for RoPE {ropes}, which mlx-lm's {config.model_type} does not do; "
+        f"{config.name}: its configuration asks for RoPE {ropes}, which mlx-lm's {config.model_type} does not do; "
         "a newer mlx-lm may"
     )

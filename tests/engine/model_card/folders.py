@@ -44,7 +44,7 @@ def write_folder(folder: Path, *, leave_out: tuple[str, ...] = (), **config: Any
     write_json(folder / "generation_config.json", {"temperature": 0.6, "top_k": 20, "eos_token_id": [2, 3]})
     write_json(
         folder / "tokenizer_config.json",
-        {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "chat_template": TEMPLATE},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": TEMPLATE},
     )
     write_tokenizer(folder / "tokenizer.json")
     write_weights(folder / WEIGHTS)

@@ -60,7 +60,7 @@ def test_a_whole_folder_is_understood_and_each_fact_names_its_file(tmp_path: Pat
 
 def test_a_tokenizer_is_described_beside_the_embedding(tmp_path: Path) -> None:
     described = facts(card(write_folder(tmp_path / "m")), "tokenizer")
-    assert described["class"] == ("Qwen2Tokenizer", "tokenizer_config.json: tokenizer_class")
+    assert described["class"] == ("PreTrainedTokenizerFast", "tokenizer_config.json: tokenizer_class")
     assert described["kind"] == ("WordLevel", "tokenizer.json: model.type")
     assert described["vocabulary"] == (str(VOCAB_SIZE), "tokenizer.json: 3 of them added, 3 special")
     assert described["embedding rows"] == (str(VOCAB_SIZE), f"{WEIGHTS}: model.embed_tokens.weight")
@@ -305,7 +305,7 @@ def test_only_a_model_that_is_not_there_raises(tmp_path: Path, monkeypatch: pyte
     parts.mkdir()
     for number in (1, 2):
         (parts / f"m-Q8_0-0000{number}-of-00002.gguf").write_bytes(b"GGUF")
-    assert "is split; join the parts" in only(card(parts).problems, "split")
+    assert "cut short or damaged" in only(card(parts).problems, "m-Q8_0-00001-of-00002.gguf")
 
 
 def test_a_snapshot_of_the_hub_tells_its_commit_and_that_weights_are_not_here(

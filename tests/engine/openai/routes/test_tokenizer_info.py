@@ -31,10 +31,11 @@ def folder(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> Path:
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config["eos_token"] = {"content": "<|im_end|>", "lstrip": False, "special": True, "__type": "AddedToken"}
     config["added_tokens_decoder"] = {"2": {"content": "<|im_end|>", "special": True}}
+    config["pad_token"] = "<|endoftext|>"
     config["name_or_path"] = "/somewhere/model"
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|endoftext|>", "eos_token": "other"}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "other"}))
     return tmp_path
 
 

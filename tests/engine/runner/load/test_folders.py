@@ -1,5 +1,6 @@
 """Folders as tools lay them out give mlx-lm's tokens, or are refused by name before a weight is read."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,18 @@ def test_a_folder_that_transformers_saved_again_is_the_same_model(name: str, tmp
     expected = _tokens_by_transformers_angles(name, tmp_path / "original", 16)
     assert greedy(loaded.model, 16) == expected
     assert len(set(expected)) > 3, "a text that would not show a difference"
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gemma3_text", "llama", "olmo3", "phi3", "qwen2"])
+@pytest.mark.parametrize("left_out", ["", "rope_theta", "rope_local_base_freq"])
+def test_a_folder_that_mlx_lm_reads_as_it_is_stays_the_same_model(name: str, left_out: str, tmp_path: Path) -> None:
+    write_original(name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop(left_out, None)
+    if name == "olmo3":
+        config |= {"rope_theta": 54321.0, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert greedy(_load(tmp_path).model, 16) == mlx_lm_tokens(tmp_path, 16)
 
 
 @pytest.mark.parametrize("name", LOADED)
