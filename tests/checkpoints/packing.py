@@ -89,7 +89,7 @@ def fp8_blocks(name: str, weight: mx.array, *, scale_type: str = "F32", suffix: 
     """FP8 of a weight [out, in] with a scale for each 128 by 128, as DeepSeek writes it."""
     out, width = weight.shape
     rows, columns = -(-out // 128), -(-width // 128)
-    padded = mx.pad(weight, ((0, rows * 128 - out), (0, columns * 128 - width))).reshape(rows, 128, columns, 128)
+    padded = mx.pad(weight, [(0, rows * 128 - out), (0, columns * 128 - width)]).reshape(rows, 128, columns, 128)
     scale = mx.abs(padded).max((1, 3)) / 448
     values = mx.to_fp8(padded / scale[:, None, :, None]).reshape(rows * 128, columns * 128)[:out, :width]
     stored = mx.full(scale.shape, 120, mx.uint8) if scale_type == "F8_E8M0" else scale

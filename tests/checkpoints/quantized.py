@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from tests.checkpoints import packing
+from tests.checkpoints.stored import Tensors
 from tests.checkpoints.writers import (
     AWQ,
     FP8,
@@ -46,11 +47,11 @@ class Checkpoint:
     runs: bool = True
 
 
-def _awq(name: str, weight: mx.array) -> packing.Tensors:
+def _awq(name: str, weight: mx.array) -> Tensors:
     return packing.awq(name, weight, 32, zeros=True)
 
 
-def _awq_symmetric(name: str, weight: mx.array) -> packing.Tensors:
+def _awq_symmetric(name: str, weight: mx.array) -> Tensors:
     return packing.awq(name, weight, 32, zeros=False)
 
 
@@ -67,11 +68,11 @@ _KIMI_K3 = compressed(
 _EXPERTS = ".mlp.experts."
 
 
-def _one_scale(name: str, weight: mx.array) -> packing.Tensors:
+def _one_scale(name: str, weight: mx.array) -> Tensors:
     return packing.fp8_tensor(name, weight, "weight_scale")
 
 
-def _no_scale(name: str, weight: mx.array) -> packing.Tensors:
+def _no_scale(name: str, weight: mx.array) -> Tensors:
     return packing.fp8_tensor(name, weight, None)
 
 

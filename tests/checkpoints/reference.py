@@ -35,7 +35,8 @@ def _products_of_gpus() -> Iterator[None]:
 
     def by_experts(layer: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         if layer.global_scale is None:
-            return gathered(layer, x, indices, sorted_indices)
+            plain: mx.array = gathered(layer, x, indices, sorted_indices)
+            return plain
         parts = zip(layer.weight, layer.scales, layer.global_scale, strict=True)
         dense = [mx.dequantize(w, s, None, 16, 4, "nvfp4", global_scale=g, dtype=x.dtype) for w, s, g in parts]
         return mx.gather_mm(x, mx.stack(dense).swapaxes(-1, -2), rhs_indices=indices)
@@ -49,7 +50,8 @@ def _products_of_gpus() -> Iterator[None]:
     def ternary(layer: Any, x: mx.array, packed: mx.array) -> mx.array:
         sums = [x @ (((packed >> 2 * quarter) & 3).astype(x.dtype) - 1).T for quarter in range(4)]
         scale = 1 / layer.weight_scale if layer.invert_weight_scales else layer.weight_scale
-        return mx.concatenate(sums, axis=-1) * scale
+        product: mx.array = mx.concatenate(sums, axis=-1) * scale
+        return product
 
     with (
         patch.object(QuantizedSwitchLinear, "__call__", by_experts),

@@ -107,7 +107,7 @@ def angles_by_kind(theirs: Any, dims: int) -> dict[str | None, Angles]:
     return found
 
 
-class _Tensor(np.ndarray):  # type: ignore[type-arg]
+class _Tensor(np.ndarray):
     def to(self, *_: Any, **__: Any) -> "_Tensor":
         return self.astype(np.float64).view(_Tensor)
 

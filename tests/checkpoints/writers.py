@@ -91,7 +91,7 @@ def of_types(matrices: mx.Dtype, vectors: mx.Dtype | None = None) -> Writer:
     def write(folder: Path) -> None:
         config = model_config("llama", torch_dtype="float64")
         types = {True: matrices, False: vectors or matrices}
-        weights = {name: value.astype(types[value.ndim > 1]) for name, value in weights_of(config).items()}
+        weights: Tensors = {name: value.astype(types[value.ndim > 1]) for name, value in weights_of(config).items()}
         write_folder(folder, config, weights)
 
     return write
@@ -229,7 +229,7 @@ def write_muse_spark(folder: Path) -> None:
             tensors |= packing.nvfp4_experts(layer, value, scales=1)
         else:
             tensors[name] = value.astype(mx.bfloat16)
-    details = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}
+    details: dict[str, Any] = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}
     details["exclude_modules"] = ["lm_head", "*self_attn*", "*pre_expert_proj", "*post_expert_proj", "*mlp.gate"]
     own = {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": details}
     write_folder(folder, config, tensors, hf_quant_config=own)
@@ -306,7 +306,10 @@ def plain_type(dtype: str) -> Writer:
 
     def write(folder: Path) -> None:
         config = model_config("llama")
-        pack = lambda name, value: {f"{name}.weight": packing.of_type(value, dtype)}  # noqa: E731
+
+        def pack(name: str, value: mx.array) -> Tensors:
+            return {f"{name}.weight": packing.of_type(value, dtype)}
+
         write_folder(folder, config, packed_by(pack, weights_of(config)))
 
     return write

@@ -10,6 +10,7 @@ from typing import Any
 from engine.params.attention_backend import ATTENTION_BACKENDS
 from engine.runner.device.devices import describe_device
 from tests.on_device.backends import backends
+from tests.on_device.checkpoints import checkpoints
 from tests.on_device.hybrid import hybrid
 from tests.on_device.long import long
 from tests.on_device.parity import parity
@@ -39,6 +40,10 @@ def _backends(options: argparse.Namespace) -> bool:
     return backends(without_gpu=options.small)
 
 
+def _checkpoints(_options: argparse.Namespace) -> bool:
+    return not any("WRONG" in line for line in checkpoints().values())
+
+
 def _sticky(options: argparse.Namespace) -> bool:
     return sticky(pretend=options.small)
 
@@ -50,6 +55,7 @@ CHECKS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "pools": _pools,
     "hybrid": _hybrid,
     "sticky": _sticky,
+    "checkpoints": _checkpoints,
 }
 
 

@@ -71,9 +71,10 @@ def run(name: str) -> Row:
         found = [request.output_token_ids for request in engine.generate(_PROMPTS, NUM_TOKENS)]
         if found != expected:  # some caches of mlx-lm give other tokens where a prompt is cut otherwise
             expected = [greedy_from_one_call(model, prompt, NUM_TOKENS) for prompt in _PROMPTS]
-        paged = isinstance(engine.backend, PagedBackend)
-        note = engine.backend.calls if paged else _why(engine.note)
-        return Row(name, groups(model, engine.backend), "paged" if paged else "contiguous", note, found == expected)
+        backend = engine.backend
+        if isinstance(backend, PagedBackend):
+            return Row(name, groups(model, backend), "paged", backend.calls, found == expected)
+        return Row(name, groups(model, backend), "contiguous", _why(engine.note), found == expected)
     finally:
         engine.backend.close()
         mx.clear_cache()

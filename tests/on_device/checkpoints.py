@@ -1,0 +1,80 @@
+"""Packed weights of every kind as this device computes on them, beside the same weights unpacked, on the CPU.
+
+Folders and GGUF files are those of ``tests/checkpoints``: tiny, so that all of them take a minute.
+"""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Type
+
+from engine.models.local import ResolvedModel
+from engine.models.model_config import read_model_config
+from engine.params.engine_args import EngineArgs
+from engine.runner.device.devices import Device, describe_device
+from engine.runner.load.gguf_blocks import PACKINGS
+from engine.runner.load.loader import WEIGHT_READERS
+from tests.checkpoints.folders import SAVED, write_saved
+from tests.checkpoints.gguf import CASES, write
+from tests.checkpoints.quantized import CHECKPOINTS
+from tests.checkpoints.reference import PROMPT
+
+_CPU = Device("cpu", "a CPU", 16 << 30)
+_CLOSE = 2e-3
+"""Of the largest logit: what float32 sums in another order differ by, where TF32 is off."""
+_GGUF_MODELS = ("llama", "qwen3 moe", "gpt-oss")
+
+
+def checkpoints() -> dict[str, str]:
+    """Kind of file -> how far the logits are apart (a share of the largest), or what was raised."""
+    found: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as made:
+        for name, resolved in _files(Path(made)):
+            try:
+                far = _difference(resolved)
+                found[name] = f"{far:.1e}" + ("" if far < _CLOSE else " WRONG")
+            except Exception as error:  # noqa: BLE001  (whatever a device cannot do is what is looked for)
+                found[name] = f"WRONG {type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            print(f"{name}: {found[name]}", flush=True)
+    return found
+
+
+def _files(root: Path) -> Iterator[tuple[str, ResolvedModel]]:
+    writers: dict[str, Callable[[Path], Any]] = {
+        name: kind.write for name, kind in CHECKPOINTS.items() if kind.refused is None and kind.runs
+    }
+    for name in SAVED:
+        writers[f"saved again: {name}"] = lambda folder, name=name: write_saved(name, folder)  # type: ignore[misc]
+    for name, writer in writers.items():
+        folder = root / re.sub(r"\W+", "_", name)
+        writer(folder)
+        yield name, ResolvedModel(name, folder, "folder")
+    for model in _GGUF_MODELS:
+        for kind in (Type.F32, *PACKINGS):
+            path = root / f"{model}-{kind.name}.gguf".replace(" ", "_")
+            try:
+                write(path, CASES[model], kind)
+            except NotImplementedError:  # gguf cannot write the type
+                continue
+            yield f"GGUF {model} {kind.name}", ResolvedModel(path.name, path, "gguf")
+
+
+def _difference(resolved: ResolvedModel) -> float:
+    device = describe_device()
+    packed, _ = _logits(resolved, device, mx.default_device())
+    plain, largest = _logits(resolved, _CPU, mx.cpu)
+    return float(np.abs(packed - plain).max() / largest)
+
+
+def _logits(resolved: ResolvedModel, device: Device, stream: Any) -> tuple[Any, float]:
+    args = EngineArgs(resolved.name, dtype="float32")
+    config = read_model_config(resolved, args)
+    with mx.stream(stream):
+        model = WEIGHT_READERS[resolved.kind].prepare(resolved, config, args, device).read(lambda *_: None)
+        found = np.array(model(mx.array([list(PROMPT)]))[0].astype(mx.float32))
+    return found, float(np.abs(found).max())
