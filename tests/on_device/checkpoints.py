@@ -3,15 +3,17 @@
 Folders and GGUF files are those of ``tests/checkpoints``: tiny, so that all of them take a minute.
 """
 
-import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
+from gguf.quants import quantize
 
 from engine.models.local import ResolvedModel
 from engine.models.model_config import read_model_config
@@ -34,9 +36,9 @@ def checkpoints() -> dict[str, str]:
     """Kind of file -> how far the logits are apart (a share of the largest), or what was raised."""
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as made:
-        for name, resolved in _files(Path(made)):
+        for number, (name, writer) in enumerate(_writers().items()):
             try:
-                far = _difference(resolved)
+                far = _difference(writer(Path(made, str(number))))
                 found[name] = f"{far:.1e}" + ("" if far < _CLOSE else " WRONG")
             except Exception as error:  # noqa: BLE001  (whatever a device cannot do is what is looked for)
                 found[name] = f"WRONG {type(error).__name__}: {' '.join(str(error).split())[:150]}"
@@ -44,24 +46,33 @@ def checkpoints() -> dict[str, str]:
     return found
 
 
-def _files(root: Path) -> Iterator[tuple[str, ResolvedModel]]:
-    writers: dict[str, Callable[[Path], Any]] = {
-        name: kind.write for name, kind in CHECKPOINTS.items() if kind.refused is None and kind.runs
+def _writers() -> dict[str, Callable[[Path], ResolvedModel]]:
+    folders = {name: kind.write for name, kind in CHECKPOINTS.items() if kind.refused is None and kind.runs}
+    folders |= {f"saved again: {name}": partial(write_saved, name) for name in SAVED}
+    files = {f"GGUF {model} {kind.name}": (model, kind) for model in _GGUF_MODELS for kind in _written_by_gguf()}
+    return {name: partial(_folder, name, writer) for name, writer in folders.items()} | {
+        name: partial(_file, model, kind) for name, (model, kind) in files.items()
     }
-    for name in SAVED:
-        writers[f"saved again: {name}"] = lambda folder, name=name: write_saved(name, folder)  # type: ignore[misc]
-    for name, writer in writers.items():
-        folder = root / re.sub(r"\W+", "_", name)
-        writer(folder)
-        yield name, ResolvedModel(name, folder, "folder")
-    for model in _GGUF_MODELS:
-        for kind in (Type.F32, *PACKINGS):
-            path = root / f"{model}-{kind.name}.gguf".replace(" ", "_")
-            try:
-                write(path, CASES[model], kind)
-            except NotImplementedError:  # gguf cannot write the type
-                continue
-            yield f"GGUF {model} {kind.name}", ResolvedModel(path.name, path, "gguf")
+
+
+def _written_by_gguf() -> list[Type]:
+    """Types that stay packed, as far as gguf can write them, and one that does not."""
+    written = [Type.F32]
+    for kind in PACKINGS:
+        with suppress(NotImplementedError):
+            quantize(np.zeros((1, 512), np.float32), kind)
+            written.append(kind)
+    return written
+
+
+def _folder(name: str, writer: Callable[[Path], Any], folder: Path) -> ResolvedModel:
+    writer(folder)
+    return ResolvedModel(name, folder, "folder")
+
+
+def _file(model: str, kind: Type, path: Path) -> ResolvedModel:
+    write(path, CASES[model], kind)
+    return ResolvedModel(path.name, path, "gguf")
 
 
 def _difference(resolved: ResolvedModel) -> float:
