@@ -47,8 +47,11 @@ def checkpoints() -> dict[str, str]:
 
 
 def _writers() -> dict[str, Callable[[Path], ResolvedModel]]:
-    folders = {name: kind.write for name, kind in CHECKPOINTS.items() if kind.refused is None and kind.runs}
-    folders |= {f"saved again: {name}": partial(write_saved, name) for name in SAVED}
+    folders: dict[str, Callable[[Path], Any]] = {
+        name: kind.write for name, kind in CHECKPOINTS.items() if kind.refused is None and kind.runs
+    }
+    for saved in SAVED:
+        folders[f"saved again: {saved}"] = partial(write_saved, saved)
     files = {f"GGUF {model} {kind.name}": (model, kind) for model in _GGUF_MODELS for kind in _written_by_gguf()}
     return {name: partial(_folder, name, writer) for name, writer in folders.items()} | {
         name: partial(_file, model, kind) for name, (model, kind) in files.items()

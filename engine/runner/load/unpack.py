@@ -54,6 +54,8 @@ def runs_packed(module: nn.Module, kind: str) -> bool:
     """Whether MLX computes on the weights as they are on a device of ``kind`` (``cpu``, ``cuda``, ``metal``)."""
     if packed_kind(module) == "ternary":
         return kind == "metal"
+    if packed_kind(module) == "affine" and module.bits == 1 and kind == "cuda":  # "1-bit quantization is not supported"
+        return False
     return kind != "cpu" or (module.get("global_scale") is None and not isinstance(module, nn.QQLinear))
 
 

@@ -309,3 +309,13 @@ def test_a_plan_of_ten_thousand_tensors_takes_seconds_and_no_memory(tmp_path: Pa
     assert time.monotonic() - begun < 5
     assert mx.get_peak_memory() - before < 10_000_000
     assert planned.model_memory == num_bytes
+
+
+def test_one_bit_is_unpacked_where_mlx_has_no_product_for_it(folder_of: Callable[[str], Path]) -> None:
+    resolved, args = ResolvedModel("tiny", folder_of("MLX 1-bit"), "folder"), EngineArgs("tiny")
+    config = read_model_config(resolved, args)
+    kinds = {}
+    for kind in ("cuda", "metal"):
+        prepared = FolderWeights().prepare(resolved, config, args, Device(kind, "a GPU", 16 << 30))
+        kinds[kind] = any("scales" in name for name, _ in tree_flatten(prepared.abstract().parameters()))
+    assert kinds == {"cuda": False, "metal": True}
