@@ -27,16 +27,18 @@ from tests.checkpoints.quantized import CHECKPOINTS
 from tests.checkpoints.reference import PROMPT
 
 _CPU = Device("cpu", "a CPU", 16 << 30)
-_CLOSE = 2e-3
-"""Of the largest logit: what float32 sums in another order differ by, where TF32 is off."""
+_CLOSE = 5e-2
+"""Of the largest logit: what the element types in which a GPU computes leave of tiny random models."""
 _GGUF_MODELS = ("llama", "qwen3 moe", "gpt-oss")
 
 
-def checkpoints() -> dict[str, str]:
-    """Kind of file -> how far the logits are apart (a share of the largest), or what was raised."""
+def checkpoints(words: str = "") -> dict[str, str]:
+    """Kind of file, of those with ``words`` -> how far logits are apart (a share of the largest), or what was raised."""
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as made:
         for number, (name, writer) in enumerate(_writers().items()):
+            if words not in name:
+                continue
             try:
                 far = _difference(writer(Path(made, str(number))))
                 found[name] = f"{far:.1e}" + ("" if far < _CLOSE else " WRONG")
@@ -53,9 +55,12 @@ def _writers() -> dict[str, Callable[[Path], ResolvedModel]]:
     for saved in SAVED:
         folders[f"saved again: {saved}"] = partial(write_saved, saved)
     files = {f"GGUF {model} {kind.name}": (model, kind) for model in _GGUF_MODELS for kind in _written_by_gguf()}
-    return {name: partial(_folder, name, writer) for name, writer in folders.items()} | {
-        name: partial(_file, model, kind) for name, (model, kind) in files.items()
-    }
+    found: dict[str, Callable[[Path], ResolvedModel]] = {}
+    for name, writer in folders.items():
+        found[name] = partial(_folder, name, writer)
+    for name, (model, kind) in files.items():
+        found[name] = partial(_file, model, kind)
+    return found
 
 
 def _written_by_gguf() -> list[Type]:
@@ -80,13 +85,13 @@ def _file(model: str, kind: Type, path: Path) -> ResolvedModel:
 
 def _difference(resolved: ResolvedModel) -> float:
     device = describe_device()
-    packed, _ = _logits(resolved, device, mx.default_device())
+    packed, _ = _logits(resolved, device, mx.default_device())  # float32 is no type that packed weights run in there
     plain, largest = _logits(resolved, _CPU, mx.cpu)
     return float(np.abs(packed - plain).max() / largest)
 
 
 def _logits(resolved: ResolvedModel, device: Device, stream: Any) -> tuple[Any, float]:
-    args = EngineArgs(resolved.name, dtype="float32")
+    args = EngineArgs(resolved.name)
     config = read_model_config(resolved, args)
     with mx.stream(stream):
         model = WEIGHT_READERS[resolved.kind].prepare(resolved, config, args, device).read(lambda *_: None)
