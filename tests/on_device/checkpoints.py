@@ -33,7 +33,7 @@ _GGUF_MODELS = ("llama", "qwen3 moe", "gpt-oss")
 
 
 def checkpoints(words: str = "") -> dict[str, str]:
-    """Kind of file, of those with ``words`` -> how far logits are apart (a share of the largest), or what was raised."""
+    """Kind of file, of those with ``words`` -> how far logits are apart (of the largest), or what was raised."""
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as made:
         for number, (name, writer) in enumerate(_writers().items()):
