@@ -52,7 +52,8 @@ def pack(blocks: Bytes, kind: Type) -> dict[str, Numbers]:
         "scales": scales.reshape(*lead, -1),
         "biases": None if biases is None else biases.reshape(*lead, -1),
     }
-    return {name: values for name, values in packed.items() if values is not None}
+    # MLX keeps the strides of a view, and its CUDA has no product for packed weights with any.
+    return {name: np.ascontiguousarray(values) for name, values in packed.items() if values is not None}
 
 
 def take_columns(packed: Mapping[str, Numbers], columns: npt.NDArray[np.intp], group_size: int) -> dict[str, Numbers]:

@@ -110,6 +110,8 @@ def _plain(module: nn.Module, dtype: mx.Dtype) -> nn.Module | None:
 
 def _dense(module: nn.Module, dtype: mx.Dtype) -> mx.array:
     """The weights of a module in one of MLX's modes."""
+    if module.bits == 1:
+        return _one_bit(module, dtype)
     weight = mx.dequantize(
         module.weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode, dtype=dtype
     )
@@ -118,6 +120,14 @@ def _dense(module: nn.Module, dtype: mx.Dtype) -> mx.array:
         return weight
     scale = scale.astype(mx.float32) / _NVFP4_LARGEST
     return (weight.astype(mx.float32) * scale.reshape(*scale.shape, 1, 1)).astype(dtype)
+
+
+def _one_bit(module: nn.Module, dtype: mx.Dtype) -> mx.array:
+    """Affine weights of one bit, the first in the lowest: MLX's CUDA leaves those it has no case for unwritten."""
+    bits = (module.weight[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    groups = bits.reshape(*module.scales.shape, module.group_size).astype(dtype)
+    values = groups * module.scales[..., None].astype(dtype) + module.biases[..., None].astype(dtype)
+    return values.reshape(*module.weight.shape[:-1], -1)
 
 
 def _ternary(module: nn.Module, dtype: mx.Dtype) -> mx.array:
