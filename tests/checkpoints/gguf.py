@@ -404,3 +404,18 @@ CASES: dict[str, Case] = {
                           (llama3_factors,)),
 }  # fmt: skip
 """By what they are, in a few words."""
+
+
+ANSWERS: dict[str, str] = {
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q1_0", "TQ2_0", "MXFP4", "NVFP4"), "stays packed"),
+    **dict.fromkeys(("F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"), "converted"),
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "IQ4_NL", "IQ4_XS"), "dequantized"),
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "dequantized"),
+    **dict.fromkeys(("Q8_1", "Q8_K"), "refused"),
+}
+"""For each type of the installed gguf: a newer one's new type has to find its answer here."""
+
+
+def answer_of(kind: Type) -> str:
+    """What becomes of tensors of a type."""
+    return ANSWERS.get(kind.name, "refused")

@@ -20,20 +20,12 @@ mx = pytest.importorskip("mlx.core")
 
 from engine.runner.load.gguf_blocks import PACKINGS, leaves_groups_whole, pack, take_columns  # noqa: E402
 from engine.runner.load.loader import load_model  # noqa: E402
-from tests.checkpoints.gguf import CASES, write  # noqa: E402
+from tests.checkpoints.gguf import ANSWERS, CASES, write  # noqa: E402
 
 PLAIN = {
     Type.F64: np.float64, Type.F32: np.float32, Type.F16: np.float16, Type.I8: np.int8, Type.I16: np.int16,
     Type.I32: np.int32, Type.I64: np.int64,
 }  # fmt: skip
-ANSWERS: dict[str, str] = {
-    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q1_0", "TQ2_0", "MXFP4", "NVFP4"), "stays packed"),
-    **dict.fromkeys(("F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"), "converted"),
-    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "IQ4_NL", "IQ4_XS"), "dequantized"),
-    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "dequantized"),
-    **dict.fromkeys(("Q8_1", "Q8_K"), "refused"),
-}
-"""For each type of the installed gguf: a newer one's new type has to find its answer here."""
 LOADABLE = [kind for kind in Type if ANSWERS.get(kind.name) not in (None, "refused")]
 FLOAT16_AT: dict[Type, tuple[int, ...]] = {
     Type.Q4_0: (0,), Type.Q4_1: (0, 2), Type.Q5_0: (0,), Type.Q5_1: (0, 2), Type.Q8_0: (0,), Type.Q1_0: (0,),
