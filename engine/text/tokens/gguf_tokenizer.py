@@ -55,9 +55,9 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def special_token(metadata: Mapping[str, Any], name: str) -> str | None:
-    """The text of the file's ``bos``, ``eos``, ``unknown`` … token."""
-    index = metadata.get(f"{_KEY}{name}_token_id")
-    return None if index is None else str(metadata[_KEY + "tokens"][index])
+    """The text of the file's ``bos``, ``eos``, ``unknown`` … token; None where its id is no token's."""
+    index, tokens = metadata.get(f"{_KEY}{name}_token_id"), metadata.get(_KEY + "tokens") or ()
+    return str(tokens[index]) if isinstance(index, int) and 0 <= index < len(tokens) else None
 
 
 def named_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
