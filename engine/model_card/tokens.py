@@ -81,7 +81,8 @@ def tokenizer(files: ModelFiles, read: TokenizerFiles, rows: Fact | None) -> Ite
     if (kind := read.tokenizer.config.get("tokenizer_class")) is not None:
         yield Fact("class", str(kind), read.named("tokenizer_class"))
     if (taken := read.tokenizer.sources.get("class")) is not None:
-        yield Fact("taken as", taken, f"the class that transformers takes; {read.tokenizer.sources['tokenizer']}")
+        by = "read without a class" if read.folder is None else "the class that transformers takes"
+        yield Fact("taken as", taken, f"{by}; {read.tokenizer.sources['tokenizer']}")
     yield Fact("kind", type(hf.model).__name__, _kind_source(read))
     if files.gguf is not None and (pre := files.gguf.metadata.get(f"{_GGML}pre")):
         yield Fact("pre-tokenizer", str(pre), f"{read.file}: {_GGML}pre")

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, error_line
 from engine.text.tokens.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 
 _KEY = "tokenizer.ggml."
@@ -35,9 +35,24 @@ _KINDS = {
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a GGUF file. Raises :class:`ModelLoadError` naming a vocabulary kind that is not known."""
+    """The tokenizer of a GGUF file.
+
+    Raises :class:`ModelLoadError` naming a vocabulary kind that is not known, or what is damaged.
+    """
+    try:
+        return _build(metadata)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the keys may hold anything, and the library raises plain Exception
+        raise ModelLoadError(
+            f"the file's vocabulary is damaged ({error_line(error)}); fetch it again, or give --tokenizer with a "
+            "folder or hub id"
+        ) from None
+
+
+def _build(metadata: Mapping[str, Any]) -> Tokenizer:
     kind = metadata.get(_KEY + "model")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ModelLoadError(
             f"the file's tokenizer is of kind {kind!r} ({', '.join(_KINDS)} are read); "
             "give --tokenizer with a folder or hub id"
