@@ -27,13 +27,14 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _END_TOKEN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _END_TOKENS = frozenset(
-    """
-    <|im_end|> <|eot_id|> <|eom_id|> <|eot|> <|eom|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn>
-    <turn|> <|tool_response> <eos> <|endoftext|> <|end_of_text|> <end_of_utterance> <EOT> [EOT] [EOS] [e~[
-    [|endofturn|] <|END_OF_TURN_TOKEN|> <｜end▁of▁sentence｜>
-    """.split()
+    (
+        *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|end|>", "<|return|>", "<|call|>"),
+        *("<|flush|>", "<|calls|>", "<end_of_turn>", "<turn|>", "<|tool_response>", "<eos>", "<|endoftext|>"),
+        *("<|end_of_text|>", "<end_of_utterance>", "<EOT>", "[EOT]", "[EOS]", "[e~[", "[|endofturn|]"),
+        *("<|END_OF_TURN_TOKEN|>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    )
 )
-"""Control tokens that end a turn, whichever model has them. ``<|tool_response>``: Gemma 4 writes it behind its calls."""
+"""Control tokens that end a turn, whichever model has them; Gemma 4 writes ``<|tool_response>`` behind its calls."""
 _SEPARATED_BY_END = (("<|return|>", "<|call|>"), ("<|flush|>", "<|calls|>"))
 """Vocabularies (gpt-oss; Solar Open) in which ``<|end|>`` stands between the messages of one reply."""
 _BEGINS_NEXT_TURN = ("<|observation|>", "<|user|>")

@@ -107,8 +107,8 @@ def end_token_ids(*configs: Mapping[str, Any]) -> frozenset[int]:
             ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
             if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
                 raise ModelLoadError(
-                    f"eos_token_id {str(value)[:80]!r} is neither a token id nor a list of them; mend it in the model's "
-                    "configuration or give ids with --override-generation-config"
+                    f"eos_token_id {str(value)[:80]!r} is neither a token id nor a list of them; mend it in the "
+                    "model's configuration or give ids with --override-generation-config"
                 )
             found.update(ids)
     return frozenset(found)
