@@ -1,5 +1,6 @@
 """``engine.inspect``: what is understood of a model before loading. Loads no weights, runs nothing of the model's."""
 
+import math
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -211,4 +212,6 @@ def _clean(fact: Fact, clean: Callable[[str], str]) -> Fact:
         value = clean(value)
     elif isinstance(value, tuple):
         value = tuple(map(clean, value))
+    elif isinstance(value, float) and not math.isfinite(value):  # which JSON has not
+        value = str(value)
     return replace(fact, name=clean(fact.name), value=value, source=clean(fact.source))

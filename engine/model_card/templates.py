@@ -27,7 +27,10 @@ _CONFIG, _JSON, _JINJA, _MORE = (
 )
 
 
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|return|>", "<end_of_turn>", "<turn|>", "<|end_of_text|>")
+_TURN_ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<|return|>", "<end_of_turn>", "<turn|>", "<|end_of_text|>"),
+    *("<|END_OF_TURN_TOKEN|>", "[|endofturn|]", "[e~["),
+)
 """Tokens with which chat formats end a turn."""
 
 

@@ -27,8 +27,18 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _END_TOKEN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _END_TOKENS = frozenset(
-    ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|endoftext|>")
+    (
+        *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|end|>", "<|return|>", "<|call|>"),
+        *("<|flush|>", "<|calls|>", "<end_of_turn>", "<turn|>", "<|tool_response>", "<eos>", "<|endoftext|>"),
+        *("<|end_of_text|>", "<end_of_utterance>", "<EOT>", "[EOT]", "[EOS]", "[e~[", "[|endofturn|]"),
+        *("<|END_OF_TURN_TOKEN|>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    )
 )
+"""Control tokens that end a turn, whichever model has them; Gemma 4 writes ``<|tool_response>`` behind its calls."""
+_SEPARATED_BY_END = (("<|return|>", "<|call|>"), ("<|flush|>", "<|calls|>"))
+"""Vocabularies (gpt-oss; Solar Open) in which ``<|end|>`` stands between the messages of one reply."""
+_BEGINS_NEXT_TURN = ("<|observation|>", "<|user|>")
+"""GLM has no token that ends a turn: the next one's first does. The first of the two is in no other vocabulary."""
 _PLAIN: dict[GGMLQuantizationType, type[np.number[Any]]] = {
     GGMLQuantizationType.F16: np.float16,
     GGMLQuantizationType.F32: np.float32,
@@ -85,11 +95,21 @@ class GGUFFile:
     def end_token_ids(self) -> frozenset[int]:
         """Ids that end a reply: the file's end tokens, and control tokens with a turn-ending name."""
         prefix = "tokenizer.ggml."
-        ids = {self.metadata[prefix + key] for key in _END_TOKEN_KEYS if prefix + key in self.metadata}
-        tokens = self.metadata.get(prefix + "tokens", [])
-        types = self.metadata.get(prefix + "token_type", [])
-        ids |= {i for i, kind in enumerate(types) if kind == _CONTROL and tokens[i] in _END_TOKENS}
-        return frozenset(int(i) for i in ids)
+        named = (self.metadata.get(prefix + key) for key in _END_TOKEN_KEYS)
+        tokens = self.metadata.get(prefix + "tokens") or []
+        types = self.metadata.get(prefix + "token_type") or []
+        control = {
+            token: index for index, (token, kind) in enumerate(zip(tokens, types, strict=False)) if kind == _CONTROL
+        }
+        ids = frozenset(one for one in named if isinstance(one, int)) | _turn_ends(control)
+        separates = any(control.keys() >= {*marks} for marks in _SEPARATED_BY_END)
+        return ids - {control.get("<|end|>", -1)} if separates else ids
+
+
+def _turn_ends(control: Mapping[str, int]) -> set[int]:
+    """Ids of ``control`` tokens that end a turn by their names."""
+    names = _END_TOKENS.union(_BEGINS_NEXT_TURN if _BEGINS_NEXT_TURN[0] in control else ())
+    return {control[name] for name in control.keys() & names}
 
 
 def open_gguf(path: Path) -> GGUFFile:

@@ -97,7 +97,8 @@ def _named_end_tokens(args: EngineArgs, vocab_size: int) -> frozenset[int]:
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of ``config.json`` for the language model: of models that also see or hear, its own come first."""
-    return {**config, **(config.get("text_config") or {})}
+    inner = config.get("text_config")
+    return {**config, **(inner if isinstance(inner, Mapping) else {})}
 
 
 def context_length(config: Mapping[str, Any], limit: float = math.inf) -> int:

@@ -95,23 +95,38 @@ class WeightFormat(ABC):
 
 
 def end_token_ids(*configs: Mapping[str, Any]) -> frozenset[int]:
-    """Ids that end a reply, as any of ``configs`` or their ``text_config`` says."""
+    """Ids that end a reply, as any of ``configs`` or their ``text_config`` says.
+
+    Raises :class:`ModelLoadError` for what is neither an id nor a list of them.
+    """
     found: set[int] = set()
     for config in configs:
-        for source in (config, config.get("text_config") or {}):
+        text = config.get("text_config")
+        for source in (config, text if isinstance(text, Mapping) else {}):
             value = source.get("eos_token_id")
-            found.update([value] if isinstance(value, int) else value or [])
+            ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+            if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+                raise ModelLoadError(
+                    f"eos_token_id {str(value)[:80]!r} is neither a token id nor a list of them; mend it in the "
+                    "model's configuration or give ids with --override-generation-config"
+                )
+            found.update(ids)
     return frozenset(found)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from ``path``, {} if there is none. Raises :class:`ModelLoadError` for bad JSON."""
+    """A JSON object from ``path``, {} if there is none.
+
+    Raises :class:`ModelLoadError` for bad JSON and for a file that may not be read.
+    """
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):  # of bad bytes, bad JSON, lists in lists without end
         raise ModelLoadError(f"{path}: not valid JSON; fetch the file again") from None
+    except OSError as error:
+        raise ModelLoadError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path}: not a JSON object; fetch the file again")
     return value

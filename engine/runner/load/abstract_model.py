@@ -17,6 +17,10 @@ from engine.runner.load.rope_layers import honour_rope, readable_config
 from engine.runner.load.unpack import QuantizedInputLinear, packed_kind
 from engine.runner.load.weight_types import DTYPES
 
+_LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+_MOST_LAYERS = 10_000
+"""More than any model has; a class would be built layer by layer without end."""
+
 
 @dataclass(frozen=True, slots=True)
 class AbstractModel:
@@ -54,7 +58,10 @@ def plain_model(config: ModelConfig) -> nn.Module:
 
 
 def check_architecture(config: ModelConfig) -> None:
-    """Refuse a model type that mlx-lm does not have."""
+    """Refuse a model type that mlx-lm does not have, and numbers of layers that no machine could build."""
+    for key, layers in text_config(config.hf_config).items():
+        if key in _LAYER_KEYS and isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise ModelLoadError(f"{config.name}: {key} {layers} is more than any model has; fetch config.json again")
     utils = importlib.import_module("mlx_lm.utils")
     if config.hf_config.get("model_file"):
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, error_line
 from engine.models.weight_format import read_json
 from engine.text.tokens.tokenizer_class import (
     CLASS_TOKENS,
@@ -69,7 +69,7 @@ def read_folder(folder: Path) -> FolderTokenizer:
     sources["special_tokens"] = _CONFIG if files.special == files.config else f"{_MAP} over {_CONFIG}"
     hf, whole = None, (folder / _FILE).is_file() and "fast_tokenizer_files" not in files.config
     if whole and files.chosen.name not in OTHER_CLASSES:
-        hf = _from_file(files)
+        hf = _from_own_files(files)
     if hf is not None:
         changes = ["its split replaced by the class's"] if files.chosen.builds_its_own else []
         changes += ["its split mended (fix_mistral_regex)"] if mend_mistral(hf, files.model, files.config) else []
@@ -100,6 +100,19 @@ def _read_files(folder: Path) -> _Files:
     asks = named.removesuffix("Fast") == "LlamaTokenizer" and (folder / _FILE).is_file()
     byte_level = asks and b'"ByteLevel"' in (folder / _FILE).read_bytes()
     return _Files(folder, config, model, special, choose_class(model, config, byte_level))
+
+
+def _from_own_files(files: _Files) -> tokenizers.Tokenizer | None:
+    """As :func:`_from_file`; whatever the files hold in place of tokens is a refusal."""
+    try:
+        return _from_file(files)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the files may hold anything, and the library raises plain Exception
+        raise ModelLoadError(
+            f"{files.folder}: the special tokens of {_CONFIG}, {_MAP} or added_tokens.json cannot be read "
+            f"({error_line(error)}); fetch these files again"
+        ) from None
 
 
 def _from_file(files: _Files) -> tokenizers.Tokenizer | None:
@@ -209,7 +222,7 @@ def _through_transformers(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str,
     try:
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         hf: tokenizers.Tokenizer = loaded.backend_tokenizer
-    except (OSError, ValueError, ImportError, AttributeError, TypeError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - its classes and the library below it raise anything for a bad file
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
         problem = "its class cannot be loaded" if (folder / _FILE).is_file() else f"no {_FILE}"
         raise ModelLoadError(f"{folder}: {problem} ({reason}); give a tokenizer with --tokenizer") from None
@@ -228,15 +241,33 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, 
     template = read_json(folder / "chat_template.json").get("chat_template")
     source = _CONFIG if template is None else "chat_template.json"
     template = template or config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
-    found = {"default": template} if isinstance(template, str) else dict(template or {})
+    found = _by_name(template, folder / source)
     sources = dict.fromkeys(found, source)
     file = folder / "chat_template.jinja"
     more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     if file.is_file() or more:
         paths = {"default": file} if file.is_file() else {}
         paths |= {path.stem: path for path in more}
-        found = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+        found = {name: _read_template(path) for name, path in paths.items()}
         sources = {name: str(path.relative_to(folder)) for name, path in paths.items()}
     return found, {f"template {name}": source for name, source in sources.items()}
+
+
+def _by_name(template: object, path: Path) -> dict[str, str]:
+    """Templates by name: the files write one text, texts by name, or a list of objects with ``name``, ``template``."""
+    if isinstance(template, list) and all(isinstance(entry, Mapping) for entry in template):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in template]
+    elif isinstance(template, Mapping):
+        pairs = list(template.items())
+    else:
+        pairs = [] if template is None else [("default", template)]
+    if all(isinstance(text, str) for pair in pairs for text in pair):
+        return dict(pairs)
+    raise ModelLoadError(f"{path}: chat_template is neither a text nor texts by name; fetch the file again")
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"{path}: cannot be read ({error_line(error)}); fetch it again") from None

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, error_line
 from engine.text.tokens.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 
 _KEY = "tokenizer.ggml."
@@ -35,9 +35,24 @@ _KINDS = {
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a GGUF file. Raises :class:`ModelLoadError` naming a vocabulary kind that is not known."""
+    """The tokenizer of a GGUF file.
+
+    Raises :class:`ModelLoadError` naming a vocabulary kind that is not known, or what is damaged.
+    """
+    try:
+        return _build(metadata)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the keys may hold anything, and the library raises plain Exception
+        raise ModelLoadError(
+            f"the file's vocabulary is damaged ({error_line(error)}); fetch it again, or give --tokenizer with a "
+            "folder or hub id"
+        ) from None
+
+
+def _build(metadata: Mapping[str, Any]) -> Tokenizer:
     kind = metadata.get(_KEY + "model")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ModelLoadError(
             f"the file's tokenizer is of kind {kind!r} ({', '.join(_KINDS)} are read); "
             "give --tokenizer with a folder or hub id"
@@ -55,9 +70,9 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def special_token(metadata: Mapping[str, Any], name: str) -> str | None:
-    """The text of the file's ``bos``, ``eos``, ``unknown`` … token."""
-    index = metadata.get(f"{_KEY}{name}_token_id")
-    return None if index is None else str(metadata[_KEY + "tokens"][index])
+    """The text of the file's ``bos``, ``eos``, ``unknown`` … token; None where its id is no token's."""
+    index, tokens = metadata.get(f"{_KEY}{name}_token_id"), metadata.get(_KEY + "tokens") or ()
+    return str(tokens[index]) if isinstance(index, int) and 0 <= index < len(tokens) else None
 
 
 def named_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:

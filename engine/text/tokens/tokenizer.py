@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 
-from engine.errors import RequestError
+from engine.errors import ModelLoadError, RequestError
 from engine.format.text import REPLACEMENT
 from engine.models.local import ResolvedModel
 from engine.models.resolve import resolve
@@ -177,7 +177,9 @@ def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     templates = {key.removeprefix(f"{prefix}."): text for key, text in metadata.items() if key.startswith(f"{prefix}.")}
     if prefix in metadata:
         templates["default"] = metadata[prefix]
-    named = named_tokens(metadata)
+    if not all(isinstance(text, str) for text in templates.values()):
+        raise ModelLoadError(f"the file's {prefix} is no text; fetch the file again")
+    hf, named = build_tokenizer(metadata), named_tokens(metadata)
     kind, pre = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     sources = {
         "tokenizer": "the GGUF file's metadata",
@@ -185,9 +187,7 @@ def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
         "special_tokens": "the GGUF file's metadata",
         **{f"template {name}": "the GGUF file's metadata" for name in templates},
     }
-    return Tokenizer(
-        build_tokenizer(metadata), named_tokens=named, named_templates=templates, config=named, sources=sources
-    )
+    return Tokenizer(hf, named_tokens=named, named_templates=templates, config=named, sources=sources)
 
 
 def _from_folder(folder: Path) -> Tokenizer:

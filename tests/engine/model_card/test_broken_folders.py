@@ -116,3 +116,13 @@ def test_pytorch_weights_alone_are_refused_in_the_words_of_a_load(tmp_path: Path
     folder = write_folder(tmp_path / "m", leave_out=(WEIGHTS,))
     (folder / "pytorch_model.bin").write_bytes(b"never read")
     assert "has PyTorch weights only; convert them with" in only(card(folder).problems, "PyTorch")
+
+
+def test_more_layers_than_any_model_has_are_a_problem_and_not_built(tmp_path: Path) -> None:
+    found = card(write_folder(tmp_path / "m", num_hidden_layers=10**30))
+    assert "is more than any model has" in only(found.problems, "num_hidden_layers")
+
+
+def test_numbers_that_json_has_not_are_words(tmp_path: Path) -> None:
+    found = card(write_folder(tmp_path / "m", rope_theta=float("inf")))
+    assert json.dumps(found.to_dict(), allow_nan=False)

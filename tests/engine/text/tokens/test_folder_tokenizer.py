@@ -295,6 +295,41 @@ def test_what_is_not_read_is_refused_by_name(tmp_path: Path, folder: Path) -> No
         our_tokenizer(mistral)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("tokenizer_config.json", {"chat_template": 3}, "chat_template is neither a text nor texts by name"),
+        ("tokenizer_config.json", {"chat_template": [None]}, "chat_template is neither"),
+        ("chat_template.json", {"chat_template": [{"name": {}, "template": "x"}]}, "chat_template is neither"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {}}}, "special tokens of tokenizer_config.json"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"one": {"content": "x"}}}, "special tokens of"),
+        ("special_tokens_map.json", {"eos_token": "\ud800"}, "special tokens of"),
+        ("added_tokens.json", {"x": "y", "z": []}, "special tokens of"),
+        ("generation_config.json", {"eos_token_id": "</s>"}, "eos_token_id '</s>' is neither a token id nor a list"),
+        ("generation_config.json", {"eos_token_id": [2, None]}, "is neither a token id nor a list"),
+        ("generation_config.json", {"eos_token_id": True}, "is neither a token id nor a list"),
+        ("config.json", {"text_config": [], "eos_token_id": {"a": 1}}, "is neither a token id nor a list"),
+    ],
+)
+def test_what_files_hold_in_place_of_tokens_is_refused_in_one_line(
+    folder: Path, name: str, content: object, says: str
+) -> None:
+    write(folder, name, content)
+    with pytest.raises(ModelLoadError) as caught:
+        our_tokenizer(folder)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("chat_template.jinja", b"\xff"), ("special_tokens_map.json", b"[" * 100_000)]
+)
+def test_a_file_that_is_no_text_or_has_no_end_is_refused_by_its_name(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(ModelLoadError, match=name):
+        our_tokenizer(folder)
+
+
 @pytest.mark.parametrize("package", FOLDERS, ids=lambda package: str(package.requirement))
 def test_the_tokenizers_of_packages_have_the_ids_of_transformers(package: TokenizerPackage) -> None:
     for model_type in package.model_types:

@@ -239,3 +239,31 @@ def test_llama_cpps_file_and_the_models_folder_agree(vocabulary: str, name: str)
     hf = build_tokenizer(open_gguf(package_folder(LLAMA_CPP) / f"ggml-vocab-{vocabulary}.gguf").metadata)
     for text in [*(text for text in SENTENCES if "<" not in text), *random_texts(300)]:
         assert hf.encode(text, add_special_tokens=False).ids == folder.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"model": []},
+        {"tokens": None},
+        {"tokens": [1]},
+        {"merges": 0},
+        {"merges": ["", "a"]},
+        {"token_type": True},
+        {"tokens": float("inf"), "eos_token_id": 1},
+    ],
+)
+def test_a_damaged_vocabulary_is_refused_in_one_line(damage: dict[str, Any]) -> None:
+    with pytest.raises(ModelLoadError, match="--tokenizer") as caught:
+        _from_metadata({**byte_metadata("default"), **{f"{KEY}{name}": value for name, value in damage.items()}})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_special_token_whose_id_is_none_of_the_vocabulary_has_no_name() -> None:
+    named = _from_metadata(byte_metadata("default", eos_token_id=10**9, bos_token_id="a", padding_token_id=3))
+    assert list(named.named_tokens) == ["pad_token"]
+
+
+def test_a_template_that_is_no_text_is_refused() -> None:
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.chat_template is no text"):
+        _from_metadata({**byte_metadata("default"), "tokenizer.chat_template": [1]})
