@@ -6,6 +6,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import index as whole
 from pathlib import Path
 
 from engine.errors import ModelLoadError, ModelNotFoundError
@@ -115,8 +116,9 @@ def stored_weights(folder: Path) -> StoredWeights:
     tensors = tuple(tensor for _, tensor in held)
     _check_once(folder, held)
     if missing_shards(folder):
-        metadata = read_json(folder / _INDEX).get("metadata") or {}
-        return StoredWeights(tensors, int(metadata.get("total_size") or 0))
+        metadata = read_json(folder / _INDEX).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        return StoredWeights(tensors, int(total) if isinstance(total, int | float) and 0 < total < 1 << 60 else 0)
     return StoredWeights(tensors, sum(tensor.num_bytes for tensor in tensors), complete=bool(tensors))
 
 
@@ -197,10 +199,16 @@ def _tensors(path: Path) -> list[StoredTensor]:
             (size,) = struct.unpack("<Q", start)
             header = json.loads(file.read(min(size, there)))
             entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-            tensors = sorted((*entry["data_offsets"], name, entry["dtype"], *entry["shape"]) for name, entry in entries)
-        except (struct.error, ValueError, AttributeError, KeyError, TypeError):
+            tensors = sorted(
+                (*map(whole, entry["data_offsets"]), name, str(entry["dtype"]), *map(whole, entry["shape"]))
+                for name, entry in entries
+            )
+            needed = 8 + size + max((end for _, end, *_ in tensors), default=0)
+            stored = [
+                StoredTensor(name, dtype, tuple(shape), end - start) for start, end, name, dtype, *shape in tensors
+            ]
+        except (struct.error, ValueError, AttributeError, KeyError, TypeError, RecursionError):
             raise ModelLoadError(f"{path}: not a safetensors file; fetch the file again") from None
-    needed = 8 + size + max((end for _, end, *_ in tensors), default=0)
     if there < needed:
         raise ModelLoadError(f"{path}: cut short, {there} of {needed} bytes; fetch the file again")
-    return [StoredTensor(name, dtype, tuple(shape), end - begin) for begin, end, name, dtype, *shape in tensors]
+    return stored

@@ -95,12 +95,15 @@ class WeightFormat(ABC):
 
 
 def end_token_ids(*configs: Mapping[str, Any]) -> frozenset[int]:
-    """Ids that end a reply, as any of ``configs`` or their ``text_config`` says."""
+    """Ids that end a reply, as any of ``configs`` or their ``text_config`` says. Raises ModelLoadError for others."""
     found: set[int] = set()
     for config in configs:
         for source in (config, config.get("text_config") or {}):
             value = source.get("eos_token_id")
-            found.update([value] if isinstance(value, int) else value or [])
+            listed = value if isinstance(value, list | tuple) else [] if value is None else [value]
+            if not all(isinstance(one, int) for one in listed):
+                raise ModelLoadError(f"eos_token_id {str(value)[:60]!r} is not a token's number, or a list of them")
+            found.update(listed)
     return frozenset(found)
 
 
@@ -110,7 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ModelLoadError(f"{path}: not valid JSON; fetch the file again") from None
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path}: not a JSON object; fetch the file again")

@@ -86,7 +86,7 @@ def _load(config: ModelConfig, found: Quantization, files: StoredWeights, args: 
             entries = readable_config(entries, _get_classes(entries)[1])
         loaded = load(config.path, lazy=True, model_config=entries, trust_remote_code=trust)
         model: nn.Module = loaded[0]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, FileNotFoundError, RuntimeError) as error:
+    except Exception as error:
         if config.hf_config.get("model_file") and not args.trust_remote_code:
             raise ModelLoadError(
                 f"{config.name} runs its own Python file {config.hf_config['model_file']!r}; "

@@ -127,7 +127,8 @@ def _one_bit(module: nn.Module, dtype: mx.Dtype) -> mx.array:
     bits = (module.weight[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
     groups = bits.reshape(*module.scales.shape, module.group_size).astype(dtype)
     values = groups * module.scales[..., None].astype(dtype) + module.biases[..., None].astype(dtype)
-    return values.reshape(*module.weight.shape[:-1], -1)
+    weight: mx.array = values.reshape(*module.weight.shape[:-1], -1)
+    return weight
 
 
 def _ternary(module: nn.Module, dtype: mx.Dtype) -> mx.array:
