@@ -48,7 +48,7 @@ class FolderFormat(WeightFormat):
                 f"{wanted.model}: has PyTorch weights only; convert them with `mlx_lm.convert --hf-path {wanted.model}`"
             )
         other = sorted({*missing, *(file.name for file in folder.glob("*.safetensors"))} & _names(folder))
-        if missing and other and not any(folder.glob(_WEIGHT_FILES)):
+        if missing and other and not any(_weight_files(folder)):
             raise ModelNotFoundError(
                 f"{wanted.model}: has weights in {other[0]}, but only {_WEIGHT_FILES} are read; rename the files so"
             )
@@ -70,7 +70,7 @@ class FolderFormat(WeightFormat):
     def cached(self, name: str, folder: Path) -> Iterator[CachedModel]:
         """The folder, if nothing is missing."""
         if (folder / "config.json").is_file() and not missing_shards(folder):
-            size = sum(file.stat().st_size for file in folder.glob(_WEIGHT_FILES))
+            size = sum(file.stat().st_size for file in _weight_files(folder))
             yield CachedModel(name, folder, size, self.kind)
 
 
@@ -111,7 +111,7 @@ class StoredWeights:
 
 def stored_weights(folder: Path) -> StoredWeights:
     """From the headers of the files; where some are missing, the bytes in all from the index."""
-    files = sorted(folder.glob(_WEIGHT_FILES))
+    files = sorted(_weight_files(folder))
     held = [(path, tensor) for path in files for tensor in _tensors(path)]
     tensors = tuple(tensor for _, tensor in held)
     _check_once(folder, held)
@@ -139,7 +139,7 @@ def missing_shards(folder: Path) -> list[str]:
     An index may tell of other files than are there, as after a conversion: then the files' own numbers count, and a
     load checks that every parameter is in them. Raises :class:`ModelLoadError` for an index that is none.
     """
-    there = {file.name for file in folder.glob(_WEIGHT_FILES) if file.is_file()}
+    there = {file.name for file in _weight_files(folder)}
     index = _index(folder)
     named = set(index.values())
     if not there:
@@ -147,6 +147,11 @@ def missing_shards(folder: Path) -> list[str]:
     if not named & there:
         return _missing_numbers(there)
     return [] if named <= there or index.keys() <= _tensor_names(folder, there) else sorted(named - there)
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    """Those that are there: a link of a hub's snapshot may lead nowhere."""
+    return (file for file in folder.glob(_WEIGHT_FILES) if file.is_file())
 
 
 def _names(folder: Path) -> set[str]:

@@ -108,7 +108,7 @@ def _reason(config: ModelConfig, found: Quantization, files: StoredWeights, erro
     if config.hf_config.get("quantize_activations") and "activation quantization" in said:
         return f"{said}; set quantize_activations to false in config.json"
     packing = describe_packing(found, files.tensors)
-    if packing is None or (found.mlx and "Missing" in said):
+    if packing is None or found.mlx:
         return f"{said}; config.json and the weights are not of one model, or a newer mlx-lm reads it"
     return f"{packing} are not read by mlx-lm's {config.model_type} ({said}); {ADVICE}"
 

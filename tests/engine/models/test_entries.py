@@ -9,11 +9,12 @@ import gguf
 import pytest
 
 import engine
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, ModelNotFoundError
 from engine.models.folder import stored_weights
 from engine.models.gguf_config import gguf_config
 from engine.models.gguf_file import open_gguf
 from engine.models.quantization import quantization_of
+from engine.models.resolve import resolve
 from engine.models.spelling import with_every_spelling
 from engine.models.weight_format import end_token_ids
 from tests.sweep.configurations import tiny_config
@@ -131,6 +132,16 @@ def test_an_index_without_a_size_leaves_it_open(metadata: Any, tmp_path: Path) -
     index = {"metadata": metadata, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert stored_weights(tmp_path).num_bytes == 0
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("gone")])
+def test_a_folder_or_a_link_to_nothing_is_no_file_of_weights(make: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama")))
+    make(tmp_path / "model.safetensors")
+    assert stored_weights(tmp_path).tensors == ()
+    with pytest.raises(ModelNotFoundError, match=r"model\.safetensors missing"):
+        resolve(str(tmp_path))
+    assert engine.plan(str(tmp_path), device_memory="2GB").model_memory
 
 
 def _gguf(path: Path, key: str, value: Any) -> Path:
