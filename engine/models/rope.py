@@ -175,7 +175,9 @@ def _for_length(rope: Rope, config: Mapping[str, Any], max_model_len: int | None
     longest = max_model_len or _number(config, LENGTH_KEYS) or 0
     if rope.type != "longrope" or longest > rope.original_length or "short_factor" not in rope.parameters:
         return rope
-    return replace(rope, parameters={**rope.parameters, "long_factor": rope.parameters["short_factor"]})
+    told = rope.parameters
+    short = {f"long_{name}": told[f"short_{name}"] for name in ("factor", "mscale") if f"short_{name}" in told}
+    return replace(rope, parameters={**told, **short})
 
 
 def _scaling(rope: Rope, config: Mapping[str, Any]) -> dict[str, Any] | None:
