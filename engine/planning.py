@@ -137,7 +137,8 @@ def estimated_step_cost(config: ModelConfig, fused: bool) -> StepCost:
     """
     text = text_config(config.hf_config)
     hidden = int(text.get("hidden_size") or 4096)
-    widest = int(text.get("intermediate_size") or 4 * hidden)
+    own = text.get("intermediate_size") or 4 * hidden
+    widest = int(max(own) if isinstance(own, list) else own)  # a list: of each layer
     heads = int(text.get("num_attention_heads") or 32)
     logits = int(text.get("vocab_size") or config.vocab_size) * 64
     return StepCost(4 * logits, per_row=4 * (8 * hidden + 3 * widest), per_pair=0 if fused else 4 * heads)

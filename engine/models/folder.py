@@ -6,6 +6,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import index as whole
 from pathlib import Path
 
 from engine.errors import ModelLoadError, ModelNotFoundError
@@ -47,7 +48,7 @@ class FolderFormat(WeightFormat):
                 f"{wanted.model}: has PyTorch weights only; convert them with `mlx_lm.convert --hf-path {wanted.model}`"
             )
         other = sorted({*missing, *(file.name for file in folder.glob("*.safetensors"))} & _names(folder))
-        if missing and other and not any(folder.glob(_WEIGHT_FILES)):
+        if missing and other and not any(_weight_files(folder)):
             raise ModelNotFoundError(
                 f"{wanted.model}: has weights in {other[0]}, but only {_WEIGHT_FILES} are read; rename the files so"
             )
@@ -69,7 +70,7 @@ class FolderFormat(WeightFormat):
     def cached(self, name: str, folder: Path) -> Iterator[CachedModel]:
         """The folder, if nothing is missing."""
         if (folder / "config.json").is_file() and not missing_shards(folder):
-            size = sum(file.stat().st_size for file in folder.glob(_WEIGHT_FILES))
+            size = sum(file.stat().st_size for file in _weight_files(folder))
             yield CachedModel(name, folder, size, self.kind)
 
 
@@ -110,13 +111,14 @@ class StoredWeights:
 
 def stored_weights(folder: Path) -> StoredWeights:
     """From the headers of the files; where some are missing, the bytes in all from the index."""
-    files = sorted(folder.glob(_WEIGHT_FILES))
+    files = sorted(_weight_files(folder))
     held = [(path, tensor) for path in files for tensor in _tensors(path)]
     tensors = tuple(tensor for _, tensor in held)
     _check_once(folder, held)
     if missing_shards(folder):
-        metadata = read_json(folder / _INDEX).get("metadata") or {}
-        return StoredWeights(tensors, int(metadata.get("total_size") or 0))
+        metadata = read_json(folder / _INDEX).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        return StoredWeights(tensors, int(total) if isinstance(total, int | float) and 0 < total < 1 << 60 else 0)
     return StoredWeights(tensors, sum(tensor.num_bytes for tensor in tensors), complete=bool(tensors))
 
 
@@ -137,7 +139,7 @@ def missing_shards(folder: Path) -> list[str]:
     An index may tell of other files than are there, as after a conversion: then the files' own numbers count, and a
     load checks that every parameter is in them. Raises :class:`ModelLoadError` for an index that is none.
     """
-    there = {file.name for file in folder.glob(_WEIGHT_FILES) if file.is_file()}
+    there = {file.name for file in _weight_files(folder)}
     index = _index(folder)
     named = set(index.values())
     if not there:
@@ -145,6 +147,11 @@ def missing_shards(folder: Path) -> list[str]:
     if not named & there:
         return _missing_numbers(there)
     return [] if named <= there or index.keys() <= _tensor_names(folder, there) else sorted(named - there)
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    """Those that are there: a link of a hub's snapshot may lead nowhere."""
+    return (file for file in folder.glob(_WEIGHT_FILES) if file.is_file())
 
 
 def _names(folder: Path) -> set[str]:
@@ -197,10 +204,16 @@ def _tensors(path: Path) -> list[StoredTensor]:
             (size,) = struct.unpack("<Q", start)
             header = json.loads(file.read(min(size, there)))
             entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-            tensors = sorted((*entry["data_offsets"], name, entry["dtype"], *entry["shape"]) for name, entry in entries)
-        except (struct.error, ValueError, AttributeError, KeyError, TypeError):
+            tensors = sorted(
+                (*map(whole, entry["data_offsets"]), name, str(entry["dtype"]), *map(whole, entry["shape"]))
+                for name, entry in entries
+            )
+            needed = 8 + size + max((end for _, end, *_ in tensors), default=0)
+            stored = [
+                StoredTensor(name, dtype, tuple(shape), end - start) for start, end, name, dtype, *shape in tensors
+            ]
+        except (struct.error, ValueError, AttributeError, KeyError, TypeError, RecursionError):
             raise ModelLoadError(f"{path}: not a safetensors file; fetch the file again") from None
-    needed = 8 + size + max((end for _, end, *_ in tensors), default=0)
     if there < needed:
         raise ModelLoadError(f"{path}: cut short, {there} of {needed} bytes; fetch the file again")
-    return [StoredTensor(name, dtype, tuple(shape), end - begin) for begin, end, name, dtype, *shape in tensors]
+    return stored

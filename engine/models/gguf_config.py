@@ -28,6 +28,17 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
 
     Raises :class:`ModelLoadError` naming an architecture, or what the metadata say, that is not understood.
     """
+    try:
+        return _config(file)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise ModelLoadError(
+            f"{file.path.name}: the metadata of {file.architecture} have a value that cannot be one ({said}); "
+            "fetch the file again"
+        ) from error
+
+
+def _config(file: GGUFFile) -> dict[str, Any]:
     architecture = architecture_of(file)
     fields = Fields(file)
     config: dict[str, Any] = {"model_type": architecture.model_type}
@@ -49,7 +60,10 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
 
 def _layers(fields: Fields) -> int:
     """Layers of the model itself: those that only guess further tokens come after them."""
-    return int(fields.need("block_count")) - int(fields.get("nextn_predict_layers", 0))
+    count = int(fields.need("block_count")) - int(fields.get("nextn_predict_layers", 0))
+    if count < 1:
+        raise fields.error(f"{fields.name('block_count')} leaves {count} layers")
+    return count
 
 
 def _key_value_heads(fields: Fields) -> int | None:

@@ -51,6 +51,17 @@ _PLAIN: dict[GGMLQuantizationType, type[np.number[Any]]] = {
 """Types whose tensors are plain numbers."""
 NEVER_IN_FILES = (GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K)
 """What llama.cpp computes activations in: no file of weights has them."""
+_TOKENIZER = "tokenizer.ggml."
+_TYPES: dict[str, tuple[type, type | tuple[type, ...] | None]] = {
+    **dict.fromkeys(("general.architecture", "tokenizer.chat_template"), (str, None)),
+    **dict.fromkeys(("general.alignment", "split.count", "split.tensors.count"), (int, None)),
+    **dict.fromkeys((f"{_TOKENIZER}model", f"{_TOKENIZER}pre"), (str, None)),
+    **dict.fromkeys((f"{_TOKENIZER}tokens", f"{_TOKENIZER}merges"), (list, str)),
+    f"{_TOKENIZER}token_type": (list, int),
+    f"{_TOKENIZER}scores": (list, (int, float)),
+    **{f"{_TOKENIZER}{name}": (int, None) for name in (*_END_TOKEN_KEYS, "bos_token_id", "unknown_token_id")},
+}
+"""Types of values by key; of lists also that of their items."""
 _CONTROL = 3
 """Token type of control tokens (1 normal, 2 unknown, 4 user-defined, 5 unused, 6 byte)."""
 
@@ -94,10 +105,9 @@ class GGUFFile:
 
     def end_token_ids(self) -> frozenset[int]:
         """Ids that end a reply: the file's end tokens, and control tokens with a turn-ending name."""
-        prefix = "tokenizer.ggml."
-        named = (self.metadata.get(prefix + key) for key in _END_TOKEN_KEYS)
-        tokens = self.metadata.get(prefix + "tokens") or []
-        types = self.metadata.get(prefix + "token_type") or []
+        named = (self.metadata.get(_TOKENIZER + key) for key in _END_TOKEN_KEYS)
+        tokens = self.metadata.get(_TOKENIZER + "tokens") or []
+        types = self.metadata.get(_TOKENIZER + "token_type") or []
         control = {
             token: index for index, (token, kind) in enumerate(zip(tokens, types, strict=False)) if kind == _CONTROL
         }
@@ -143,7 +153,7 @@ def _read(path: Path, size: int) -> GGUFFile:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 gguf = _Header(data).read(path)
-            except (struct.error, UnicodeDecodeError):
+            except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError):
                 raise ModelLoadError(f"{path}: the file is cut short or damaged; fetch it again") from None
     if any(info.offset + info.num_bytes > size for info in gguf.tensors.values()):
         raise ModelLoadError(f"{path}: the file is cut short; fetch it again")
@@ -185,7 +195,8 @@ class _Header:
         num_tensors, num_fields = self._scalar("Q"), self._scalar("Q")
         metadata = {self._string(): self._value(self._scalar("I")) for _ in range(num_fields)}
         headers = [self._tensor() for _ in range(num_tensors)]
-        alignment = int(metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
+        _check_values(path, metadata)
+        alignment = metadata.get("general.alignment") or GGUF_DEFAULT_ALIGNMENT
         start = -(-self._at // alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in headers:
@@ -227,6 +238,18 @@ class _Header:
         if item in _SCALARS:
             return list(self._scalars(_SCALARS[item], count))
         return [self._value(item) for _ in range(count)]
+
+
+def _check_values(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse values of other types than their keys have by the format."""
+    for key, (kind, item) in _TYPES.items():
+        value = metadata.get(key)
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if value is None or (fits and (item is None or all(isinstance(one, item) for one in value))):
+            continue
+        raise ModelLoadError(
+            f"{path}: {key} = {str(value)[:40]} is not what the format has there; fetch the file again"
+        )
 
 
 def _num_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:

@@ -86,7 +86,7 @@ def _length(config: Mapping[str, Any], resolved: ResolvedModel, args: EngineArgs
 def _named_end_tokens(args: EngineArgs, vocab_size: int) -> frozenset[int]:
     """Those of ``--override-generation-config``, which take the place of the model's. Raises ConfigError."""
     named = end_token_ids(args.override_generation_config)
-    if vocab_size and max(named, default=0) >= vocab_size:
+    if vocab_size > 0 and max(named, default=0) >= vocab_size:
         raise ConfigError(
             f"--override-generation-config: eos_token_id {max(named)} is out of vocabulary ({vocab_size})",
             flag="override_generation_config",

@@ -48,6 +48,8 @@ _TITLES = {
 }
 _PACKED_FORMATS = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
 """Of compressed-tensors, those that mlx-lm maps to a mode of MLX."""
+_LEFT_OUT = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")
+"""Entries that list modules which stay as they are, by tool."""
 PLAIN_TYPES = ("F32", "F16", "BF16")
 _UNREADABLE = {
     "F64": "save them as float32",
@@ -116,7 +118,30 @@ def quantization_of(config: Mapping[str, Any], folder: Path) -> Quantization:
     if not isinstance(settings, Mapping):
         settings = {}
     told = {key: value for key, value in settings.items() if value is not None}  # mlx-lm takes null for a list
+    _check_settings(told)
     return Quantization({}, told, _method(told))
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that are of other types than any tool writes. Raises ModelLoadError."""
+
+    def check(name: str, value: Any, kind: type, words: str) -> None:
+        if value and not isinstance(value, kind):
+            raise ModelLoadError(f"quantization_config has {name} {str(value)[:60]!r}, which is not {words}")
+
+    check("quantization", settings.get("quantization"), Mapping, "an object")
+    check("config_groups", settings.get("config_groups"), Mapping, "an object")
+    for words in (settings, settings.get("quantization") or {}):
+        check("group_size", words.get("group_size"), int, "a whole number")
+        for key in (*_LEFT_OUT, "weight_block_size"):
+            check(key, words.get(key), list, "a list")
+            for one in (words.get(key) or ()) if key in _LEFT_OUT else ():
+                check(f"in {key}", one, str, "a name")
+    for name, group in (settings.get("config_groups") or {}).items():
+        check(f"config_groups.{name}", group, Mapping, "an object")
+        weights = (group or {}).get("weights")
+        check(f"config_groups.{name}.weights", weights, Mapping, "an object")
+        check(f"config_groups.{name}.weights.group_size", (weights or {}).get("group_size"), int, "a whole number")
 
 
 def algorithm(settings: Mapping[str, Any]) -> str:
@@ -184,7 +209,7 @@ def leaves_out(found: Quantization, path: str) -> bool:
     """Whether the settings leave the module ``path`` of mlx-lm (``model.layers.0.mlp.gate``) as it is."""
     settings = found.settings.get("quantization") or found.settings
     named: list[str] = []
-    for key in ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules"):
+    for key in _LEFT_OUT:
         named += settings.get(key) or ()
     in_files = path.replace("switch_mlp", "experts.0")  # mlx-lm's name for all of them
     return any(_matches(pattern, in_files) for pattern in named)
@@ -202,7 +227,7 @@ def _check_mlx(name: str, quantization: Mapping[str, Any]) -> None:
     nested = [(f" of {path}", own) for path, own in quantization.items() if isinstance(own, Mapping)]
     for where, own in [("", quantization), *nested]:
         mode = own.get("mode", "affine")
-        if mode not in _MODES:
+        if not isinstance(mode, str) or mode not in _MODES:
             raise ModelLoadError(f"{name}: quantization{where} has mode {mode!r}; MLX has {', '.join(_MODES)}")
         for key, allowed in zip(("bits", "group_size"), _MODES[mode], strict=True):
             if key not in own and where:

@@ -22,7 +22,7 @@ _OLDER_TYPES = {
     "telechat3-yarn": "yarn",
     "mrope": "default",  # its sections tell places in pictures apart: a text's are the same in all three
 }
-_ORIGINAL = "original_max_position_embeddings"
+ORIGINAL_LENGTH_KEY = "original_max_position_embeddings"
 _WITH_ORIGINAL = ("yarn", "longrope", "llama3")
 """Types that follow from the length before scaling."""
 LENGTH_KEYS = (
@@ -37,12 +37,13 @@ LENGTH_KEYS = (
     "seq_len",
 )
 """Names of the most tokens of a sequence, by model."""
-_BASES = ("rope_theta", "rotary_emb_base")
+_MAIN_BASES = ("rope_theta", "rotary_emb_base")
 _SLIDING_BASES = ("rope_local_base_freq", "swa_rope_theta", "rope_local_theta", "local_rope_theta")
 """Older names of the base of layers with a window, each of single models."""
-_PARTS = ("partial_rotary_factor", "rotary_pct")
-_TYPE_WORDS = ("rope_type", "type")
-_OWN_WORDS = (*_TYPE_WORDS, "rope_theta", "partial_rotary_factor")
+BASE_KEYS = (*_MAIN_BASES, *_SLIDING_BASES)
+PART_KEYS = ("partial_rotary_factor", "rotary_pct")
+TYPE_KEYS = ("rope_type", "type")
+_OWN_WORDS = (*TYPE_KEYS, "rope_theta", "partial_rotary_factor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Rope:
     @property
     def original_length(self) -> int:
         """Tokens of a sequence before stretching, 0 where the type does not depend on it."""
-        return int(self.parameters.get(_ORIGINAL) or 0)
+        return int(self.parameters.get(ORIGINAL_LENGTH_KEY) or 0)
 
     def describe(self) -> str:
         """``yarn by 4 over 32768 tokens, base 1000000, 0.5 of each head``."""
@@ -92,8 +93,8 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Rope]:
     Raises :class:`ModelLoadError` for a type that is not known.
     """
     flat, nested = _stated(config)
-    base = _number(config, _BASES)
-    part = _number(config, _PARTS)
+    base = _number(config, _MAIN_BASES)
+    part = _number(config, PART_KEYS)
     if nested:
         if part is None and any("partial_rotary_factor" in own for own in nested.values()):
             part = 1.0  # of the kinds that tell none
@@ -101,7 +102,7 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Rope]:
     sliding = _number(config, _SLIDING_BASES)
     if not flat and base is None and part is None and sliding is None:
         return {}
-    whole = _rope({"rope_theta": base, **flat}, config, part, over=config.get(_ORIGINAL))
+    whole = _rope({"rope_theta": base, **flat}, config, part, over=config.get(ORIGINAL_LENGTH_KEY))
     if sliding is None:
         return {ALL: whole}
     return {FULL: whole, SLIDING: Rope(sliding, part=whole.part)}
@@ -125,13 +126,13 @@ def with_rope(config: Mapping[str, Any], max_model_len: int | None = None) -> di
     main = main_rope(settings) or main
     written = {**config, "rope_scaling": _scaling(main, config), "rope_parameters": _parameters(settings, main, config)}
     if main.type == "longrope":
-        written[_ORIGINAL] = main.original_length
+        written[ORIGINAL_LENGTH_KEY] = main.original_length
     if main.base is not None:
         written |= {"rope_theta": main.base, "rotary_emb_base": main.base}
         if isinstance(config.get("attn_config"), Mapping):  # DBRX
             written["attn_config"] = {**config["attn_config"], "rope_theta": main.base}
     if main.part is not None and all(rope.part == main.part for rope in settings.values()):
-        written |= dict.fromkeys(_PARTS, main.part)
+        written |= dict.fromkeys(PART_KEYS, main.part)
         if isinstance(config.get("head_dim"), int):
             written.setdefault("rotary_dim", int(config["head_dim"] * main.part))
     sliding = settings.get(SLIDING)
@@ -147,8 +148,8 @@ def _stated(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Mappin
     flat = {name: value for name, value in newer.items() if not isinstance(value, Mapping) and value is not None}
     scaling = {name: value for name, value in older.items() if not isinstance(value, Mapping) and value is not None}
     if scaling:
-        flat = {name: value for name, value in flat.items() if name not in _TYPE_WORDS} | scaling
-        if FULL in nested and not newer.keys() & set(_TYPE_WORDS):
+        flat = {name: value for name, value in flat.items() if name not in TYPE_KEYS} | scaling
+        if FULL in nested and not newer.keys() & set(TYPE_KEYS):
             nested[FULL] = {**nested[FULL], **scaling}
     return flat, nested
 
@@ -162,9 +163,9 @@ def _rope(words: Mapping[str, Any], config: Mapping[str, Any], part: float | Non
     parameters = {name: value for name, value in words.items() if name not in _OWN_WORDS and value is not None}
     longest = _number(config, LENGTH_KEYS)
     if kind in _WITH_ORIGINAL:
-        parameters[_ORIGINAL] = over or parameters.get(_ORIGINAL) or longest
-        if kind != "llama3" and "factor" not in parameters and longest and parameters[_ORIGINAL]:
-            parameters["factor"] = longest / parameters[_ORIGINAL]
+        parameters[ORIGINAL_LENGTH_KEY] = over or parameters.get(ORIGINAL_LENGTH_KEY) or longest
+        if kind != "llama3" and "factor" not in parameters and longest and parameters[ORIGINAL_LENGTH_KEY]:
+            parameters["factor"] = longest / parameters[ORIGINAL_LENGTH_KEY]
     base, own_part = _number(words, ("rope_theta",)), _number(words, ("partial_rotary_factor",))
     return Rope(base, kind, MappingProxyType(parameters), part if own_part is None else own_part)
 
@@ -174,7 +175,9 @@ def _for_length(rope: Rope, config: Mapping[str, Any], max_model_len: int | None
     longest = max_model_len or _number(config, LENGTH_KEYS) or 0
     if rope.type != "longrope" or longest > rope.original_length or "short_factor" not in rope.parameters:
         return rope
-    return replace(rope, parameters={**rope.parameters, "long_factor": rope.parameters["short_factor"]})
+    told = rope.parameters
+    short = {f"long_{name}": told[f"short_{name}"] for name in ("factor", "mscale") if f"short_{name}" in told}
+    return replace(rope, parameters={**told, **short})
 
 
 def _scaling(rope: Rope, config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.errors import ModelLoadError
+from engine.models.entries import check_entries
 from engine.models.rope import FULL, with_rope
 
 _RENAMED: dict[str, dict[str, str]] = {
@@ -47,9 +48,10 @@ def with_every_spelling(config: Mapping[str, Any], max_model_len: int | None = N
     """``config``, and its ``text_config``, with what they tell in the words that mlx-lm's models read as well.
 
     ``max_model_len``: the longest sequence that will be asked for, where the user named one. Raises
-    :class:`ModelLoadError` for what has no words there.
+    :class:`ModelLoadError` for what has no words there, and for entries that are not what they should be.
     """
     config = _with_numbers(config)
+    check_entries(config)
     spelled = _spelled(config, max_model_len)
     if isinstance(config.get("text_config"), Mapping):
         text = {"model_type": config.get("model_type"), **config["text_config"]}
@@ -92,7 +94,7 @@ def _of_single_layers(config: Mapping[str, Any], model_type: str) -> dict[str, A
     if not isinstance(single, Mapping) or not single:
         return {}
     kinds = config.get("layer_types") or []
-    own = [entry for _, entry in sorted(single.items()) if isinstance(entry, Mapping)]
+    own = [entry if isinstance(entry, Mapping) else {str(entry): None} for _, entry in sorted(single.items())]
     full = sorted(str(number) for number, kind in enumerate(kinds) if kind == FULL)
     known = model_type.startswith("gemma4") and sorted(map(str, single)) == full and own[0].keys() <= _PER_LAYER.keys()
     if not known or any(entry != own[0] for entry in own):

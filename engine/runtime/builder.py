@@ -77,7 +77,7 @@ def build_engine(
 
     loaded = load_model(resolved, args, progress, beside)
     clock.ended("weights")
-    vocab_size, caches = num_logits(loaded.model), ModelCaches(loaded.model)
+    caches, vocab_size = ModelCaches(loaded.model), num_logits(loaded.model)
     progress = progress or _ignore
     with ExitStack() as undo:
         undo.callback(expert_rows.install(loaded.model, device.kind).undo)

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
+from engine.errors import ModelLoadError
 from engine.memory.cache_spec import (
     FullAttentionSpec,
     KVCacheSpec,
@@ -143,6 +144,12 @@ class ModelCaches:
             self._leaves = group_leaves(flatten(probe_caches(model)))
         except UnsupportedCacheError:
             self._measured = _measured_groups(model)
+        except Exception as error:
+            said = " ".join(str(error).split())[:200]
+            raise ModelLoadError(
+                f"the model's own code fails at a single token ({type(error).__name__}: {said}); "
+                "is its config.json whole?"
+            ) from error
 
     def groups(self, block_size: int, chunk: int, *, paged: bool) -> list[KVCacheSpec]:
         """The cache groups in the model's own element type; a step's ``chunk`` tokens run ahead of windows.

@@ -50,7 +50,7 @@ def plain_model(config: ModelConfig) -> nn.Module:
     try:
         kind, args = _get_classes(hf_config)
         model: nn.Module = kind(args.from_dict(readable_config(hf_config, args)))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelLoadError(f"{config.name}: config.json is incomplete ({type(error).__name__}: {reason})") from error
     honour_rope(model, config)

@@ -86,7 +86,7 @@ def _load(config: ModelConfig, found: Quantization, files: StoredWeights, args: 
             entries = readable_config(entries, _get_classes(entries)[1])
         loaded = load(config.path, lazy=True, model_config=entries, trust_remote_code=trust)
         model: nn.Module = loaded[0]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, FileNotFoundError, RuntimeError) as error:
+    except Exception as error:
         if config.hf_config.get("model_file") and not args.trust_remote_code:
             raise ModelLoadError(
                 f"{config.name} runs its own Python file {config.hf_config['model_file']!r}; "
@@ -108,7 +108,7 @@ def _reason(config: ModelConfig, found: Quantization, files: StoredWeights, erro
     if config.hf_config.get("quantize_activations") and "activation quantization" in said:
         return f"{said}; set quantize_activations to false in config.json"
     packing = describe_packing(found, files.tensors)
-    if packing is None or (found.mlx and "Missing" in said):
+    if packing is None or found.mlx:
         return f"{said}; config.json and the weights are not of one model, or a newer mlx-lm reads it"
     return f"{packing} are not read by mlx-lm's {config.model_type} ({said}); {ADVICE}"
 

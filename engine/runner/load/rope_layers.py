@@ -57,6 +57,10 @@ def honour_rope(model: nn.Module, config: ModelConfig) -> None:
         _honour(model, config, text_config(config.hf_config))
     except _SettingsError as error:
         raise ModelLoadError(f"{config.name}: {error}") from None
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ModelLoadError(
+            f"{config.name}: config.json has a RoPE that cannot be computed ({type(error).__name__}: {error})"
+        ) from error
 
 
 class _SettingsError(ValueError):

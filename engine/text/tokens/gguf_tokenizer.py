@@ -57,6 +57,9 @@ def _build(metadata: Mapping[str, Any]) -> Tokenizer:
             f"the file's tokenizer is of kind {kind!r} ({', '.join(_KINDS)} are read); "
             "give --tokenizer with a folder or hub id"
         )
+    types = metadata.get(_KEY + "token_type")
+    if not metadata.get(_KEY + "tokens") or (types and len(types) != len(metadata[_KEY + "tokens"])):
+        raise ModelLoadError("the file has no vocabulary, or half of one; give --tokenizer with a folder or hub id")
     tokens = _tokens(metadata)
     if len(set(tokens)) != len(tokens):
         twice = next(token for token, count in Counter(tokens).items() if count > 1)
@@ -118,6 +121,8 @@ def _bpe(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
         raise ModelLoadError("the file's vocabulary has no merges; give --tokenizer with a folder or hub id")
     vocab = {token: index for index, token in enumerate(tokens)}
     texts = metadata[_KEY + "merges"]
+    if not all(" " in merge[1:] for merge in texts):
+        raise ModelLoadError("the file's vocabulary has merges of one part; give --tokenizer with a folder or hub id")
     merges = [tuple(merge.split(" ", 1)) if merge[0] != " " else _halves(merge) for merge in texts]
     options: dict[str, Any] = {"ignore_merges": pre.ignore_merges}
     if not pre.byte_level:

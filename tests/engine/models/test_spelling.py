@@ -114,6 +114,14 @@ def test_the_older_word_wins_where_both_are_there() -> None:
     assert (rope.type, rope.base, rope.original_length) == ("longrope", 7.0, 64)
 
 
+def test_short_sequences_of_longrope_are_turned_and_multiplied_as_short_ones() -> None:
+    words = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "short_mscale": 1.1, "long_mscale": 1.3}
+    config = {"rope_scaling": words, "original_max_position_embeddings": 64, "max_position_embeddings": 256}
+    for longest, factor, scale in ((64, [1.0], 1.1), (65, [2.0], 1.3), (None, [2.0], 1.3)):
+        told = with_every_spelling(config, longest)["rope_scaling"]
+        assert (told["long_factor"], told["long_mscale"]) == (factor, scale)
+
+
 def test_numbers_that_json_has_no_word_for_are_numbers() -> None:
     spelled = with_every_spelling({"time_step_limit": [0.0, {"__float__": "Infinity"}]})
     assert spelled["time_step_limit"] == [0.0, math.inf]
