@@ -78,14 +78,14 @@ def snapshots(repo: str) -> dict[str, Path]:
     folder = hub_cache() / ("models--" + repo.replace("/", "--"))
     names: dict[str, str] = {}
     for reference in sorted(path for path in (folder / "refs").rglob("*") if path.is_file()):
-        names.setdefault(reference.read_text().strip(), str(reference.relative_to(folder / "refs")))
+        names.setdefault(reference.read_text(errors="replace").strip(), str(reference.relative_to(folder / "refs")))
     found = sorted(path for path in folder.glob("snapshots/*") if path.is_dir())
     return {names.get(path.name, path.name): path for path in found}
 
 
 def _snapshot(folder: Path, revision: str | None) -> Path | None:
     reference = folder / "refs" / (revision or "main")
-    commit = reference.read_text().strip() if reference.is_file() else revision
+    commit = reference.read_text(errors="replace").strip() if reference.is_file() else revision
     if commit:
         snapshot = folder / "snapshots" / commit
         return snapshot if snapshot.is_dir() else None

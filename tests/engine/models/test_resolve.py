@@ -298,6 +298,15 @@ def test_offline_the_error_names_the_revision_that_is_complete(
     assert resolve("org/name", "v1.0").path == snapshot
 
 
+def test_a_reference_that_is_no_text_names_no_snapshot(cache: FakeHubCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refs = cache.root / "models--org--tiny" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelNotFoundError, match="not in the Hugging Face cache"):
+        resolve("org/tiny")
+
+
 def test_a_hub_that_cannot_be_reached_leaves_the_revision_that_is_complete(
     cache: FakeHubCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
