@@ -1,6 +1,6 @@
 """``engine.plan``: the memory plan from a config alone, without weights and without running anything."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -84,13 +84,13 @@ class _Planner:
 
     def __init__(self, model: str) -> None:
         self._model = model
-        self._shapes: dict[tuple[str, Device], _Shapes] = {}
+        self._shapes: dict[Hashable, _Shapes] = {}
 
     def plan(self, sizes: _Sizes, fraction: Any, options: Mapping[str, Any]) -> MemoryPlan:
         args = EngineArgs.from_options(self._model, options).with_memory(fraction, flag="fraction")
         prepare_backend()
         device = sizes.device()
-        key = (args.dtype, device)
+        key = (args.dtype, args.revision, args.hf_config_path, device)
         shapes = self._shapes.get(key) or _Shapes.of(args, device)
         self._shapes[key] = shapes
         return plan_memory(shapes.inputs(args, device, sizes))

@@ -210,6 +210,19 @@ def test_plans_stand_side_by_side_for_lists_of_settings(tmp_path):
     assert "no, 5.65GB short" in str(table)
 
 
+def test_a_table_over_configurations_plans_each(tmp_path):
+    base = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 99}
+    base |= {"num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 256}
+    given = []
+    for heads in (4, 2):
+        given.append(str(tmp_path / f"{heads}.json"))
+        Path(given[-1]).write_text(json.dumps(base | {"num_key_value_heads": heads}))
+    (tmp_path / "config.json").write_text(json.dumps(base))
+    table = engine.plan_table(str(tmp_path), hf_config_path=given, overhead=0, device_memory=1e9)
+    four, two = (row.plan.per_block_bytes for row in table.rows)
+    assert four == 2 * two
+
+
 def test_a_table_of_too_many_plans_or_of_a_bad_value_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama")))
     with pytest.raises(ConfigError, match="400 plans"):
