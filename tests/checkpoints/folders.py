@@ -17,10 +17,11 @@ from tests.engine.parity.tiny_architectures import build, config_of
 _DIMS = 16
 """Elements of a head that turn in the tiny models whose factors depend on it."""
 SAVED = {
-    "cohere2": "default", "deepseek_v3": "yarn", "gemma3_text": "linear", "gemma4_text": "default", "glm": "linear",
-    "gpt_oss": "yarn of fractions", "granite": "default", "granitemoehybrid": "default", "llama": "llama3",
-    "mixtral": "default", "olmo3": "yarn", "phi3": "longrope", "qwen2": "yarn", "qwen3_moe": "yarn",
-    "smollm3": "linear",
+    "cohere2": "default", "deepseek_v3": "yarn", "exaone": "llama3", "gemma3": "linear", "gemma3_text": "linear",
+    "gemma4_text": "default", "glm": "linear", "gpt_oss": "yarn of fractions",
+    "granite": "default", "granitemoehybrid": "default", "lfm2": "default", "llama": "llama3", "mixtral": "default",
+    "olmo3": "yarn", "phi3": "longrope", "qwen2": "yarn", "qwen3_5": "default", "qwen3_moe": "yarn",
+    "qwen3_vl_moe": "default", "smollm3": "linear",
 }  # fmt: skip
 """Model type -> its RoPE, in folders that transformers 5 saved again."""
 
@@ -30,12 +31,16 @@ _STATED: dict[str, dict[str, Any]] = {
     "glm": {"attention_bias": False},
 }
 """What has another default in transformers than in mlx-lm."""
+_TEXT_TYPES = {"gemma3": "gemma3_text"}
 
 
 def original(name: str) -> dict[str, Any]:
     """``config.json`` of one of :data:`SAVED` as its authors wrote it."""
     config = original_config(name, SCALINGS[SAVED[name]], _DIMS)
-    return {**config, "torch_dtype": "float32", "tie_word_embeddings": False, **_STATED.get(name, {})}
+    stated = {"tie_word_embeddings": False, **_STATED.get(name, {})}
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] |= {"model_type": _TEXT_TYPES.get(name, f"{name}_text"), **stated}
+    return {**config, "torch_dtype": "float32", **stated}
 
 
 def write_original(name: str, folder: Path) -> None:
