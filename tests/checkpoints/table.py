@@ -107,9 +107,8 @@ def render() -> str:
     """The page's text."""
     versions = {name.replace("-", "_"): version for name, version in installed_versions().items()}
     head = _HEAD.format(command=COMMAND, **versions)
-    return (
-        head + _configurations() + _kinds("Layouts", LAYOUTS) + _kinds("Element types and quantizations", CHECKPOINTS)
-    )
+    kinds = _kinds("Layouts", LAYOUTS) + _kinds("Element types and quantizations", CHECKPOINTS)
+    return head + _configurations() + kinds + _PACKED_NOTES + _gguf() + _TOKENIZERS
 
 
 def written_versions(text: str) -> dict[str, str]:
