@@ -16,7 +16,7 @@ from engine.params.engine_args import EngineArgs
 
 _DEFAULT_CONTEXT_LENGTH = 2048
 """vLLM's, where a model's files give none."""
-_USUAL_LENGTH_KEYS = {"gemma3": 131072}
+_USUAL_LENGTHS = {"gemma3": 131072}
 """By model type, where published files omit the length."""
 
 
@@ -105,7 +105,7 @@ def context_length(config: Mapping[str, Any], limit: float = math.inf) -> int:
     """Most tokens of a sequence, as vLLM derives it: the least length named, times the RoPE scaling."""
     text = text_config(config)
     named = [text[key] for key in LENGTH_KEYS if isinstance(text.get(key), int | float)]
-    usual = _USUAL_LENGTH_KEYS.get(str(config.get("model_type")), _DEFAULT_CONTEXT_LENGTH)
+    usual = _USUAL_LENGTHS.get(str(config.get("model_type")), _DEFAULT_CONTEXT_LENGTH)
     length = float(min(named, default=usual))
     rope = main_rope(rope_settings(text))
     if rope is not None and "gemma3" not in str(config.get("model_type")):  # its length is after scaling
