@@ -52,6 +52,7 @@ from engine.models.gguf_parts import (
     value_rows,
     wide_value_heads,
 )
+from engine.models.gguf_rope import ALL_SCALINGS
 
 COMMON: Names = {
     "token_embd": "model.embed_tokens",
@@ -77,7 +78,6 @@ COMMON: Names = {
 """Names in most architectures. Those of a layer are without ``blk.N.`` and ``model.layers.N.``."""
 
 
-_ALL_SCALINGS = frozenset(("linear", "yarn", "llama3"))
 _NO_SCALINGS: frozenset[str] = frozenset()
 
 
@@ -98,7 +98,7 @@ class Architecture:
     more: Callable[[Fields, dict[str, Any]], dict[str, Any]] | None = None
     norms: Change | None = None
     pairs: bool = False
-    rope_scalings: frozenset[str] = _ALL_SCALINGS
+    rope_scalings: frozenset[str] = ALL_SCALINGS
     partial_rotary: bool = False
     derives_head_dim: bool = False
     own_heads: bool = False

@@ -3,10 +3,9 @@
 from typing import Any
 
 from engine.models.gguf_fields import Fields
-from engine.models.gguf_rope import FREQUENCY_FACTORS, rope_scaling
+from engine.models.gguf_rope import ALL_SCALINGS, FREQUENCY_FACTORS, rope_scaling
 
 Words = dict[str, Any]
-_ALL = frozenset(("linear", "yarn", "llama3"))
 _GEMMA2_27B_LAYERS = 46
 _GEMMA3_27B_HIDDEN_SIZE = 5376
 _GLM47_FLASH_LAYERS, _GLM47_FLASH_VOCAB_SIZE = (47, 48), 154880
@@ -90,7 +89,7 @@ def glm4_moe(fields: Fields, config: Words) -> Words:
     """As GLM 4, with experts chosen by a sigmoid and a bias."""
     return _sigmoid_experts(fields) | {
         "use_qk_norm": "blk.0.attn_q_norm.weight" in fields.file.tensors,
-        "rope_scaling": rope_scaling(fields, config, _ALL),
+        "rope_scaling": rope_scaling(fields, config, ALL_SCALINGS),
     }
 
 
@@ -356,7 +355,7 @@ def exaone4(fields: Fields, config: Words) -> Words:
     return {
         "sliding_window": window,
         "sliding_window_pattern": None if window is None else "L" * (period - 1) + "G",
-        "rope_scaling": rope_scaling(fields, config, _ALL) or {"rope_type": "default"},
+        "rope_scaling": rope_scaling(fields, config, ALL_SCALINGS) or {"rope_type": "default"},
     }
 
 

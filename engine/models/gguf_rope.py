@@ -11,6 +11,8 @@ FREQUENCY_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = (FREQUENCY_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 """Tensors that are no weights."""
+ALL_SCALINGS = frozenset(("linear", "yarn", "llama3"))
+"""Kinds that rotary layers of any model can be made to follow."""
 _TOLERANCE = 1e-3
 
 
