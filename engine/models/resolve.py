@@ -39,15 +39,14 @@ def resolve(
         return _open_folder(cached, wanted)
     if not _HUB_ID.fullmatch(repo):
         raise ModelNotFoundError(_unknown_name(model))
-    elsewhere = _complete_revisions(repo, wanted)
     if offline(os.environ):
-        raise ModelNotFoundError(_offline_text(cached, wanted) + elsewhere)
+        raise ModelNotFoundError(_offline_text(cached, wanted) + _complete_revisions(repo, wanted))
     from engine.models.download import download
 
     try:
         return download(repo, revision, wanted, progress)
     except ModelNotFoundError as error:
-        raise ModelNotFoundError(f"{error}{elsewhere}") from None
+        raise ModelNotFoundError(f"{error}{_complete_revisions(repo, wanted)}") from None
 
 
 def _resolve_local(model: str, part: Part) -> ResolvedModel | None:
