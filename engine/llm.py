@@ -106,12 +106,16 @@ class LLM:
             self.args.override_generation_config,
             self.settings,
             self.args.generation_config,
+            built.config.sampling_source,
+            built.config.model_card,
         )
         self._requests = RequestMaker.of_model(
             self.args, built.config, self.tokenizer, parsers, built.engine.runner.vocab_size
         )
-        more = (parsers.note, self.defaults.log_line(), self._requests.structured_outputs.note)
+        more = (parsers.note, self.defaults.note(), self._requests.structured_outputs.note)
         self.notes = [*built.notes, *filter(None, more)]
+        if line := self.defaults.log_line():
+            logger.info("%s", line)
         self._activity = SnapshotPoller(self._thread, snapshot_activity)
         self._blocks = SnapshotPoller(self._thread, snapshot_blocks)
         follow = weakref.WeakMethod(self._follow_settings)
@@ -131,6 +135,11 @@ class LLM:
     def closed(self) -> bool:
         """Whether requests are refused: after :meth:`close`, or when the engine failed."""
         return not self._thread.alive
+
+    @property
+    def log_lines(self) -> list[str]:
+        """What vLLM and vllm-metal log about this load, in their words: the memory, and sampling defaults if any."""
+        return [self.plan.log_line(), *filter(None, [self.defaults.log_line()])]
 
     @property
     def server(self) -> "ServerHandle | None":

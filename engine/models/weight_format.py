@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from engine.errors import ModelLoadError
 
@@ -51,6 +51,8 @@ class WeightFormat(ABC):
 
     kind: str
     file_suffix: str | None = None
+    sampling_source: ClassVar[str] = "generation_config.json"
+    """Where :meth:`generation_config` finds sampling values."""
 
     @abstractmethod
     def claims(self, folder: Path, wanted: Wanted) -> bool:

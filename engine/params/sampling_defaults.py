@@ -1,7 +1,7 @@
 """Where a request's sampling values come from: one order, with the origin of each value kept.
 
 request or magic flag > live settings (panel, ``set``) > preset > ``--override-generation-config`` >
-the model's ``generation_config.json`` > vLLM's defaults.
+what the model's authors recommend (``generation_config.json``) > vLLM's defaults.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,13 @@ GENERATION_CONFIG_NAMES = {
 }
 """Names in a generation config, and those that they have here; in the order of vLLM's log line."""
 
-_DEFAULT_SOURCES = ("default", "generation_config.json", "--override-generation-config", "set")
+MODEL_SOURCES: Mapping[str, str] = {
+    "generation_config.json": "the model's `generation_config.json`",
+    "general.sampling": "the GGUF file's `general.sampling`",
+    "model card": "the model card",
+}
+"""Where a model's authors say what they recommend, and how that is written in a sentence."""
+_DEFAULT_SOURCES = ("default", *MODEL_SOURCES, "--override-generation-config", "set")
 
 
 def is_default_source(source: str | None) -> bool:
@@ -38,13 +44,16 @@ def is_default_source(source: str | None) -> bool:
 class SamplingDefaults:
     """The layers below a request. ``generation_config`` and ``override`` are in Hugging Face's names.
 
-    ``choice`` is what ``--generation-config`` says: ``auto``, ``vllm`` or a folder.
+    ``choice`` is what ``--generation-config`` says: ``auto``, ``vllm`` or a folder. ``source`` is where the values of
+    ``auto`` are, one of :data:`MODEL_SOURCES`, and ``model_card`` whose card, if it is one.
     """
 
     generation_config: Mapping[str, Any]
     override: Mapping[str, Any]
     settings: Settings
     choice: str = "auto"
+    source: str = "generation_config.json"
+    model_card: str = ""
 
     def model_values(self) -> dict[str, Any]:
         """What the model's authors (or the override) recommend, in sampling names."""
@@ -55,11 +64,28 @@ class SamplingDefaults:
         values = self.model_values()
         if not values or self.choice == "vllm":
             return None
-        origin = "the model's `generation_config.json`" if self.choice == "auto" else self.choice
         return (
-            f"Default vLLM sampling parameters have been overridden by {origin}: "
+            f"Default vLLM sampling parameters have been overridden by {self._origin()}: "
             f"`{values}`. If this is not intended, please relaunch vLLM instance with `--generation-config vllm`."
         )
+
+    def note(self) -> str | None:
+        """The same in plain words, or None where nothing but vLLM's defaults holds."""
+        own = {} if self.choice == "vllm" else _translate(self.generation_config)
+        layers = ((own, self._origin()), (_translate(self.override), "--override-generation-config"))
+        said = [(_listed(values), origin) for values, origin in layers if values]
+        if not said:
+            return None
+        by_model = bool(own) and self.choice == "auto"
+        text = "; ".join(f"{values} ({origin})" for values, origin in said)
+        off = "; --generation-config vllm does without" if own else ""
+        return f"Sampling{', as the model recommends' if by_model else ''}: {text}{off}"
+
+    def _origin(self) -> str:
+        """Where the model's values are, in words."""
+        if self.choice != "auto":
+            return self.choice
+        return " of ".join(filter(None, [MODEL_SOURCES[self.source], self.model_card]))
 
     def resolve(self, given: Mapping[str, Any], source: str = "request") -> SamplingParams:
         """Merge ``given`` (a request's values; None means not given) over all defaults.
@@ -70,7 +96,7 @@ class SamplingDefaults:
             if name not in PARAMETERS:
                 raise RequestError(f"Unknown sampling parameter {name!r}.", param=name)
         layers = (
-            ("generation_config.json", _translate(self.generation_config)),
+            (self.source, _translate(self.generation_config)),
             ("--override-generation-config", _translate(self.override)),
             *self.settings.layers(),
             (source, {name: value for name, value in given.items() if value is not None}),
@@ -94,6 +120,11 @@ def check_override(values: Mapping[str, Any]) -> None:
     except RequestError as error:
         flag = "override_generation_config"
         raise ConfigError(f"--override-generation-config: {error}", flag=flag, value=dict(values)) from None
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    """``temperature 0.2, top_p 0.9``."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _translate(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import ipywidgets as widgets
 
 from engine.errors import VMMagicError
 from engine.params.live_sampling import LIVE_NAMES
-from engine.params.sampling_defaults import SamplingDefaults
+from engine.params.sampling_defaults import MODEL_SOURCES, SamplingDefaults
 from engine.params.sampling_params import COMMON, PARAMETERS
 from engine.params.settings import MODEL_PRESET, PRESETS, THINKING_NAMES
 from vm_magic.panel.snapshot import PanelSnapshot
@@ -35,7 +35,10 @@ _REMOTE_NOTE = (
     "Changes are sent with this notebook's requests that do not say otherwise, from the next one on. "
     "What is not set here is the server's own, which is not known here: vLLM's default is shown in its place."
 )
-_LOCAL_WORDS = {"default": "vLLM's default", "generation_config.json": "the model's own"}
+_LOCAL_WORDS = {
+    "default": "vLLM's default",
+    **{source: f"the model's recommendation ({source})" for source in MODEL_SOURCES},
+}
 _REMOTE_WORDS = {"default": "the server's own"}
 
 
