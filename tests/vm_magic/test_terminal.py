@@ -22,6 +22,8 @@ ip.run_cell("%%chat --stats\\nhello")
 ip.run_cell("%vllm_metal chat again?")
 ip.run_cell("%vllm_metal load")
 ip.run_cell("%vllm_metal")
+ip.run_cell("%%capture kept\\n%%chat --stats\\nhello")
+print("kept:", [output.data["text/plain"] for output in kept.outputs])
 """
 
 
@@ -37,6 +39,7 @@ def test_replies_are_written_once_and_errors_are_one_line(tmp_path: Path) -> Non
     assert "8 tokens · " in done.stdout
     assert "UsageError" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+    assert "kept: ['alpha beta gamma delta epsilon zeta eta theta" in done.stdout
     assert "32 of 128 used" in done.stdout
     assert "weights" in done.stderr  # tqdm's bar
 
