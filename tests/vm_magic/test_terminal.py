@@ -72,7 +72,10 @@ def test_ctrl_c_ends_a_request_that_is_awaited(terminal: Any, smollm2_gguf: Path
     said(terminal, "long, left = SamplingParams(max_tokens=900), lambda: len(llm.activity().requests)")
     said(terminal, "import threading, signal, os, time")
     said(terminal, "def press():\n    while not left(): time.sleep(0.01)\n    os.kill(os.getpid(), signal.SIGINT)\n")
-    for wait in ("await llm.achat([{'role': 'user', 'content': 'Hi'}], long)", "[d async for d in llm.astream('Hi', long)]"):
+    for wait in (
+        "await llm.achat([{'role': 'user', 'content': 'Hi'}], long)",
+        "[d async for d in llm.astream('Hi', long)]",
+    ):
         said(terminal, "threading.Thread(target=press).start()")
         assert "KeyboardInterrupt" in said(terminal, wait)
         said(terminal, "_ = [time.sleep(0.05) for _ in range(60) if left()]")

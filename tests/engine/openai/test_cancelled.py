@@ -143,9 +143,7 @@ def test_a_streamed_response_fails_with_a_code_that_agents_do_not_repeat(
     assert "was cancelled" in error.args[0].message
 
 
-def test_what_stays_wrong_is_not_asked_again_and_a_port_that_closes_may_be(
-    server: ServerHandle, llm: FakeLLM
-) -> None:
+def test_what_stays_wrong_is_not_asked_again_and_a_port_that_closes_may_be(server: ServerHandle, llm: FakeLLM) -> None:
     with openai.OpenAI(base_url=server.base_url, api_key=KEY) as client:
         llm.fail_after = 1
         with pytest.raises(openai.InternalServerError, match="out of luck"):
