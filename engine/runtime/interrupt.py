@@ -1,7 +1,8 @@
 """Ctrl-C while an event loop of the main thread waits for requests.
 
-``asyncio.run`` turns Ctrl-C into the cancelling of its task, and so does a notebook's kernel. IPython in a terminal, and
-whoever calls ``loop.run_until_complete``, only leaves the loop: its tasks stay as they are, and so would their requests.
+``asyncio.run`` turns Ctrl-C into the cancelling of its task, and so does a notebook's kernel. IPython in a terminal,
+and whoever calls ``loop.run_until_complete``, only leaves the loop: its tasks stay as they are, and so would their
+requests.
 """
 
 import asyncio

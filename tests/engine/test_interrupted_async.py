@@ -96,12 +96,15 @@ def test_a_task_group_ends_the_others_where_one_fails(llm: LLM) -> None:
 
 
 def test_leaving_the_loop_ends_the_request_before_anything_else_runs(llm: LLM) -> None:
+    async def failing() -> None:
+        async for _ in llm.astream(MESSAGES, PARAMS):
+            raise LookupError("in the body")
+
     async def main() -> None:
         async for _ in llm.astream(MESSAGES, PARAMS):
             break
         with pytest.raises(LookupError):
-            async for _ in llm.astream(MESSAGES, PARAMS):
-                raise LookupError("in the body")
+            await failing()
         while llm.activity().requests:
             time.sleep(0.01)  # the event loop stands still: nothing of it is needed
 
@@ -172,8 +175,7 @@ def test_ctrl_c_leaves_what_a_standing_loop_has_under_way(llm: LLM) -> None:
 
     task = loop.run_until_complete(main())
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
+        signal.raise_signal(signal.SIGINT)
     output = loop.run_until_complete(task)
     assert output.outputs[0].finish_reason == "length"
     loop.close()

@@ -106,13 +106,17 @@ def _faint(line: str) -> str:
     return f'<small style="opacity:0.6">{escaped(line)}</small>'
 
 
+def with_notes(markdown: str, notes: Sequence[str]) -> str:
+    """``markdown`` with ``notes`` below it, a line each."""
+    return _below(markdown.rstrip("\n"), "<br>".join(map(_faint, notes))) if notes else markdown
+
+
 def _noted(bundle: Bundle, notes: Sequence[str]) -> Bundle:
-    lines = "<br>".join(map(_faint, notes))
     noted = {"text/plain": "\n".join(filter(None, [bundle["text/plain"], *notes]))}
     if "text/markdown" in bundle:
-        noted["text/markdown"] = _below(bundle["text/markdown"].rstrip("\n"), lines)
+        noted["text/markdown"] = with_notes(bundle["text/markdown"], notes)
     if "text/html" in bundle:
-        noted["text/html"] = f"{bundle['text/html']}<div>{lines}</div>"
+        noted["text/html"] = f"{bundle['text/html']}<div>{'<br>'.join(map(_faint, notes))}</div>"
     return noted
 
 

@@ -23,7 +23,7 @@ _ANTHROPIC_TYPES = {
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
 }
 ABORTED = 499
-"""The status of a request that was ended here, which proxies log for one that its client ended: no client repeats it."""
+"""The status of a request that was ended here; proxies log it for one that its client ended. No client repeats it."""
 _FINAL = {"x-should-retry": "false"}
 """What OpenAI's and Anthropic's clients obey before they look at the status, where they repeat each 5xx twice."""
 _SOON = {"Retry-After": "1"}
