@@ -30,6 +30,7 @@ from engine.runner.device.devices import describe_device, prepare_backend
 from engine.runner.device.faults import check_device
 from engine.runner.device.memory import active_memory
 from engine.runtime.activity import Activity, BlockMap
+from engine.runtime.async_deltas import AsyncDeltas
 from engine.runtime.metrics import EngineMetrics
 from engine.runtime.request_maker import RequestMaker
 from engine.runtime.stream import RequestStream
@@ -338,24 +339,20 @@ class LLM:
         finally:
             stream.abort()
 
-    async def astream(
+    def astream(
         self,
         prompt: str | Sequence[int] | Sequence[Message],
         sampling_params: SamplingParams | None = None,
         **template: Any,
     ) -> AsyncIterator[CompletionDelta]:
-        """:meth:`stream` for ``async for``."""
-        stream = self._start(one_request(prompt, sampling_params or self.sampling_params(), template))
-        try:
-            async for delta in stream:
-                yield delta
-        finally:
-            stream.abort()
+        """:meth:`stream` for ``async for``; cancelling the task ends the request, too."""
+        params = sampling_params or self.sampling_params()
+        return AsyncDeltas(lambda: self._start(one_request(prompt, params, template)))
 
     async def achat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template: Any
     ) -> RequestOutput:
-        """:meth:`chat` with one conversation, to be awaited. Cancelling the task ends the request."""
+        """:meth:`chat` with one conversation, to be awaited. Cancelling the task, or Ctrl-C, ends the request."""
         (params,) = params_of_each(sampling_params, 1, self.sampling_params)
         stream = self._start(one_request(messages, params, template))
         try:

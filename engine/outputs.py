@@ -139,11 +139,13 @@ class Reply:
     metrics: RequestMetrics | None = None
     logprobs: list[LogprobsAtPosition] | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
+    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """What is said below it where it is shown: why it stopped early, how fast it was."""
 
     def __str__(self) -> str:
         return self.text
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
-        """What a prompt shows: the text, and calls of tools below it. ``repr()`` stays that of the fields."""
+        """What a prompt shows: text, calls of tools and notes below each other. ``repr()`` stays that of the fields."""
         calls = (f"{call['function']['name']}({call['function']['arguments']})" for call in self.tool_calls)
-        printer.text("\n".join([*([self.text] if self.text or not self.tool_calls else []), *calls]))
+        printer.text("\n".join([*([self.text] if self.text or not self.tool_calls else []), *calls, *self.notes]))

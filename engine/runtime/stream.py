@@ -15,6 +15,7 @@ from engine.outputs import (
     RequestOutput,
 )
 from engine.params.sampling_params import SamplingParams
+from engine.runtime.interrupt import ended_by_interrupt
 
 _WAIT_SLICE = 0.2
 """Seconds between looks for KeyboardInterrupt while a thread waits (a lock's wait ignores signals on some systems)."""
@@ -106,7 +107,8 @@ class RequestStream:
                     self._waiter = (asyncio.get_running_loop(), asyncio.Event())
                 event = self._waiter[1]
                 event.clear()
-            await event.wait()
+            with ended_by_interrupt(self):
+                await event.wait()
 
     def drain(self, timeout: float | None = None) -> list[CompletionDelta]:
         """All deltas there are; waits up to ``timeout`` seconds for a first one. Empty on time-out or at the end."""

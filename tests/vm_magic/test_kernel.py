@@ -117,7 +117,7 @@ def test_interrupt_keeps_the_partial_text_and_stops_run_all(ready: Kernel) -> No
     shown = show_as_a_notebook([*messages, *drain(ready, first)])
     assert len(shown) == 1
     assert shown[0].startswith("alpha beta")
-    assert shown[0].endswith("⏹ interrupted")
+    assert shown[0].endswith("■ interrupted")
     assert ready.text("print(other.result().outputs[0].text)") == f"{WORDS}\n"
     assert "alpha beta" in ready.text("print(get_ipython().run_line_magic('vllm_metal', 'history'))")
     reply, _ = ready.run("%%chat\nstill there?")
@@ -142,7 +142,7 @@ def test_interrupt_ends_a_function_that_the_model_called(ready: Kernel) -> None:
     reply = ready.client.get_shell_msg(timeout=60)["content"]
     assert (reply["ename"], reply["evalue"].split(";")[0]) == ("Interrupted", "stopped in wait")
     shown = show_as_a_notebook([*messages, *drain(ready, asked)])
-    assert shown == ["wait() → ⚠ interrupted by the user ⏹ interrupted"]
+    assert shown == ["wait() → × interrupted by the user ■ interrupted"]
     roles = "print([m['role'] for m in get_ipython().run_line_magic('vllm_metal', 'history').messages])"
     assert ready.text(roles) == "['user', 'assistant', 'tool']\n"
 

@@ -87,7 +87,7 @@ def test_a_remote_chat_streams_and_stopping_it_ends_it_on_the_server(kernel: Ker
     assert "k3y" not in out
     reply, messages = interrupted(kernel, "%%chat -t 0\nGo", shows("word word word"))
     assert reply["ename"] == "Interrupted"
-    assert show_as_a_notebook(messages)[0].endswith("⏹ interrupted")
+    assert show_as_a_notebook(messages)[0].endswith("■ interrupted")
     assert kernel.text("import vm_magic; print(vm_magic.current())").startswith("<RemoteLLM there at http")
     reply, messages = kernel.run("%%chat -n -t 0 --max-tokens 3 --stats\nGo")
     assert reply["status"] == "ok"

@@ -3,7 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+
+from tests.scripted_model import write_scripted_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -15,6 +22,8 @@ ip.run_cell("%%chat --stats\\nhello")
 ip.run_cell("%vllm_metal chat again?")
 ip.run_cell("%vllm_metal load")
 ip.run_cell("%vllm_metal")
+ip.run_cell("%%capture kept\\n%%chat --stats\\nhello")
+print("kept:", [output.data["text/plain"] for output in kept.outputs])
 """
 
 
@@ -30,5 +39,44 @@ def test_replies_are_written_once_and_errors_are_one_line(tmp_path: Path) -> Non
     assert "8 tokens · " in done.stdout
     assert "UsageError" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+    assert "kept: ['alpha beta gamma delta epsilon zeta eta theta" in done.stdout
     assert "32 of 128 used" in done.stdout
     assert "weights" in done.stderr  # tqdm's bar
+
+
+PROMPT = r"In \[\d+\]: "
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Any]:
+    """IPython as a person has it, but for its line editor."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path), "TERM": "dumb"}
+    flags = ["-m", "IPython", "--no-banner", "--colors=NoColor", "--simple-prompt", "--no-confirm-exit"]
+    child = pexpect.spawn(sys.executable, flags, env=environment, encoding="utf-8", timeout=60, echo=False)
+    child.expect(PROMPT)
+    yield child
+    child.close(force=True)
+
+
+def said(terminal: Any, code: str) -> str:
+    """What ``code`` prints."""
+    terminal.sendline(code)
+    terminal.expect(PROMPT)
+    return str(terminal.before).replace("\r\n", "\n")
+
+
+def test_ctrl_c_ends_a_request_that_is_awaited(terminal: Any, smollm2_gguf: Path, tmp_path: Path) -> None:
+    folder = write_scripted_model(tmp_path / "slow", smollm2_gguf, "word " * 900, step_seconds=0.02)
+    said(terminal, "from tests.scripted_model import install; install(); from engine import LLM, SamplingParams")
+    said(terminal, f"llm = LLM({str(folder)!r}, max_model_len=1024, gpu_memory_utilization=0.2)")
+    said(terminal, "long, left = SamplingParams(max_tokens=900), lambda: len(llm.activity().requests)")
+    said(terminal, "import threading, signal, os, time")
+    said(terminal, "def press():\n    while not left(): time.sleep(0.01)\n    os.kill(os.getpid(), signal.SIGINT)\n")
+    for wait in (
+        "await llm.achat([{'role': 'user', 'content': 'Hi'}], long)",
+        "[d async for d in llm.astream('Hi', long)]",
+    ):
+        said(terminal, "threading.Thread(target=press).start()")
+        assert "KeyboardInterrupt" in said(terminal, wait)
+        said(terminal, "_ = [time.sleep(0.05) for _ in range(60) if left()]")
+        assert "left: 0" in said(terminal, "print('left:', left())")

@@ -78,7 +78,7 @@ def test_an_interrupt_ends_one_cell_and_no_client_and_frees_its_blocks(served: K
     shown = show_as_a_notebook([*messages, *drain(served, cell)])
     if reply["status"] == "error":  # a quick machine may have written the whole story by then
         assert reply["ename"] == "Interrupted"
-        assert shown[0].endswith("⏹ interrupted")
+        assert shown[0].endswith("■ interrupted")
     assert served.text(WAIT_UNTIL_IDLE) == "[0, 1, 2, 3, 4, 5, 6, 7] 0 0 True\n"
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 DRAIN_SECONDS = 0.05
 SOURCE = "flag"
 """What ``explain`` calls the origin of values that a cell's flags give."""
-INTERRUPTED = "⏹ interrupted"
-FAILED = "⚠ failed"
+INTERRUPTED = "■ interrupted"
+FAILED = "× failed"
 
 
 @dataclass(frozen=True)

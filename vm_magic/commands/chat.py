@@ -11,12 +11,12 @@ from IPython.core.getipython import get_ipython
 
 from engine.errors import RequestError
 from engine.outputs import Reply
+from vm_magic.chat.end_notes import end_notes
 from vm_magic.chat.generation import ChatOptions, Generation, ask, start_chat, start_completion
 from vm_magic.chat.pending_reply import PendingReply
 from vm_magic.commands.base import Context, TextCommand
 from vm_magic.commands.history import conversation_names
 from vm_magic.commands.parser import CommandParser
-from vm_magic.show.cards import speed_text
 from vm_magic.show.display_handle import can_update, open_handle
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.reply_bundle import reply_bundle
@@ -150,10 +150,9 @@ def _followed(generation: Running, parsed: argparse.Namespace, shell: Any, view:
         if stopped.reply is not None:
             _file(stopped.reply, parsed, shell)
         raise
-    if not parsed.out:
-        _say_how_it_ended(reply, generation, parsed)
-        if returned:
-            return reply
+    _note(reply, generation, parsed, view)
+    if returned and not parsed.out:
+        return reply
     _file(reply, parsed, shell)
     return None
 
@@ -168,11 +167,14 @@ def _file(reply: Reply, parsed: argparse.Namespace, shell: Any) -> None:
 
 
 def _detached(generation: Generation, parsed: argparse.Namespace, shell: Any) -> None:
+    view = _view(parsed, shell)
+
     def store(reply: Reply) -> None:
+        _note(reply, generation, parsed, view)
         if parsed.out:
             shell.user_ns[parsed.out] = reply
 
-    pending = PendingReply(generation, _view(parsed, shell), store)
+    pending = PendingReply(generation, view, store)
     if not parsed.out:
         shell.displayhook.update_user_ns(pending)
 
@@ -189,19 +191,12 @@ def _view(parsed: argparse.Namespace, shell: Any) -> ReplyView:
     return TerminalView()
 
 
-def _say_how_it_ended(reply: Reply, generation: Running, parsed: argparse.Namespace) -> None:
-    if reply.finish_reason == "length":
-        limit = generation.stream.params.max_tokens
-        full = limit is None or reply.usage.completion_tokens < limit
-        context = "the context is full: start anew with --new, or reload with a larger --max-model-len"
-        print(context if full else f"cut off after {limit} tokens: a larger --max-tokens gives more")
-    if reply.finish_reason == "repetition":
-        print("ended: it repeated itself")
-    if generation.stopped_at_limit:
-        rounds = f"{parsed.max_tool_rounds} round{'s' * (parsed.max_tool_rounds > 1)}"
-        print(f"stopped after {rounds} of tool calls: a larger --max-tool-rounds lets the model go on")
-    if parsed.stats:
-        print(speed_text(*generation.earlier_replies, reply))
+def _note(reply: Reply, generation: Running, parsed: argparse.Namespace, view: ReplyView) -> None:
+    """Say below the reply, and wherever it is shown later, how it ended."""
+    rounds = vars(parsed).get("max_tool_rounds", 0)
+    reply.notes = end_notes(reply, generation, stats=parsed.stats, max_tool_rounds=rounds)
+    if reply.notes:
+        view.add_notes(reply.notes)
 
 
 def chat_options(parsed: argparse.Namespace, namespace: Mapping[str, Any]) -> ChatOptions:

@@ -85,9 +85,10 @@ def _model_card(card: Any) -> str:
 
 
 def _reply(reply: Any) -> str:
+    from vm_magic.show.reply_bundle import with_notes
     from vm_magic.show.safe_markdown import safe_markdown
 
-    return safe_markdown(reply.text)
+    return with_notes(safe_markdown(reply.text), reply.notes)
 
 
 def _score(score: Any) -> str:

@@ -4,15 +4,15 @@ import contextvars
 import uuid
 from typing import Any
 
-from IPython.core.displaypub import DisplayPublisher
+from vm_magic.show.front_end import front_end
 
 Bundle = dict[str, Any]
 """MIME types with their data."""
 
 
 def can_update(shell: Any) -> bool:
-    """Whether ``shell`` can replace what it displayed (a notebook); a terminal prints a new copy."""
-    return type(shell.display_pub) is not DisplayPublisher
+    """Whether what was displayed can be replaced: in a notebook. A terminal prints a new copy, a console nothing."""
+    return front_end(shell) in ("notebook", "capture")
 
 
 class DisplayHandle:
@@ -20,11 +20,15 @@ class DisplayHandle:
 
     Safe from any thread: ipykernel keeps the header of the cell in a context variable; what is shown
     runs in a copy of the opening cell's context, so it lands there whatever runs by then. An interrupt
-    while the first one is sent leaves a handle that replaces it all the same.
+    while the first one is sent leaves a handle that replaces it all the same. Captured output (``%%capture``) holds
+    the latest bundle alone.
     """
 
     def __init__(self, shell: Any) -> None:
         self._shell = shell
+        self._captured: list[dict[str, Any]] | None = None
+        if front_end(shell) == "capture":
+            self._captured = shell.display_pub.outputs
         self._transient = {"display_id": uuid.uuid4().hex}
         self._context = contextvars.copy_context()
         self._opened = False
@@ -32,8 +36,19 @@ class DisplayHandle:
     def __call__(self, bundle: Bundle) -> None:
         """Show ``bundle``."""
         opened, self._opened = self._opened, True
+        if self._captured is not None:
+            self._keep(self._captured, bundle)
+            return
         publish = self._shell.display_pub.publish
         self._context.copy().run(publish, bundle, {}, transient=self._transient, update=opened)
+
+    def _keep(self, outputs: list[dict[str, Any]], bundle: Bundle) -> None:
+        """Put ``bundle`` where captured output has this handle's earlier one, or at the end."""
+        for output in outputs:
+            if output["transient"] is self._transient:
+                output["data"] = bundle
+                return
+        outputs.append({"data": bundle, "metadata": {}, "transient": self._transient, "update": False})
 
 
 def open_handle(shell: Any, bundle: Bundle) -> DisplayHandle:

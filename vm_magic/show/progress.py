@@ -81,6 +81,7 @@ class LoadProgress:
                 unit="B" if in_bytes else "it",
                 unit_scale=in_bytes,
                 desc=f"{self.model}: {stage}",
+                bar_format=None if total else "{desc} ({elapsed})",  # of an unknown length: no count of nothing
             )
         self._bar.update(done - self._bar.n)
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from engine.batch.scored_token import ScoredToken, unlikely_text
@@ -23,12 +23,19 @@ def growing_bundle(reply: ReplyText, format: Format) -> Bundle:
     return reply_bundle(reply, "code" if format == "json" else format, growing=True)
 
 
-def reply_bundle(reply: ReplyText, format: Format, *, mark: str = "", growing: bool = False) -> Bundle:
+def reply_bundle(
+    reply: ReplyText, format: Format, *, mark: str = "", notes: Sequence[str] = (), growing: bool = False
+) -> Bundle:
     """Mime types for ``reply``, with ``mark`` after it. In Markdown the model's thinking is folded away.
+
+    ``notes`` are lines below it all, small and faint. They stand in every form that there is then: a picture of JSON,
+    which notebooks would prefer, has no place for them.
 
     The plain form is the answer alone; while there is none, it says that the model thinks. With log-probabilities
     the tokens are shown instead of what Markdown makes of them.
     """
+    if notes:
+        return _noted(reply_bundle(reply, format, mark=mark), notes)
     text = reply.whole()
     thinking = growing and reply.reasoning != "" and not reply.text and not reply.tool_calls
     now = f"thinking … {reply.num_reasoning_tokens} tokens" if thinking else ""
@@ -48,9 +55,12 @@ def reply_bundle(reply: ReplyText, format: Format, *, mark: str = "", growing: b
         )
         return {
             "text/plain": marked,
-            "text/markdown": before + folded(reply, growing=thinking) + _below(body, mark),
+            "text/markdown": before + folded(reply, growing=thinking) + _below(body, mark and _faint(mark)),
         }
-    return {"text/plain": marked, "text/markdown": before + _below(_turn(reply, growing=growing), mark and f"*{mark}*")}
+    return {
+        "text/plain": marked,
+        "text/markdown": before + _below(_turn(reply, growing=growing), mark and _faint(mark)),
+    }
 
 
 def folded(reply: ReplyText, *, growing: bool = False) -> str:
@@ -91,12 +101,31 @@ def _below(text: str, more: str) -> str:
     return "\n\n".join(part for part in (text, more) if part)
 
 
+def _faint(line: str) -> str:
+    """``line`` of ours, small and faint, in Markdown as in HTML."""
+    return f'<small style="opacity:0.6">{escaped(line)}</small>'
+
+
+def with_notes(markdown: str, notes: Sequence[str]) -> str:
+    """``markdown`` with ``notes`` below it, a line each."""
+    return _below(markdown.rstrip("\n"), "<br>".join(map(_faint, notes))) if notes else markdown
+
+
+def _noted(bundle: Bundle, notes: Sequence[str]) -> Bundle:
+    noted = {"text/plain": "\n".join(filter(None, [bundle["text/plain"], *notes]))}
+    if "text/markdown" in bundle:
+        noted["text/markdown"] = with_notes(bundle["text/markdown"], notes)
+    if "text/html" in bundle:
+        noted["text/html"] = f"{bundle['text/html']}<div>{'<br>'.join(map(_faint, notes))}</div>"
+    return noted
+
+
 def _picture(reply: ReplyText, marked: str, mark: str) -> Bundle:
     """Tokens coloured by probability, thoughts folded away, calls as cards."""
     turns = [*reply.earlier, reply]
     tokens = [token for turn in turns for token in turn.tokens]
     body = "".join(_turn_picture(turn) for turn in turns)
-    end = f"<em>{mark}</em>" if mark else ""
+    end = _faint(mark) if mark else ""
     return {
         "text/plain": "\n\n".join(filter(None, [marked, unlikely_text(tokens)])),
         "text/html": f"<div>{legend_html()}{body}{end}{unlikely_html(tokens)}</div>",
@@ -123,7 +152,7 @@ def _json_bundle(text: str, mark: str) -> Bundle:
         value = json.loads(body)
     except ValueError:
         note = mark or "(not JSON)"
-        return {"text/plain": f"{text} {note}", "text/markdown": f"{fenced(text)}\n\n*{note}*"}
+        return {"text/plain": f"{text} {note}", "text/markdown": f"{fenced(text)}\n\n{_faint(note)}"}
     pretty = json.dumps(value, indent=2, ensure_ascii=False)
     bundle: Bundle = {"text/plain": pretty, "text/markdown": fenced(pretty, "json")}
     if isinstance(value, dict | list):

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from engine.batch.scored_token import unlikely_text
@@ -30,6 +30,10 @@ class ReplyView(Protocol):
         """Show the end; ``mark`` says why it was cut short."""
         ...
 
+    def add_notes(self, notes: Sequence[str]) -> None:
+        """Say more below what was finished, a line each."""
+        ...
+
 
 class SilentView:
     """Shows nothing."""
@@ -38,6 +42,9 @@ class SilentView:
         """Nothing."""
 
     def finish(self, reply: ReplyText, mark: str = "") -> None:
+        """Nothing."""
+
+    def add_notes(self, notes: Sequence[str]) -> None:
         """Nothing."""
 
 
@@ -52,7 +59,7 @@ class NotebookView:
         self._publish = publish
         self._format = format
         self._stream = stream
-        self._shown = ReplyText()
+        self._shown, self._mark = ReplyText(), ""
         self._last_update = float("-inf")
 
     def refresh(self, reply: ReplyText, *, at_once: bool = False) -> None:
@@ -66,7 +73,12 @@ class NotebookView:
 
     def finish(self, reply: ReplyText, mark: str = "") -> None:
         """Show the whole of ``reply``."""
+        self._shown, self._mark = reply, mark
         self._publish(reply_bundle(reply, self._format, mark=mark))
+
+    def add_notes(self, notes: Sequence[str]) -> None:
+        """Show it again, with ``notes`` below, small and faint."""
+        self._publish(reply_bundle(self._shown, self._format, mark=self._mark, notes=notes))
 
 
 class TerminalView:
@@ -95,6 +107,10 @@ class TerminalView:
         sys.stdout.write(f" {mark}\n" if mark else "\n")
         if unlikely := unlikely_text(tokens):
             sys.stdout.write(f"\n{unlikely}\n")
+
+    def add_notes(self, notes: Sequence[str]) -> None:
+        """Write ``notes`` as last lines."""
+        sys.stdout.write("".join(f"{note}\n" for note in notes))
 
     def _begin_turn(self) -> None:
         self._written = 0

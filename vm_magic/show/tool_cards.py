@@ -49,7 +49,7 @@ def call_line(call: Mapping[str, Any], outcome: ToolOutcome | None) -> str:
     if outcome is None or outcome.running:
         return call_text(call)
     result = shortened(" ".join(outcome.text.split()), _LONGEST_LINE)
-    return f"{call_text(call)} → {'⚠ ' if outcome.failed else ''}{result}"
+    return f"{call_text(call)} → {'× ' if outcome.failed else ''}{result}"
 
 
 def call_card(call: Mapping[str, Any], outcome: ToolOutcome | None) -> str:
@@ -61,7 +61,7 @@ def call_card(call: Mapping[str, Any], outcome: ToolOutcome | None) -> str:
         return _card(_GREY, f'{head} <span style="opacity:0.6">running …</span>', "")
     if outcome.seconds is not None:
         head += f' <span style="opacity:0.6">{outcome.seconds:.2f} s</span>'
-    mark = "⚠ " if outcome.failed else ""
+    mark = "× " if outcome.failed else ""
     body = f'<pre style="{_PRE}">{mark}{escaped(outcome.text)}</pre>'
     return _card(_RED if outcome.failed else _BLUE, head, body)
 

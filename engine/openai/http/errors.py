@@ -22,6 +22,11 @@ _ANTHROPIC_TYPES = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
 }
+ABORTED = 499
+"""The status of a request that was ended here; proxies log it for one that its client ended. No client repeats it."""
+_FINAL = {"x-should-retry": "false"}
+"""What OpenAI's and Anthropic's clients obey before they look at the status, where they repeat each 5xx twice."""
+_SOON = {"Retry-After": "1"}
 _ANTHROPIC_DETAILS = {"thread": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}}
 """By the refused field: what Anthropic's clients read to go on without it."""
 
@@ -63,6 +68,13 @@ class ClientGoneError(Exception):
     """The client closed its connection."""
 
 
+class RequestAbortedError(Exception):
+    """Somebody at this machine ended the request: Cancel in the panel, or ``llm.abort(id)``."""
+
+    def __init__(self) -> None:
+        super().__init__("The request was cancelled where the model runs (Cancel in the panel, or llm.abort).")
+
+
 def error_body(message: str, *, type: str, code: int, param: str | None = None) -> dict[str, Any]:
     """``{"error": {message, type, param, code}}``. What UTF-8 cannot carry of a quoted value becomes ``?``."""
     message = message.encode(errors="replace").decode()
@@ -76,6 +88,8 @@ def describe(error: Exception) -> dict[str, Any]:
     if isinstance(error, ServerStoppingError):
         message = "The server was stopped while this request was running."
         return error_body(message, type="ServiceUnavailableError", code=HTTPStatus.SERVICE_UNAVAILABLE)
+    if isinstance(error, RequestAbortedError):
+        return error_body(str(error), type="RequestAbortedError", code=ABORTED)
     if isinstance(error, EngineClosedError | GenerationError):
         message = str(error)
     else:
@@ -95,8 +109,17 @@ def anthropic_error(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def _response(body: dict[str, Any], path: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """``body`` in the form of the API that ``path`` belongs to."""
-    shown = anthropic_error(body) if MESSAGES_PATH in path else body
-    return JSONResponse(shown, status_code=body["error"]["code"], headers=headers)
+    shown, status = anthropic_error(body) if MESSAGES_PATH in path else body, body["error"]["code"]
+    return JSONResponse(shown, status_code=status, headers={**_about_repeating(status), **(headers or {})})
+
+
+def _about_repeating(status: int) -> Mapping[str, str]:
+    """Headers that say whether the same request may succeed later.
+
+    While the port closes it may, if another opens in its place. A model that failed, an engine that is gone and a bug
+    of ours stay what they are until somebody does something; and who cancelled a request does not want it again.
+    """
+    return _SOON if status == HTTPStatus.SERVICE_UNAVAILABLE else _FINAL
 
 
 def plain_error(
@@ -113,7 +136,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_exception)
     app.add_exception_handler(ClientGoneError, _on_client_gone)
-    for kind in (RequestError, EngineClosedError, GenerationError, ServerStoppingError):
+    for kind in (RequestError, EngineClosedError, GenerationError, RequestAbortedError, ServerStoppingError):
         app.add_exception_handler(kind, _on_exception)
 
 

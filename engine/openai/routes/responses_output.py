@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from engine.openai.http.errors import describe
+from engine.openai.http.errors import RequestAbortedError, describe
 from engine.openai.routes.responses_calls import CallItems, FunctionCall
 from engine.openai.schema.responses_tools import Toolbox
 from engine.openai.schema.sealed_thought import seal
@@ -84,7 +84,9 @@ class ResponseBuilder:
         if self.over:
             return
         yield from self._close("incomplete")
-        self.response["error"] = {"code": "server_error", "message": describe(error)["error"]["message"]}
+        # Agents (Codex) repeat what failed with any other code of OpenAI's, so that Cancel would want many clicks.
+        code = "invalid_prompt" if isinstance(error, RequestAbortedError) else "server_error"
+        self.response["error"] = {"code": code, "message": describe(error)["error"]["message"]}
         self._end("failed", job)
         yield self._snapshot("response.failed")
 

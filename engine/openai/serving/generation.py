@@ -15,6 +15,7 @@ from fastapi import Request
 from engine.chat.reply import ReplyBuilder
 from engine.chat.request import PreparedRequest, Truncation
 from engine.errors import GenerationError, RequestError, UnknownModelError
+from engine.openai.http.errors import RequestAbortedError
 from engine.openai.http.lifetime import OpenRequest, OpenRequests, merge
 from engine.openai.http.options import ServerOptions
 from engine.openai.http.sse import OPENAI_FORM, EventStream, StreamForm
@@ -78,13 +79,11 @@ class Choice:
     reply: ReplyBuilder
 
     def add(self, delta: CompletionDelta) -> ParsedDelta:
-        """What ``delta`` adds, already added. Raises GenerationError if the engine ended the request."""
-        if delta.finish_reason in ("abort", "error"):
-            raise GenerationError(
-                "The request was aborted by the engine."
-                if delta.finish_reason == "abort"
-                else "The engine failed on this request."
-            )
+        """What ``delta`` adds, already added. Raises RequestAbortedError, or GenerationError if the engine failed."""
+        if delta.finish_reason == "abort":
+            raise RequestAbortedError
+        if delta.finish_reason == "error":
+            raise GenerationError("The engine failed on this request.")
         return self.reply.add(delta)
 
     def cut(self) -> dict[str, str]:

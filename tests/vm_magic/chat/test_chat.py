@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ from IPython.core.error import UsageError
 
 import vm_magic
 from engine.errors import ContextLengthError, EngineClosedError, RequestError
-from engine.outputs import Reply
+from engine.outputs import Reply, Usage
 from engine.params.sampling_params import SamplingParams
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import Capture, cell, line, shown
+from vm_magic.chat.end_notes import end_notes
 
 
 def test_a_cell_streams_into_one_handle_and_files_the_reply_once(shell: Any, loaded: fakes.FakeLLM) -> None:
@@ -107,10 +109,43 @@ def test_a_full_context_names_the_ways_out(shell: Any, loaded: fakes.FakeLLM, mo
         cell(shell, "chat", "hi")
 
 
-def test_a_reply_that_was_cut_off_names_the_flag(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+def test_a_reply_that_was_cut_off_names_the_flag_below_it(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+    note = "Stopped at max_tokens (2). Raise it with --max-tokens."
     reply = cell(shell, "chat --max-tokens 2", "hi")
-    assert reply.finish_reason == "length"
-    assert "--max-tokens" in capsys.readouterr().out
+    assert (reply.finish_reason, reply.text, reply.notes) == ("length", "alpha beta", (note,))
+    assert shown(shell)["text/plain"] == f"alpha beta\n{note}"
+    text, _, below = shown(shell)["text/markdown"].partition("\n\n")
+    assert text == "alpha beta"
+    assert below.startswith('<small style="opacity:0.6">Stopped at max')
+    assert len({output["transient"]["display_id"] for output in shell.display_pub.outputs}) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_a_line_shows_the_note_where_it_shows_the_reply(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+    shell.run_cell("%vllm_metal chat --max-tokens 2 hi")
+    assert capsys.readouterr().out.endswith("alpha beta\nStopped at max_tokens (2). Raise it with --max-tokens.\n")
+
+
+@pytest.mark.parametrize("flags", ["-f code", "-f text", "--logprobs 1", "--json object"])
+def test_every_form_has_the_note_below(shell: Any, loaded: fakes.FakeLLM, flags: str) -> None:
+    loaded.words = ['{"a": 1}', "and", "more"]
+    cell(shell, f"chat --max-tokens 1 --stats {flags}", "hi")
+    for kind, text in shown(shell).items():
+        assert kind in ("text/plain", "text/markdown", "text/html")
+        assert "Raise it with" in text.splitlines()[-2 if kind == "text/plain" else -1]
+
+
+@pytest.mark.parametrize(("conversation", "fix"), [("a chat's", "Start anew with --new"), (None, "Shorten the prompt")])
+def test_a_full_context_says_so(conversation: str | None, fix: str) -> None:
+    reply = Reply("cut", finish_reason="length", usage=Usage(completion_tokens=7))
+    for limit in (None, 50):
+        generation: Any = SimpleNamespace(
+            stream=SimpleNamespace(params=SamplingParams(max_tokens=limit)),
+            conversation=conversation,
+            stopped_at_limit=False,
+        )
+        notes = end_notes(reply, generation, stats=False, max_tool_rounds=5)
+        assert notes == (f"The context is full. {fix}, or load the model with a larger --max-model-len.",)
 
 
 def test_out_stores_the_reply_and_shows_nothing(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
@@ -126,10 +161,11 @@ def test_no_stream_shows_only_the_whole_reply(shell: Any, loaded: fakes.FakeLLM)
     assert [o["data"]["text/plain"] for o in shell.display_pub.outputs] == ["…", " ".join(fakes.WORDS)]
 
 
-def test_stats_are_shown_when_asked_for(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+def test_stats_are_shown_when_asked_for(shell: Any, loaded: fakes.FakeLLM) -> None:
     cell(shell, "chat --stats", "hi there")
-    assert "8 tokens · " in (printed := capsys.readouterr().out)
-    assert "4 cached" in printed
+    told = shown(shell)["text/plain"].splitlines()[-1]
+    assert told.startswith("8 tokens · ")
+    assert "4 cached" in told
 
 
 @pytest.mark.parametrize(
@@ -180,14 +216,12 @@ def test_other_formats_fold_the_thought_too_or_leave_it_out(
     assert ("thinking (1 tokens)" in shown(shell).get("text/markdown", "")) == (format != "text")
 
 
-def test_a_thought_that_was_cut_off_is_shown_and_joins_no_conversation(
-    shell: Any, loaded: fakes.FakeLLM, capsys: Capture
-) -> None:
+def test_a_thought_that_was_cut_off_is_shown_and_joins_no_conversation(shell: Any, loaded: fakes.FakeLLM) -> None:
     loaded.reasoning_parser, loaded.words = "qwen3", ["<think>", "a", "b", "c"]
     reply = cell(shell, "chat --max-tokens 3", "hi")
     assert (reply.text, reply.reasoning, reply.finish_reason) == ("", "a b", "length")
     assert "thinking (3 tokens)" in shown(shell)["text/markdown"]
-    assert "--max-tokens" in capsys.readouterr().out
+    assert "--max-tokens" in shown(shell)["text/plain"]
     assert line(shell, "history").messages == ()
 
 

@@ -15,7 +15,7 @@ from engine.explain.request_log import RequestLog
 from engine.params.sampling_params import SamplingParams
 from tests import scripted_model
 from tests.vm_magic import fakes
-from tests.vm_magic.helpers import Capture, cell, line, shown
+from tests.vm_magic.helpers import cell, line, shown
 from vm_magic.show.errors import Interrupted
 from vm_magic.state.session import current_session
 
@@ -106,16 +106,15 @@ def test_a_model_calls_a_function_and_answers_with_its_result(shell: Any, llm: L
     assert len({output["transient"]["display_id"] for output in shell.display_pub.outputs}) == 1
 
 
-def test_stats_are_those_of_the_whole_turn(shell: Any, llm: LLM, capsys: Capture) -> None:
-    cell(shell, "chat -t 0 --stats --tools get_weather", "How is the weather?")
-    told = capsys.readouterr().out
+def test_stats_are_those_of_the_whole_turn(shell: Any, llm: LLM) -> None:
+    (told,) = cell(shell, "chat -t 0 --stats --tools get_weather", "How is the weather?").notes
+    assert shown(shell)["text/plain"].endswith(f"\n{told}")
     requests = [llm.explain(2), llm.explain(1)]
     tokens = sum(request.outputs[0].num_tokens for request in requests)
     prompts = sum(len(request.tokens) for request in requests)
     assert told.startswith(f"2 requests · {tokens} tokens · ")
     assert f"prompts {prompts} tokens" in told
-    cell(shell, "chat -n -t 0 --stats --max-tokens 3", "Hello")
-    assert capsys.readouterr().out.splitlines()[-1].startswith("3 tokens · ")
+    assert cell(shell, "chat -n -t 0 --stats --max-tokens 3", "Hello").notes[-1].startswith("3 tokens · ")
 
 
 def test_two_calls_of_one_turn_are_both_answered(shell: Any, llm: LLM) -> None:
@@ -143,7 +142,7 @@ def test_errors_and_wrong_arguments_are_told_to_the_model_and_shown(shell: Any, 
     assert contents[0] == "Error: ValueError: no 3 at all <|script_5|>"
     assert contents[1].startswith("Error: wrong arguments: x: Input should be a valid integer")
     assert contents[2].startswith("Error: wrong arguments: x: Field required; y: Extra inputs are not permitted")
-    assert "⚠ ValueError: no 3 at all" in shown(shell)["text/markdown"]
+    assert "× ValueError: no 3 at all" in shown(shell)["text/markdown"]
 
 
 @pytest.mark.parametrize("written", ['{"city": "K', '"Köln"', "[1]", "Köln"])
@@ -166,7 +165,7 @@ def test_a_conversation_with_broken_arguments_goes_on_and_the_model_sees_them(
     assert shown in llm.explain(2).prompt
 
 
-def test_the_loop_stops_at_its_limit_and_says_so(shell: Any, llm: LLM, capsys: Capture) -> None:
+def test_the_loop_stops_at_its_limit_and_says_so(shell: Any, llm: LLM) -> None:
     count = []
 
     def again() -> str:
@@ -178,7 +177,9 @@ def test_the_loop_stops_at_its_limit_and_says_so(shell: Any, llm: LLM, capsys: C
     reply = cell(shell, "chat -t 0 --tools again --max-tool-rounds 2", "Loop. <|script_6|>")
     assert len(count) == 2
     assert reply.finish_reason == "tool_calls"
-    assert "stopped after 2 rounds of tool calls: a larger --max-tool-rounds" in capsys.readouterr().out
+    assert shown(shell)["text/plain"].endswith(
+        "\nStopped after 2 rounds of tool calls. Raise it with --max-tool-rounds."
+    )
     assert roles(shell) == ["user", *["assistant", "tool"] * 3]
     assert reply.messages[-1]["content"] == "Error: not called: the limit of 2 rounds was reached"
 

@@ -123,11 +123,11 @@ def test_chat_and_complete_go_to_the_server_with_history_settings_and_usage(shel
     assert dict(current_session().settings.snapshot()) == {"temperature": 0.5}
 
 
-def test_a_cell_says_that_the_server_ended_a_repeating_reply(shell: Any, server: FakeVLLM, capsys: Capture) -> None:
+def test_a_cell_says_that_the_server_ended_a_repeating_reply(shell: Any, server: FakeVLLM) -> None:
     line(shell, f"connect {server.url}")
     server.events = [chunk("repetition", content="no no no"), USAGE]
     assert cell(shell, "chat -n", "Well?").finish_reason == "repetition"
-    assert capsys.readouterr().out.endswith("ended: it repeated itself\n")
+    assert shown(shell)["text/plain"] == "no no no\nStopped because it repeated itself."
 
 
 def test_status_models_and_metrics_are_the_servers(shell: Any, server: FakeVLLM) -> None:

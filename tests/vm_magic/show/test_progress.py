@@ -21,10 +21,11 @@ def test_bytes_are_shown_as_sizes_and_kernels_are_counted(shell: Any) -> None:
 def test_a_terminals_bar_counts_kernels_without_a_unit_of_bytes(capsys: Any) -> None:
     terminal = SimpleNamespace(display_pub=DisplayPublisher())
     progress = LoadProgress(terminal, "smollm2")
-    for stage, done, total in [("load", 10**9, 4 * 10**9), ("kernels", 3, 12)]:
+    for stage, done, total in [("load", 10**9, 4 * 10**9), ("kernels", 3, 12), ("warm-up", 0, 0)]:
         progress(stage, done, total)
     progress.finish("loaded")
     printed = capsys.readouterr()
     assert "1.00G/4.00G" in printed.err
     assert "3/12" in printed.err
+    assert "smollm2: warm-up (00:00)" in printed.err
     assert printed.out == "loaded\n"

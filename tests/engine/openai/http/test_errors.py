@@ -160,7 +160,7 @@ def test_a_failure_of_the_engine_is_an_internal_error(http: httpx.Client, llm: F
     assert "out of luck" in strict.error(response, 500, "InternalServerError")
     llm.fail_after, llm.abort_after = None, 2
     response = http.post(CHAT, json={"messages": MESSAGES})
-    assert "aborted" in strict.error(response, 500, "InternalServerError")
+    assert "was cancelled" in strict.error(response, 499, "RequestAbortedError")
 
 
 def test_a_bug_is_told_in_general_words_and_logged_in_full(
