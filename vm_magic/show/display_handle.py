@@ -4,7 +4,7 @@ import contextvars
 import uuid
 from typing import Any
 
-from IPython.core.displaypub import DisplayPublisher
+from IPython.core.displaypub import CapturingDisplayPublisher, DisplayPublisher
 
 Bundle = dict[str, Any]
 """MIME types with their data."""
@@ -13,6 +13,11 @@ Bundle = dict[str, Any]
 def can_update(shell: Any) -> bool:
     """Whether ``shell`` can replace what it displayed (a notebook); a terminal prints a new copy."""
     return type(shell.display_pub) is not DisplayPublisher
+
+
+def can_fold(shell: Any) -> bool:
+    """Whether what ``shell`` displays may be looked at as HTML; who captures a cell's output looks for text."""
+    return can_update(shell) and not isinstance(shell.display_pub, CapturingDisplayPublisher)
 
 
 class DisplayHandle:
