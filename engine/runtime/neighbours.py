@@ -147,7 +147,14 @@ class Notice:
 
 
 _notices: "weakref.WeakSet[Notice]" = weakref.WeakSet()
-os.register_at_fork(after_in_child=lambda: [notice.leave_to_parent() for notice in _notices])
+
+
+def _leave_all() -> None:
+    for notice in _notices:
+        notice.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_all)
 
 
 def _device_key(device: Device) -> str:

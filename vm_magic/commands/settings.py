@@ -3,14 +3,11 @@
 import argparse
 from collections.abc import Iterable
 
-from engine.memory.plan import room
 from engine.params.settings import MODEL_PRESET, PRESETS
 from vm_magic.commands.base import Command, Context
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.errors import HelpShown
-from vm_magic.show.load_view import print_load
 from vm_magic.show.tables import settings_text
-from vm_magic.state import session as sessions
 from vm_magic.state.live_settings import change_settings
 from vm_magic.state.settings_text import MEMORY_NAMES, SETTABLE, read_settings
 
@@ -34,8 +31,7 @@ class Set(Command):
         values = read_settings(line)
         change_settings(session, values)
         if any(name in MEMORY_NAMES for name in values):
-            plan = session.require().plan
-            print_load([room(plan, sessions.memory_in_use())], plan.log_line())
+            print(session.require().plan.log_line())
         if set(values) - set(MEMORY_NAMES) or not values:
             print(settings_text(session.settings) or "nothing is set: the model's own defaults hold")
 

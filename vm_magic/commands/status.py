@@ -39,7 +39,7 @@ def status_card(session: Session) -> StatusCard:
     used, total, cached = map(count_text, (stats.num_used_blocks, stats.num_blocks, stats.num_cached_blocks))
     blocks = f"{used} of {total} used, {cached} cached"
     in_use, planned, model = map(plain_size, (sessions.memory_in_use(), llm.plan.usable, llm.plan.model_memory))
-    fields = (
+    rows = (
         ("memory", f"{in_use} in use of {planned} planned (model {model}); {room_words(llm.plan)}"),
         ("other programs", sessions.others_line(llm.plan.usable) or ""),
         ("KV blocks", blocks),
@@ -50,7 +50,7 @@ def status_card(session: Session) -> StatusCard:
         ("port", port_text(server) if server else "closed; %vllm_metal serve opens it"),
         ("last reply", speed_text(last) if last else "none yet"),
     )
-    fields = tuple(field for field in fields if field[1])
+    fields = tuple(row for row in rows if row[1])
     return StatusCard(llm.args.names[0], fields, stats.kv_cache_usage, _snippets(session), llm.plan.log_line())
 
 

@@ -191,7 +191,7 @@ class Session:
         return Conversation(name, list(self.conversations[source].messages))
 
     def load(self, model: str, options: Mapping[str, Any], progress: Callable[[str], Progress]) -> bool:
-        """Load ``model`` with engine ``options``; another one that is loaded goes first, once nothing speaks against it.
+        """Load ``model`` with engine ``options``; another one goes first, once nothing speaks against this one.
 
         If the load fails all the same, the other one is loaded again, and its port opened. What is raised then says
         which model there is. Returns False if it is loaded already with the same options. ``progress(model)`` makes

@@ -55,7 +55,7 @@ class ServerOptions:
 
 
 def choose_api_keys(api_key: str | Sequence[str] | None, *, no_api_key: bool) -> tuple[str, ...]:
-    """The keys that are valid: those given, else ``VLLM_API_KEY``, else :data:`RANDOM_KEY`; none with ``no_api_key``."""
+    """The valid keys: those given, else ``VLLM_API_KEY``, else :data:`RANDOM_KEY`; none with ``no_api_key``."""
     given = (api_key,) if isinstance(api_key, str) else tuple(api_key or ())
     if any(not key.strip() or not key.isascii() for key in given):
         raise ConfigError("--api-key: a key must be ASCII text and not empty", flag="api_key")

@@ -19,7 +19,7 @@ def test_load_returns_none_and_prints_the_plan_and_what_was_chosen(shell: Any, c
     printed = capsys.readouterr().out
     assert "metal_limit=51.54GB" in printed
     assert "float32" in printed
-    assert "145.0MB loaded in" in shown(shell)["text/plain"]
+    assert "145.0 MB loaded in" in shown(shell)["text/plain"]
     assert vm_magic.current() is fakes.MADE[-1]
     assert fakes.MADE[-1].args.max_model_len == 1024
 
