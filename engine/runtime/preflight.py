@@ -62,9 +62,7 @@ def check_load(args: EngineArgs, progress: Progress | None = None) -> None:
     from engine.runtime.builder import check_attention
 
     resolved, device = resolve(args.model, args.revision, progress=progress), describe_device()
-    found = FoundModel.of(args, resolved)
-    found.sampling_defaults(Settings()).log_line()
-    config = found.config
+    config = FoundModel.of(args, resolved).config
     check_architecture(config)
     weights = WEIGHT_READERS[resolved.kind].abstract(resolved, config, args, device)
     inputs = plan_inputs(

@@ -65,7 +65,8 @@ def load_model(context: Context, model: str, options: dict[str, Any]) -> None:
 def _finish_failed(bars: Sequence[LoadProgress], now: str | None, error: BaseException) -> None:
     """End the bars of a load that failed, and of the model before if that was loaded again: ``now`` it is there."""
     for number, bar in enumerate(bars):
-        took = f"loaded again in {bar.seconds:.1f} s" if number and now == bar.model else "not loaded"
+        failed = "not loaded with these flags" if now == bar.model else "not loaded"
+        took = f"loaded again in {bar.seconds:.1f} s" if number and now == bar.model else failed
         bar.finish(f"{bar.model}: {took}")
     if not isinstance(error, KeyboardInterrupt):
         for note in _notes(error):

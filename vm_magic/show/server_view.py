@@ -13,7 +13,7 @@ from vm_magic.show.tables import row_html, table_html
 if TYPE_CHECKING:
     from engine.openai.server import ServerHandle
 
-KEY_PLACE = "vm_magic.current().server.api_key"
+_KEY_PLACE = "import vm_magic; vm_magic.current().server.api_key"
 _CLIENTS = "%vllm_metal export --client openai"
 _CODE = '<code style="user-select:all">'
 
@@ -27,7 +27,7 @@ def moved_text(server: "ServerHandle") -> str | None:
 
 def port_text(server: "ServerHandle") -> str:
     """The port in one line, as a part of something else."""
-    key = "no key" if server.api_key is None else f"key: {KEY_PLACE}"
+    key = "no key" if server.api_key is None else "%vllm_metal export --show-key shows the key"
     hub = f", through the hub {server.hub_url}" if server.hub_url else ""
     moved = f"; {text}" if (text := moved_text(server)) else ""
     return f"{server.base_url}{hub} ({key}){moved}"
@@ -64,13 +64,13 @@ def _rows(server: "ServerHandle") -> tuple[str, list[tuple[str, str, str]]]:
     """A title, and (name, what can be copied, what is said of it)."""
     rows = [("address", server.base_url, "")]
     if server.taken_port is not None:
-        rows[0] = ("address", server.base_url, f"  ({moved_text(server)})")
+        rows[0] = ("address", server.base_url, f"  {moved_text(server)}")
     if server.hub_url:
         rows.append(("hub", server.hub_url, "  through JupyterHub"))
     if server.api_key is None:
         rows.append(("key", "", "none is asked for: all programs on this machine may connect"))
     else:
-        rows.append(("key", KEY_PLACE, "  shows it; so does the panel (Server, Show key)"))
+        rows.append(("key", _KEY_PLACE, "  (or the panel, Server)"))
     more = "  (--client curl, anthropic, codex or llm)"
     rows.append(("client", f"{_CLIENTS} --show-key" if server.api_key else _CLIENTS, more))
     return f"{server.model} is served", rows
