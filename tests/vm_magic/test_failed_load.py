@@ -150,7 +150,7 @@ def test_an_interrupted_load_gives_the_model_before_back(
     loaded: Loaded, other: Path, failing: Callable[[BaseException], None]
 ) -> None:
     failing(KeyboardInterrupt())
-    with pytest.raises(Interrupted, match="loading stopped; .* was loaded again, and its port"):
+    with pytest.raises(Interrupted, match=r"loading stopped; .* was loaded again, and its port"):
         line(loaded[0], f"load {other}")
     assert answers(loaded[1])
 

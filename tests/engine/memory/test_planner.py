@@ -418,8 +418,8 @@ def test_the_text_for_people_to_the_letter():
         "░ = KV cache           8.16GB  83,001 blocks × 16 tokens = 1,328,016 tokens (98,304 bytes a block)",
         "·   kept free          4.00GB  25% of the device, for everything else",
         "",
-        "max_model_len 8,192: 16.00 requests of full length at once, 60.85MB each; longest that fits: 32,768 (the whole "
-        "context)",
+        "max_model_len 8,192: 16.00 requests of full length at once, 60.85MB each; longest that fits: 32,768 (the "
+        "whole context)",
         "max_num_seqs 16: requests that run at once; others wait",
         "keys and values: 2 bytes an element, the model's own type here; --dtype and --kv-cache-dtype change it",
         "",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -83,17 +84,28 @@ def test_ones_own_models_are_not_neighbours_and_leave_nothing(runtime: Path) -> 
     assert list(runtime.iterdir()) == []
 
 
-def test_a_forks_child_neither_keeps_nor_takes_away_its_parents_file(runtime: Path) -> None:
-    notice = Notice()
-    notice.write("smollm2", 10**9, None)
-    (file,) = runtime.iterdir()
-    child = os.fork()
-    if child == 0:
-        notice.close()
-        os._exit(0 if file.exists() else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert file.exists()
+FORK = """
+import os, sys, time
+from engine.runtime.neighbours import Notice
+notice = Notice()
+notice.write("smollm2", 1, None)
+if os.fork() == 0:
     notice.close()
+    os.close(1)
+    time.sleep(30)
+"""
+
+
+def test_a_forks_child_neither_keeps_nor_takes_away_its_parents_file(runtime: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", FORK], stdout=subprocess.PIPE, process_group=0) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.read() == b"", "both are as far: the child is alive, the parent ends"
+        parent.wait()
+        (file,) = runtime.iterdir()
+        age(file)
+        assert neighbours.neighbours() == []
+        assert list(runtime.iterdir()) == []
+        os.killpg(parent.pid, signal.SIGKILL)
 
 
 def test_what_cannot_be_read_is_left_out_and_never_an_error(runtime: Path, tmp_path: Path) -> None:
