@@ -23,7 +23,6 @@ from engine.models.resolve import resolve
 from engine.outputs import CompletionDelta, RequestOutput
 from engine.params.engine_args import EngineArgs
 from engine.params.live_sampling import LiveSampling
-from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
 from engine.runner.device.devices import describe_device, prepare_backend
@@ -32,11 +31,11 @@ from engine.runner.device.memory import active_memory
 from engine.runtime.activity import Activity, BlockMap
 from engine.runtime.async_deltas import AsyncDeltas
 from engine.runtime.metrics import EngineMetrics
+from engine.runtime.neighbours import Notice
+from engine.runtime.preflight import FoundModel
 from engine.runtime.request_maker import RequestMaker
 from engine.runtime.stream import RequestStream
-from engine.text.parse.parser_choice import ParserChoice
-from engine.text.template.chat_template import ChatTemplate
-from engine.text.tokens.tokenizer import Tokenizer, load_tokenizer
+from engine.text.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import pandas
@@ -82,13 +81,13 @@ class LLM:
 
         resolved = resolve(self.args.model, self.args.revision, progress=progress)
         clock = LoadClock()
-        self.tokenizer: Tokenizer = load_tokenizer(resolved, self.args)
-        template = ChatTemplate.of_model(self.args, self.tokenizer)
-        parsers = ParserChoice.of_model(self.args, template, self.tokenizer)
+        found = FoundModel.of(self.args, resolved)
+        self.tokenizer: Tokenizer = found.tokenizer
         clock.ended("tokenizer")
         self.metrics = EngineMetrics(self.args.names[0])
         self.settings = Settings()
-        self.preparer = ChatPreparer(self.tokenizer, template, parsers, self.settings)
+        self.preparer = ChatPreparer(self.tokenizer, found.template, found.parsers, self.settings)
+        self.defaults = found.sampling_defaults(self.settings)
         self.request_log = RequestLog()
         self._server: ServerHandle | None = None
         self.last_map: pandas.DataFrame | None = None
@@ -102,18 +101,10 @@ class LLM:
         """What the parts of the load took, one after the other."""
         self.attention_paths: tuple[AttentionPath, ...] = built.attention_paths
         """Which way each kind of layer attends: by kernels over pages, or not and why."""
-        self.defaults = SamplingDefaults(
-            built.config.generation_config,
-            self.args.override_generation_config,
-            self.settings,
-            self.args.generation_config,
-            built.config.sampling_source,
-            built.config.model_card,
-        )
         self._requests = RequestMaker.of_model(
-            self.args, built.config, self.tokenizer, parsers, built.engine.runner.vocab_size
+            self.args, built.config, self.tokenizer, found.parsers, built.engine.runner.vocab_size
         )
-        more = (parsers.note, self.defaults.note(), self._requests.structured_outputs.note)
+        more = (found.parsers.note, self.defaults.note(), self._requests.structured_outputs.note)
         self.notes = [*built.notes, *filter(None, more)]
         if line := self.defaults.log_line():
             logger.info("%s", line)
@@ -122,6 +113,9 @@ class LLM:
         follow = weakref.WeakMethod(self._follow_settings)
         self.settings.on_change(lambda: (method := follow()) and method())
         self._reuses_prefixes = built.engine.scheduler.kv.groups[0].pool.enable_caching
+        self._notice = self._thread.call(lambda _: Notice())
+        weakref.finalize(self, self._notice.close)
+        self.tell_neighbours()
 
     def __enter__(self) -> "LLM":
         return self
@@ -233,6 +227,8 @@ class LLM:
             constraints=request.constraints,
             make_parser=request.account.make_parser,
         )
+        if self._notice.is_old:
+            self.tell_neighbours()
         thread = self._thread
         stream = RequestStream(
             request_id,
@@ -379,6 +375,7 @@ class LLM:
 
         with self._serving:
             self._server = start_server(self, replaced=self.server, port=port, **options)
+            self.tell_neighbours()
             return self._server
 
     def stats(self) -> "EngineStats":
@@ -414,6 +411,7 @@ class LLM:
         plan = self._thread.call(change)
         self.metrics.set_cache_config(num_gpu_blocks=plan.num_blocks, gpu_memory_utilization=plan.fraction)
         self._follow_settings()
+        self.tell_neighbours()
         return plan
 
     def bench(self, **options: Any) -> "Bench":
@@ -478,6 +476,12 @@ class LLM:
         if server is not None:
             server.stop()
         self._thread.close()
+        self._notice.close()
+
+    def tell_neighbours(self) -> None:
+        """Say to other processes of this user what is held here now (:mod:`engine.runtime.neighbours`)."""
+        port = None if self.server is None else self.server.port
+        self._notice.write(self.args.names[0], self.plan.usable, port)
 
     def _start(self, request: ChatRequest | PromptRequest) -> RequestStream:
         return self.submit(self.prepare(request))

@@ -69,6 +69,12 @@ def _place(item: pytest.Item) -> int:
     return next(found, len(LONGEST_FIRST))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _alone(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Models that other test processes hold are not seen by these, nor by their kernels."""
+    os.environ["XDG_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("runtime"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _frozen_heap() -> None:
     """Modules and caches of earlier tests are looked through no more: 0.4 s less for each engine that closes."""

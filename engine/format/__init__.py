@@ -1,1 +1,1 @@
-"""Text for people: aligned columns, texts cut to a length."""
+"""Text for people: aligned columns, texts cut to a length, counts."""

@@ -1,4 +1,4 @@
-"""Columns side by side, and long texts cut."""
+"""Columns side by side, long texts cut, counts for people."""
 
 from collections.abc import Sequence
 
@@ -14,6 +14,11 @@ def aligned(rows: Sequence[Sequence[str]], numbers_from: int | None = None) -> l
         ).rstrip()
         for row in rows
     ]
+
+
+def count_text(number: int) -> str:
+    """A count as people read it: ``131,072``. Not for what is copied into a flag, or read by a program."""
+    return f"{number:,}"
 
 
 def shortened(text: str, longest: int) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple, Self
 
 from engine.errors import ConfigError
+from engine.format.text import count_text
 from engine.params.kv_dtype import vector_bytes
 
 SetAside = Literal["windows", "states"]
@@ -148,7 +149,7 @@ class SlidingWindowSpec(KVCacheSpec):
     @property
     def reach(self) -> str:
         """The window, in words."""
-        return f"{self.window} tokens"
+        return f"{count_text(self.window)} tokens"
 
     def for_steps(self, block_size: int, chunk: int, /) -> Self:
         """The tokens of a step run ahead of the windows."""

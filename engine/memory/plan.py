@@ -1,6 +1,6 @@
 """The memory plan: what was asked, how the device's memory is divided, and both as text.
 
-Pictures start from :func:`parts`; the text is vllm-metal's log line, a bar, the sums and the groups.
+Pictures start from :func:`parts`; the text is a verdict, a bar, the sums, the groups and vllm-metal's log line.
 """
 
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from engine.errors import ConfigError
-from engine.format.text import aligned
+from engine.format.text import aligned, count_text
 from engine.memory.cache_spec import KVCacheSpec, SetAside, SharedSpec
 from engine.memory.step_cost import StepCost
 from engine.params.engine_args import EngineArgs, check_batch
 from engine.params.flag_values import Auto
-from engine.params.sizes import exact_size, gb
+from engine.params.sizes import exact_size, gb, plain_size
 
 PartKind = Literal["weights", "overhead", "kv", "outside"] | SetAside
 BAR_WIDTH = 64
@@ -22,8 +22,10 @@ _GLYPHS: dict[PartKind, str] = {
 }  # fmt: skip
 _NAMES: dict[PartKind, str] = {
     "weights": "weights", "overhead": "overhead", "windows": "sliding windows", "states": "states",
-    "kv": "KV cache", "outside": "left alone",
+    "kv": "KV cache", "outside": "kept free",
 }  # fmt: skip
+LOG_LABEL = "log line"
+"""What stands before vllm-metal's line, or is clicked to see it."""
 _MOST_RANGES = 24
 """Characters of a list of layers."""
 
@@ -247,10 +249,33 @@ def breakdown(plan: MemoryPlan) -> str:
 
 
 def describe(plan: MemoryPlan) -> str:
-    """The log line, a bar with its legend, how many requests fit, the element type, and a table of groups."""
-    rows = [GROUP_HEADER, *group_rows(plan)]
+    """A verdict, a bar with its legend, how many requests fit, the element type, a table of groups, the log line."""
+    groups = aligned([GROUP_HEADER, *group_rows(plan)], numbers_from=2)
     meaning = [*summary(plan), *elements(plan)]
-    return "\n".join([log_line(plan), "", bar(plan), *_sums(plan), "", *meaning, "", *aligned(rows, numbers_from=2)])
+    last = f"{LOG_LABEL}: {log_line(plan)}"
+    return "\n".join([verdict(plan), "", bar(plan), *_sums(plan), "", *meaning, "", *groups, "", last])
+
+
+def verdict(plan: MemoryPlan) -> str:
+    """That the plan fits, and what: a plan that does not is an error."""
+    number = plan.max_num_seqs
+    at_once = f"up to {count_text(number)} requests at once" if number > 1 else "one request at a time"
+    return f"Fits: {count_text(plan.max_model_len)} tokens, {at_once}"
+
+
+def room(plan: MemoryPlan, in_use: int) -> str:
+    """What a loaded model has room for, in one line; ``in_use`` are the bytes that the process holds now."""
+    planned = plain_size(plan.kv_budget + plan.state_memory)
+    words = room_words(plan)
+    return f"{words[0].upper()}{words[1:]} ({planned}, taken as needed; {plain_size(in_use)} in use)"
+
+
+def room_words(plan: MemoryPlan) -> str:
+    """``room for 477,920 tokens of conversation``."""
+    if plan.per_block_bytes:
+        return f"room for {count_text(plan.max_tokens_cached)} tokens of conversation"
+    # No layer keeps tokens: a conversation costs the same however long it is.
+    return f"room for {count_text(plan.max_num_seqs)} conversations of up to {count_text(plan.max_model_len)} tokens"
 
 
 def elements(plan: MemoryPlan) -> list[str]:
@@ -267,11 +292,11 @@ def summary(plan: MemoryPlan) -> list[str]:
     """What the plan means for requests, in two lines."""
     context = plan.inputs.context_length
     longest = plan.max_model_len_that_fits
-    most = "the whole context" if longest == context else f"of the model's {context}"
+    most = "the whole context" if longest == context else f"of the model's {count_text(context)}"
     return [
-        f"max_model_len {plan.max_model_len}: {plan.max_concurrency:.2f} requests of full length at once, "
-        f"{exact_size(plan.kv_bytes_at_max_len)} each; longest that fits: {longest} ({most})",
-        f"max_num_seqs {plan.max_num_seqs}: requests that run at once; others wait",
+        f"max_model_len {count_text(plan.max_model_len)}: {plan.max_concurrency:.2f} requests of full length at once, "
+        f"{exact_size(plan.kv_bytes_at_max_len)} each; longest that fits: {count_text(longest)} ({most})",
+        f"max_num_seqs {count_text(plan.max_num_seqs)}: requests that run at once; others wait",
     ]
 
 
@@ -308,7 +333,8 @@ def _sums(plan: MemoryPlan) -> list[str]:
     for part in parts(plan)[:-1]:
         sign = "= " if part.kind == "kv" else "− "
         lines.append((_GLYPHS[part.kind], sign, part.name, exact_size(part.num_bytes), part.remark))
-    lines.append((_GLYPHS["outside"], "  ", "left alone", gb(plan.device_limit - plan.usable), parts(plan)[-1].remark))
+    free = parts(plan)[-1]
+    lines.append((_GLYPHS["outside"], "  ", free.name, gb(free.num_bytes), free.remark))
     return [
         f"{glyph or ' '} {sign}{name:<16}{value:>9}  {remark}".rstrip() for glyph, sign, name, value, remark in lines
     ]
@@ -316,10 +342,10 @@ def _sums(plan: MemoryPlan) -> list[str]:
 
 def _blocks(plan: MemoryPlan) -> str:
     if not plan.per_block_bytes:
-        return f"{plan.num_blocks} blocks that cost nothing: no layer keeps tokens"
+        return f"{count_text(plan.num_blocks)} blocks that cost nothing: no layer keeps tokens"
     return (
-        f"{plan.num_blocks} blocks × {plan.block_size} tokens = {plan.max_tokens_cached} tokens "
-        f"({plan.per_block_bytes} bytes a block)"
+        f"{count_text(plan.num_blocks)} blocks × {plan.block_size} tokens = {count_text(plan.max_tokens_cached)} "
+        f"tokens ({count_text(plan.per_block_bytes)} bytes a block)"
     )
 
 
@@ -331,7 +357,7 @@ def _group_row(plan: MemoryPlan, group: KVCacheSpec) -> GroupRow:
         exact_size(group.bytes_per_sequence(plan.max_model_len)),
         group.reach,
         str(group.block_size) if group.bytes_per_token else "–",
-        f"{plan.num_blocks_of(group)}{group.unit}",
+        f"{count_text(plan.num_blocks_of(group))}{group.unit}",
         exact_size(plan.bytes_of(group)),
     )
 

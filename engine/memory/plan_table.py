@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError, MemoryPlanError
-from engine.format.text import aligned
+from engine.format.text import aligned, count_text
 from engine.memory.plan import MemoryPlan
 from engine.params.sizes import exact_size
 
@@ -68,12 +68,12 @@ class PlanTable:
         numbers = row.figures
         found = {
             "fits": f"no, {exact_size(row.error.short_by)} short" if row.error else "yes",
-            "max_model_len": str(numbers.max_model_len),
-            "longest": str(numbers.max_model_len_that_fits or "none"),
-            "max_num_seqs": str(numbers.max_num_seqs),
+            "max_model_len": count_text(numbers.max_model_len),
+            "longest": count_text(numbers.max_model_len_that_fits) if numbers.max_model_len_that_fits else "none",
+            "max_num_seqs": count_text(numbers.max_num_seqs),
             "full length": f"× {row.plan.max_concurrency:.2f}" if row.plan else "–",
             "each": exact_size(numbers.kv_bytes_at_max_len),
-            "KV tokens": str(row.plan.max_tokens_cached) if row.plan else "–",
+            "KV tokens": count_text(row.plan.max_tokens_cached) if row.plan else "–",
         }
         return tuple(str(row.settings.get(name, found.get(name))) for name in self.header)
 

@@ -7,8 +7,9 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import uvicorn
@@ -36,8 +37,12 @@ class ServerHandle:
     """A server, running until :meth:`stop`; a stopped one holds no model.
 
     ``base_url`` ends in ``/v1``; ``hub_url`` is the same through JupyterHub, None outside of one. ``api_key`` is None
-    where none is asked for, and never part of the text.
+    where none is asked for, and never part of the text. ``taken_port`` is the one that was preferred, None if that is
+    ``port``; ``wanted`` is what was asked of :func:`start_server`.
     """
+
+    taken_port: int | None = None
+    wanted: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, app: FastAPI, listener: socket.socket, options: ServerOptions) -> None:
         self._port: Port | None = app.state.port
@@ -162,6 +167,8 @@ def start_server(llm: ServedEngine, *, replaced: ServerHandle | None = None, **w
     listener = port.bind(replaced)
     try:
         handle = ServerHandle(create_app(llm, port.options), listener, port.options)
+        handle.wanted = MappingProxyType(wanted)
+        handle.taken_port = port.ports[0] if port.ports[0] not in (0, handle.port) else None
         handle._start()
     except BaseException:
         listener.close()
@@ -192,9 +199,9 @@ def want_server(
 ) -> WantedServer:
     """Check the options of a server on ``host:port`` (0: a free one). Raises ConfigError for bad ones.
 
-    Without ``api_key`` the key is ``VLLM_API_KEY`` or a random one; ``no_api_key`` opens the port,
-    on loopback only. ``port_is_default`` says that the user did not choose the port: the next free
-    one is taken.
+    Without ``api_key`` the key is ``VLLM_API_KEY`` or a random one, the same as long as this process lives;
+    ``no_api_key`` opens the port, on loopback only. ``port_is_default`` says that the user did not choose the port:
+    the next free one is taken.
     """
     options = ServerOptions(
         host=host,

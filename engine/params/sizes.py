@@ -7,6 +7,8 @@ from engine.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+_SMALLEST_GB = 2e8
+"""Bytes that a sentence still gives in GB."""
 
 
 def parse_size(size: str | float, name: str = "device_memory") -> int:
@@ -35,6 +37,15 @@ def size_text(num_bytes: float) -> str:
         if num_bytes >= scale:
             return f"{num_bytes / scale:.{2 if unit == 'GB' else 1}f}{unit}"
     return f"{num_bytes:.0f}B"
+
+
+def plain_size(num_bytes: float, decimals: int = 1) -> str:
+    """Bytes in a sentence: ``22.0 GB``, from 0.2 GB on with so many ``decimals``; ``145.0 MB``, ``512 B``."""
+    if num_bytes >= _SMALLEST_GB:
+        return f"{num_bytes / 1e9:.{decimals}f} GB"
+    text = size_text(num_bytes)
+    figure = text.rstrip("kMB")
+    return f"{figure} {text[len(figure) :]}"
 
 
 def gb(num_bytes: int) -> str:

@@ -40,6 +40,8 @@ else:  # a kernel under test needs neither MLX nor a web server
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 MEMORY = {"bytes": 1_000_000}
 MADE: list["FakeLLM"] = []
+OTHERS: list[str] = []
+"""What is said of other processes, if anything."""
 
 
 GIGABYTE = 10**9
@@ -75,6 +77,8 @@ class FakeServer(_ServerHandle):
         self.host = host
         self.api_key = api_key
         self.options = options
+        self.wanted = {**options, "host": host}
+        self.taken_port = self.hub_url = None
         self.base_url = f"http://{host}:{port}/v1"
 
     def stop(self) -> None:
@@ -302,7 +306,14 @@ def fake_plan(model: str, **options: Any) -> PlanRecord:
     return PlanRecord(model, options)
 
 
-REPLACED = ("new_llm", "find_model", "memory_in_use", "new_plan", "new_plan_table", "new_card", "cached_models")
+def fake_others(planned: int) -> str | None:
+    return OTHERS[-1] if OTHERS else None
+
+
+REPLACED = (
+    *("new_llm", "find_model", "memory_in_use", "new_plan", "new_plan_table", "new_card", "cached_models"),
+    "others_line",
+)
 """Functions of :mod:`vm_magic.state.session` that :func:`install` replaces."""
 
 
@@ -315,3 +326,4 @@ def install() -> None:
     session.new_plan_table = fake_plan
     session.new_card = fake_plan
     session.cached_models = fake_models
+    session.others_line = fake_others

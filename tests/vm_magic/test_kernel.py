@@ -47,7 +47,12 @@ def test_a_load_shows_one_bar_that_becomes_one_line(kernel: Kernel) -> None:
     assert reply["status"] == "ok"
     assert len(of_type(messages, "display_data")) == 1
     assert any("<progress" in c["data"].get("text/html", "") for c in of_type(messages, "update_display_data"))
-    assert "145.0MB loaded in" in show_as_a_notebook(messages)[0]
+    lines = show_as_a_notebook(messages)[0].splitlines()
+    assert "145.0 MB loaded in" in lines[0]
+    assert lines[1].startswith("Room for 2,048 tokens")
+    assert lines[-1].startswith("log line: metal_limit=51.54GB")
+    page = of_type(messages, "update_display_data")[-1]["data"]["text/html"]
+    assert "<details" in page.partition("metal_limit")[0]
     assert of_type(messages, "execute_result") == []
     assert not any(c["name"] == "stderr" for c in of_type(messages, "stream"))
 

@@ -174,7 +174,7 @@ def test_a_recipe_serves_a_model_of_its_architecture(
     assert (llm.plan.max_model_len, llm.plan.fraction) == (length, fraction)
     parsers = ("gemma4", "gemma4") if architecture.startswith("gemma") else ("qwen3", "qwen3_coder")
     assert (llm.reasoning_parser, llm.tool_call_parser) == parsers
-    assert ("PATH is left alone" in capsys.readouterr().out) == ("PATH=" in recipe)
+    assert ("PATH is not used" in capsys.readouterr().out) == ("PATH=" in recipe)
     choice = ask(port, tools=[TOOL], max_tokens=8, temperature=0)
     assert choice["finish_reason"] in ("length", "stop")
     assert cell(engine_shell, "chat --max-tokens 4 -t 0", "Hi").usage.completion_tokens == 4

@@ -34,7 +34,7 @@ def test_replies_are_written_once_and_errors_are_one_line(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "IPython", "--no-banner", "--colors=NoColor", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("smollm2: 145.0MB loaded in")
+    assert lines[0].startswith("smollm2: 145.0 MB loaded in")
     assert lines.count("alpha beta gamma delta epsilon zeta eta theta") == 1
     assert "8 tokens · " in done.stdout
     assert "UsageError" in done.stdout

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
+from engine.format.text import count_text
 from vm_magic.commands.base import GO_BACK, Context, LineCommand
 from vm_magic.commands.panel import leave_panel
 from vm_magic.commands.parser import CommandParser
@@ -90,7 +91,7 @@ def connected_text(session: Session) -> str:
 
 def context_text(remote: "RemoteLLM") -> str:
     """The context length that the server tells, or nothing."""
-    return f"{remote.served.max_model_len} tokens" if remote.served.max_model_len else ""
+    return f"{count_text(remote.served.max_model_len)} tokens" if remote.served.max_model_len else ""
 
 
 def version_text(remote: "RemoteLLM") -> str:

@@ -5,12 +5,15 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from engine.params.sizes import size_text
+from engine.memory.plan import room
+from engine.params.sizes import plain_size, size_text
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.engine_flags import ENGINE_OPTIONS, EngineCommand
 from vm_magic.commands.panel import leave_panel
 from vm_magic.commands.parser import pick
+from vm_magic.show.display_handle import can_fold
 from vm_magic.show.errors import Interrupted
+from vm_magic.show.load_view import load_bundle, print_load
 from vm_magic.show.progress import LoadProgress
 from vm_magic.show.tables import Table
 from vm_magic.state import session as sessions
@@ -36,32 +39,56 @@ class Load(EngineCommand, LineCommand):
 
 
 def load_model(context: Context, model: str, options: dict[str, Any]) -> None:
-    """Load, and print and log the result; ■ leaves nothing half-loaded."""
+    """Load, and print and log the result; ■ leaves nothing half-loaded, and the model before is there again."""
     session = context.session
     shown: list[LoadProgress] = []
 
-    def progress() -> LoadProgress:
-        shown.append(LoadProgress(context.shell, model))
-        shown[0].open()  # known by then, so that an interrupt while it opens still ends it
-        return shown[0]
+    def progress(name: str) -> LoadProgress:
+        shown.append(LoadProgress(context.shell, name))
+        shown[-1].open()  # known by then, so that an interrupt while it opens still ends it
+        return shown[-1]
 
     try:
         loaded = session.load(model, options, progress)
     except BaseException as error:
-        for bar in shown:
-            bar.finish(f"{model}: not loaded")
+        _finish_failed(shown, session.model_name, error)
         if isinstance(error, KeyboardInterrupt):
-            kept = "nothing" if session.loaded is None else session.model_name
-            raise Interrupted(f"loading stopped; {kept} is loaded") from None
+            kept = "; ".join(_notes(error)) or f"{session.model_name or 'nothing'} is loaded"
+            raise Interrupted(f"loading stopped; {kept}") from None
         raise
-    llm = session.require()
     if not loaded:
         print(f"{model} is loaded already")
         return
-    headline = f"{model}: {size_text(llm.plan.model_memory)} loaded in {shown[0].seconds:.1f} s"
-    shown[0].finish(headline)
-    print(*(lines := [llm.plan.log_line(), *llm.notes]), sep="\n")
-    for text in [headline, *lines]:
+    _show_loaded(context, shown[0])
+
+
+def _finish_failed(bars: Sequence[LoadProgress], now: str | None, error: BaseException) -> None:
+    """End the bars of a load that failed, and of the model before if that was loaded again: ``now`` it is there."""
+    for number, bar in enumerate(bars):
+        failed = "not loaded with these flags" if now == bar.model else "not loaded"
+        took = f"loaded again in {bar.seconds:.1f} s" if number and now == bar.model else failed
+        bar.finish(f"{bar.model}: {took}")
+    if not isinstance(error, KeyboardInterrupt):
+        for note in _notes(error):
+            print(note)
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", ()))
+
+
+def _show_loaded(context: Context, bar: LoadProgress) -> None:
+    llm = context.session.require()
+    headline = f"{bar.model}: {plain_size(llm.plan.model_memory, 2)} loaded in {bar.seconds:.1f} s"
+    others = sessions.others_line(llm.plan.usable)
+    lines = [room(llm.plan, sessions.memory_in_use()), *filter(None, [others]), *llm.notes]
+    log_line = "\n".join(llm.log_lines)
+    if can_fold(context.shell):
+        bar.finish(headline, load_bundle(headline, lines, log_line))
+    else:
+        bar.finish(headline)
+        print_load(lines, log_line)
+    for text in [headline, *llm.log_lines, *lines]:
         _log.info("%s", text)
 
 

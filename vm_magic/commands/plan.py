@@ -70,10 +70,20 @@ class Plan(EngineCommand, LineCommand):
         lists = {name: values for name in given if name in LISTED and len(values := _values(given[name])) > 1}
         fixed = {name: value for name, value in given.items() if name not in lists}
         if parsed.model is None:
-            return _plan_of_loaded(context.session.require().plan, fixed, lists)
+            return _beside_others(_plan_of_loaded(context.session.require().plan, fixed, lists))
         if lists:
             return sessions.new_plan_table(parsed.model, **fixed, **lists)
-        return sessions.new_plan(parsed.model, **fixed)
+        plan = sessions.new_plan(parsed.model, **fixed)
+        return plan if "device_memory" in fixed else _beside_others(plan)
+
+
+def _beside_others(plan: Any) -> Any:
+    """``plan``; what other processes hold of this machine's memory is printed."""
+    from engine.memory.plan import MemoryPlan
+
+    if isinstance(plan, MemoryPlan) and (line := sessions.others_line(plan.usable)):
+        print(line)
+    return plan
 
 
 def _plan_of_loaded(plan: "MemoryPlan", fixed: Mapping[str, Any], lists: Mapping[str, list[str]]) -> Any:

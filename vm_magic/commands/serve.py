@@ -12,6 +12,8 @@ from vm_magic.commands.engine_flags import ENGINE_OPTIONS, EngineCommand
 from vm_magic.commands.load import load_model
 from vm_magic.commands.parser import CommandParser, pick, split_words
 from vm_magic.commands.shell_text import read_shell_text
+from vm_magic.show.server_view import moved_text
+from vm_magic.state import session as sessions
 from vm_magic.state.session import environment
 
 if TYPE_CHECKING:
@@ -66,10 +68,17 @@ class Serve(EngineCommand, LineCommand):
         if model is None:
             raise ConfigError("serve which model? Nothing is loaded; write %vllm_metal serve smollm2", flag="model")
         wanted = pick(parsed, SERVER_OPTIONS)
+        loaded, port = session.loaded, session.server
         if options or compare or model != session.model_name:
             session.check_server(wanted)
             load_model(context, model, options)
-        return session.serve(wanted)
+        server = session.serve(wanted)
+        lines = [moved_text(server) if server is not port else None]
+        if session.loaded is loaded:  # else the load said so
+            lines.append(sessions.others_line(session.require().plan.usable))
+        for line in filter(None, lines):
+            print(line)
+        return server
 
 
 class Stop(LineCommand):

@@ -247,7 +247,7 @@ def _assign(result: ShellText, variables: dict[str, str], assignments: list[str]
         name, value = assignment.split("=", 1)
         variables[name] = value
         if name in PROCESS_VARIABLES:
-            result.notes.append(f"{name} is left alone: the model runs in this kernel's own process")
+            result.notes.append(f"{name} is not used: the model runs in this kernel's own process")
             continue
         if name.startswith("VLLM_") and name not in _KNOWN_VLLM:
             ours = name.replace("VLLM_", "VLLM_METAL_", 1)

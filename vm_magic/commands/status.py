@@ -2,11 +2,16 @@
 
 import argparse
 
+from engine.format.text import count_text
+from engine.memory.plan import room_words
+from engine.params.sizes import plain_size
 from engine.runner.kv.attention_path import describe
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.connect import context_text, version_text
 from vm_magic.show.cards import StatusCard, speed_text
+from vm_magic.show.server_view import port_text
 from vm_magic.show.tables import settings_text
+from vm_magic.state import session as sessions
 from vm_magic.state.session import Session
 
 
@@ -31,18 +36,22 @@ def status_card(session: Session) -> StatusCard:
     stats = llm.stats()
     server = session.server
     last = session.last_reply
-    blocks = f"{stats.num_used_blocks} of {stats.num_blocks} used, {stats.num_cached_blocks} cached"
-    fields = (
-        ("memory", llm.plan.log_line()),
+    used, total, cached = map(count_text, (stats.num_used_blocks, stats.num_blocks, stats.num_cached_blocks))
+    blocks = f"{used} of {total} used, {cached} cached"
+    in_use, planned, model = map(plain_size, (sessions.memory_in_use(), llm.plan.usable, llm.plan.model_memory))
+    rows = (
+        ("memory", f"{in_use} in use of {planned} planned (model {model}); {room_words(llm.plan)}"),
+        ("other programs", sessions.others_line(llm.plan.usable) or ""),
         ("KV blocks", blocks),
         ("attention", describe(llm.attention_paths)),
-        ("context", f"{llm.plan.max_model_len} tokens"),
+        ("context", f"{count_text(llm.plan.max_model_len)} tokens"),
         ("requests", f"{stats.num_running} running, {stats.num_waiting} waiting"),
         ("settings", settings or "the model's own"),
-        ("port", repr(server) if server else "closed; %vllm_metal serve opens it"),
+        ("port", port_text(server) if server else "closed; %vllm_metal serve opens it"),
         ("last reply", speed_text(last) if last else "none yet"),
     )
-    return StatusCard(llm.args.names[0], fields, stats.kv_cache_usage, _snippets(session))
+    fields = tuple(row for row in rows if row[1])
+    return StatusCard(llm.args.names[0], fields, stats.kv_cache_usage, _snippets(session), llm.plan.log_line())
 
 
 def _snippets(session: Session) -> tuple[tuple[str, str], ...]:

@@ -8,7 +8,7 @@ from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMa
 
 MATCHER_ID = "vm_magic"
 _OURS = re.compile(r"(?:^|.*[\s=(])(%%?)(vllm_metal|chat)[ \t](.*)$", re.DOTALL)
-_HTML, _MARKDOWN = "text/html", "text/markdown"
+_TEXT, _HTML, _MARKDOWN = "text/plain", "text/html", "text/markdown"
 Matcher = Callable[[CompletionContext], SimpleMatcherResult]
 _QUESTION = re.compile(r"^(\s*(?:[^\W\d]\w*\s*=\s*)?)%vllm_metal[ \t]+((?:chat|complete|grid|score)[ \t]+\S.*\?)\s*$")
 
@@ -55,7 +55,7 @@ def keep_questions(lines: list[str]) -> list[str]:
 
 
 def add_formatters(shell: Any) -> None:
-    """Teach ``shell`` the HTML of plans, model cards and scores, and the Markdown of replies."""
+    """Teach ``shell`` the HTML of plans, model cards, scores and ports, and the Markdown of replies."""
     for mime, name, show in _FORMATTERS:
         shell.display_formatter.formatters[mime].for_type_by_name(*name.rsplit(".", 1), show)
 
@@ -97,11 +97,25 @@ def _score(score: Any) -> str:
     return score_html(score)
 
 
-_FORMATTERS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+def _server(server: Any) -> str:
+    from vm_magic.show.server_view import server_html
+
+    return server_html(server)
+
+
+def _server_as_text(server: Any, printer: Any, _cycle: bool) -> None:
+    from vm_magic.show.server_view import server_text
+
+    printer.text(server_text(server))
+
+
+_FORMATTERS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (_HTML, "engine.memory.plan.MemoryPlan", _plan),
     (_HTML, "engine.memory.plan_table.PlanTable", _plan_table),
     (_HTML, "engine.model_card.card.ModelCard", _model_card),
     (_HTML, "engine.batch.score.Score", _score),
+    (_HTML, "engine.openai.server.ServerHandle", _server),
+    (_TEXT, "engine.openai.server.ServerHandle", _server_as_text),
     (_MARKDOWN, "engine.outputs.Reply", _reply),
 )
 """MIME type, type, and what makes the one of the other."""

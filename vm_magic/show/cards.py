@@ -4,9 +4,10 @@ import html
 from dataclasses import dataclass
 
 from engine.format.text import aligned
+from engine.memory.plan import LOG_LABEL
 from engine.outputs import Reply
 from vm_magic.show.safe_markdown import fenced
-from vm_magic.show.tables import row_html, table_html
+from vm_magic.show.tables import log_line_html, row_html, table_html
 
 CARD_STYLE = "display:inline-block;padding:8px 14px;border:1px solid #80808059;border-radius:6px;font-size:13px"
 """Half transparent and without variables: reads on every theme, and a notebook that is not trusted keeps it."""
@@ -21,16 +22,19 @@ _BAR_STYLE = (
 class StatusCard:
     """A snapshot of the session; ``fields`` in the order shown, ``usage`` the KV cache's share in use.
 
-    ``snippets`` are (client, text to copy) for the open port; only the HTML form shows them.
+    ``snippets`` are (client, text to copy) for the open port; only the HTML form shows them. ``log_line`` is
+    vllm-metal's of the plan: folded in HTML, last in text.
     """
 
     title: str
     fields: tuple[tuple[str, str], ...] = ()
     usage: float | None = None
     snippets: tuple[tuple[str, str], ...] = ()
+    log_line: str = ""
 
     def __repr__(self) -> str:
-        return "\n".join([self.title, *(f"  {line}" for line in aligned(self.fields))])
+        rows = [*self.fields, *([(LOG_LABEL, self.log_line)] if self.log_line else [])]
+        return "\n".join([self.title, *(f"  {line}" for line in aligned(rows))])
 
     def _repr_html_(self) -> str:
         name_style = "text-align:left;opacity:.7;padding:1px 12px 1px 0;white-space:nowrap;vertical-align:top"
@@ -40,7 +44,8 @@ class StatusCard:
             for name, value in self.fields
         ]
         table = table_html(rows, style="margin:4px 0 0;border:none") if rows else ""
-        return f'<div style="{CARD_STYLE}"><b>{html.escape(self.title)}</b>{table}{self._snippets()}</div>'
+        more = self._snippets() + (log_line_html(self.log_line) if self.log_line else "")
+        return f'<div style="{CARD_STYLE}"><b>{html.escape(self.title)}</b>{table}{more}</div>'
 
     def _snippets(self) -> str:
         if not self.snippets:

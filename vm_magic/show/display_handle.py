@@ -15,6 +15,11 @@ def can_update(shell: Any) -> bool:
     return front_end(shell) in ("notebook", "capture")
 
 
+def can_fold(shell: Any) -> bool:
+    """Whether what ``shell`` displays may be looked at as HTML; who captures a cell's output looks for text."""
+    return front_end(shell) == "notebook"
+
+
 class DisplayHandle:
     """One place in a cell's output: the first call displays a bundle there, later ones replace it.
 

@@ -3,10 +3,10 @@
 import html
 from typing import TYPE_CHECKING
 
-from engine.memory.plan import GROUP_HEADER, Part, PartKind, group_rows, layer_ranges, parts, summary
+from engine.memory.plan import GROUP_HEADER, Part, PartKind, group_rows, layer_ranges, parts, summary, verdict
 from engine.memory.plan_table import MEANINGS
 from engine.params.sizes import exact_size, gb
-from vm_magic.show.tables import row_html, table_html
+from vm_magic.show.tables import log_line_html, row_html, table_html
 
 if TYPE_CHECKING:
     from engine.memory.plan import MemoryPlan
@@ -32,14 +32,12 @@ _WIDE, _NARROW = 0.17, 0.08
 
 
 def plan_html(plan: "MemoryPlan") -> str:
-    """All of a plan: the picture, what it means, its groups, and vllm-metal's line to copy."""
+    """All of a plan: the verdict, the picture, what it means, its groups, and vllm-metal's line to copy."""
     meaning = "".join(f"<div>{html.escape(line)}</div>" for line in summary(plan))
-    line = (
-        f'<details style="margin-top:8px"><summary style="cursor:pointer;opacity:.75">log line</summary>'
-        f'<code style="white-space:pre-wrap">{html.escape(plan.log_line())}</code></details>'
-    )
+    line = log_line_html(plan.log_line(), "margin-top:8px")
     return (
-        f'<div style="max-width:880px;{_FONT}">{_headline(plan)}{plan_picture_html(plan)}'
+        f'<div style="max-width:880px;{_FONT}"><div style="margin-bottom:6px"><b>{html.escape(verdict(plan))}</b></div>'
+        f"{_headline(plan)}{plan_picture_html(plan)}"
         f'<div style="margin-top:8px">{meaning}</div>{_groups(plan)}{line}</div>'
     )
 

@@ -50,14 +50,14 @@ class LoadProgress:
             else:
                 self._advance_bar(stage, done, total, new_stage)
 
-    def finish(self, text: str) -> None:
-        """Replace the bar by one line."""
+    def finish(self, text: str, bundle: Bundle | None = None) -> None:
+        """Replace the bar by one line, or in a notebook by ``bundle`` if there is one."""
         with self._lock:
             self._close_bar()
             if self._update is None:
                 print(text)
             else:
-                self._update({"text/plain": text})
+                self._update(bundle or {"text/plain": text})
 
     @property
     def seconds(self) -> float:

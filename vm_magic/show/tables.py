@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.format.text import aligned
+from engine.memory.plan import LOG_LABEL
 from engine.params.settings import Settings
 from vm_magic.show.safe_markdown import plain_html
 
@@ -36,6 +37,14 @@ def table_html(rows: Iterable[str], head: str = "", style: str = "") -> str:
     body = "".join(rows)
     inner = f"<thead>{head}</thead><tbody>{body}</tbody>" if head else body
     return (f'<table style="{style}">' if style else "<table>") + inner + "</table>"
+
+
+def log_line_html(line: str, style: str = "margin-top:4px") -> str:
+    """vllm-metal's line of a plan, folded away for those who look for it."""
+    return (
+        f'<details style="{style}"><summary style="cursor:pointer;opacity:.75">{LOG_LABEL}</summary>'
+        f'<code style="white-space:pre-wrap">{html.escape(line)}</code></details>'
+    )
 
 
 @dataclass(frozen=True)

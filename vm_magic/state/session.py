@@ -7,6 +7,7 @@ outlives a reload. The engine is imported by the first command that needs it.
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineClosedError, RequestError
@@ -15,6 +16,7 @@ from engine.params.engine_args import EngineArgs
 from engine.params.settings import Settings
 from engine.runner.device.faults import check_device
 from vm_magic.state.conversation import DEFAULT_CONVERSATION, Conversation
+from vm_magic.state.kept_model import KeptModel, add_to_message, load_variables
 
 if TYPE_CHECKING:
     from engine.batch.kernel_bench import KernelBench
@@ -34,16 +36,26 @@ def new_llm(model: str, progress: Progress | None, **options: Any) -> "LLM":
 
 
 def find_model(args: EngineArgs, progress: Progress) -> None:
-    """Download ``args.model`` unless it is here, and look at its configuration.
+    """Download ``args.model`` unless it is here, and check all that its files and ``args`` tell before a load.
 
-    Raises ModelNotFoundError, ModelLoadError where it is not a language model, ConfigError for too long a length.
+    Raises ModelNotFoundError, ModelLoadError, ConfigError or MemoryPlanError, as the load would.
     """
-    from engine.memory.plan import check_length
-    from engine.models.model_config import read_model_config
-    from engine.models.resolve import resolve
+    from engine.runtime.preflight import check_load
 
-    config = read_model_config(resolve(args.model, args.revision, progress=progress), args)
-    check_length(args.max_model_len, config.context_length)
+    check_load(args, progress)
+
+
+def others_line(planned: int) -> str | None:
+    """What other processes hold of this machine's memory beside ``planned`` bytes, in one line; None for none."""
+    from engine.runtime.neighbours import neighbours, neighbours_line
+
+    others = neighbours()
+    if not others:
+        return None
+    from engine.runner.device.devices import describe_device, prepare_backend
+
+    prepare_backend()
+    return neighbours_line(planned, describe_device(), others)
 
 
 def memory_in_use() -> int:
@@ -100,6 +112,8 @@ class Session:
         self.pasted_environment: dict[str, str] = {}
         """Variables that the pasted text set, for the model that it served."""
         self._args: EngineArgs | None = None
+        self._options: dict[str, Any] = {}
+        self._variables: dict[str, str | None] = {}
         self._server_options: dict[str, Any] = {}
         self._settings = Settings()
 
@@ -176,24 +190,60 @@ class Session:
         self.conversation(name).forked_from = source
         return Conversation(name, list(self.conversations[source].messages))
 
-    def load(self, model: str, options: Mapping[str, Any], progress: Callable[[], Progress]) -> bool:
-        """Load ``model`` with engine ``options``; another one that is loaded goes first, once this one is found.
+    def load(self, model: str, options: Mapping[str, Any], progress: Callable[[str], Progress]) -> bool:
+        """Load ``model`` with engine ``options``; another one goes first, once nothing speaks against this one.
 
-        Returns False if it is loaded already with the same options. ``progress`` is called only
-        if there is something to load.
+        If the load fails all the same, the other one is loaded again, and its port opened. What is raised then says
+        which model there is. Returns False if it is loaded already with the same options. ``progress(model)`` makes
+        what is told of a load, and is called only if there is something to load.
         """
         args = EngineArgs.from_options(model, options)
         if self.loaded is not None and args == self._args:
             return False
-        report = progress()
-        if self.loaded is not None:
-            find_model(args, report)
-        self.unload()
-        llm = new_llm(model, report, **options)
-        llm.settings.adopt(self._settings)
-        self.llm, self._args = llm, args
+        before = self._kept()
+        report = progress(model)
+        if before is not None:
+            try:
+                find_model(args, report)
+            except Exception as error:
+                add_to_message(error, f"{before.name} stays loaded")
+                raise
+        old = self.llm
+        try:
+            self.unload()
+            self._load(args, options, report)
+        except BaseException as error:
+            if before is not None and old is not None:
+                clear_frames(error.__traceback__)  # which may hold what was loaded so far
+                add_to_message(error, self._load_again(before, old, progress))
+            raise
         self.pasted_environment = {}
         return True
+
+    def _load(self, args: EngineArgs, options: Mapping[str, Any], report: Progress) -> None:
+        variables = load_variables()
+        llm = new_llm(args.model, report, **options)
+        llm.settings.adopt(self._settings)
+        self.llm, self._args, self._options, self._variables = llm, args, dict(options), variables
+
+    def _kept(self) -> KeptModel | None:
+        """What loads the model again that is loaded now."""
+        llm = self.loaded
+        if llm is None or self._args is None:
+            return None
+        return KeptModel(self._args, self._options, self._variables, llm.args, self.pasted_environment, self.server)
+
+    def _load_again(self, kept: KeptModel, old: "LLM", progress: Callable[[str], Progress]) -> str:
+        """Load ``kept`` as it was; says what came of it, and raises nothing: the reason to do so is being raised."""
+        try:
+            old.close()  # an interrupt may have come while it closed
+            with environment(kept.variables):
+                self._load(kept.asked, kept.options, progress(kept.name))
+            self.pasted_environment = kept.pasted_environment
+            return kept.resume(self.require())
+        except BaseException as error:  # noqa: BLE001  (■ too: one error is being raised already)
+            why = " ".join(str(error).split()) or type(error).__name__
+            return f"{kept.name} could not be loaded again ({why}): %vllm_metal {kept.command} tries once more"
 
     @property
     def server_options(self) -> Mapping[str, Any]:
@@ -247,18 +297,22 @@ def _with_default_port(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set ``variables`` for the time of a load, as a shell does for one command."""
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Set ``variables`` (None: unset them) for the time of a load, as a shell does for one command."""
     before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    _set_all(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set_all(before)
+
+
+def _set_all(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 _session: Session | None = None

@@ -232,15 +232,15 @@ def test_the_text_for_people_shows_every_part_and_every_group():
     plan = seed_plan(groups=[FULL, SLIDING, StateSpec((0, 1, 2, 5), state_bytes=10**6)])
     text = str(plan)
     assert plan.log_line() in text
-    for words in ("device", "51.54GB", "weights", "14.96GB", "sliding windows", "states", "KV cache", "left alone"):
+    for words in ("device", "51.54GB", "weights", "14.96GB", "sliding windows", "states", "KV cache", "kept free"):
         assert words in text
-    assert f"{plan.num_blocks} blocks × 16 tokens = {plan.max_tokens_cached} tokens (65536 bytes a block)" in text
+    assert f"{plan.num_blocks:,} blocks × 16 tokens = {plan.max_tokens_cached:,} tokens (65,536 bytes a block)" in text
     assert "max_num_seqs" in text
-    assert f"max_model_len 131072: {plan.max_concurrency:.2f} requests of full length at once" in text
-    table = [line.split() for line in text.splitlines()[-4:]]
+    assert f"max_model_len 131,072: {plan.max_concurrency:.2f} requests of full length at once" in text
+    table = [line.split() for line in text.splitlines()[-6:-2]]
     assert [row[0] for row in table] == ["group", "full", "sliding", "state"]
     assert table[1][3] == "4096B"
-    assert table[2][-2] == str(plan.num_blocks_of(SLIDING))
+    assert table[2][-2] == f"{plan.num_blocks_of(SLIDING):,}"
     assert "4 (0-2, 5)" in text
     assert f"{plan.max_num_seqs + plan.num_checkpoints} slots" in text
 
@@ -403,8 +403,9 @@ def test_the_text_for_people_to_the_letter():
         context_length=32_768, max_model_len=8192, max_num_seqs=16, memory_flag="memory_fraction",
     )  # fmt: skip
     lines = str(plan).split("\n")
-    assert lines[0] == plan.log_line()
-    assert lines[1:] == [
+    assert lines[-2:] == ["", f"log line: {plan.log_line()}"]
+    assert lines[:-2] == [
+        "Fits: 8,192 tokens, up to 16 requests at once",
         "",
         "████████████▓▓▞▒░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░················",
         "    device            16.00GB",
@@ -414,19 +415,19 @@ def test_the_text_for_people_to_the_letter():
         "▓ − overhead         450.00MB  activations and buffers of a step",
         "▞ − sliding windows  142.61MB  16 sequences × 8.52MB + 6.29MB for a step's tokens",
         "▒ − states            38.00MB  (16 sequences + 3 checkpoints) × 2.00MB",
-        "░ = KV cache           8.16GB  83001 blocks × 16 tokens = 1328016 tokens (98304 bytes a block)",
-        "·   left alone         4.00GB  25% of the device, for everything else",
+        "░ = KV cache           8.16GB  83,001 blocks × 16 tokens = 1,328,016 tokens (98,304 bytes a block)",
+        "·   kept free          4.00GB  25% of the device, for everything else",
         "",
-        "max_model_len 8192: 16.00 requests of full length at once, 60.85MB each; longest that fits: 32768 (the whole "
-        "context)",
+        "max_model_len 8,192: 16.00 requests of full length at once, 60.85MB each; longest that fits: 32,768 (the "
+        "whole context)",
         "max_num_seqs 16: requests that run at once; others wait",
         "keys and values: 2 bytes an element, the model's own type here; --dtype and --kv-cache-dtype change it",
         "",
-        "group    layers                          per token  per sequence       window  block    blocks    memory",
-        "full     3 (2, 5, 8)                         6144B       50.33MB          all     16     83001    8.16GB",
-        "sliding  4 (0-1, 3-4)                        8192B        8.52MB  1024 tokens     16      1088  142.61MB",
-        "state    10 (6-7, 9, 11, 13, 15, 17, …)          –        2.00MB            –      –  19 slots   38.00MB",
-        "shared   2 (24-25)                               –            0B            –      –         0        0B",
+        "group    layers                          per token  per sequence        window  block    blocks    memory",
+        "full     3 (2, 5, 8)                         6144B       50.33MB           all     16    83,001    8.16GB",
+        "sliding  4 (0-1, 3-4)                        8192B        8.52MB  1,024 tokens     16     1,088  142.61MB",
+        "state    10 (6-7, 9, 11, 13, 15, 17, …)          –        2.00MB             –      –  19 slots   38.00MB",
+        "shared   2 (24-25)                               –            0B             –      –         0        0B",
     ]
 
 
@@ -437,7 +438,7 @@ def test_the_text_for_people_says_what_does_not_fit_and_what_costs_nothing():
     assert "512 blocks that cost nothing: no layer keeps tokens\n" in text
     assert "keys and values" not in text
     short = seed_plan(groups=[DENSE], max_model_len=1024, max_num_seqs=1, fraction=0.75, model_memory=30e9)
-    assert f"longest that fits: {short.max_model_len_that_fits} (of the model's 131072)" in str(short)
+    assert f"longest that fits: {short.max_model_len_that_fits:,} (of the model's 131,072)" in str(short)
     int8 = make_plan(
         groups=[FullAttentionSpec((0,), bytes_per_token=1024, vectors=(KVVectors(2, 128, 4),))], kv_cache_dtype="int8"
     )

@@ -39,7 +39,7 @@ def test_connecting_says_what_is_there_and_closing_goes_back(
     assert "not connected" in said(shell, capsys, "connect")
     monkeypatch.setenv("VLLM_API_KEY", "k3y")
     text = said(shell, capsys, f"connect {server.url}")
-    assert f"connected to {server.url}/v1: tiny (4096 tokens, version 0.11.0, key from VLLM_API_KEY)" in text
+    assert f"connected to {server.url}/v1: tiny (4,096 tokens, version 0.11.0, key from VLLM_API_KEY)" in text
     assert "smollm2 stays loaded beside it; %vllm_metal connect --close" in text
     assert "k3y" not in text
     assert set(server.keys) == {"Bearer k3y"}

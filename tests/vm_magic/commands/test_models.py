@@ -16,12 +16,28 @@ from vm_magic.show.progress import LoadProgress
 
 def test_load_returns_none_and_prints_the_plan_and_what_was_chosen(shell: Any, capsys: Capture) -> None:
     assert line(shell, "load smollm2 --max-model-len 1K") is None
-    printed = capsys.readouterr().out
-    assert "metal_limit=51.54GB" in printed
-    assert "float32" in printed
-    assert "145.0MB loaded in" in shown(shell)["text/plain"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "Room for 2,048 tokens of conversation (46.2 GB, taken as needed; 146.0 MB in use)"
+    assert "float32" in printed[1]
+    assert printed[-1] == f"log line: {fakes.MADE[-1].plan.log_line()}"
+    assert "145.0 MB loaded in" in shown(shell)["text/plain"]
     assert vm_magic.current() is fakes.MADE[-1]
     assert fakes.MADE[-1].args.max_model_len == 1024
+
+
+def test_other_programs_on_the_machine_are_told_of(
+    shell: Any, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fakes, "OTHERS", ["Another notebook plans"])
+    line(shell, "load smollm2")
+    assert capsys.readouterr().out.splitlines()[1] == "Another notebook plans"
+    line(shell, "serve smollm2 --port 0")
+    assert capsys.readouterr().out == "Another notebook plans\n"
+    line(shell, "plan")
+    assert capsys.readouterr().out == "Another notebook plans\n"
+    assert "  other programs  Another notebook plans" in repr(line(shell, "status"))
+    line(shell, "plan org/m")
+    assert capsys.readouterr().out == "", "a plan of another kind is no plan of this machine's memory"
 
 
 def test_the_same_load_again_is_a_no_op(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:

@@ -28,7 +28,7 @@ def traces(shell: Any) -> list[str]:
     found += ["matcher" for m in shell.Completer.custom_matchers if "vm_magic" in m.__module__]
     found += ["transform" for t in shell.input_transformer_manager.line_transforms if "vm_magic" in t.__module__]
     found += ["log" for h in logging.getLogger("engine").handlers if isinstance(h, RingLog)]
-    for mime in ("text/html", "text/markdown"):
+    for mime in ("text/plain", "text/html", "text/markdown"):
         makers = shell.display_formatter.formatters[mime].deferred_printers.values()
         found += [f"formatter of {mime}" for maker in makers if "vm_magic" in maker.__module__]
     return found
@@ -36,7 +36,7 @@ def traces(shell: Any) -> list[str]:
 
 def test_unloading_leaves_nothing_behind(shell: Any) -> None:
     level = logging.getLogger("engine").level
-    assert len(traces(shell)) == 13
+    assert len(traces(shell)) == 15
     line(shell, "serve smollm2 --port 0")
     llm = fakes.MADE[-1]
     shell.run_line_magic("unload_ext", "vm_magic")

@@ -64,4 +64,4 @@ def test_a_plain_terminal_gets_deltas_and_no_copies(
     with pytest.raises(UsageError, match="--out NAME"):
         cell(shell, "chat --detach", "hi")
     line(shell, "load other")
-    assert "other: 145.0MB loaded" in capsys.readouterr().out
+    assert "other: 145.0 MB loaded" in capsys.readouterr().out

@@ -106,7 +106,7 @@ def test_plans_side_by_side_say_what_does_not_fit_and_by_how_much() -> None:
     refused = table.rows[1].error
     assert refused is not None
     assert "short" in text.splitlines()[2]
-    assert str(refused.max_model_len_that_fits) in text.splitlines()[2]
+    assert f"{refused.max_model_len_that_fits:,}" in text.splitlines()[2]
     page = Page(plan_table_html(table))
     assert [a["scope"] for tag, a in page.attributes if tag == "th"] == ["col"] * len(table.header)
     assert sum(tag == "tr" for tag, _ in page.attributes) == 5

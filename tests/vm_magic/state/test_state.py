@@ -37,9 +37,19 @@ def test_bare_and_status_show_the_card(shell: Any, loaded: fakes.FakeLLM) -> Non
     line(shell, "set temperature=0.2")
     card = line(shell, "")
     text = repr(card)
-    for part in ("smollm2", "metal_limit=51.54GB", "32 of 128 used", "temperature=0.2", "8 tokens", "closed"):
+    for part in (
+        "smollm2",
+        "146.0 MB in use of 46.4 GB planned",
+        "metal_limit=51.54GB",
+        "32 of 128 used",
+        "temperature=0.2",
+        "8 tokens",
+        "closed",
+    ):
         assert part in text
+    assert text.splitlines()[-1].split()[:2] == ["log", "line"]
     page = card._repr_html_()
+    assert "<details" in page.partition("metal_limit")[0]
     assert "25.0%" in page
     assert "<script" not in page
     assert "var(" not in page, "a notebook that is not trusted would lose such a style"
