@@ -17,7 +17,7 @@ def read_schema(text: str, namespace: Mapping[str, Any]) -> Mapping[str, Any] | 
     ``text`` is JSON, a variable of ``namespace`` (a mapping, JSON text, or a class with pydantic's
     ``model_json_schema``), a file, or ``object``.
     """
-    if text.lstrip().startswith("{"):
+    if text.lstrip().startswith(("{", "[")):
         return _parsed(text, "--json")
     if text in namespace:
         return _from_value(namespace[text], text)

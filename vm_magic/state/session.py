@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineClosedError, RequestError
+from engine.format.names import did_you_mean
 from engine.outputs import Reply
 from engine.params.engine_args import EngineArgs
 from engine.params.settings import Settings
@@ -168,8 +169,9 @@ class Session:
         if source == name:
             raise RequestError(f"--fork {source}: give the copy another name with -c NAME", param="fork")
         if source not in self.conversations or not self.conversations[source].messages:
-            known = ", ".join(one.name for one in self.conversations.values() if one.messages) or "none yet"
-            raise RequestError(f"--fork {source}: no such conversation; there are: {known}", param="fork")
+            known = [one.name for one in self.conversations.values() if one.messages]
+            hint = did_you_mean(source, known, f"there are: {', '.join(known) or 'none yet'}")
+            raise RequestError(f"--fork {source}: no such conversation; {hint}", param="fork")
         if earlier.messages:
             fix = "take another -c NAME, or add --new to replace it"
             raise RequestError(f"--fork {source}: conversation {name!r} has messages already; {fix}", param="fork")
