@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from engine.batch.scored_token import unlikely_text
 from vm_magic.show.display_handle import Bundle
-from vm_magic.show.reply_bundle import Format, growing_bundle, reply_bundle
+from vm_magic.show.reply_bundle import Format, code_text, growing_bundle, reply_bundle
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.tool_cards import call_line
 
@@ -67,6 +67,17 @@ class NotebookView:
     def finish(self, reply: ReplyText, mark: str = "") -> None:
         """Show the whole of ``reply``."""
         self._publish(reply_bundle(reply, self._format, mark=mark))
+
+
+class TerminalCodeView:
+    """Writes the code of a reply once it is whole: which block counts is known only then."""
+
+    def refresh(self, reply: ReplyText, *, at_once: bool = False) -> None:
+        """Nothing yet."""
+
+    def finish(self, reply: ReplyText, mark: str = "") -> None:
+        """Write the code, or the text where there is none, and the mark."""
+        sys.stdout.write("\n".join(filter(None, [code_text(reply), mark])) + "\n")
 
 
 class TerminalView:

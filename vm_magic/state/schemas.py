@@ -33,6 +33,12 @@ def read_schema(text: str, namespace: Mapping[str, Any]) -> Mapping[str, Any] | 
     )
 
 
+def schema_class(text: str, namespace: Mapping[str, Any]) -> type | None:
+    """The pydantic class that ``text`` names in ``namespace``, of which a reply is to be an instance; None if none."""
+    value = namespace.get(text)
+    return value if isinstance(value, type) and callable(getattr(value, "model_validate", None)) else None
+
+
 def _from_value(value: object, name: str) -> Mapping[str, Any]:
     if isinstance(value, Mapping):
         return value

@@ -16,6 +16,7 @@ from engine.params.engine_args import EngineArgs
 from engine.params.settings import Settings
 from engine.runner.device.faults import check_device
 from vm_magic.state.conversation import DEFAULT_CONVERSATION, Conversation
+from vm_magic.state.talk import TalkMode
 
 if TYPE_CHECKING:
     from engine.batch.kernel_bench import KernelBench
@@ -98,6 +99,8 @@ class Session:
         """The server that chats, completions, maps and settings go to; a loaded model stays beside it."""
         self.conversations: dict[str, Conversation] = {}
         self.last_reply: Reply | None = None
+        self.talk: TalkMode | None = None
+        """Whether cells of plain text are messages, and with which flags."""
         self.pasted_environment: dict[str, str] = {}
         """Variables that the pasted text set, for the model that it served."""
         self._args: EngineArgs | None = None
