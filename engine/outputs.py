@@ -128,7 +128,8 @@ class Reply:
     """What a chat or completion returns in a notebook; ``str(reply)`` is the text.
 
     ``messages`` is the conversation including this reply, in OpenAI's form. ``logprobs`` has one
-    entry per generated token when asked for.
+    entry per generated token when asked for. ``parsed`` is what the JSON of ``--json`` is in Python: a dict, or an
+    instance of the pydantic class that gave the schema; None where that failed, and ``parse_error`` says why.
     """
 
     text: str
@@ -141,6 +142,10 @@ class Reply:
     messages: list[dict[str, Any]] = field(default_factory=list)
     notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """What is said below it where it is shown: why it stopped early, how fast it was."""
+    parsed: Any = None
+    parse_error: str | None = None
+    shown_as: str = field(default="markdown", repr=False, compare=False)
+    """How a notebook shows it: ``markdown``, ``text``, ``code`` or ``json``, as ``-f`` says."""
 
     def __str__(self) -> str:
         return self.text

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.errors import ConfigError, RequestError
+from engine.format.names import did_you_mean
 from engine.params.sampling_params import CONSTRAINTS, SamplingParams
 from engine.params.structured_outputs import ThinkingBudget
 
@@ -155,5 +156,6 @@ def preset_values(name: str) -> Mapping[str, float]:
         return {}
     if name not in PRESETS:
         known = ", ".join([*PRESETS, MODEL_PRESET])
-        raise ConfigError(f"preset {name!r} is unknown; there are: {known}", flag="preset", value=name, allowed=known)
+        hint = did_you_mean(name, [*PRESETS, MODEL_PRESET], f"there are: {known}")
+        raise ConfigError(f"preset {name!r} is unknown; {hint}", flag="preset", value=name, allowed=known)
     return PRESETS[name]

@@ -17,6 +17,8 @@ def end_notes(
     notes = []
     if reply.finish_reason == "length":
         notes.append(_out_of_tokens(reply, generation))
+    if reply.parse_error:
+        notes.append(f"parsed is None: {reply.parse_error}")
     if reply.finish_reason == "repetition":
         notes.append("Stopped because it repeated itself.")
     if generation.stopped_at_limit:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from engine.errors import ContextLengthError, RequestError
 from engine.outputs import Reply, RequestOutput, Usage
+from vm_magic.chat.parsed_reply import parse_reply
 from vm_magic.remote.wire import RemoteOutput
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.reply_text import ReplyReader, ReplyText
@@ -29,7 +30,8 @@ FAILED = "× failed"
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What the flags of one message say. ``schema`` is a JSON schema, or True for any JSON object.
+    """What the flags of one message say. ``schema`` is a JSON schema, or True for any JSON object; ``schema_class``
+    the pydantic class that it came from, if it did.
 
     ``fork`` names the conversation whose copy this one begins with; ``tool_choice`` is OpenAI's.
     """
@@ -41,6 +43,7 @@ class ChatOptions:
     think: bool | None = None
     thinking_token_budget: int | None = None
     schema: Mapping[str, Any] | bool | None = None
+    schema_class: type | None = None
     fork: str | None = None
     tools: "tuple[NotebookTool, ...]" = ()
     tool_choice: "ToolChoice" = None
@@ -71,7 +74,10 @@ class Generation:
         conversation: Conversation | None,
         reader: ReplyReader,
         earlier: tuple[ReplyText, ...] = (),
+        *,
+        options: ChatOptions,
     ) -> None:
+        self._options = options
         self.stream = stream
         self.session = session
         self._earlier = earlier
@@ -142,6 +148,8 @@ class Generation:
         reply.usage = _usage(output, reply.usage.reasoning_tokens)
         reply.metrics, reply.logprobs = output.metrics, output.outputs[0].logprobs
         reply.messages = [*self._messages, answer]
+        if self._options.schema is not None:
+            parse_reply(reply, self._options.schema_class)
         if self.conversation is not None and reply.text and not calls:
             self.conversation.messages = list(reply.messages)
         self.session.last_reply = reply
@@ -177,9 +185,8 @@ def ask(
 ) -> Generation:
     """Submit ``messages``; ``earlier`` are the turns that the same cell shows already."""
     if session.remote is not None:
-        return Generation(
-            session, remote_chat(session, messages, options), messages, conversation, ReplyReader(), earlier
-        )
+        remote = remote_chat(session, messages, options)
+        return Generation(session, remote, messages, conversation, ReplyReader(), earlier, options=options)
     from engine.chat.request import ChatRequest, TemplateOptions
 
     llm = session.require()
@@ -206,9 +213,8 @@ def ask(
             raise
         fix = "Start the conversation anew with --new, or load the model with a larger --max-model-len."
         raise ContextLengthError(f"{error} {fix}", param=error.param) from None
-    return Generation(
-        session, stream, messages, conversation, ReplyReader(prepared.new_parser(), llm.tokenizer), earlier
-    )
+    reader = ReplyReader(prepared.new_parser(), llm.tokenizer)
+    return Generation(session, stream, messages, conversation, reader, earlier, options=options)
 
 
 def start_completion(session: Session, text: str, options: ChatOptions) -> Generation:
@@ -217,11 +223,12 @@ def start_completion(session: Session, text: str, options: ChatOptions) -> Gener
     if not text:
         raise RequestError("no prompt: write it after the flags, or in the cell's body", param="prompt")
     if llm is None:
-        return Generation(session, remote_completion(session, text, options), [], None, ReplyReader())
+        remote = remote_completion(session, text, options)
+        return Generation(session, remote, [], None, ReplyReader(), options=options)
     from engine.chat.request import PromptRequest
 
     stream = llm.submit(llm.prepare(PromptRequest(prompt=text, **_common(llm, options))))
-    return Generation(session, stream, [], None, ReplyReader(None, llm.tokenizer))
+    return Generation(session, stream, [], None, ReplyReader(None, llm.tokenizer), options=options)
 
 
 def remote_chat(session: Session, messages: list[Message], options: ChatOptions) -> "RemoteStream":

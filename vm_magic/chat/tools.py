@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import RequestError
+from engine.format.names import did_you_mean
+from vm_magic.chat.docstrings import documentation
 from vm_magic.show.tool_cards import ToolOutcome
 
 if TYPE_CHECKING:
@@ -73,7 +75,9 @@ def read_tools(names: Iterable[str], namespace: Mapping[str, Any]) -> tuple[Note
 
 def _read_tool(name: str, namespace: Mapping[str, Any]) -> NotebookTool:
     if name not in namespace:
-        raise _refusal(f"--tools {name}: no function of that name in this notebook; define it in a cell first")
+        functions = [known for known, value in namespace.items() if callable(value) and not known.startswith("_")]
+        hint = did_you_mean(name, functions, "define it in a cell first")
+        raise _refusal(f"--tools {name}: no function of that name in this notebook; {hint}")
     function = namespace[name]
     if not callable(function):
         raise _refusal(f"--tools {name}: {type(function).__name__} is not a function")
@@ -84,21 +88,12 @@ def _read_tool(name: str, namespace: Mapping[str, Any]) -> NotebookTool:
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = tuple(one for one in signature.parameters.values() if one.kind not in kinds)
     written = function.func if isinstance(function, functools.partial) else function
-    description, about = _documentation(written)
+    description, about = documentation(written)
     model = _arguments_model(name, written, parameters, about)
     schema = _json_schema(name, model)
     described = {"description": description} if description else {}
     tool = {"type": "function", "function": {"name": name, **described, "parameters": schema}}
     return NotebookTool(name, function, tool, model, parameters)
-
-
-def _documentation(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """A docstring's description and what it says of each argument (Google's, NumPy's or Sphinx's style)."""
-    from docstring_parser import parse
-
-    parsed = parse(inspect.getdoc(function) or "")
-    text = "\n\n".join(part for part in (parsed.short_description, parsed.long_description) if part)
-    return text, {one.arg_name: one.description for one in parsed.params if one.description}
 
 
 def _arguments_model(

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 from IPython.core.error import UsageError
 
 from engine.errors import UnsupportedOptionError
+from engine.format.text import shortened
 from engine.openai.http.ring_log import RingLog
-from vm_magic.commands.parser import CommandParser, split_text, split_words, with_dashes
+from vm_magic.commands.parser import CommandParser, is_flags, split_text, split_words, with_dashes
 from vm_magic.state import session as sessions
 from vm_magic.state.session import Session
 
@@ -110,7 +111,7 @@ class LineCommand(Command):
 
     def run(self, context: Context, line: str, cell: str | None) -> Any:
         """Read the flags, then :meth:`execute`."""
-        parsed = self.parser.read(split_words(line))
+        parsed = self.parser.read(split_words(line, self.parser))
         if cell is not None:
             raise self.refuse_cell()
         return self.execute(context, parsed)
@@ -136,6 +137,13 @@ class TextCommand(Command):
             return self.execute(context, parsed, text, cell=False)
         if text:
             raise UsageError(f"{text!r} is not a flag; the {self.body} goes into the cell's body")
+        first = next((row.strip() for row in cell.splitlines() if row.strip()), "")
+        if first.startswith("--") and "--" not in line.split() and is_flags(self.parser, first):
+            magic = self.parser.prog
+            raise UsageError(
+                f"{shortened(first, 60)!r} are flags: they go behind {magic}, on its line ({magic} -- sends the body "
+                "as typed)"
+            )
         return self.execute(context, parsed, cell, cell=True)
 
     @abstractmethod

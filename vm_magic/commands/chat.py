@@ -17,13 +17,15 @@ from vm_magic.chat.pending_reply import PendingReply
 from vm_magic.commands.base import Context, TextCommand
 from vm_magic.commands.history import conversation_names
 from vm_magic.commands.parser import CommandParser
+from vm_magic.show.code_blocks import code_of
 from vm_magic.show.display_handle import can_update, open_handle
 from vm_magic.show.errors import Interrupted
-from vm_magic.show.reply_bundle import reply_bundle
+from vm_magic.show.reply_bundle import Format, reply_bundle
 from vm_magic.show.reply_text import ReplyText
-from vm_magic.show.reply_view import WAITING, NotebookView, ReplyView, SilentView, TerminalView
+from vm_magic.show.reply_view import WAITING, NotebookView, ReplyView, SilentView, TerminalCodeView, TerminalView
 from vm_magic.state.chat_flags import SAMPLING_FLAGS, TOOL_CHOICES, add_chat_flags
 from vm_magic.state.conversation import DEFAULT_CONVERSATION, Message, render_prompt
+from vm_magic.state.schemas import read_schema, schema_class
 from vm_magic.state.session import Session
 
 if TYPE_CHECKING:
@@ -114,6 +116,8 @@ class Complete(_Generate):
 
 def _check(parsed: argparse.Namespace, shell: Any) -> None:
     """Refuse flags that exclude each other."""
+    if parsed.detach and parsed.to_cell:
+        raise UsageError("--to-cell does not go with --detach: the next cell is made when this one ends; leave one out")
     if parsed.detach and not parsed.out and not can_update(shell):
         raise UsageError("--detach needs a notebook; in a terminal add --out NAME")
     if not getattr(parsed, "tools", None):
@@ -150,11 +154,27 @@ def _followed(generation: Running, parsed: argparse.Namespace, shell: Any, view:
         if stopped.reply is not None:
             _file(stopped.reply, parsed, shell)
         raise
+    reply.shown_as = _format(parsed)
     _note(reply, generation, parsed, view)
+    if parsed.to_cell:
+        put_code_into_cell(reply, shell)
     if returned and not parsed.out:
         return reply
     _file(reply, parsed, shell)
     return None
+
+
+def put_code_into_cell(reply: Reply, shell: Any) -> None:
+    """Give the next cell (in a terminal: the next prompt) the code of ``reply``. Nothing runs it but the user."""
+    code = code_of(reply.text)
+    if code is None:
+        print("no code in the reply: no cell was made")
+        return
+    shell.set_next_input(code.cell())
+
+
+def _format(parsed: argparse.Namespace) -> Format:
+    return parsed.format or ("json" if parsed.schema else "markdown")
 
 
 def _file(reply: Reply, parsed: argparse.Namespace, shell: Any) -> None:
@@ -170,6 +190,7 @@ def _detached(generation: Generation, parsed: argparse.Namespace, shell: Any) ->
     view = _view(parsed, shell)
 
     def store(reply: Reply) -> None:
+        reply.shown_as = _format(parsed)
         _note(reply, generation, parsed, view)
         if parsed.out:
             shell.user_ns[parsed.out] = reply
@@ -185,10 +206,10 @@ def _view(parsed: argparse.Namespace, shell: Any) -> ReplyView:
     if can_update(shell):
         return NotebookView(
             open_handle(shell, reply_bundle(WAITING, "markdown")),
-            parsed.format or ("json" if parsed.schema else "markdown"),
+            _format(parsed),
             stream=not parsed.no_stream,
         )
-    return TerminalView()
+    return TerminalCodeView() if _format(parsed) == "code" else TerminalView()
 
 
 def _note(reply: Reply, generation: Running, parsed: argparse.Namespace, view: ReplyView) -> None:
@@ -214,17 +235,12 @@ def chat_options(parsed: argparse.Namespace, namespace: Mapping[str, Any]) -> Ch
         system=given.get("system"),
         think=given.get("think"),
         thinking_token_budget=given.get("thinking_token_budget"),
-        schema=None if parsed.schema is None else _schema(parsed.schema, namespace),
+        schema=None if parsed.schema is None else read_schema(parsed.schema, namespace),
+        schema_class=None if parsed.schema is None else schema_class(parsed.schema, namespace),
         fork=given.get("fork"),
         tools=tools,
         tool_choice=read_tool_choice(given.get("tool_choice"), tools),
     )
-
-
-def _schema(text: str, namespace: Mapping[str, Any]) -> Mapping[str, Any] | bool:
-    from vm_magic.state.schemas import read_schema
-
-    return read_schema(text, namespace)
 
 
 def read_tool_choice(choice: str | None, tools: "Sequence[NotebookTool]") -> str | dict[str, Any] | None:

@@ -5,6 +5,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from IPython.core.error import UsageError
+
+from engine.format.names import closest, did_you_mean
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.safe_markdown import safe_markdown
@@ -34,6 +37,10 @@ class Reset(LineCommand):
 
     def execute(self, context: Context, parsed: argparse.Namespace) -> None:
         """Clear the conversation, and say how much was forgotten."""
+        known = context.session.conversations
+        slip = closest(parsed.name, known) if parsed.name and parsed.name not in known else None
+        if slip is not None and not parsed.all:
+            raise UsageError(f"no conversation {parsed.name!r} yet; did you mean {slip}?")
         named = [context.session.conversation(parsed.name)]
         for conversation in context.session.conversations.values() if parsed.all else named:
             count = len(conversation.messages)
@@ -96,8 +103,8 @@ class HistoryView:
         return "\n\n".join(parts)
 
     def _empty(self) -> str:
-        others = f"; there are: {', '.join(self.others)}" if self.others else ""
-        return f"no messages in conversation {self.name!r} yet{others}"
+        others = did_you_mean(self.name, self.others, f"there are: {', '.join(self.others)}") if self.others else ""
+        return f"no messages in conversation {self.name!r} yet{'; ' if others else ''}{others}"
 
 
 def history_view(conversation: Conversation, all_of_them: Mapping[str, Conversation]) -> HistoryView:

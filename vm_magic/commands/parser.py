@@ -1,17 +1,24 @@
 """Reads a command's line: flags, values, and free text that stays as typed."""
 
 import argparse
-import difflib
 import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from IPython.core.error import UsageError
 from IPython.core.magic_arguments import MagicArgumentParser
 
 from engine.errors import ConfigError, UnsupportedOptionError
+from engine.format.names import did_you_mean
+from engine.format.text import shortened
+from vm_magic.commands.json_words import TOKEN, json_word, pieces
 from vm_magic.show.errors import HelpShown
+
+_JSON_VALUES = ("JSON", "SCHEMA", "LIST")
+"""How ``--help`` calls the values that are JSON: they may stand in a line without quotes."""
+_SHOWN = 40
 
 
 class CommandParser(MagicArgumentParser):  # type: ignore[misc]
@@ -72,6 +79,19 @@ class CommandParser(MagicArgumentParser):  # type: ignore[misc]
         action = self._option_string_actions.get(flag)
         return action is not None and action.nargs == "?"
 
+    def takes_json(self, flag: str) -> bool:
+        """Whether the value of ``flag`` is JSON."""
+        action = self._option_string_actions.get(with_dashes(flag))
+        return action is not None and action.metavar in _JSON_VALUES
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse what is not among the choices, with the one that it resembles."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            hint = did_you_mean(str(value), map(str, action.choices or ()), "")
+            raise argparse.ArgumentError(action, f"{error.message}; {hint}" if hint else error.message) from None
+
     def choices(self, flag: str) -> tuple[str, ...]:
         """The values that ``flag`` allows; empty where any."""
         return tuple(str(choice) for choice in self._option_string_actions[flag].choices or ())
@@ -87,8 +107,7 @@ class CommandParser(MagicArgumentParser):  # type: ignore[misc]
 
     def unknown_flag(self, flag: str) -> UnsupportedOptionError:
         """The error for a flag that the command does not have."""
-        close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"see {self.prog} --help"
+        hint = did_you_mean(flag, self._option_string_actions, f"see {self.prog} --help")
         return UnsupportedOptionError(f"{flag} is not a flag of {self.command}: {hint}", flag=flag.lstrip("-"))
 
 
@@ -113,32 +132,81 @@ def _json_or_text(text: str) -> Any:
 
 
 def split_text(parser: CommandParser, line: str) -> tuple[list[str], str]:
-    """Split ``line`` into leading flag words and the free text after them, which stays as typed."""
+    """Split ``line`` into leading flag words and the free text after them, which stays as typed.
+
+    Raises UsageError where the text ends in flags of the command, which would be sent without a word; ``--`` before
+    the text, or quotes around it, say that they are meant.
+    """
     words: list[str] = []
     position = 0
-    token = re.compile(r"""\s*((?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s"'\\])+)""")
-    while (found := token.match(line, position)) and found[1].startswith("-") and found[1] != "-":
+    while (found := TOKEN.match(line, position)) and found[1].startswith("-") and found[1] != "-":
+        if json := json_word(line, position, parser.takes_json):
+            words += json[:2]
+            position = json[2]
+            continue
         position = found.end()
         if found[1] == "--":
             break
         words += shlex.split(found[1])
         if "=" not in found[1]:
-            flag, value = with_dashes(found[1]), token.match(line, position)
+            flag, value = with_dashes(found[1]), TOKEN.match(line, position)
             if value and (parser.takes_value(flag) or (parser.takes_number(flag) and value[1].isdigit())):
                 words += shlex.split(value[1])
                 position = value.end()
     text = line[position:].strip()
     if len(text) > 1 and text[0] in "'\"" and text.find(text[0], 1) == len(text) - 1:
-        text = text[1:-1]
+        return words, text[1:-1]
+    if not (found and found[1] == "--"):
+        _check_end(parser, text)
     return words, text
 
 
-def split_words(line: str) -> list[str]:
-    """Split ``line`` as a shell would, so that JSON in single quotes arrives whole."""
-    try:
-        return shlex.split(line)
-    except ValueError as error:
-        raise ConfigError(f"{line.strip()!r}: {error}; close the quote") from None
+def _check_end(parser: CommandParser, text: str) -> None:
+    starts = (word.start() for word in re.finditer(r"(?<!\S)-\S", text))
+    start = next((start for start in starts if is_flags(parser, text[start:])), 0)
+    if start:
+        flags, rest = text[start:], text[:start].strip()
+        magic = parser.prog.replace("%%", "%")
+        raise UsageError(
+            f"flags go before the text: {magic} {flags} {shortened(rest, _SHOWN)} "
+            f"(-- sends the text as typed: {magic} -- {shortened(text, _SHOWN)})"
+        )
+
+
+def is_flags(parser: CommandParser, text: str) -> bool:
+    """Whether ``text`` is nothing but flags of the command, with their values."""
+    position, last = 0, len(text.rstrip())
+    while position < last:
+        if json := json_word(text, position, parser.takes_json):
+            position = json[2]
+            continue
+        word = TOKEN.match(text, position)
+        flag = with_dashes(word[1]).partition("=")[0] if word else ""
+        if word is None or not parser.knows(flag):
+            return False
+        position = word.end()
+        if "=" in word[1]:
+            continue
+        value = TOKEN.match(text, position)
+        if parser.takes_value(flag):
+            if value is None:
+                return False
+            position = value.end()
+        elif value and parser.takes_number(flag) and value[1].isdigit():
+            position = value.end()
+    return last > 0
+
+
+def split_words(line: str, parser: CommandParser | None = None) -> list[str]:
+    """Split ``line`` as a shell would, but for JSON behind a flag of ``parser`` that takes it: quoted or not."""
+    parts = [(line, False)] if parser is None else pieces(line, parser.takes_json)
+    words: list[str] = []
+    for text, whole in parts:
+        try:
+            words += [text] if whole else shlex.split(text)
+        except ValueError as error:
+            raise ConfigError(f"{line.strip()!r}: {error}; close the quote") from None
+    return words
 
 
 def pick(namespace: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:

@@ -47,11 +47,11 @@ class Serve(EngineCommand, LineCommand):
     def run(self, context: Context, line: str, cell: str | None) -> "ServerHandle | None":
         """Serve what the line says, or what the cell's ``vllm serve`` says and the line adds."""
         if cell is None:
-            return self.execute(context, self.parser.read(split_words(line)))
+            return self.execute(context, self.parser.read(split_words(line, self.parser)))
         pasted = read_shell_text(cell, os.environ)
         for note in pasted.notes:
             print(note)
-        words = [*pasted.arguments, *split_words(line)]
+        words = [*pasted.arguments, *split_words(line, self.parser)]
         if not words:
             raise ConfigError("no vllm serve line in this cell; paste one, such as: vllm serve smollm2", flag="serve")
         with environment(pasted.environment):

@@ -32,7 +32,7 @@ def status_card(session: Session) -> StatusCard:
     settings = settings_text(session.settings)
     if llm is None:
         title = "no model is loaded; run %vllm_metal load smollm2 (or another model)"
-        return StatusCard(title, (("settings", settings),) if settings else ())
+        return StatusCard(title, ((("settings", settings),) if settings else ()) + _talk(session))
     stats = llm.stats()
     server = session.server
     last = session.last_reply
@@ -47,11 +47,16 @@ def status_card(session: Session) -> StatusCard:
         ("context", f"{count_text(llm.plan.max_model_len)} tokens"),
         ("requests", f"{stats.num_running} running, {stats.num_waiting} waiting"),
         ("settings", settings or "the model's own"),
+        *_talk(session),
         ("port", port_text(server) if server else "closed; %vllm_metal serve opens it"),
         ("last reply", speed_text(last) if last else "none yet"),
     )
     fields = tuple(row for row in rows if row[1])
     return StatusCard(llm.args.names[0], fields, stats.kv_cache_usage, _snippets(session), llm.plan.log_line())
+
+
+def _talk(session: Session) -> tuple[tuple[str, str], ...]:
+    return () if session.talk is None else (("talk", str(session.talk)),)
 
 
 def _snippets(session: Session) -> tuple[tuple[str, str], ...]:
@@ -76,6 +81,7 @@ def remote_card(session: Session) -> StatusCard:
         ("requests", running or ""),
         ("KV blocks", "" if state.kv_cache_usage is None else f"{state.kv_cache_usage:.1%} used"),
         ("settings", settings_text(session.settings) or "the server's own"),
+        *_talk(session),
         ("this kernel", f"{local.args.names[0]} stays loaded" if local is not None else ""),
         ("last reply", speed_text(last) if last else "none yet"),
     )

@@ -1,6 +1,5 @@
 """The commands of ``%vllm_metal``, and the one that a line asks for."""
 
-import difflib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import import_module
@@ -8,6 +7,7 @@ from typing import Any
 
 from IPython.core.error import UsageError
 
+from engine.format.names import closest
 from engine.format.text import aligned
 from vm_magic.commands.base import Command, Context
 from vm_magic.commands.parser import CommandParser
@@ -24,6 +24,7 @@ COMMANDS = {
     "set": "settings.Set",
     "chat": "chat.Chat",
     "complete": "chat.Complete",
+    "talk": "talk.Talk",
     "grid": "grid.Grid",
     "connect": "connect.Connect",
     "reset": "history.Reset",
@@ -41,6 +42,34 @@ COMMANDS = {
 
 A module is imported when its command is first used.
 """
+
+
+_MEANT = {
+    "chat": "ask message prompt question say send tell",
+    "complete": "completion continue generate",
+    "serve": "launch open run server start up",
+    "stop": "close exit kill quit shutdown",
+    "unload": "delete eject free release",
+    "load": "download fetch get pull",
+    "status": "gpu info memory ps show state version",
+    "models": "list ls model",
+    "set": "config get_settings sampling setting settings temperature",
+    "panel": "dashboard gui ui widget widgets",
+    "inspect": "card describe",
+    "plan": "estimate fit fits",
+    "grid": "compare sweep",
+    "connect": "remote url",
+    "connect --close": "disconnect",
+    "reset": "clear forget new",
+    "history": "conversation conversations messages",
+    "score": "perplexity probabilities",
+    "explain": "debug trace why",
+    "bench": "benchmark speed",
+    "logs": "log",
+    "metrics": "prometheus stats usage",
+}
+_SYNONYMS = {word: name for name, words in _MEANT.items() for word in words.split()}
+"""What people type, and the command that does it."""
 
 
 @cache
@@ -69,12 +98,24 @@ def run(context: Context, line: str, cell: str | None) -> Any:
         return None
     name = name or "status"
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else "see %vllm_metal --help"
-        raise UsageError(f"no command {name!r}; {hint}")
+        raise UsageError(f"no command {name!r}; {_meant(name, rest)}")
     wanted = command(name)
     wanted.check_connection(context.session, rest)
     return wanted.run(context, rest, cell)
+
+
+def _meant(name: str, rest: str) -> str:
+    """What may have been meant by a command that does not exist."""
+    from engine.models.pypi import PACKAGE_MODELS
+
+    plain = name.lower().strip("-")
+    if (found := _SYNONYMS.get(plain)) or (found := closest(plain, COMMANDS)):
+        return f"did you mean {found}?"
+    if "/" in name or name.endswith(".gguf") or plain in PACKAGE_MODELS:
+        return f"did you mean serve {name}?"
+    if len(rest.split()) > 1 and not rest.strip().startswith("-"):
+        return "to send a message, write %vllm_metal chat TEXT; %vllm_metal --help lists the commands"
+    return "see %vllm_metal --help"
 
 
 def candidates(before: Sequence[str], fragment: str, *, cell: bool = False) -> Iterable[str]:

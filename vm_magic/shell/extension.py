@@ -13,8 +13,17 @@ from traitlets.config import Config
 
 from engine.openai.http.ring_log import RingLog
 from vm_magic.panel import close_panel
-from vm_magic.shell.hooks import Matcher, add_formatters, keep_questions, make_matcher, remove_formatters
+from vm_magic.shell.hints import Hints
+from vm_magic.shell.hooks import (
+    Matcher,
+    add_formatters,
+    keep_chat_questions,
+    keep_questions,
+    make_matcher,
+    remove_formatters,
+)
 from vm_magic.shell.magics import VLLMMetal
+from vm_magic.shell.talk_cells import TalkCells
 from vm_magic.state.references import release_references
 from vm_magic.state.settings_text import SETTABLE
 
@@ -28,7 +37,10 @@ class _Installed:
     shell: Any
     magics: VLLMMetal
     matcher: Matcher
-    owns_chat: bool
+    owned: frozenset[str]
+    """The names beside ``%vllm_metal`` that were free, and are ours."""
+    hints: Hints
+    talk_cells: TalkCells
     logs: RingLog
 
 
@@ -38,7 +50,7 @@ _users_config: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
 
 def install(shell: Any) -> None:
-    """Register magics and completion in ``shell``; ``%%chat`` only if that name is free."""
+    """Register magics and completion in ``shell``; ``%chat`` and ``%%chat`` only if those names are free."""
     if any(entry.shell is shell for entry in _installed):
         return
     logs = RingLog(_LOGGERS)
@@ -47,14 +59,15 @@ def install(shell: Any) -> None:
     _configure(magics, shell)
     shell.register_magics(magics)
     add_formatters(shell)
-    cells = shell.magics_manager.magics["cell"]
-    owns_chat = "chat" not in cells
-    if owns_chat:
-        cells["chat"] = magics.chat_cell
-    matcher = make_matcher(owns_chat)
+    owned = _take_chat(magics, shell)
+    matcher = make_matcher(owned)
     shell.Completer.custom_matchers.append(matcher)
-    shell.input_transformer_manager.line_transforms.append(keep_questions)
-    _installed.append(_Installed(shell, magics, matcher, owns_chat, logs))
+    hints, talk_cells = Hints(shell, owned), TalkCells(shell)
+    transformers = shell.input_transformer_manager
+    transformers.line_transforms += [keep_questions, *([keep_chat_questions] if "%chat" in owned else [])]
+    transformers.cleanup_transforms.insert(0, talk_cells)
+    shell.events.register("post_run_cell", hints.after_cell)
+    _installed.append(_Installed(shell, magics, matcher, owned, hints, talk_cells, logs))
     atexit.register(_close_session)
 
 
@@ -70,19 +83,34 @@ def uninstall(shell: Any) -> None:
     tables = shell.magics_manager.magics
     for kind in ("line", "cell"):
         tables[kind].pop("vllm_metal", None)
-    if entry.owns_chat and tables["cell"].get("chat") == entry.magics.chat_cell:
-        del tables["cell"]["chat"]
+    for kind, ours in (("line", entry.magics.chat_line), ("cell", entry.magics.chat_cell)):
+        if tables[kind].get("chat") == ours:
+            del tables[kind]["chat"]
     shell.magics_manager.registry.pop(VLLMMetal.__name__, None)
     shell.configurables[:] = [c for c in shell.configurables if c is not entry.magics]
     matchers = shell.Completer.custom_matchers
     matchers[:] = [m for m in matchers if m is not entry.matcher]
-    transforms = shell.input_transformer_manager.line_transforms
-    transforms[:] = [t for t in transforms if t is not keep_questions]
+    transformers = shell.input_transformer_manager
+    for transforms in (transformers.line_transforms, transformers.cleanup_transforms):
+        transforms[:] = [t for t in transforms if t not in (keep_questions, keep_chat_questions, entry.talk_cells)]
+    shell.events.unregister("post_run_cell", entry.hints.after_cell)
     if not _reloading(sys._getframe()):
         _forget_config(shell)
         if _close_session():
             release_references(shell)
         atexit.unregister(_close_session)
+
+
+def _take_chat(magics: VLLMMetal, shell: Any) -> frozenset[str]:
+    """Put the magics ``%chat`` and ``%%chat`` where those names are free; says which."""
+    tables = shell.magics_manager.magics
+    ours = {"line": ("%chat", magics.chat_line), "cell": ("%%chat", magics.chat_cell)}
+    taken = set()
+    for kind, (name, magic) in ours.items():
+        if "chat" not in tables[kind]:
+            tables[kind]["chat"] = magic
+            taken.add(name)
+    return frozenset(taken)
 
 
 def _configure(magics: VLLMMetal, shell: Any) -> None:

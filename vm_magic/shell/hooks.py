@@ -1,7 +1,7 @@
 """What IPython calls of ours while a cell is typed, read and shown: completion, question marks, rich forms."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
@@ -10,17 +10,19 @@ MATCHER_ID = "vm_magic"
 _OURS = re.compile(r"(?:^|.*[\s=(])(%%?)(vllm_metal|chat)[ \t](.*)$", re.DOTALL)
 _TEXT, _HTML, _MARKDOWN = "text/plain", "text/html", "text/markdown"
 Matcher = Callable[[CompletionContext], SimpleMatcherResult]
-_QUESTION = re.compile(r"^(\s*(?:[^\W\d]\w*\s*=\s*)?)%vllm_metal[ \t]+((?:chat|complete|grid|score)[ \t]+\S.*\?)\s*$")
+_ASSIGNED = r"^(\s*(?:[^\W\d]\w*\s*=\s*)?)"
+_QUESTION = re.compile(rf"{_ASSIGNED}%(vllm_metal)[ \t]+((?:chat|complete|grid|score)[ \t]+\S.*\?)\s*$")
+_CHAT_QUESTION = re.compile(rf"{_ASSIGNED}%(chat)[ \t]+(\S.*\?)\s*$")
 
 
-def make_matcher(owns_chat: bool) -> Matcher:
-    """IPython's v2 matcher for our magics; ``%%chat`` only where that name is ours."""
+def make_matcher(owned: Collection[str]) -> Matcher:
+    """IPython's v2 matcher for our magics; ``%chat`` and ``%%chat`` only where they are among the ``owned`` names."""
 
     @context_matcher(identifier=MATCHER_ID)  # type: ignore[untyped-decorator]
     def vm_matcher(context: CompletionContext) -> SimpleMatcherResult:
         line = context.full_text.split("\n")[context.cursor_line][: context.cursor_position]
         found = _OURS.match(line)
-        if not found or (found[2] == "chat" and not (owns_chat and found[1] == "%%")):
+        if not found or (found[2] == "chat" and f"{found[1]}chat" not in owned):
             return {"completions": []}
         from vm_magic.commands.table import candidates
 
@@ -41,12 +43,21 @@ def keep_questions(lines: list[str]) -> list[str]:
     IPython reads a trailing ``?`` as a call for help before it looks at the magic. This makes plain calls of such
     lines first; ``%vllm_metal?`` and ``%vllm_metal chat?`` still show help. It runs after cell magics became calls.
     """
+    return _with_calls(lines, _QUESTION)
+
+
+def keep_chat_questions(lines: list[str]) -> list[str]:
+    """The same for ``%chat What is 2+2?``, where that name is ours."""
+    return _with_calls(lines, _CHAT_QUESTION)
+
+
+def _with_calls(lines: list[str], question: re.Pattern[str]) -> list[str]:
     result: list[str] = []
     open_quotes = {'"""': False, "'''": False}
     for line in lines:
-        found = None if any(open_quotes.values()) else _QUESTION.match(line)
+        found = None if any(open_quotes.values()) else question.match(line)
         if found:
-            line = f"{found[1]}get_ipython().run_line_magic('vllm_metal', {found[2]!r})\n"
+            line = f"{found[1]}get_ipython().run_line_magic('{found[2]}', {found[3]!r})\n"
         else:
             for quote in open_quotes:
                 open_quotes[quote] ^= line.count(quote) % 2 == 1
@@ -84,11 +95,20 @@ def _model_card(card: Any) -> str:
     return model_card_html(card)
 
 
-def _reply(reply: Any) -> str:
-    from vm_magic.show.reply_bundle import with_notes
-    from vm_magic.show.safe_markdown import safe_markdown
+def _reply(reply: Any) -> str | None:
+    from vm_magic.show.reply_bundle import filed_bundle
 
-    return with_notes(safe_markdown(reply.text), reply.notes)
+    return filed_bundle(reply).get("text/markdown")
+
+
+def _plain_reply(reply: Any, printer: Any, cycle: bool) -> None:
+    """A reply's plain form: what ``-f code`` or ``-f json`` asked for, else its own."""
+    if reply.shown_as in ("markdown", "text"):
+        reply._repr_pretty_(printer, cycle)
+        return
+    from vm_magic.show.reply_bundle import filed_bundle
+
+    printer.text(filed_bundle(reply)["text/plain"])
 
 
 def _score(score: Any) -> str:
@@ -117,5 +137,6 @@ _FORMATTERS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (_HTML, "engine.openai.server.ServerHandle", _server),
     (_TEXT, "engine.openai.server.ServerHandle", _server_as_text),
     (_MARKDOWN, "engine.outputs.Reply", _reply),
+    (_TEXT, "engine.outputs.Reply", _plain_reply),
 )
 """MIME type, type, and what makes the one of the other."""

@@ -1,4 +1,4 @@
-"""``%vllm_metal`` and ``%%chat`` in a shell. What they do is imported by the first one that is used."""
+"""``%vllm_metal``, ``%chat`` and ``%%chat`` in a shell. What they do is imported by the first one that is used."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -40,6 +40,13 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
         check_engine()
         return self.shielded(lambda: self._run(line, cell))
 
+    @no_var_expand  # type: ignore[untyped-decorator]
+    def chat_line(self, line: str) -> Any:
+        """Send a message to the loaded model: %vllm_metal chat --help lists the flags."""
+        check_engine()
+        return self.shielded(lambda: self._run(f"chat {line}", None))
+
+    @no_var_expand  # type: ignore[untyped-decorator]
     def chat_cell(self, line: str, cell: str) -> Any:
         """Send the cell's body to the loaded model: %vllm_metal chat --help lists the flags."""
         check_engine()

@@ -3,9 +3,12 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, cast
 
 from engine.batch.scored_token import ScoredToken, unlikely_text
+from engine.outputs import Reply
+from vm_magic.show.code_blocks import code_of, has_fence
 from vm_magic.show.display_handle import Bundle
 from vm_magic.show.growing_markdown import steady
 from vm_magic.show.reply_text import ReplyText
@@ -20,7 +23,9 @@ LATEST_WORDS = 80
 
 def growing_bundle(reply: ReplyText, format: Format) -> Bundle:
     """The bundle of an unfinished reply: JSON is shown as text until it is whole."""
-    return reply_bundle(reply, "code" if format == "json" else format, growing=True)
+    if format == "json":
+        return reply_bundle(replace(reply, text=fenced(reply.text), layout=()), "code", growing=True)
+    return reply_bundle(reply, format, growing=True)
 
 
 def reply_bundle(
@@ -50,17 +55,39 @@ def reply_bundle(
         bundle = _json_bundle(reply.text, mark)
         return {**bundle, "text/markdown": before + folded(reply) + bundle["text/markdown"]}
     if format == "code":
-        body = (
-            "" if thinking else _below(fenced(reply.text) if reply.text or not reply.tool_calls else "", _cards(reply))
-        )
+        shown = before + folded(reply, growing=thinking) + _below(_code(reply.text, growing=growing), _cards(reply))
         return {
-            "text/plain": marked,
-            "text/markdown": before + folded(reply, growing=thinking) + _below(body, mark and _faint(mark)),
+            "text/plain": _below(code_text(reply), mark) or marked,
+            "text/markdown": _below(shown, mark and _faint(mark)),
         }
     return {
         "text/plain": marked,
         "text/markdown": before + _below(_turn(reply, growing=growing), mark and _faint(mark)),
     }
+
+
+def filed_bundle(reply: Reply) -> Bundle:
+    """The bundle of a reply that is a cell's value, in the form that it was asked for in."""
+    calls = tuple(reply.tool_calls) if reply.finish_reason == "tool_calls" else ()
+    shown = ReplyText(reply.text, reply.reasoning or "", reply.usage.reasoning_tokens, calls)
+    return reply_bundle(shown, cast("Format", reply.shown_as), notes=reply.notes)
+
+
+def code_text(reply: ReplyText) -> str:
+    """The code of ``reply`` alone; all of it where there is none."""
+    code = code_of(reply.text)
+    return reply.whole() if code is None else code.text
+
+
+def _code(text: str, *, growing: bool) -> str:
+    """The code of an answer as a block. Words that stand before it are one faint line until it comes."""
+    code = code_of(text) if has_fence(text) or not growing else None
+    if code is not None:
+        return fenced(code.text, code.language)
+    if not growing:
+        return safe_markdown(text)
+    latest = " ".join(text[-LATEST_WORDS:].split())
+    return f'<span style="opacity:0.6">… {escaped(latest)}</span>' if latest else ""
 
 
 def folded(reply: ReplyText, *, growing: bool = False) -> str:

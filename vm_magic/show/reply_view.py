@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from engine.batch.scored_token import unlikely_text
 from vm_magic.show.display_handle import Bundle
-from vm_magic.show.reply_bundle import Format, growing_bundle, reply_bundle
+from vm_magic.show.reply_bundle import Format, code_text, growing_bundle, reply_bundle
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.tool_cards import call_line
 
@@ -79,6 +79,21 @@ class NotebookView:
     def add_notes(self, notes: Sequence[str]) -> None:
         """Show it again, with ``notes`` below, small and faint."""
         self._publish(reply_bundle(self._shown, self._format, mark=self._mark, notes=notes))
+
+
+class TerminalCodeView:
+    """Writes the code of a reply once it is whole: which block counts is known only then."""
+
+    def refresh(self, reply: ReplyText, *, at_once: bool = False) -> None:
+        """Nothing yet."""
+
+    def finish(self, reply: ReplyText, mark: str = "") -> None:
+        """Write the code, or the text where there is none, and the mark."""
+        sys.stdout.write("\n".join(filter(None, [code_text(reply), mark])) + "\n")
+
+    def add_notes(self, notes: Sequence[str]) -> None:
+        """Write ``notes`` as last lines."""
+        sys.stdout.write("".join(f"{note}\n" for note in notes))
 
 
 class TerminalView:

@@ -74,7 +74,13 @@ def add_chat_flags(parser: argparse.ArgumentParser, *, chat: bool) -> None:
     parser.add_argument("--no-stream", action="store_true", help="show the reply when it is complete")
     parser.add_argument("--detach", action="store_true", help="return at once; the output goes on filling")
     parser.add_argument("--stats", action="store_true", help="show tokens and speed under the reply")
-    parser.add_argument("-f", "--format", choices=FORMATS, help="how to show the reply (markdown; json with --json)")
+    parser.add_argument(
+        "-f",
+        "--format",
+        choices=FORMATS,
+        help="how to show the reply (markdown; json with --json); code: the code alone, without the words around it",
+    )
+    parser.add_argument("--to-cell", action="store_true", help="put the reply's code into the next cell; it is not run")
     parser.add_argument("text", nargs="?", help="the message, in the line form (after the flags)")
 
 

@@ -7,6 +7,8 @@ import gc
 import sys
 from typing import Any
 
+from engine.outputs import Reply
+
 _HEAVY_ROOTS = ("mlx", "mlx_lm")
 _HEAVY_CLASSES = ("engine.llm",)
 
@@ -42,6 +44,13 @@ def _heavy(value: object) -> bool:
                 seen.add(id(value))
                 left += value.values() if isinstance(value, dict) else value
             continue
+        if isinstance(value, Reply):
+            left.append(value.parsed)
+            continue
+        if hasattr(type(value), "__pydantic_fields__") and id(value) not in seen:  # what a Reply was parsed to
+            seen.add(id(value))
+            left += vars(value).values()
+            left.append(getattr(value, "__pydantic_private__", None))
         module = type(value).__module__
         if module.split(".")[0] in _HEAVY_ROOTS or module in _HEAVY_CLASSES:
             return True

@@ -17,7 +17,7 @@ def read_schema(text: str, namespace: Mapping[str, Any]) -> Mapping[str, Any] | 
     ``text`` is JSON, a variable of ``namespace`` (a mapping, JSON text, or a class with pydantic's
     ``model_json_schema``), a file, or ``object``.
     """
-    if text.lstrip().startswith("{"):
+    if text.lstrip().startswith(("{", "[")):
         return _parsed(text, "--json")
     if text in namespace:
         return _from_value(namespace[text], text)
@@ -31,6 +31,12 @@ def read_schema(text: str, namespace: Mapping[str, Any]) -> Mapping[str, Any] | 
         f"or {ANY_OBJECT}",
         param="json",
     )
+
+
+def schema_class(text: str, namespace: Mapping[str, Any]) -> type | None:
+    """The pydantic class that ``text`` names in ``namespace``, of which a reply is to be an instance; None if none."""
+    value = namespace.get(text)
+    return value if isinstance(value, type) and callable(getattr(value, "model_validate", None)) else None
 
 
 def _from_value(value: object, name: str) -> Mapping[str, Any]:

@@ -11,12 +11,14 @@ from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineClosedError, RequestError
+from engine.format.names import did_you_mean
 from engine.outputs import Reply
 from engine.params.engine_args import EngineArgs
 from engine.params.settings import Settings
 from engine.runner.device.faults import check_device
 from vm_magic.state.conversation import DEFAULT_CONVERSATION, Conversation
 from vm_magic.state.kept_model import KeptModel, add_to_message, load_variables
+from vm_magic.state.talk import TalkMode
 
 if TYPE_CHECKING:
     from engine.batch.kernel_bench import KernelBench
@@ -109,6 +111,8 @@ class Session:
         """The server that chats, completions, maps and settings go to; a loaded model stays beside it."""
         self.conversations: dict[str, Conversation] = {}
         self.last_reply: Reply | None = None
+        self.talk: TalkMode | None = None
+        """Whether cells of plain text are messages, and with which flags."""
         self.pasted_environment: dict[str, str] = {}
         """Variables that the pasted text set, for the model that it served."""
         self._args: EngineArgs | None = None
@@ -182,8 +186,9 @@ class Session:
         if source == name:
             raise RequestError(f"--fork {source}: give the copy another name with -c NAME", param="fork")
         if source not in self.conversations or not self.conversations[source].messages:
-            known = ", ".join(one.name for one in self.conversations.values() if one.messages) or "none yet"
-            raise RequestError(f"--fork {source}: no such conversation; there are: {known}", param="fork")
+            known = [one.name for one in self.conversations.values() if one.messages]
+            hint = did_you_mean(source, known, f"there are: {', '.join(known) or 'none yet'}")
+            raise RequestError(f"--fork {source}: no such conversation; {hint}", param="fork")
         if earlier.messages:
             fix = "take another -c NAME, or add --new to replace it"
             raise RequestError(f"--fork {source}: conversation {name!r} has messages already; {fix}", param="fork")

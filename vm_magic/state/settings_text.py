@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from engine.errors import ConfigError, RequestError
+from engine.format.names import did_you_mean
 from engine.params.sampling_params import PARAMETERS, names_of
 from engine.params.settings import MODEL_PRESET, THINKING_NAMES, preset_values
 
@@ -75,7 +76,9 @@ def check_setting(name: str, value: Any) -> Any:
     if name in MEMORY_NAMES:
         return _memory_value(name, value)
     if name not in SETTABLE:
-        raise ConfigError(f"{name} is not a setting; there are: {', '.join((*SETTABLE, *MEMORY_NAMES))}", flag=name)
+        known = (*SETTABLE, *MEMORY_NAMES)
+        hint = did_you_mean(name, known, f"there are: {', '.join(known)}")
+        raise ConfigError(f"{name} is not a setting; {hint}", flag=name)
     if name == "preset":
         preset_values(str(value or MODEL_PRESET))
         return str(value or MODEL_PRESET)

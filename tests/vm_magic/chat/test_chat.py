@@ -172,7 +172,9 @@ def test_stats_are_shown_when_asked_for(shell: Any, loaded: fakes.FakeLLM) -> No
     ("format", "words", "mime", "value"),
     [
         ("text", ["a"], "text/plain", "a"),
-        ("code", ["```x```"], "text/markdown", "````\n```x```\n````"),
+        ("code", ["Here:\n```py\nx = 1\n```\nDone."], "text/markdown", "```python\nx = 1\n```"),
+        ("code", ["Here:\n```py\nx = 1\n```\nDone."], "text/plain", "x = 1"),
+        ("code", ["no *code*"], "text/markdown", "no *code*"),
         ("json", ['```json\n{"a": 1}\n```'], "application/json", {"a": 1}),
         ("json", ["no json"], "text/plain", "no json (not JSON)"),
         ("markdown", ["*a*"], "text/markdown", "*a*"),

@@ -16,6 +16,7 @@ from engine.params.sampling_params import SamplingParams
 from tests import scripted_model
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import cell, line, shown
+from vm_magic.chat.tools import read_tools
 from vm_magic.show.errors import Interrupted
 from vm_magic.state.session import current_session
 
@@ -271,3 +272,23 @@ def test_probabilities_and_tools_are_shown_in_one_picture(shell: Any, llm: LLM) 
     page = shown(shell)["text/html"]
     assert page.index("get&#95;weather(") < page.index("rain in Köln") < page.index(" rains")
     assert page.count("<pre") == page.count("</pre>") == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Add.\n\nParameters\n----------\nx, y : int\n    Numbers.\nscale : float, default: 2\n    Factor.\n*rest\n    More.",  # noqa: E501
+        "Add.\n\nArgs:\n    x, y (int): Numbers.\n    scale (float, optional): Factor.\n    *rest (int): More.",
+        "Add.\n\n:param int x, y: Numbers.\n:param dict[str, int] scale: Factor.\n:param \\\\*rest: More.",
+        "Add.\n\n:arg list of int x,y: Numbers.\n:keyword scale: Factor.\n:type scale: float\n:returns: x: y",
+    ],
+)
+def test_every_style_of_docstring_describes_each_argument(text: str) -> None:
+    def add(x: int, y: int, *rest: int, scale: float = 2.0) -> float:
+        return scale * (x + y + sum(rest))
+
+    add.__doc__ = text
+    function = read_tools(["add"], {"add": add})[0].schema["function"]
+    described = {name: one["description"] for name, one in function["parameters"]["properties"].items()}
+    assert described == {"x": "Numbers.", "y": "Numbers.", "scale": "Factor."}
+    assert function["description"] == "Add."

@@ -38,7 +38,11 @@ def completions(shell: Any, code: str, position: int | None = None) -> list[str]
         ("%%vllm_metal score --l", {"--logprobs"}),
         ("%vllm_metal history --l", {"--list"}),
         ("%%chat -c new --fork si", {"side"}),
-        ("%%chat --to", {"--tools", "--tool-choice", "--top-p", "--top-k"}),
+        ("%%chat --to", {"--to-cell", "--tools", "--tool-choice", "--top-p", "--top-k"}),
+        ("%vllm_metal talk o", {"off"}),
+        ("%vllm_metal talk --conv", {"--conversation"}),
+        ("%vllm_metal talk -c si", {"side"}),
+        ("%chat -c si", {"side"}),
         ("%%chat --tools my_f", {"my_function"}),
         ("%%chat --tools one,my_f", {"one,my_function"}),
         ("%%chat --tools ", {"my_function", "isqrt"}),
@@ -72,5 +76,10 @@ def test_all_commands_are_offered_after_a_space(shell: Any) -> None:
     assert {"load", "serve", "status", "unload"} <= set(completions(shell, "%vllm_metal "))
 
 
-def test_a_plain_chat_line_is_not_ours(shell: Any) -> None:
+def test_the_chat_line_is_completed_where_that_name_is_ours(shell: Any) -> None:
+    assert completions(shell, "x = %chat --te") == ["--temperature"]
+    shell.extension_manager.unload_extension("vm_magic")
+    shell.register_magic_function(print, "line", "chat")
+    shell.extension_manager.load_extension("vm_magic")
     assert "--temperature" not in completions(shell, "%chat --te")
+    assert completions(shell, "%%chat --te") == ["--temperature"]

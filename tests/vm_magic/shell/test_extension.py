@@ -26,7 +26,10 @@ def traces(shell: Any) -> list[str]:
     found += [name for name in shell.magics_manager.registry if name == "VLLMMetal"]
     found += [type(c).__name__ for c in shell.configurables if type(c).__name__ == "VLLMMetal"]
     found += ["matcher" for m in shell.Completer.custom_matchers if "vm_magic" in m.__module__]
-    found += ["transform" for t in shell.input_transformer_manager.line_transforms if "vm_magic" in t.__module__]
+    transformers = shell.input_transformer_manager
+    for kind in (transformers.line_transforms, transformers.cleanup_transforms):
+        found += ["transform" for t in kind if "vm_magic" in t.__module__]
+    found += ["callback" for c in shell.events.callbacks["post_run_cell"] if "vm_magic" in c.__module__]
     found += ["log" for h in logging.getLogger("engine").handlers if isinstance(h, RingLog)]
     for mime in ("text/plain", "text/html", "text/markdown"):
         makers = shell.display_formatter.formatters[mime].deferred_printers.values()
@@ -36,7 +39,7 @@ def traces(shell: Any) -> list[str]:
 
 def test_unloading_leaves_nothing_behind(shell: Any) -> None:
     level = logging.getLogger("engine").level
-    assert len(traces(shell)) == 15
+    assert len(traces(shell)) == 20
     line(shell, "serve smollm2 --port 0")
     llm = fakes.MADE[-1]
     shell.run_line_magic("unload_ext", "vm_magic")
