@@ -13,8 +13,17 @@ from traitlets.config import Config
 
 from engine.openai.http.ring_log import RingLog
 from vm_magic.panel import close_panel
-from vm_magic.shell.hooks import Matcher, add_formatters, keep_questions, make_matcher, remove_formatters
+from vm_magic.shell.hooks import (
+    Matcher,
+    add_empty_cells,
+    add_formatters,
+    keep_questions,
+    make_matcher,
+    remove_empty_cells,
+    remove_formatters,
+)
 from vm_magic.shell.magics import VLLMMetal
+from vm_magic.state.cell_record import start_recording, stop_recording
 from vm_magic.state.references import release_references
 from vm_magic.state.settings_text import SETTABLE
 
@@ -54,6 +63,8 @@ def install(shell: Any) -> None:
     matcher = make_matcher(owns_chat)
     shell.Completer.custom_matchers.append(matcher)
     shell.input_transformer_manager.line_transforms.append(keep_questions)
+    add_empty_cells(shell)
+    start_recording(shell)
     _installed.append(_Installed(shell, magics, matcher, owns_chat, logs))
     atexit.register(_close_session)
 
@@ -65,6 +76,8 @@ def uninstall(shell: Any) -> None:
         return
     _installed.remove(entry)
     entry.logs.detach()
+    stop_recording(shell)
+    remove_empty_cells(shell)
     close_panel()
     remove_formatters(shell)
     tables = shell.magics_manager.magics

@@ -166,9 +166,8 @@ def _is_named(base: type, name: str) -> bool:
 def _is_plain_dataclass(value: Any) -> bool:
     """A dataclass's instance; one that says itself what its text is keeps that."""
     kind = type(value)
-    return hasattr(kind, "__dataclass_fields__") and "__str__" not in {
-        name for base in kind.__mro__[:-1] for name in vars(base)
-    }
+    own_text = any("__str__" in vars(base) for base in kind.__mro__[:-1])
+    return hasattr(kind, "__dataclass_fields__") and not own_text
 
 
 def _fits(value: Any, limit: int) -> bool:
