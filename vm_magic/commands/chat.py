@@ -14,6 +14,7 @@ from engine.outputs import Reply
 from vm_magic.chat.generation import ChatOptions, Generation, ask, start_chat, start_completion
 from vm_magic.chat.pending_reply import PendingReply
 from vm_magic.commands.base import Context, TextCommand
+from vm_magic.commands.compare import compare_candidates, run_comparison
 from vm_magic.commands.history import conversation_names
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.cards import speed_text
@@ -50,7 +51,10 @@ class _Generate(TextCommand):
             text = render_prompt(text, shell.user_ns, summaries)
         _check(parsed, shell)
         text, sent = with_context(context, parsed, text, summaries)
-        generation = self.start(session, text, chat_options(parsed, shell.user_ns), parsed)
+        options = chat_options(parsed, shell.user_ns)
+        if getattr(parsed, "compare", None):
+            return run_comparison(context, parsed, text, options, sent, cell=cell)
+        generation = self.start(session, text, options, parsed)
         if sent is not None and not parsed.out:
             shell.display_pub.publish(sent)
         if parsed.detach:
@@ -94,6 +98,8 @@ class Chat(_Generate):
             return conversation_names(DEFAULT_CONVERSATION)
         if flag == "--tools":
             return _function_names(fragment)
+        if flag == "--compare":
+            return compare_candidates(fragment)
         if flag == "--cells":
             return ("1", "3", "5")
         if flag == "--tool-choice":

@@ -79,6 +79,7 @@ def uninstall(shell: Any) -> None:
     stop_recording(shell)
     remove_empty_cells(shell)
     close_panel()
+    _close_buttons()
     remove_formatters(shell)
     tables = shell.magics_manager.magics
     for kind in ("line", "cell"):
@@ -115,6 +116,14 @@ def _forget_config(shell: Any) -> None:
     values = _users_config.pop(shell, {})
     if values:
         shell.config[name] = Config(values)
+
+
+def _close_buttons() -> None:
+    """Take away the buttons below comparisons; ipywidgets is there only once there were some."""
+    if "vm_magic.panel.choice_buttons" in sys.modules:
+        from vm_magic.panel.choice_buttons import close_choices
+
+        close_choices()
 
 
 def _close_session() -> bool:
