@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.explain", "engine.batch", "engine.openai"),
     ("engine.llm",),
     ("engine",),
+    ("vm_magic.summaries",),
     ("vm_magic.show",),
     ("vm_magic.remote",),
     ("vm_magic.state",),

@@ -11,16 +11,21 @@ if TYPE_CHECKING:
     from engine import *  # noqa: F403 - each name of engine is one of ours
     from engine.llm import LLM
     from vm_magic.remote.llm import RemoteLLM
+    from vm_magic.summaries.registry import describe as describe
 
 check_engine()
 if not TYPE_CHECKING:  # type checkers see the names through the import above; they could not read a computed list
     import engine
 
-    __all__ = [*engine.__all__, "current", "load_ipython_extension", "unload_ipython_extension"]
+    __all__ = [*engine.__all__, "current", "describe", "load_ipython_extension", "unload_ipython_extension"]
 
     def __getattr__(name: str) -> Any:
         if name in engine.__all__:
             return getattr(engine, name)
+        if name == "describe":
+            from vm_magic.summaries.registry import describe
+
+            return describe
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

@@ -106,7 +106,7 @@ class Generation:
         """
         try:
             self._drain(view)
-            return self._keep()
+            return self.keep()
         except KeyboardInterrupt:
             reply = self._abort(view)
             tokens = reply.usage.completion_tokens
@@ -119,21 +119,25 @@ class Generation:
             raise
 
     def _drain(self, view: ReplyView) -> None:
-        while True:
-            over = self.stream.finished
-            deltas = self.stream.drain(DRAIN_SECONDS)
-            self._reader.read(deltas)
+        over = False
+        while not over:
+            over = self.take(DRAIN_SECONDS)
             view.refresh(self.shown)
-            if any(delta.finish_reason for delta in deltas) or (over and not deltas):
-                return
+
+    def take(self, timeout: float) -> bool:
+        """Read what came, waiting up to ``timeout`` seconds for something; whether that was the end."""
+        over = self.stream.finished
+        deltas = self.stream.drain(timeout)
+        self._reader.read(deltas)
+        return any(delta.finish_reason for delta in deltas) or (over and not deltas)
 
     def _abort(self, view: ReplyView) -> Reply:
         self.stream.abort()
-        reply = self._keep()
+        reply = self.keep()
         view.finish(self.shown, INTERRUPTED)
         return reply
 
-    def _keep(self) -> Reply:
+    def keep(self) -> Reply:
         """Wait for the end; the Reply, added to conversation and session (a conversation takes no empty answer)."""
         output = self.stream.result()
         self._reader.read(self.stream.drain(0))
@@ -165,6 +169,12 @@ def _usage(output: RequestOutput, num_reasoning_tokens: int) -> Usage:
 
 def start_chat(session: Session, text: str, options: ChatOptions) -> Generation:
     """Submit ``text`` as the next message of its conversation."""
+    earlier, conversation = begin_turn(session, text, options)
+    return ask(session, earlier.with_turn(text, options.system), conversation, options)
+
+
+def begin_turn(session: Session, text: str, options: ChatOptions) -> tuple[Conversation, Conversation]:
+    """What a message goes on from, and the conversation that its reply is to join. Raises RequestError."""
     conversation = session.conversation(options.conversation)
     if conversation.busy:
         raise RequestError(f"conversation {conversation.name!r} has a detached reply under way; wait, or use -c NAME")
@@ -173,19 +183,25 @@ def start_chat(session: Session, text: str, options: ChatOptions) -> Generation:
     earlier = Conversation(conversation.name) if options.new else conversation
     if options.fork is not None:
         earlier = session.forked(options.fork, earlier)
-    return ask(session, earlier.with_turn(text, options.system), conversation, options)
+    return earlier, conversation
 
 
 def ask(
     session: Session,
     messages: list[Message],
-    conversation: Conversation,
+    conversation: Conversation | None,
     options: ChatOptions,
     earlier: tuple[ReplyText, ...] = (),
+    *,
+    here: bool = False,
+    model: str | None = None,
 ) -> Generation:
-    """Submit ``messages``; ``earlier`` are the turns that the same cell shows already."""
-    if session.remote is not None:
-        remote = remote_chat(session, messages, options)
+    """Submit ``messages``; ``earlier`` are the turns that the same cell shows already.
+
+    ``here``: to this kernel's model, also while connected; ``model`` is which of the server's, if not its chosen one.
+    """
+    if session.remote is not None and not here:
+        remote = remote_chat(session, messages, options, model)
         return Generation(session, remote, messages, conversation, ReplyReader(), earlier, options=options)
     from engine.chat.request import ChatRequest, TemplateOptions
 
@@ -231,7 +247,9 @@ def start_completion(session: Session, text: str, options: ChatOptions) -> Gener
     return Generation(session, stream, [], None, ReplyReader(None, llm.tokenizer), options=options)
 
 
-def remote_chat(session: Session, messages: list[Message], options: ChatOptions) -> "RemoteStream":
+def remote_chat(
+    session: Session, messages: list[Message], options: ChatOptions, model: str | None = None
+) -> "RemoteStream":
     """The same request to the server that the session is connected to; template and parser are the server's."""
     return session.remote_llm().submit_chat(
         messages,
@@ -241,6 +259,7 @@ def remote_chat(session: Session, messages: list[Message], options: ChatOptions)
         schema=options.schema,
         tools=options.tool_schemas or None,
         tool_choice=options.tool_choice,
+        model=model,
     )
 
 

@@ -15,14 +15,16 @@ from vm_magic.chat.end_notes import end_notes
 from vm_magic.chat.generation import ChatOptions, Generation, ask, start_chat, start_completion
 from vm_magic.chat.pending_reply import PendingReply
 from vm_magic.commands.base import Context, TextCommand
+from vm_magic.commands.compare import compare_candidates, run_comparison
 from vm_magic.commands.history import conversation_names
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.code_blocks import code_of
-from vm_magic.show.display_handle import can_update, open_handle
+from vm_magic.show.display_handle import Bundle, can_update, open_handle
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.reply_bundle import Format, reply_bundle
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.reply_view import WAITING, NotebookView, ReplyView, SilentView, TerminalCodeView, TerminalView
+from vm_magic.show.sent_view import sent_bundle
 from vm_magic.state.chat_flags import SAMPLING_FLAGS, TOOL_CHOICES, add_chat_flags
 from vm_magic.state.conversation import DEFAULT_CONVERSATION, Message, render_prompt
 from vm_magic.state.schemas import read_schema, schema_class
@@ -46,10 +48,17 @@ class _Generate(TextCommand):
         session, shell = context.session, context.shell
         if cell:
             text = self.from_cell(text)
+        summaries: list[str] = []
         if not parsed.raw:
-            text = render_prompt(text, shell.user_ns)
+            text = render_prompt(text, shell.user_ns, summaries)
         _check(parsed, shell)
-        generation = self.start(session, text, chat_options(parsed, shell.user_ns), parsed)
+        text, sent = with_context(context, parsed, text, summaries)
+        options = chat_options(parsed, shell.user_ns)
+        if getattr(parsed, "compare", None):
+            return run_comparison(context, parsed, text, options, sent, cell=cell)
+        generation = self.start(session, text, options, parsed)
+        if sent is not None and not parsed.out:
+            shell.display_pub.publish(sent)
         if parsed.detach:
             assert isinstance(generation, Generation), "checked: tools are not detached"
             return _detached(generation, parsed, shell)
@@ -91,6 +100,10 @@ class Chat(_Generate):
             return conversation_names(DEFAULT_CONVERSATION)
         if flag == "--tools":
             return _function_names(fragment)
+        if flag == "--compare":
+            return compare_candidates(fragment)
+        if flag == "--cells":
+            return ("1", "3", "5")
         if flag == "--tool-choice":
             return [*TOOL_CHOICES, *_named_tools(words)]
         return super().flag_values(flag, words, fragment)
@@ -112,6 +125,27 @@ class Complete(_Generate):
     def start(self, session: Session, text: str, options: ChatOptions, parsed: argparse.Namespace) -> Running:  # noqa: ARG002
         """Submit the prompt."""
         return start_completion(session, text, options)
+
+
+def with_context(
+    context: Context, parsed: argparse.Namespace, text: str, summaries: Sequence[str]
+) -> tuple[str, Bundle | None]:
+    """The message with what ``--cells`` and ``--error`` send before it, and a bundle that shows what was sent along."""
+    from vm_magic.chat.notebook_context import WHY, notebook_context
+
+    session, error = context.session, getattr(parsed, "error", False)
+    found = notebook_context(context.shell, session, getattr(parsed, "cells", None), error)
+    if not text.strip() and error:
+        text = WHY
+    names = [summary.partition("\n")[0] for summary in summaries]
+    parts = list(summaries)
+    if found is not None and text.strip():  # an empty message is refused as ever
+        text = found.before(text)
+        names, parts = [*found.names, *names], [found.text, *parts]
+    if not names:
+        return text, None
+    server = None if session.remote is None else session.remote.base_url
+    return text, sent_bundle(names, "\n\n".join(parts), server)
 
 
 def _check(parsed: argparse.Namespace, shell: Any) -> None:

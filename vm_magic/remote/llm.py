@@ -131,13 +131,15 @@ class RemoteLLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        model: str | None = None,
     ) -> RemoteStream:
         """Ask for the reply to a conversation; returns at once. Its deltas are parsed by the server.
 
-        ``sampling`` lies over the live settings; what neither says is the server's default.
+        ``sampling`` lies over the live settings; what neither says is the server's default. ``model`` is another one
+        that the server serves.
         """
         values, params = self._sampling(sampling)
-        body = request_body(self.model, values, chat=True)
+        body = request_body(model or self.model, values, chat=True)
         body["messages"] = [sent_message(message) for message in messages]
         thinking = self.settings.thinking()
         switch = think if think is not None else thinking.get("enable_thinking")

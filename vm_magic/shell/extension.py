@@ -16,14 +16,17 @@ from vm_magic.panel import close_panel
 from vm_magic.shell.hints import Hints
 from vm_magic.shell.hooks import (
     Matcher,
+    add_empty_cells,
     add_formatters,
     keep_chat_questions,
     keep_questions,
     make_matcher,
+    remove_empty_cells,
     remove_formatters,
 )
 from vm_magic.shell.magics import VLLMMetal
 from vm_magic.shell.talk_cells import TalkCells
+from vm_magic.state.cell_record import start_recording, stop_recording
 from vm_magic.state.references import release_references
 from vm_magic.state.settings_text import SETTABLE
 
@@ -66,7 +69,9 @@ def install(shell: Any) -> None:
     transformers = shell.input_transformer_manager
     transformers.line_transforms += [keep_questions, *([keep_chat_questions] if "%chat" in owned else [])]
     transformers.cleanup_transforms.insert(0, talk_cells)
+    add_empty_cells(shell)
     shell.events.register("post_run_cell", hints.after_cell)
+    start_recording(shell)
     _installed.append(_Installed(shell, magics, matcher, owned, hints, talk_cells, logs))
     atexit.register(_close_session)
 
@@ -78,7 +83,10 @@ def uninstall(shell: Any) -> None:
         return
     _installed.remove(entry)
     entry.logs.detach()
+    stop_recording(shell)
+    remove_empty_cells(shell)
     close_panel()
+    _close_buttons()
     remove_formatters(shell)
     tables = shell.magics_manager.magics
     for kind in ("line", "cell"):
@@ -130,6 +138,14 @@ def _forget_config(shell: Any) -> None:
     values = _users_config.pop(shell, {})
     if values:
         shell.config[name] = Config(values)
+
+
+def _close_buttons() -> None:
+    """Take away the buttons below comparisons; ipywidgets is there only once there were some."""
+    if "vm_magic.panel.choice_buttons" in sys.modules:
+        from vm_magic.panel.choice_buttons import close_choices
+
+        close_choices()
 
 
 def _close_session() -> bool:

@@ -5,10 +5,12 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
+from IPython.core.inputtransformer2 import cell_magic
 
 MATCHER_ID = "vm_magic"
 _OURS = re.compile(r"(?:^|.*[\s=(])(%%?)(vllm_metal|chat)[ \t](.*)$", re.DOTALL)
 _TEXT, _HTML, _MARKDOWN = "text/plain", "text/html", "text/markdown"
+_LONE_CELL = re.compile(r"%%(?:chat|vllm_metal)\b(?!\?)")
 Matcher = Callable[[CompletionContext], SimpleMatcherResult]
 _ASSIGNED = r"^(\s*(?:[^\W\d]\w*\s*=\s*)?)"
 _QUESTION = re.compile(rf"{_ASSIGNED}%(vllm_metal)[ \t]+((?:chat|complete|grid|score)[ \t]+\S.*\?)\s*$")
@@ -63,6 +65,28 @@ def _with_calls(lines: list[str], question: re.Pattern[str]) -> list[str]:
                 open_quotes[quote] ^= line.count(quote) % 2 == 1
         result.append(line)
     return result
+
+
+def keep_empty_cells(lines: list[str]) -> list[str]:
+    """Let ``%%chat --error`` stand without a body: IPython refuses an empty one before the magic is asked."""
+    return [*lines, "\n"] if len(lines) == 1 and _LONE_CELL.match(lines[0]) else lines
+
+
+# IPython does not ask it whether a cell is complete: a terminal goes on reading the body.
+keep_empty_cells.has_side_effects = True  # type: ignore[attr-defined]
+
+
+def add_empty_cells(shell: Any) -> None:
+    """Put :func:`keep_empty_cells` before the transform that makes calls of cell magics."""
+    transforms = shell.input_transformer_manager.cleanup_transforms
+    place = transforms.index(cell_magic) if cell_magic in transforms else len(transforms)
+    transforms.insert(place, keep_empty_cells)
+
+
+def remove_empty_cells(shell: Any) -> None:
+    """Undo :func:`add_empty_cells`."""
+    transforms = shell.input_transformer_manager.cleanup_transforms
+    transforms[:] = [one for one in transforms if one is not keep_empty_cells]
 
 
 def add_formatters(shell: Any) -> None:

@@ -4,6 +4,8 @@ import argparse
 from typing import Any
 
 from engine.params.sampling_params import COMMON, MAX_LOGPROBS, PARAMETERS
+from vm_magic.state.compare_flags import add_compare_flag
+from vm_magic.state.context_flags import add_context_flags
 
 FORMATS = ("markdown", "text", "code", "json")
 TOOL_CHOICES = ("auto", "none", "required")
@@ -57,6 +59,8 @@ def add_chat_flags(parser: argparse.ArgumentParser, *, chat: bool) -> None:
     if chat:
         _add_conversation_flags(parser)
         _add_tool_flags(parser)
+        add_context_flags(parser)
+        add_compare_flag(parser)
     add_json_flag(parser, "the reply is")
     parser.add_argument(
         "-o", "--out", metavar="NAME", type=variable_name, help="store the reply in this variable and show nothing"

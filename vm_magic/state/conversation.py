@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import RequestError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 DEFAULT_CONVERSATION = "default"
 Message = dict[str, Any]
@@ -36,16 +39,18 @@ class Conversation:
         return [*messages, {"role": "user", "content": text}]
 
 
-def render_prompt(text: str, namespace: Mapping[str, Any]) -> str:
+def render_prompt(text: str, namespace: Mapping[str, Any], summaries: list[str] | None = None) -> str:
     """Fill in ``{{ expressions }}`` of ``text`` from ``namespace`` with Jinja2.
 
+    With ``summaries``, an object that ``vm_magic.describe`` has a summary of is filled in as that, and what was sent so
+    is added to the list; ``{{ df | describe(8000) }}`` gives it more room, ``{{ df | string }}`` is its whole text.
     Single braces and ``$`` stay as typed. Raises RequestError naming an undefined variable.
     """
     if not any(mark in text for mark in ("{{", "{%", "{#")):
         return text
-    from jinja2 import Environment, StrictUndefined, TemplateSyntaxError, UndefinedError
+    from jinja2 import TemplateSyntaxError, UndefinedError
 
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment = _environment(summaries)
     try:
         return environment.from_string(text).render(namespace)
     except UndefinedError as error:
@@ -56,3 +61,34 @@ def render_prompt(text: str, namespace: Mapping[str, Any]) -> str:
         raise RequestError(f"prompt, line {error.lineno}: {error.message}; {fix}", param="prompt") from None
     except Exception as error:  # noqa: BLE001 - the user's own objects may raise anything
         raise RequestError(f"prompt: {type(error).__name__}: {error}", param="prompt") from None
+
+
+def _environment(summaries: list[str] | None) -> "Environment":
+    """Jinja2's, in which objects are summarized where the caller keeps ``summaries``."""
+    from jinja2 import Environment, StrictUndefined, Undefined
+
+    from vm_magic.summaries.registry import DEFAULT_LIMIT, describe
+    from vm_magic.summaries.text import plain_text
+
+    kept: list[str] = [] if summaries is None else summaries
+
+    def summarized(value: Any) -> Any:
+        found = describe.summary(value)
+        if found is None:  # a text that cannot be made is no reason to lose the message
+            return value if isinstance(value, Undefined) else plain_text(value)
+        kept.append(found)
+        return found
+
+    def described(value: Any, limit: int = DEFAULT_LIMIT) -> str:
+        text = describe(value, limit)
+        kept.extend([] if isinstance(value, str) else [text])
+        return text
+
+    environment = Environment(
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+        finalize=None if summaries is None else summarized,
+    )
+    environment.filters["describe"] = described
+    return environment
