@@ -222,6 +222,7 @@ class LLM:
             cache_salt=cache_salt,
             constraints=request.constraints,
             make_parser=request.account.make_parser,
+            scored_from=request.scored_from,
         )
         thread = self._thread
         stream = RequestStream(
@@ -233,7 +234,7 @@ class LLM:
             lambda: thread.finish_thinking(request_id),
         )
         thread.submit(made, stream)
-        if cache_salt != TRACELESS:
+        if cache_salt != TRACELESS and request.remembered:
             self.request_log.add(stream, request, max_tokens=made.max_tokens, cache_salt=cache_salt)
         return stream
 
@@ -292,6 +293,7 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         variables: Mapping[str, Any] | None = None,
         resume: "pandas.DataFrame | None" = None,
+        choices: Sequence[Any] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
         **params: Any,
     ) -> "pandas.DataFrame":
@@ -305,12 +307,18 @@ class LLM:
         The result is in row order with the index of ``rows``: prompt, parameters, text, tokens, prompt_tokens,
         cached_tokens, time (seconds), finish_reason, error. A row that fails says so in ``error``, the others go
         on. Interrupting raises MapInterrupted; ``last_map`` has what is done, and ``resume`` takes it from there.
+
+        ``choices`` (labels): nothing is generated, each label's probability is computed (:mod:`engine.batch.choices`).
+        Instead of text and tokens the columns are then choice (the likeliest label), p(LABEL) for each, which add up to
+        1, and coverage: the probability that the model answers with one of the labels at all.
         """
-        from engine.batch.local_client import LocalClient
+        from engine.batch.choices import AnswerForm
         from engine.batch.map import MapRequest, map_prompts
 
-        client = LocalClient(self, raw, schema, chat_template_kwargs or {})
-        request = MapRequest.of(template, params, variables=variables, resume=resume)
+        ends = frozenset(token for token in self._requests.eos_token_ids if token < self._requests.vocab_size)
+        form = AnswerForm(raw, schema, chat_template_kwargs or {}, choices, ends)
+        client, columns = form.of(self, params)
+        request = MapRequest.of(template, params, variables=variables, resume=resume, columns=columns)
         return map_prompts(client, rows, request, keep=self._keep_map, use_tqdm=use_tqdm)
 
     def stream(
