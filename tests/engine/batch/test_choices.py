@@ -139,7 +139,8 @@ def test_what_is_no_choice_is_refused_by_name(llm: LLM, choices: Any, options: A
 
 
 def test_a_model_that_thinks_is_asked_without_a_thought_or_refused(scripted_llm: ScriptedLLM) -> None:
-    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    messages = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    template = messages + "<|im_start|>assistant\n"
     switch = "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
     llm = scripted_llm("<think>\n\n</think>\n\nyes", chat_template=template + switch, reasoning_parser="qwen3")
     seen: list[str] = []
