@@ -79,7 +79,7 @@ class LLM:
         from engine.runtime.load_clock import LoadClock
         from engine.runtime.snapshot import SnapshotPoller, snapshot_activity, snapshot_blocks
 
-        resolved = resolve(self.args.model, self.args.revision, progress=progress)
+        self.resolved = resolved = resolve(self.args.model, self.args.revision, progress=progress)
         clock = LoadClock()
         self.tokenizer: Tokenizer = load_tokenizer(resolved, self.args)
         template = ChatTemplate.of_model(self.args, self.tokenizer)

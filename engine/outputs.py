@@ -128,7 +128,7 @@ class Reply:
     """What a chat or completion returns in a notebook; ``str(reply)`` is the text.
 
     ``messages`` is the conversation including this reply, in OpenAI's form. ``logprobs`` has one
-    entry per generated token when asked for.
+    entry per generated token when asked for. ``record`` is what ``--record`` keeps of it, as JSON.
     """
 
     text: str
@@ -139,6 +139,7 @@ class Reply:
     metrics: RequestMetrics | None = None
     logprobs: list[LogprobsAtPosition] | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
+    record: dict[str, Any] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.text

@@ -47,6 +47,8 @@ class _Generate(TextCommand):
         if not parsed.raw:
             text = render_prompt(text, shell.user_ns)
         _check(parsed, shell)
+        if parsed.record is None:
+            parsed.record = context.record
         generation = self.start(session, text, chat_options(parsed, shell.user_ns), parsed)
         if parsed.detach:
             assert isinstance(generation, Generation), "checked: tools are not detached"
@@ -148,8 +150,10 @@ def _followed(generation: Running, parsed: argparse.Namespace, shell: Any, view:
         reply = generation.follow(view)
     except Interrupted as stopped:
         if stopped.reply is not None:
+            _keep_record(generation, stopped.reply, view)
             _file(stopped.reply, parsed, shell)
         raise
+    _keep_record(generation, reply, view)
     if not parsed.out:
         _say_how_it_ended(reply, generation, parsed)
         if returned:
@@ -168,13 +172,27 @@ def _file(reply: Reply, parsed: argparse.Namespace, shell: Any) -> None:
 
 
 def _detached(generation: Generation, parsed: argparse.Namespace, shell: Any) -> None:
+    view = _view(parsed, shell)
+
     def store(reply: Reply) -> None:
+        _keep_record(generation, reply, view)
         if parsed.out:
             shell.user_ns[parsed.out] = reply
 
-    pending = PendingReply(generation, _view(parsed, shell), store)
+    pending = PendingReply(generation, view, store)
     if not parsed.out:
         shell.displayhook.update_user_ns(pending)
+
+
+def _keep_record(generation: Running, reply: Reply, view: ReplyView) -> None:
+    """What ``--record`` made of the model's turns goes into the session, and into the metadata of what is shown."""
+    records = [one.record for one in (*generation.earlier_replies, reply) if one.record is not None]
+    if records:
+        from vm_magic.state.record import KEY, kept
+
+        generation.session.records.append(records)
+        if isinstance(view, NotebookView):
+            view.annotate({KEY: kept(records)})
 
 
 def _view(parsed: argparse.Namespace, shell: Any) -> ReplyView:
@@ -223,6 +241,7 @@ def chat_options(parsed: argparse.Namespace, namespace: Mapping[str, Any]) -> Ch
         fork=given.get("fork"),
         tools=tools,
         tool_choice=read_tool_choice(given.get("tool_choice"), tools),
+        record=bool(given.get("record")),
     )
 
 

@@ -31,6 +31,7 @@ COMMANDS = {
     "models": "load.Models",
     "score": "score.Score",
     "explain": "explain.Explain",
+    "rerun": "rerun.Rerun",
     "export": "export.Export",
     "llm": "llm_tool.Llm",
     "bench": "bench.Bench",

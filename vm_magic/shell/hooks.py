@@ -84,10 +84,14 @@ def _model_card(card: Any) -> str:
     return model_card_html(card)
 
 
-def _reply(reply: Any) -> str:
+def _reply(reply: Any) -> Any:
     from vm_magic.show.safe_markdown import safe_markdown
 
-    return safe_markdown(reply.text)
+    if reply.record is None:
+        return safe_markdown(reply.text)
+    from vm_magic.state.record import KEY, kept
+
+    return safe_markdown(reply.text), {KEY: kept([reply.record])}  # IPython takes a form with its metadata
 
 
 def _score(score: Any) -> str:
@@ -96,7 +100,7 @@ def _score(score: Any) -> str:
     return score_html(score)
 
 
-_FORMATTERS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+_FORMATTERS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     (_HTML, "engine.memory.plan.MemoryPlan", _plan),
     (_HTML, "engine.memory.plan_table.PlanTable", _plan_table),
     (_HTML, "engine.model_card.card.ModelCard", _model_card),

@@ -59,7 +59,7 @@ class ChoiceView:
         names = list(frame.columns)
         before, labels = names[: names.index(CHOICE)], names[names.index(CHOICE) + 1 : names.index(COVERAGE)]
         differs = [name for name in before if frame[name].astype(str).nunique() > 1]
-        if len(differs) > 1 and any(frame[name].dtype == object for name in differs if name != "prompt"):
+        if any(frame[name].dtype.kind not in "biuf" for name in differs if name != "prompt"):
             differs = [name for name in differs if name != "prompt"]  # what the template was filled with says it
         failed = int(frame["error"].notna().sum())
         same = [f"{name}={frame[name].iloc[0]}" for name in before if name not in (*differs, "prompt") and len(frame)]

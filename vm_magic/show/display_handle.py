@@ -28,12 +28,20 @@ class DisplayHandle:
         self._transient = {"display_id": uuid.uuid4().hex}
         self._context = contextvars.copy_context()
         self._opened = False
+        self._shown: Bundle = {}
+        self._metadata: dict[str, Any] = {}
 
     def __call__(self, bundle: Bundle) -> None:
         """Show ``bundle``."""
         opened, self._opened = self._opened, True
+        self._shown = bundle
         publish = self._shell.display_pub.publish
-        self._context.copy().run(publish, bundle, {}, transient=self._transient, update=opened)
+        self._context.copy().run(publish, bundle, self._metadata, transient=self._transient, update=opened)
+
+    def annotate(self, metadata: dict[str, Any]) -> None:
+        """Give what is shown ``metadata``, which a saved notebook keeps."""
+        self._metadata = metadata
+        self(self._shown)
 
 
 def open_handle(shell: Any, bundle: Bundle) -> DisplayHandle:

@@ -5,6 +5,7 @@ outlives a reload. The engine is imported by the first command that needs it.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from vm_magic.remote.llm import RemoteLLM
 
 Progress = Callable[[str, int, int], None]
+MAX_RECORDS = 32
+"""Recorded replies that are remembered."""
 
 
 def new_llm(model: str, progress: Progress | None, **options: Any) -> "LLM":
@@ -97,6 +100,8 @@ class Session:
         """The server that chats, completions, maps and settings go to; a loaded model stays beside it."""
         self.conversations: dict[str, Conversation] = {}
         self.last_reply: Reply | None = None
+        self.records: deque[list[dict[str, Any]]] = deque(maxlen=MAX_RECORDS)
+        """What ``--record`` kept, the latest last: the turns of each reply."""
         self.pasted_environment: dict[str, str] = {}
         """Variables that the pasted text set, for the model that it served."""
         self._args: EngineArgs | None = None
