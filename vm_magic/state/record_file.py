@@ -14,6 +14,16 @@ from vm_magic.state.record import FORMAT, KEY, Record
 MAX_BYTES = 200_000_000
 """Largest notebook that is read."""
 _MARKDOWN = "text/markdown"
+_KINDS: dict[str, tuple[type, ...]] = {
+    "tools": (list,),
+    "tool_choice": (str, Mapping),
+    "schema": (Mapping, bool),
+    "template_kwargs": (Mapping,),
+    "thinking_token_budget": (int,),
+}
+"""What a record's request may have, and as what."""
+_RESERVED = frozenset(("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"))
+"""Names that no template variable of a request may have."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,12 @@ def checked(record: Any) -> Record:
     wrong = [name for name in ("text", "reasoning") if not isinstance(reply.get(name) or "", str)]
     if wrong or not isinstance(reply.get("token_ids") or [], list):
         raise RequestError("the record cannot be read: its reply is not text", param="record")
+    for name, kinds in _KINDS.items():
+        if name in request and not isinstance(request[name], kinds):
+            raise RequestError(f"the record cannot be read: its {name!r} has the wrong form", param="record")
+    reserved = _RESERVED.intersection(request.get("template_kwargs", ()))
+    if reserved or not all(isinstance(tool, Mapping) for tool in request.get("tools", ())):
+        raise RequestError("the record cannot be read: its tools or template_kwargs are wrong", param="record")
     messages, prompt = request.get("messages"), request.get("prompt")
     is_chat = isinstance(messages, list) and all(isinstance(one, Mapping) for one in messages)
     if not is_chat and not isinstance(prompt, str | list):
