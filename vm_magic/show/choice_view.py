@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from engine.batch.choices import CHOICE, COVERAGE
 from engine.format.text import aligned, shortened
 from vm_magic.show.safe_markdown import plain_html
-from vm_magic.show.tables import LEFT, row_html, table_html
+from vm_magic.show.tables import row_html, table_html
 
 if TYPE_CHECKING:
     import pandas
@@ -21,7 +21,7 @@ MAX_TEXT = 240
 MAX_LINE = 72
 """Characters of a cell in the text form, which shows the three likeliest labels."""
 _CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:32em;padding:3px 12px 3px 0"
-_BARS = "text-align:left;vertical-align:top;min-width:16em;padding:3px 12px 3px 0"
+_BARS = "text-align:left;vertical-align:top;min-width:24em;padding:3px 12px 3px 0"
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class ChoiceView:
         return {"text/plain": repr(self), "text/html": self._repr_html_()}
 
     def _repr_html_(self) -> str:
-        head = row_html(map(html.escape, self.header), LEFT, tag="th")
         styles = [_CELL] * (len(self.header) - 2) + [_BARS, _CELL]
+        head = row_html(map(html.escape, self.header), *styles, tag="th")
         table = table_html([row_html(_html_cells(row), *styles) for row in self.rows], head)
         return f"<div>{html.escape(self.caption)}</div>{table}<div>{html.escape(self.note)}</div>"
 

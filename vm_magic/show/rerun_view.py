@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from engine.format.text import aligned, shortened
 from vm_magic.show.cards import CARD_STYLE
 from vm_magic.show.safe_markdown import plain_html
-from vm_magic.show.tables import LEFT, row_html, table_html
+from vm_magic.show.tables import row_html, table_html
 
 BEFORE, AFTER = 60, 160
 """Characters shown before and after the place where two texts part."""
@@ -143,7 +143,7 @@ class RerunTable:
         return "\n".join([self.headline, *aligned([_HEADER, *rows])])
 
     def _repr_html_(self) -> str:
-        head = row_html(map(html.escape, _HEADER), LEFT, tag="th")
+        head = row_html(map(html.escape, _HEADER), _CELL, tag="th")
         table = table_html([row_html(map(plain_html, row), _CELL) for row in self._rows()], head)
         parted = "".join(view._repr_html_() for view in self.views if not view.same)
         return f"<div><b>{plain_html(self.headline)}</b>{table}{parted}</div>"

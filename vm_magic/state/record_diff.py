@@ -9,6 +9,8 @@ from vm_magic.show.rerun_view import Comparison, Difference
 from vm_magic.state.record import Record
 
 _SECTIONS = ("model", "engine", "sampling", "versions", "prompt")
+_LABELS = {"model": "model {}", "versions": "{} version", "prompt": "prompt {}"}
+"""How a section's facts are called; the others by their own names."""
 _LONGEST = 160
 
 
@@ -31,7 +33,7 @@ def compare(then: Record, now: Record) -> Comparison:
         num_tokens=int(now["reply"].get("tokens") or 0),
         model_then=str(then["model"].get("name")),
         model_now=str(now["model"].get("name")),
-        date=str(then.get("date", "")),
+        date=str(then.get("date", "")).replace("T", " ").replace("+00:00", " UTC"),
         differences=tuple(_difference(name, facts_then.get(name), facts_now.get(name)) for name in different),
         num_same=len(names) - len(different),
         unknown=tuple(str(one) for one in _unknown(then, now)),
@@ -68,11 +70,11 @@ def _facts(record: Record) -> dict[str, str]:
     for section in _SECTIONS:
         values = record.get(section)
         for name, value in (values if isinstance(values, Mapping) else {}).items():
-            label = "" if section in ("sampling", "engine") else f"{section} "
+            label = _LABELS.get(section, "{}").format(name)
             if name == "notes" and isinstance(value, list):
                 found |= {f"note: {_topic(str(note))}": str(note) for note in value}
             else:
-                found[f"{label}{name}"] = _text(value)
+                found[label] = _text(value)
     request = record["request"]
     for name in ("tool_choice", "thinking_token_budget", "template_kwargs"):
         if request.get(name) is not None:

@@ -144,11 +144,11 @@ def test_another_reply_is_shown_from_where_it_parts_with_what_differs(
     assert (turn.same, turn.token, turn.place) == (False, 3, 5)
     assert view.headline.startswith("rerun of theirs.ipynb [1]")
     assert "differs from token 4, character 6 on" in view.headline
-    assert {one.name for one in turn.differences} == {"model name", "versions mlx", "device"}
+    assert {one.name for one in turn.differences} == {"model name", "mlx version", "device"}
     assert "recorded with their-model, and repeated with" in turn.why
     text, page = repr(view), view._repr_html_()
     assert "then: " in text
-    assert "versions mlx  0.0.1" in text
+    assert "mlx version  0.0.1" in text
     assert "&lt;b&gt;other" in page
     assert "<b>other" not in page
     assert "<i>" not in page
