@@ -2,7 +2,9 @@
 
 >>> from engine import LLM, SamplingParams
 >>> llm = LLM(model="smollm2", max_model_len=2048)
->>> llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=8))
+>>> llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=2))[0].outputs[0].text
+' Paris.'
+>>> llm.close()
 
 Importing this package is cheap: names are loaded when they are first used.
 """

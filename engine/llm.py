@@ -79,7 +79,7 @@ class LLM:
         from engine.runtime.load_clock import LoadClock
         from engine.runtime.snapshot import SnapshotPoller, snapshot_activity, snapshot_blocks
 
-        resolved = resolve(self.args.model, self.args.revision, progress=progress)
+        self.resolved = resolved = resolve(self.args.model, self.args.revision, progress=progress)
         clock = LoadClock()
         found = FoundModel.of(self.args, resolved)
         self.tokenizer: Tokenizer = found.tokenizer
@@ -106,8 +106,6 @@ class LLM:
         )
         more = (found.parsers.note, self.defaults.note(), self._requests.structured_outputs.note)
         self.notes = [*built.notes, *filter(None, more)]
-        if line := self.defaults.log_line():
-            logger.info("%s", line)
         self._activity = SnapshotPoller(self._thread, snapshot_activity)
         self._blocks = SnapshotPoller(self._thread, snapshot_blocks)
         follow = weakref.WeakMethod(self._follow_settings)
@@ -130,11 +128,6 @@ class LLM:
     def closed(self) -> bool:
         """Whether requests are refused: after :meth:`close`, or when the engine failed."""
         return not self._thread.alive
-
-    @property
-    def log_lines(self) -> list[str]:
-        """What vLLM and vllm-metal log about this load, in their words: the memory, and sampling defaults if any."""
-        return [self.plan.log_line(), *filter(None, [self.defaults.log_line()])]
 
     @property
     def server(self) -> "ServerHandle | None":
@@ -226,6 +219,7 @@ class LLM:
             cache_salt=cache_salt,
             constraints=request.constraints,
             make_parser=request.account.make_parser,
+            scored_from=request.scored_from,
         )
         if self._notice.is_old:
             self.tell_neighbours()
@@ -239,7 +233,7 @@ class LLM:
             lambda: thread.finish_thinking(request_id),
         )
         thread.submit(made, stream)
-        if cache_salt != TRACELESS:
+        if cache_salt != TRACELESS and request.remembered:
             self.request_log.add(stream, request, max_tokens=made.max_tokens, cache_salt=cache_salt)
         return stream
 
@@ -298,6 +292,7 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         variables: Mapping[str, Any] | None = None,
         resume: "pandas.DataFrame | None" = None,
+        choices: Sequence[Any] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
         **params: Any,
     ) -> "pandas.DataFrame":
@@ -311,12 +306,18 @@ class LLM:
         The result is in row order with the index of ``rows``: prompt, parameters, text, tokens, prompt_tokens,
         cached_tokens, time (seconds), finish_reason, error. A row that fails says so in ``error``, the others go
         on. Interrupting raises MapInterrupted; ``last_map`` has what is done, and ``resume`` takes it from there.
+
+        ``choices`` (labels): nothing is generated, each label's probability is computed (:mod:`engine.batch.choices`).
+        Instead of text and tokens the columns are then choice (the likeliest label), p(LABEL) for each, which add up to
+        1, and coverage: the probability that the model answers with one of the labels at all.
         """
-        from engine.batch.local_client import LocalClient
+        from engine.batch.choices import AnswerForm
         from engine.batch.map import MapRequest, map_prompts
 
-        client = LocalClient(self, raw, schema, chat_template_kwargs or {})
-        request = MapRequest.of(template, params, variables=variables, resume=resume)
+        ends = frozenset(token for token in self._requests.eos_token_ids if token < self._requests.vocab_size)
+        form = AnswerForm(raw, schema, chat_template_kwargs or {}, choices, ends)
+        client, columns = form.of(self, params)
+        request = MapRequest.of(template, params, variables=variables, resume=resume, columns=columns)
         return map_prompts(client, rows, request, keep=self._keep_map, use_tqdm=use_tqdm)
 
     def stream(

@@ -130,6 +130,7 @@ class Reply:
     ``messages`` is the conversation including this reply, in OpenAI's form. ``logprobs`` has one
     entry per generated token when asked for. ``parsed`` is what the JSON of ``--json`` is in Python: a dict, or an
     instance of the pydantic class that gave the schema; None where that failed, and ``parse_error`` says why.
+    ``record`` is what ``--record`` keeps of it, as JSON.
     """
 
     text: str
@@ -146,6 +147,7 @@ class Reply:
     parse_error: str | None = None
     shown_as: str = field(default="markdown", repr=False, compare=False)
     """How a notebook shows it: ``markdown``, ``text``, ``code`` or ``json``, as ``-f`` says."""
+    record: dict[str, Any] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.text

@@ -47,7 +47,13 @@ def plan_table(
 ) -> PlanTable:
     """:func:`plan` for every combination of ``settings``, of which lists are tried one by one; also what does not fit.
 
-    >>> engine.plan_table("org/model", max_model_len=["32K", "128K"], fraction=[0.6, 0.75, 0.9])
+    >>> sizes = {"device_memory": "2GB", "model_memory": "0.54GB", "overhead": "0.1GB"}
+    >>> print(plan_table("smollm2", max_model_len=["2K", "8K"], fraction=[0.3, 0.9], **sizes))
+    max_model_len  fraction                fits  longest  max_num_seqs  full length      each  KV tokens
+               2K       0.3   no, 87.19MB short     none             1            –   47.19MB          –
+               2K       0.9                 yes     8192            24      × 24.00   47.19MB      50336
+               8K       0.3  no, 228.74MB short     none             1            –  188.74MB          –
+               8K       0.9                 yes     8192            24       × 6.14  188.74MB      50336
     """
     planner = _Planner(model)
 

@@ -190,21 +190,60 @@ class MapRun:
                 self.rows.outcomes[slot] = str(error)
 
 
+class AnswerColumns:
+    """How answers become columns of a DataFrame, and are read from one again."""
+
+    needed: Sequence[str] = ("text", "finish_reason")
+    """Columns without which a DataFrame cannot be gone on with."""
+
+    def write(self, answers: Sequence[Answer | None]) -> dict[str, Any]:
+        """Columns of ``answers``; None stands for a row that failed."""
+        pd = import_pandas()
+        columns: dict[str, Any] = {"text": [answer and answer.text for answer in answers]}
+        if any(answer is not None and answer.reasoning for answer in answers):
+            columns["reasoning"] = [answer and answer.reasoning for answer in answers]
+        for name in ("tokens", "prompt_tokens", "cached_tokens"):
+            columns[name] = pd.array([answer and getattr(answer, name) for answer in answers], dtype="Int64")
+        columns["time"] = pd.array([answer and answer.time for answer in answers], dtype="Float64")
+        columns["finish_reason"] = [answer and answer.finish_reason for answer in answers]
+        return columns
+
+    def read(self, row: Mapping[Any, Any]) -> Answer | None:
+        """The answer of a row that has all columns and no error; None where it was cut off."""
+        if not isinstance(row["finish_reason"], str) or row["finish_reason"] == "abort":
+            return None
+        reasoning = row.get("reasoning")
+        return Answer(
+            row["text"] if isinstance(row["text"], str) else "",  # a file turns an empty text into a missing one
+            reasoning if isinstance(reasoning, str) else None,
+            int(read_number(row.get("tokens")) or 0),
+            int(read_number(row.get("prompt_tokens")) or 0),
+            int(read_number(row.get("cached_tokens")) or 0),
+            read_number(row.get("time")),
+            row["finish_reason"],
+        )
+
+
+TEXT_COLUMNS = AnswerColumns()
+
+
 class Earlier:
     """Answers of an earlier map's DataFrame, to be taken once each. Rows that failed or were cut off are not in it."""
 
-    def __init__(self, frame: "pandas.DataFrame | None", names: Sequence[str]) -> None:
+    def __init__(
+        self, frame: "pandas.DataFrame | None", names: Sequence[str], columns: AnswerColumns = TEXT_COLUMNS
+    ) -> None:
         self._answers: dict[str, deque[Answer]] = {}
         if frame is None:
             return
-        missing = [name for name in ("prompt", "text", "finish_reason", "error", *names) if name not in frame.columns]
+        missing = [name for name in ("prompt", *columns.needed, "error", *names) if name not in frame.columns]
         if missing:
             raise RequestError(
                 f"resume: column {missing[0]!r} is missing; give the DataFrame of a map with the same parameters",
                 param="resume",
             )
         for row in frame.to_dict("records"):
-            answer = _earlier_answer(row)
+            answer = None if isinstance(row["error"], str) else columns.read(row)
             if answer is not None:
                 key = task_key(row["prompt"], {name: row[name] for name in names})
                 self._answers.setdefault(key, deque()).append(answer)
@@ -215,23 +254,8 @@ class Earlier:
         return found.popleft() if found else None
 
 
-def _earlier_answer(row: Mapping[Any, Any]) -> Answer | None:
-    if not isinstance(row["finish_reason"], str) or row["finish_reason"] == "abort" or isinstance(row["error"], str):
-        return None
-    numbers = {name: _number(row.get(name)) for name in ("tokens", "prompt_tokens", "cached_tokens", "time")}
-    reasoning = row.get("reasoning")
-    return Answer(
-        row["text"] if isinstance(row["text"], str) else "",  # a file turns an empty text into a missing one
-        reasoning if isinstance(reasoning, str) else None,
-        int(numbers["tokens"] or 0),
-        int(numbers["prompt_tokens"] or 0),
-        int(numbers["cached_tokens"] or 0),
-        numbers["time"],
-        row["finish_reason"],
-    )
-
-
-def _number(value: Any) -> float | None:
+def read_number(value: Any) -> float | None:
+    """A cell of a table as a number; None where there is none."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -246,6 +270,7 @@ class MapRequest:
     prompts: Prompts
     grid: list[dict[str, Any]]
     resume: "pandas.DataFrame | None" = None
+    columns: AnswerColumns = TEXT_COLUMNS
 
     @classmethod
     def of(
@@ -255,13 +280,14 @@ class MapRequest:
         *,
         variables: Mapping[str, Any] | None = None,
         resume: "pandas.DataFrame | None" = None,
+        columns: AnswerColumns = TEXT_COLUMNS,
     ) -> "MapRequest":
         """``template`` may be several; ``params`` with lists are a grid. Raises RequestError."""
         if "n" in params:
             raise RequestError("n: a map gives one answer per prompt; use seed=[1, 2, 3]", param="n")
         given = {name: value for name, value in params.items() if value is not None}
         templates = [template] if isinstance(template, str) else list(template)
-        return cls(Prompts(templates, variables or {}), combinations(given), resume)
+        return cls(Prompts(templates, variables or {}), combinations(given), resume, columns)
 
 
 def map_prompts(
@@ -287,12 +313,12 @@ def map_prompts(
 
     def finish() -> "pandas.DataFrame":
         bar.close()
-        frame = to_frame(run.rows, names, table.index_name)
+        frame = to_frame(run.rows, names, table.index_name, request.columns)
         keep(frame)
         return frame
 
     try:
-        run.run(request.prompts.tasks(table, request.grid), Earlier(request.resume, names))
+        run.run(request.prompts.tasks(table, request.grid), Earlier(request.resume, names, request.columns))
     except KeyboardInterrupt:
         raise MapInterrupted(_interrupted_text(run.rows, bar.total), finish()) from None
     except BaseException:
@@ -307,21 +333,17 @@ def _interrupted_text(rows: Rows, total: int | None) -> str:
     return f"{done}; .last_map has what there is, and map(…, resume=llm.last_map) goes on"
 
 
-def to_frame(rows: Rows, names: Sequence[str], index_name: Any = None) -> "pandas.DataFrame":
-    """Finished rows with columns prompt, the parameters ``names``, text, tokens, times, finish_reason and error."""
+def to_frame(
+    rows: Rows, names: Sequence[str], index_name: Any = None, form: AnswerColumns = TEXT_COLUMNS
+) -> "pandas.DataFrame":
+    """Finished rows with columns prompt, the parameters ``names``, what ``form`` makes of the answers, and error."""
     pd = import_pandas()
     finished = list(rows.finished())
     answers = [outcome if isinstance(outcome, Answer) else None for _, outcome in finished]
     columns: dict[str, Any] = {"prompt": [task.prompt for task, _ in finished]}
     for name in names:
         columns[name] = [task.params[name] for task, _ in finished]
-    columns["text"] = [answer and answer.text for answer in answers]
-    if any(answer is not None and answer.reasoning for answer in answers):
-        columns["reasoning"] = [answer and answer.reasoning for answer in answers]
-    for name in ("tokens", "prompt_tokens", "cached_tokens"):
-        columns[name] = pd.array([answer and getattr(answer, name) for answer in answers], dtype="Int64")
-    columns["time"] = pd.array([answer and answer.time for answer in answers], dtype="Float64")
-    columns["finish_reason"] = [answer and answer.finish_reason for answer in answers]
+    columns |= form.write(answers)
     columns["error"] = [outcome if isinstance(outcome, str) else None for _, outcome in finished]
     labels = [task.label for task, _ in finished]
     index = pd.MultiIndex.from_tuples(labels) if labels and isinstance(labels[0], tuple) else pd.Index(labels)

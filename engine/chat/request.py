@@ -153,13 +153,18 @@ class Account:
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request that the engine can take. ``prompt`` is the text of ``token_ids``, None where it is not known."""
+    """A request that the engine can take. ``prompt`` is the text of ``token_ids``, None where it is not known.
+
+    ``scored_from``: the first prompt token that ``prompt_logprobs`` are wanted of. ``remembered``: for ``explain``.
+    """
 
     prompt: str | None
     token_ids: list[int]
     params: SamplingParams
     constraints: Constraints | None = None
     account: Account = Account()
+    scored_from: int = 1
+    remembered: bool = True
 
     def new_parser(self) -> OutputParser | None:
         """A parser for one completion; None where all output is the answer."""

@@ -31,13 +31,15 @@ class KVCacheManager:
         )
 
     def num_cached_tokens(self, request: Request) -> int:
-        """Leading tokens that every group could reuse. Requests for prompt logprobs reuse none.
+        """Leading tokens that every group could reuse. Requests for prompt logprobs reuse none that give one.
 
         Groups of states then know where to take checkpoints while ``request`` runs.
         """
-        if request.params.prompt_logprobs is not None or request.cache_salt == TRACELESS:
-            return 0
         limit = request.num_tokens - 1  # the last token is always left to compute
+        if request.params.prompt_logprobs is not None:
+            limit = min(limit, request.scored_from - 1)  # a token's logprob comes from the one before it
+        if limit <= 0 or request.cache_salt == TRACELESS:
+            return 0
         shared = self._common_prefix(request, limit, self._pages)
         cached = self._common_prefix(request, shared, self.groups) if self._states else shared
         for group in self._states:

@@ -63,6 +63,8 @@ class NewRequest:
     priority: int = 0
     cache_salt: str | None = None
     make_guide: MakeGuide | None = None
+    scored_from: int = 1
+    """The first prompt token that ``prompt_logprobs`` are wanted of; those before it may come from the cache."""
 
 
 @dataclass(eq=False, slots=True)
@@ -83,6 +85,7 @@ class Request:
     cache_salt: str | None = None
     seed: int = 0
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    scored_from: int = 1
     index: int = 0
     """Which of the ``n`` completions this is."""
     guide: TokenGuide | None = None

@@ -278,7 +278,7 @@ class ModelRunner:
     def _prompt_logprobs(self, scheduled: ScheduledRequest, logits: mx.array) -> tuple[Request, int, LogprobArrays]:
         num = scheduled.request.params.prompt_logprobs
         assert num is not None, "prompt logprobs were not asked for"
-        first = scheduled.start + 1
+        first = max(scheduled.start + 1, scheduled.request.scored_from)
         next_ids = mx.array(scheduled.request.prompt_token_ids[first : first + logits.shape[0]], dtype=mx.int32)
         return scheduled.request, first, self._sampler.prompt_logprobs(logits, next_ids, num)
 
@@ -304,8 +304,9 @@ def _wanted_rows(scheduled: ScheduledRequest) -> Int32:
         return _ONLY_ROW
     rows: list[int] = []
     if scheduled.request.params.prompt_logprobs is not None:
+        first = max(scheduled.start, scheduled.request.scored_from - 1)
         last = min(scheduled.end, scheduled.request.num_prompt_tokens - 1)
-        rows = list(range(max(0, last - scheduled.start)))
+        rows = list(range(first - scheduled.start, max(first, last) - scheduled.start))
     if scheduled.samples:
         rows.append(scheduled.num_tokens - 1)
     return np.array(rows, dtype=np.int32)

@@ -316,6 +316,7 @@ class LLMEngine:
             cache_salt=new.cache_salt,
             seed=new.seed + index,
             bad_words_token_ids=new.bad_words_token_ids,
+            scored_from=new.scored_from,
             index=index,
             arrival_time=arrival_time,
             guide=None if new.make_guide is None else new.make_guide(),
@@ -365,7 +366,7 @@ class LLMEngine:
         if prompt.request not in self._group_of or prompt.request.index:
             return
         group, _ = self._group_of[prompt.request]
-        known = group.prompt_logprobs or [None]
+        known = group.prompt_logprobs or [None] * prompt.first
         group.prompt_logprobs = [*known[: prompt.first], *prompt.positions]
 
     def _hand_out_token(self, sampled: SampledToken, now: float) -> None:

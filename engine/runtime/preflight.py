@@ -1,5 +1,6 @@
 """What a load can be refused for before a weight is read: everything that files, their headers and flags tell."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
@@ -19,6 +20,7 @@ from engine.text.parse.parser_choice import ParserChoice
 from engine.text.template.chat_template import ChatTemplate
 from engine.text.tokens.tokenizer import Tokenizer, load_tokenizer
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 
 
@@ -43,7 +45,7 @@ class FoundModel:
     def sampling_defaults(self, settings: Settings) -> SamplingDefaults:
         """The model's own sampling values under live ``settings``."""
         args, config = self.args, self.config
-        return SamplingDefaults(
+        defaults = SamplingDefaults(
             config.generation_config,
             args.override_generation_config,
             settings,
@@ -51,6 +53,9 @@ class FoundModel:
             config.sampling_source,
             config.model_card,
         )
+        if line := defaults.log_line():
+            logger.info("%s", line)
+        return defaults
 
 
 def check_load(args: EngineArgs, progress: Progress | None = None) -> None:

@@ -67,6 +67,7 @@ class RequestMaker:
         cache_salt: str | None = None,
         constraints: Constraints | None = None,
         make_parser: MakeParser | None = None,
+        scored_from: int = 1,
     ) -> NewRequest:
         """The request; raises ContextLengthError or another RequestError for what can never be served."""
         if not token_ids:
@@ -90,6 +91,7 @@ class RequestMaker:
             priority=priority,
             cache_salt=cache_salt,
             make_guide=self.structured_outputs.prepare(constraints, token_ids, params, make_parser),
+            scored_from=scored_from,
         )
 
     def _seed(self, params: SamplingParams) -> int:

@@ -16,10 +16,12 @@ from vm_magic.state.live_settings import thinking_kwargs
 from vm_magic.state.session import Session
 
 if TYPE_CHECKING:
+    from engine.chat.request import ChatRequest, PreparedRequest, PromptRequest
     from engine.llm import LLM, RequestStream
     from engine.text.parse.output_parser import ToolChoice
     from vm_magic.chat.tools import NotebookTool
     from vm_magic.remote.stream import RemoteStream
+    from vm_magic.state.record import Recorder
 
 DRAIN_SECONDS = 0.05
 SOURCE = "flag"
@@ -33,7 +35,8 @@ class ChatOptions:
     """What the flags of one message say. ``schema`` is a JSON schema, or True for any JSON object; ``schema_class``
     the pydantic class that it came from, if it did.
 
-    ``fork`` names the conversation whose copy this one begins with; ``tool_choice`` is OpenAI's.
+    ``fork`` names the conversation whose copy this one begins with; ``tool_choice`` is OpenAI's. ``record``: the Reply
+    has what repeats it.
     """
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -47,6 +50,7 @@ class ChatOptions:
     fork: str | None = None
     tools: "tuple[NotebookTool, ...]" = ()
     tool_choice: "ToolChoice" = None
+    record: bool = False
 
     @property
     def tool_schemas(self) -> list[Mapping[str, Any]]:
@@ -76,9 +80,11 @@ class Generation:
         earlier: tuple[ReplyText, ...] = (),
         *,
         options: ChatOptions,
+        recorder: "Recorder | None" = None,
     ) -> None:
         self._options = options
         self.stream = stream
+        self._recorder = recorder
         self.session = session
         self._earlier = earlier
         self._messages = messages
@@ -154,6 +160,8 @@ class Generation:
         reply.messages = [*self._messages, answer]
         if self._options.schema is not None:
             parse_reply(reply, self._options.schema_class)
+        if self._recorder is not None:
+            reply.record = self._recorder.finished(output, reply)
         if self.conversation is not None and reply.text and not calls:
             self.conversation.messages = list(reply.messages)
         self.session.last_reply = reply
@@ -201,8 +209,12 @@ def ask(
     ``here``: to this kernel's model, also while connected; ``model`` is which of the server's, if not its chosen one.
     """
     if session.remote is not None and not here:
-        remote = remote_chat(session, messages, options, model)
-        return Generation(session, remote, messages, conversation, ReplyReader(), earlier, options=options)
+        options = _remote_seed(session, options)
+        asked: Any = remote_chat(session, messages, options, model)
+        recorder = _remote_recorder(session, options, asked, messages=messages)
+        return Generation(
+            session, asked, messages, conversation, ReplyReader(), earlier, options=options, recorder=recorder
+        )
     from engine.chat.request import ChatRequest, TemplateOptions
 
     llm = session.require()
@@ -230,7 +242,8 @@ def ask(
         fix = "Start the conversation anew with --new, or load the model with a larger --max-model-len."
         raise ContextLengthError(f"{error} {fix}", param=error.param) from None
     reader = ReplyReader(prepared.new_parser(), llm.tokenizer)
-    return Generation(session, stream, messages, conversation, reader, earlier, options=options)
+    recorder = _recorder(llm, request, prepared, stream, options)
+    return Generation(session, stream, messages, conversation, reader, earlier, options=options, recorder=recorder)
 
 
 def start_completion(session: Session, text: str, options: ChatOptions) -> Generation:
@@ -239,12 +252,17 @@ def start_completion(session: Session, text: str, options: ChatOptions) -> Gener
     if not text:
         raise RequestError("no prompt: write it after the flags, or in the cell's body", param="prompt")
     if llm is None:
-        remote = remote_completion(session, text, options)
-        return Generation(session, remote, [], None, ReplyReader(), options=options)
+        options = _remote_seed(session, options)
+        asked: Any = remote_completion(session, text, options)
+        recorder = _remote_recorder(session, options, asked, prompt=text)
+        return Generation(session, asked, [], None, ReplyReader(), options=options, recorder=recorder)
     from engine.chat.request import PromptRequest
 
-    stream = llm.submit(llm.prepare(PromptRequest(prompt=text, **_common(llm, options))))
-    return Generation(session, stream, [], None, ReplyReader(None, llm.tokenizer), options=options)
+    request = PromptRequest(prompt=text, **_common(llm, options))
+    prepared = llm.prepare(request)
+    stream = llm.submit(prepared)
+    recorder, reader = _recorder(llm, request, prepared, stream, options), ReplyReader(None, llm.tokenizer)
+    return Generation(session, stream, [], None, reader, options=options, recorder=recorder)
 
 
 def remote_chat(
@@ -272,8 +290,55 @@ def _common(llm: "LLM", options: ChatOptions) -> dict[str, Any]:
     """What a chat and a raw prompt ask for alike."""
     from engine.params.structured_outputs import StructuredOutput
 
+    sampling = llm.defaults.resolve({"n": 1, **options.sampling}, SOURCE)
+    if options.record:
+        from vm_magic.state.record import with_seed
+
+        sampling = with_seed(sampling)
     return {
-        "sampling": llm.defaults.resolve({"n": 1, **options.sampling}, SOURCE),
+        "sampling": sampling,
         "structured_outputs": StructuredOutput.from_schema(options.schema),
         "source": SOURCE,
     }
+
+
+def _recorder(
+    llm: "LLM",
+    request: "ChatRequest | PromptRequest",
+    prepared: "PreparedRequest",
+    stream: "RequestStream",
+    options: ChatOptions,
+) -> "Recorder | None":
+    if not options.record:
+        return None
+    from vm_magic.state.record import Recorder
+
+    return Recorder.of_local(llm, request, prepared, stream, options.schema)
+
+
+def _remote_recorder(session: Session, options: ChatOptions, stream: "RemoteStream", **asked: Any) -> "Recorder | None":
+    if not options.record:
+        return None
+    from vm_magic.state.record import Recorder
+
+    remote = session.remote_llm()
+    thinking = remote.settings.thinking()
+    switch = options.think if options.think is not None else thinking.get("enable_thinking")
+    asked |= {
+        "tools": options.tool_schemas or None,
+        "tool_choice": options.tool_choice,
+        "schema": options.schema,
+        "thinking_token_budget": options.thinking_token_budget or thinking.get("thinking_token_budget"),
+        "template_kwargs": thinking_kwargs(remote, switch) or None,
+    }
+    given = {**remote.settings.snapshot(), **options.sampling}
+    return Recorder.of_remote(remote, asked, stream, given)
+
+
+def _remote_seed(session: Session, options: ChatOptions) -> ChatOptions:
+    """``options`` with a seed, where they are recorded and neither they nor the settings have one."""
+    if not options.record or "seed" in {**session.remote_llm().settings.snapshot(), **options.sampling}:
+        return options
+    from vm_magic.state.record import draw_seed
+
+    return replace(options, sampling={**options.sampling, "seed": draw_seed()})

@@ -12,6 +12,7 @@ from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.reply_view import ReplyView
 from vm_magic.show.tool_cards import ToolOutcome
 from vm_magic.state.conversation import Conversation, Message
+from vm_magic.state.session import Session
 
 Ask = Callable[[list[Message], tuple[ReplyText, ...]], Generation]
 """(messages, the turns shown so far) -> the model's next turn, under way."""
@@ -42,6 +43,11 @@ class ToolLoop:
         self.stopped_at_limit = False
         self.earlier_replies: tuple[Reply, ...] = ()
         """The replies before the last one."""
+
+    @property
+    def session(self) -> Session:
+        """The kernel's session."""
+        return self._generation.session
 
     @property
     def stream(self) -> Any:

@@ -25,6 +25,8 @@ class Context:
 
     shell: Any
     logs: RingLog
+    record: bool = False
+    """Whether replies are recorded that do not say otherwise."""
 
     @property
     def session(self) -> Session:

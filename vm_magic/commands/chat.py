@@ -53,6 +53,8 @@ class _Generate(TextCommand):
             text = render_prompt(text, shell.user_ns, summaries)
         _check(parsed, shell)
         text, sent = with_context(context, parsed, text, summaries)
+        if parsed.record is None:
+            parsed.record = context.record and not getattr(parsed, "compare", None)
         options = chat_options(parsed, shell.user_ns)
         if getattr(parsed, "compare", None):
             return run_comparison(context, parsed, text, options, sent, cell=cell)
@@ -186,9 +188,11 @@ def _followed(generation: Running, parsed: argparse.Namespace, shell: Any, view:
         reply = generation.follow(view)
     except Interrupted as stopped:
         if stopped.reply is not None:
+            _keep_record(generation, stopped.reply, view)
             _file(stopped.reply, parsed, shell)
         raise
     reply.shown_as = _format(parsed)
+    _keep_record(generation, reply, view)
     _note(reply, generation, parsed, view)
     if parsed.to_cell:
         put_code_into_cell(reply, shell)
@@ -225,6 +229,7 @@ def _detached(generation: Generation, parsed: argparse.Namespace, shell: Any) ->
 
     def store(reply: Reply) -> None:
         reply.shown_as = _format(parsed)
+        _keep_record(generation, reply, view)
         _note(reply, generation, parsed, view)
         if parsed.out:
             shell.user_ns[parsed.out] = reply
@@ -232,6 +237,17 @@ def _detached(generation: Generation, parsed: argparse.Namespace, shell: Any) ->
     pending = PendingReply(generation, view, store)
     if not parsed.out:
         shell.displayhook.update_user_ns(pending)
+
+
+def _keep_record(generation: Running, reply: Reply, view: ReplyView) -> None:
+    """What ``--record`` made of the model's turns goes into the session, and into the metadata of what is shown."""
+    records = [one.record for one in (*generation.earlier_replies, reply) if one.record is not None]
+    if records:
+        from vm_magic.state.record import KEY, kept
+
+        generation.session.records.append(records)
+        if isinstance(view, NotebookView):
+            view.annotate({KEY: kept(records)})
 
 
 def _view(parsed: argparse.Namespace, shell: Any) -> ReplyView:
@@ -274,6 +290,7 @@ def chat_options(parsed: argparse.Namespace, namespace: Mapping[str, Any]) -> Ch
         fork=given.get("fork"),
         tools=tools,
         tool_choice=read_tool_choice(given.get("tool_choice"), tools),
+        record=bool(given.get("record")),
     )
 
 

@@ -64,7 +64,7 @@ def _followed(compared: ComparedChat, view: CompareView) -> Comparison:
 
 def _check(parsed: argparse.Namespace, first: Variant) -> None:
     """Refuse flags that do not go with ``--compare``, and values given twice."""
-    for flag in ("tools", "detach", "logprobs"):
+    for flag in ("tools", "detach", "logprobs", "record"):
         if getattr(parsed, flag, None):
             raise UsageError(f"--compare does not go with --{flag}: leave one of them out")
     for name in first.values:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import RequestError
 from vm_magic.commands.base import Context, TextCommand
 from vm_magic.commands.parser import CommandParser
+from vm_magic.show.choice_view import ChoiceView
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.grid_view import GridView
 from vm_magic.show.progress import DisplayBar, bar_for
@@ -26,6 +27,7 @@ EXAMPLES = """\
 %%vllm_metal grid -t 0,0.7 --top-p 0.9,1     one prompt, four settings
 %%vllm_metal grid --over df --max-tokens 60  {{ column }} of a DataFrame, a prompt for each row
 %%vllm_metal grid --over city --over style   {{ city }} and {{ style }} from two lists, all combinations
+%%vllm_metal grid --over df --choices yes,no  the probability of each answer instead of a text
 
 The cell's body is the prompt template (Jinja2); other {{ names }} are the notebook's variables. The result is a
 DataFrame in _ (the line form returns it). The stop button keeps what is done, and --resume goes on from there."""
@@ -64,6 +66,12 @@ class Grid(TextCommand):
         parser.add_argument("--complete", action="store_true", help="prompts are raw text: no chat template")
         add_think_flag(parser)
         add_json_flag(parser, "replies are")
+        parser.add_argument(
+            "--choices",
+            metavar="A,B",
+            help="the only answers, with commas, or a list of the notebook: nothing is written, each one's "
+            "probability is computed",
+        )
         parser.add_argument("--resume", action="store_true", help="take over what the last map or grid has done")
         parser.add_argument(
             "-o",
@@ -106,7 +114,7 @@ class Grid(TextCommand):
 
 def _file(shell: Any, frame: Any, parsed: argparse.Namespace, bar: DisplayBar | None, *, returned: bool) -> Any:
     """Put the picture in the bar's place, or its first line where the DataFrame is shown or stored elsewhere."""
-    view = GridView.of(frame)
+    view = ChoiceView.of(frame) if ChoiceView.shows(frame) else GridView.of(frame)
     if bar is not None:
         bar.replace({"text/plain": view.caption} if parsed.out or returned else view.bundle())
     if parsed.out:
@@ -155,6 +163,7 @@ def run_grid(
         raise RequestError("--resume: there was no map or grid yet with this model", param="resume")
     run = {
         "raw": parsed.complete,
+        "choices": read_choice_flag(parsed, namespace),
         "schema": schema,
         "chat_template_kwargs": thinking_kwargs(llm, parsed.think),
         "variables": {name: value for name, value in namespace.items() if name not in ("In", "Out")},
@@ -166,6 +175,23 @@ def run_grid(
     except MapInterrupted as stopped:
         stopped.result = _with_lists(stopped.result, rows, lists)
         raise
+
+
+def read_choice_flag(parsed: argparse.Namespace, namespace: Mapping[str, Any]) -> Any:
+    """The labels of ``--choices``, None without it. Raises RequestError for one word that is no list's name."""
+    text = parsed.choices
+    if text is None:
+        return None
+    if parsed.think is not None:
+        flag = "--think" if parsed.think else "--no-think"
+        raise RequestError(f"{flag}: choices are answers without a thought; leave the flag out", param="think")
+    if "," in text:
+        return [part.strip() for part in text.split(",")]
+    value = namespace.get(text)
+    if isinstance(value, list | tuple) or hasattr(value, "tolist"):
+        return value
+    fix = "give several with commas, or the name of a list in this notebook"
+    raise RequestError(f"--choices {text}: {fix}", param="choices")
 
 
 def read_over(names: Sequence[str], namespace: Mapping[str, Any]) -> tuple[Any, list[str]]:

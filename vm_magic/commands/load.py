@@ -82,13 +82,14 @@ def _show_loaded(context: Context, bar: LoadProgress) -> None:
     headline = f"{bar.model}: {plain_size(llm.plan.model_memory, 2)} loaded in {bar.seconds:.1f} s"
     others = sessions.others_line(llm.plan.usable)
     lines = [room(llm.plan, sessions.memory_in_use()), *filter(None, [others]), *llm.notes]
-    log_line = "\n".join(llm.log_lines)
+    log_lines = [llm.plan.log_line(), *filter(None, [llm.defaults.log_line()])]
+    log_line = "\n".join(log_lines)
     if can_fold(context.shell):
         bar.finish(headline, load_bundle(headline, lines, log_line))
     else:
         bar.finish(headline)
         print_load(lines, log_line)
-    for text in [headline, *llm.log_lines, *lines]:
+    for text in [headline, *log_lines, *lines]:
         _log.info("%s", text)
 
 

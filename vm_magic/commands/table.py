@@ -32,6 +32,7 @@ COMMANDS = {
     "models": "load.Models",
     "score": "score.Score",
     "explain": "explain.Explain",
+    "rerun": "rerun.Rerun",
     "export": "export.Export",
     "llm": "llm_tool.Llm",
     "bench": "bench.Bench",

@@ -185,10 +185,20 @@ class RemoteLLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         variables: Mapping[str, Any] | None = None,
         resume: "pandas.DataFrame | None" = None,
+        choices: Sequence[Any] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
         **params: Any,
     ) -> "pandas.DataFrame":
-        """:meth:`engine.llm.LLM.map`, with up to :data:`MAP_CONCURRENCY` prompts at the server at a time."""
+        """:meth:`engine.llm.LLM.map`, with up to :data:`MAP_CONCURRENCY` prompts at the server at a time.
+
+        ``choices`` are refused: a server tells neither the tokens of a prompt nor which ones end an answer.
+        """
+        if choices is not None:
+            raise RequestError(
+                f"choices: their probabilities need the model in this kernel, not at {self.base_url}; leave them out, "
+                "or load a model and go back to it with %vllm_metal connect --close",
+                param="choices",
+            )
         client = RemoteMapClient(self, raw, plain_schema(schema), chat_template_kwargs or {})
         request = MapRequest.of(template, params, variables=variables, resume=resume)
         return map_prompts(client, rows, request, keep=self._keep_map, use_tqdm=use_tqdm)

@@ -119,10 +119,15 @@ def _model_card(card: Any) -> str:
     return model_card_html(card)
 
 
-def _reply(reply: Any) -> str | None:
+def _reply(reply: Any) -> Any:
     from vm_magic.show.reply_bundle import filed_bundle
 
-    return filed_bundle(reply).get("text/markdown")
+    shown = filed_bundle(reply).get("text/markdown")
+    if reply.record is None or shown is None:
+        return shown
+    from vm_magic.state.record import KEY, kept
+
+    return shown, {KEY: kept([reply.record])}  # IPython takes a form with its metadata
 
 
 def _plain_reply(reply: Any, printer: Any, cycle: bool) -> None:

@@ -21,6 +21,8 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
 
     short_errors = Bool(True, help="Show errors as one line; False shows tracebacks.").tag(config=True)
 
+    record = Bool(False, help="Record every reply, as --record does; --no-record leaves one out.").tag(config=True)
+
     def __init__(self, shell: Any, logs: RingLog) -> None:
         super().__init__(shell=shell, config=Config())
         self.logs = logs
@@ -75,4 +77,4 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
         from vm_magic.commands.base import Context
         from vm_magic.commands.table import run
 
-        return run(Context(self.shell, self.logs), line, cell)
+        return run(Context(self.shell, self.logs, self.record), line, cell)

@@ -37,23 +37,31 @@ class DisplayHandle:
         self._transient = {"display_id": uuid.uuid4().hex}
         self._context = contextvars.copy_context()
         self._opened = False
+        self._shown: Bundle = {}
+        self._metadata: dict[str, Any] = {}
 
     def __call__(self, bundle: Bundle) -> None:
         """Show ``bundle``."""
         opened, self._opened = self._opened, True
+        self._shown = bundle
         if self._captured is not None:
             self._keep(self._captured, bundle)
             return
         publish = self._shell.display_pub.publish
-        self._context.copy().run(publish, bundle, {}, transient=self._transient, update=opened)
+        self._context.copy().run(publish, bundle, self._metadata, transient=self._transient, update=opened)
+
+    def annotate(self, metadata: dict[str, Any]) -> None:
+        """Give what is shown ``metadata``, which a saved notebook keeps."""
+        self._metadata = metadata
+        self(self._shown)
 
     def _keep(self, outputs: list[dict[str, Any]], bundle: Bundle) -> None:
         """Put ``bundle`` where captured output has this handle's earlier one, or at the end."""
         for output in outputs:
             if output["transient"] is self._transient:
-                output["data"] = bundle
+                output["data"], output["metadata"] = bundle, self._metadata
                 return
-        outputs.append({"data": bundle, "metadata": {}, "transient": self._transient, "update": False})
+        outputs.append({"data": bundle, "metadata": self._metadata, "transient": self._transient, "update": False})
 
 
 def open_handle(shell: Any, bundle: Bundle) -> DisplayHandle:

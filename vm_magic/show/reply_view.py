@@ -3,10 +3,10 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from engine.batch.scored_token import unlikely_text
-from vm_magic.show.display_handle import Bundle
+from vm_magic.show.display_handle import Bundle, DisplayHandle
 from vm_magic.show.reply_bundle import Format, code_text, growing_bundle, reply_bundle
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.tool_cards import call_line
@@ -70,6 +70,11 @@ class NotebookView:
         if self._stream and due and reply != self._shown:
             self._publish(growing_bundle(reply, self._format))
             self._shown, self._last_update = reply, now
+
+    def annotate(self, metadata: dict[str, Any]) -> None:
+        """Give the output ``metadata``, where it is a place in a notebook."""
+        if isinstance(self._publish, DisplayHandle):
+            self._publish.annotate(metadata)
 
     def finish(self, reply: ReplyText, mark: str = "") -> None:
         """Show the whole of ``reply``."""

@@ -77,6 +77,13 @@ def add_chat_flags(parser: argparse.ArgumentParser, *, chat: bool) -> None:
     parser.add_argument("--raw", action="store_true", help="take {{ }} as typed")
     parser.add_argument("--no-stream", action="store_true", help="show the reply when it is complete")
     parser.add_argument("--detach", action="store_true", help="return at once; the output goes on filling")
+    parser.add_argument(
+        "--record",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep model, settings, seed, messages and versions in the output's metadata; %%vllm_metal rerun repeats "
+        "it (%%config VLLMMetal.record = True: always)",
+    )
     parser.add_argument("--stats", action="store_true", help="show tokens and speed under the reply")
     parser.add_argument(
         "-f",

@@ -5,6 +5,7 @@ outlives a reload. The engine is imported by the first command that needs it.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from traceback import clear_frames
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from vm_magic.remote.llm import RemoteLLM
 
 Progress = Callable[[str, int, int], None]
+MAX_RECORDS = 32
+"""Recorded replies that are remembered."""
 
 
 def new_llm(model: str, progress: Progress | None, **options: Any) -> "LLM":
@@ -113,6 +116,8 @@ class Session:
         self.last_reply: Reply | None = None
         self.talk: TalkMode | None = None
         """Whether cells of plain text are messages, and with which flags."""
+        self.records: deque[list[dict[str, Any]]] = deque(maxlen=MAX_RECORDS)
+        """What ``--record`` kept, the latest last: the turns of each reply."""
         self.pasted_environment: dict[str, str] = {}
         """Variables that the pasted text set, for the model that it served."""
         self._args: EngineArgs | None = None
