@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 FinishReason = str
 """``"stop"``, ``"length"``, ``"abort"``, ``"error"`` or ``"repetition"``; for chats also ``"tool_calls"``."""
@@ -28,6 +28,37 @@ LogprobsAtPosition = dict[int, Logprob]
 """Token id -> :class:`Logprob`; the sampled token comes first, then the most likely ones."""
 
 
+class StepTotals(NamedTuple):
+    """What the engine's steps did since the model was loaded: sums that only grow, so that two of them differ by a time.
+
+    Steps that compute one token of each of their requests are *decodes*, the others *prompts*; of these, *mixed* ones
+    computed tokens of replies too. ``context`` counts, by group of the plan, the tokens whose keys and values the
+    decodes' rows read, ``pairs`` the same for the prompts' rows. Seconds are those until the step's tokens were known,
+    and not those between steps.
+    """
+
+    decodes: int = 0
+    decode_seconds: float = 0.0
+    rows: int = 0
+    context: tuple[int, ...] = ()
+    prompts: int = 0
+    prompt_seconds: float = 0.0
+    prompt_tokens: int = 0
+    pairs: tuple[int, ...] = ()
+    mixed: int = 0
+    mixed_seconds: float = 0.0
+
+    def since(self, before: "StepTotals") -> "StepTotals":
+        """What came after ``before``."""
+        differences: list[Any] = []
+        for now, then in zip(self, before, strict=True):
+            if isinstance(now, tuple):
+                differences.append(tuple(a - b for a, b in zip(now, then or (0,) * len(now), strict=True)))
+            else:
+                differences.append(now - then)
+        return StepTotals(*differences)
+
+
 @dataclass(slots=True)
 class RequestMetrics:
     """Monotonic times in seconds (``time.monotonic``) and counts of one request."""
@@ -38,6 +69,12 @@ class RequestMetrics:
     last_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    steps_before: StepTotals | None = None
+    """The engine's steps before the first that this request was in."""
+    steps_first: StepTotals | None = None
+    """… and up to that of its first token,"""
+    steps_last: StepTotals | None = None
+    """… and up to the last that it was in."""
 
     @property
     def time_to_first_token(self) -> float | None:
