@@ -29,7 +29,7 @@ LogprobsAtPosition = dict[int, Logprob]
 
 
 class StepTotals(NamedTuple):
-    """What the engine's steps did since the model was loaded: sums that only grow, so that two of them differ by a time.
+    """What the engine's steps did since the model was loaded: sums, so that two of them differ by what lies between.
 
     Steps that compute one token of each of their requests are *decodes*, the others *prompts*; of these, *mixed* ones
     computed tokens of replies too. ``context`` counts, by group of the plan, the tokens whose keys and values the
@@ -50,13 +50,14 @@ class StepTotals(NamedTuple):
 
     def since(self, before: "StepTotals") -> "StepTotals":
         """What came after ``before``."""
-        differences: list[Any] = []
-        for now, then in zip(self, before, strict=True):
+        differences: dict[str, Any] = {}
+        for name in self._fields:
+            now, then = getattr(self, name), getattr(before, name)
             if isinstance(now, tuple):
-                differences.append(tuple(a - b for a, b in zip(now, then or (0,) * len(now), strict=True)))
+                differences[name] = tuple(a - b for a, b in zip(now, then or (0,) * len(now), strict=True))
             else:
-                differences.append(now - then)
-        return StepTotals(*differences)
+                differences[name] = now - then
+        return StepTotals(**differences)
 
 
 @dataclass(slots=True)

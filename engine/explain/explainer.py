@@ -94,7 +94,7 @@ class Explanation:
     error: str | None
     notes: tuple[str, ...] = ()
     """What was left out of the request, or read otherwise than it says."""
-    speed: Speed = Speed()
+    speed: Speed = dataclasses.field(default_factory=Speed)
     """How near its steps came to the device's best, and why not nearer."""
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from engine.explain.request_log import RequestRecord
 from engine.explain.speed import (
-    GOOD,
     Reason,
     Speed,
     SpeedFacts,
@@ -57,7 +56,7 @@ def request_speed(
         lines += [] if prompt is None else [prompt_line(prompt, device, prompts.prompt_tokens)]
     reasons = list(_own_reasons(record, request, facts))
     reasons += step_reasons(decoding, decode, _seconds(metrics.first_token_time, metrics.last_token_time))
-    if facts is not None and (decode is None or decode.share < GOOD):
+    if facts is not None:
         reasons += device_reasons(facts, decode, device)
     told = () if facts is None or decode is None else tuple(estimates(facts))
     return Speed(decode, prompt, tuple(lines), tuple(costliest_first(reasons)), told, "" if lines else missing)
@@ -133,8 +132,9 @@ def sampling_reasons(params: SamplingParams, constraints: Constraints | None, *,
     asked = [name for name, value in (("repetition_penalty", params.repetition_penalty),) if value != 1.0]
     asked += [name for name in ("logit_bias", "allowed_token_ids", "bad_words", "min_tokens") if getattr(params, name)]
     if asked:
+        need = "need" if len(asked) > 1 else "needs"
         yield Reason(
-            f"{', '.join(asked)} {'take' if len(asked) > 1 else 'takes'} operations of MLX's beside the sampling kernel",
+            f"{', '.join(asked)} {need} operations of MLX's beside the sampling kernel",
             f"drop {' and '.join(asked)}" + (", or take presence_penalty" if "repetition_penalty" in asked else ""),
         )
 

@@ -74,7 +74,15 @@ class Speed:
 
 def device_reasons(facts: SpeedFacts, decode: Reached | None, device: DeviceSpeed | None) -> Iterator[Reason]:
     """What of the machine and the model's form keeps steps from being faster, whatever the request."""
-    if facts.blas_note and "without OpenBLAS" in facts.blas_note:
+    if decode is None or decode.share < GOOD:
+        yield from _shortfalls(facts, decode, device)
+    if decode is not None:
+        yield from _byte_reasons(facts, decode)
+
+
+def _shortfalls(facts: SpeedFacts, decode: Reached | None, device: DeviceSpeed | None) -> Iterator[Reason]:
+    """Why steps read more slowly than the device could."""
+    if "without OpenBLAS" in facts.blas_note:
         yield Reason("MLX computes with its own BLAS", "pip install scipy-openblas32, and restart the kernel")
     if facts.on_cpu and facts.load > _BUSY:
         yield Reason(
@@ -83,18 +91,14 @@ def device_reasons(facts: SpeedFacts, decode: Reached | None, device: DeviceSpee
     yield from _attention_reasons(facts)
     if facts.sampling_note:
         yield Reason(facts.sampling_note)
-    if decode is None:
-        return
-    lost = max(0.0, decode.seconds - decode.floor_seconds) * decode.steps
     row = 0.0 if device is None else device.row_bytes_per_second
-    if facts.on_cpu and device is not None and 0 < row < GOOD * device.bytes_per_second and decode.rows < 2:
+    if device is not None and decode is not None and 0 < row < GOOD * device.bytes_per_second and decode.rows < 2:
         share = row / device.bytes_per_second
         yield Reason(
             f"a product of one row reads {rate_text(row)} on this processor, {share:.0%} of what its memory gives",
             "requests in one batch share the reading (llm.map, several cells with --detach)",
-            min(lost, decode.seconds * decode.steps),
+            (decode.seconds - decode.floor_seconds) * decode.steps,
         )
-    yield from _byte_reasons(facts, decode)
 
 
 def _attention_reasons(facts: SpeedFacts) -> Iterator[Reason]:
@@ -147,9 +151,9 @@ def step_reasons(totals: StepTotals, decode: Reached | None, elapsed: float | No
                 lost,
             )
     between = 0.0 if elapsed is None else elapsed - whole
-    if elapsed is not None and between >= 2 * _WORTH * elapsed:
+    if elapsed and between >= 2 * _WORTH * elapsed:
         yield Reason(
-            f"{between / elapsed:.0%} of the time lay between steps: scheduling, tokens to text, other Python code here",
+            f"{between / elapsed:.0%} of the time lay between steps: scheduling, tokens to text, other Python code",
             "cells that compute meanwhile share the interpreter with the engine",
             between,
         )

@@ -55,8 +55,8 @@ class ModelWork:
         return self.chosen / self.num_experts if self.num_experts and self.chosen else 1.0
 
     def weight_bytes(self, rows: float) -> float:
-        """Bytes of weights that a step of ``rows`` tokens reads: of experts, what rows that choose evenly would take."""
-        taken = 1.0 - (1.0 - self.expert_share) ** rows
+        """Bytes that a step of ``rows`` tokens reads: of experts, those that rows which choose evenly would take."""
+        taken = 1.0 - float((1.0 - self.expert_share) ** rows)
         return self.dense_bytes + self.expert_bytes * taken
 
     def prompt_flops(self, num_tokens: int, num_steps: int, pairs: float) -> float:
@@ -129,9 +129,7 @@ def prompt_reached(
     flops = work.prompt_flops(totals.prompt_tokens, steps, pairs) / steps
     reading, computing = weights / device.bytes_per_second, flops / device.flops_per_second
     seconds = totals.prompt_seconds / steps
-    return Reached(
-        steps, seconds, max(reading, computing), weights, 0.0, rows, flops, by_memory=reading >= computing
-    )
+    return Reached(steps, seconds, max(reading, computing), weights, 0.0, rows, flops, by_memory=reading >= computing)
 
 
 def cache_bytes(groups: Sequence[KVCacheSpec], context: Sequence[int], rows: int) -> float:

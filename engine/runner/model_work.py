@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from engine.memory.roofline import ModelWork
 
@@ -22,7 +23,7 @@ def model_work(model: nn.Module, vocab_size: int) -> ModelWork:
     # Without a head of its own a model multiplies by its embedding, which is then read as a whole.
     heads = heads or [module for _, module in embeddings if module["weight"].shape[0] == vocab_size][:1]
     looked_up = [module for _, module in embeddings if not any(module is head for head in heads)]
-    experts = [module for _, module in named if type(module).__name__.endswith("SwitchLinear")]
+    experts = [module for _, module in named if isinstance(module, SwitchLinear | QuantizedSwitchLinear)]
     apart = {id(module) for module in (*looked_up, *experts, *heads)}
     others = [module for _, module in named if id(module) not in apart and module["weight"].ndim > 1]
     total = sum(array.nbytes for _, array in tree_flatten(model.parameters()))

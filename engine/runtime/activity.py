@@ -1,7 +1,7 @@
 """What the engine is doing, as values: requests under way, counters, blocks by holder, speed over time."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +93,7 @@ class Activity:
     rates: tuple[Rate, ...]
     second: int
     age: float = 0.0
-    steps: StepTotals = StepTotals()
+    steps: StepTotals = field(default_factory=StepTotals)
 
     @property
     def num_running(self) -> int:

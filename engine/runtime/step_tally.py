@@ -25,10 +25,12 @@ class StepTally:
     @classmethod
     def of_groups(cls, groups: Sequence[KVCacheGroup]) -> Self:
         """For a plan's groups: recurrent layers read no tokens back, sliding ones those of their window."""
-        return cls([
-            0 if group.recurrent else group.window if isinstance(group, SlidingWindowGroup) else None
-            for group in groups
-        ])
+        return cls(
+            [
+                0 if group.recurrent else group.window if isinstance(group, SlidingWindowGroup) else None
+                for group in groups
+            ]
+        )
 
     def add(self, step: Sequence[ScheduledRequest], submitted: float) -> None:
         """Count a ``step`` whose tokens are known now. Before them, the device may have been busy with another."""
