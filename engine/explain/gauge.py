@@ -45,18 +45,17 @@ class SpeedGauge:
         if self.device is None:
             try:
                 self.device = self._thread.call(self._measured)
+                self._know_model()
             except EngineClosedError:
                 self.missing = CLOSED
         return self.device
 
     def facts(self, plan: "MemoryPlan") -> SpeedFacts | None:
         """What the engine's speed follows from, asked of the model once; None where it is closed already."""
-        if self._model is None:
-            try:
-                self._model = self._thread.call(lambda engine: (_work(engine), describe_device().kind == "cpu"))
-            except EngineClosedError:
-                return None
-        work, on_cpu = self._model
+        try:
+            work, on_cpu = self._know_model()
+        except EngineClosedError:
+            return None
         blas = (choose_blas() or "") if on_cpu else ""
         return SpeedFacts(plan, work, self._paths, on_cpu, self._backend, blas, self._sampling_note, _load())
 
@@ -66,6 +65,11 @@ class SpeedGauge:
         if self.device is None or facts is None:
             return Speed(missing=self.missing)
         return running_speed(totals, facts, self.device)
+
+    def _know_model(self) -> tuple[ModelWork, bool]:
+        if self._model is None:
+            self._model = self._thread.call(lambda engine: (_work(engine), describe_device().kind == "cpu"))
+        return self._model
 
     def _measured(self, engine: "LLMEngine") -> DeviceSpeed | None:
         from engine.runner.device_speed import device_speed

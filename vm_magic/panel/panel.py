@@ -20,7 +20,7 @@ from vm_magic.state.session import Session
 
 logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 0.5
-MOVED = "the notebook uses another model now; %vllm_metal panel opens its panel"
+MOVED = "The notebook uses another model now. %vllm_metal panel opens the panel for it."
 
 
 class Panel:
@@ -120,7 +120,7 @@ class Panel:
                 # The thread ends here: it says so in the log and in the panel, which would otherwise just stand still.
                 logger.exception("the panel stopped")
                 with self._lock:
-                    self.head.value = bad(f"the panel stopped ({error}); %vllm_metal logs says more")
+                    self.head.value = bad(f"The panel stopped ({error}). %vllm_metal logs says more.")
                 return
             pause.wait(0.05)  # a moving slider wakes the thread often
 
@@ -138,9 +138,9 @@ def head_html(snapshot: PanelSnapshot) -> str:
     speed = sum(rate for rate in rates if rate is not None)
     port = snapshot.session.server
     parts = [
-        f"{activity.num_running} running, {activity.num_waiting} waiting",
-        f"{speed:.1f} tokens/s" if speed else "idle" if not activity.requests else "prefill",
-        f"{activity.stats.num_used_blocks} of {activity.stats.num_blocks} blocks used",
+        f"{activity.num_running:,} running, {activity.num_waiting:,} waiting",
+        f"{speed:,.1f} tokens/s" if speed else "idle" if not activity.requests else "reading a prompt",
+        f"{activity.stats.num_used_blocks:,} of {activity.stats.num_blocks:,} blocks used",
         f"port {port.port}" if port is not None else "port closed",
     ]
     return _head(snapshot.llm.args.names[0], parts)

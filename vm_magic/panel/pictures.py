@@ -66,11 +66,11 @@ def block_map_svg(blocks: BlockMap, palette: Palette) -> str:
         _path(kind, _fill(kind, strength, blocks, palette), places)
         for (kind, strength), places in sorted(cells.items())
     )
-    counts = f"{blocks.num_blocks} blocks of {blocks.block_size} tokens"
+    counts = f"{blocks.num_blocks:,} blocks of {blocks.block_size} tokens"
     if per_cell > 1:
-        counts += f", {per_cell} to a square"
+        counts += f", {per_cell:,} to a square"
     if num_shown < blocks.num_blocks:
-        counts += f"; the first {num_shown} shown, the rest is free"
+        counts += f"; the first {num_shown:,} shown, the rest is free"
     return (
         f'<svg class="vmp-blocks" role="img" aria-label="{counts}" viewBox="0 0 {width} {height}" '
         f'style="width:100%;max-width:{width}px;height:auto;display:block" data-cells="{num_cells}">{paths}</svg>'
@@ -147,7 +147,7 @@ def _legend(blocks: BlockMap, palette: Palette) -> str:
     ]
     shown = [entry for entry in entries if entry[2] or entry[0] == "free"]
     return "".join(
-        f'<span class="vmp-num">{swatch(colour)}{html.escape(name)} {count}</span>' for name, colour, count in shown
+        f'<span class="vmp-num">{swatch(colour)}{html.escape(name)} {count:,}</span>' for name, colour, count in shown
     )
 
 
@@ -175,13 +175,13 @@ def throughput_svg(activity: Rates) -> str:
     values = rates_per_second(activity)
     peak = max(values)
     if not peak:
-        return f"<div>{faint('no tokens in the last three minutes')}</div>"
+        return f"<div>{faint('No tokens in the last three minutes.')}</div>"
     step = _WIDTH / (len(values) - 1)
     points = " ".join(
         f"{index * step:.0f},{_HEIGHT - 2 - value / peak * (_HEIGHT - 8):.1f}" for index, value in enumerate(values)
     )
     colour = "var(--jp-brand-color1, #1976d2)"
-    label = f"peak {peak:.1f} tokens/s"
+    label = f"peak {peak:,.1f} tokens/s"
     return (
         f'<svg role="img" aria-label="generated tokens per second, {label}" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
         f'preserveAspectRatio="none" style="width:100%;max-width:960px;height:{_HEIGHT}px;display:block">'

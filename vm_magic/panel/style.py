@@ -12,7 +12,7 @@ _FAINT = "var(--jp-ui-font-color2, gray)"
 _LINE = "var(--jp-border-color2, rgba(128,128,128,.35))"
 SHEET = f"""<style>
 .{ROOT_CLASS} {{ border: 1px solid {_LINE}; border-radius: 8px; padding: 10px 12px; max-width: 980px;
-  color: {_TEXT}; font-size: 13px; overflow: visible; }}
+  color: {_TEXT}; font-size: 13px; overflow: visible; container: vmp / inline-size; width: 100%; box-sizing: border-box; }}
 .{ROOT_CLASS} .widget-html-content, .{ROOT_CLASS} .jupyter-widgets-html-content {{ line-height: 1.45; color: {_TEXT}; }}
 .{ROOT_CLASS} .vmp-head {{ display: flex; flex-wrap: wrap; gap: 4px 18px; align-items: baseline; }}
 .{ROOT_CLASS} .vmp-head b {{ font-size: 15px; }}
@@ -43,6 +43,26 @@ SHEET = f"""<style>
 .{ROOT_CLASS} code {{ color: {_TEXT}; background: transparent; font-family: var(--jp-code-font-family, monospace); }}
 .{ROOT_CLASS} h4 {{ margin: 12px 0 4px; font-size: 13px; }}
 .{ROOT_CLASS} .lm-TabBar-tab, .{ROOT_CLASS} .p-TabBar-tab {{ flex: 0 1 110px !important; min-width: 70px; }}
+.{ROOT_CLASS} .vmp-copied {{ display: inline-flex; gap: 8px; align-items: baseline; flex-wrap: wrap; }}
+.{ROOT_CLASS} .vmp-copied code {{ overflow-wrap: anywhere; }}
+.{ROOT_CLASS} .vmp-block {{ display: block; position: relative; }}
+.{ROOT_CLASS} .vmp-block pre {{ padding-right: 70px; }}
+.{ROOT_CLASS} .vmp-block .vmp-copy {{ position: absolute; top: 6px; right: 6px; }}
+.{ROOT_CLASS} .vmp-copy {{ font: inherit; font-size: 11px; line-height: 1.5; padding: 0 8px; cursor: pointer;
+  color: {_TEXT}; background: var(--jp-layout-color2, rgba(128,128,128,.15)); border: 1px solid {_LINE};
+  border-radius: 4px; }}
+.{ROOT_CLASS} .vmp-copy:hover {{ border-color: var(--jp-brand-color1, #1976d2); }}
+@container vmp (max-width: 640px) {{
+  .{ROOT_CLASS} .vmp-param {{ display: grid !important; grid-template-columns: minmax(0, 1fr) auto auto;
+    gap: 0 4px; margin-bottom: 4px; overflow: visible; }}
+  .{ROOT_CLASS} .vmp-param > :first-child {{ display: contents !important; }}
+  .{ROOT_CLASS} .vmp-param .widget-label {{ width: auto !important; text-align: left !important; grid-area: 1 / 1; }}
+  .{ROOT_CLASS} .vmp-param > .widget-button {{ grid-area: 1 / 2; }}
+  .{ROOT_CLASS} .vmp-param > .widget-html {{ grid-area: 1 / 3; width: auto !important; }}
+  .{ROOT_CLASS} .vmp-param .slider-container {{ grid-area: 2 / 1; margin: 0 8px; }}
+  .{ROOT_CLASS} .vmp-param .widget-readout {{ grid-area: 2 / 2 / auto / span 2; justify-self: end; }}
+  .{ROOT_CLASS} .vmp-param input {{ grid-area: 2 / 1 / auto / span 3; width: 100%; }}
+}}
 .{ROOT_CLASS} .widget-tab > .widget-tab-contents {{ padding: 10px 4px 2px; overflow: visible; }}
 </style>"""
 

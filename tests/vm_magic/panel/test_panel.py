@@ -86,12 +86,12 @@ def test_the_identity_moves_with_the_slider_and_the_engine_does_not(panel: Panel
     llm = current_session().require()
     show(panel, MEMORY)
     before, section = llm.plan, panel.memory
-    assert f'<div class="vmp-v">{before.num_blocks}</div>' in section.identity.value
+    assert f'<div class="vmp-v">{before.num_blocks:,}</div>' in section.identity.value
     section.fraction.value = 0.1
     expected = llm.what_if(fraction=0.1)
-    assert f'<div class="vmp-v">{expected.num_blocks}</div>' in section.identity.value
-    assert f"was {before.num_blocks}" in section.identity.value
-    assert f"<b>{expected.max_model_len_that_fits}</b>" in section.identity.value
+    assert f'<div class="vmp-v">{expected.num_blocks:,}</div>' in section.identity.value
+    assert f"was {before.num_blocks:,}" in section.identity.value
+    assert f"<b>{expected.max_model_len_that_fits:,}</b>" in section.identity.value
     assert llm.plan is before
     assert not section.apply.disabled
     section.undo.click()
@@ -109,7 +109,7 @@ def test_what_cannot_be_is_refused_beside_the_button(panel: Panel) -> None:
     assert "many" in section.verdict.value
     assert "is not a whole number" in section.verdict.value
     section.max_model_len.value = "256"
-    assert section.verdict.value == '<span class="vmp-faint">not applied yet</span>'
+    assert section.verdict.value == '<span class="vmp-faint">Not applied yet.</span>'
 
 
 def test_apply_hands_over_what_changed_and_a_refusal_says_what_fits(
@@ -139,11 +139,11 @@ def test_apply_replans_the_engine_while_a_request_runs_on(panel: Panel) -> None:
     before = llm.plan.num_blocks
     panel.memory.fraction.value = 0.01
     panel.memory.apply.click()
-    assert "applied: fraction=0.01" in panel.memory.verdict.value
+    assert "Applied: fraction=0.01" in panel.memory.verdict.value
     assert llm.plan.num_blocks < before
     assert llm.plan.num_blocks == llm.stats().num_blocks
     refreshed(panel, lambda: panel.memory.apply.disabled)
-    assert f'<div class="vmp-v">{llm.plan.num_blocks}</div>' in panel.memory.identity.value
+    assert f'<div class="vmp-v">{llm.plan.num_blocks:,}</div>' in panel.memory.identity.value
     assert len(stream.result().outputs[0].token_ids) == 100
 
 
@@ -314,7 +314,7 @@ def test_blocks_are_drawn_by_holder_and_binned_where_they_are_many(panel: Panel)
     (stream,) = running(llm, max_tokens=450)
     refreshed(panel, lambda: 'data-kind="0"' in panel.activity.blocks.value)
     drawn = panel.activity.blocks.value
-    assert f"{llm.plan.num_blocks} blocks of 16 tokens" in drawn
+    assert f"{llm.plan.num_blocks:,} blocks of 16 tokens" in drawn
     assert len(drawn) < 40_000
     stream.abort()
     refreshed(panel, lambda: 'data-kind="0"' not in panel.activity.blocks.value)
@@ -350,13 +350,13 @@ def test_the_line_of_throughput_has_its_peak_at_the_top_and_names_it() -> None:
     assert line.endswith(" 480,62.0")
     assert drawn.count("peak 15.0 tokens/s") == 2
     assert "3 minutes ago" in drawn
-    assert "no tokens in the last three minutes" in throughput_svg(Counted((Rate(99, 500, 0),), second=109))
+    assert "No tokens in the last three minutes." in throughput_svg(Counted((Rate(99, 500, 0),), second=109))
 
 
 def test_the_panel_draws_the_speed_of_what_runs(panel: Panel) -> None:
     llm = current_session().require()
     panel.refresh()
-    assert "no tokens in the last three minutes" in panel.activity.throughput.value
+    assert "No tokens in the last three minutes." in panel.activity.throughput.value
     (stream,) = running(llm, max_tokens=450)
     refreshed(panel, lambda: "peak" in panel.activity.throughput.value)
     stream.abort()
@@ -399,7 +399,7 @@ def test_the_port_is_opened_and_closed_and_the_key_shown_only_when_asked(
     panel.refresh()
     assert current_session().server is None
     assert server.api_key not in repr([widget.get_state() for widget in widgets_below(panel.widget)])
-    assert "the port is closed" in panel.server.address.value
+    assert "The port is closed." in panel.server.address.value
 
 
 # -- the whole -------------------------------------------------------------------------------------
