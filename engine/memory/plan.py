@@ -22,7 +22,7 @@ _GLYPHS: dict[PartKind, str] = {
 }  # fmt: skip
 _NAMES: dict[PartKind, str] = {
     "weights": "weights", "overhead": "overhead", "windows": "sliding windows", "states": "states",
-    "kv": "KV cache", "outside": "left alone",
+    "kv": "KV cache", "outside": "kept free",
 }  # fmt: skip
 _MOST_RANGES = 24
 """Characters of a list of layers."""
@@ -308,7 +308,7 @@ def _sums(plan: MemoryPlan) -> list[str]:
     for part in parts(plan)[:-1]:
         sign = "= " if part.kind == "kv" else "− "
         lines.append((_GLYPHS[part.kind], sign, part.name, exact_size(part.num_bytes), part.remark))
-    lines.append((_GLYPHS["outside"], "  ", "left alone", gb(plan.device_limit - plan.usable), parts(plan)[-1].remark))
+    lines.append((_GLYPHS["outside"], "  ", "kept free", gb(plan.device_limit - plan.usable), parts(plan)[-1].remark))
     return [
         f"{glyph or ' '} {sign}{name:<16}{value:>9}  {remark}".rstrip() for glyph, sign, name, value, remark in lines
     ]

@@ -10,9 +10,10 @@ import html
 _COPY = (
     "const b=this,e=b.closest('.vmp-copied').querySelector('[data-text]'),t=e.textContent,"
     "say=w=>{b.textContent=w;setTimeout(()=>{b.textContent='Copy'},1600)},"
-    "hand=()=>{const s=getSelection(),r=document.createRange();r.selectNodeContents(e);s.removeAllRanges();s.addRange(r);"
+    "hand=()=>{const s=getSelection(),r=document.createRange();r.selectNodeContents(e);"
+    "s.removeAllRanges();s.addRange(r);"
     "let ok=false;try{ok=document.execCommand('copy')}catch(x){}say(ok?'Copied':'Press Ctrl+C')};"
-    "navigator.clipboard&&navigator.clipboard.writeText?navigator.clipboard.writeText(t).then(()=>say('Copied'),hand):hand()"
+    "const c=navigator.clipboard;c&&c.writeText?c.writeText(t).then(()=>say('Copied'),hand):hand()"
 )
 
 

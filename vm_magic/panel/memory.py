@@ -201,8 +201,9 @@ def refusal(error: Exception) -> str:
 
 def _asked(plan: "MemoryPlan", name: str) -> int | str:
     """What was asked for under ``name``: a number, the model's own length included, or ``auto``."""
-    asked = getattr(plan.inputs, name)
-    return getattr(plan, name) if asked is None else asked
+    asked: int | str | None = getattr(plan.inputs, name)
+    own: int = getattr(plan, name)
+    return own if asked is None else asked
 
 
 def identity_html(plan: "MemoryPlan", current: "MemoryPlan") -> str:

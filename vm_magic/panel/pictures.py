@@ -14,6 +14,7 @@ from vm_magic.panel.style import COLOURS, SHARED_COLOUR, faint, swatch
 COLUMNS = 80
 MOST_CELLS = COLUMNS * 12
 CELL, GAP = 10, 2
+_LEGEND = "display:flex;flex-wrap:wrap;gap:2px 14px;margin-top:4px;font-variant-numeric:tabular-nums"
 WINDOW_SECONDS, BUCKET_SECONDS = 180, 3
 _WIDTH, _HEIGHT = 480, 64
 _FREE, _CACHED, _SHARED = "free", "cached", "shared"
@@ -74,7 +75,7 @@ def block_map_svg(blocks: BlockMap, palette: Palette) -> str:
     return (
         f'<svg class="vmp-blocks" role="img" aria-label="{counts}" viewBox="0 0 {width} {height}" '
         f'style="width:100%;max-width:{width}px;height:auto;display:block" data-cells="{num_cells}">{paths}</svg>'
-        f'<div class="vmp-legend">{_legend(blocks, palette)}{faint(counts)}</div>'
+        f'<div style="{_LEGEND}">{_legend(blocks, palette)}{faint(counts)}</div>'
     )
 
 
@@ -188,6 +189,6 @@ def throughput_svg(activity: Rates) -> str:
         f'<polygon points="0,{_HEIGHT} {points} {_WIDTH},{_HEIGHT}" style="fill:{colour}" fill-opacity=".15"/>'
         f'<polyline points="{points}" style="stroke:{colour}" fill="none" stroke-width="1.5" '
         f'vector-effect="non-scaling-stroke"/></svg>'
-        f'<div class="vmp-legend" style="max-width:960px">{faint(f"{WINDOW_SECONDS // 60} minutes ago")}'
+        f'<div style="{_LEGEND};max-width:960px">{faint(f"{WINDOW_SECONDS // 60} minutes ago")}'
         f'<span style="flex:1"></span>{faint(label)}<span style="flex:1"></span>{faint("now")}</div>'
     )

@@ -13,7 +13,6 @@ from vm_magic.panel.style import bad, faint
 from vm_magic.state.clients import CLIENTS, KEY_VARIABLE, Endpoint, snippets
 from vm_magic.state.session import Session
 
-
 CLOSED = "The port is closed. Start opens it for other programs on this machine."
 
 
@@ -58,7 +57,7 @@ class ServerSection(ClientsPart):
         buttons = [self.start, self.stop, self.show_key, self.message]
         self.widget = widgets.VBox(
             [
-                widgets.HBox(buttons, layout=widgets.Layout(align_items="center")),
+                widgets.HBox(buttons, layout=widgets.Layout(align_items="center", flex_flow="row wrap")),
                 self.address,
                 self.client,
                 self.snippet,

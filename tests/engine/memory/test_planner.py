@@ -232,7 +232,7 @@ def test_the_text_for_people_shows_every_part_and_every_group():
     plan = seed_plan(groups=[FULL, SLIDING, StateSpec((0, 1, 2, 5), state_bytes=10**6)])
     text = str(plan)
     assert plan.log_line() in text
-    for words in ("device", "51.54GB", "weights", "14.96GB", "sliding windows", "states", "KV cache", "left alone"):
+    for words in ("device", "51.54GB", "weights", "14.96GB", "sliding windows", "states", "KV cache", "kept free"):
         assert words in text
     assert f"{plan.num_blocks} blocks × 16 tokens = {plan.max_tokens_cached} tokens (65536 bytes a block)" in text
     assert "max_num_seqs" in text
@@ -415,7 +415,7 @@ def test_the_text_for_people_to_the_letter():
         "▞ − sliding windows  142.61MB  16 sequences × 8.52MB + 6.29MB for a step's tokens",
         "▒ − states            38.00MB  (16 sequences + 3 checkpoints) × 2.00MB",
         "░ = KV cache           8.16GB  83001 blocks × 16 tokens = 1328016 tokens (98304 bytes a block)",
-        "·   left alone         4.00GB  25% of the device, for everything else",
+        "·   kept free          4.00GB  25% of the device, for everything else",
         "",
         "max_model_len 8192: 16.00 requests of full length at once, 60.85MB each; longest that fits: 32768 (the whole "
         "context)",

@@ -17,7 +17,7 @@ from engine.errors import MemoryPlanError
 from engine.runtime.activity import Rate
 from tests.engine.test_live_settings import COUNTING, PROMPT, SLOW, wait_until
 from tests.vm_magic.helpers import line, shown
-from vm_magic.panel import close_panel, open_panel, panel_bundle, panel_line
+from vm_magic.panel import close_panel, open_panel, panel_line
 from vm_magic.panel.panel import Panel, widgets_below
 from vm_magic.panel.pictures import BUCKET_SECONDS, WINDOW_SECONDS, rates_per_second, throughput_svg
 from vm_magic.state.session import current_session
@@ -248,9 +248,39 @@ def test_a_front_ends_sums_of_steps_are_no_hand_and_are_rounded(panel: Panel) ->
     assert settings.layers()[-1] == ("set", {})
     slider.set_state({"value": 0.9400000000000002})
     assert settings.layers()[-1] == ("set", {"top_p": 0.94})
+
+
+def test_a_front_end_that_rounds_the_fraction_changes_nothing_and_a_typed_one_is_taken_as_typed(panel: Panel) -> None:
+    llm = current_session().require()
+    llm.replan(fraction=0.023)
     show(panel, MEMORY)
-    panel.memory.fraction.set_state({"value": panel.memory.fraction.value + 0.004})
-    assert panel.memory.apply.disabled
+    section = panel.memory
+    section.fraction.set_state({"value": 0.02})
+    assert section.apply.disabled
+    section.fraction.set_state({"value": 0.024})
+    assert section.verdict.value == '<span class="vmp-faint">Not applied yet.</span>'
+    assert f'<div class="vmp-v">{llm.what_if(fraction=0.024).num_blocks:,}</div>' in section.identity.value
+
+
+def test_boxes_left_to_the_plan_show_what_the_preview_makes_of_them(panel: Panel) -> None:
+    llm = current_session().require()
+    llm.replan(max_model_len="auto", max_num_seqs="auto")
+    show(panel, MEMORY)
+    section = panel.memory
+    assert (section.max_model_len.value, section.max_num_seqs.value) == ("", "")
+    section.fraction.value = 0.03
+    planned = llm.what_if(fraction=0.03)
+    assert section.max_num_seqs.placeholder == f"auto: {planned.max_num_seqs:,}"
+    assert section.max_model_len.placeholder == f"auto: {planned.max_model_len:,}"
+    assert f"max_model_len {planned.max_model_len:,};" in section.identity.value
+    section.max_model_len.value = "300"
+    assert section.wanted() == {"fraction": 0.03, "max_model_len": 300}
+    assert "max_model_len 300;" in section.identity.value
+    section.apply.click()
+    panel.refresh()
+    assert (section.max_model_len.value, llm.plan.max_model_len) == ("300", 300)
+    section.max_model_len.value = ""
+    assert section.wanted() == {"max_model_len": "auto"}
 
 
 def test_a_hand_on_the_slider_is_not_pushed_back(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,8 +475,9 @@ def test_a_line_says_what_is_set_where_there_is_no_front_end(
 ) -> None:
     llm = loaded_llm()
     line(engine_shell, "set temperature=0.2")
-    panel = open_panel()
-    assert panel_bundle(panel, current_session())["text/plain"] == panel_line(current_session())
+    line(engine_shell, "panel")
+    widget = engine_shell.display_pub.outputs[-2]["data"]
+    assert widget["text/plain"] == panel_line(current_session())
     monkeypatch.setattr("vm_magic.commands.panel.can_update", lambda shell: False)
     capsys.readouterr()
     line(engine_shell, "panel")
@@ -460,7 +491,7 @@ def test_it_follows_another_model_and_none(engine_shell: Any, loaded_llm: Callab
     panel = open_panel()
     for section in range(4):
         show(panel, section)
-    assert "no model is loaded" in panel.head.value
+    assert "No model is loaded" in panel.head.value
     llm = loaded_llm()
     for section in range(4):
         show(panel, section)
@@ -469,7 +500,7 @@ def test_it_follows_another_model_and_none(engine_shell: Any, loaded_llm: Callab
     llm.close()
     for section in range(4):
         show(panel, section)
-    assert "no model is loaded" in panel.head.value
+    assert "No model is loaded" in panel.head.value
 
 
 def num_observers(panel: Panel) -> int:
