@@ -224,16 +224,18 @@ def costliest_first(reasons: Sequence[Reason]) -> list[Reason]:
 
 def rate_text(bytes_per_second: float) -> str:
     """``31.2 GB/s``, ``3.98 TB/s``."""
-    if bytes_per_second >= 1e12:
-        return f"{bytes_per_second / 1e12:.2f} TB/s"
-    return f"{bytes_per_second / 1e9:.3g} GB/s"
+    return _scaled(bytes_per_second, "B/s")
 
 
 def flops_text(flops_per_second: float) -> str:
     """``345 GFLOP/s``, ``690 TFLOP/s``."""
-    if flops_per_second >= 1e12:
-        return f"{flops_per_second / 1e12:.3g} TFLOP/s"
-    return f"{flops_per_second / 1e9:.3g} GFLOP/s"
+    return _scaled(flops_per_second, "FLOP/s")
+
+
+def _scaled(value: float, unit: str) -> str:
+    """Three digits."""
+    scale, letter = next((one for one in ((1e12, "T"), (1e9, "G")) if value >= one[0]), (1e6, "M"))
+    return f"{value / scale:.3g} {letter}{unit}"
 
 
 def share_text(share: float) -> str:
@@ -243,4 +245,6 @@ def share_text(share: float) -> str:
 
 def ms(seconds: float) -> str:
     """``32 ms``, ``1.25 s``."""
+    if seconds < 1e-5:
+        return "0 ms"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -16,7 +16,7 @@ from engine import LLM, SamplingParams
 from engine.errors import MemoryPlanError
 from engine.runtime.activity import Rate
 from tests.engine.test_live_settings import COUNTING, PROMPT, SLOW, wait_until
-from tests.vm_magic.helpers import line, shown
+from tests.vm_magic.helpers import line
 from vm_magic.panel import close_panel, open_panel, panel_line
 from vm_magic.panel.panel import Panel, widgets_below
 from vm_magic.panel.pictures import BUCKET_SECONDS, WINDOW_SECONDS, rates_per_second, throughput_svg
@@ -465,9 +465,9 @@ def test_nothing_is_sent_when_nothing_changed(panel: Panel, monkeypatch: pytest.
 def test_it_is_one_panel_however_often_it_is_shown(engine_shell: Any, loaded_llm: Callable[..., LLM]) -> None:
     loaded_llm()
     line(engine_shell, "panel")
-    first = shown(engine_shell)["application/vnd.jupyter.widget-view+json"]["model_id"]
+    first = engine_shell.display_pub.outputs[-2]["data"]["application/vnd.jupyter.widget-view+json"]["model_id"]
     line(engine_shell, "panel")
-    assert shown(engine_shell)["application/vnd.jupyter.widget-view+json"]["model_id"] == first
+    assert engine_shell.display_pub.outputs[-2]["data"]["application/vnd.jupyter.widget-view+json"]["model_id"] == first
 
 
 def test_a_line_says_what_is_set_where_there_is_no_front_end(
