@@ -60,6 +60,13 @@ class StepTotals(NamedTuple):
         return StepTotals(**differences)
 
 
+@dataclass(eq=False, slots=True)
+class StepMark:
+    """The engine's steps up to the last that some requests were in together; it moves while they go on."""
+
+    totals: StepTotals
+
+
 @dataclass(slots=True)
 class RequestMetrics:
     """Monotonic times in seconds (``time.monotonic``) and counts of one request."""
@@ -74,7 +81,7 @@ class RequestMetrics:
     """The engine's steps before the first that this request was in."""
     steps_first: StepTotals | None = None
     """… and up to that of its first token,"""
-    steps_last: StepTotals | None = None
+    steps: StepMark | None = None
     """… and up to the last that it was in."""
 
     @property
@@ -86,6 +93,11 @@ class RequestMetrics:
     def queue_time(self) -> float | None:
         """Seconds spent waiting before the first schedule."""
         return None if self.scheduled_time is None else self.scheduled_time - self.arrival_time
+
+    @property
+    def steps_last(self) -> StepTotals | None:
+        """The engine's steps up to the last that this request was in, so far."""
+        return None if self.steps is None else self.steps.totals
 
     def decode_rate(self, num_tokens: int) -> float | None:
         """Tokens per second after the first token."""

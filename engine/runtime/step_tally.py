@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 from engine.core.cache_groups import KVCacheGroup, SlidingWindowGroup
+from engine.core.request import Request
 from engine.core.step import ScheduledRequest
-from engine.outputs import StepTotals
+from engine.outputs import StepMark, StepTotals
 
 
 class StepTally:
@@ -21,6 +22,8 @@ class StepTally:
         self._ended = 0.0
         nothing = (0,) * len(self._windows)
         self.totals = StepTotals(context=nothing, pairs=nothing)
+        self._decoding: tuple[Request, ...] = ()
+        self._mark = StepMark(self.totals)
 
     @classmethod
     def of_groups(cls, groups: Sequence[KVCacheGroup]) -> Self:
@@ -37,29 +40,39 @@ class StepTally:
         now = self._clock()
         seconds = now - max(submitted, self._ended)
         self._ended = now
-        before = self.totals
-        is_decode = all(scheduled.num_tokens == 1 for scheduled in step)
-        after = self.totals = (self._with_decode if is_decode else self._with_prompts)(before, step, seconds)
+        requests, starts, counts, _, samples, *_ = zip(*step, strict=True)
+        before, is_decode = self.totals, max(counts) == 1
+        if is_decode:
+            self.totals = self._with_decode(before, starts, seconds)
+        else:
+            self.totals = self._with_prompts(before, step, seconds)
+        if is_decode and requests == self._decoding:  # as in most steps: nothing to do for each of them
+            self._mark.totals = self.totals
+            return
+        self._decoding = requests if is_decode and all(samples) else ()
+        self._mark = StepMark(self.totals)
         for scheduled in step:
-            request = scheduled.request
-            if request.finished:
-                continue
-            metrics = request.metrics
-            if metrics.steps_before is None:
-                metrics.steps_before = before
-            if scheduled.samples and not request.output_token_ids:
-                metrics.steps_first = after
-            metrics.steps_last = after
+            self._note(scheduled, before)
 
-    def _with_decode(self, before: StepTotals, step: Sequence[ScheduledRequest], seconds: float) -> StepTotals:
-        ends = [scheduled.start + 1 for scheduled in step]
+    def _note(self, scheduled: ScheduledRequest, before: StepTotals) -> None:
+        """Mark a request that was not in the step before with those that are in this one."""
+        request = scheduled.request
+        if request.finished:
+            return
+        metrics = request.metrics
+        if metrics.steps_before is None:
+            metrics.steps_before = before
+        if scheduled.samples and not request.output_token_ids:
+            metrics.steps_first = self.totals
+        metrics.steps = self._mark
+
+    def _with_decode(self, before: StepTotals, starts: Sequence[int], seconds: float) -> StepTotals:
         return before._replace(
             decodes=before.decodes + 1,
             decode_seconds=before.decode_seconds + seconds,
-            rows=before.rows + len(ends),
+            rows=before.rows + len(starts),
             context=tuple(
-                known + (sum(ends) if window is None else sum(min(end, window) for end in ends) if window else 0)
-                for known, window in zip(before.context, self._windows, strict=True)
+                known + _seen(starts, window) for known, window in zip(before.context, self._windows, strict=True)
             ),
         )
 
@@ -76,6 +89,13 @@ class StepTally:
             mixed=before.mixed + mixed,
             mixed_seconds=before.mixed_seconds + seconds * mixed,
         )
+
+
+def _seen(starts: Sequence[int], window: int | None) -> int:
+    """How many tokens the tokens at ``starts`` attend to in all."""
+    if window is None or max(starts) < window:
+        return sum(starts) + len(starts)
+    return sum(min(start + 1, window) for start in starts)
 
 
 def attended(start: int, end: int, window: int | None) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
+from engine.explain.gauge import NOT_MEASURED
 from engine.explain.speed import Speed
 from engine.outputs import StepTotals
 from engine.runtime.activity import Activity
@@ -59,7 +60,7 @@ class SpeedLine:
             self._latest = llm.gauge.running(between, llm.plan)
         self.measure.layout.display = "none" if is_known else ""
         if not is_known and self.measure.disabled is False:
-            self.text.value = faint(ASK)
+            self.text.value = faint(ASK if llm.gauge.missing == NOT_MEASURED else llm.gauge.missing)
         elif is_known:
             self._show(self._latest)
 

@@ -14,7 +14,7 @@ from engine.explain.request_speed import RequestFacts, request_speed, sampling_r
 from engine.explain.speed import Reason, Speed, SpeedFacts, costliest_first, running_speed
 from engine.memory.cache_spec import FullAttentionSpec
 from engine.memory.roofline import DeviceSpeed, ModelWork
-from engine.outputs import RequestMetrics, StepTotals
+from engine.outputs import RequestMetrics, StepMark, StepTotals
 from engine.params.structured_outputs import Constraints, StructuredOutput
 from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath
 from tests.conftest import TinyModelDir
@@ -35,7 +35,7 @@ LAST = FIRST._replace(decodes=99, decode_seconds=9.9 / 4, rows=99, context=(54_4
 
 def metrics(**given: Any) -> RequestMetrics:
     times = {"arrival_time": 0.0, "scheduled_time": 0.0, "first_token_time": 0.1, "last_token_time": 2.6}
-    steps = {"steps_before": StepTotals(), "steps_first": FIRST, "steps_last": LAST}
+    steps = {"steps_before": StepTotals(), "steps_first": FIRST, "steps": StepMark(given.pop("steps_last", LAST))}
     return RequestMetrics(**{**times, **steps, **given})
 
 

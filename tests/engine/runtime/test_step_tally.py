@@ -42,6 +42,22 @@ def test_a_prompt_then_decodes_are_told_apart_and_marked() -> None:
     assert metrics.steps_last.decodes == 1
 
 
+def test_a_prompt_in_chunks_has_its_first_token_with_the_last_of_them() -> None:
+    tally = StepTally([None], clock=lambda: 1.0)
+    one = request(10)
+    for start, num_tokens in ((0, 4), (4, 4), (8, 1)):
+        tally.add([part(one, start, num_tokens, samples=False)], submitted=0.5)
+        assert one.metrics.steps_first is None
+    tally.add([part(one, 9, 1)], submitted=0.5)
+    assert one.metrics.steps_first is tally.totals
+    first = tally.totals
+    one.append_output_token(3)
+    for place in (10, 11, 12):
+        tally.add([part(one, place, 1)], submitted=0.5)
+    assert (one.metrics.steps_first, one.metrics.steps_last) == (first, tally.totals)
+    assert tally.totals.since(first).decodes == 3
+
+
 def test_a_step_with_a_prompt_and_a_reply_is_mixed_and_a_request_that_is_over_keeps_its_marks() -> None:
     tally = StepTally([None], clock=lambda: 1.0)
     replies, asks = request(3), request(5)
@@ -51,5 +67,11 @@ def test_a_step_with_a_prompt_and_a_reply_is_mixed_and_a_request_that_is_over_ke
     assert asks.metrics.steps_first is None
     kept = replies.metrics.steps_last
     replies.status = type(replies.status).FINISHED_LENGTH
-    tally.add([part(replies, 4, 1)], submitted=1.0)
+    tally.add([part(asks, 4, 1)], submitted=1.0)
     assert replies.metrics.steps_last is kept
+    assert asks.metrics.steps_first is tally.totals, "a prompt whose last token is a step of its own"
+    asks.append_output_token(1)
+    for place in range(5, 8):
+        tally.add([part(asks, place, 1)], submitted=1.0)
+    assert asks.metrics.steps_last is tally.totals
+    assert tally.totals.decodes == 4
