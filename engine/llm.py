@@ -18,6 +18,7 @@ from engine.chat.request import ChatPreparer, ChatRequest, Message, PreparedRequ
 from engine.core.request import TRACELESS
 from engine.errors import RequestError
 from engine.explain.explainer import Explainer, Explanation
+from engine.explain.gauge import SpeedGauge
 from engine.explain.request_log import RequestLog
 from engine.models.resolve import resolve
 from engine.outputs import CompletionDelta, RequestOutput
@@ -106,6 +107,7 @@ class LLM:
         )
         more = (found.parsers.note, self.defaults.note(), self._requests.structured_outputs.note)
         self.notes = [*built.notes, *filter(None, more)]
+        self.gauge = SpeedGauge(self._thread, self.args, self.attention_paths, self.notes)
         self._activity = SnapshotPoller(self._thread, snapshot_activity)
         self._blocks = SnapshotPoller(self._thread, snapshot_blocks)
         follow = weakref.WeakMethod(self._follow_settings)
@@ -454,8 +456,10 @@ class LLM:
     def explain(self, count: int = 1) -> Explanation:
         """Why the last request went as it did, whoever sent it; ``count`` 2 is the one before, and so on.
 
-        Raises RequestError if no such request is remembered (the latest 32 are).
+        Measures the device, once and while no request runs. Raises RequestError if no such request is remembered (the
+        latest 32 are).
         """
+        self.gauge.measure()
         explainer = Explainer.of_model(
             self.request_log,
             self.tokenizer,
@@ -464,6 +468,7 @@ class LLM:
             eos_token_ids=self._requests.eos_token_ids,
             caching_wanted=self.args.enable_prefix_caching,
             reuses_prefixes=self._reuses_prefixes,
+            gauge=self.gauge,
         )
         return explainer.explain_latest(count)
 

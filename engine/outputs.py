@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 FinishReason = str
 """``"stop"``, ``"length"``, ``"abort"``, ``"error"`` or ``"repetition"``; for chats also ``"tool_calls"``."""
@@ -28,6 +28,45 @@ LogprobsAtPosition = dict[int, Logprob]
 """Token id -> :class:`Logprob`; the sampled token comes first, then the most likely ones."""
 
 
+class StepTotals(NamedTuple):
+    """What the engine's steps did since the model was loaded: sums, so that two of them differ by what lies between.
+
+    Steps that compute one token of each of their requests are *decodes*, the others *prompts*; of these, *mixed* ones
+    computed tokens of replies too. ``context`` counts, by group of the plan, the tokens whose keys and values the
+    decodes' rows read, ``pairs`` the same for the prompts' rows. Seconds are those until the step's tokens were known,
+    and not those between steps.
+    """
+
+    decodes: int = 0
+    decode_seconds: float = 0.0
+    rows: int = 0
+    context: tuple[int, ...] = ()
+    prompts: int = 0
+    prompt_seconds: float = 0.0
+    prompt_tokens: int = 0
+    pairs: tuple[int, ...] = ()
+    mixed: int = 0
+    mixed_seconds: float = 0.0
+
+    def since(self, before: "StepTotals") -> "StepTotals":
+        """What came after ``before``."""
+        differences: dict[str, Any] = {}
+        for name in self._fields:
+            now, then = getattr(self, name), getattr(before, name)
+            if isinstance(now, tuple):
+                differences[name] = tuple(a - b for a, b in zip(now, then or (0,) * len(now), strict=True))
+            else:
+                differences[name] = now - then
+        return StepTotals(**differences)
+
+
+@dataclass(eq=False, slots=True)
+class StepMark:
+    """The engine's steps up to the last that some requests were in together; it moves while they go on."""
+
+    totals: StepTotals
+
+
 @dataclass(slots=True)
 class RequestMetrics:
     """Monotonic times in seconds (``time.monotonic``) and counts of one request."""
@@ -38,6 +77,12 @@ class RequestMetrics:
     last_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    steps_before: StepTotals | None = None
+    """The engine's steps before the first that this request was in."""
+    steps_first: StepTotals | None = None
+    """… and up to that of its first token,"""
+    steps: StepMark | None = None
+    """… and up to the last that it was in."""
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -48,6 +93,11 @@ class RequestMetrics:
     def queue_time(self) -> float | None:
         """Seconds spent waiting before the first schedule."""
         return None if self.scheduled_time is None else self.scheduled_time - self.arrival_time
+
+    @property
+    def steps_last(self) -> StepTotals | None:
+        """The engine's steps up to the last that this request was in, so far."""
+        return None if self.steps is None else self.steps.totals
 
     def decode_rate(self, num_tokens: int) -> float | None:
         """Tokens per second after the first token."""

@@ -19,15 +19,22 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "bench-results"
-GPU_RESULTS = HERE.parent / "tests" / "benchmarks" / "results"
+KEPT_RESULTS = HERE.parent / "tests" / "benchmarks" / "results"
+"""Runs that were measured before: ``gpu-*.json``, ``cpu-*.json``, and a README that says more."""
 HELP_COLUMNS = "80"
 STYLE = """\
-div.cell_input pre, div.cell_output pre, div.highlight-text pre { white-space: pre-wrap; }
+article pre { white-space: pre-wrap !important; overflow-wrap: anywhere; word-break: normal; }
+div.highlight-text pre { font-size: 12px; }
 div.cell_output .text_html, div.cell_output .text_html > div { overflow-x: auto; }
 div.cell_output .text_html table { font-size: 12px !important; }
 div.cell_output .text_html :is(td, th) { padding-right: 8px !important; white-space: normal !important; }
+@media (max-width: 600px) {
+  article table.table { font-size: 12px; }
+  article table.table :is(td, th) { padding: 4px 5px; }
+  article table.table code { white-space: normal; overflow-wrap: anywhere; }
+}
 """
-"""Long lines wrap, and a plan's table fits between the columns of links, or scrolls."""
+"""Long lines wrap, 80 columns of help fit, and a table fits between the columns of links or on a phone, or scrolls."""
 ENVIRONMENT = {
     "VLLM_METAL_MEMORY_FRACTION": "as `--gpu-memory-utilization`: `auto` (0.90) or a number in (0, 1]",
     "VLLM_METAL_USE_PAGED_ATTENTION": "`0` takes mlx-lm's own contiguous caches instead of pages",
@@ -125,21 +132,36 @@ def escaped(text: str) -> str:
     return "".join(f"\\{char}" if char in "<>*_`[]$" else char for char in text)
 
 
-def benchmarks_page(results: Path = RESULTS, gpu_results: Path = GPU_RESULTS) -> str:
-    """The latest runs of ``make bench`` and of the GPU's part: machine, versions, settings and tables."""
+def benchmarks_page(results: Path = RESULTS, kept: Path = KEPT_RESULTS) -> str:
+    """The latest runs of ``make bench`` and of the GPU's part: machine, versions, settings and tables.
+
+    Where ``make bench`` did not run, the run that was kept, or what ``kept`` says of a CPU.
+    """
     intro = (
         "# Speed, measured\n\n`make bench` runs this engine and mlx-lm on the same weights, element type and BLAS, "
         "taking turns in one process, so that whatever else the machine does hits both alike.\n\n"
     )
     runs = sorted(results.glob("*.json"))
-    gpu_runs = sorted(gpu_results.glob("gpu-*.json"))
-    here = (
-        "\n".join(run_text(_read(runs[-1])))
-        if runs
-        else "This copy of the manual was built where nothing had been measured yet: run `make bench`, then "
-        "`make manual`.\n"
+    gpu_runs = sorted(kept.glob("gpu-*.json"))
+    parts = ["## On this machine\n", *run_text(_read(runs[-1]))] if runs else list(_kept_text(kept))
+    parts += gpu_text(gpu_runs[-1]) if gpu_runs else []
+    return intro + "\n".join(parts)
+
+
+def _kept_text(kept: Path) -> Iterator[str]:
+    """What was measured on a CPU elsewhere: the latest run that was kept, else in words."""
+    yield (
+        "Where this copy of the manual was built nothing had been measured: `make bench`, then `make manual` show that "
+        "machine here. Until then, another one's:\n"
     )
-    return intro + here + ("\n" + "\n".join(gpu_text(gpu_runs[-1])) if gpu_runs else "")
+    runs = sorted(kept.glob("cpu-*.json"))
+    if runs:
+        yield "## On a CPU\n"
+        yield from run_text(_read(runs[-1]))
+        return
+    said = (kept / "README.md").read_text(encoding="utf-8") if (kept / "README.md").is_file() else ""
+    _, title, text = said.partition("## On a CPU\n")
+    yield title + text
 
 
 def _read(run: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from engine.core.request import TRACELESS
 from engine.errors import ConfigError
+from engine.memory.roofline import decode_reached, prompt_reached
+from engine.outputs import RequestOutput, StepTotals
 from engine.params.sampling_params import SamplingParams
 from engine.runner.kv.attention_path import AttentionPath
 from engine.runner.kv.attention_path import describe as describe_attention
@@ -39,6 +41,7 @@ class Benched(Protocol):
     plan: Any
     args: Any
     attention_paths: tuple[AttentionPath, ...]
+    gauge: Any
 
     def submit_prompt(
         self, prompt: str | Sequence[int], params: SamplingParams, *, cache_salt: str | None
@@ -53,7 +56,8 @@ class Benched(Protocol):
 class BenchRow:
     """One measurement. Rates are in tokens per second; ``tokens_per_second`` is that of the whole batch.
 
-    ``seconds_to_first_token`` is the median over repeats or over the batch.
+    ``seconds_to_first_token`` is the median over repeats or over the batch. ``share``: of the device's best, as
+    measured before, by bytes of memory (decodes) or by what bounds a prompt; None where that is not known.
     """
 
     case: str
@@ -62,6 +66,7 @@ class BenchRow:
     seconds_to_first_token: float
     tokens_per_second: float
     tokens: int
+    share: float | None = None
 
     @property
     def per_request(self) -> float:
@@ -120,6 +125,8 @@ class Bench:
         """Measure; however it is left, its requests are ended."""
         self._deadline = time.monotonic() + self._seconds
         self._first_tokens([self._prompt(DECODE_PROMPT)])
+        if self._llm.gauge.measure() is None:
+            self.result.notes.append(f"shares of the device's best are left out: {self._llm.gauge.missing}")
         for row in itertools.chain(self._prefill(), self._decode()):
             self.result.rows.append(row)
             yield row
@@ -134,12 +141,12 @@ class Bench:
             if rate and time.monotonic() + length / rate > end:
                 self.result.notes.append(f"prompts from {length} tokens on are left out: more --seconds measure them")
                 return
-            times = [self._first_tokens([self._prompt(length)])[0]]
-            while len(times) < _REPEATS and time.monotonic() + times[0] < end:
-                times += self._first_tokens([self._prompt(length)])
-            typical = statistics.median(times)
+            measured = [self._first_tokens([self._prompt(length)])[0]]
+            while len(measured) < _REPEATS and time.monotonic() + measured[0][0] < end:
+                measured += self._first_tokens([self._prompt(length)])
+            typical, output = sorted(measured, key=lambda one: one[0])[len(measured) // 2]
             rate = length / typical
-            yield BenchRow("prefill", length, 1, typical, rate, length * len(times))
+            yield BenchRow("prefill", length, 1, typical, rate, length * len(measured), self._share([output]))
 
     def _decode(self) -> Iterator[BenchRow]:
         begin, left = time.monotonic(), self._deadline - time.monotonic()
@@ -170,12 +177,29 @@ class Bench:
         if len(known) < batch:
             return None
         firsts = [out.metrics.time_to_first_token or 0.0 for out in outputs if out.metrics]
-        return BenchRow("decode", DECODE_PROMPT, batch, statistics.median(firsts), sum(known), sum(counts))
+        first = statistics.median(firsts)
+        return BenchRow("decode", DECODE_PROMPT, batch, first, sum(known), sum(counts), self._share(outputs))
 
-    def _first_tokens(self, prompts: list[list[int]]) -> list[float]:
+    def _share(self, outputs: Sequence[RequestOutput]) -> float | None:
+        """Of the device's best: what the steps reached between the last first token and the first last one, or, of a
+        prompt alone, up to its token."""
+        device, facts = self._llm.gauge.device, self._llm.gauge.facts(self._llm.plan)
+        marks = [output.metrics for output in outputs if output.metrics is not None]
+        if device is None or facts is None or not marks:
+            return None
+        first = max((one.steps_first or StepTotals() for one in marks), key=lambda totals: totals.prompts)
+        last = min((one.steps_last or StepTotals() for one in marks), key=lambda totals: totals.decodes)
+        groups = self._llm.plan.groups
+        reached = decode_reached(last.since(first), facts.work, groups, device)
+        if reached is None and len(marks) == 1 and marks[0].steps_before is not None:
+            reached = prompt_reached(first.since(marks[0].steps_before), facts.work, groups, device)
+        return None if reached is None else reached.share
+
+    def _first_tokens(self, prompts: list[list[int]]) -> list[tuple[float, RequestOutput]]:
+        """Seconds to each prompt's first token, and what came of it."""
         streams = self._submit(prompts, 1)
         self._wait(streams, None)
-        return [stream.metrics.time_to_first_token or 0.0 for stream in streams]
+        return [(stream.metrics.time_to_first_token or 0.0, stream.snapshot()) for stream in streams]
 
     def _submit(self, prompts: list[list[int]], max_tokens: int) -> list[RequestStream]:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)

@@ -7,8 +7,12 @@ from typing import Any, Self
 
 from engine.chat.reply import read_whole
 from engine.errors import RequestError
+from engine.explain.gauge import NOT_MEASURED, SpeedGauge
 from engine.explain.request_log import RequestLog, RequestRecord, common_prefix
+from engine.explain.request_speed import RequestFacts, request_speed, thought_share
+from engine.explain.speed import Speed, SpeedFacts
 from engine.memory.plan import MemoryPlan
+from engine.memory.roofline import DeviceSpeed
 from engine.params.sampling_params import COMMON, CONSTRAINTS, SamplingParams
 from engine.params.structured_outputs import Constraints, ToolCalls
 from engine.runner.kv.attention_path import AttentionPath, describe
@@ -90,6 +94,8 @@ class Explanation:
     error: str | None
     notes: tuple[str, ...] = ()
     """What was left out of the request, or read otherwise than it says."""
+    speed: Speed = dataclasses.field(default_factory=Speed)
+    """How near its steps came to the device's best, and why not nearer."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,7 @@ class Explainer:
 
     ``decode`` keeps special tokens. ``no_caching`` says why nothing is ever cached, or is empty. ``recurrent``: some
     layers have a state, which is reused only where a checkpoint of it was kept. ``attention``: what reads their caches.
+    ``device`` is None where it was not measured, for the reason in ``not_measured``.
     """
 
     log: RequestLog
@@ -108,6 +115,9 @@ class Explainer:
     no_caching: str = ""
     recurrent: bool = False
     attention: str = ""
+    speed_facts: SpeedFacts | None = None
+    device: DeviceSpeed | None = None
+    not_measured: str = NOT_MEASURED
 
     @classmethod
     def of_model(
@@ -120,6 +130,7 @@ class Explainer:
         eos_token_ids: frozenset[int],
         caching_wanted: bool,
         reuses_prefixes: bool,
+        gauge: SpeedGauge,
     ) -> Self:
         """``caching_wanted`` is what the flag says, ``reuses_prefixes`` whether the engine does."""
         why = "prefix caching is off (--no-enable-prefix-caching)"
@@ -134,6 +145,9 @@ class Explainer:
             no_caching="" if reuses_prefixes else why,
             recurrent=any(group.recurrent for group in plan.groups),
             attention=describe(attention_paths),
+            speed_facts=gauge.facts(plan),
+            device=gauge.device,
+            not_measured=gauge.missing,
         )
 
     def explain_latest(self, count: int = 1) -> Explanation:
@@ -154,6 +168,8 @@ class Explainer:
         outcome = record.outcome
         metrics = outcome.metrics
         scheduled, first, last = metrics.scheduled_time, metrics.first_token_time, metrics.last_token_time
+        hit = self._cache_hit(record)
+        outputs = tuple(self._output(record, i) for i in range(len(outcome.completions)))
         return Explanation(
             number=record.number,
             request_id=record.request_id,
@@ -163,9 +179,9 @@ class Explainer:
             sampling=tuple(sampling_values(record.params, record.max_tokens)),
             thinking=tuple(thinking_values(record)),
             constraints=tuple(constraint_lines(record.constraints)),
-            cache=self._cache_hit(record),
+            cache=hit,
             attention=self.attention,
-            outputs=tuple(self._output(record, i) for i in range(len(outcome.completions))),
+            outputs=outputs,
             queue_time=metrics.queue_time,
             prefill_time=None if first is None or scheduled is None else first - scheduled,
             decode_time=None if first is None or last is None else last - first,
@@ -173,7 +189,18 @@ class Explainer:
             finished=outcome.finished,
             error=outcome.error,
             notes=(*record.account.notes, *grammar_notes(record.constraints)),
+            speed=self._speed(record, hit, outputs),
         )
+
+    def _speed(self, record: RequestRecord, hit: CacheHit, outputs: Sequence[Output]) -> Speed:
+        facts = RequestFacts(
+            hit.num_cached_tokens,
+            hit.num_shared_tokens,
+            hit.nearest,
+            self.no_caching,
+            thought_share([(output.reasoning, output.content) for output in outputs]),
+        )
+        return request_speed(record, facts, self.speed_facts, self.device, self.not_measured)
 
     def _output(self, record: RequestRecord, index: int) -> Output:
         completion = record.outcome.completions[index]

@@ -1,11 +1,12 @@
 """What the engine is doing, as values: requests under way, counters, blocks by holder, speed over time."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.outputs import StepTotals
 from engine.params.sampling_params import SamplingParams
 
 FREE, CACHED, SHARED = -1, -2, -3
@@ -84,6 +85,7 @@ class Activity:
 
     ``rates`` has an entry per second with tokens, oldest first; ``second`` is the clock's now. ``age`` is the time in
     seconds since it was taken: not 0 where a step took long when it was asked for, and never more than that step.
+    ``steps``: what all steps since the model was loaded did.
     """
 
     requests: tuple[RequestActivity, ...]
@@ -91,6 +93,7 @@ class Activity:
     rates: tuple[Rate, ...]
     second: int
     age: float = 0.0
+    steps: StepTotals = field(default_factory=StepTotals)
 
     @property
     def num_running(self) -> int:

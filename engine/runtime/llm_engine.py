@@ -16,6 +16,7 @@ from engine.params.sampling_params import SamplingParams
 from engine.runner.model_runner import InFlightStep, ModelRunner, PromptLogprobs, SampledToken, StepResult
 from engine.runtime.activity import EngineStats, Throughput
 from engine.runtime.metrics import EngineMetrics
+from engine.runtime.step_tally import StepTally
 from engine.runtime.stream import RequestStream, wake_all
 from engine.text.tokens.detokenizer import Detokenizer
 
@@ -103,6 +104,7 @@ class LLMEngine:
         """Time of the token before -> how many tokens of this step follow one of then."""
         self._live: LiveSampling | None = None
         self.throughput = Throughput()
+        self.tally = StepTally.of_groups(scheduler.kv.groups)
         self._step_prompt_tokens = 0
 
     @property
@@ -216,6 +218,7 @@ class LLMEngine:
         if last is not None:
             self._suspects = last.scheduled_requests
             result = last.read(self._token_text)
+            self.tally.add(last.scheduled_requests, last.submitted)
             if any(scheduled.num_tokens > 1 for scheduled in last.scheduled_requests):
                 self._chunk_seconds = time.monotonic() - last.submitted
             self._hand_out(result)

@@ -94,6 +94,7 @@ def snapshot_activity(engine: LLMEngine) -> Activity:
         stats=engine.stats(),
         rates=engine.throughput.recent(now),
         second=int(now),
+        steps=engine.tally.totals,
     )
 
 

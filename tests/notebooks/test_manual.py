@@ -123,6 +123,34 @@ def test_the_benchmark_page_is_a_table_of_the_latest_run(tmp_path: Path) -> None
     assert "A\\|B, 2 cores, 16 GB" in page
 
 
+def test_without_a_run_here_the_kept_one_is_shown_with_its_machine(tmp_path: Path) -> None:
+    nothing_here = manual.benchmarks_page(tmp_path)
+    assert "make bench" in nothing_here
+    assert "## On a CPU" in nothing_here
+    assert "EPYC" in nothing_here
+    assert "## On a GPU" in nothing_here
+    machine = {
+        "date": "2026-01-02T03:04:05", "commit": "0123456789abcdef", "processor": "Another one", "cores": 2, "gpu": "",
+        "memory_bytes": 16e9, "system": "Linux", "python": "3.11", "packages": {"mlx": "1"},
+    }  # fmt: skip
+    run = {"machine": machine, "settings": {"repeats": 3, "warmup": 1}, "cases": []}
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "cpu-2026-01-02.json").write_text(json.dumps(run))
+    page = manual.benchmarks_page(tmp_path, kept)
+    assert "Another one, 2 cores, 16 GB" in page
+    assert "commit `0123456789ab`" in page
+    (tmp_path / "2026-01-03.json").write_text(json.dumps({**run, "machine": {**machine, "processor": "This one"}}))
+    page = manual.benchmarks_page(tmp_path, kept)
+    assert "## On this machine" in page
+    assert "This one" in page
+    assert "Another one" not in page
+
+
+def test_long_lines_of_the_book_wrap() -> None:
+    assert "article pre { white-space: pre-wrap !important" in manual.STYLE
+
+
 def test_a_run_of_the_benchmarks_is_understood(tmp_path: Path) -> None:
     from tests.benchmarks.harness import Case, Result, as_json, save
     from tests.benchmarks.machine import describe
@@ -147,7 +175,7 @@ def test_a_gpu_run_is_shown_with_its_floors_wanted_ratios_and_picture(tmp_path: 
     path = save(as_json([result], describe(), settings), tmp_path / "gpu", "gpu-2030-01-02")
     plot_file(path, path.with_suffix(".svg"))
     page = manual.benchmarks_page(tmp_path, tmp_path / "gpu")
-    assert page.startswith(nothing)
+    assert page.startswith(nothing.rstrip())
     assert "| decode, batch 8 | LLM: 3.4; mlx-lm BatchGenerator: 10.2 | ms | 1.86 | 3.00 | 2.00 |" in page
     assert "<svg" in page
     assert "4.60 TB/s" in page

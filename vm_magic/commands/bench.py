@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 T = TypeVar("T", bound=Table)
-HEADER = ("case", "prompt", "batch", "first token", "tokens/s", "per request")
+HEADER = ("case", "prompt", "batch", "first token", "tokens/s", "per request", "of the device")
 KERNEL_HEADER = ("kernel", "shape", "right", "µs", "floor", "of floor")
 _FLAGS = {"seconds": "seconds", "batch": "batch_sizes"}
 """Flags about the model's speed, and the names of :meth:`engine.llm.LLM.bench` for them."""
@@ -54,7 +54,9 @@ class Bench(LineCommand):
         )
         parser.epilog = (
             "Random prompts, which reuse nothing, fill no prefix cache and are not remembered by explain; they count "
-            "in\nmetrics. The stop button shows what is measured so far. The result has .result.to_dict() for a file."
+            "in\nmetrics. Of the device: how much of its memory's speed a decode step reached, or of its products' a "
+            "prompt's, both\nmeasured first. The stop button shows what is measured so far. The result has "
+            ".result.to_dict() for a file."
         )
 
     def works_remotely(self, line: str) -> bool:
@@ -119,7 +121,9 @@ def _cells(row: "BenchRow") -> tuple[str, ...]:
     first = row.seconds_to_first_token
     shown = f"{first:.2f} s" if first >= 1 else f"{first * 1000:.0f} ms"
     per_request = f"{row.per_request:.1f}" if row.case == "decode" else ""
-    return (row.case, f"{row.prompt_tokens} tokens", str(row.batch), shown, f"{row.tokens_per_second:.1f}", per_request)
+    share = "" if row.share is None else f"{row.share:.0%}"
+    prompt = f"{row.prompt_tokens:,} tokens"
+    return (row.case, prompt, str(row.batch), shown, f"{row.tokens_per_second:,.1f}", per_request, share)
 
 
 def _kernel_cells(row: "KernelRow") -> tuple[str, ...]:

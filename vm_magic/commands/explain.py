@@ -10,8 +10,8 @@ from vm_magic.commands.parser import CommandParser
 class Explain(LineCommand):
     """Tells how a request went."""
 
-    help = "the last request: prompt, values and their sources, cache hit, raw and parsed output"
-    needs_kernel = "looks into the engine of this kernel"
+    help = "the last request: prompt, values, cache hit, why it was slow, raw and parsed output"
+    needs_kernel = "looks into the engine of this kernel; a server does not tell where a request's time went"
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Which request."""

@@ -2,11 +2,9 @@
 
 import argparse
 
-from IPython.display import display
-
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.parser import CommandParser
-from vm_magic.panel import close_left_panel, close_panel, open_panel, panel_bundle, panel_line
+from vm_magic.panel import close_left_panel, close_panel, open_panel, panel_line
 from vm_magic.show.display_handle import can_update
 
 
@@ -24,7 +22,7 @@ class Panel(LineCommand):
         if parsed.close:
             print("the panel is closed" if close_panel() else "no panel is open")
         elif can_update(context.shell):
-            display(panel_bundle(open_panel(), context.session), raw=True)
+            open_panel().show(context.shell, panel_line(context.session))
         else:
             print(panel_line(context.session))
 

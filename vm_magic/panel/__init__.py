@@ -3,7 +3,7 @@
 Imports ipywidgets only when opened.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vm_magic.panel.panel import Panel
@@ -58,8 +58,3 @@ def panel_line(session: "Session") -> str:
         f"panel: {llm.args.names[0]}; memory_fraction={plan.fraction:.2f} max_model_len={plan.max_model_len} "
         f"max_num_seqs={plan.max_num_seqs}; {settings}; {port}"
     )
-
-
-def panel_bundle(panel: "Panel", session: "Session") -> dict[str, Any]:
-    """The display data of ``panel``: the widget where there is a front end for it, else the line."""
-    return {**panel.widget._repr_mimebundle_(), "text/plain": panel_line(session)}

@@ -10,12 +10,14 @@ import ipywidgets as widgets
 from engine.runtime.activity import RequestActivity
 from vm_magic.panel.pictures import Palette, block_map_svg, short_id, throughput_svg
 from vm_magic.panel.snapshot import NO_MODEL, PanelSnapshot, Source
+from vm_magic.panel.speed import SpeedLine
 from vm_magic.panel.style import faint, swatch
 
 MOST_ROWS = 12
 """Requests with a row of their own; the others are counted."""
 OLD = 1.0
 """Age in seconds from which on it is told."""
+NO_REQUESTS = faint("No requests running. Run a ") + "<code>%%chat</code>" + faint(" cell or call the port.")
 _NOTEBOOK_PREFIXES = ("req-", "remote-")
 COLUMNS = ("request", "state", "prompt", "tokens", "speed", "first token", "temp.")
 _WIDTHS: Mapping[str, tuple[str, str]] = {
@@ -53,7 +55,7 @@ class RequestRow:
             self._request_id = wanted
             self.widget.layout.display = "none" if request is None else "flex"
             self.button.disabled = False
-            self.button.tooltip = "" if wanted is None else f"end {wanted}"
+            self.button.tooltip = "" if wanted is None else f"end request {wanted} now"
         if request is not None:
             self.text.value = row_html(request, palette, self._columns)
 
@@ -80,9 +82,9 @@ class ActivitySection:
         self.more = widgets.HTML()
         self.blocks = widgets.HTML()
         self.throughput = widgets.HTML()
-        self.widget = widgets.VBox(
-            [self.header, *(row.widget for row in self.rows), self.more, self.blocks, self.throughput]
-        )
+        self.speed = SpeedLine(lock, wake)
+        rows = (row.widget for row in self.rows)
+        self.widget = widgets.VBox([self.header, *rows, self.more, self.blocks, self.throughput, self.speed.widget])
 
     def refresh(self, snapshot: PanelSnapshot) -> None:
         """Show the requests, the blocks and the speed as they are."""
@@ -98,23 +100,24 @@ class ActivitySection:
             self.blocks.value = f"<h4>KV blocks</h4>{block_map_svg(snapshot.blocks, self.palette)}"
         self._show_requests(activity.requests)
         if activity.age >= OLD:
-            self.more.value += faint(f"as of {activity.age:.0f} s ago, when the step under way began")
+            self.more.value += faint(f"As of {activity.age:.0f} s ago, when the step that runs now began.")
         self.throughput.value = f"<h4>Generated tokens per second</h4>{throughput_svg(activity)}"
+        if snapshot.llm is not None:
+            self.speed.refresh(snapshot.llm, activity)
 
     def _show_nothing(self) -> None:
         self.header.value = faint(NO_MODEL)
         for row in self.rows:
             row.show(None, self.palette)
         self.more.value = self.blocks.value = self.throughput.value = ""
+        self.speed.show_nothing()
 
-    def _show_requests(
-        self, requests: Sequence[RequestActivity], none: str = "no requests; a cell or a client brings one"
-    ) -> None:
-        self.header.value = header_html(self.columns) if requests else faint(none)
+    def _show_requests(self, requests: Sequence[RequestActivity], none: str = NO_REQUESTS) -> None:
+        self.header.value = header_html(self.columns) if requests else none
         for index, row in enumerate(self.rows):
             row.show(requests[index] if index < len(requests) else None, self.palette)
         others = len(requests) - len(self.rows)
-        self.more.value = faint(f"and {others} more") if others > 0 else ""
+        self.more.value = faint(f"and {others:,} more") if others > 0 else ""
 
     def _cancel(self, request_id: str) -> None:
         with self._lock:
@@ -141,7 +144,7 @@ def row_html(request: RequestActivity, palette: Palette, columns: Sequence[str] 
         f"<code>{html.escape(short_id(request.request_id))}</code> {faint(origin)}",
         "state": "thinking" if request.thinking and request.state == "running" else request.state,
         "prompt": _prompt_text(request) if "prompt" in columns else "",
-        "tokens": str(request.num_output_tokens),
+        "tokens": f"{request.num_output_tokens:,}",
         "speed": speed,
         "first token": f"{request.age:.0f} s so far" if first is None else f"{first:.2f} s",
         "temp.": f"{request.params.temperature:g}",
@@ -154,9 +157,9 @@ def row_html(request: RequestActivity, palette: Palette, columns: Sequence[str] 
 
 def _prompt_text(request: RequestActivity) -> str:
     if request.state == "running" and request.prompt_share < 1:
-        return f"{request.prompt_share:.0%} of {request.num_prompt_tokens}"
+        return f"{request.prompt_share:.0%} of {request.num_prompt_tokens:,}"
     share = request.cached_share
-    return f"{request.num_prompt_tokens}" + ("" if not share else f", {share:.0%} cached")
+    return f"{request.num_prompt_tokens:,}" + ("" if not share else f", {share:.0%} cached")
 
 
 def _grid(columns: Sequence[str]) -> str:

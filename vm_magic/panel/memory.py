@@ -42,14 +42,21 @@ class MemorySection:
             step=_STEP,
             readout_format=".9",
             description="fraction",
-            tooltip="share of the device's memory (memory_fraction)",
-            layout=widgets.Layout(width="380px"),
+            tooltip="share of the device's memory that the engine may use (memory_fraction)",
+            layout=widgets.Layout(width="380px", max_width="100%"),
         )
-        self.max_model_len = widgets.Text(description="max_model_len", layout=widgets.Layout(width="240px"))
-        self.max_num_seqs = widgets.Text(description="max_num_seqs", layout=widgets.Layout(width="220px"))
+        self.max_model_len = widgets.Text(
+            description="max_model_len",
+            tooltip="most tokens of a prompt and its reply together; empty: as many as fit",
+            layout=widgets.Layout(width="250px", max_width="100%"),
+        )
+        self.max_num_seqs = widgets.Text(
+            description="max_num_seqs",
+            tooltip="most requests that run at once; empty: chosen from the memory",
+            layout=widgets.Layout(width="240px", max_width="100%"),
+        )
         for field in (self.max_model_len, self.max_num_seqs):
-            field.style.description_width = "112px"
-            field.placeholder = "auto"
+            field.style.description_width = "104px"
         self.fraction.style.description_width = "60px"
         self.apply = widgets.Button(
             description="Apply", button_style="primary", disabled=True, layout=widgets.Layout(width="90px")
@@ -62,7 +69,10 @@ class MemorySection:
                 widgets.HBox(
                     [self.fraction, self.max_model_len, self.max_num_seqs], layout=widgets.Layout(flex_flow="row wrap")
                 ),
-                widgets.HBox([self.apply, self.undo, self.verdict], layout=widgets.Layout(align_items="center")),
+                widgets.HBox(
+                    [self.apply, self.undo, self.verdict],
+                    layout=widgets.Layout(align_items="center", flex_flow="row wrap"),
+                ),
                 self.identity,
             ]
         )
@@ -90,11 +100,10 @@ class MemorySection:
         plan = self._plan
         assert plan is not None, "there is a plan once the fields can be changed"
         fraction = round(self.fraction.value, 4)
-        # A front end rounds a value that it gets to a whole step and sends that back.
-        is_moved = abs(fraction - plan.fraction) > _STEP / 2 + 1e-9
-        changed: dict[str, Any] = {"fraction": fraction} if is_moved else {}
-        for field, current in ((self.max_model_len, plan.max_model_len), (self.max_num_seqs, plan.max_num_seqs)):
+        changed: dict[str, Any] = {} if self._is_same(fraction, plan.fraction) else {"fraction": fraction}
+        for field in (self.max_model_len, self.max_num_seqs):
             name = field.description
+            current = _asked(plan, name)
             try:
                 value = int_or_auto(field.value.strip() or "auto")
             except ValueError as error:
@@ -103,15 +112,23 @@ class MemorySection:
                 changed[name] = value
         return changed
 
+    @staticmethod
+    def _is_same(shown: float, current: float) -> bool:
+        """Whether the slider shows the plan's own fraction: as it is, or as a front end rounds it to a whole step."""
+        return math.isclose(shown, current, abs_tol=1e-6) or math.isclose(
+            shown, round(round(current / _STEP) * _STEP, 4), abs_tol=1e-6
+        )
+
     def _show_current(self, plan: "MemoryPlan") -> None:
         self._syncing = True
         try:
             self.fraction.value = plan.fraction
-            self.max_model_len.value = str(plan.max_model_len)
-            self.max_num_seqs.value = str(plan.max_num_seqs)
+            for field in (self.max_model_len, self.max_num_seqs):
+                asked = _asked(plan, field.description)
+                field.value = "" if asked == "auto" else str(asked)
         finally:
             self._syncing = False
-        self.identity.value = identity_html(plan, plan)
+        self._show_plan(plan, plan)
         self.apply.disabled = self.undo.disabled = True
 
     def _moved(self, change: Any) -> None:
@@ -130,9 +147,15 @@ class MemorySection:
             self.verdict.value = bad(refusal(error))
             self.apply.disabled, self.undo.disabled = True, False
             return
-        self.identity.value = identity_html(plan, self._plan)
-        self.verdict.value = faint("not applied yet") if changed else ""
+        self._show_plan(plan, self._plan)
+        self.verdict.value = faint("Not applied yet.") if changed else ""
         self.apply.disabled = self.undo.disabled = not changed
+
+    def _show_plan(self, plan: "MemoryPlan", current: "MemoryPlan") -> None:
+        """The picture of ``plan``, and in empty boxes what it makes of them."""
+        self.identity.value = identity_html(plan, current)
+        self.max_model_len.placeholder = f"auto: {plan.max_model_len:,}"
+        self.max_num_seqs.placeholder = f"auto: {plan.max_num_seqs:,}"
 
     def _undo(self, _: Any) -> None:
         with self._lock:
@@ -151,7 +174,7 @@ class MemorySection:
                 self.verdict.value = bad(str(error))
                 return
             self.apply.disabled = True
-            self.verdict.value = faint("applying …")
+            self.verdict.value = faint("Applying …")
         try:
             llm.replan(**changed)  # without the lock: it waits for the engine's step
         except VMMagicError as error:
@@ -160,7 +183,7 @@ class MemorySection:
                 self.apply.disabled = False
             return
         with self._lock:
-            self.verdict.value = good("applied: " + " ".join(f"{name}={value}" for name, value in changed.items()))
+            self.verdict.value = good("Applied: " + " ".join(f"{name}={value}" for name, value in changed.items()))
         self._wake()
 
 
@@ -171,7 +194,16 @@ def refusal(error: Exception) -> str:
     fits = error.numbers.get("max_model_len_that_fits")
     # The first sentence names the shortage; the fields above are the settings that the rest would name.
     short = str(error).split(". ")[0].rstrip(".")
-    return f"{short}. The largest max_model_len that fits is {fits}." if fits else f"{short}."
+    return (
+        f"{short}. The largest max_model_len that fits is {fits:,}." if isinstance(fits, int) and fits else f"{short}."
+    )
+
+
+def _asked(plan: "MemoryPlan", name: str) -> int | str:
+    """What was asked for under ``name``: a number, the model's own length included, or ``auto``."""
+    asked: int | str | None = getattr(plan.inputs, name)
+    own: int = getattr(plan, name)
+    return own if asked is None else asked
 
 
 def identity_html(plan: "MemoryPlan", current: "MemoryPlan") -> str:
@@ -183,14 +215,14 @@ def identity_html(plan: "MemoryPlan", current: "MemoryPlan") -> str:
         ("−", "overhead", size_text(plan.overhead), size_text(current.overhead)),
         ("−", "state", size_text(plan.state_memory), size_text(current.state_memory)),
         ("=", "KV cache", size_text(plan.kv_budget), size_text(current.kv_budget)),
-        ("→", "blocks", str(plan.num_blocks), str(current.num_blocks)),
-        ("→", "tokens", str(plan.max_tokens_cached), str(current.max_tokens_cached)),
+        ("→", "blocks", f"{plan.num_blocks:,}", f"{current.num_blocks:,}"),
+        ("→", "tokens", f"{plan.max_tokens_cached:,}", f"{current.max_tokens_cached:,}"),
         ("→", "full-length requests", f"{plan.max_concurrency:.4g}", f"{current.max_concurrency:.4g}"),
     ]
     chain = "".join(_step(*step) for step in steps)
     fits = (
-        f"max_model_len {plan.max_model_len}; the largest that fits is <b>{plan.max_model_len_that_fits}</b>; "
-        f"max_num_seqs {plan.max_num_seqs}"
+        f"max_model_len {plan.max_model_len:,}; the largest that fits is <b>{plan.max_model_len_that_fits:,}</b>; "
+        f"max_num_seqs {plan.max_num_seqs:,}"
     )
     return f'<div class="vmp-chain">{chain}</div>{plan_picture_html(plan)}<div style="margin-top:6px">{fits}</div>'
 

@@ -15,12 +15,13 @@ from vm_magic.panel.remote import RemoteActivitySection, RemoteServerSection, re
 from vm_magic.panel.sampling import SamplingSection
 from vm_magic.panel.server import ServerSection
 from vm_magic.panel.snapshot import NO_MODEL, PanelSnapshot, Poller, Section
+from vm_magic.panel.still import Still
 from vm_magic.panel.style import ROOT_CLASS, SHEET, bad, faint
 from vm_magic.state.session import Session
 
 logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 0.5
-MOVED = "the notebook uses another model now; %vllm_metal panel opens its panel"
+MOVED = "The notebook uses another model now. %vllm_metal panel opens the panel for it."
 
 
 class Panel:
@@ -39,6 +40,7 @@ class Panel:
         self._lock = threading.RLock()
         self._wake = threading.Event()
         self.closed = False
+        self._still = Still()
         self.activity: ActivitySection = (RemoteActivitySection if self.remote else ActivitySection)(
             self._lock, self._wake.set
         )
@@ -51,13 +53,16 @@ class Panel:
             self.server = ServerSection(self._lock, self._wake.set)
             self.sections += [self.memory, self.server]
         self.head = widgets.HTML()
-        self.close_button = widgets.Button(icon="times", tooltip="close the panel", layout=widgets.Layout(width="32px"))
+        self.close_button = widgets.Button(
+            icon="times", tooltip="close the panel", layout=widgets.Layout(width="32px", flex="0 0 auto")
+        )
         self.tabs = widgets.Tab(children=[section.widget for section in self.sections])
         for index, section in enumerate(self.sections):
             self.tabs.set_title(index, section.title)
         self.tabs.selected_index = 0
         head = widgets.HBox([self.head, self.close_button], layout=widgets.Layout(justify_content="space-between"))
-        self.widget = widgets.VBox([widgets.HTML(SHEET, layout=widgets.Layout(display="none")), head, self.tabs])
+        sheet = widgets.HTML(SHEET + self._still.hiding_sheet, layout=widgets.Layout(display="none"))
+        self.widget = widgets.VBox([sheet, head, self.tabs])
         self.widget.add_class(ROOT_CLASS)
         self.tabs.observe(lambda _: self._wake.set(), "selected_index")
         self.close_button.on_click(lambda _: self.close())
@@ -67,6 +72,12 @@ class Panel:
         self._thread: threading.Thread | None = None
         if refresh_seconds is not None:
             self._start(refresh_seconds)
+
+    def show(self, shell: Any, line: str) -> None:
+        """Display the panel, and the picture that stays of it; ``line`` is for what can show neither."""
+        shell.display_pub.publish({**self.widget._repr_mimebundle_(), "text/plain": line}, {})
+        with self._lock:
+            self._still.open(shell, self._poller.snapshot(with_blocks=True))
 
     def refresh(self) -> None:
         """Look at the session once and show what changed; requests and blocks only while they are in front.
@@ -78,6 +89,7 @@ class Panel:
         with self._lock:
             if self.closed:
                 return
+            self._still.refresh(snapshot)
             if (snapshot.remote is not None) != self.remote:
                 self.head.value = faint(MOVED)
             else:
@@ -92,6 +104,7 @@ class Panel:
             if self.closed:
                 return
             self.closed = True
+            self._still.close()
             self._wake.set()
             for widget in widgets_below(self.widget):
                 widget.unobserve_all()
@@ -120,7 +133,7 @@ class Panel:
                 # The thread ends here: it says so in the log and in the panel, which would otherwise just stand still.
                 logger.exception("the panel stopped")
                 with self._lock:
-                    self.head.value = bad(f"the panel stopped ({error}); %vllm_metal logs says more")
+                    self.head.value = bad(f"The panel stopped ({error}). %vllm_metal logs says more.")
                 return
             pause.wait(0.05)  # a moving slider wakes the thread often
 
@@ -138,9 +151,9 @@ def head_html(snapshot: PanelSnapshot) -> str:
     speed = sum(rate for rate in rates if rate is not None)
     port = snapshot.session.server
     parts = [
-        f"{activity.num_running} running, {activity.num_waiting} waiting",
-        f"{speed:.1f} tokens/s" if speed else "idle" if not activity.requests else "prefill",
-        f"{activity.stats.num_used_blocks} of {activity.stats.num_blocks} blocks used",
+        f"{activity.num_running:,} running, {activity.num_waiting:,} waiting",
+        f"{speed:,.1f} tokens/s" if speed else "idle" if not activity.requests else "reading a prompt",
+        f"{activity.stats.num_used_blocks:,} of {activity.stats.num_blocks:,} blocks used",
         f"port {port.port}" if port is not None else "port closed",
     ]
     return _head(snapshot.llm.args.names[0], parts)

@@ -14,6 +14,7 @@ from vm_magic.panel.style import COLOURS, SHARED_COLOUR, faint, swatch
 COLUMNS = 80
 MOST_CELLS = COLUMNS * 12
 CELL, GAP = 10, 2
+_LEGEND = "display:flex;flex-wrap:wrap;gap:2px 14px;margin-top:4px;font-variant-numeric:tabular-nums"
 WINDOW_SECONDS, BUCKET_SECONDS = 180, 3
 _WIDTH, _HEIGHT = 480, 64
 _FREE, _CACHED, _SHARED = "free", "cached", "shared"
@@ -66,15 +67,15 @@ def block_map_svg(blocks: BlockMap, palette: Palette) -> str:
         _path(kind, _fill(kind, strength, blocks, palette), places)
         for (kind, strength), places in sorted(cells.items())
     )
-    counts = f"{blocks.num_blocks} blocks of {blocks.block_size} tokens"
+    counts = f"{blocks.num_blocks:,} blocks of {blocks.block_size} tokens"
     if per_cell > 1:
-        counts += f", {per_cell} to a square"
+        counts += f", {per_cell:,} to a square"
     if num_shown < blocks.num_blocks:
-        counts += f"; the first {num_shown} shown, the rest is free"
+        counts += f"; the first {num_shown:,} shown, the rest is free"
     return (
         f'<svg class="vmp-blocks" role="img" aria-label="{counts}" viewBox="0 0 {width} {height}" '
         f'style="width:100%;max-width:{width}px;height:auto;display:block" data-cells="{num_cells}">{paths}</svg>'
-        f'<div class="vmp-legend">{_legend(blocks, palette)}{faint(counts)}</div>'
+        f'<div style="{_LEGEND}">{_legend(blocks, palette)}{faint(counts)}</div>'
     )
 
 
@@ -147,7 +148,7 @@ def _legend(blocks: BlockMap, palette: Palette) -> str:
     ]
     shown = [entry for entry in entries if entry[2] or entry[0] == "free"]
     return "".join(
-        f'<span class="vmp-num">{swatch(colour)}{html.escape(name)} {count}</span>' for name, colour, count in shown
+        f'<span class="vmp-num">{swatch(colour)}{html.escape(name)} {count:,}</span>' for name, colour, count in shown
     )
 
 
@@ -175,19 +176,19 @@ def throughput_svg(activity: Rates) -> str:
     values = rates_per_second(activity)
     peak = max(values)
     if not peak:
-        return f"<div>{faint('no tokens in the last three minutes')}</div>"
+        return f"<div>{faint('No tokens in the last three minutes.')}</div>"
     step = _WIDTH / (len(values) - 1)
     points = " ".join(
         f"{index * step:.0f},{_HEIGHT - 2 - value / peak * (_HEIGHT - 8):.1f}" for index, value in enumerate(values)
     )
     colour = "var(--jp-brand-color1, #1976d2)"
-    label = f"peak {peak:.1f} tokens/s"
+    label = f"peak {peak:,.1f} tokens/s"
     return (
         f'<svg role="img" aria-label="generated tokens per second, {label}" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
         f'preserveAspectRatio="none" style="width:100%;max-width:960px;height:{_HEIGHT}px;display:block">'
         f'<polygon points="0,{_HEIGHT} {points} {_WIDTH},{_HEIGHT}" style="fill:{colour}" fill-opacity=".15"/>'
         f'<polyline points="{points}" style="stroke:{colour}" fill="none" stroke-width="1.5" '
         f'vector-effect="non-scaling-stroke"/></svg>'
-        f'<div class="vmp-legend" style="max-width:960px">{faint(f"{WINDOW_SECONDS // 60} minutes ago")}'
+        f'<div style="{_LEGEND};max-width:960px">{faint(f"{WINDOW_SECONDS // 60} minutes ago")}'
         f'<span style="flex:1"></span>{faint(label)}<span style="flex:1"></span>{faint("now")}</div>'
     )

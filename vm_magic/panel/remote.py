@@ -9,6 +9,7 @@ from vm_magic.panel.activity import ActivitySection
 from vm_magic.panel.pictures import throughput_svg
 from vm_magic.panel.server import ClientsPart
 from vm_magic.panel.snapshot import PanelSnapshot
+from vm_magic.panel.speed import SERVER_DOES_NOT_TELL
 from vm_magic.panel.style import faint
 from vm_magic.remote.metrics import ServerState
 from vm_magic.remote.watch import RemoteActivity
@@ -16,11 +17,15 @@ from vm_magic.state.clients import Endpoint
 
 CLIENTS = ("openai", "curl")
 """What every OpenAI-compatible server answers."""
-ASKING = "asking the server …"
+ASKING = "Asking the server …"
+NO_REQUESTS = faint("No requests of this notebook running. Run a ") + "<code>%%chat</code>" + faint(" cell.")
 MEMORY_NOTE = (
-    "Memory is planned where the server runs and cannot be changed from here; after %vllm_metal connect --close, "
+    "Memory is planned where the server runs and cannot be changed from here. After %vllm_metal connect --close, "
     "%vllm_metal export gives the vllm serve command of a model that was loaded and planned in this kernel."
 )
+
+
+_NOT_TOLD = f"<div>{faint(SERVER_DOES_NOT_TELL)}</div>"
 
 
 class RemoteActivitySection(ActivitySection):
@@ -42,11 +47,11 @@ class RemoteActivitySection(ActivitySection):
             self._show_nothing()
             return
         self.palette.assign([request.request_id for request in activity.requests])
-        self._show_requests(activity.requests, "no requests of this notebook; a cell brings one")
+        self._show_requests(activity.requests, NO_REQUESTS)
         self.figures.value = f"<h4>The server, all clients</h4>{figures_html(activity)}"
         known = activity.state is not None and activity.state.generation_tokens is not None
         self.throughput.value = (
-            f"<h4>Generated tokens per second, all clients</h4>{throughput_svg(activity)}" if known else ""
+            f"<h4>Generated tokens per second, all clients</h4>{throughput_svg(activity)}{_NOT_TOLD}" if known else ""
         )
 
 
@@ -104,5 +109,5 @@ def figures_html(activity: RemoteActivity) -> str:
 
 def _requests(state: ServerState) -> list[str]:
     named = ((state.num_running, "running"), (state.num_waiting, "waiting"))
-    found = ", ".join(f"{number} {name}" for number, name in named if number is not None)
+    found = ", ".join(f"{number:,} {name}" for number, name in named if number is not None)
     return [found] if found else []

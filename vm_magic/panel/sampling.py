@@ -52,11 +52,12 @@ class Parameter:
         self.source = widgets.HTML(layout=widgets.Layout(width="150px"))
         self.undo = widgets.Button(
             icon="undo",
-            tooltip=f"forget {name}: the model's own value applies again",
+            tooltip=f"take {name} back: the model's own value applies again",
             layout=widgets.Layout(width="30px", height="24px", padding="0", visibility="hidden"),
         )
         self.undo.on_click(lambda _: forget(name))
         self.widget = widgets.HBox([control, self.undo, self.source], layout=widgets.Layout(align_items="center"))
+        self.widget.add_class("vmp-param")
 
     def show(self, value: Any, source: str, is_set: bool) -> None:
         """Show ``value`` and its source; sliders widen while a value lies beyond them."""
@@ -93,7 +94,9 @@ class SamplingSection:
             options=[MODEL_PRESET, *PRESETS], description="preset", layout=widgets.Layout(width="260px")
         )
         self.forget_all = widgets.Button(
-            description="Forget all", tooltip="the model's own values apply again", layout=widgets.Layout(width="100px")
+            description="Reset to defaults",
+            tooltip="takes back all that was set here, by set or by %config; the model's own values apply again",
+            layout=widgets.Layout(width="140px"),
         )
         self.switch = widgets.Dropdown(
             options=list(_SWITCH), description="thinking", layout=widgets.Layout(width="260px")
@@ -248,7 +251,7 @@ class SamplingSection:
 
 
 def _controls() -> dict[str, widgets.Widget]:
-    wide, style = widgets.Layout(width="440px"), {"description_width": "150px"}
+    wide, style = widgets.Layout(width="440px", max_width="100%"), {"description_width": "150px"}
     controls: dict[str, widgets.Widget] = {}
     for name, slider in SLIDERS.items():
         whole = PARAMETERS[name].kind.type is int
@@ -269,7 +272,7 @@ def _controls() -> dict[str, widgets.Widget]:
             description=name,
             style={"description_width": "220px"},
             continuous_update=False,
-            layout=widgets.Layout(width="440px"),
+            layout=widgets.Layout(width="440px", max_width="100%"),
         )
     return controls
 

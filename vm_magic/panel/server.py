@@ -1,6 +1,5 @@
 """The panel's server section: open and close the port, where it is, the key when asked, what clients need."""
 
-import html
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -8,10 +7,13 @@ from typing import Any
 import ipywidgets as widgets
 
 from engine.errors import VMMagicError
+from vm_magic.panel.copying import copied_block, copied_code
 from vm_magic.panel.snapshot import NO_MODEL, PanelSnapshot
 from vm_magic.panel.style import bad, faint
 from vm_magic.state.clients import CLIENTS, KEY_VARIABLE, Endpoint, snippets
 from vm_magic.state.session import Session
+
+CLOSED = "The port is closed. Start opens it for other programs on this machine."
 
 
 class ClientsPart:
@@ -32,9 +34,9 @@ class ClientsPart:
         """Show where ``port`` is (``proxied``: through the hub) and the chosen client's snippet."""
         self.address.value = address_html(port, proxied)
         code = snippets(port)[self.client.value]
-        by_key = f"Set {KEY_VARIABLE} to the key, which Show key shows here and in the text."
+        by_key = f"Set {KEY_VARIABLE} to the key. Show key shows it here, and puts it into this text."
         note = f"<div>{faint(by_key if code.note == port.note() else code.note)}</div>" if code.note else ""
-        self.snippet.value = f"<pre>{html.escape(code.text.rstrip())}</pre>{note}"
+        self.snippet.value = copied_block(code.text.rstrip(), f"the {self.client.value} text") + note
 
 
 class ServerSection(ClientsPart):
@@ -55,7 +57,7 @@ class ServerSection(ClientsPart):
         buttons = [self.start, self.stop, self.show_key, self.message]
         self.widget = widgets.VBox(
             [
-                widgets.HBox(buttons, layout=widgets.Layout(align_items="center")),
+                widgets.HBox(buttons, layout=widgets.Layout(align_items="center", flex_flow="row wrap")),
                 self.address,
                 self.client,
                 self.snippet,
@@ -76,7 +78,7 @@ class ServerSection(ClientsPart):
         self.stop.disabled = self.show_key.disabled = self.client.disabled = server is None
         if server is None:
             self.show_key.value = False
-            self.address.value = faint(NO_MODEL if snapshot.llm is None else "the port is closed")
+            self.address.value = faint(NO_MODEL if snapshot.llm is None else CLOSED)
             self.snippet.value = ""
             return
         self.show(Endpoint.of(server, show_key=self.show_key.value), server.hub_url)
@@ -113,12 +115,16 @@ def address_html(port: Endpoint, proxied: str | None = None) -> str:
     rows = [("base_url", port.base_url), ("model", port.model)]
     if proxied is not None:
         rows.insert(1, ("through the hub", proxied))
-    rows.append(("api_key", (port.api_key or "•" * 12) if port.needs_key else "none is asked for"))
-    note = faint("through the hub the key goes into the header x-api-key, and the hub's token into Authorization")
+    rows.append(("api_key", (port.api_key or "•" * 12) if port.needs_key else "none is needed"))
     cells = "".join(
-        f'<span class="vmp-faint">{name}</span><code style="user-select:all" data-name="{name}">'
-        f"{html.escape(value)}</code>"
+        f'<span class="vmp-faint">{name}</span>'
+        + copied_code(value, name, copies=name != "api_key" or port.api_key is not None)
         for name, value in rows
     )
-    grid = f'<div style="display:grid;grid-template-columns:max-content 1fr;gap:1px 14px;margin:6px 0">{cells}</div>'
-    return grid + (f"<div>{note}</div>" if proxied is not None and port.needs_key else "")
+    grid = f'<div style="display:grid;grid-template-columns:max-content 1fr;gap:3px 14px;margin:6px 0">{cells}</div>'
+    notes = []
+    if port.needs_key and port.api_key is None:
+        notes.append(f"Show key shows the key; in Python it is {port.key_place}.")
+    if port.needs_key and proxied is not None:
+        notes.append("Through the hub the key goes into the header x-api-key, and the hub's token into Authorization.")
+    return grid + "".join(f"<div>{faint(note)}</div>" for note in notes)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from engine.llm import LLM
     from vm_magic.remote.llm import RemoteLLM
 
-NO_MODEL = "no model is loaded; run %vllm_metal load smollm2 (or another model)"
+NO_MODEL = "No model is loaded. Run %vllm_metal load smollm2, or load another model."
 
 
 class Source(Protocol):

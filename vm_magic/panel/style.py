@@ -12,7 +12,8 @@ _FAINT = "var(--jp-ui-font-color2, gray)"
 _LINE = "var(--jp-border-color2, rgba(128,128,128,.35))"
 SHEET = f"""<style>
 .{ROOT_CLASS} {{ border: 1px solid {_LINE}; border-radius: 8px; padding: 10px 12px; max-width: 980px;
-  color: {_TEXT}; font-size: 13px; overflow: visible; }}
+  color: {_TEXT}; font-size: 13px; overflow: visible; container: vmp / inline-size;
+  width: 100%; box-sizing: border-box; }}
 .{ROOT_CLASS} .widget-html-content, .{ROOT_CLASS} .jupyter-widgets-html-content {{ line-height: 1.45; color: {_TEXT}; }}
 .{ROOT_CLASS} .vmp-head {{ display: flex; flex-wrap: wrap; gap: 4px 18px; align-items: baseline; }}
 .{ROOT_CLASS} .vmp-head b {{ font-size: 15px; }}
@@ -27,8 +28,6 @@ SHEET = f"""<style>
 .{ROOT_CLASS} .vmp-chain .vmp-was {{ color: {_FAINT}; font-size: 11px; font-weight: 400; }}
 .{ROOT_CLASS} .vmp-bad {{ color: var(--jp-error-color1, #d32f2f); }}
 .{ROOT_CLASS} .vmp-good {{ color: var(--jp-success-color1, #388e3c); }}
-.{ROOT_CLASS} .vmp-swatch {{ display: inline-block; width: 10px; height: 10px; border-radius: 2px;
-  margin-right: 5px; }}
 .{ROOT_CLASS} .vmp-legend {{ display: flex; flex-wrap: wrap; gap: 2px 14px; margin-top: 4px; }}
 .{ROOT_CLASS} .vmp-line {{ container-type: inline-size; }}
 .{ROOT_CLASS} .vmp-req {{ display: grid; gap: 0 10px; align-items: baseline; grid-template-columns: var(--vmp-wide); }}
@@ -38,11 +37,38 @@ SHEET = f"""<style>
 }}
 .{ROOT_CLASS} .vmp-req > * {{ overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }}
 .{ROOT_CLASS} pre {{ margin: 0; padding: 8px 10px; user-select: all; white-space: pre-wrap; overflow-wrap: anywhere;
+  word-break: normal;
   color: {_TEXT}; background: var(--jp-cell-editor-background, rgba(128,128,128,.1)); border: 1px solid {_LINE};
   border-radius: 6px; font-family: var(--jp-code-font-family, monospace); font-size: 12px; line-height: 1.4; }}
 .{ROOT_CLASS} code {{ color: {_TEXT}; background: transparent; font-family: var(--jp-code-font-family, monospace); }}
 .{ROOT_CLASS} h4 {{ margin: 12px 0 4px; font-size: 13px; }}
 .{ROOT_CLASS} .lm-TabBar-tab, .{ROOT_CLASS} .p-TabBar-tab {{ flex: 0 1 110px !important; min-width: 70px; }}
+.{ROOT_CLASS} .vmp-copied {{ display: inline-flex; gap: 8px; align-items: baseline; flex-wrap: wrap; }}
+.{ROOT_CLASS} .vmp-copied code {{ overflow-wrap: anywhere; }}
+.{ROOT_CLASS} .vmp-block {{ display: block; position: relative; }}
+.{ROOT_CLASS} .vmp-block pre {{ padding-right: 70px; }}
+.{ROOT_CLASS} .vmp-block .vmp-copy {{ position: absolute; top: 6px; right: 6px; }}
+.{ROOT_CLASS} .vmp-copy {{ font: inherit; font-size: 11px; line-height: 1.5; padding: 0 8px; cursor: pointer;
+  color: {_TEXT}; background: var(--jp-layout-color2, rgba(128,128,128,.15)); border: 1px solid {_LINE};
+  border-radius: 4px; }}
+.{ROOT_CLASS} .vmp-copy:hover {{ border-color: var(--jp-brand-color1, #1976d2); }}
+@container vmp (max-width: 640px) {{
+  .{ROOT_CLASS} .vmp-param {{ display: grid !important; grid-template-columns: minmax(0, 1fr) auto auto;
+    gap: 0 4px; margin-bottom: 4px; overflow: visible; }}
+  .{ROOT_CLASS} .vmp-param > :first-child {{ display: contents !important; }}
+  .{ROOT_CLASS} .vmp-param .widget-label {{ width: auto !important; text-align: left !important; grid-area: 1 / 1; }}
+  .{ROOT_CLASS} .vmp-param > .widget-button {{ grid-area: 1 / 2; }}
+  .{ROOT_CLASS} .vmp-param > .widget-html {{ grid-area: 1 / 3; width: auto !important; }}
+  .{ROOT_CLASS} .vmp-param .slider-container {{ grid-area: 2 / 1; margin: 0 8px; }}
+  .{ROOT_CLASS} .vmp-param .widget-readout {{ grid-area: 2 / 2 / auto / span 2; justify-self: end; }}
+  .{ROOT_CLASS} .vmp-param input {{ grid-area: 2 / 1 / auto / span 3; width: 100%; }}
+}}
+@container vmp (max-width: 340px) {{
+  .{ROOT_CLASS} .vmp-block pre {{ padding: 30px 10px 8px; }}
+  .{ROOT_CLASS} .vmp-param > .widget-html {{ grid-area: 3 / 1 / auto / span 3; }}
+  .{ROOT_CLASS} .lm-TabBar-tab, .{ROOT_CLASS} .p-TabBar-tab {{ min-width: 0 !important; padding: 0 3px !important;
+    font-size: 12px; }}
+}}
 .{ROOT_CLASS} .widget-tab > .widget-tab-contents {{ padding: 10px 4px 2px; overflow: visible; }}
 </style>"""
 
@@ -64,4 +90,5 @@ def good(text: str) -> str:
 
 def swatch(colour: str) -> str:
     """A small square of ``colour``."""
-    return f'<span class="vmp-swatch" style="background:{colour}"></span>'
+    shape = "display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px"
+    return f'<span class="vmp-swatch" style="{shape};background:{colour}"></span>'

@@ -10,6 +10,7 @@ from engine.format.text import aligned, shortened
 from engine.outputs import THINKING_CUTS
 from vm_magic.show.cards import CARD_STYLE
 from vm_magic.show.explain_picture import prompt_html, time_bar_html, time_bar_text
+from vm_magic.show.speed_view import speed_html, speed_lines
 from vm_magic.show.tables import row_html, table_html
 from vm_magic.show.token_html import escaped
 from vm_magic.show.tool_cards import call_text
@@ -59,6 +60,7 @@ class ExplainView:
             ("notes on the request", list(told.notes)),
             ("prefix cache", self._cache()),
             ("attention", [told.attention]),
+            ("speed", speed_lines(told.speed)),
             ("prompt", told.prompt.splitlines()),
             (f"prompt tokens ({len(told.tokens)}; ▸ is the first that was not in the cache)", [self._last_tokens()]),
             *(section for output in self._outputs for section in _output_sections(output)),
@@ -100,6 +102,7 @@ class ExplainView:
             + "".join(f'<div style="margin:2px 0">{html.escape(note)}</div>' for note in told.notes)
             + _details(self._cache()[0], self._cache_html(), is_open=True)
             + f'<div style="margin:2px 0">attention: {html.escape(told.attention)}</div>'
+            + speed_html(told.speed)
             + "".join(_output_html(output) for output in self._outputs)
             + "</div>"
         )

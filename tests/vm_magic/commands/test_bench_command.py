@@ -26,7 +26,7 @@ def test_the_table_has_numbers_machine_and_notes(shell: Any, loaded: FakeLLM, mo
     table = line(shell, "bench --seconds 3 --batch 1,4")
     assert asked == {"seconds": 3.0, "batch_sizes": (1, 4)}
     text = repr(table)
-    assert "prefill  512 tokens  1      250 ms       2048.0" in text
+    assert "prefill  512 tokens  1      250 ms       2,048.0" in text
     assert "decode   32 tokens   4      1.50 s       100.0     25.0" in text
     assert "machine: a <b>fast</b> one" in text
     assert "a note" in text

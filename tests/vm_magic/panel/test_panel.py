@@ -16,8 +16,8 @@ from engine import LLM, SamplingParams
 from engine.errors import MemoryPlanError
 from engine.runtime.activity import Rate
 from tests.engine.test_live_settings import COUNTING, PROMPT, SLOW, wait_until
-from tests.vm_magic.helpers import line, shown
-from vm_magic.panel import close_panel, open_panel, panel_bundle, panel_line
+from tests.vm_magic.helpers import line
+from vm_magic.panel import close_panel, open_panel, panel_line
 from vm_magic.panel.panel import Panel, widgets_below
 from vm_magic.panel.pictures import BUCKET_SECONDS, WINDOW_SECONDS, rates_per_second, throughput_svg
 from vm_magic.state.session import current_session
@@ -86,12 +86,12 @@ def test_the_identity_moves_with_the_slider_and_the_engine_does_not(panel: Panel
     llm = current_session().require()
     show(panel, MEMORY)
     before, section = llm.plan, panel.memory
-    assert f'<div class="vmp-v">{before.num_blocks}</div>' in section.identity.value
+    assert f'<div class="vmp-v">{before.num_blocks:,}</div>' in section.identity.value
     section.fraction.value = 0.1
     expected = llm.what_if(fraction=0.1)
-    assert f'<div class="vmp-v">{expected.num_blocks}</div>' in section.identity.value
-    assert f"was {before.num_blocks}" in section.identity.value
-    assert f"<b>{expected.max_model_len_that_fits}</b>" in section.identity.value
+    assert f'<div class="vmp-v">{expected.num_blocks:,}</div>' in section.identity.value
+    assert f"was {before.num_blocks:,}" in section.identity.value
+    assert f"<b>{expected.max_model_len_that_fits:,}</b>" in section.identity.value
     assert llm.plan is before
     assert not section.apply.disabled
     section.undo.click()
@@ -109,7 +109,7 @@ def test_what_cannot_be_is_refused_beside_the_button(panel: Panel) -> None:
     assert "many" in section.verdict.value
     assert "is not a whole number" in section.verdict.value
     section.max_model_len.value = "256"
-    assert section.verdict.value == '<span class="vmp-faint">not applied yet</span>'
+    assert section.verdict.value == '<span class="vmp-faint">Not applied yet.</span>'
 
 
 def test_apply_hands_over_what_changed_and_a_refusal_says_what_fits(
@@ -139,11 +139,11 @@ def test_apply_replans_the_engine_while_a_request_runs_on(panel: Panel) -> None:
     before = llm.plan.num_blocks
     panel.memory.fraction.value = 0.01
     panel.memory.apply.click()
-    assert "applied: fraction=0.01" in panel.memory.verdict.value
+    assert "Applied: fraction=0.01" in panel.memory.verdict.value
     assert llm.plan.num_blocks < before
     assert llm.plan.num_blocks == llm.stats().num_blocks
     refreshed(panel, lambda: panel.memory.apply.disabled)
-    assert f'<div class="vmp-v">{llm.plan.num_blocks}</div>' in panel.memory.identity.value
+    assert f'<div class="vmp-v">{llm.plan.num_blocks:,}</div>' in panel.memory.identity.value
     assert len(stream.result().outputs[0].token_ids) == 100
 
 
@@ -248,9 +248,39 @@ def test_a_front_ends_sums_of_steps_are_no_hand_and_are_rounded(panel: Panel) ->
     assert settings.layers()[-1] == ("set", {})
     slider.set_state({"value": 0.9400000000000002})
     assert settings.layers()[-1] == ("set", {"top_p": 0.94})
+
+
+def test_a_front_end_that_rounds_the_fraction_changes_nothing_and_a_typed_one_is_taken_as_typed(panel: Panel) -> None:
+    llm = current_session().require()
+    llm.replan(fraction=0.023)
     show(panel, MEMORY)
-    panel.memory.fraction.set_state({"value": panel.memory.fraction.value + 0.004})
-    assert panel.memory.apply.disabled
+    section = panel.memory
+    section.fraction.set_state({"value": 0.02})
+    assert section.apply.disabled
+    section.fraction.set_state({"value": 0.024})
+    assert section.verdict.value == '<span class="vmp-faint">Not applied yet.</span>'
+    assert f'<div class="vmp-v">{llm.what_if(fraction=0.024).num_blocks:,}</div>' in section.identity.value
+
+
+def test_boxes_left_to_the_plan_show_what_the_preview_makes_of_them(panel: Panel) -> None:
+    llm = current_session().require()
+    llm.replan(max_model_len="auto", max_num_seqs="auto")
+    show(panel, MEMORY)
+    section = panel.memory
+    assert (section.max_model_len.value, section.max_num_seqs.value) == ("", "")
+    section.fraction.value = 0.03
+    planned = llm.what_if(fraction=0.03)
+    assert section.max_num_seqs.placeholder == f"auto: {planned.max_num_seqs:,}"
+    assert section.max_model_len.placeholder == f"auto: {planned.max_model_len:,}"
+    assert f"max_model_len {planned.max_model_len:,};" in section.identity.value
+    section.max_model_len.value = "300"
+    assert section.wanted() == {"fraction": 0.03, "max_model_len": 300}
+    assert "max_model_len 300;" in section.identity.value
+    section.apply.click()
+    panel.refresh()
+    assert (section.max_model_len.value, llm.plan.max_model_len) == ("300", 300)
+    section.max_model_len.value = ""
+    assert section.wanted() == {"max_model_len": "auto"}
 
 
 def test_a_hand_on_the_slider_is_not_pushed_back(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +344,7 @@ def test_blocks_are_drawn_by_holder_and_binned_where_they_are_many(panel: Panel)
     (stream,) = running(llm, max_tokens=450)
     refreshed(panel, lambda: 'data-kind="0"' in panel.activity.blocks.value)
     drawn = panel.activity.blocks.value
-    assert f"{llm.plan.num_blocks} blocks of 16 tokens" in drawn
+    assert f"{llm.plan.num_blocks:,} blocks of 16 tokens" in drawn
     assert len(drawn) < 40_000
     stream.abort()
     refreshed(panel, lambda: 'data-kind="0"' not in panel.activity.blocks.value)
@@ -350,13 +380,13 @@ def test_the_line_of_throughput_has_its_peak_at_the_top_and_names_it() -> None:
     assert line.endswith(" 480,62.0")
     assert drawn.count("peak 15.0 tokens/s") == 2
     assert "3 minutes ago" in drawn
-    assert "no tokens in the last three minutes" in throughput_svg(Counted((Rate(99, 500, 0),), second=109))
+    assert "No tokens in the last three minutes." in throughput_svg(Counted((Rate(99, 500, 0),), second=109))
 
 
 def test_the_panel_draws_the_speed_of_what_runs(panel: Panel) -> None:
     llm = current_session().require()
     panel.refresh()
-    assert "no tokens in the last three minutes" in panel.activity.throughput.value
+    assert "No tokens in the last three minutes." in panel.activity.throughput.value
     (stream,) = running(llm, max_tokens=450)
     refreshed(panel, lambda: "peak" in panel.activity.throughput.value)
     stream.abort()
@@ -399,7 +429,7 @@ def test_the_port_is_opened_and_closed_and_the_key_shown_only_when_asked(
     panel.refresh()
     assert current_session().server is None
     assert server.api_key not in repr([widget.get_state() for widget in widgets_below(panel.widget)])
-    assert "the port is closed" in panel.server.address.value
+    assert "The port is closed." in panel.server.address.value
 
 
 # -- the whole -------------------------------------------------------------------------------------
@@ -435,9 +465,9 @@ def test_nothing_is_sent_when_nothing_changed(panel: Panel, monkeypatch: pytest.
 def test_it_is_one_panel_however_often_it_is_shown(engine_shell: Any, loaded_llm: Callable[..., LLM]) -> None:
     loaded_llm()
     line(engine_shell, "panel")
-    first = shown(engine_shell)["application/vnd.jupyter.widget-view+json"]["model_id"]
+    first = engine_shell.display_pub.outputs[-2]["data"]["application/vnd.jupyter.widget-view+json"]["model_id"]
     line(engine_shell, "panel")
-    assert shown(engine_shell)["application/vnd.jupyter.widget-view+json"]["model_id"] == first
+    assert engine_shell.display_pub.outputs[-2]["data"]["application/vnd.jupyter.widget-view+json"]["model_id"] == first
 
 
 def test_a_line_says_what_is_set_where_there_is_no_front_end(
@@ -445,8 +475,9 @@ def test_a_line_says_what_is_set_where_there_is_no_front_end(
 ) -> None:
     llm = loaded_llm()
     line(engine_shell, "set temperature=0.2")
-    panel = open_panel()
-    assert panel_bundle(panel, current_session())["text/plain"] == panel_line(current_session())
+    line(engine_shell, "panel")
+    widget = engine_shell.display_pub.outputs[-2]["data"]
+    assert widget["text/plain"] == panel_line(current_session())
     monkeypatch.setattr("vm_magic.commands.panel.can_update", lambda shell: False)
     capsys.readouterr()
     line(engine_shell, "panel")
@@ -460,7 +491,7 @@ def test_it_follows_another_model_and_none(engine_shell: Any, loaded_llm: Callab
     panel = open_panel()
     for section in range(4):
         show(panel, section)
-    assert "no model is loaded" in panel.head.value
+    assert "No model is loaded" in panel.head.value
     llm = loaded_llm()
     for section in range(4):
         show(panel, section)
@@ -469,7 +500,7 @@ def test_it_follows_another_model_and_none(engine_shell: Any, loaded_llm: Callab
     llm.close()
     for section in range(4):
         show(panel, section)
-    assert "no model is loaded" in panel.head.value
+    assert "No model is loaded" in panel.head.value
 
 
 def num_observers(panel: Panel) -> int:

@@ -176,7 +176,7 @@ def test_a_server_that_tells_nothing_is_said_to(server: FakeVLLM, monkeypatch: p
 
 def test_requests_of_this_notebook_are_listed_and_cancel_closes_their_stream(panel: Panel, server: FakeVLLM) -> None:
     remote, section = current_session().remote_llm(), panel.activity
-    assert "no requests of this notebook" in section.header.value
+    assert "No requests of this notebook" in section.header.value
     server.events, server.pause = [chunk(reasoning_content="Hm. "), *[chunk(content="word ")] * 3000], 0.02
     one, two = (remote.submit_chat(ASK, {}) for _ in range(2))
     refreshed(panel, lambda: all("tok/s" in row.text.value for row in section.rows[:2]))
@@ -299,7 +299,7 @@ def test_a_panel_that_was_left_says_so_and_shows_nothing_else(panel: Panel, serv
     remote = current_session().remote
     current_session().remote = None
     panel.refresh()
-    assert "%vllm_metal panel opens its panel" in panel.head.value
+    assert "%vllm_metal panel opens the panel for it" in panel.head.value
     current_session().remote = remote
     panel.refresh()
     assert "<b>tiny</b>" in panel.head.value

@@ -83,7 +83,7 @@ def test_the_page_escapes_what_the_user_wrote_and_marks_the_cached_part(shell: A
     assert len(cached) == line(shell, "explain").explanation.cache.num_cached_tokens == 48
     assert "first miss" in spans[48]
     assert "&lt;&#124;im&#95;start&#124;&gt;" in cached[0]
-    assert page.count("<details") == page.count("</details>") == 3
+    assert page.count("<details") == page.count("</details>") >= 3
 
 
 def test_it_says_what_read_the_cache_in_text_and_on_the_page(shell: Any, real: LLM) -> None:

@@ -1,0 +1,129 @@
+"""The panel as a picture that stays in a saved notebook: what is shown where there is no kernel to draw its widgets.
+
+A front end that has the widgets hides it, by the style sheet that comes with them; without a kernel that sheet is not
+there. JupyterLab writes an error in the place of widgets that are gone; the picture's own sheet hides that.
+"""
+
+import html
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from engine.runtime.activity import BlockMap
+from vm_magic.panel.pictures import Palette, block_map_svg, throughput_svg
+from vm_magic.panel.snapshot import NO_MODEL, PanelSnapshot
+from vm_magic.show.display_handle import Bundle, DisplayHandle
+from vm_magic.show.plan_view import plan_picture_html
+from vm_magic.show.tables import settings_text
+
+_FRAME = (
+    "border:1px solid rgba(128,128,128,.45);border-radius:8px;padding:8px 12px;max-width:940px;font-size:13px;"
+    "line-height:1.45;font-family:var(--jp-ui-font-family,sans-serif);color:var(--jp-ui-font-color1,inherit)"
+)
+_LINE = "display:flex;flex-wrap:wrap;gap:2px 18px;align-items:baseline"
+_HEADING = "margin:10px 0 4px;font-weight:600"
+_CLOSED = '<div style="opacity:.75">The panel was closed.</div>'
+
+
+class Still:
+    """The picture below each place where the panel is open, made anew when the session comes to rest or is changed."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._name = f"vm-still-{uuid.uuid4().hex[:12]}"
+        self._handles: list[DisplayHandle] = []
+        self._shown: Any = None
+        self._latest = ""
+        self._blocks: BlockMap | None = None
+
+    @property
+    def hiding_sheet(self) -> str:
+        """What hides the picture where the widgets are: for the widgets to bring along."""
+        return f"<style>.{self._name}, .jp-OutputArea-child:has(.{self._name}) {{ display: none; }}</style>"
+
+    def open(self, shell: Any, snapshot: PanelSnapshot) -> None:
+        """Show the picture below what was displayed last, and keep it up to date."""
+        # A cell that captures its outputs changes the shell's publisher meanwhile: this one stays.
+        handle = DisplayHandle(SimpleNamespace(display_pub=shell.display_pub))
+        self._shown, self._latest = _state(snapshot), self._drawn(still_html(snapshot, self._clock()))
+        handle(self._bundle())
+        self._handles.append(handle)
+
+    def refresh(self, snapshot: PanelSnapshot) -> None:
+        """Draw it anew if what it shows has changed; not while tokens come."""
+        if not self._handles or (snapshot.activity is not None and snapshot.activity.requests):
+            return
+        self._blocks = snapshot.blocks or self._blocks
+        state = _state(snapshot)
+        if state != self._shown:
+            self._shown = state
+            # Sections that draw no blocks ask for none: those seen last are about right.
+            self._show(still_html(replace(snapshot, blocks=self._blocks), self._clock()))
+
+    def close(self) -> None:
+        """The panel is closed: nothing is left to be shown."""
+        self._show(_CLOSED)
+        self._handles.clear()
+
+    def _show(self, body: str) -> None:
+        self._latest = self._drawn(body)
+        for handle in self._handles:
+            handle(self._bundle())
+
+    def _drawn(self, body: str) -> str:
+        # The place of a widget that is gone holds a text and no element.
+        gone = (
+            f".jp-OutputArea:has(.{self._name}) > .jp-OutputArea-child > "
+            ".jp-OutputArea-output.jupyter-widgets:not(:has(> *)) { display: none; }"
+        )
+        return f'<style>{gone}</style><div class="{self._name}">{body}</div>'
+
+    def _bundle(self) -> Bundle:
+        return {"text/html": self._latest, "text/plain": ""}
+
+
+def _state(snapshot: PanelSnapshot) -> tuple[Any, ...]:
+    """What the picture follows."""
+    llm, activity = snapshot.llm, snapshot.activity
+    tokens = None if activity is None else (activity.stats.generation_tokens, activity.stats.prompt_tokens)
+    plan = None if llm is None else id(llm.plan)
+    port = None if snapshot.session.server is None else snapshot.session.server.base_url
+    return snapshot.remote, plan, port, tokens, settings_text(snapshot.session.settings)
+
+
+def still_html(snapshot: PanelSnapshot, now: float) -> str:
+    """What the panel shows, on one page: inline styles, no script."""
+    return f'<div style="{_FRAME}">{_head(snapshot, now)}{_body(snapshot)}</div>'
+
+
+def _head(snapshot: PanelSnapshot, now: float) -> str:
+    llm, remote = snapshot.llm, snapshot.remote
+    if remote is not None:
+        name, place = remote.model, remote.base_url
+    elif llm is not None:
+        port = snapshot.session.server
+        name, place = llm.args.names[0], "port closed" if port is None else port.base_url
+    else:
+        return f"<b>vllm_metal</b> {html.escape(NO_MODEL)}"
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(now))
+    values = settings_text(snapshot.session.settings) or "sampling values: the model's own"
+    parts = [f'<b style="font-size:15px">{html.escape(name)}</b>']
+    parts += [f"<span>{html.escape(part)}</span>" for part in (place, values)]
+    parts.append(f'<span style="opacity:.75">the panel on {when}; %vllm_metal panel opens it</span>')
+    return f'<div style="{_LINE}">{"".join(parts)}</div>'
+
+
+def _body(snapshot: PanelSnapshot) -> str:
+    llm, activity = snapshot.llm, snapshot.activity
+    drawn = []
+    if llm is not None and activity is not None:
+        if snapshot.blocks is not None:
+            drawn.append(("KV blocks", block_map_svg(snapshot.blocks, Palette())))
+        drawn.append(("Generated tokens per second", throughput_svg(activity)))
+        drawn.append(("Memory", plan_picture_html(llm.plan)))
+    elif snapshot.server is not None and snapshot.server.state is not None:
+        drawn.append(("Generated tokens per second, all clients", throughput_svg(snapshot.server)))
+    return "".join(f'<div style="{_HEADING}">{title}</div>{picture}' for title, picture in drawn)
