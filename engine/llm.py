@@ -10,6 +10,7 @@ import time
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.batch.offline import chat_requests, one_request, params_of_each, prompt_requests, run_all
@@ -320,7 +321,7 @@ class LLM:
         form = AnswerForm(raw, schema, chat_template_kwargs or {}, choices, ends)
         client, columns = form.of(self, params)
         request = MapRequest.of(template, params, variables=variables, resume=resume, columns=columns)
-        return map_prompts(client, rows, request, keep=self._keep_map, use_tqdm=use_tqdm)
+        return map_prompts(client, rows, request, keep=partial(setattr, self, "last_map"), use_tqdm=use_tqdm)
 
     def stream(
         self,
@@ -429,13 +430,9 @@ class LLM:
 
         Between steps, on the engine's thread: requests under way wait for one row at a time.
         """
-        from engine.batch.kernel_bench import KernelBench
-        from engine.runner.kv.attention_calls import kernel_shapes
+        from engine.batch.kernel_bench import bench_model_kernels
 
-        name, call = self.args.names[0], self._thread.call
-        backend = call(lambda engine: engine.runner.backend)
-        shapes = call(lambda _: kernel_shapes(backend.model, backend.block_size))
-        return KernelBench(name, [(name, shape) for shape in shapes], lambda function: call(lambda _: function()))
+        return bench_model_kernels(self.args.names[0], self._thread)
 
     def activity(self) -> Activity:
         """Requests under way, counters and recent speed; while a step takes long, as it began (see ``age``)."""
@@ -491,9 +488,6 @@ class LLM:
 
     def _start(self, request: ChatRequest | PromptRequest) -> RequestStream:
         return self.submit(self.prepare(request))
-
-    def _keep_map(self, frame: "pandas.DataFrame") -> None:
-        self.last_map = frame
 
     def _follow_settings(self) -> None:
         """Hand the live settings to the requests under way."""

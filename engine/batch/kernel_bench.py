@@ -19,6 +19,7 @@ from engine.runner.device.threads import MLXWorker
 if TYPE_CHECKING:
     from engine.runner.kernels.bench import KernelRow
     from engine.runner.kernels.self_check import AttentionShape
+    from engine.runtime.engine_thread import EngineThread
 
 T = TypeVar("T")
 NO_GPU = (
@@ -162,6 +163,15 @@ def describe() -> dict[str, str]:
 def _worker() -> Iterator[OnThread]:
     with MLXWorker("vm-kernels") as worker:
         yield worker.call
+
+
+def bench_model_kernels(name: str, thread: "EngineThread") -> KernelBench:
+    """A :class:`KernelBench` over the shapes of the model that ``thread`` runs, between its steps."""
+    from engine.runner.kv.attention_calls import kernel_shapes
+
+    backend = thread.call(lambda engine: engine.runner.backend)
+    shapes = thread.call(lambda _: kernel_shapes(backend.model, backend.block_size))
+    return KernelBench(name, [(name, shape) for shape in shapes], lambda function: thread.call(lambda _: function()))
 
 
 def bench_kernels() -> KernelBench:
