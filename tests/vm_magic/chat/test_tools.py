@@ -276,7 +276,8 @@ def test_probabilities_and_tools_are_shown_in_one_picture(shell: Any, llm: LLM) 
 @pytest.mark.parametrize(
     "text",
     [
-        "Add.\n\nParameters\n----------\nx, y : int\n    Numbers.\nscale : float, default: 2\n    Factor.\n*rest\n    More.",
+        "Add.\n\nParameters\n----------\nx, y : int\n    Numbers.\nscale : float, default: 2\n    Factor.\n"
+        "*rest\n    More.",
         "Add.\n\nArgs:\n    x, y (int): Numbers.\n    scale (float, optional): Factor.\n    *rest (int): More.",
         "Add.\n\n:param int x, y: Numbers.\n:param dict[str, int] scale: Factor.\n:param \\\\*rest: More.",
         "Add.\n\n:arg list of int x,y: Numbers.\n:keyword scale: Factor.\n:type scale: float\n:returns: x: y",
