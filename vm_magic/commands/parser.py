@@ -79,6 +79,15 @@ class CommandParser(MagicArgumentParser):  # type: ignore[misc]
         action = self._option_string_actions.get(flag)
         return action is not None and action.nargs == "?"
 
+    def accepts(self, flag: str, word: str) -> bool:
+        """Whether ``word``, with its quotes, can be a value of ``flag``."""
+        action = self._option_string_actions[flag]
+        try:
+            self._check_value(action, self._get_value(action, shlex.split(word)[0]))
+        except (argparse.ArgumentError, ValueError, IndexError):
+            return False
+        return True
+
     def takes_json(self, flag: str) -> bool:
         """Whether the value of ``flag`` is JSON."""
         action = self._option_string_actions.get(with_dashes(flag))
@@ -189,7 +198,7 @@ def is_flags(parser: CommandParser, text: str) -> bool:
             continue
         value = TOKEN.match(text, position)
         if parser.takes_value(flag):
-            if value is None:
+            if value is None or not parser.accepts(flag, value[1]):
                 return False
             position = value.end()
         elif value and parser.takes_number(flag) and value[1].isdigit():

@@ -110,11 +110,12 @@ def _meant(name: str, rest: str) -> str:
     from engine.models.pypi import PACKAGE_MODELS
 
     plain = name.lower().strip("-")
-    if (found := _SYNONYMS.get(plain)) or (found := closest(plain, COMMANDS)):
-        return f"did you mean {found}?"
     if "/" in name or name.endswith(".gguf") or plain in PACKAGE_MODELS:
         return f"did you mean serve {name}?"
-    if len(rest.split()) > 1 and not rest.strip().startswith("-"):
+    text = len(rest.split()) > 1 and not rest.strip().startswith("-")
+    if found := _SYNONYMS.get(plain) or closest(plain, COMMANDS, 0.8 if text else 0.6):
+        return f"did you mean {found}?"
+    if text:
         return "to send a message, write %vllm_metal chat TEXT; %vllm_metal --help lists the commands"
     return "see %vllm_metal --help"
 

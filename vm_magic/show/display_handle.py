@@ -4,6 +4,8 @@ import contextvars
 import uuid
 from typing import Any
 
+from IPython.core.displaypub import CapturingDisplayPublisher
+
 from vm_magic.show.front_end import front_end
 
 Bundle = dict[str, Any]
@@ -17,7 +19,7 @@ def can_update(shell: Any) -> bool:
 
 def can_fold(shell: Any) -> bool:
     """Whether what ``shell`` displays may be looked at as HTML; who captures a cell's output looks for text."""
-    return front_end(shell) == "notebook"
+    return can_update(shell) and not isinstance(shell.display_pub, CapturingDisplayPublisher)
 
 
 class DisplayHandle:

@@ -182,8 +182,10 @@ class CellRecorder:
         return running.record
 
     def _note_error(self, error: BaseException, record: CellRecord) -> None:
-        from vm_magic.state.error_text import error_line, error_text, is_ours
-
+        try:
+            from vm_magic.state.error_text import error_line, error_text, is_ours
+        except ImportError:  # the user's own module `engine` is found: every command says so
+            return
         if not is_ours(error):
             self.last_error = error_text(error, self._shell)
         record.display("error", error_line(error))

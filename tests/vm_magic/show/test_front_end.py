@@ -103,4 +103,4 @@ def test_a_loads_progress_is_captured_as_one_line(shell: Any) -> None:
     with capture_output() as kept:
         line(shell, "load smollm2")
     (output,) = kept.outputs
-    assert output.data["text/plain"].startswith("smollm2: 145.0MB loaded in")
+    assert output.data["text/plain"].startswith("smollm2: 145.0 MB loaded in")
