@@ -84,7 +84,10 @@ class ComparedChat:
                 view.refresh(self._shown())
         except KeyboardInterrupt:
             self.interrupted = True
-            self.abort()
+            try:
+                self.abort()
+            except KeyboardInterrupt:  # pressed twice: all of them are ending already
+                self.abort()
         view.finish(self._shown())
         failures = [branch.failure for branch in self._branches if branch.failure is not None]
         if len(failures) == len(self._branches):

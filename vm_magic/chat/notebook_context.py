@@ -23,6 +23,7 @@ _UNKNOWN_LENGTH = 8192
 """The context of a server's model that does not tell it."""
 _LONGEST_CODE = 4000
 _LONGEST_OUTPUT = 2500
+_UNKNOWN = "(not known: the cell ran before vm_magic was loaded, or too long ago)"
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _OUR_CELL = re.compile(r"\s*%%(?:chat|vllm_metal)\b")
 _OUR_CALL = re.compile(r"\s*get_ipython\(\)\.run_cell_magic\((['\"])(?:chat|vllm_metal)\1")
@@ -142,7 +143,7 @@ def _ran(shell: Any) -> Iterator[_Cell]:
         record = None if recorder is None else recorder.record(number)
         result = _result(history, number)
         if record is None:
-            yield _Cell(number, code, result=result)
+            yield _Cell(number, code, result=result or _UNKNOWN)
         else:
             yield _Cell(number, code, tuple(record.outputs), result, record.num_dropped)
 

@@ -62,10 +62,10 @@ class ChoiceButtons:
             self._note(self._bundle(f"⚠ {error}"))
 
     def _bundle(self, line: str) -> Bundle:
-        # The place of a widget that is gone holds a text and no element.
+        # The place of a widget that is gone holds a text and no element: "Loading widget", then an error.
         gone = (
-            f".jp-OutputArea:has(.{self._name}) > .jp-OutputArea-child > "
-            ".jp-OutputArea-output.jupyter-widgets:not(:has(> *)) { display: none; }"
+            f".jp-OutputArea:has(.{self._name}) > .jp-OutputArea-child > .jp-OutputArea-output:is(.jupyter-widgets, "
+            '[data-mime-type="application/vnd.jupyter.widget-view+json"]):not(:has(> *)) { display: none; }'
         )
         shown = f'<div class="{self._name}" style="opacity:0.7;font-size:12px">{html.escape(line)}</div>'
         return {"text/plain": line, "text/html": f"<style>{gone}</style>{shown}"}

@@ -12,6 +12,7 @@ from engine.errors import VMMagicError
 from engine.openai.http.ring_log import RingLog
 from vm_magic.shell.shadowed_engine import check_engine
 from vm_magic.show.errors import HelpShown, Interrupted, short_error
+from vm_magic.state.cell_record import unnoted
 from vm_magic.state.live_settings import LiveTraits
 
 
@@ -77,4 +78,5 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
         from vm_magic.commands.base import Context
         from vm_magic.commands.table import run
 
-        return run(Context(self.shell, self.logs, self.record), line, cell)
+        with unnoted(self.shell):
+            return run(Context(self.shell, self.logs, self.record), line, cell)

@@ -5,7 +5,8 @@ on its way, in bounded room; between cells nothing is in the way.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,9 +38,11 @@ class OutputText:
 
     def text(self) -> str:
         """What is kept, and how much is not."""
-        if not self._dropped:
-            return self._head + self._tail
-        return f"{self._head}\n… ({self._dropped:,} characters left out) …\n{self._tail}"
+        tail = self._tail[-(MAX_TEXT - len(self._head)) :]
+        dropped = self._dropped + len(self._tail) - len(tail)
+        if not dropped:
+            return self._head + tail
+        return f"{self._head}\n… ({dropped:,} characters left out) …\n{tail}"
 
 
 @dataclass
@@ -58,16 +61,21 @@ class CellOutput:
 
 @dataclass
 class CellRecord:
-    """The outputs of one run of a cell. ``muted`` while IPython itself writes what is noted otherwise."""
+    """The outputs of one run of a cell.
+
+    ``muted`` counts what is at work whose outputs are not noted, or not twice: a display, a magic of ours.
+    ``in_result`` while IPython writes what the cell ended with.
+    """
 
     outputs: list[CellOutput] = field(default_factory=list)
     num_dropped: int = 0
     clear_next: bool = False
-    muted: bool = False
+    muted: int = 0
+    in_result: bool = False
 
     def write(self, kind: str, text: str) -> None:
         """Add to a stream."""
-        if self.muted:
+        if self.muted or self.in_result:
             return
         self._clear_if_due()
         if not (self.outputs and self.outputs[-1].kind == kind):
@@ -77,6 +85,8 @@ class CellRecord:
 
     def display(self, kind: str, text: str, display_id: str | None = None) -> None:
         """Add an output that stands by itself."""
+        if self.muted and kind != "error":
+            return
         self._clear_if_due()
         made = CellOutput(kind, display_id=display_id)
         made.content.add(text)
@@ -149,6 +159,10 @@ class CellRecorder:
         """Whether a cell runs now; its input is the latest in the history."""
         return bool(self._running)
 
+    def unnoted(self) -> AbstractContextManager[None]:
+        """While a magic of ours is at work: its line is not sent, so neither is what it puts out."""
+        return _muted([running.record for running in self._running])
+
     def _begin(self, info: Any) -> None:
         if not info.store_history:
             return
@@ -216,11 +230,8 @@ def _note_displays(publisher: Any, running: _Running) -> None:
             record.replace(display_id, bundle_text(data))
         elif isinstance(data, dict):
             record.display("display", bundle_text(data), display_id)
-        record.muted = True  # a terminal prints it
-        try:
+        with _muted([record]):  # a terminal prints it
             return publish(data, *args, **kwargs)
-        finally:
-            record.muted = False
 
     def noted_clear(wait: bool = False) -> Any:
         record.clear(wait)
@@ -234,17 +245,29 @@ def _mute_results(displayhook: Any, running: _Running) -> None:
     """Leave out a cell's result where a terminal prints it: the history has it."""
     record = running.record
 
-    def muting(method: Callable[[], Any], muted: bool) -> Callable[[], Any]:
+    def muting(method: Callable[[], Any], after: bool) -> Callable[[], Any]:
         def call() -> Any:
-            record.muted = muted or record.muted
+            record.in_result = True
             result = method()
-            record.muted = muted
+            record.in_result = after
             return result
 
         return call
 
-    for name, muted in (("start_displayhook", True), ("finish_displayhook", False)):
-        _replace(displayhook, name, muting(getattr(displayhook, name), muted), running.undo)
+    for name, after in (("start_displayhook", True), ("finish_displayhook", False)):
+        _replace(displayhook, name, muting(getattr(displayhook, name), after), running.undo)
+
+
+@contextmanager
+def _muted(records: list[CellRecord]) -> Iterator[None]:
+    """Note nothing in ``records`` meanwhile."""
+    for record in records:
+        record.muted += 1
+    try:
+        yield
+    finally:
+        for record in records:
+            record.muted -= 1
 
 
 def _replace(target: Any, name: str, new: Any, undo: list[Callable[[], None]]) -> None:
@@ -304,3 +327,9 @@ def stop_recording(shell: Any) -> None:
 def recorder_of(shell: Any) -> CellRecorder | None:
     """The recorder of ``shell``, while the extension is loaded there."""
     return _recorders.get(shell)
+
+
+def unnoted(shell: Any) -> AbstractContextManager[None]:
+    """:meth:`CellRecorder.unnoted` of the shell's recorder, if it has one."""
+    recorder = _recorders.get(shell)
+    return nullcontext() if recorder is None else recorder.unnoted()

@@ -67,7 +67,9 @@ def read_variants(texts: Sequence[str], readers: Mapping[str, Callable[[str], An
         axes.setdefault(name, []).extend(_value(name, part, readers) for part in parts)
     for name, values in axes.items():
         if len(values) < 2:
-            again = "; repeat the flag with another text" if name == "system" else f", such as {name}={values[0]},…"
+            again = (
+                "; repeat the flag with another text" if name == "system" else f", such as {name}={_shown(values[0])},…"
+            )
             raise ConfigError(f"--compare {name}: one value is nothing to compare{again}", flag="compare")
     points = list(itertools.product(*axes.values()))
     if len(points) > MAX_VARIANTS:
@@ -92,7 +94,8 @@ def _labelled(points: Sequence[Mapping[str, Any]]) -> list[Variant]:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return shortened(" ".join(str(value).split()), _LONGEST_LABEL)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return shortened(" ".join(text.split()), _LONGEST_LABEL)
 
 
 def _value(name: str, text: str, readers: Mapping[str, Callable[[str], Any]]) -> Any:

@@ -1,6 +1,7 @@
 """An exception as text for a language model: what was raised, and the code around it. No values of variables."""
 
 import linecache
+import re
 import site
 import sysconfig
 import traceback
@@ -20,6 +21,7 @@ _AROUND = 5
 _MOST_FRAMES = 8
 """Places in the user's code that are told of one exception: the first and the last of them."""
 _MOST_IN_GROUP = 5
+_OUR_CALL = re.compile(r"get_ipython\(\)\.run_(?:line|cell)_magic\(['\"](vllm_metal|chat)['\"].*")
 _LIBRARIES = tuple(
     {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
     | set(site.getsitepackages() if hasattr(site, "getsitepackages") else ())
@@ -127,10 +129,16 @@ def _code_around(filename: str, number: int) -> list[str]:
     first, last = max(number - _AROUND, 1), min(number + _AROUND, len(lines))
     width = len(str(last))
     shown = [
-        f"{'>' if i == number else ' '} {i:>{width}} | {lines[i - 1].rstrip()[:300]}".rstrip()
+        f"{'>' if i == number else ' '} {i:>{width}} | {_without_magic(lines[i - 1].rstrip()[:300])}".rstrip()
         for i in range(first, last + 1)
     ]
     return shown if shown else ["(the code is not kept)"]
+
+
+def _without_magic(line: str) -> str:
+    """A line of code; a call of our own magics, which may hold a key, only by its name."""
+    found = _OUR_CALL.search(line)
+    return line if found is None else f"{line[: found.start()]}%{found[1]} …"
 
 
 def _cell_name(filename: str, shell: Any) -> str | None:
