@@ -346,9 +346,7 @@ def test_a_map_goes_over_the_wire_with_bounded_concurrency_and_marks_failures(
 
 
 def test_choices_are_refused_with_the_way_back_to_this_kernel(remote: RemoteLLM) -> None:
-    with pytest.raises(
-        RequestError, match=r"choices: .* need the model in this kernel.*connect --close"
-    ):
+    with pytest.raises(RequestError, match=r"choices: .* need the model in this kernel.*connect --close"):
         remote.map(["a"], "{{ text }}", choices=["yes", "no"], use_tqdm=False)
 
 
