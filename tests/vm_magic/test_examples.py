@@ -50,6 +50,7 @@ def check(shell: Any, page: str, example: Example, capsys: Capture) -> None:
 
 
 @pytest.mark.weights
+@pytest.mark.timeout(600)
 def test_the_examples_of_every_page_run_and_show_what_comes_out(
     engine_shell: Any, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,7 @@ def docstring_examples() -> Iterator[doctest.DocTest]:
 
 
 @pytest.mark.weights
+@pytest.mark.timeout(600)
 def test_the_examples_of_docstrings_print_what_they_show(capsys: Capture) -> None:
     found = list(docstring_examples())
     written = [path for top in ("engine", "vm_magic") for path in (ROOT / top).rglob("*.py")]

@@ -28,7 +28,8 @@ def model(tiny_model_dir: TinyModelDir) -> str:
 @pytest.fixture(scope="module")
 def llm(model: str) -> Iterator[LLM]:
     ends = {"eos_token_id": [0, 2]}
-    with LLM(model, max_model_len=512, gpu_memory_utilization=0.2, override_generation_config=ends) as loaded:
+    small = {"max_num_batched_tokens": 48, "max_num_seqs": 16}  # so that prompts are computed in chunks
+    with LLM(model, max_model_len=512, gpu_memory_utilization=0.2, override_generation_config=ends, **small) as loaded:
         yield loaded
 
 
