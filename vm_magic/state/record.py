@@ -76,7 +76,7 @@ class Recorder:
             "tools": list(request.tools) if request.tools else None,
             "tool_choice": request.tool_choice,
             "schema": schema,
-            "thinking_token_budget": request.thinking_token_budget,
+            "thinking_token_budget": _budget(llm, request),
             "template_kwargs": template or None,
         }
         record = _begin(asked) | {
@@ -185,6 +185,14 @@ def _engine(llm: "LLM") -> Record:
     if args.tokenizer is not None:
         found["tokenizer"] = plain_name(args.tokenizer)
     return {name: value for name, value in found.items() if value not in (None, {}, [])}
+
+
+def _budget(llm: "LLM", request: "ChatRequest | PromptRequest") -> int | None:
+    """The thinking budget that holds: the request's own, else the live setting's where the model thinks."""
+    if request.thinking_token_budget is not None or llm.reasoning_parser is None:
+        return request.thinking_token_budget
+    budget: int | None = llm.settings.thinking().get("thinking_token_budget")
+    return budget
 
 
 def _merged(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Record:

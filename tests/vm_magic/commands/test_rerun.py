@@ -317,6 +317,19 @@ def test_schemas_and_template_variables_are_repeated(shell: Any, scripted_llm: A
         current_session().llm = None
 
 
+def test_a_thinking_budget_that_was_set_live_is_recorded_and_repeated(shell: Any, scripted_llm: Any) -> None:
+    current_session().llm = scripted_llm("<think>one two three four five six</think>Yes.", reasoning_parser="qwen3")
+    try:
+        line(shell, "set thinking_token_budget=3")
+        reply = cell(shell, "chat -t 0 --record", "Why?")
+        assert reply.record["request"]["thinking_token_budget"] == 3
+        line(shell, "set thinking_token_budget=")
+        assert line(shell, "rerun").same
+        assert len(reply.reasoning) < len("one two three four five six")
+    finally:
+        current_session().llm = None
+
+
 def test_a_line_forms_record_is_in_the_metadata_of_what_is_shown(shell: Any, record: dict[str, Any]) -> None:
     bundle, metadata = shell.display_formatter.format(shell.user_ns["_"])
     assert "text/markdown" in bundle
