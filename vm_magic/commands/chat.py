@@ -192,8 +192,8 @@ def _followed(generation: Running, parsed: argparse.Namespace, shell: Any, view:
             _file(stopped.reply, parsed, shell)
         raise
     reply.shown_as = _format(parsed)
-    _keep_record(generation, reply, view)
     _note(reply, generation, parsed, view)
+    _keep_record(generation, reply, view)
     if parsed.to_cell:
         put_code_into_cell(reply, shell)
     if returned and not parsed.out:
@@ -229,8 +229,8 @@ def _detached(generation: Generation, parsed: argparse.Namespace, shell: Any) ->
 
     def store(reply: Reply) -> None:
         reply.shown_as = _format(parsed)
-        _keep_record(generation, reply, view)
         _note(reply, generation, parsed, view)
+        _keep_record(generation, reply, view)
         if parsed.out:
             shell.user_ns[parsed.out] = reply
 

@@ -61,10 +61,9 @@ def test_what_cannot_be_parsed_is_none_and_says_why(text: str, reason: str, says
     assert reply.parse_error.startswith(says)
 
 
-def test_the_cell_says_that_there_is_nothing_parsed(shell: Any, loaded: fakes.FakeLLM, capsys: Capture) -> None:
+def test_the_cell_says_that_there_is_nothing_parsed(shell: Any, loaded: fakes.FakeLLM) -> None:
     loaded.words = ["no json"]
-    cell(shell, "chat --json object", "hi")
-    assert "parsed is None: the text is not JSON" in capsys.readouterr().out
+    assert "parsed is None: the text is not JSON" in cell(shell, "chat --json object", "hi").notes[0]
 
 
 def test_a_model_within_what_was_parsed_is_released(shell: Any) -> None:
