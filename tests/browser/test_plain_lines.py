@@ -34,7 +34,7 @@ def test_lines_for_people_come_first_and_the_log_line_is_a_click_away(
         assert line.inner_text().startswith("metal_limit=")
     expect(load).to_contain_text("Room for")
     expect(load.locator("code", has_text="/v1").first).to_contain_text("http://127.0.0.1:")
-    expect(notebook.output(4)).to_contain_text("scripted")
+    expect(notebook.output(4)).to_contain_text("not loaded with these flags")
     expect(notebook.output(4)).to_contain_text("stays loaded")
     notebook.shot("plain-open", load)
     notebook.shot("plain-error", notebook.output(4))

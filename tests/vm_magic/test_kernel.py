@@ -153,13 +153,27 @@ def test_interrupt_ends_a_function_that_the_model_called(ready: Kernel) -> None:
 
 
 def test_interrupting_a_load_leaves_nothing_loaded(ready: Kernel) -> None:
+    ready.run("%vllm_metal unload")
+    assert interrupted_load(ready) == (["slow: not loaded"], "loading stopped; nothing is loaded")
+    assert "no model is loaded" in ready.text("print(get_ipython().run_line_magic('vllm_metal', 'status'))")
+
+
+def test_interrupting_a_load_gives_the_model_before_back(ready: Kernel) -> None:
+    shown, error = interrupted_load(ready)
+    assert error == "loading stopped; smollm2 was loaded again"
+    assert shown[0] == "slow: not loaded"
+    assert shown[1].startswith("smollm2: loaded again in")
+    assert ready.text("import vm_magic; print(vm_magic.current() is fakes.MADE[-1])") == "True\n"
+
+
+def interrupted_load(ready: Kernel) -> tuple[list[str], str]:
+    """What is shown of a load that is stopped in the middle, and the error's line."""
     first = ready.client.execute("%vllm_metal load slow")
     messages = drain(ready, first, lambda message: "weights" in str(message["content"].get("data")))
     ready.manager.interrupt_kernel()  # the model before is gone by then
     reply = ready.client.get_shell_msg(timeout=60)["content"]
-    assert (reply["ename"], reply["evalue"]) == ("Interrupted", "loading stopped; nothing is loaded")
-    assert show_as_a_notebook([*messages, *drain(ready, first)]) == ["slow: not loaded"]
-    assert "no model is loaded" in ready.text("print(get_ipython().run_line_magic('vllm_metal', 'status'))")
+    assert reply["ename"] == "Interrupted"
+    return show_as_a_notebook([*messages, *drain(ready, first)]), reply["evalue"]
 
 
 def test_a_detached_reply_fills_the_cell_that_asked_while_others_run(ready: Kernel) -> None:

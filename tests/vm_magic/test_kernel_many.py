@@ -83,7 +83,7 @@ def test_a_grid_shows_a_bar_that_becomes_its_table_and_stopping_keeps_what_is_do
 def test_a_remote_chat_streams_and_stopping_it_ends_it_on_the_server(kernel: Kernel, served: LLM) -> None:
     assert served.server is not None
     out = kernel.text(f"%vllm_metal connect {served.server.base_url}")
-    assert "there (1024 tokens" in out
+    assert "there (1,024 tokens" in out
     assert "k3y" not in out
     reply, messages = interrupted(kernel, "%%chat -t 0\nGo", shows("word word word"))
     assert reply["ename"] == "Interrupted"
