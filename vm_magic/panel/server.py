@@ -13,6 +13,7 @@ from vm_magic.panel.style import bad, faint
 from vm_magic.state.clients import CLIENTS, KEY_VARIABLE, Endpoint, snippets
 from vm_magic.state.session import Session
 
+IN_PYTHON = "in Python it is vm_magic.current().server.api_key"
 CLOSED = "The port is closed. Start opens it for other programs on this machine."
 
 
@@ -122,9 +123,10 @@ def address_html(port: Endpoint, proxied: str | None = None) -> str:
         for name, value in rows
     )
     grid = f'<div style="display:grid;grid-template-columns:max-content 1fr;gap:3px 14px;margin:6px 0">{cells}</div>'
+    where = IN_PYTHON if port.key_place == Endpoint.key_place else f"it is {port.key_place}"
     notes = []
     if port.needs_key and port.api_key is None:
-        notes.append(f"Show key shows the key; in Python it is {port.key_place}.")
+        notes.append(f"Show key shows the key; {where}.")
     if port.needs_key and proxied is not None:
         notes.append("Through the hub the key goes into the header x-api-key, and the hub's token into Authorization.")
     return grid + "".join(f"<div>{faint(note)}</div>" for note in notes)
