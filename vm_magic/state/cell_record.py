@@ -196,11 +196,14 @@ class CellRecorder:
         return running.record
 
     def _note_error(self, error: BaseException, record: CellRecord) -> None:
-        from vm_magic.state.error_text import error_line, error_text, is_ours
+        try:
+            from vm_magic.state.error_text import error_line, error_text, is_ours
 
-        if not is_ours(error):
-            self.last_error = error_text(error, self._shell)
-        record.display("error", error_line(error))
+            if not is_ours(error):
+                self.last_error = error_text(error, self._shell)
+            record.display("error", error_line(error))
+        except Exception:  # noqa: BLE001 - the cell has shown its own error; one of ours would hide that
+            record.display("error", type(error).__name__)
 
 
 def _note_writes(stream: Any, name: str, shell: Any, running: _Running) -> None:
