@@ -67,6 +67,37 @@ def test_a_chat_cell_streams_into_one_handle(ready: Kernel) -> None:
     assert ready.text("print(_, Out[len(In) - 2])") == f"{WORDS} {WORDS}\n"
 
 
+def test_cells_of_a_kernel_go_along_with_their_streams_and_results(ready: Kernel) -> None:
+    ready.run("import asyncio\nawait asyncio.sleep(0)\nprint('awaited')\n6 * 7")
+    ready.run("1 / 0")
+    reply, messages = ready.run("%%chat --new --cells 2 --error")
+    assert reply["status"] == "ok"
+    title = of_type(messages, "display_data")[0]["data"]["text/plain"]
+    assert title.startswith("sent with: In [")
+    assert "the last error" in title
+    prompt = ready.text("print(llm.prompts[-1])")
+    assert "```\nawaited\n42\n```" in prompt
+    assert prompt.count("ZeroDivisionError: division by zero") == 2
+    assert "Why did this fail" in prompt
+    hooks = "[n for p in (sys.stdout, get_ipython().display_pub, get_ipython().displayhook) for n in vars(p)]"
+    ready.run("import sys\n%unload_ext vm_magic")
+    left = ready.text(f"print({hooks})")
+    assert "'publish'" not in left
+    assert "'start_displayhook'" not in left
+
+
+def test_variants_in_a_kernel_are_one_output_with_buttons_and_a_line(ready: Kernel) -> None:
+    reply, messages = ready.run("%%chat --new --compare temperature=0,1\nhello")
+    assert reply["status"] == "ok"
+    shown = [content["data"] for content in of_type(messages, "display_data")]
+    assert len(shown) == 3
+    assert "application/vnd.jupyter.widget-view+json" in shown[1]
+    assert shown[2]["text/plain"].startswith("No reply is part of the conversation yet")
+    assert len(of_type(messages, "update_display_data")) > 1
+    found = "Out[len(In) - 2]"  # IPython lets _ be after a %reset of outputs
+    assert ready.text(f"found = {found}\nprint(found.keep(0).text, len(found.keep(0).messages))") == f"{WORDS} 2\n"
+
+
 def test_an_error_is_one_line_on_the_error_channel_and_aborts_the_next_cell(ready: Kernel) -> None:
     # the pause lets the second request queue up, as under "Run all"
     first = ready.client.execute("import time; time.sleep(0.5)\n%vllm_metal load smollm2 --block-size 3")

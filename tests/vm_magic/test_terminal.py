@@ -20,6 +20,13 @@ from tests.vm_magic import fakes; fakes.install()
 ip = get_ipython()
 ip.run_cell("%%chat --stats\\nhello")
 ip.run_cell("%vllm_metal chat again?")
+ip.run_cell("%%chat --compare temperature=0,1\\nhello")
+ip.run_cell("print('kept', len(_.keep(0).messages))", store_history=True)
+ip.run_cell("print(6 * 7)", store_history=True)
+ip.run_cell("6 * 7", store_history=True)
+ip.run_cell("{}['k']", store_history=True)
+ip.run_cell("%%chat --new --cells 3 --error")
+print("PROMPT", fakes.MADE[-1].prompts[-1], "END")
 ip.run_cell("%vllm_metal load")
 ip.run_cell("%vllm_metal")
 ip.run_cell("%%capture kept\\n%%chat --stats\\nhello")
@@ -35,10 +42,18 @@ def test_replies_are_written_once_and_errors_are_one_line(tmp_path: Path) -> Non
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
     lines = done.stdout.splitlines()
     assert lines[0].startswith("smollm2: 145.0 MB loaded in")
-    assert lines.count("alpha beta gamma delta epsilon zeta eta theta") == 1
+    assert lines.count("alpha beta gamma delta epsilon zeta eta theta") == 4
+    assert done.stdout.count("── temperature=0 ──\nalpha beta gamma delta epsilon zeta eta theta\n(8 tokens · ") == 1
+    assert "No reply is part of the conversation yet. Keep one: _.keep(0) … _.keep(1)" in lines
+    assert "sent with: In [2] – In [4], the last error · " in done.stdout
+    prompt = done.stdout.partition("PROMPT")[2].partition("END")[0]
+    assert prompt.count("\n42\n") == 2
+    assert "(error) KeyError: 'k'" in prompt
+    assert "Out[" not in prompt
+    assert "\x1b" not in prompt
     assert "8 tokens · " in done.stdout
     assert "UsageError" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("Traceback") == 1  # that of the cell that was to fail
     assert "kept: ['alpha beta gamma delta epsilon zeta eta theta" in done.stdout
     assert "32 of 128 used" in done.stdout
     assert "weights" in done.stderr  # tqdm's bar

@@ -33,7 +33,7 @@ def offer_settings(shell: Any, frame: "pandas.DataFrame") -> None:
         return
     from vm_magic.panel.choice_buttons import ChoiceButtons
 
-    texts = [" ".join(f"{name}={value}" for name, value in values.items()) for values in variants]
+    texts = [" ".join(f"{name}={_text(value)}" for name, value in values.items()) for values in variants]
 
     def choose(place: int) -> str:
         change_settings(current_session(), variants[place])
@@ -42,6 +42,10 @@ def offer_settings(shell: Any, frame: "pandas.DataFrame") -> None:
 
     hint = f"A button sets one for all requests, as %vllm_metal set {texts[0]} does"
     ChoiceButtons(shell, [f"Use {text}" for text in texts], hint, choose)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _missing(value: Any) -> bool:

@@ -198,11 +198,12 @@ class CellRecorder:
     def _note_error(self, error: BaseException, record: CellRecord) -> None:
         try:
             from vm_magic.state.error_text import error_line, error_text, is_ours
-        except ImportError:  # the user's own module `engine` is found: every command says so
-            return
-        if not is_ours(error):
-            self.last_error = error_text(error, self._shell)
-        record.display("error", error_line(error))
+
+            if not is_ours(error):
+                self.last_error = error_text(error, self._shell)
+            record.display("error", error_line(error))
+        except Exception:  # noqa: BLE001 - the cell has shown its own error; one of ours would hide that
+            record.display("error", type(error).__name__)
 
 
 def _note_writes(stream: Any, name: str, shell: Any, running: _Running) -> None:

@@ -67,10 +67,9 @@ def read_variants(texts: Sequence[str], readers: Mapping[str, Callable[[str], An
         axes.setdefault(name, []).extend(_value(name, part, readers) for part in parts)
     for name, values in axes.items():
         if len(values) < 2:
-            again = (
-                "; repeat the flag with another text" if name == "system" else f", such as {name}={_shown(values[0])},…"
-            )
-            raise ConfigError(f"--compare {name}: one value is nothing to compare{again}", flag="compare")
+            fix = f", such as {name}={_shown(values[0])},…"
+            fix = "; repeat the flag with another text" if name == "system" else fix
+            raise ConfigError(f"--compare {name}: one value is nothing to compare{fix}", flag="compare")
     points = list(itertools.product(*axes.values()))
     if len(points) > MAX_VARIANTS:
         many = f"--compare: {len(points)} combinations; at most {MAX_VARIANTS} fit side by side"

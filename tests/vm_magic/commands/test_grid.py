@@ -14,6 +14,7 @@ from tests import scripted_model
 from tests.vm_magic.helpers import cell, line, shown
 from vm_magic.commands.grid import read_over
 from vm_magic.commands.table import candidates, command_parser
+from vm_magic.panel import choice_buttons
 from vm_magic.show.errors import Interrupted, MagicUsageError
 from vm_magic.show.grid_view import MAX_ROWS, GridView
 from vm_magic.state.session import current_session
@@ -47,15 +48,16 @@ def test_a_cell_runs_every_combination_and_files_a_dataframe(shell: Any, llm: LL
     assert found.prompt.iloc[2] == "A short line on Bonn."
     assert set(found.text) == {"Fine <b>weather</b>."}
     assert "Brief" in llm.explain().prompt
-    bundle = shown(shell)
+    outputs = [
+        one for one in shell.display_pub.outputs if one["transient"] == shell.display_pub.outputs[0]["transient"]
+    ]
+    bundle = outputs[-1]["data"]
     assert "4 prompts done" in bundle["text/plain"]
     assert "top_p=0.9" in bundle["text/plain"]
     assert "Fine &lt;b&gt;weather&lt;/b&gt;." in bundle["text/html"]
-    first = shell.display_pub.outputs[0]
-    assert "<progress" in first["data"]["text/html"], "the bar, whose place the table takes"
+    assert "<progress" in outputs[0]["data"]["text/html"], "the bar, whose place the table takes"
     assert 'max="4"' in shell.display_pub.outputs[1]["data"]["text/html"]
     assert shell.display_pub.outputs[1]["data"]["text/plain"].startswith("prompts: 0 of 4")
-    assert first["transient"]["display_id"] == shell.display_pub.outputs[-1]["transient"]["display_id"]
 
 
 def test_rows_of_a_dataframe_keep_their_index_and_failures_are_shown(shell: Any, llm: LLM) -> None:
@@ -90,6 +92,26 @@ def test_json_and_resume(shell: Any, llm: LLM) -> None:
     assert list(again.text) == list(first.text)
     found = cell(shell, "vllm_metal grid --json object -t 0 --max-tokens 40", "An object")
     assert found.text.iloc[0].lstrip().startswith("{")
+
+
+def test_a_button_sets_a_variants_values_for_all_requests(shell: Any, llm: LLM) -> None:
+    cell(shell, "vllm_metal grid -t 0.25,0.5 --top-p 0.9,1 -s Brief -s Long", "Hello")
+    row = choice_buttons._open[-1]
+    labels = [one.description for one in row.buttons]
+    assert labels[0] == "Use temperature=0.25 top_p=0.9"
+    assert len(labels) == 4
+    row.buttons[3].click()
+    assert dict(llm.settings.snapshot()) == {"temperature": 0.5, "top_p": 1.0}
+    note = shown(shell)["text/plain"]
+    assert note.startswith("Set for all requests: temperature=0.5 top_p=1 (%vllm_metal set temperature=none top_p=none")
+    line(shell, "set temperature=none top_p=none")
+    rows = len(choice_buttons._open)
+    shell.user_ns["city"] = ["Ulm", "Bonn"]
+    cell(shell, "vllm_metal grid -t 0 --over city", "Hello {{ city }}")
+    cell(shell, "vllm_metal grid -o kept -t 0,1", "Hello")
+    line(shell, "grid -t 0,1 Hello")
+    cell(shell, "vllm_metal grid --seed 1,2,3,4,5,6,7,8,9 --max-tokens 1", "Hello")
+    assert len(choice_buttons._open) == rows
 
 
 def test_stopping_keeps_what_is_done(shell: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
