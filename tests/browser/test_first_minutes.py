@@ -15,50 +15,49 @@ CELLS = [
     "%load_ext vm_magic\n%vllm_metal serve smollm2",
     "%%chat -t 0\nWhat is the capital of France?",
     "%vllm_metal panel",
-    "%%chat -t 0 --new --max-tokens 110\nWhy do people like notebooks? Answer in a short list.",
+    "%%chat -t 0 --new --max-tokens 100\nWhy do people like notebooks? Answer in a short list.",
 ]
-SIZE = (920, 640)
-SHORTEST, LONGEST, LAST = 90, 700, 3000
+SIZE = (920, 940)
+MOST_PICTURES = 26
+"""Of a scene: of more, some are left out."""
+USUAL, LAST_OF_SCENE, LAST = 110, 1400, 3500
 """Milliseconds that a picture is shown."""
 
 
 class Film:
-    """Screenshots of the page, each with the time until the next; one that shows nothing new is left out."""
+    """Screenshots of the page, scene by scene; one that shows nothing new is left out."""
 
     def __init__(self, page: Any) -> None:
         self.page = page
         self.frames: list[Image.Image] = []
         self.milliseconds: list[int] = []
-        self._last = b""
-        self._since = 0.0
 
-    def shoot(self) -> None:
-        """Take a picture."""
-        shot = self.page.screenshot()
-        if shot == self._last:
-            return
-        now = time.monotonic()
-        if self.frames:
-            self.milliseconds.append(min(LONGEST, max(SHORTEST, round((now - self._since) * 500))))
-        self.frames.append(Image.open(io.BytesIO(shot)).convert("RGB"))
-        self._last, self._since = shot, now
-
-    def until(self, done: Callable[[], bool]) -> None:
+    def scene(self, done: Callable[[], bool]) -> None:
         """Film until ``done``."""
+        shots = [self.page.screenshot()]
         deadline = time.monotonic() + 240
         while not done():
             assert time.monotonic() < deadline, "the scene does not end"
-            self.shoot()
             self.page.wait_for_timeout(80)  # pictures cost as much as what they show
-        self.shoot()
+            self._add(shots)
+        self.page.wait_for_timeout(1000)  # the panel follows
+        self._add(shots)
+        step = max(1, (len(shots) - 1) / (MOST_PICTURES - 1))
+        chosen = [shots[round(i * step)] for i in range(int((len(shots) - 1) / step) + 1)]
+        self.frames += [Image.open(io.BytesIO(shot)).convert("RGB") for shot in chosen]
+        self.milliseconds += [USUAL] * (len(chosen) - 1) + [LAST_OF_SCENE]
+
+    def _add(self, shots: list[bytes]) -> None:
+        shot = self.page.screenshot()
+        if shot != shots[-1]:
+            shots.append(shot)
 
     def save(self, name: str) -> bytes:
         """Write a GIF to the artefacts; all frames share one palette, so that nothing flickers."""
         palette = _palette(self.frames)
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in self.frames]
         ARTEFACTS.mkdir(exist_ok=True)
-        path = ARTEFACTS / name
-        times = [*self.milliseconds, LAST]
+        path, times = ARTEFACTS / name, [*self.milliseconds[:-1], LAST]
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True, disposal=1)
         return path.read_bytes()
 
@@ -87,13 +86,11 @@ def test_the_readmes_moving_picture_shows_a_load_a_chat_and_the_panel_at_work(
     page.set_viewport_size({"width": SIZE[0], "height": SIZE[1]})
     film = Film(page)
     for number in range(len(CELLS)):
-        if number == 2:  # the panel and the reply below it fill the page
-            notebook.cell(number).evaluate("node => node.scrollIntoView({block: 'start'})")
         notebook.run(number)
-        film.until(lambda number=number: _ended(notebook, number))  # type: ignore[misc]
-        if number == 2:
+        if number == 2:  # the panel and the reply below it fill the page
             expect(notebook.output(2).locator(".vmp-head")).to_contain_text("smollm2")
-            film.shoot()
+            notebook.cell(number).evaluate("node => node.scrollIntoView({block: 'start'})")
+        film.scene(lambda number=number: _ended(notebook, number))  # type: ignore[misc]
     assert "Paris" in notebook.output(1).inner_text()
     picture = film.save("first-minutes.gif")
     assert len(film.frames) >= 8, "a film is more than its ends"
