@@ -232,6 +232,12 @@ def test_models_of_this_kernel_and_of_a_server_stand_side_by_side(
         cell(shell, "chat --compare model=base,other", "hello")
     found.keep(2)
     assert current_session().conversation(None).messages[-1]["content"] == "from afar"
+    shell.display_pub.outputs.clear()
+    shell.user_ns["many"] = list(range(9999))
+    cell(shell, "chat --new", "Count: {{ many }}")
+    assert server.bodies[-1]["messages"][-1]["content"].startswith("Count: list of 9,999 items (int)")
+    title = shell.display_pub.outputs[0]["data"]["text/plain"]
+    assert title.startswith(f"sent to {server.url}/v1 with: list of 9,999 items (int) · ")
     server.models.append({"id": "smollm2"})
     with pytest.raises(RequestError, match="both have it; write here:smollm2 or remote:smollm2"):
         cell(shell, "chat --compare model=smollm2,base", "hello")
