@@ -199,9 +199,9 @@ def want_server(
 ) -> WantedServer:
     """Check the options of a server on ``host:port`` (0: a free one). Raises ConfigError for bad ones.
 
-    Without ``api_key`` the key is ``VLLM_API_KEY`` or a random one, the same as long as this process lives;
-    ``no_api_key`` opens the port, on loopback only. ``port_is_default`` says that the user did not choose the port:
-    the next free one is taken.
+    Without ``api_key`` the key is ``VLLM_API_KEY`` or a random one; ``no_api_key`` opens the port,
+    on loopback only. ``port_is_default`` says that the user did not choose the port: the next free
+    one is taken.
     """
     options = ServerOptions(
         host=host,

@@ -49,8 +49,8 @@ def test_a_load_shows_one_bar_that_becomes_one_line(kernel: Kernel) -> None:
     assert any("<progress" in c["data"].get("text/html", "") for c in of_type(messages, "update_display_data"))
     lines = show_as_a_notebook(messages)[0].splitlines()
     assert "145.0 MB loaded in" in lines[0]
-    assert lines[1].startswith("Room for 2,048 tokens")
-    assert lines[-1].startswith("log line: metal_limit=51.54GB")
+    assert lines[1].startswith("log line: metal_limit=51.54GB")
+    assert of_type(messages, "stream")[-1]["text"].startswith("Room for 2,048 tokens")
     page = of_type(messages, "update_display_data")[-1]["data"]["text/html"]
     assert "<details" in page.partition("metal_limit")[0]
     assert of_type(messages, "execute_result") == []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.errors import ConfigError
+from engine.format.text import count_text
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.parser import CommandParser, pick
 from vm_magic.show.errors import Interrupted
@@ -122,7 +123,7 @@ def _cells(row: "BenchRow") -> tuple[str, ...]:
     shown = f"{first:.2f} s" if first >= 1 else f"{first * 1000:.0f} ms"
     per_request = f"{row.per_request:.1f}" if row.case == "decode" else ""
     share = "" if row.share is None else f"{row.share:.0%}"
-    prompt = f"{row.prompt_tokens:,} tokens"
+    prompt = f"{count_text(row.prompt_tokens)} tokens"
     return (row.case, prompt, str(row.batch), shown, f"{row.tokens_per_second:,.1f}", per_request, share)
 
 

@@ -64,9 +64,10 @@ def _followed(compared: ComparedChat, view: CompareView) -> Comparison:
 
 def _check(parsed: argparse.Namespace, first: Variant) -> None:
     """Refuse flags that do not go with ``--compare``, and values given twice."""
-    for flag in ("tools", "detach", "logprobs", "record"):
+    for flag in ("tools", "detach", "logprobs", "record", "to_cell"):
         if getattr(parsed, flag, None):
-            raise UsageError(f"--compare does not go with --{flag}: leave one of them out")
+            name = flag.replace("_", "-")
+            raise UsageError(f"--compare does not go with --{name}: leave one of them out")
     for name in first.values:
         if getattr(parsed, name, None) is not None:
             again = f"--{name.replace('_', '-')}"

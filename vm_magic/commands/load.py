@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from engine.format.text import count_text
 from engine.memory.plan import room
 from engine.params.sizes import plain_size, size_text
 from vm_magic.commands.base import Context, LineCommand
@@ -13,7 +14,7 @@ from vm_magic.commands.panel import leave_panel
 from vm_magic.commands.parser import pick
 from vm_magic.show.display_handle import can_fold
 from vm_magic.show.errors import Interrupted
-from vm_magic.show.load_view import load_bundle, print_load
+from vm_magic.show.load_view import load_bundle, print_log_line
 from vm_magic.show.progress import LoadProgress
 from vm_magic.show.tables import Table
 from vm_magic.state import session as sessions
@@ -83,12 +84,11 @@ def _show_loaded(context: Context, bar: LoadProgress) -> None:
     others = sessions.others_line(llm.plan.usable)
     lines = [room(llm.plan, sessions.memory_in_use()), *filter(None, [others]), *llm.notes]
     log_lines = [llm.plan.log_line(), *filter(None, [llm.defaults.log_line()])]
-    log_line = "\n".join(log_lines)
-    if can_fold(context.shell):
-        bar.finish(headline, load_bundle(headline, lines, log_line))
-    else:
-        bar.finish(headline)
-        print_load(lines, log_line)
+    folds = can_fold(context.shell)
+    bar.finish(headline, load_bundle(headline, "\n".join(log_lines)) if folds else None)
+    print(*lines, sep="\n")  # jupyter console shows this, and not what takes the place of a bar
+    if not folds:
+        print_log_line("\n".join(log_lines))
     for text in [headline, *log_lines, *lines]:
         _log.info("%s", text)
 
@@ -125,7 +125,12 @@ class Models(LineCommand):
         if remote is None:
             return models_table(sessions.cached_models())
         rows = tuple(
-            (one.name, str(one.max_model_len or ""), one.parent or "", "connected" if one.name == remote.model else "")
+            (
+                one.name,
+                count_text(one.max_model_len) if one.max_model_len else "",
+                one.parent or "",
+                "connected" if one.name == remote.model else "",
+            )
             for one in remote.models()
         )
         return Table(("model", "context", "adapter of", ""), rows, f"served at {remote.base_url}")

@@ -5,6 +5,7 @@ outlives a reload. The engine is imported by the first command that needs it.
 """
 
 import os
+import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 MAX_RECORDS = 32
 """Recorded replies that are remembered."""
+_KERNEL_KEY = f"sk-{secrets.token_urlsafe(24)}"
+"""The key of a port that is given none: the same for the life of this kernel, so that clients go on."""
 
 
 def new_llm(model: str, progress: Progress | None, **options: Any) -> "LLM":
@@ -275,7 +278,7 @@ class Session:
         """Open the port with server ``options``; the same call again gives the same handle."""
         llm, server = self.require(), self.server
         if server is None or dict(options) != self._server_options:
-            server = llm.serve(**_with_default_port(options))
+            server = llm.serve(**_with_key(_with_default_port(options)))
             self._server_options = dict(options)
         return server
 
@@ -304,6 +307,12 @@ def _with_default_port(options: Mapping[str, Any]) -> dict[str, Any]:
 
     default = {} if "port" in options else {"port": DEFAULT_PORT, "port_is_default": True}
     return {**default, **options}
+
+
+def _with_key(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` with the kernel's key where neither they nor ``VLLM_API_KEY`` say anything of keys."""
+    said = options.get("api_key") or options.get("no_api_key") or os.environ.get("VLLM_API_KEY", "").strip()
+    return dict(options) if said else {**options, "api_key": [_KERNEL_KEY]}
 
 
 @contextmanager

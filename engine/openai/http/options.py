@@ -10,8 +10,6 @@ from engine.errors import ConfigError
 
 DEFAULT_PORT = 8000
 """The port of ``%vllm_metal serve`` (vLLM's default); ``LLM.serve`` takes a free one."""
-RANDOM_KEY = f"sk-{secrets.token_urlsafe(24)}"
-"""The key of ports that are given none: one for the life of this process, so that clients go on after a restart."""
 KEEP_ALIVE_SECONDS = 5.0
 MAX_BODY_BYTES = 32 * 1024 * 1024
 
@@ -55,7 +53,7 @@ class ServerOptions:
 
 
 def choose_api_keys(api_key: str | Sequence[str] | None, *, no_api_key: bool) -> tuple[str, ...]:
-    """The valid keys: those given, else ``VLLM_API_KEY``, else :data:`RANDOM_KEY`; none with ``no_api_key``."""
+    """The keys that are valid: those given, else ``VLLM_API_KEY``, else a random one; none with ``no_api_key``."""
     given = (api_key,) if isinstance(api_key, str) else tuple(api_key or ())
     if any(not key.strip() or not key.isascii() for key in given):
         raise ConfigError("--api-key: a key must be ASCII text and not empty", flag="api_key")
@@ -64,7 +62,7 @@ def choose_api_keys(api_key: str | Sequence[str] | None, *, no_api_key: bool) ->
             raise ConfigError("--no-api-key and --api-key exclude each other: leave one out", flag="no_api_key")
         return ()
     from_environment = os.environ.get("VLLM_API_KEY", "").strip()
-    return given or (from_environment or RANDOM_KEY,)
+    return given or ((from_environment,) if from_environment else (f"sk-{secrets.token_urlsafe(24)}",))
 
 
 def is_loopback(host: str) -> bool:

@@ -55,7 +55,7 @@ def age(path: Path) -> None:
 
 
 def test_a_process_is_seen_while_it_lives_however_it_ends(runtime: Path) -> None:
-    with another_process(JPY_SESSION_NAME="/srv/somebody/work/chat.ipynb") as process:
+    with another_process(JPY_SESSION_NAME="/somebody/notes/chat.ipynb") as process:
         (held,) = neighbours.neighbours()
         assert (held.model, held.planned, held.port, held.notebook) == ("smollm2", 22 * 10**9, 8000, "chat.ipynb")
         (file,) = runtime.iterdir()

@@ -140,7 +140,7 @@ def test_status_models_and_metrics_are_the_servers(shell: Any, server: FakeVLLM)
     assert fields["requests"] == "3 running, 4 waiting"
     assert fields["KV blocks"] == "25.0% used"
     assert "k3y" not in repr(card) + card._repr_html_()
-    assert line(shell, "models").rows == (("tiny", "4096", "", "connected"),)
+    assert line(shell, "models").rows == (("tiny", "4,096", "", "connected"),)
     rows = line(shell, "metrics").rows
     assert ("vllm:kv_cache_usage_perc", "", "0.25") in rows
     server.metrics = None
