@@ -199,6 +199,8 @@ def test_a_submission_that_fails_leaves_nothing_under_way(shell: Any, loaded: fa
         ("--compare think=on,off --no-think", "--think gives it too"),
         ("--compare temperature=0,1 --detach", "does not go with --detach"),
         ("--compare temperature=0,1 --logprobs", "does not go with --logprobs"),
+        ("--compare temperature=0,1 --record", "does not go with --record"),
+        ("--compare temperature=0,1 --to-cell", "does not go with --to-cell"),
         ("--compare temperature=0,1 --tools f", "does not go with --tools"),
         ("--compare model=smollm2,other", "other: out of reach; this kernel has smollm2, %vllm_metal connect URL"),
     ],
