@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from engine.batch.offline import chat_requests, one_request, params_of_each, prompt_requests, run_all
+from engine.batch.offline import chat_requests, one_conversation, one_request, params_of_each, prompt_requests, run_all
 from engine.batch.score import Score, score_text
 from engine.chat.request import ChatPreparer, ChatRequest, Message, PreparedRequest, PromptRequest, TemplateOptions
 from engine.core.request import TRACELESS
@@ -354,7 +354,7 @@ class LLM:
     ) -> RequestOutput:
         """:meth:`chat` with one conversation, to be awaited. Cancelling the task, or Ctrl-C, ends the request."""
         (params,) = params_of_each(sampling_params, 1, self.sampling_params)
-        stream = self._start(one_request(messages, params, template))
+        stream = self._start(one_conversation(messages, params, template))
         try:
             async for _ in stream:
                 pass

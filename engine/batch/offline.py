@@ -71,6 +71,14 @@ def one_request(
     return PromptRequest(prompt=prompt, sampling=params)  # type: ignore[arg-type]
 
 
+def one_conversation(messages: Sequence[Message], params: SamplingParams, keywords: Mapping[str, Any]) -> Request:
+    """What ``LLM.achat`` submits. Raises RequestError for a text, as ``LLM.chat``: no raw prompt."""
+    conversations = conversation_list(messages)
+    if len(conversations) != 1:
+        raise RequestError(f"messages must be one conversation, got {len(conversations)}", param="messages")
+    return one_request(conversations[0], params, keywords)
+
+
 def chat_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` without what is None. Raises RequestError, with the place where it belongs, for what no chat takes."""
     options = {name: value for name, value in given.items() if value is not None}

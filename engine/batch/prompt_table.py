@@ -154,7 +154,7 @@ class Prompts:
         try:
             return compiled.render(row), None
         except UndefinedError as error:
-            return "", f"template: {error.message} in this row"
+            return "", f"template: {error.message} in this row (a missing value, or no such name)"
         except Exception as error:  # noqa: BLE001 - the row's own objects may raise anything; only this row fails
             return "", f"template: {type(error).__name__}: {error}"
 

@@ -12,6 +12,9 @@ from engine.params.sampling_params import SamplingParams
 from engine.runtime.stream import RequestStream
 from engine.text.tokens.token_texts import token_texts
 
+_LARGE = 1e7
+"""A perplexity from here on is a power of ten: nobody counts its digits."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -60,7 +63,9 @@ class Score:
     def headline(self) -> str:
         """The figures in one line."""
         bits = -self.total / self.num_scored / math.log(2)
-        return f"perplexity {self.perplexity:.3f} · {self.num_scored} tokens scored · {bits:.3f} bits a token"
+        value = f"{self.perplexity:,.3f}" if self.perplexity < _LARGE else f"{self.perplexity:.2e}"
+        tokens = f"{self.num_scored:,} token{'s' * (self.num_scored != 1)}"
+        return f"perplexity {value} · {tokens} scored · {bits:.3f} bits a token"
 
     def __repr__(self) -> str:
         return "\n".join(filter(None, [self.headline, unlikely_text(self.scored)]))

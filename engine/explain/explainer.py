@@ -275,7 +275,8 @@ class Explainer:
             return "prompt_logprobs need every prompt token computed"
         if hit.num_cached_tokens >= reusable:
             rest = hit.num_prompt_tokens - hit.num_cached_tokens
-            return f"all there is to reuse: {blocks}, and the last {rest} tokens are computed"
+            last = f"last {rest:,} tokens are" if rest != 1 else "last token is"
+            return f"all there is to reuse: {blocks}, and the {last} computed"
         if hit.nearest is None:
             return "no earlier request is remembered"
         if hit.num_cached_tokens > known:

@@ -162,8 +162,8 @@ def step_reasons(totals: StepTotals, decode: Reached | None, elapsed: float | No
 def decode_line(reached: Reached, device: DeviceSpeed, per_second: float | None = None) -> str:
     """The decodes of a request (``per_second`` of its tokens) in one sentence."""
     parts = f"weights {size_text(reached.weight_bytes)}, KV cache {size_text(reached.cache_bytes)}"
-    own = "" if per_second is None else f"{per_second:.1f} tokens/s; "
-    rows = f" of {reached.rows:.1f} requests" if reached.rows >= 1.05 else ""
+    own = "" if per_second is None else f"{per_second:,.1f} tokens/s; "
+    rows = f" of {reached.rows:.1f}".removesuffix(".0") + " requests" if reached.rows >= 1.05 else ""
     return (
         f"decode: {own}a step{rows} moved {size_text(reached.num_bytes)} ({parts}) in {ms(reached.seconds)}: "
         f"{rate_text(reached.bytes_per_second)}, {share_text(reached.share)} of the "
@@ -173,7 +173,8 @@ def decode_line(reached: Reached, device: DeviceSpeed, per_second: float | None 
 
 def prompt_line(reached: Reached, device: DeviceSpeed, num_tokens: int) -> str:
     """The steps that computed a prompt, in one sentence."""
-    took = f"{reached.steps:,} step{'s' * (reached.steps != 1)} with {num_tokens:,} tokens took "
+    took = f"{reached.steps:,} step{'s' * (reached.steps != 1)} with {num_tokens:,} "
+    took += f"token{'s' * (num_tokens != 1)} took "
     took += ms(reached.seconds * reached.steps)
     if reached.by_memory:
         floor = ms(reached.floor_seconds * reached.steps)

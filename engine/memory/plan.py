@@ -260,7 +260,9 @@ def verdict(plan: MemoryPlan) -> str:
     """That the plan fits, and what: a plan that does not is an error."""
     number = plan.max_num_seqs
     at_once = f"up to {count_text(number)} requests at once" if number > 1 else "one request at a time"
-    return f"Fits: {count_text(plan.max_model_len)} tokens, {at_once}"
+    full = int(round(plan.max_concurrency, 2))  # as the line below the picture has it
+    of_full = f" ({count_text(full)} of full length)" if full < number else ""
+    return f"Fits: {count_text(plan.max_model_len)} tokens, {at_once}{of_full}"
 
 
 def room(plan: MemoryPlan, in_use: int) -> str:
@@ -353,7 +355,7 @@ def _group_row(plan: MemoryPlan, group: KVCacheSpec) -> GroupRow:
     return GroupRow(
         group.kind,
         _layers(group.layers),
-        f"{group.bytes_per_token}B" if group.bytes_per_token else "–",
+        f"{group.bytes_per_token:,}B" if group.bytes_per_token else "–",
         exact_size(group.bytes_per_sequence(plan.max_model_len)),
         group.reach,
         str(group.block_size) if group.bytes_per_token else "–",

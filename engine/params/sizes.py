@@ -25,10 +25,10 @@ def parse_size(size: str | float, name: str = "device_memory") -> int:
 
 
 def exact_size(num_bytes: int) -> str:
-    """Bytes where figures are added up: ``14.56GB``, ``3.41MB``, ``20480B``."""
+    """Bytes where figures are added up: ``14.56GB``, ``3.41MB``, ``20,480B``."""
     if abs(num_bytes) >= 10**9:
         return gb(num_bytes)
-    return f"{num_bytes / 10**6:.2f}MB" if abs(num_bytes) >= 10**5 else f"{num_bytes}B"
+    return f"{num_bytes / 10**6:.2f}MB" if abs(num_bytes) >= 10**5 else f"{num_bytes:,}B"
 
 
 def size_text(num_bytes: float) -> str:

@@ -189,6 +189,15 @@ def test_a_keyword_that_no_chat_takes_is_refused_with_the_place_where_it_belongs
     assert llm.chat(HELLO, GREEDY, **{keyword: None})[0].outputs[0].text == "text"
 
 
+def test_a_text_is_no_conversation_and_is_not_continued_as_a_raw_prompt(scripted_llm: ScriptedLLM) -> None:
+    llm = scripted_llm("text")
+    for door in (llm.chat, llm.achat):
+        with pytest.raises(RequestError, match=r"messages must be a list such as \[{'role': 'user'"):
+            ended(door("Hello", GREEDY))  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="messages must be one conversation, got 2"):
+        ended(llm.achat([HELLO, HELLO], GREEDY))  # type: ignore[arg-type]
+
+
 def ended(answer: Any) -> None:
     asyncio.run(answer) if inspect.isawaitable(answer) else list(answer)
 

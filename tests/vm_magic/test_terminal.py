@@ -44,7 +44,7 @@ def test_replies_are_written_once_and_errors_are_one_line(tmp_path: Path) -> Non
     assert lines[0].startswith("smollm2: 145.0 MB loaded in")
     assert lines.count("alpha beta gamma delta epsilon zeta eta theta") == 4
     assert done.stdout.count("── temperature=0 ──\nalpha beta gamma delta epsilon zeta eta theta\n(8 tokens · ") == 1
-    assert "No reply is part of the conversation yet. Keep one: _.keep(0) … _.keep(1)" in lines
+    assert "No reply is part of the conversation yet. Keep one: _.keep(0) or _.keep(1)" in lines
     assert "sent with: In [2] – In [4], the last error · " in done.stdout
     prompt = done.stdout.partition("PROMPT")[2].partition("END")[0]
     assert prompt.count("\n42\n") == 2

@@ -34,6 +34,14 @@ if TYPE_CHECKING:
     from vm_magic.chat.tool_loop import ToolLoop
     from vm_magic.chat.tools import NotebookTool
 
+EXAMPLES = """\
+%%chat -t 0                            the cell's body is the message; %chat -t 0 TEXT does it in one line
+{{ df }} What is this table about?     {{ name }} in a message is a variable of the notebook
+%%chat --error                         why did the last cell fail? (a message of your own is not needed)
+%%chat -f code --to-cell               the code of the reply goes into the next cell; you run it
+%%chat --compare temperature=0,0.7     two replies side by side
+
+Flags stand on the magic's line, before the text. %vllm_metal set temperature=0.2 sets a value for every message."""
 _SAMPLING = (*(dest for _, dest, _, _ in SAMPLING_FLAGS), "stop", "logprobs")
 Running = Union[Generation, "ToolLoop"]
 
@@ -85,6 +93,7 @@ class Chat(_Generate):
     def add_arguments(self, parser: CommandParser) -> None:
         """Sampling, conversation, tools, and how the reply is shown."""
         add_chat_flags(parser, chat=True)
+        parser.epilog = EXAMPLES
 
     def from_cell(self, body: str) -> str:
         """The body without empty lines around it."""

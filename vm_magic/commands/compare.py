@@ -98,7 +98,8 @@ def _file(found: Comparison, parsed: argparse.Namespace, shell: Any, *, returned
 
 def _offer(shell: Any, found: Comparison) -> None:
     """Buttons that keep a reply, where there can be some; else the line that does it."""
-    hint = f"No reply is part of the conversation yet. Keep one: _.keep(0) … _.keep({len(found) - 1})"
+    between = "or" if len(found) == 2 else "…"
+    hint = f"No reply is part of the conversation yet. Keep one: _.keep(0) {between} _.keep({len(found) - 1})"
     if not can_update(shell):
         print(hint)
         return

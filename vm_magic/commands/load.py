@@ -111,7 +111,7 @@ class Unload(LineCommand):
         before = sessions.memory_in_use()
         session.unload()
         release_references(context.shell)
-        print(f"memory in use: {size_text(before)} before, {size_text(sessions.memory_in_use())} after")
+        print(f"memory in use: {plain_size(before)} before, {plain_size(sessions.memory_in_use())} after")
 
 
 class Models(LineCommand):

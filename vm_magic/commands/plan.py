@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import UnsupportedOptionError
+from engine.errors import EngineClosedError, UnsupportedOptionError
 from engine.params.engine_args import ENGINE_FLAGS, EngineArgs
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.engine_flags import EngineCommand
@@ -70,6 +70,8 @@ class Plan(EngineCommand, LineCommand):
         lists = {name: values for name in given if name in LISTED and len(values := _values(given[name])) > 1}
         fixed = {name: value for name, value in given.items() if name not in lists}
         if parsed.model is None:
+            if context.session.loaded is None:
+                raise EngineClosedError("no model is loaded: name the one to plan, as in %vllm_metal plan smollm2")
             return _beside_others(_plan_of_loaded(context.session.require().plan, fixed, lists))
         if lists:
             return sessions.new_plan_table(parsed.model, **fixed, **lists)

@@ -11,6 +11,13 @@ from vm_magic.show.tables import settings_text
 from vm_magic.state.live_settings import change_settings
 from vm_magic.state.settings_text import MEMORY_NAMES, SETTABLE, read_settings
 
+EXAMPLES = """\
+%vllm_metal set temperature=0.2 max_tokens=200    for all messages and clients that do not say otherwise
+%vllm_metal set temperature=                      the model's own again
+%vllm_metal set preset=model                      all of the model's own; qwen-thinking and others set theirs
+%vllm_metal set memory_fraction=0.6               the memory, while requests run
+%vllm_metal set                                   what is set now"""
+
 
 class Set(Command):
     """Changes settings; its line is not made of flags."""
@@ -19,7 +26,9 @@ class Set(Command):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """For ``--help``: the line is read by :func:`read_settings`."""
-        parser.add_argument("values", nargs=argparse.REMAINDER, metavar="KEY=VALUE")
+        told = f"{', '.join(SETTABLE)}; with a model also {', '.join(MEMORY_NAMES)}"
+        parser.add_argument("values", nargs=argparse.REMAINDER, metavar="KEY=VALUE", help=told)
+        parser.epilog = EXAMPLES
 
     def run(self, context: Context, line: str, cell: str | None) -> None:
         """Set what the line says, and print what holds then."""

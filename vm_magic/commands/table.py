@@ -58,13 +58,17 @@ _MEANT = {
     "panel": "dashboard gui ui widget widgets",
     "inspect": "card describe",
     "plan": "estimate fit fits",
-    "grid": "compare sweep",
+    "chat --compare": "compare",
+    "chat --error": "error traceback",
+    "chat --record": "record",
+    "grid": "choices classify label map sweep",
     "connect": "remote url",
     "connect --close": "disconnect",
     "reset": "clear forget new",
     "history": "conversation conversations messages",
     "score": "perplexity probabilities",
-    "explain": "debug trace why",
+    "explain": "debug slow trace why",
+    "rerun": "again repeat replay reproduce",
     "bench": "benchmark speed",
     "logs": "log",
     "metrics": "prometheus stats usage",
@@ -97,6 +101,8 @@ def run(context: Context, line: str, cell: str | None) -> Any:
     if name in ("-h", "--help", "help"):
         print(overview())
         return None
+    if not name and cell is not None:
+        raise UsageError("%%vllm_metal needs a command; %%chat (or %%vllm_metal chat) sends the cell's body")
     name = name or "status"
     if name not in COMMANDS:
         raise UsageError(f"no command {name!r}; {_meant(name, rest)}")

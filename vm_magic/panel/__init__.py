@@ -53,7 +53,7 @@ def panel_line(session: "Session") -> str:
     if llm is None:
         return f"panel: no model is loaded; {settings}"
     plan = llm.plan
-    port = repr(session.server) if session.server else "port closed"
+    port = session.server.base_url if session.server else "port closed"
     return (
         f"panel: {llm.args.names[0]}; memory_fraction={plan.fraction:.2f} max_model_len={plan.max_model_len} "
         f"max_num_seqs={plan.max_num_seqs}; {settings}; {port}"

@@ -81,7 +81,7 @@ class SpeedLine:
         decode = None if speed is None else speed.decode
         self.why.layout.display = "none" if decode is None else ""
         if speed is None or decode is None:
-            self.text.value = faint("Its share of what the memory's speed allows is shown once tokens are generated.")
+            self.text.value = faint("How much of this device's speed that is, shows while tokens are generated.")
             self.reasons.value = ""
             return
         self.text.value = f"<span>{decode.share:.0%} of what the memory's speed allows</span>"

@@ -20,6 +20,8 @@ MAX_BARS = 6
 MAX_TEXT = 240
 MAX_LINE = 72
 """Characters of a cell in the text form, which shows the three likeliest labels."""
+MEANS = "how probable it is that the model answers with one of these choices at all"
+"""Of the coverage, for a pointer that rests on it."""
 _CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:32em;padding:3px 12px 3px 0"
 _BARS = "text-align:left;vertical-align:top;min-width:24em;padding:3px 12px 3px 0"
 
@@ -81,7 +83,8 @@ class ChoiceView:
 
     def _repr_html_(self) -> str:
         styles = [_CELL] * (len(self.header) - 2) + [_BARS, _CELL]
-        head = row_html(map(html.escape, self.header), *styles, tag="th")
+        *names, last = map(html.escape, self.header)
+        head = row_html([*names, f'<span title="{MEANS}">{last}</span>'], *styles, tag="th")
         table = table_html([row_html(_html_cells(row), *styles) for row in self.rows], head)
         return f"<div>{html.escape(self.caption)}</div>{table}<div>{html.escape(self.note)}</div>"
 

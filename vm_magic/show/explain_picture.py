@@ -22,8 +22,8 @@ def time_spans(told: Explanation) -> list[tuple[str, float, str]]:
     """(name, seconds, what was done in them) of the parts of a request that began."""
     seconds = {"queue": told.queue_time, "prefill": told.prefill_time, "decode": told.decode_time}
     done = {
-        "prefill": (told.cache.num_prompt_tokens - told.cache.num_cached_tokens, "tokens computed"),
-        "decode": (sum(output.num_tokens for output in told.outputs) - len(told.outputs), "more tokens"),
+        "prefill": (told.cache.num_prompt_tokens - told.cache.num_cached_tokens, "computed"),
+        "decode": (sum(output.num_tokens for output in told.outputs) - len(told.outputs), "more"),
     }
     return [
         (name, value, _rate(*done[name], value) if name in done else "")
@@ -35,7 +35,9 @@ def time_spans(told: Explanation) -> list[tuple[str, float, str]]:
 def _rate(count: int, what: str, seconds: float) -> str:
     if count < 1:
         return ""
-    return f"{count} {what}" + (f", {count / seconds:.0f} tokens/s" if seconds > 0 else "")
+    tokens = "token" if count == 1 else "tokens"
+    done = f"{count:,} more {tokens}" if what == "more" else f"{count:,} {tokens} {what}"
+    return done + (f", {count / seconds:,.0f} tokens/s" if seconds > 0 else "")
 
 
 def time_bar_html(told: Explanation) -> str:

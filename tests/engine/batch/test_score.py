@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.batch.score import Score
 from engine.batch.scored_token import scored_token, unlikely_text
 from engine.errors import ContextLengthError, RequestError
 from engine.outputs import Logprob
@@ -49,6 +50,11 @@ def test_a_score_is_the_same_when_its_beginning_is_in_memory(llm: LLM) -> None:
     assert first.logprobs == pytest.approx(second.logprobs, abs=2e-4)
 
 
+def test_a_perplexity_beyond_counting_is_a_power_of_ten() -> None:
+    score = Score("ab", (1, 2), ("a", "b"), (None, -39.6), ())
+    assert score.headline == "perplexity 1.58e+17 · 1 token scored · 57.131 bits a token"
+
+
 def test_a_score_shows_its_tokens_escaped_and_the_least_likely_ones(llm: LLM) -> None:
     score = llm.score(TEXT, num_alternatives=3)
     page, text = score_html(score), repr(score)
@@ -56,7 +62,7 @@ def test_a_score_shows_its_tokens_escaped_and_the_least_likely_ones(llm: LLM) ->
     assert "<b>again" not in page
     assert "&lt;" in page
     assert "$" not in page
-    assert text.startswith(f"perplexity {score.perplexity:.3f} · {score.num_scored} tokens scored")
+    assert text.startswith(f"perplexity {score.perplexity:,.3f} · {score.num_scored} tokens scored")
     assert "least likely tokens" in text
     assert len(score.scored) == score.num_scored + 1
     assert {len(token.alternatives) for token in score.scored[1:]} <= {3, 4}

@@ -239,7 +239,7 @@ def test_the_text_for_people_shows_every_part_and_every_group():
     assert f"max_model_len 131,072: {plan.max_concurrency:.2f} requests of full length at once" in text
     table = [line.split() for line in text.splitlines()[-6:-2]]
     assert [row[0] for row in table] == ["group", "full", "sliding", "state"]
-    assert table[1][3] == "4096B"
+    assert table[1][3] == "4,096B"
     assert table[2][-2] == f"{plan.num_blocks_of(SLIDING):,}"
     assert "4 (0-2, 5)" in text
     assert f"{plan.max_num_seqs + plan.num_checkpoints} slots" in text
@@ -392,6 +392,14 @@ def test_a_step_never_has_fewer_tokens_than_sequences():
         what_if(seed_plan(max_num_batched_tokens=8), max_num_seqs=9)
 
 
+def test_the_verdict_says_how_many_requests_of_full_length_fit_where_it_is_fewer():
+    groups = [FullAttentionSpec((0, 1), bytes_per_token=6144, vectors=(KVVectors(24, 128, 2),))]
+    plan = make_plan(groups=groups, device_limit=2e9, model_memory=1e9, context_length=32_768, max_num_seqs=16)
+    assert plan.max_concurrency < 16
+    verdict = f"Fits: 32,768 tokens, up to 16 requests at once ({int(plan.max_concurrency)} of full length)"
+    assert str(plan).split("\n")[0] == verdict
+
+
 def test_the_text_for_people_to_the_letter():
     plan = make_plan(
         groups=[
@@ -424,8 +432,8 @@ def test_the_text_for_people_to_the_letter():
         "keys and values: 2 bytes an element, the model's own type here; --dtype and --kv-cache-dtype change it",
         "",
         "group    layers                          per token  per sequence        window  block    blocks    memory",
-        "full     3 (2, 5, 8)                         6144B       50.33MB           all     16    83,001    8.16GB",
-        "sliding  4 (0-1, 3-4)                        8192B        8.52MB  1,024 tokens     16     1,088  142.61MB",
+        "full     3 (2, 5, 8)                        6,144B       50.33MB           all     16    83,001    8.16GB",
+        "sliding  4 (0-1, 3-4)                       8,192B        8.52MB  1,024 tokens     16     1,088  142.61MB",
         "state    10 (6-7, 9, 11, 13, 15, 17, …)          –        2.00MB             –      –  19 slots   38.00MB",
         "shared   2 (24-25)                               –            0B             –      –         0        0B",
     ]

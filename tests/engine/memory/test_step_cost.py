@@ -72,7 +72,7 @@ def test_a_chunk_is_halved_until_it_fits_beside_the_steps_other_chunks():
     admission.begin()
     assert admission.affordable(2048, 0) == 0
     assert admission.affordable(4, 0) == 4
-    assert admission.shortage(2048, 0) == ("the next 16 tokens of this prompt need 3656B of memory, 3000B are free")
+    assert admission.shortage(2048, 0) == ("the next 16 tokens of this prompt need 3,656B of memory, 3,000B are free")
 
 
 def test_a_model_that_allocates_stays_within_the_limit_with_smaller_chunks(llm, model, monkeypatch):

@@ -110,7 +110,7 @@ def test_a_button_keeps_a_reply_and_says_so(shell: Any, loaded: fakes.FakeLLM) -
     row = buttons(shell)
     assert [one.description for one in row.buttons] == ["Keep temperature=0", "Keep temperature=1"]
     hint = shell.display_pub.outputs[-1]["data"]
-    assert hint["text/plain"] == "No reply is part of the conversation yet. Keep one: _.keep(0) … _.keep(1)"
+    assert hint["text/plain"] == "No reply is part of the conversation yet. Keep one: _.keep(0) or _.keep(1)"
     row.buttons[1].click()
     assert current_session().conversation(None).messages == found[1].messages
     assert shell.user_ns["_"] is found[1]

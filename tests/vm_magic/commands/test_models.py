@@ -198,7 +198,7 @@ def test_unload_says_bytes_before_and_after(shell: Any, loaded: fakes.FakeLLM, c
     assert loaded.closed
     assert vm_magic.current() is None
     assert "before" in (printed := capsys.readouterr().out)
-    assert "1.0MB after" in printed
+    assert "1.0 MB after" in printed
     line(shell, "unload")
     assert "nothing is loaded" in capsys.readouterr().out
 

@@ -97,7 +97,7 @@ def test_the_line_asks_first_then_tells_the_share_and_the_reasons_on_demand(llm:
     speed.measure.click()
     panel.refresh()
     assert speed.measure.layout.display == "none"
-    assert "once tokens are generated" in speed.text.value
+    assert "shows while tokens are generated" in speed.text.value
     answer(llm)
 
     def told() -> bool:

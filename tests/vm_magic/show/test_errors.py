@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from IPython.core.error import UsageError
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineClosedError
 from tests.vm_magic import fakes
 from tests.vm_magic.helpers import Capture, cell, line
 
@@ -13,6 +13,16 @@ from tests.vm_magic.helpers import Capture, cell, line
 def test_an_unknown_command_names_the_nearest(shell: Any) -> None:
     with pytest.raises(UsageError, match="did you mean load"):
         line(shell, "lod smollm2")
+
+
+def test_a_cell_without_a_command_names_the_one_that_sends_it(shell: Any) -> None:
+    with pytest.raises(UsageError, match=r"%%chat .* sends the cell's body"):
+        cell(shell, "vllm_metal", "What is the capital of France?")
+
+
+def test_a_plan_of_nothing_names_what_to_write(shell: Any) -> None:
+    with pytest.raises(EngineClosedError, match="name the one to plan, as in %vllm_metal plan smollm2"):
+        line(shell, "plan")
 
 
 def test_a_line_command_refuses_a_cell(shell: Any) -> None:

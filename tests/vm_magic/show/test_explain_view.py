@@ -109,6 +109,11 @@ def test_the_time_is_a_bar_of_its_parts(shell: Any, real: LLM) -> None:
     assert "2 more tokens" in parts[2]
 
 
+def test_one_token_is_counted_as_one(shell: Any, real: LLM) -> None:
+    cell(shell, "chat --new -t 0 --max-tokens 2", "What is it?")
+    assert "1 more token," in repr(line(shell, "explain"))
+
+
 def test_the_text_marks_the_first_token_that_was_not_in_memory(shell: Any, real: LLM) -> None:
     for animal in ("dogs", "cats"):
         cell(shell, f"chat {GREEDY} --new", f"Tell me all about foxes, and then some more about {animal}, if any")

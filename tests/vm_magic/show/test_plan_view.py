@@ -85,7 +85,7 @@ def test_pictures_bring_no_script_no_style_sheet_and_nothing_from_outside() -> N
 def test_the_page_holds_the_log_line_the_groups_and_what_the_plan_means() -> None:
     plan = a_plan()
     text = Page(plan_html(plan)).text
-    for words in (plan.log_line(), "full", "sliding", "state", "20480B", "0-1, 3-4", "51.54GB", "38.65GB"):
+    for words in (plan.log_line(), "full", "sliding", "state", "20,480B", "0-1, 3-4", "51.54GB", "38.65GB"):
         assert words in text
     assert f"{plan.max_concurrency:.2f} requests of full length at once" in text
 
