@@ -258,9 +258,10 @@ def describe(plan: MemoryPlan) -> str:
 
 def verdict(plan: MemoryPlan) -> str:
     """That the plan fits, and what: a plan that does not is an error."""
-    number = plan.max_num_seqs
+    number, long = plan.max_num_seqs, int(plan.max_concurrency)
     at_once = f"up to {count_text(number)} requests at once" if number > 1 else "one request at a time"
-    return f"Fits: {count_text(plan.max_model_len)} tokens, {at_once}"
+    of_those = f" ({count_text(long)} of full length)" if long < number else ""
+    return f"Fits: {count_text(plan.max_model_len)} tokens, {at_once}{of_those}"
 
 
 def room(plan: MemoryPlan, in_use: int) -> str:
