@@ -3,7 +3,8 @@
 In a page an example is a fenced block whose info string begins with ``python``, or whose first line is a magic
 (``%…``; no info string, ``text`` or ``ipython``). A block right behind it with the info string ``text output`` is what
 it shows; ``…`` there stands for anything, and after ``text output, numbers differ`` every number for any other.
-``console`` and ``bash`` blocks are for a terminal and are not run. The examples of a page are run in order, in one shell.
+``console`` and ``bash`` blocks are for a terminal and are not run. The examples of a page are run in order, in one
+shell.
 """
 
 import re
