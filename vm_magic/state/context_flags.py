@@ -5,7 +5,6 @@ import re
 from dataclasses import dataclass
 
 from engine.format.text import is_count
-
 from vm_magic.state.cell_record import MAX_CELLS
 
 

@@ -45,14 +45,14 @@ def error_text(error: BaseException, shell: Any) -> str:
     """Type, message and places of ``error``, after those of what it came from. Keeps no frame alive."""
     parts: list[str] = []
     chain, left = _chain(error), LONGEST
-    shown = 0
-    for one, how in reversed(chain):  # where not all fit, those that came last: they are what the user saw
+    for shown, (one, how) in enumerate(
+        reversed(chain)
+    ):  # where not all fit, those that came last: they are what the user saw
         if shown == _MOST_IN_CHAIN or (shown and left < _LEAST_OF_ONE):
             parts.append(f"({len(chain) - shown} errors before these are left out.)")
             break
         parts += [*([how] if how else []), bounded(_one(one, shell), left)]
         left -= len(parts[-1])
-        shown += 1
     return "\n\n".join(reversed(parts))
 
 

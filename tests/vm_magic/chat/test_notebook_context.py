@@ -63,7 +63,7 @@ def test_cells_are_chosen_by_number_too_and_one_that_ran_again_counts_once(shell
 
 def test_wrong_choices_and_empty_ones_are_one_line(shell: Any, loaded: fakes.FakeLLM) -> None:
     for wrong in ("x", "0", "5-3", "1-", str(MAX_CELLS + 1), "1-999", "²", "9" * 5000, f"1-{'9' * 5000}"):
-        with pytest.raises(UsageError, match="--cells: .*(?:from 1 to|neither how many)"):
+        with pytest.raises(UsageError, match=r"--cells: .*(?:from 1 to|neither how many)"):
             cell(shell, f"chat --cells {wrong}", "?")
     with pytest.raises(RequestError, match=r"--cells 900-901: no such cell has run"):
         cell(shell, "chat --cells 900-901", "?")
@@ -289,15 +289,16 @@ def test_of_a_long_chain_of_errors_the_last_ones_are_told(shell: Any) -> None:
 
 
 def test_an_error_that_ipython_cannot_print_leaves_no_hook_behind(shell: Any, loaded: fakes.FakeLLM) -> None:
-    class Untold(Exception):
+    class UntoldError(Exception):
         def __str__(self) -> str:
             raise ValueError("no text")
 
-    shell.user_ns["Untold"] = Untold
+    shell.user_ns["UntoldError"] = UntoldError
     for _ in range(3):
-        run(shell, "raise Untold")
+        run(shell, "raise UntoldError")
     recorder = recorder_of(shell)
-    assert recorder is not None and not recorder.running
+    assert recorder is not None
+    assert not recorder.running
     run(shell, "get_ipython().run_cell('print(1)', store_history=True)\nprint(2)")
     assert not vars(shell.display_pub).keys() & {"publish", "clear_output"}
     shell.events.trigger("pre_run_cell", None)  # by somebody else

@@ -300,13 +300,13 @@ class _Matrix(numpy.ndarray[Any, Any]):
         return numpy.atleast_2d(numpy.asarray(self)[place]).view(_Matrix)
 
 
-class _Untold(Exception):
+class _UntoldError(Exception):
     def __str__(self) -> str:
         raise ValueError("no text")
 
 
 def _raising(*_: Any) -> Any:
-    raise _Untold
+    raise _UntoldError
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -324,5 +324,5 @@ def test_an_object_that_says_odd_things_of_itself_neither_stops_a_message_nor_ho
         numpy.zeros((40, 40)).view(_Matrix),
     ):
         assert len(describe(odd)) <= DEFAULT_LIMIT
-    with pytest.raises(RequestError, match=r"prompt: _Untold: _Untold\(\)"):
+    with pytest.raises(RequestError, match=r"prompt: _UntoldError: _UntoldError\(\)"):
         render_prompt("{{ odd }}", {"odd": type("NoClass", (), {"__class__": property(_raising)})()}, [])
