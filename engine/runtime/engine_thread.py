@@ -57,13 +57,16 @@ class EngineThread:
 
     def start(self) -> BuiltEngine:
         """Start the thread and wait for the engine; KeyboardInterrupt passes through to the caller."""
+        built = self._built  # the thread puts another in its place once it has built
         self._thread.start()
         while True:
             try:
-                return self._built.result(timeout=_POLL)
+                return built.result(timeout=_POLL)
             except TimeoutError:
-                if self._built.done():
+                if built.done():
                     raise
+                if not self._thread.is_alive() and not built.done():
+                    raise EngineClosedError("the engine's thread ended at once; load the model again") from None
 
     @property
     def alive(self) -> bool:

@@ -165,7 +165,8 @@ def split_text(parser: CommandParser, line: str) -> tuple[list[str], str]:
     text = line[position:].strip()
     if len(text) > 1 and text[0] in "'\"" and text.find(text[0], 1) == len(text) - 1:
         return words, text[1:-1]
-    if not (found and found[1] == "--"):
+    is_known = all(parser.knows(word.partition("=")[0]) or parser.knows(word[:2]) for word in words if word[:1] == "-")
+    if is_known and not (found and found[1] == "--"):  # else that is what is wrong
         _check_end(parser, text)
     return words, text
 

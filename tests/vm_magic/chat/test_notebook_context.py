@@ -154,6 +154,13 @@ def test_calls_of_our_magics_are_never_sent_with_what_they_say(shell: Any, loade
     cell(shell, "chat --new --cells 1", "?")
     assert sent(loaded).partition("Output:")[2].startswith("\n\n```\nafter\n```")
     assert own_code("a = %vllm_metal chat hi \\\n  more\nb = 1\n", "") == "b = 1"
+    for ours in (
+        "%time %vllm_metal serve --api-key swordfish",
+        "%%time\n%%vllm_metal serve\nvllm serve m --api-key swordfish",
+        "x = 1; get_ipython().run_line_magic('vllm_metal', 'serve --api-key swordfish')",
+        "get_ipython().magic('vllm_metal serve --api-key swordfish')",
+    ):
+        assert "swordfish" not in own_code(ours, ours)
     assert own_code("hello there\n", "get_ipython().run_cell_magic('chat', '', 'hello there')") == ""
 
 
@@ -303,3 +310,13 @@ def test_an_error_that_ipython_cannot_print_leaves_no_hook_behind(shell: Any, lo
     assert not vars(shell.display_pub).keys() & {"publish", "clear_output"}
     shell.events.trigger("pre_run_cell", None)  # by somebody else
     assert not recorder.running
+
+
+def test_keys_in_use_are_never_sent(shell: Any, loaded: fakes.FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "swordfish")
+    line(shell, "serve --api-key sk-the-ports-own")
+    run(shell, "import os, vm_magic\nprint(os.environ['VLLM_API_KEY'])\n'sk-the-ports-own'")
+    run(shell, "command = 'vllm serve m --api-key abc'\nraise ValueError('swordfish')")
+    cell(shell, "chat --new --error --cells 2", "?")
+    assert "•••" in sent(loaded)
+    assert not any(key in sent(loaded) for key in ("swordfish", "sk-the-ports-own", "abc"))
