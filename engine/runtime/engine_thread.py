@@ -65,8 +65,6 @@ class EngineThread:
             except TimeoutError:
                 if built.done():
                     raise
-                if not self._thread.is_alive() and not built.done():
-                    raise EngineClosedError("the engine's thread ended at once; load the model again") from None
 
     @property
     def alive(self) -> bool:
@@ -165,9 +163,11 @@ class EngineThread:
                 self._live()
         except BaseException as error:
             failure = device_failure(error)
-            if failure is None:
+            if failure is not None:
+                self._stand_still(failure)
+            if self._build is None:
                 raise
-            self._stand_still(failure)
+            self._built.set_exception(error)  # before anything was built: start() raises it
 
     def _live(self) -> None:
         """Make the engine, serve until it is closed, free it."""
