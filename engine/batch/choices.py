@@ -68,11 +68,11 @@ def read_choices(choices: Any) -> tuple[Label, ...]:
         choices = choices.tolist()
     if isinstance(choices, str | bytes) or not isinstance(choices, Sequence):
         raise _refused(f"give a list of labels, such as ['positive', 'negative'], not {type(choices).__name__}")
-    labels = tuple(choices)
+    labels = tuple(label.item() if hasattr(label, "item") else label for label in choices)  # of numpy
     if not labels:
         raise _refused("give at least one label")
     for label in labels:
-        if not isinstance(label, Label) or not str(label).strip():
+        if not isinstance(label, Label) or not str(label).strip() or label != label:
             raise _refused(f"a label is a text or a number, not {label!r}")
     texts = [str(label) for label in labels]
     if twice := next((text for place, text in enumerate(texts) if text in texts[:place]), None):
@@ -213,7 +213,10 @@ class ChoiceClient:
         prepared = self.model.prepare(request)
         before, made = prepared.token_ids, []
         for label in self.labels:
-            whole = [*before, *self._behind(prepared, str(label))]
+            behind = self._behind(prepared, str(label))
+            if not behind or (not self.raw and self.end_ids.intersection(behind)):
+                raise _refused(f"{label!r} {'ends an answer' if behind else 'has no tokens'}: no answer reads so")
+            whole = [*before, *behind]
             ends = [[]] if self.raw else [[end] for end in sorted(self.end_ids)] or [[]]
             for place, end in enumerate(ends):
                 first = len(whole) if place else len(before)

@@ -16,6 +16,8 @@ from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath
 
 GOOD = 0.7
 """Share of the device's best from which on nothing of the device is called slow."""
+_FEW = 8
+"""Requests a step up to which a GPU's step takes hardly longer with more."""
 _BUSY = 1.5
 """Threads a processor from which on a machine is busy with more than this engine."""
 _WORTH = 0.05
@@ -91,6 +93,12 @@ def _shortfalls(facts: SpeedFacts, decode: Reached | None, device: DeviceSpeed |
     yield from _attention_reasons(facts)
     if facts.sampling_note:
         yield Reason(facts.sampling_note)
+    if not facts.on_cpu and decode is not None and decode.rows < _FEW and 2 * decode.weight_bytes >= decode.num_bytes:
+        requests = f"{decode.rows:.1f} requests" if decode.rows >= 1.05 else "one request"
+        yield Reason(
+            f"a step reads all weights and starts all kernels for {requests} as it would for more",
+            "requests in one batch share that (llm.map, several cells with --detach)",
+        )
     row = 0.0 if device is None else device.row_bytes_per_second
     if device is not None and decode is not None and 0 < row < GOOD * device.bytes_per_second and decode.rows < 2:
         share = row / device.bytes_per_second
@@ -235,7 +243,7 @@ def flops_text(flops_per_second: float) -> str:
 
 def _scaled(value: float, unit: str) -> str:
     """Three digits."""
-    scale, letter = next((one for one in ((1e12, "T"), (1e9, "G")) if value >= one[0]), (1e6, "M"))
+    scale, letter = next((one for one in ((1e15, "P"), (1e12, "T"), (1e9, "G")) if value >= one[0]), (1e6, "M"))
     return f"{value / scale:.3g} {letter}{unit}"
 
 

@@ -28,3 +28,8 @@ def shortened(text: str, longest: int) -> str:
 
 REPLACEMENT = "\ufffd"
 """What bytes that are not a character decode to."""
+
+
+def is_count(text: str) -> bool:
+    """Whether ``text`` is a whole number that ``int`` reads: str.isdigit() takes ² too, and any length."""
+    return text.isascii() and text.isdigit() and len(text) < 20

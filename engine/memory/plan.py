@@ -258,11 +258,10 @@ def describe(plan: MemoryPlan) -> str:
 
 def verdict(plan: MemoryPlan) -> str:
     """That the plan fits, and what: a plan that does not is an error."""
-    number = plan.max_num_seqs
+    number, long = plan.max_num_seqs, int(round(plan.max_concurrency, 2))
     at_once = f"up to {count_text(number)} requests at once" if number > 1 else "one request at a time"
-    full = int(round(plan.max_concurrency, 2))  # as the line below the picture has it
-    of_full = f" ({count_text(full)} of full length)" if full < number else ""
-    return f"Fits: {count_text(plan.max_model_len)} tokens, {at_once}{of_full}"
+    of_those = f" ({count_text(long)} of full length)" if long < number else ""
+    return f"Fits: {count_text(plan.max_model_len)} tokens, {at_once}{of_those}"
 
 
 def room(plan: MemoryPlan, in_use: int) -> str:

@@ -59,6 +59,14 @@ class SamplingDefaults:
         """What the model's authors (or the override) recommend, in sampling names."""
         return _translate({**self.generation_config, **self.override})
 
+    def check(self) -> None:
+        """Raise ConfigError where the model recommends a value out of its range: each request would fail for it."""
+        try:
+            self.resolve({})
+        except RequestError as error:
+            fix = "--generation-config vllm does without its values, --override-generation-config gives others"
+            raise ConfigError(f"{self._origin()}: {str(error).removesuffix('.')}; {fix}") from None
+
     def log_line(self) -> str | None:
         """vLLM's line that says the defaults were overridden, or None if they were not or were to be vLLM's."""
         values = self.model_values()

@@ -14,7 +14,6 @@ from engine.memory.roofline import DeviceSpeed
 from engine.runner.device.cgroups import usable_cpus
 from engine.runner.device.devices import describe_device
 from engine.runner.kernels.bench import bytes_per_second as gpu_bytes_per_second
-from engine.runner.kernels.bench import seconds_of
 
 _READ_BYTES = 64 << 20
 """Of memory that a processor reads: more than the cache of its cores together holds, on most."""
@@ -22,6 +21,8 @@ _FEWEST, _MOST, _SECONDS = 2, 8, 0.1
 """Turns of a measurement, and the time after which there are no more: others may be using the machine."""
 _CPU_SIZE, _GPU_SIZE = 1024, 4096
 """Of square matrices."""
+_SHORT_CHAIN, _LONG_CHAIN = 4, 20
+"""Products one after the other."""
 
 
 @cache
@@ -32,11 +33,11 @@ def device_speed(dtype: str) -> DeviceSpeed:
     """
     if describe_device().kind != "cpu":
         how = "by a kernel that only reads, and a product of large matrices"
-        return DeviceSpeed(gpu_bytes_per_second(), _flops(_GPU_SIZE, dtype, seconds_of), dtype, how)
+        return DeviceSpeed(gpu_bytes_per_second(), gpu_flops(_GPU_SIZE, dtype), dtype, how)
     matrix = _matrix(dtype)
     return DeviceSpeed(
         cpu_bytes_per_second(matrix, usable_cpus()),
-        _flops(_CPU_SIZE, dtype, _best_of_host),
+        _cpu_flops(_CPU_SIZE, dtype),
         dtype,
         "by reading 64 MB of it, and a product of large matrices",
         row_bytes_per_second(matrix),
@@ -76,12 +77,32 @@ def row_bytes_per_second(matrix: mx.array) -> float:
     return matrix.nbytes / _best_of_host(lambda: [row @ matrix.T])
 
 
-def _flops(size: int, dtype: str, seconds: Callable[[Callable[[], list[mx.array]]], float]) -> float:
+def _cpu_flops(size: int, dtype: str) -> float:
     """Operations a second of a product of two matrices of ``size``."""
     one: mx.array = mx.full((size, size), 1e-4, getattr(mx, dtype))
     other: mx.array = mx.full((size, size), 1e-4, getattr(mx, dtype))
     mx.eval(one, other)
-    return 2 * size**3 / seconds(lambda: [one @ other])
+    return 2 * size**3 / _best_of_host(lambda: [one @ other])
+
+
+def gpu_flops(size: int, dtype: str) -> float:
+    """Operations a second of products of matrices of ``size``, each of which needs the one before.
+
+    What a long chain takes more than a short one has no launch or wait of the host in it. Values stay near one:
+    products of zeros draw less power, and are faster than any that a model computes.
+    """
+    kind: mx.Dtype = getattr(mx, dtype)
+    one, other = (mx.random.normal((size, size), scale=scale).astype(kind) for scale in (1, size**-0.5))
+    mx.eval(one, other)
+
+    def chain(length: int) -> list[mx.array]:
+        result = one
+        for _ in range(length):
+            result = result @ other
+        return [result]
+
+    short, long = (_best_of_host(partial(chain, length)) for length in (_SHORT_CHAIN, _LONG_CHAIN))
+    return 2 * size**3 * (_LONG_CHAIN - _SHORT_CHAIN) / max(long - short, 1e-9)
 
 
 def _best_of_host(build: Callable[[], list[mx.array]]) -> float:

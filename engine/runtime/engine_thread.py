@@ -57,12 +57,13 @@ class EngineThread:
 
     def start(self) -> BuiltEngine:
         """Start the thread and wait for the engine; KeyboardInterrupt passes through to the caller."""
+        built = self._built  # the thread puts another in its place once it has built
         self._thread.start()
         while True:
             try:
-                return self._built.result(timeout=_POLL)
+                return built.result(timeout=_POLL)
             except TimeoutError:
-                if self._built.done():
+                if built.done():
                     raise
 
     @property
@@ -162,9 +163,11 @@ class EngineThread:
                 self._live()
         except BaseException as error:
             failure = device_failure(error)
-            if failure is None:
+            if failure is not None:
+                self._stand_still(failure)
+            if self._build is None:
                 raise
-            self._stand_still(failure)
+            self._built.set_exception(error)  # before anything was built: start() raises it
 
     def _live(self) -> None:
         """Make the engine, serve until it is closed, free it."""

@@ -40,12 +40,20 @@ class FoundModel:
         config = read_model_config(resolved, args)
         tokenizer = load_tokenizer(resolved, args)
         template = ChatTemplate.of_model(args, tokenizer)
-        return cls(args, config, tokenizer, template, ParserChoice.of_model(args, template, tokenizer))
+        found = cls(args, config, tokenizer, template, ParserChoice.of_model(args, template, tokenizer))
+        found._defaults(Settings()).check()
+        return found
 
     def sampling_defaults(self, settings: Settings) -> SamplingDefaults:
         """The model's own sampling values under live ``settings``."""
+        defaults = self._defaults(settings)
+        if line := defaults.log_line():
+            logger.info("%s", line)
+        return defaults
+
+    def _defaults(self, settings: Settings) -> SamplingDefaults:
         args, config = self.args, self.config
-        defaults = SamplingDefaults(
+        return SamplingDefaults(
             config.generation_config,
             args.override_generation_config,
             settings,
@@ -53,9 +61,6 @@ class FoundModel:
             config.sampling_source,
             config.model_card,
         )
-        if line := defaults.log_line():
-            logger.info("%s", line)
-        return defaults
 
 
 def check_load(args: EngineArgs, progress: Progress | None = None) -> None:

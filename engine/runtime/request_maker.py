@@ -4,12 +4,14 @@ import itertools
 import math
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 from engine.core.request import NewRequest, check_length
 from engine.errors import RequestError
 from engine.models.model_config import ModelConfig
 from engine.params.engine_args import EngineArgs
+from engine.params.sampling_defaults import MODEL_SOURCES
 from engine.params.sampling_params import SamplingParams
 from engine.params.structured_outputs import Constraints
 from engine.runner.sampling.sampling_metadata import check_token_ids
@@ -77,6 +79,7 @@ class RequestMaker:
             wrong = lowest if lowest < 0 else highest
             raise RequestError(f"Token id {wrong} is out of vocabulary ({self.vocab_size}).", param="prompt")
         check_token_ids(params, self.vocab_size)
+        params = _within(params, max_model_len - len(token_ids))
         check_length(len(token_ids), params.max_tokens, max_model_len)
         bad_words = self._bad_words(params)
         self._check_allowed(params, bad_words)
@@ -128,3 +131,10 @@ class RequestMaker:
             if spaced[0] != plain[0] and len(spaced) == len(plain):
                 found.append(spaced)
         return tuple(found)
+
+
+def _within(params: SamplingParams, room: int) -> SamplingParams:
+    """``params`` whose ``max_tokens``, where the model recommends it and nobody asked for it, is at most ``room``."""
+    if params.max_tokens is None or params.sources.get("max_tokens") not in MODEL_SOURCES:
+        return params
+    return replace(params, max_tokens=max(min(params.max_tokens, room), 1))

@@ -1,5 +1,6 @@
 """What ``%%chat --cells`` and ``--error`` send of the notebook: as Markdown before the question, in bounded length."""
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import RequestError
+from vm_magic.remote.address import KEY_VARIABLES
 from vm_magic.show.safe_markdown import fenced
 from vm_magic.state.cell_record import CellOutput, bundle_text, recorder_of
 from vm_magic.state.context_flags import CellChoice
@@ -28,9 +30,15 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _OUR_CELL = re.compile(r"\s*%%(?:chat|vllm_metal)\b")
 _OUR_CALL = re.compile(r"\s*get_ipython\(\)\.run_cell_magic\((['\"])(?:chat|vllm_metal)\1")
 _OUR_LINE = re.compile(
-    r"\s*(?:[\w.\[\], ]+=\s*)?[%!]*%(?:vllm_metal|chat)\b|\s*%(?:load|reload|unload)_ext\s+vm_magic\b"
+    r"\s*(?:[\w.\[\], ]+=\s*)?(?:%+\w+\s.*?)?[%!]*%(?:vllm_metal|chat)\b"
+    r"|.*(?:\b|_)magic\(\s*['\"](?:vllm_metal|chat)\b"
+    r"|\s*%(?:load|reload|unload)_ext\s+vm_magic\b"
     r"|\s*%config\s+VLLMMetal\b"
 )
+_KEY_FLAG = re.compile(r"(--api[-_]key(?:\s+|=))(\"[^\"\n]*\"|'[^'\n]*'|[^\s'\")]+)")
+_HIDDEN = "•••"
+_SHORTEST_KEY = 6
+"""Characters: a shorter one is no secret, and would be found in many words."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,20 @@ def notebook_context(shell: Any, session: Session, cells: CellChoice | None, err
     if failed:
         names.append("the last error")
         parts += ["### The last error", fenced(failed)]
-    return NotebookContext(tuple(names), "\n\n".join(parts))
+    return NotebookContext(tuple(names), without_keys("\n\n".join(parts), session))
+
+
+def without_keys(text: str, session: Session) -> str:
+    """``text`` with neither the keys that are in use here nor what ``--api-key`` was given."""
+    server, remote = session.server, session.remote
+    keys = [
+        None if server is None else server.api_key,
+        None if remote is None else remote.address.key,
+        *(os.environ.get(name, "").strip() for name in KEY_VARIABLES),
+    ]
+    for key in keys:
+        text = text.replace(key, _HIDDEN) if key and len(key) >= _SHORTEST_KEY else text
+    return _KEY_FLAG.sub(rf"\g<1>{_HIDDEN}", text)
 
 
 def context_limit(session: Session) -> int:
@@ -155,6 +176,8 @@ def own_code(raw: str, parsed: str) -> str:
     kept: list[str] = []
     continued = False
     for line in raw.split("\n"):
+        if _OUR_CELL.match(line):  # below %%time say: all that follows is its body
+            break
         ours = continued or bool(_OUR_LINE.match(line))
         continued = ours and line.rstrip().endswith("\\")
         if not ours:

@@ -12,7 +12,7 @@ from IPython.core.magic_arguments import MagicArgumentParser
 
 from engine.errors import ConfigError, UnsupportedOptionError
 from engine.format.names import did_you_mean
-from engine.format.text import shortened
+from engine.format.text import is_count, shortened
 from vm_magic.commands.json_words import TOKEN, json_word, pieces
 from vm_magic.show.errors import HelpShown
 
@@ -159,13 +159,14 @@ def split_text(parser: CommandParser, line: str) -> tuple[list[str], str]:
         words += shlex.split(found[1])
         if "=" not in found[1]:
             flag, value = with_dashes(found[1]), TOKEN.match(line, position)
-            if value and (parser.takes_value(flag) or (parser.takes_number(flag) and value[1].isdigit())):
+            if value and (parser.takes_value(flag) or (parser.takes_number(flag) and is_count(value[1]))):
                 words += shlex.split(value[1])
                 position = value.end()
     text = line[position:].strip()
     if len(text) > 1 and text[0] in "'\"" and text.find(text[0], 1) == len(text) - 1:
         return words, text[1:-1]
-    if not (found and found[1] == "--"):
+    is_known = all(parser.knows(word.partition("=")[0]) or parser.knows(word[:2]) for word in words if word[:1] == "-")
+    if is_known and not (found and found[1] == "--"):  # else that is what is wrong
         _check_end(parser, text)
     return words, text
 
@@ -201,7 +202,7 @@ def is_flags(parser: CommandParser, text: str) -> bool:
             if value is None or not parser.accepts(flag, value[1]):
                 return False
             position = value.end()
-        elif value and parser.takes_number(flag) and value[1].isdigit():
+        elif value and parser.takes_number(flag) and is_count(value[1]):
             position = value.end()
     return last > 0
 

@@ -8,6 +8,7 @@ from typing import Any
 from IPython.core.error import UsageError
 
 from engine.errors import RequestError
+from engine.format.text import is_count
 from vm_magic.chat.repeating import repeat
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.parser import CommandParser
@@ -51,7 +52,7 @@ class Rerun(LineCommand):
         if not is_file:
             name, records = _in_session(session, which, context.shell.user_ns)
             return _view(session, name, records)
-        cells = recorded_cells(Path(which).expanduser())
+        cells = recorded_cells(Path(which))
         name = Path(which).name
         if parsed.all and cells:
             return RerunTable(name, tuple(_view(session, f"{name} {cell.name}", cell.records) for cell in cells))
@@ -65,7 +66,7 @@ class Rerun(LineCommand):
 
 def _in_session(session: Session, which: str, namespace: Any) -> tuple[str, Sequence[Record]]:
     """The ``which``-th record from the end, or that of a variable, and what to call it."""
-    if not which.isdigit():
+    if not is_count(which):
         if which not in namespace:
             raise RequestError(f"rerun {which}: neither a number, a variable nor a notebook's file", param="which")
         record = getattr(namespace[which], "record", None)

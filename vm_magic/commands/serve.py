@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
+from engine.format.text import is_count
 from engine.openai.http.options import DEFAULT_PORT
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.engine_flags import ENGINE_OPTIONS, EngineCommand
@@ -127,7 +128,7 @@ def add_server_flags(parser: CommandParser) -> None:
 
 def port_number(text: str) -> int:
     """A TCP port, 0 for a free one."""
-    if not text.isdigit() or int(text) > 65535:
+    if not is_count(text) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
     return int(text)
 

@@ -37,13 +37,18 @@ _NEVER_TEXT = frozenset(("def", "elif", "async", "lambda"))
 _KEYWORDS = frozenset(keyword.kwlist) | {"print", "exec"}
 _LOWER_KEYWORDS = {word.lower() for word in _KEYWORDS}
 _SLIPS = {"".join(sorted(word)) for word in _KEYWORDS if len(word) > 2}
+_LONG_KEYWORDS = {word for word in _KEYWORDS if len(word) > 4} | {"from"}
+_SHORT_SLIPS = {word[:i] + word[i + 1 :] for word in _LONG_KEYWORDS for i in range(len(word))} - _set(
+    "asset beak fro lass pint rise sync wait wile"
+)
+"""Keywords in which a letter is missing, without those that are words."""
 
 _BULLET = re.compile(r"^(?:\d+[.)]|[-*•–])\s+(?=[^\W\d_])")
 _ASSIGNMENT = re.compile(
     r"^\*?[\w.]+(?:\[[^\]]*\])?(?:\s*,\s*\*?[\w.]+)*\s*(?::\s*[\w\[\], .|]+)?\s*(?:[-+*/%&|^@]|//|\*\*|<<|>>|:)?=(?!=)"
 )
 _CALL = re.compile(r"^(?:await\s+)?[\w.]+[(\[]")
-_OTHER_CODE = re.compile(r"""^(?:[rbfu]{0,2}(?:\"{3}|'{3})|\.\w+[(\s]|[)\]}]|[@;\\])""", re.IGNORECASE)
+_OTHER_CODE = re.compile(r"""^(?:[rbfu]{0,2}(?:\"{3}|'{3}|\"{2}\w|'{2}\w)|\.\w+[(\s]|[)\]}]|[@;\\])""", re.IGNORECASE)
 _DECLARATION = re.compile(r"^[\w<>\[\]*&]+ \w+\s*(?:=(?!=)|;|\{)")
 _SIGNS = re.compile(r"\w[(\[]|[=<>{}\\@^|&~*+]|_|;\s*$")
 """What texts rarely have outside of quotes."""
@@ -157,6 +162,14 @@ def _is_pair(left: str, right: str, at_start: bool) -> bool:
     return max(len(left), len(right)) > 1
 
 
+def _is_slip(word: str) -> bool:
+    """Whether ``word`` is a keyword with letters that changed places, or with one too few or twice."""
+    undoubled = re.sub(r"(.)\1", r"\1", word)
+    return (
+        "".join(sorted(word)) in _SLIPS or word in _SHORT_SLIPS or (undoubled != word and undoubled in _LONG_KEYWORDS)
+    )
+
+
 def _is_spaceless(letter: str) -> bool:
     if letter.isascii() or not letter.isalpha():
         return False
@@ -175,7 +188,7 @@ def _verdict(line: str, defined: Defined) -> bool | None:
         return False
     if _CALLING_OUT.match(line):
         return True
-    if seen.first.lower() in _LOWER_KEYWORDS or "".join(sorted(seen.first)) in _SLIPS:
+    if seen.first.lower() in _LOWER_KEYWORDS or _is_slip(seen.first):
         return _after_keyword(seen)
     if seen.spaceless > 1 and _is_spaceless(line[0]):
         return not seen.signs or seen.spaceless > 2

@@ -164,7 +164,7 @@ class CellRecorder:
         return _muted([running.record for running in self._running])
 
     def _begin(self, info: Any) -> None:
-        if not info.store_history:
+        if not getattr(info, "store_history", False):
             return
         running = _Running(info, CellRecord())
         for name in ("stdout", "stderr"):
@@ -174,10 +174,10 @@ class CellRecorder:
         self._running.append(running)
 
     def _end(self, result: Any) -> None:
-        info = None if result is None else result.info
-        if not any(running.info is info for running in self._running):
+        ended = self._ended(None if result is None else result.info)
+        if ended is None:
             return
-        while self._running[-1].info is not info:
+        while self._running[-1] is not ended:
             self._leave()
         record = self._leave()
         if result.execution_count is not None:
@@ -188,6 +188,14 @@ class CellRecorder:
         error = result.error_before_exec or result.error_in_exec
         if error is not None:
             self._note_error(error, record)
+
+    def _ended(self, info: Any) -> _Running | None:
+        """The cell that ``info`` is of; of an error that IPython cannot print, it makes another ``info``."""
+        for running in reversed(self._running):
+            if running.info is info:
+                return running
+        last = self._running[-1] if self._running else None
+        return last if last is not None and info is not None and last.info.raw_cell == info.raw_cell else None
 
     def _leave(self) -> CellRecord:
         running = self._running.pop()

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from engine.format.text import is_count
 from engine.params.sampling_params import COMMON, MAX_LOGPROBS, PARAMETERS
 from vm_magic.state.compare_flags import add_compare_flag
 from vm_magic.state.context_flags import add_context_flags
@@ -153,14 +154,14 @@ def tool_names(text: str) -> list[str]:
 
 def alternatives(text: str) -> int:
     """A whole number from 0 to 20."""
-    if not text.isdigit() or int(text) > MAX_LOGPROBS:
+    if not is_count(text) or int(text) > MAX_LOGPROBS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {MAX_LOGPROBS}")
     return int(text)
 
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
+    if not is_count(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 

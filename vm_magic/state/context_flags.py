@@ -4,6 +4,7 @@ import argparse
 import re
 from dataclasses import dataclass
 
+from engine.format.text import is_count
 from vm_magic.state.cell_record import MAX_CELLS
 
 
@@ -34,13 +35,13 @@ def add_context_flags(parser: argparse.ArgumentParser) -> None:
 
 def cell_choice(text: str) -> CellChoice:
     """``3`` (the last three), ``3-5`` or ``3,7`` (In numbers)."""
-    if text.isdigit():
+    if is_count(text):
         if not 1 <= int(text) <= MAX_CELLS:
             raise argparse.ArgumentTypeError(f"{text}: from 1 to {MAX_CELLS} cells can be sent")
         return CellChoice(text, last=int(text))
     numbers: set[int] = set()
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        found = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
         low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if not low <= high < low + MAX_CELLS:
             raise argparse.ArgumentTypeError(

@@ -50,6 +50,8 @@ def render_prompt(text: str, namespace: Mapping[str, Any], summaries: list[str] 
         return text
     from jinja2 import TemplateSyntaxError, UndefinedError
 
+    from vm_magic.summaries.text import plain_text
+
     environment = _environment(summaries)
     try:
         return environment.from_string(text).render(namespace)
@@ -60,7 +62,7 @@ def render_prompt(text: str, namespace: Mapping[str, Any], summaries: list[str] 
         fix = "send the text as typed with --raw"
         raise RequestError(f"prompt, line {error.lineno}: {error.message}; {fix}", param="prompt") from None
     except Exception as error:  # noqa: BLE001 - the user's own objects may raise anything
-        raise RequestError(f"prompt: {type(error).__name__}: {error}", param="prompt") from None
+        raise RequestError(f"prompt: {type(error).__name__}: {plain_text(error)}", param="prompt") from None
 
 
 def _environment(summaries: list[str] | None) -> "Environment":

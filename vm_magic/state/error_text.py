@@ -20,7 +20,9 @@ _AROUND = 5
 """Lines before and after the failing one."""
 _MOST_FRAMES = 8
 """Places in the user's code that are told of one exception: the first and the last of them."""
-_MOST_IN_GROUP = 5
+_MOST_IN_GROUP = _MOST_IN_CHAIN = 5
+_LEAST_OF_ONE = 300
+"""Characters that a further error of a chain must still have."""
 _OUR_CALL = re.compile(r"get_ipython\(\)\.run_(?:line|cell)_magic\(['\"](vllm_metal|chat)['\"].*")
 _LIBRARIES = tuple(
     {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
@@ -42,12 +44,19 @@ def error_line(error: BaseException) -> str:
 def error_text(error: BaseException, shell: Any) -> str:
     """Type, message and places of ``error``, after those of what it came from. Keeps no frame alive."""
     parts: list[str] = []
-    for one, how in _chain(error):
-        parts += [_one(one, shell), *([how] if how else [])]
-    return bounded("\n\n".join(parts), LONGEST)
+    chain, left = _chain(error), LONGEST
+    for shown, (one, how) in enumerate(
+        reversed(chain)
+    ):  # where not all fit, those that came last: they are what the user saw
+        if shown == _MOST_IN_CHAIN or (shown and left < _LEAST_OF_ONE):
+            parts.append(f"({len(chain) - shown} errors before these are left out.)")
+            break
+        parts += [*([how] if how else []), bounded(_one(one, shell), left)]
+        left -= len(parts[-1])
+    return "\n\n".join(reversed(parts))
 
 
-def _chain(error: BaseException) -> Iterator[tuple[BaseException, str]]:
+def _chain(error: BaseException) -> list[tuple[BaseException, str]]:
     """``error`` and what came before it, the first first, each with how it led to the next."""
     found: list[tuple[BaseException, str]] = [(error, "")]
     seen = {id(error)}
@@ -56,7 +65,7 @@ def _chain(error: BaseException) -> Iterator[tuple[BaseException, str]]:
         cause = one.__cause__
         before = cause if cause is not None else None if one.__suppress_context__ else one.__context__
         if before is None or id(before) in seen:
-            return iter(reversed(found))
+            return found[::-1]
         how = "which was the direct cause of:" if cause is not None else "and while that was handled:"
         seen.add(id(before))
         found.append((before, how))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,18 @@ class RecordedCell:
 def recorded_cells(path: Path) -> list[RecordedCell]:
     """The cells of the notebook at ``path`` that have records, in order. Raises RequestError in one line."""
     try:
-        if os.stat(path).st_size > MAX_BYTES:
-            raise RequestError(f"{path.name}: larger than {MAX_BYTES // 10**6} MB; is it a notebook?", param="file")
+        path = path.expanduser()
+        status = os.stat(path)
+    except (OSError, ValueError, RuntimeError) as error:  # ~name of nobody is a RuntimeError
+        raise RequestError(f"{path.name}: cannot be read ({_why(error)})", param="file") from None
+    if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
+        raise RequestError(f"{path.name}: is no file", param="file")
+    if status.st_size > MAX_BYTES:
+        raise RequestError(f"{path.name}: larger than {MAX_BYTES // 10**6} MB; is it a notebook?", param="file")
+    try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RequestError(f"{path.name}: cannot be read ({error.strerror or error})", param="file") from None
+        raise RequestError(f"{path.name}: cannot be read ({_why(error)})", param="file") from None
     except (ValueError, RecursionError):
         raise RequestError(f"{path.name}: is no notebook (not JSON)", param="file") from None
     cells = notebook.get("cells") if isinstance(notebook, Mapping) else None
@@ -58,6 +66,10 @@ def recorded_cells(path: Path) -> list[RecordedCell]:
             count = cell.get("execution_count")
             found.append(RecordedCell(count if isinstance(count, int) else None, tuple(kept)))
     return found
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _kept(cell: Mapping[str, Any]) -> Iterator[Record]:
@@ -88,7 +100,8 @@ def checked(record: Any) -> Record:
         raise RequestError(f"the record cannot be read: {unknown[0]!r} is no sampling value", param="record")
     request, reply = record["request"], record["reply"]
     wrong = [name for name in ("text", "reasoning") if not isinstance(reply.get(name) or "", str)]
-    if wrong or not isinstance(reply.get("token_ids") or [], list):
+    lists = all(isinstance(reply.get(name) or [], list) for name in ("token_ids", "tool_calls"))
+    if wrong or not lists:
         raise RequestError("the record cannot be read: its reply is not text", param="record")
     for name, kinds in _KINDS.items():
         if name in request and not isinstance(request[name], kinds):

@@ -104,7 +104,7 @@ def _values(array: Any) -> str:
     if whole and len(whole) <= _LONGEST_WHOLE:
         return f"\nvalues:\n{whole}"
     row = array
-    while row.ndim > 1 and row.shape[0]:
-        row = row[0]
+    for _ in range(array.ndim - 1):  # a matrix has two axes however often one is taken
+        row = row[0] if row.shape[0] else row
     shown = [number(one) if isinstance(one, int | float) else short_repr(one, 40) for one in row[:_FIRST].tolist()]
     return f"\nfirst values: [{', '.join(shown)}, …]"

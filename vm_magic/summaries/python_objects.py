@@ -13,6 +13,7 @@ from vm_magic.summaries.text import bounded, count, fitting, names_text, short_r
 _LOOKED_AT = 10_000
 """Items whose types are counted."""
 _MOST_ITEMS = 30
+_MOST_CAUSES = 5
 
 
 def container(value: Any, limit: int) -> str:
@@ -51,7 +52,7 @@ def exception(value: BaseException, limit: int) -> str:
     lines: list[str] = []
     seen: set[int] = set()
     one: BaseException | None = value
-    while one is not None and id(one) not in seen:
+    while one is not None and id(one) not in seen and len(seen) < _MOST_CAUSES:
         seen.add(id(one))
         said = "".join(traceback.format_exception_only(one)).strip()
         place = traceback.extract_tb(one.__traceback__)[-1:] if one.__traceback__ else []

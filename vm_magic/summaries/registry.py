@@ -68,18 +68,22 @@ class Describe:
         """A text of at most ``limit`` characters; a plain text, whatever its length, as it is."""
         if limit < LEAST_LIMIT:
             raise ValueError(f"limit must be at least {LEAST_LIMIT}, got {limit}")
-        if isinstance(value, str):
-            return str(value)
+        if issubclass(type(value), str):
+            return plain_text(value, limit)
         text = self.summary(value, limit)
         return bounded(plain_text(value, limit), limit) if text is None else text
 
     def summary(self, value: Any, limit: int = DEFAULT_LIMIT) -> str | None:
         """The description; None for what has none of its own: text, numbers, small containers, unknown objects."""
-        if value is None or isinstance(value, str | bool | int | float | complex):
+        # of its type: what an object says of its class may be anything, an error too
+        if value is None or issubclass(type(value), str | bool | int | float | complex):
             return None
-        text = self._own(value)
-        if text is None:
-            text = _made_here(value, limit)
+        try:
+            text = self._own(value)
+            if text is None:
+                text = _made_here(value, limit)
+        except Exception:  # noqa: BLE001 - of a class that says odd things of itself
+            return None
         return None if text is None else bounded(text, limit)
 
     def register(self, kind: type | str, describer: Made | None = None) -> Any:
@@ -123,11 +127,11 @@ def _checked(function: Describer, value: Any, what: str) -> str | None:
     """What ``function`` gives; None, with a warning, where it fails: a message goes out all the same."""
     try:
         text: Any = function(value)
-        problem = "" if isinstance(text, str) else f"gave {type(text).__name__}, not a text"
+        if isinstance(text, str):
+            return str(text)
+        problem = f"gave {type(text).__name__}, not a text"
     except Exception as error:  # noqa: BLE001 - the function is the user's
-        text, problem = None, f"raised {type(error).__name__}: {error}"
-    if not problem:
-        return str(text)
+        problem = f"raised {type(error).__name__}: {plain_text(error)}"
     warnings.warn(f"{what} {problem}; vm_magic's own description is sent", stacklevel=2)
     return None
 

@@ -43,7 +43,15 @@ def short_repr(value: Any, longest: int = VALUE, depth: int = _DEEPEST) -> str:
             return _container(value, longest, depth)
         return shortened(" ".join(repr(value).split()), longest)
     except Exception as error:  # noqa: BLE001 - the object is the user's
-        return f"<{kind.__name__} whose repr raises {type(error).__name__}>"
+        return f"<{_name(kind)} whose repr raises {type(error).__name__}>"
+
+
+def _name(kind: type) -> str:
+    """Its name, whatever its metaclass makes of that."""
+    try:
+        return str(kind.__name__)
+    except Exception:  # noqa: BLE001 - the metaclass is the user's
+        return "object"
 
 
 def plain_text(value: Any, longest: int = VALUE) -> str:
@@ -95,18 +103,17 @@ def cell_text(value: Any) -> str:
 
 def is_small(value: Any, limit: int) -> bool:
     """Whether ``str(value)`` of a container may have at most ``limit`` characters; looks at few of its items."""
-    left, seen = [value], set[int]()
-    size = 0
-    while left:
+    left, size = [value], 0
+    while left:  # an item that stands in many places is written in each of them, so it counts in each
         one = left.pop()
         size += len(one) if isinstance(one, str | bytes | bytearray) else 1
         if size > limit:
             return False
-        if isinstance(one, Mapping | list | tuple | AnySet) and id(one) not in seen:
-            seen.add(id(one))
+        if isinstance(one, Mapping | list | tuple | AnySet):
             if len(one) > limit:
                 return False
-            left += [*one.keys(), *one.values()] if isinstance(one, Mapping) else one
+            items = itertools.chain(one.keys(), one.values()) if isinstance(one, Mapping) else one
+            left += itertools.islice(items, limit + 1)
     return True
 
 

@@ -80,6 +80,14 @@ def test_labels_may_be_numbers_and_a_single_one_is_certain_but_not_covered(llm: 
     single = llm.map(["a"], "{{ text }}", choices=np.array(["yes"]), use_tqdm=False).iloc[0]
     assert single["p(yes)"] == 1
     assert 0 < single["coverage"] < 1
+    mixed = llm.map(["a"], "{{ text }}", choices=[np.int64(3), np.str_("z")], use_tqdm=False)
+    assert mixed["choice"].iloc[0] in (3, "z")
+
+
+def test_a_label_that_would_end_the_answer_is_refused(llm: LLM) -> None:
+    end = llm.tokenizer.decode([2], skip_special_tokens=False)
+    found = llm.map(["a"], "{{ text }}", choices=["yes", f"no{end}"], use_tqdm=False)
+    assert "ends an answer: no answer reads so" in found.error[0]
 
 
 def test_sixty_labels_compute_the_prompt_once(llm: LLM) -> None:
@@ -126,6 +134,7 @@ def test_a_row_that_fails_stays_alone_and_resume_goes_on_from_a_file(llm: LLM, t
         ([1, "1"], {}, "'1' is there twice"),
         (["yes", " "], {}, "a text or a number"),
         ([None], {}, "a text or a number"),
+        ([float("nan"), 1], {}, "a text or a number, not nan"),
         (["yes", "no"], {"temperature": 0}, "temperature: choices are scored, not sampled"),
         (["yes", "no"], {"max_tokens": [1, 2]}, "max_tokens: choices are scored"),
         (["yes", "no"], {"schema": True}, "leave one of the two out"),

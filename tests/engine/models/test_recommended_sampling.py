@@ -1,6 +1,8 @@
 """Sampling values that a model's authors recommend: from where they come, and how that is said."""
 
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,14 @@ import gguf
 import pytest
 
 import engine
-from engine import LLM
+from engine import LLM, SamplingParams
+from engine.errors import ConfigError, ContextLengthError
 from engine.models.gguf import GGUFFormat
 from engine.models.pypi import PACKAGE_MODELS
+from engine.params.engine_args import EngineArgs
 from engine.params.sampling_defaults import MODEL_SOURCES, SamplingDefaults, is_default_source
 from engine.params.settings import Settings
+from engine.runtime.preflight import check_load
 
 CARD = "the model card of HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -106,3 +111,26 @@ def test_a_package_model_samples_as_its_card_recommends_unless_told_otherwise(ca
         f"{CARD.removeprefix('the ')}: temperature",
     )
     assert not engine.inspect("smollm2", generation_config="vllm").section("sampling defaults")
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": "hot"}, {"top_p": 2}, {"top_k": 1.5}, {"max_new_tokens": 0}])
+def test_a_recommended_value_out_of_its_range_is_refused_by_the_load_with_the_way_out(
+    wrong: dict[str, Any], tiny_model_dir: Any, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model_dir("llama"), tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps(wrong))
+    with pytest.raises(ConfigError, match=r"`generation_config\.json`: .*--generation-config vllm does without"):
+        check_load(EngineArgs.from_options(str(folder), {}))
+    check_load(EngineArgs.from_options(str(folder), {"generation_config": "vllm"}))
+
+
+def test_more_tokens_than_there_is_room_for_are_fewer_where_the_model_recommends_them(
+    tiny_model_dir: Any, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model_dir("llama"), tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 32768}')
+    with LLM(str(folder), max_model_len=64, gpu_memory_utilization=0.2) as llm:
+        reply = llm.chat([{"role": "user", "content": "Hi"}], use_tqdm=False)
+        assert reply[0].outputs[0].finish_reason in ("length", "stop")
+        with pytest.raises(ContextLengthError, match="you requested 32768"):
+            llm.generate("Hi", SamplingParams(max_tokens=32768), use_tqdm=False)

@@ -14,6 +14,7 @@ from tests.vm_magic.helpers import Capture, cell, line
 from vm_magic.chat import notebook_context
 from vm_magic.chat.notebook_context import MAX_CONTEXT, WHY, own_code
 from vm_magic.state.cell_record import MAX_CELLS, MAX_OUTPUTS, MAX_TEXT, OutputText, recorder_of
+from vm_magic.state.error_text import LONGEST, error_text
 
 
 def run(shell: Any, code: str) -> None:
@@ -61,8 +62,8 @@ def test_cells_are_chosen_by_number_too_and_one_that_ran_again_counts_once(shell
 
 
 def test_wrong_choices_and_empty_ones_are_one_line(shell: Any, loaded: fakes.FakeLLM) -> None:
-    for wrong in ("x", "0", "5-3", "1-", str(MAX_CELLS + 1), "1-999"):
-        with pytest.raises(UsageError, match="--cells"):
+    for wrong in ("x", "0", "5-3", "1-", str(MAX_CELLS + 1), "1-999", "²", "9" * 5000, f"1-{'9' * 5000}"):
+        with pytest.raises(UsageError, match=r"--cells: .*(?:from 1 to|neither how many)"):
             cell(shell, f"chat --cells {wrong}", "?")
     with pytest.raises(RequestError, match=r"--cells 900-901: no such cell has run"):
         cell(shell, "chat --cells 900-901", "?")
@@ -153,6 +154,13 @@ def test_calls_of_our_magics_are_never_sent_with_what_they_say(shell: Any, loade
     cell(shell, "chat --new --cells 1", "?")
     assert sent(loaded).partition("Output:")[2].startswith("\n\n```\nafter\n```")
     assert own_code("a = %vllm_metal chat hi \\\n  more\nb = 1\n", "") == "b = 1"
+    for ours in (
+        "%time %vllm_metal serve --api-key swordfish",
+        "%%time\n%%vllm_metal serve\nvllm serve m --api-key swordfish",
+        "x = 1; get_ipython().run_line_magic('vllm_metal', 'serve --api-key swordfish')",
+        "get_ipython().magic('vllm_metal serve --api-key swordfish')",
+    ):
+        assert "swordfish" not in own_code(ours, ours)
     assert own_code("hello there\n", "get_ipython().run_cell_magic('chat', '', 'hello there')") == ""
 
 
@@ -269,3 +277,46 @@ def test_what_went_along_is_told(shell: Any, loaded: fakes.FakeLLM) -> None:
     run(shell, "1 / 0")
     cell(shell, "chat --new --cells 1 --error", "?")
     assert shell.display_pub.outputs[0]["data"]["text/plain"].startswith(f"sent with: In [{last + 2}], the last error")
+
+
+def test_of_a_long_chain_of_errors_the_last_ones_are_told(shell: Any) -> None:
+    error: BaseException | None = None
+    for number in range(900):
+        made = ValueError(f"number {number}")
+        made.__context__, error = error, made
+    assert error is not None
+    text = error_text(error, shell)
+    assert text.startswith("(895 errors before these are left out.)")
+    assert text.endswith("ValueError: number 899")
+    long = KeyError("x" * 9000)
+    long.__context__ = error
+    middle = error_text(long, shell)
+    assert len(middle) < LONGEST * 1.1
+    assert middle.index("number 899") < middle.index("KeyError")
+
+
+def test_an_error_that_ipython_cannot_print_leaves_no_hook_behind(shell: Any, loaded: fakes.FakeLLM) -> None:
+    class UntoldError(Exception):
+        def __str__(self) -> str:
+            raise ValueError("no text")
+
+    shell.user_ns["UntoldError"] = UntoldError
+    for _ in range(3):
+        run(shell, "raise UntoldError")
+    recorder = recorder_of(shell)
+    assert recorder is not None
+    assert not recorder.running
+    run(shell, "get_ipython().run_cell('print(1)', store_history=True)\nprint(2)")
+    assert not vars(shell.display_pub).keys() & {"publish", "clear_output"}
+    shell.events.trigger("pre_run_cell", None)  # by somebody else
+    assert not recorder.running
+
+
+def test_keys_in_use_are_never_sent(shell: Any, loaded: fakes.FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "swordfish")
+    line(shell, "serve --api-key sk-the-ports-own")
+    run(shell, "import os, vm_magic\nprint(os.environ['VLLM_API_KEY'])\n'sk-the-ports-own'")
+    run(shell, "command = 'vllm serve m --api-key abc'\nraise ValueError('swordfish')")
+    cell(shell, "chat --new --error --cells 2", "?")
+    assert "•••" in sent(loaded)
+    assert not any(key in sent(loaded) for key in ("swordfish", "sk-the-ports-own", "abc"))

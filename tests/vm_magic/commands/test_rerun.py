@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tests.vm_magic.helpers import cell, line
 from vm_magic.commands.table import candidates
 from vm_magic.show.errors import Interrupted, MagicUsageError
 from vm_magic.state.record import KEY, MAX_CHARACTERS, kept
-from vm_magic.state.record_file import checked
+from vm_magic.state.record_file import MAX_BYTES, checked
 from vm_magic.state.session import current_session
 
 
@@ -202,6 +203,24 @@ def test_a_file_that_is_no_notebook_is_refused_in_one_line(
         line(shell, f"rerun {tmp_path / 'none.ipynb'}")
 
 
+def test_what_is_no_file_or_too_large_is_refused_at_once(shell: Any, llm: LLM, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.ipynb")
+    (tmp_path / "zero.ipynb").symlink_to("/dev/zero")
+    (tmp_path / "folder.ipynb").mkdir()
+    with (tmp_path / "large.ipynb").open("wb") as large:
+        large.truncate(MAX_BYTES + 1)
+    with pytest.raises(RequestError, match=r"large\.ipynb: larger than 200 MB"):
+        line(shell, f"rerun {tmp_path}/large.ipynb")
+    for name in ("pipe", "zero", "folder"):
+        with pytest.raises(RequestError, match=f"{name}.ipynb: is no file"):
+            line(shell, f"rerun {tmp_path / name}.ipynb")
+    with pytest.raises(RequestError, match=r"n\.ipynb: cannot be read \(Could not determine home"):
+        line(shell, "rerun ~nobody-of-this-name/n.ipynb")
+    for number in ("²", "9" * 5000):
+        with pytest.raises(RequestError, match="neither a number, a variable nor a notebook's file"):
+            line(shell, f"rerun {number}")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -218,6 +237,7 @@ def test_a_file_that_is_no_notebook_is_refused_in_one_line(
         (lambda one: one["request"].update(schema=[1]), "'schema' has the wrong form"),
         (lambda one: one["request"].update(template_kwargs={"tools": []}), "template_kwargs are wrong"),
         (lambda one: one["reply"].update(text=["a"]), "its reply is not text"),
+        (lambda one: one["reply"].update(tool_calls=True), "its reply is not text"),
     ],
 )
 def test_a_record_that_somebody_changed_is_refused_in_one_line(

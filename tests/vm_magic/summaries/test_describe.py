@@ -1,6 +1,7 @@
 """``vm_magic.describe`` and ``{{ name }}``: a bounded text of whatever the notebook has."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 import types
@@ -143,7 +144,11 @@ def test_large_containers_are_counted_and_begun_small_ones_are_themselves() -> N
     assert describe(b"x" * 9000).startswith("bytes of 9,000 bytes")
     endless: list[Any] = []
     endless.append(endless)
-    assert describe(endless) == "[[...]]"
+    assert describe(endless) == "list of 1 item (list)\n[[[[…]]]]"
+    doubling: Any = [0]
+    for _ in range(100):
+        doubling = [doubling, doubling]
+    assert describe(doubling).startswith("list of 2 items (list)")  # its text has 2**100 items
     assert len(describe([["x" * 10_000] * 500] * 500)) <= DEFAULT_LIMIT
 
 
@@ -280,3 +285,44 @@ def test_a_message_shows_what_was_sent_of_an_object(shell: Any, loaded: fakes.Fa
     cell(shell, "chat --raw", "{{ df }}")
     assert loaded.prompts[-1].endswith("<user>{{ df }}<assistant>")
     assert "sent with" not in shown(shell)["text/plain"]
+
+
+class _Metaclass(type):
+    @property
+    def __module__(cls) -> str:  # type: ignore[override]
+        raise ValueError("of no module")
+
+
+class _Matrix(numpy.ndarray[Any, Any]):
+    """Has two axes however it is taken apart, as ``numpy.matrix``."""
+
+    def __getitem__(self, place: Any) -> Any:
+        return numpy.atleast_2d(numpy.asarray(self)[place]).view(_Matrix)
+
+
+class _UntoldError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def _raising(*_: Any) -> Any:
+    raise _UntoldError
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_object_that_says_odd_things_of_itself_neither_stops_a_message_nor_holds_it_up() -> None:
+    for odd in (  # not pytest's parameters: it looks at them itself
+        type("Text", (str,), {"__str__": _raising})("x"),
+        type("NoAttributes", (), {"__getattribute__": _raising})(),
+        type("NoAttributes", (list,), {"__getattribute__": _raising})(),
+        type("NoClass", (), {"__class__": property(_raising)})(),
+        type("Failing", (), {"__llm__": _raising})(),
+        type("Failing", (), {"__llm__": lambda _: type("Text", (str,), {"__str__": _raising})("x")})(),
+        type("Moduleless", (), {"__module__": 5})(),
+        _Metaclass("Moduleless", (), {})(),
+        type("Endless", (list,), {"__iter__": lambda _: itertools.count()})([1]),
+        numpy.zeros((40, 40)).view(_Matrix),
+    ):
+        assert len(describe(odd)) <= DEFAULT_LIMIT
+    with pytest.raises(RequestError, match=r"prompt: _UntoldError: _UntoldError\(\)"):
+        render_prompt("{{ odd }}", {"odd": type("NoClass", (), {"__class__": property(_raising)})()}, [])
