@@ -51,9 +51,9 @@ def plan_table(
     >>> print(plan_table("smollm2", max_model_len=["2K", "8K"], fraction=[0.3, 0.9], **sizes))
     max_model_len  fraction                fits  longest  max_num_seqs  full length      each  KV tokens
                2K       0.3   no, 87.19MB short     none             1            –   47.19MB          –
-               2K       0.9                 yes     8192            24      × 24.00   47.19MB      50336
+               2K       0.9                 yes    8,192            24      × 24.00   47.19MB     50,336
                8K       0.3  no, 228.74MB short     none             1            –  188.74MB          –
-               8K       0.9                 yes     8192            24       × 6.14  188.74MB      50336
+               8K       0.9                 yes    8,192            24       × 6.14  188.74MB     50,336
     """
     planner = _Planner(model)
 
