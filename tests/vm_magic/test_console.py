@@ -46,7 +46,7 @@ def said(console: Any, code: str) -> str:
 def test_a_reply_is_seen_whole_in_jupyter_console(console: Any) -> None:
     for code in BEGIN.splitlines():
         loaded = said(console, code)
-    assert "smollm2: 145.0MB loaded in" in loaded
+    assert "smollm2: 145.0 MB loaded in" in loaded
     shown = said(console, "get_ipython().run_cell('%%chat --stats\\nhello');")
     assert SAID in shown
     assert "8 tokens · " in shown

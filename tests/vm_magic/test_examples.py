@@ -1,5 +1,6 @@
 """The examples of README, manual and docstrings run in a shell and print what they show."""
 
+import builtins
 import doctest
 import importlib
 import re
@@ -134,7 +135,10 @@ def test_the_examples_of_docstrings_print_what_they_show(capsys: Capture) -> Non
     with_examples = {str(path) for path in written if re.search(r"^\s*>>> ", path.read_text(encoding="utf-8"), re.M)}
     assert {one.filename for one in found} == with_examples, "all of them are found"
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
-    for one in found:
-        runner.run(one)
+    try:
+        for one in found:
+            runner.run(one)
+    finally:
+        vars(builtins).pop("_", None)  # where a value's display leaves it, and IPython would take it for gettext's
     assert runner.tries
     assert not runner.failures, capsys.readouterr().out
