@@ -12,8 +12,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from engine.runtime.activity import BlockMap
-from vm_magic.panel.pictures import Palette, block_map_svg, throughput_svg
+from engine.runtime.activity import CACHED, FREE, BlockMap
+from vm_magic.panel.pictures import WINDOW_SECONDS, Rates, rates_per_second
 from vm_magic.panel.snapshot import NO_MODEL, PanelSnapshot
 from vm_magic.show.display_handle import Bundle, DisplayHandle
 from vm_magic.show.plan_view import plan_picture_html
@@ -25,6 +25,11 @@ _FRAME = (
 )
 _LINE = "display:flex;flex-wrap:wrap;gap:2px 18px;align-items:baseline"
 _HEADING = "margin:10px 0 4px;font-weight:600"
+_ROW = "display:flex;overflow:hidden;max-width:880px"
+_BLUE, _GREY, _PALE = "#1e88e5", "#80808099", "#80808026"
+"""Half transparent greys read on light and dark pages."""
+_HIGH = 48
+"""Pixels of the highest bar."""
 _CLOSED = '<div style="opacity:.75">The panel was closed.</div>'
 
 
@@ -121,9 +126,39 @@ def _body(snapshot: PanelSnapshot) -> str:
     drawn = []
     if llm is not None and activity is not None:
         if snapshot.blocks is not None:
-            drawn.append(("KV blocks", block_map_svg(snapshot.blocks, Palette())))
-        drawn.append(("Generated tokens per second", throughput_svg(activity)))
+            drawn.append(("KV blocks", blocks_html(snapshot.blocks)))
+        drawn.append(("Generated tokens per second", throughput_html(activity)))
         drawn.append(("Memory", plan_picture_html(llm.plan)))
     elif snapshot.server is not None and snapshot.server.state is not None:
-        drawn.append(("Generated tokens per second, all clients", throughput_svg(snapshot.server)))
+        drawn.append(("Generated tokens per second, all clients", throughput_html(snapshot.server)))
     return "".join(f'<div style="{_HEADING}">{title}</div>{picture}' for title, picture in drawn)
+
+
+def blocks_html(blocks: BlockMap) -> str:
+    """A bar of the blocks in use, cached and free. No SVG: it is taken out of untrusted notebooks."""
+    cached, free = (int((blocks.owners == owner).sum()) for owner in (CACHED, FREE))
+    used = blocks.num_blocks - cached - free
+    pieces = (("used", used, _BLUE), ("cached", cached, _GREY), ("free", free, _PALE))
+    bar = "".join(
+        f'<div style="width:{100 * count / blocks.num_blocks:.2f}%;height:14px;background-color:{colour}"></div>'
+        for _, count, colour in pieces
+        if count
+    )
+    words = ", ".join(f"{count:,} {name}" for name, count, _ in pieces if count or name == "free")
+    return f'<div style="{_ROW}">{bar}</div><div style="opacity:.75">{words}, of {blocks.block_size} tokens each</div>'
+
+
+def throughput_html(activity: Rates) -> str:
+    """A bar for every moment of the last minutes, in inline styles alone."""
+    values = rates_per_second(activity)
+    peak = max(values)
+    if not peak:
+        return '<div style="opacity:.75">No tokens in the last three minutes.</div>'
+    heights = [round(_HIGH * value / peak) for value in values]
+    bars = "".join(
+        f'<div style="width:{100 / len(values):.3f}%;height:{height}px;margin-top:{_HIGH - height}px;'
+        f'background-color:{_BLUE}"></div>'
+        for height in heights
+    )
+    words = f"the last {WINDOW_SECONDS // 60} minutes; peak {peak:,.1f} tokens/s"
+    return f'<div style="{_ROW}">{bars}</div><div style="opacity:.75">{words}</div>'

@@ -29,8 +29,7 @@ def port_text(server: "ServerHandle") -> str:
     """The port in one line, as a part of something else."""
     key = "no key" if server.api_key is None else "%vllm_metal export --show-key shows the key"
     hub = f", through the hub {server.hub_url}" if server.hub_url else ""
-    moved = f"; {text}" if (text := moved_text(server)) else ""
-    return f"{server.base_url}{hub} ({key}){moved}"
+    return f"{server.base_url}{hub} ({key})"
 
 
 def server_text(server: "ServerHandle") -> str:
@@ -63,8 +62,6 @@ def server_html(server: "ServerHandle") -> str:
 def _rows(server: "ServerHandle") -> tuple[str, list[tuple[str, str, str]]]:
     """A title, and (name, what can be copied, what is said of it)."""
     rows = [("address", server.base_url, "")]
-    if server.taken_port is not None:
-        rows[0] = ("address", server.base_url, f"  {moved_text(server)}")
     if server.hub_url:
         rows.append(("hub", server.hub_url, "  through JupyterHub"))
     if server.api_key is None:
