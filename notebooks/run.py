@@ -12,6 +12,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
 CELL_TIMEOUT = 900
 """Seconds; the first cell that needs the weights may fetch 93 MB."""
 
@@ -62,6 +63,10 @@ def run(source: Path, target: Path) -> None:
         on_cell_executed=show_outputs,
     )
     client.execute()
+    for cell in notebook.cells:  # a widget is gone with its kernel
+        cell.outputs = [one for one in cell.get("outputs", ()) if WIDGET not in one.get("data", {})]
+        if cell.cell_type != "code":
+            del cell["outputs"]
     notebook.metadata = {"kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, target)

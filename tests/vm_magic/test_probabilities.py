@@ -30,7 +30,7 @@ def test_tokens_are_coloured_and_tell_their_alternatives(shell: Any, real: LLM) 
     page, text = shown(shell)["text/html"], shown(shell)["text/plain"]
     assert page.split("<pre")[1].split("</pre>")[0].count("<span") == 6
     assert page.count("rank 1)") == 6
-    assert text == reply.text
+    assert text == "\n".join([reply.text, *reply.notes])
     assert "text/markdown" not in shown(shell)
 
 

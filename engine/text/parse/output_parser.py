@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError
-from engine.format.names import did_you_mean
+from engine.format.names import closest
 from engine.outputs import FinishReason
 from engine.text.parse.harmony import HarmonyReader
 from engine.text.parse.reasoning_parsers import HARMONY, REASONING_PARSERS, ReasoningParser
@@ -177,9 +177,9 @@ def parser_named(table: Mapping[str, Any], name: str | None, flag: str) -> Any:
         return None
     if name not in table:
         allowed = ", ".join(sorted(table))
-        hint = did_you_mean(name, table, f"use one of {allowed}, or none")
+        meant = f"; did you mean {found}?" if (found := closest(name, table)) else ""
         raise ConfigError(
-            f"--{flag.replace('_', '-')} {name}: not known; {hint}",
+            f"--{flag.replace('_', '-')} {name}: not known; use one of {allowed}, or none{meant}",
             flag=flag,
             value=name,
             allowed=allowed,
