@@ -4,6 +4,8 @@ nbval keeps the first state of a display and drops every ``update_display_data``
 state, as Jupyter saves it. Here an update changes the display that it belongs to.
 """
 
+import os
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from nbformat import from_dict
@@ -38,7 +40,10 @@ def applying_updates(get_kernel_message: Any) -> Any:
     return get
 
 
-def pytest_configure() -> None:
-    """Wrap nbval's reader, once."""
+def pytest_configure(config: Any) -> None:
+    """Wrap nbval's reader, once; kernels of other test processes are not seen by those of this one."""
+    runtime = TemporaryDirectory(prefix="vm-magic-")
+    config.add_cleanup(runtime.cleanup)
+    os.environ["XDG_RUNTIME_DIR"] = runtime.name
     if not hasattr(IPyNbFile.get_kernel_message, "applies_updates"):
         IPyNbFile.get_kernel_message = applying_updates(IPyNbFile.get_kernel_message)
