@@ -87,11 +87,12 @@ def _read_pandas(source: Any) -> PromptTable:
 
 def _present(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without None, NaN, NaT and pandas' NA; all columns by any name are in ``row``."""
-    kept = {name: value for name, value in values.items() if not _missing(value)}
+    kept = {name: value for name, value in values.items() if not is_missing(value)}
     return {"row": kept, **kept}
 
 
-def _missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
+    """Whether ``value`` stands for none: None, NaN, NaT, pandas' NA."""
     if value is None:
         return True
     try:

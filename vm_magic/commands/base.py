@@ -34,6 +34,15 @@ class Context:
         return sessions.current_session()
 
 
+def file_value(value: Any, shell: Any, out: str | None) -> None:
+    """Put ``value`` where the user finds it: into the variable of ``--out``, else into ``_`` and ``Out``."""
+    if out:
+        shell.user_ns[out] = value
+        return
+    shell.displayhook.update_user_ns(value)
+    shell.displayhook.fill_exec_result(value)
+
+
 class Command(ABC):
     """One command of ``%vllm_metal``, under the ``name`` that the table gives it.
 

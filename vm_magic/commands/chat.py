@@ -14,18 +14,18 @@ from engine.outputs import Reply
 from vm_magic.chat.end_notes import end_notes
 from vm_magic.chat.generation import ChatOptions, Generation, ask, start_chat, start_completion
 from vm_magic.chat.pending_reply import PendingReply
-from vm_magic.commands.base import Context, TextCommand
+from vm_magic.commands.base import Context, TextCommand, file_value
 from vm_magic.commands.compare import compare_candidates, run_comparison
 from vm_magic.commands.history import conversation_names
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.code_blocks import code_of
 from vm_magic.show.display_handle import Bundle, can_update, open_handle
 from vm_magic.show.errors import Interrupted
-from vm_magic.show.reply_bundle import Format, reply_bundle
+from vm_magic.show.reply_bundle import reply_bundle
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.reply_view import WAITING, NotebookView, ReplyView, SilentView, TerminalCodeView, TerminalView
 from vm_magic.show.sent_view import sent_bundle
-from vm_magic.state.chat_flags import SAMPLING_FLAGS, TOOL_CHOICES, add_chat_flags
+from vm_magic.state.chat_flags import SAMPLING_FLAGS, TOOL_CHOICES, add_chat_flags, reply_format
 from vm_magic.state.conversation import DEFAULT_CONVERSATION, Message, render_prompt
 from vm_magic.state.schemas import read_schema, schema_class
 from vm_magic.state.session import Session
@@ -198,17 +198,22 @@ def _followed(generation: Running, parsed: argparse.Namespace, shell: Any, view:
     except Interrupted as stopped:
         if stopped.reply is not None:
             _keep_record(generation, stopped.reply, view)
-            _file(stopped.reply, parsed, shell)
+            file_value(stopped.reply, shell, parsed.out)
         raise
-    reply.shown_as = _format(parsed)
-    _note(reply, generation, parsed, view)
-    _keep_record(generation, reply, view)
+    _settle(reply, generation, parsed, view)
     if parsed.to_cell:
         put_code_into_cell(reply, shell)
     if returned and not parsed.out:
         return reply
-    _file(reply, parsed, shell)
+    file_value(reply, shell, parsed.out)
     return None
+
+
+def _settle(reply: Reply, generation: Running, parsed: argparse.Namespace, view: ReplyView) -> None:
+    """What a reply that came to its end gets: how it is shown, what is said below it, its record."""
+    reply.shown_as = reply_format(parsed)
+    _note(reply, generation, parsed, view)
+    _keep_record(generation, reply, view)
 
 
 def put_code_into_cell(reply: Reply, shell: Any) -> None:
@@ -220,26 +225,11 @@ def put_code_into_cell(reply: Reply, shell: Any) -> None:
     shell.set_next_input(code.cell())
 
 
-def _format(parsed: argparse.Namespace) -> Format:
-    return parsed.format or ("json" if parsed.schema else "markdown")
-
-
-def _file(reply: Reply, parsed: argparse.Namespace, shell: Any) -> None:
-    """Put the reply where the user finds it: into the variable of --out, else into ``_`` and ``Out``."""
-    if parsed.out:
-        shell.user_ns[parsed.out] = reply
-        return
-    shell.displayhook.update_user_ns(reply)
-    shell.displayhook.fill_exec_result(reply)
-
-
 def _detached(generation: Generation, parsed: argparse.Namespace, shell: Any) -> None:
     view = _view(parsed, shell)
 
     def store(reply: Reply) -> None:
-        reply.shown_as = _format(parsed)
-        _note(reply, generation, parsed, view)
-        _keep_record(generation, reply, view)
+        _settle(reply, generation, parsed, view)
         if parsed.out:
             shell.user_ns[parsed.out] = reply
 
@@ -265,10 +255,10 @@ def _view(parsed: argparse.Namespace, shell: Any) -> ReplyView:
     if can_update(shell):
         return NotebookView(
             open_handle(shell, reply_bundle(WAITING, "markdown")),
-            _format(parsed),
+            reply_format(parsed),
             stream=not parsed.no_stream,
         )
-    return TerminalCodeView() if _format(parsed) == "code" else TerminalView()
+    return TerminalCodeView() if reply_format(parsed) == "code" else TerminalView()
 
 
 def _note(reply: Reply, generation: Running, parsed: argparse.Namespace, view: ReplyView) -> None:

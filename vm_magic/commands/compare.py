@@ -8,7 +8,7 @@ from IPython.core.error import UsageError
 from engine.errors import ConfigError
 from vm_magic.chat.compare import ComparedChat, Comparison, start_comparison
 from vm_magic.chat.generation import ChatOptions
-from vm_magic.commands.base import Context
+from vm_magic.commands.base import Context, file_value
 from vm_magic.show.cards import speed_text
 from vm_magic.show.compare_view import (
     CompareView,
@@ -22,7 +22,7 @@ from vm_magic.show.display_handle import Bundle, can_update, open_handle
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.reply_bundle import Format
 from vm_magic.show.reply_view import WAITING
-from vm_magic.state.chat_flags import SAMPLING_FLAGS
+from vm_magic.state.chat_flags import SAMPLING_FLAGS, reply_format
 from vm_magic.state.compare_flags import Variant, compare_names, read_variants
 from vm_magic.state.session import Session, peek_session
 
@@ -36,13 +36,14 @@ def run_comparison(
     shell = context.shell
     variants = read_variants(parsed.compare, _READERS)
     _check(parsed, variants[0])
-    format: Format = parsed.format or ("json" if parsed.schema else "markdown")
+    format = reply_format(parsed)
     compared = start_comparison(context.session, text, options, variants, format)
     if sent is not None and not parsed.out:
         shell.display_pub.publish(sent)
     view = _view(parsed, shell, variants, format) if cell else SilentCompare()
     found = _followed(compared, view)
-    _file(found, parsed, shell, returned=not cell and not compared.interrupted)
+    if cell or parsed.out or compared.interrupted:  # else the line returns it
+        file_value(found, shell, parsed.out)
     if cell and not parsed.out:
         _offer(shell, found)
         if parsed.stats:
@@ -86,14 +87,6 @@ def _view(parsed: argparse.Namespace, shell: Any, variants: list[Variant], forma
 def waiting(variants: list[Variant]) -> list[VariantShown]:
     """The columns before the first words."""
     return [VariantShown(variant.label, WAITING) for variant in variants]
-
-
-def _file(found: Comparison, parsed: argparse.Namespace, shell: Any, *, returned: bool) -> None:
-    if parsed.out:
-        shell.user_ns[parsed.out] = found
-    elif not returned:
-        shell.displayhook.update_user_ns(found)
-        shell.displayhook.fill_exec_result(found)
 
 
 def _offer(shell: Any, found: Comparison) -> None:

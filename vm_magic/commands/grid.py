@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import RequestError
-from vm_magic.commands.base import Context, TextCommand
+from vm_magic.commands.base import Context, TextCommand, file_value
 from vm_magic.commands.grid_choice import offer_settings
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.choice_view import ChoiceView
@@ -126,8 +126,7 @@ def _file(shell: Any, frame: Any, parsed: argparse.Namespace, bar: DisplayBar | 
     if bar is None:
         print(repr(view))
     offer_settings(shell, frame)
-    shell.displayhook.update_user_ns(frame)
-    shell.displayhook.fill_exec_result(frame)
+    file_value(frame, shell, None)
     return None
 
 

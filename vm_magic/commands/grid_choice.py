@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from engine.batch.prompt_table import is_missing
 from vm_magic.show.display_handle import can_update
 from vm_magic.state.live_settings import change_settings
 from vm_magic.state.session import current_session
@@ -21,7 +22,7 @@ def variants_of(frame: "pandas.DataFrame") -> list[dict[str, Any]]:
         return []
     found: dict[str, dict[str, Any]] = {}
     for record in frame[names].to_dict("records"):
-        values = {str(name): _plain(value) for name, value in record.items() if not _missing(value)}
+        values = {str(name): _plain(value) for name, value in record.items() if not is_missing(value)}
         found.setdefault(str(values), values)
     return [values for values in found.values() if values]
 
@@ -46,10 +47,6 @@ def offer_settings(shell: Any, frame: "pandas.DataFrame") -> None:
 
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)
 
 
 def _plain(value: Any) -> Any:

@@ -89,7 +89,7 @@ def _show_loaded(context: Context, bar: LoadProgress) -> None:
     print(*lines, sep="\n")  # jupyter console shows this, and not what takes the place of a bar
     if not folds:
         print_log_line("\n".join(log_lines))
-    for text in [headline, *log_lines, *lines]:
+    for text in [headline, log_lines[0], *lines]:  # the others are in the log already
         _log.info("%s", text)
 
 

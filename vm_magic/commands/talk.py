@@ -54,8 +54,8 @@ class Talk(Chat):
             session.talk = None
             return None
         if parsed.text == "on":
-            words, line = [word for word in words if word != "on"], line.replace("on", "", 1)
-        session.talk = TalkMode(line.strip(), tuple(words))
+            words = [word for word in words if word != "on"]
+        session.talk = TalkMode(tuple(words))
         print(f"talk is {session.talk}")
         return None
 

@@ -13,6 +13,7 @@ import ipywidgets as widgets
 
 from engine.errors import VMMagicError
 from vm_magic.panel.panel import answer_on_any_subshell, widgets_below
+from vm_magic.panel.style import hiding_gone_widgets
 from vm_magic.show.display_handle import Bundle, DisplayHandle
 
 _open: list["ChoiceButtons"] = []
@@ -62,13 +63,8 @@ class ChoiceButtons:
             self._note(self._bundle(f"⚠ {error}"))
 
     def _bundle(self, line: str) -> Bundle:
-        # The place of a widget that is gone holds a text and no element: "Loading widget", then an error.
-        gone = (
-            f".jp-OutputArea:has(.{self._name}) > .jp-OutputArea-child > .jp-OutputArea-output:is(.jupyter-widgets, "
-            '[data-mime-type="application/vnd.jupyter.widget-view+json"]):not(:has(> *)) { display: none; }'
-        )
         shown = f'<div class="{self._name}" style="opacity:0.7;font-size:12px">{html.escape(line)}</div>'
-        return {"text/plain": line, "text/html": f"<style>{gone}</style>{shown}"}
+        return {"text/plain": line, "text/html": hiding_gone_widgets(self._name) + shown}
 
 
 def close_choices() -> None:

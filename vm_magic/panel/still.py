@@ -15,6 +15,7 @@ from typing import Any
 from engine.runtime.activity import CACHED, FREE, BlockMap
 from vm_magic.panel.pictures import WINDOW_SECONDS, Rates, rates_per_second
 from vm_magic.panel.snapshot import NO_MODEL, PanelSnapshot
+from vm_magic.panel.style import hiding_gone_widgets
 from vm_magic.show.display_handle import Bundle, DisplayHandle
 from vm_magic.show.plan_view import plan_picture_html
 from vm_magic.show.tables import settings_text
@@ -79,12 +80,7 @@ class Still:
             handle(self._bundle())
 
     def _drawn(self, body: str) -> str:
-        # The place of a widget that is gone holds a text and no element.
-        gone = (
-            f".jp-OutputArea:has(.{self._name}) > .jp-OutputArea-child > "
-            ".jp-OutputArea-output.jupyter-widgets:not(:has(> *)) { display: none; }"
-        )
-        return f'<style>{gone}</style><div class="{self._name}">{body}</div>'
+        return f'{hiding_gone_widgets(self._name)}<div class="{self._name}">{body}</div>'
 
     def _bundle(self) -> Bundle:
         return {"text/html": self._latest, "text/plain": ""}

@@ -83,6 +83,17 @@ def bad(text: str) -> str:
     return f'<span class="vmp-bad" role="alert">{html.escape(text)}</span>'
 
 
+def hiding_gone_widgets(name: str) -> str:
+    """A style sheet for an output beside the element of class ``name``: hides what stands where widgets were.
+
+    The place of a widget that is gone holds a text and no element: "Loading widget", then an error.
+    """
+    return (
+        f"<style>.jp-OutputArea:has(.{name}) > .jp-OutputArea-child > .jp-OutputArea-output:is(.jupyter-widgets, "
+        '[data-mime-type^="application/vnd.jupyter.widget"]):not(:has(> *)) { display: none; }</style>'
+    )
+
+
 def good(text: str) -> str:
     """``text`` as what went well, escaped."""
     return f'<span class="vmp-good" role="status">{html.escape(text)}</span>'

@@ -5,6 +5,7 @@ import sys
 
 from engine.memory.plan import LOG_LABEL
 from vm_magic.show.display_handle import Bundle
+from vm_magic.show.tables import log_line_html
 
 _FAINT, _RESET = "\x1b[2m", "\x1b[22m"
 
@@ -12,11 +13,7 @@ _FAINT, _RESET = "\x1b[2m", "\x1b[22m"
 def load_bundle(headline: str, log_line: str) -> Bundle:
     """The headline in a notebook; a click on it shows the log line, which as text stands below it."""
     mark = f'<span style="opacity:.6;margin-left:8px">{LOG_LABEL}</span>'
-    title = f"<b>{html.escape(headline)}</b>{mark}"
-    page = (
-        f'<details style="font-size:13px"><summary style="cursor:pointer">{title}</summary>'
-        f'<code style="white-space:pre-wrap">{html.escape(log_line)}</code></details>'
-    )
+    page = log_line_html(log_line, "font-size:13px", f"<b>{html.escape(headline)}</b>{mark}")
     return {"text/plain": f"{headline}\n{LOG_LABEL}: {log_line}", "text/html": page}
 
 

@@ -25,7 +25,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RepeatedTurn:
     """A recorded reply beside the same request asked again.
 
     ``place`` is the first character that differs and ``token`` the first token, None where they are the same or not
@@ -79,7 +79,7 @@ class RerunView:
     """A rerun of one cell: a comparison for each turn of the model. ``name`` says which record it was."""
 
     name: str
-    turns: tuple[Comparison, ...]
+    turns: tuple[RepeatedTurn, ...]
 
     @property
     def same(self) -> bool:
@@ -152,7 +152,7 @@ class RerunTable:
 _HEADER = ("cell", "reply", "what differs in how it was made")
 
 
-def _text_lines(turn: Comparison) -> list[str]:
+def _text_lines(turn: RepeatedTurn) -> list[str]:
     lines = [f"  {turn.why}"] if turn.why else []
     if not turn.same and turn.place is not None:
         lines += [f"  then: {_around(turn.then, turn.place)!r}", f"  now:  {_around(turn.now, turn.place)!r}"]
@@ -163,7 +163,7 @@ def _text_lines(turn: Comparison) -> list[str]:
     return lines
 
 
-def _notes(turn: Comparison) -> list[str]:
+def _notes(turn: RepeatedTurn) -> list[str]:
     notes = [f"{turn.num_same} other facts are as they were" if turn.differences else ""]
     if turn.was_stopped:
         notes.append("the recorded reply was cut off; the rerun ends where it did")
@@ -176,7 +176,7 @@ def _around(text: str, place: int) -> str:
     return ("…" if start else "") + shortened(text[start:], BEFORE + AFTER)
 
 
-def _turn_html(turn: Comparison) -> str:
+def _turn_html(turn: RepeatedTurn) -> str:
     parts = [f"<div>{plain_html(turn.why)}</div>" if turn.why else ""]
     if not turn.same and turn.place is not None:
         sides = "".join(

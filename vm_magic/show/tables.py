@@ -39,10 +39,11 @@ def table_html(rows: Iterable[str], head: str = "", style: str = "") -> str:
     return (f'<table style="{style}">' if style else "<table>") + inner + "</table>"
 
 
-def log_line_html(line: str, style: str = "margin-top:4px") -> str:
-    """vllm-metal's line of a plan, folded away for those who look for it."""
+def log_line_html(line: str, style: str = "margin-top:4px", title: str = "") -> str:
+    """vllm-metal's line of a plan, folded away for those who look for it; below ``title`` (HTML), if there is one."""
+    faint = "" if title else ";opacity:.75"
     return (
-        f'<details style="{style}"><summary style="cursor:pointer;opacity:.75">{LOG_LABEL}</summary>'
+        f'<details style="{style}"><summary style="cursor:pointer{faint}">{title or LOG_LABEL}</summary>'
         f'<code style="white-space:pre-wrap">{html.escape(line)}</code></details>'
     )
 

@@ -1,12 +1,15 @@
 """The flags of ``chat`` and ``complete``."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.format.text import is_count
 from engine.params.sampling_params import COMMON, MAX_LOGPROBS, PARAMETERS
 from vm_magic.state.compare_flags import add_compare_flag
 from vm_magic.state.context_flags import add_context_flags
+
+if TYPE_CHECKING:
+    from vm_magic.show.reply_bundle import Format
 
 FORMATS = ("markdown", "text", "code", "json")
 TOOL_CHOICES = ("auto", "none", "required")
@@ -18,6 +21,11 @@ SAMPLING_FLAGS: tuple[tuple[tuple[str, ...], str, Any, str], ...] = tuple(
     if (flag := (known := PARAMETERS[name]).flag) is not None
 )
 """Flags of sampling values: names, the parameter, how the text is read, help."""
+
+
+def reply_format(parsed: argparse.Namespace) -> "Format":
+    """How a reply is shown: as ``-f`` says, else as what ``--json`` makes of it."""
+    return parsed.format or ("json" if parsed.schema else "markdown")
 
 
 def add_stop_flag(parser: argparse.ArgumentParser) -> None:

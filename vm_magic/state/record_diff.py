@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.format.text import shortened
-from vm_magic.show.rerun_view import Comparison, Difference
+from vm_magic.show.rerun_view import Difference, RepeatedTurn
 from vm_magic.state.record import Record
 
 _SECTIONS = ("model", "engine", "sampling", "versions", "prompt")
@@ -14,7 +14,7 @@ _LABELS = {"model": "model {}", "versions": "{} version", "prompt": "prompt {}"}
 _LONGEST = 160
 
 
-def compare(then: Record, now: Record) -> Comparison:
+def compare(then: Record, now: Record) -> RepeatedTurn:
     """What a rerun ``now`` shows beside the record ``then``."""
     before, after = _reply_text(then["reply"]), _reply_text(now["reply"])
     cut = then["reply"].get("finish_reason") == "abort" or "too long to keep" in then["reply"]
@@ -24,7 +24,7 @@ def compare(then: Record, now: Record) -> Comparison:
     facts_then, facts_now = _facts(then), _facts(now)
     names = list(dict.fromkeys((*facts_then, *facts_now)))
     different = [name for name in names if facts_then.get(name) != facts_now.get(name)]
-    return Comparison(
+    return RepeatedTurn(
         then=before,
         now=after,
         same=same_text,
