@@ -86,7 +86,20 @@ static unsigned __shfl_sync(unsigned, unsigned x, int lane) { return exchange(x,
 template <typename T> T __shfl_xor_sync(unsigned all, T x, int mask) {
   return __shfl_sync(all, x, current_thread % 32 ^ mask);
 }
+static int __shfl_up_sync(unsigned, int x, unsigned by) {
+  const unsigned lane = current_thread % 32;
+  return int(exchange(unsigned(x), lane < by ? lane : lane - by));
+}
 static bool __any_sync(unsigned, bool x) { return any_of_warp(x); }
+static unsigned __ballot_sync(unsigned, bool x) {
+  unsigned all = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) all |= exchange(x, lane) << lane;
+  return all;
+}
+static int __popc(unsigned x) { return __builtin_popcount(x); }
+static void __syncwarp() { exchange(0, 0); }
+// A thread runs until it waits for others, so that nothing comes between.
+static int atomicAdd(int* at, int by) { const int was = *at; *at += by; return was; }
 
 // mma.sync m16n8k16: which elements of A [16, 16], B [16, 8] and C [16, 8] a lane holds is in PTX's manual.
 struct Fragment { unsigned a[4], b[2]; };

@@ -22,7 +22,10 @@ HERE = Path(__file__).parent
 _ALIGNED = 16
 """Bytes of the widest loads."""
 _mprotect = ctypes.CDLL(None, use_errno=True).mprotect
-_TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "unsigned", mx.float32: "float"}
+_TYPES = {
+    mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "unsigned", mx.float32: "float", mx.int32: "int",
+    mx.uint8: "unsigned char",
+}  # fmt: skip
 
 
 class HostKernel:
@@ -128,4 +131,4 @@ def _guarded(array: Any) -> Any:
 
 
 def _bits(dtype: mx.Dtype) -> mx.Dtype:
-    return mx.uint16 if dtype.size == 2 else mx.uint32
+    return {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[dtype.size]
