@@ -1,0 +1,125 @@
+"""What a model's layer of routed experts is made of, as kernels take it: weights, how they are packed, the activation."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
+
+from engine.runner.kernels import routed_experts
+from engine.runner.kernels.routed_experts import MAX_EXPERTS, MAX_PAIRS, Activation, ExpertWeights, Packing
+
+_ACTIVATIONS = {
+    "mlx_lm.models.switch_layers.SwiGLU": "silu",
+    "mlx_lm.models.gemma4_text.GeGLU": "gelu",
+    "mlx_lm.models.activations.SwigluOAI": "oai",
+}
+_MOST_SCALE = 128
+"""Of mxfp4, as its byte: 2, beyond which the kernels' unpacking leaves bfloat16's range."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertKind:
+    """What decides which kernels a layer takes: ``num_experts`` of [hidden, ``width``] and back, rows of ``dtype``."""
+
+    num_experts: int
+    hidden: int
+    width: int
+    dtype: mx.Dtype
+    packings: tuple[Packing, Packing]
+    """Of gate and up, and of down."""
+    activation: Activation
+    biased: bool
+
+    def __str__(self) -> str:
+        packing = self.packings[0]
+        weights = {"dense": str(self.dtype).rpartition(".")[2], "affine": f"{packing.bits}-bit"}
+        named = weights.get(packing.kind, packing.kind)
+        return f"{named} experts {self.num_experts} x {self.hidden} x {self.width}"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayer:
+    """A layer's kind and its weights, which stay the modules' own."""
+
+    kind: ExpertKind
+    gate: ExpertWeights
+    up: ExpertWeights
+    down: ExpertWeights
+
+    def takes(self, x: mx.array, indices: mx.array) -> bool:
+        """Whether kernels compute ``x`` [..., hidden] by the experts of ``indices`` [..., k]."""
+        return x.dtype == self.kind.dtype and 0 < indices.size <= MAX_PAIRS
+
+    def compute(self, x: mx.array, indices: mx.array) -> mx.array:
+        """As ``SwitchGLU``: ``x`` [..., hidden] and ``indices`` [..., k] give [..., k, hidden]."""
+        kind = self.kind
+        routes = routed_experts.route(indices, kind.num_experts)
+        rows = x.reshape(-1, kind.hidden)
+        inner = routed_experts.gate_up(rows, routes, self.gate, self.up, kind.packings[0], kind.activation)
+        outer = routed_experts.down(inner, routes, self.down, kind.packings[1])
+        return outer.reshape(*indices.shape, kind.hidden)
+
+
+def expert_layer(module: nn.Module) -> ExpertLayer | None:
+    """``module`` as kernels take it; None where they do not."""
+    if not isinstance(module, SwitchGLU):
+        return None
+    activation = _activation(module.activation)
+    children = [module.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
+    packings = [_packing(child) for child in children]
+    if activation is None or None in packings or packings[0] != packings[1]:
+        return None
+    gate, up, down = (_weights(child) for child in children)
+    dtypes = {_dtype(weights) for weights in (gate, up, down)} - {None}
+    biases = {weights.added is not None for weights in (gate, up, down)}
+    if len(dtypes) > 1 or len(biases) > 1 or gate.weight.shape != up.weight.shape:
+        return None
+    num_experts, hidden, width = gate.weight.shape[0], down.weight.shape[1], gate.weight.shape[1]
+    known: tuple[Any, Any] = (packings[0], packings[2])
+    # Bytes of scales say nothing of the rows' type.
+    dtype = dtypes.pop() or mx.bfloat16 if dtypes else mx.bfloat16
+    kind = ExpertKind(num_experts, hidden, width, dtype, known, activation, biases.pop())
+    sizes = [(hidden, width, gate), (width, hidden, down)]
+    taken = all(
+        routed_experts.takes(k, wide, dtype, packing) and weights.weight.shape[2] * 32 == k * _word_bits(packing)
+        for (k, wide, weights), packing in zip(sizes, known, strict=True)
+    )
+    return ExpertLayer(kind, gate, up, down) if taken and num_experts <= MAX_EXPERTS else None
+
+
+def scales_in_range(layer: ExpertLayer) -> bool:
+    """Whether all scales of mxfp4 weights are such as kernels unpack. Reads them."""
+    scales = [weights.scales for weights in (layer.gate, layer.up, layer.down) if weights.scales is not None]
+    return all(mx.max(some).item() <= _MOST_SCALE for some in scales if some.dtype == mx.uint8)
+
+
+def _word_bits(packing: Packing) -> int:
+    """Bits of a weight, as multiples of which 32-bit words count; dense weights are whole elements."""
+    return 32 if packing.kind == "dense" else packing.bits
+
+
+def _activation(activation: Any) -> Activation | None:
+    kind: Any = _ACTIVATIONS.get(f"{type(activation).__module__}.{type(activation).__qualname__}")
+    if kind == "oai":
+        return Activation(kind, activation._alpha, activation._limit)
+    return None if kind is None else Activation(kind)
+
+
+def _packing(child: Any) -> Packing | None:
+    if isinstance(child, SwitchLinear):
+        return Packing("dense")
+    if not isinstance(child, QuantizedSwitchLinear) or child.get("global_scale") is not None:
+        return None
+    return Packing(child.mode, child.bits, child.group_size) if child.mode in ("affine", "mxfp4") else None
+
+
+def _weights(child: Any) -> ExpertWeights:
+    return ExpertWeights(child["weight"], child.get("scales"), child.get("biases"), child.get("bias"))
+
+
+def _dtype(weights: ExpertWeights) -> mx.Dtype | None:
+    """The rows' type; None where weights do not say."""
+    array = weights.weight if weights.scales is None else weights.scales
+    return array.dtype if mx.issubdtype(array.dtype, mx.floating) else None
