@@ -102,6 +102,11 @@ def geometry_of(rows: int, k: int, packing: Packing) -> Geometry:
     return Geometry(False, 1, 1, 4 // sharing, sharing)
 
 
+def entries_of(num_pairs: int, num_experts: int, rows: int) -> int:
+    """Length of a list of tiles: no pairs need more."""
+    return min(num_pairs, num_experts + num_pairs // rows)
+
+
 def route(indices: mx.array, num_experts: int, *, rows: int | None = None) -> Routes:
     """Find the tiles of ``indices`` [P], experts of pairs; ``rows`` of a tile, by default what suits their number.
 
@@ -113,7 +118,7 @@ def route(indices: mx.array, num_experts: int, *, rows: int | None = None) -> Ro
     indices = indices if indices.dtype in (mx.uint32, mx.int32) else indices.astype(mx.uint32)
     if pairs <= SCANNED_PAIRS and rows == 8:
         return Routes(indices, rows)
-    entries = min(pairs, num_experts + pairs // rows)
+    entries = entries_of(pairs, num_experts, rows)
     threads = min(1024, max(-(-num_experts // 32) * 32, min(1024, -(-pairs // 32) * 32)))
     tiles, order = make_kernel("route_experts", ("indices",), ("tiles", "order"), ROUTE, UNROLLED)(
         inputs=[indices],

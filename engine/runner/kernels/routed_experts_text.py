@@ -26,10 +26,10 @@ Ending = Literal["plain", "silu", "gelu", "oai"]
 SCANNED_PAIRS = 64
 """Pairs that a block looks at itself; more take a list of tiles."""
 
-ROUTE = r"""
+LIST_OF_TILES = r"""
   // indices [P] -> tiles int [L, 2]: expert and rows (0: none); order int [L, C]: pairs, the last again behind the end.
   __shared__ int counts[E], starts[E], sums[32];
-  const int P = indices_shape[0], L = (P < E + P / C ? P : E + P / C), lane = threadIdx.x & 31, e = threadIdx.x;
+  const int P = @PAIRS@, L = P < E + P / C ? P : E + P / C, lane = threadIdx.x & 31, e = threadIdx.x;
   for (int i = e; i < E; i += blockDim.x) counts[i] = 0;
   __syncthreads();
   for (int p = e; p < P; p += blockDim.x) atomicAdd(&counts[int(indices[p])], 1);
@@ -61,6 +61,7 @@ ROUTE = r"""
   __syncthreads();
   for (int i = n; i < own * C; ++i) order[first * C + i] = order[first * C + n - 1];
 """
+ROUTE = LIST_OF_TILES.replace("@PAIRS@", "indices_shape[0]")
 """One block of at least E threads. Constants: E (experts), C (rows of a tile)."""
 
 _FORMATS = r"""

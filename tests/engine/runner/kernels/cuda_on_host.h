@@ -96,6 +96,11 @@ static unsigned __ballot_sync(unsigned, bool x) {
   for (unsigned lane = 0; lane < 32; ++lane) all |= exchange(x, lane) << lane;
   return all;
 }
+static unsigned __reduce_max_sync(unsigned, unsigned x) {
+  unsigned most = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) most = std::max(most, exchange(x, lane));
+  return most;
+}
 static int __popc(unsigned x) { return __builtin_popcount(x); }
 static void __syncwarp() { exchange(0, 0); }
 // A thread runs until it waits for others, so that nothing comes between.

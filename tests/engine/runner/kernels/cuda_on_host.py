@@ -73,7 +73,7 @@ class HostKernel:
         if not library.exists():
             source = library.with_suffix(".cpp")
             source.write_text(text)
-            flags = ["-O2", "-std=c++17", "-w", "-shared", "-fPIC", f"-I{HERE}"]
+            flags = ["-O2", "-std=c++17", "-w", "-fno-strict-aliasing", "-shared", "-fPIC", f"-I{HERE}"]
             subprocess.run(["g++", *flags, "-o", str(library), str(source)], check=True)
         return ctypes.CDLL(str(library)).run
 
