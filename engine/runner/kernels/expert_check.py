@@ -69,9 +69,7 @@ def _difference(layer: ExpertLayer, tokens: int, rows: int, same: bool) -> float
     mx.eval(first, second)
     columns = _columns(kind.width)
     repeated = np.repeat(_floats(x), indices.shape[1], axis=0)
-    gate, up = (
-        _expected(repeated, weights, kind.packings[0], indices, columns) for weights in (layer.gate, layer.up)
-    )
+    gate, up = (_expected(repeated, weights, kind.packings[0], indices, columns) for weights in (layer.gate, layer.up))
     apart = _distance(first, columns, activated(gate, up, kind.activation))
     columns = _columns(kind.hidden)
     expected = _expected(_floats(inner), layer.down, kind.packings[1], indices, columns)

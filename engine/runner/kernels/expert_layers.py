@@ -1,4 +1,4 @@
-"""What a model's layer of routed experts is made of, as kernels take it: weights, how they are packed, the activation."""
+"""What a model's layer of routed experts is made of, as kernels take it: weights, their packing, the activation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
 from engine.runner.kernels import routed_experts
-from engine.runner.kernels.routed_experts import MAX_EXPERTS, MAX_PAIRS, Activation, ExpertWeights, Packing
+from engine.runner.kernels.routed_experts import MAX_EXPERTS, MAX_PAIRS, Activation, ExpertWeights, Packing, Routes
 
 _ACTIVATIONS = {
     "mlx_lm.models.switch_layers.SwiGLU": "silu",
@@ -54,12 +54,14 @@ class ExpertLayer:
 
     def compute(self, x: mx.array, indices: mx.array) -> mx.array:
         """As ``SwitchGLU``: ``x`` [..., hidden] and ``indices`` [..., k] give [..., k, hidden]."""
+        routes = routed_experts.route(indices, self.kind.num_experts)
+        return self.routed(x.reshape(-1, self.kind.hidden), routes).reshape(*indices.shape, self.kind.hidden)
+
+    def routed(self, x: mx.array, routes: Routes) -> mx.array:
+        """The pairs' rows [P, hidden] of ``x`` [T, hidden]."""
         kind = self.kind
-        routes = routed_experts.route(indices, kind.num_experts)
-        rows = x.reshape(-1, kind.hidden)
-        inner = routed_experts.gate_up(rows, routes, self.gate, self.up, kind.packings[0], kind.activation)
-        outer = routed_experts.down(inner, routes, self.down, kind.packings[1])
-        return outer.reshape(*indices.shape, kind.hidden)
+        inner = routed_experts.gate_up(x, routes, self.gate, self.up, kind.packings[0], kind.activation)
+        return routed_experts.down(inner, routes, self.down, kind.packings[1])
 
 
 def expert_layer(module: nn.Module) -> ExpertLayer | None:
@@ -92,7 +94,7 @@ def expert_layer(module: nn.Module) -> ExpertLayer | None:
 def scales_in_range(layer: ExpertLayer) -> bool:
     """Whether all scales of mxfp4 weights are such as kernels unpack. Reads them."""
     scales = [weights.scales for weights in (layer.gate, layer.up, layer.down) if weights.scales is not None]
-    return all(mx.max(some).item() <= _MOST_SCALE for some in scales if some.dtype == mx.uint8)
+    return not any(mx.any(some > _MOST_SCALE).item() for some in scales if some.dtype == mx.uint8)
 
 
 def _word_bits(packing: Packing) -> int:

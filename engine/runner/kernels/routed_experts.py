@@ -48,15 +48,24 @@ class Activation(NamedTuple):
     alpha: float = 0.0
     limit: float = 0.0
 
+    @property
+    def constants(self) -> list[tuple[str, int]]:
+        """Of the text."""
+        return [("ALPHA", float_bits(self.alpha)), ("LIMIT", float_bits(self.limit))] if self.kind == "oai" else []
+
 
 class Geometry(NamedTuple):
-    """How a product is cut. ``many``: x goes through shared memory, and warps do not share K."""
+    """How a product is cut. ``many``: x goes through shared memory, and warps do not share K.
+
+    ``ahead``: few rows of x are loaded a step ahead.
+    """
 
     many: bool
     row_tiles: int
     weight_tiles: int
     beside: int
     sharing: int = 1
+    ahead: bool = True
 
     @property
     def rows(self) -> int:
@@ -164,9 +173,9 @@ def _launch(
     pairs, width, k = routes.indices.size, arrays[0].shape[1], x.shape[1]
     cut = geometry or geometry_of(routes.rows, k, packing)
     assert cut.rows == routes.rows, "tiles of another number of rows"
-    kind, ending, _, _ = packing.kind, *activation
+    kind, ending = packing.kind, activation.kind
     names, body, header = experts_text(kind, ending, listed=routes.tiles is not None, many=cut.many, biased=biased)
-    where = [routes.indices] if routes.tiles is None or routes.order is None else [routes.tiles, routes.order]
+    where = [array for array in (routes.indices, routes.tiles, routes.order) if array is not None]
     threads = 32 * cut.beside * cut.sharing
     columns = (8 if ending != "plain" else 16) * cut.weight_tiles * cut.beside
     name = f"experts_{kind}_{ending}{'_many' if cut.many else ''}{'' if routes.tiles is None else '_listed'}"
@@ -174,13 +183,13 @@ def _launch(
         inputs=[x, *where, *arrays],
         template=[
             ("T", x.dtype),
-            ("DIV", pairs // x.shape[0]),
             ("MT", cut.row_tiles),
             ("RT", cut.weight_tiles),
             ("WN", cut.beside),
             ("WK", cut.sharing),
+            *([] if cut.many else [("AHEAD", int(cut.ahead))]),
             *([("BITS", packing.bits), ("GROUP", packing.group_size)] if kind == "affine" else []),
-            *([("ALPHA", float_bits(activation.alpha)), ("LIMIT", float_bits(activation.limit))] if ending == "oai" else []),
+            *activation.constants,
         ],
         grid=(threads * -(-width // columns) * routes.num_tiles, 1, 1),
         threadgroup=(threads, 1, 1),

@@ -9,8 +9,9 @@ rows has 8 of each, so that what is written is their activation. As in
 :mod:`engine.runner.kernels.rows_matmul_text` a lane takes 16 neighbouring bytes of its weight row and the same k of x.
 A step of K that does not fit ends with weights of zero: K is a multiple of what a lane takes.
 
-Constants: T (element type), DIV (pairs per row of x), MT (tiles of 8 rows of x), RT (tiles of 16 weight rows of a
-warp), WN (warps beside each other on weight rows), WK (warps that share K), BITS and GROUP.
+Constants: T (element type), MT (tiles of 8 rows of x), RT (tiles of 16 weight rows of a
+warp), WN (warps beside each other on weight rows), WK (warps that share K), AHEAD (whether few rows of x are loaded a
+step ahead, as weights are), BITS and GROUP.
 """
 
 from functools import cache
@@ -90,6 +91,7 @@ _SETUP = r"""
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int wn = warp % WN, wk = warp / WN;
   const int K = x_shape[1], N = w0_shape[1], across = (N + WIDTH - 1) / WIDTH;
+  const int P = indices_shape[0], per_row = P / x_shape[0];
   const int entry = blockIdx.x / across, n0 = blockIdx.x % across * WIDTH, n1 = n0 + wn * COLUMNS;
 """
 _LISTED = r"""
@@ -100,7 +102,7 @@ _LISTED = r"""
 _SCANNED = r"""
   // The first of up to C pairs of an expert stands for them; the blocks of the others leave.
   __shared__ int found[WARPS][C];
-  const int P = indices_shape[0], expert = int(indices[entry]);
+  const int expert = int(indices[entry]);
   const int one = lane < P ? int(indices[lane]) : -1, other = lane + 32 < P ? int(indices[lane + 32]) : -1;
   const unsigned low = __ballot_sync(0xffffffffu, one == expert), high = __ballot_sync(0xffffffffu, other == expert);
   const unsigned below = (1u << lane) - 1, before = (1u << (entry & 31)) - 1;
@@ -196,13 +198,17 @@ _BY_FORMAT: dict[Format, str] = {"dense": _DENSE, "affine": _AFFINE, "mxfp4": _F
 
 _FEW = r"""
   const T* xs[MT];
-  EACH(m, MT) xs[m] = x + (size_t)(PAIR(m * 8 + g) / DIV) * K;
+  EACH(m, MT) xs[m] = x + (size_t)(PAIR(m * 8 + g) / per_row) * K;
   uint4 rows[2][MT][UNITS];
-  auto fetch = [&](int buffer, int k) {
-    fetch_weights(buffer, k);
+  auto fetch_rows = [&](int buffer, int k) {
     EACH(m, MT) EACH(j, UNITS) rows[buffer][m][j] = *reinterpret_cast<const uint4*>(xs[m] + X_AT(k, j));
   };
-  auto multiplied = [&](int buffer) {
+  auto fetch = [&](int buffer, int k) {
+    fetch_weights(buffer, k);
+    if (AHEAD) fetch_rows(buffer, k);
+  };
+  auto multiplied = [&](int buffer, int k) {
+    if (!AHEAD) fetch_rows(buffer, k);
     EACH(j, UNITS) {
       unsigned a[RT][2][4];
       EACH(r, RT) EACH(h, 2) weights(buffer, r, h, j, a[r][h]);
@@ -221,9 +227,9 @@ _FEW = r"""
   for (int k = first_k; k < K; k += 2 * WK * STEP) {
     const bool again = k + WK * STEP < K;
     if (again) fetch(1, k + WK * STEP);
-    multiplied(0);
+    multiplied(0, k);
     if (k + 2 * WK * STEP < K) fetch(0, k + 2 * WK * STEP);
-    if (again) multiplied(1);
+    if (again) multiplied(1, k + WK * STEP);
   }
   __shared__ float parts[WARPS][C][R + 1];
   __shared__ int pairs[C];
@@ -257,7 +263,7 @@ _MANY = r"""
   const int unit = threadIdx.x % (STEP / 8), to = PACKED == 16 ? unit : unit % UNITS * 4 + unit / UNITS;
   const int full = (count + 7) / 8 * 8, chunks = (K + STEP - 1) / STEP;
   int from[COPIES];
-  EACH(i, COPIES) from[i] = pairs[min((i * THREADS + int(threadIdx.x)) / (STEP / 8), C - 1)] / DIV * K;
+  EACH(i, COPIES) from[i] = pairs[min((i * THREADS + int(threadIdx.x)) / (STEP / 8), C - 1)] / per_row * K;
   auto fetch = [&](int chunk, int buffer) {
     EACH(i, COPIES) {
       const int m = (i * THREADS + threadIdx.x) / (STEP / 8);
@@ -331,7 +337,7 @@ def experts_text(
     gated = ending != "plain"
     numbers = ("0", "1") if gated else ("0",)
     parts = {"dense": "w", "affine": "wsb", "mxfp4": "ws"}[kind] + ("a" if biased else "")
-    names = ("x", *(("tiles", "order") if listed else ("indices",)), *(part + n for part in parts for n in numbers))
+    names = ("x", "indices", *(("tiles", "order") if listed else ()), *(part + n for part in parts for n in numbers))
     biases = "".join(
         f"{value} += float(a{number}[(size_t)expert * N + n]);"
         for value, number in zip(("one", "two"), numbers, strict=False)
@@ -342,4 +348,5 @@ def experts_text(
         ("@BIASES@", biases), ("@RESULT@", _RESULTS[ending]), ("@GATED@", str(int(gated))), ("@SECOND@", numbers[-1]),
     ):  # fmt: skip
         body = body.replace(mark, text)
-    return names, body, TENSOR_CORES + (COPIES if many else "") + HEADER + _FORMATS + (_MXFP4 if kind == "mxfp4" else "")
+    header = TENSOR_CORES + (COPIES if many else "") + HEADER + _FORMATS + (_MXFP4 if kind == "mxfp4" else "")
+    return names, body, header

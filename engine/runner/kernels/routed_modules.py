@@ -4,6 +4,7 @@ On CUDA alone: Metal has products of MLX that read each expert's weights once.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +14,11 @@ from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.expert_check import experts_problem, launch_kernels
 from engine.runner.kernels.expert_layers import ExpertKind, ExpertLayer, expert_layer
 from engine.runner.kernels.kernel_cache import collecting, compile_all
+from engine.runner.kernels.routed_blocks import block_problem, experts_of, launch_block_kernels, swap_block
 from engine.runner.kernels.swapped_modules import SwappedModules
+
+BlockKind = tuple[type[nn.Module], ExpertKind]
+Block = tuple[nn.Module, ExpertLayer]
 
 
 class RoutedExperts:
@@ -23,8 +28,16 @@ class RoutedExperts:
         found = [module for module in model.modules() if isinstance(module, SwitchGLU)] if device_kind == "cuda" else []
         self._num_layers = len(found)
         self._layers = [(module, layer) for module in found if (layer := expert_layer(module)) is not None]
+        layers = {id(module): layer for module, layer in self._layers}
+        around = [(block, experts_of(block)) for block in model.modules()] if layers else []
+        self._blocks: list[tuple[BlockKind, Block]] = [
+            ((type(block), layers[id(experts)].kind), (block, layers[id(experts)]))
+            for block, experts in around
+            if id(experts) in layers
+        ]
         self._trusted: set[ExpertKind] = set()
-        self._problems: dict[ExpertKind, str] = {}
+        self._trusted_blocks: set[BlockKind] = set()
+        self._problems: dict[str, str] = {}
         self._swapped = SwappedModules()
 
     @property
@@ -33,28 +46,41 @@ class RoutedExperts:
         if not self._num_layers:
             return None
         own = sum(layer.kind in self._trusted for _, layer in self._layers)
+        blocks = sum(kind in self._trusted_blocks for kind, _ in self._blocks)
         said = f"experts: own kernels for {own} of {self._num_layers} layers"
-        return "; ".join([said, *(f"{kind}: {problem}" for kind, problem in self._problems.items())])
+        said += f", with their routing for {blocks}" if blocks else ""
+        return "; ".join([said, *(f"{what}: {problem}" for what, problem in self._problems.items())])
 
     def launch_kernels(self) -> None:
         """Launch the kernels that :meth:`choose` will try; where kernels are only collected, say what to compile."""
         for layer in self._kinds().values():
-            launch_kernels(layer)
+            with suppress(Exception):  # what fails here fails again when it is checked, and is said then
+                launch_kernels(layer)
+        for block, layer in dict(self._blocks).values():
+            with suppress(Exception):
+                launch_block_kernels(block, layer)
 
     def choose(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Check the kernels on a layer of each kind; ``progress(done, total)`` counts kinds."""
-        kinds = self._kinds()
+        kinds, blocks = self._kinds(), dict(self._blocks)
         with collecting() as awaited:
             self.launch_kernels()
         compile_all(awaited)
         for done, (kind, layer) in enumerate(kinds.items(), 1):
-            problem = experts_problem(layer)
-            if problem is None:
-                self._trusted.add(kind)
+            if problem := experts_problem(layer):
+                self._problems[str(kind)] = problem
             else:
-                self._problems[kind] = problem
+                self._trusted.add(kind)
             if progress is not None:
-                progress(done, len(kinds))
+                progress(done, len(kinds) + len(blocks))
+        for done, (block_kind, (block, layer)) in enumerate(blocks.items(), len(kinds) + 1):
+            if layer.kind in self._trusted:
+                if problem := block_problem(block, layer):
+                    self._problems["routing"] = problem
+                else:
+                    self._trusted_blocks.add(block_kind)
+            if progress is not None:
+                progress(done, len(kinds) + len(blocks))
 
     def install(self) -> None:
         """Swap kernels into the layers of those kinds that were found right."""
@@ -62,18 +88,22 @@ class RoutedExperts:
         for module, layer in self._layers:
             if layer.kind in self._trusted:
                 self._swap(module, layer)
+        for kind, (block, layer) in self._blocks:
+            if kind in self._trusted_blocks:
+                swap_block(block, layer, self._swapped)
 
     def remove(self) -> None:
         """Leave every module as it was."""
         self._swapped.undo()
 
     def _kinds(self) -> dict[ExpertKind, ExpertLayer]:
-        return {layer.kind: layer for _, layer in reversed(self._layers)}
+        return {layer.kind: layer for _, layer in self._layers}
 
     def _swap(self, module: nn.Module, layer: ExpertLayer) -> None:
         def experts(self: SwitchGLU, x: mx.array, indices: mx.array) -> mx.array:
             if layer.takes(x, indices):
                 return layer.compute(x, indices)
-            return SwitchGLU.__call__(self, x, indices)
+            usual: mx.array = SwitchGLU.__call__(self, x, indices)
+            return usual
 
         self._swapped.swap_method(module, "__call__", experts)

@@ -3,8 +3,8 @@
 Constants: T (element type), E (experts), TOP (experts of a token, at most 32), and in a list of tiles C (rows of one).
 """
 
-from engine.runner.kernels.rows_matmul_text import UNROLLED
 from engine.runner.kernels.routed_experts_text import LIST_OF_TILES
+from engine.runner.kernels.rows_matmul_text import UNROLLED
 
 _CHOOSE = r"""
   // logits [M, E] -> indices [M, TOP], scores float [M, TOP]: a warp has a token. Of equal logits the first is taken.

@@ -74,7 +74,7 @@ def test_rows_are_summed_by_their_scores_with_a_shared_experts_part(tokens: int,
     chosen, width = 3, 72
     rows = mx.random.normal((tokens * chosen, width)).astype(mx.bfloat16)
     scores = mx.random.uniform(0, 1, (tokens, chosen))
-    more, gate = mx.random.normal((tokens, width)).astype(mx.bfloat16), mx.random.normal((tokens, 1)).astype(mx.bfloat16)
+    more, gate = (mx.random.normal((tokens, wide)).astype(mx.bfloat16) for wide in (width, 1))
     found = weighted_sum(rows, scores, *((more, gate) if shared else ()))
     expected = (rows.astype(mx.float32).reshape(tokens, chosen, width) * scores[..., None]).sum(1)
     if shared:

@@ -1,0 +1,233 @@
+"""Blocks of mlx-lm that choose experts for a token, compute them and sum their rows, as a few launches compute them.
+
+Whatever weighs otherwise than by a softmax of a product's logits is left as it is, and its experts alone are swapped.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from engine.errors import error_line
+from engine.runner.kernels import routing
+from engine.runner.kernels.expert_layers import ExpertLayer
+from engine.runner.kernels.routed_experts import MAX_PAIRS, Routes
+from engine.runner.kernels.swapped_modules import SwappedModules
+
+_CHECKED_TOKENS = (1, 5, 40, 150)
+_LAUNCHED_TOKENS = (1, 40, 80, 128, 150)
+"""What the kernels of other numbers of tokens are compiled for as well."""
+_MOST_DIFFERENT = 2e-2
+"""From what the block's own code gives, relative to a token's norm: that rounds logits' softmax to their own type."""
+_SHARE_ALIKE = 0.75
+"""Of tokens: where two logits are nearly equal another expert may be chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block's parts by their names in it, and how it weighs.
+
+    ``normalized``: by a softmax over the chosen experts, else over all; or the name of the attribute that says so.
+    """
+
+    router: str
+    experts: str
+    chosen: str
+    normalized: bool | str
+    shared: bool = False
+
+
+_BLOCKS = {
+    "qwen3_next.Qwen3NextSparseMoeBlock": Block("gate", "switch_mlp", "top_k", "norm_topk_prob", shared=True),
+    "qwen2_moe.Qwen2MoeSparseMoeBlock": Block("gate", "switch_mlp", "top_k", False, shared=True),
+    "qwen3_moe.Qwen3MoeSparseMoeBlock": Block("gate", "switch_mlp", "top_k", "norm_topk_prob"),
+    "olmoe.OlmoeSparseMoeBlock": Block("gate", "switch_mlp", "top_k", "norm_topk_prob"),
+    "mixtral.MixtralSparseMoeBlock": Block("gate", "switch_mlp", "num_experts_per_tok", True),
+    "gpt_oss.MLPBlock": Block("router", "experts", "num_experts_per_tok", True),
+}
+_GEMMA = "gemma4_text.DecoderLayer"
+
+
+def experts_of(block: nn.Module) -> nn.Module | None:
+    """The experts of a block that is known; None of any other module."""
+    name = _name(block)
+    if name == _GEMMA:
+        return block.experts.switch_glu if block.get("router") is not None else None
+    return block.get(_BLOCKS[name].experts) if name in _BLOCKS and not _is_sharded(block) else None
+
+
+def launch_block_kernels(block: Any, layer: ExpertLayer) -> None:
+    """Launch the kernels that a block takes; where kernels are only collected, say what to compile."""
+    known, kind = _BLOCKS.get(_name(block)), layer.kind
+    scale = None if known is not None else block.router.per_expert_scale
+    for tokens in _LAUNCHED_TOKENS:
+        logits = mx.zeros((tokens, kind.num_experts), kind.dtype)
+        choice = routing.choose(logits, _chosen(block), normalized=_is_normalized(block), scale=scale)
+        rows = mx.zeros((tokens * _chosen(block), kind.hidden), kind.dtype)
+        shared = [mx.zeros((tokens, wide), kind.dtype) for wide in (kind.hidden, 1)] if known and known.shared else []
+        routing.weighted_sum(rows, choice.scores, *shared)
+
+
+def block_problem(block: nn.Module, layer: ExpertLayer) -> str | None:
+    """What a block's own code gives otherwise, in a line. Experts are looked up in a table for it on both sides."""
+    table = mx.random.normal((layer.kind.num_experts, layer.kind.hidden), key=mx.random.key(1)).astype(layer.kind.dtype)
+    stand_in = SwappedModules()
+    try:
+        stand_in.swap_method(experts_of(block) or block, "__call__", lambda _self, _x, indices: table[indices])
+        for tokens in _CHECKED_TOKENS:
+            shape = (1, tokens, layer.kind.hidden)
+            x = mx.random.normal(shape, key=mx.random.key(tokens)).astype(layer.kind.dtype)
+            usual = _routed_part(block, x)
+            ours = _computed(block, _TableLayer(layer, table))(block, x)
+            if ours is None:
+                return "logits of another type"
+            if not _alike(usual, ours):
+                return f"{type(block).__name__} gives other sums with {tokens} tokens"
+    except Exception as error:  # noqa: BLE001  (whatever stops it, the block has mlx-lm's own way)
+        return error_line(error, 120)
+    finally:
+        stand_in.undo()
+    return None
+
+
+class _TableLayer:
+    """A layer whose experts' rows are those of a table."""
+
+    def __init__(self, layer: ExpertLayer, table: mx.array) -> None:
+        self.kind, self._table = layer.kind, table
+
+    def routed(self, _x: mx.array, routes: Routes) -> mx.array:
+        return self._table[routes.indices]
+
+
+Routed = ExpertLayer | _TableLayer
+Compute = Callable[[Any, mx.array], mx.array | None]
+
+
+def swap_block(block: nn.Module, layer: ExpertLayer, swapped: SwappedModules) -> None:
+    """Have ``block`` compute in few launches, with ``layer`` for its experts."""
+    if _name(block) == _GEMMA:
+        return _swap_gemma(block, layer, swapped)
+    plain: Any = type(block).__call__
+    compute = _computed(block, layer)
+
+    def moe(self: nn.Module, x: mx.array) -> mx.array:
+        result = compute(self, x)
+        return plain(self, x) if result is None else result
+
+    return swapped.swap_method(block, "__call__", moe)
+
+
+def _computed(block: Any, layer: Routed) -> Compute:
+    """What computes a block's rows [..., D]; None where it does not take them."""
+    if _name(block) == _GEMMA:
+        gain = block.router.scale * block.router._root_size
+        mx.eval(gain)
+
+        def gemma(self: Any, x: mx.array) -> mx.array | None:
+            choice = _gemma_choice(self.router, gain, x, layer)
+            return None if choice is None else _summed(layer, x, choice)
+
+        return gemma
+    known, chosen, normalized = _BLOCKS[_name(block)], _chosen(block), _is_normalized(block)
+
+    def compute(self: Any, x: mx.array) -> mx.array | None:
+        logits = self[known.router](x)
+        logits = logits.reshape(-1, logits.shape[-1])
+        if not _takes(logits, chosen, x, layer):
+            return None
+        choice = routing.choose(logits, chosen, normalized=normalized)
+        shared = (self.shared_expert(x), self.shared_expert_gate(x)) if known.shared else ()
+        return _summed(layer, x, choice, *shared)
+
+    return compute
+
+
+def _chosen(block: Any) -> int:
+    """Experts of a token."""
+    name = _name(block)
+    return int(block.router.config.top_k_experts if name == _GEMMA else getattr(block, _BLOCKS[name].chosen))
+
+
+def _is_normalized(block: Any) -> bool:
+    """Whether the chosen experts' weights add up to 1, before any scale."""
+    if _name(block) == _GEMMA:
+        return True
+    normalized = _BLOCKS[_name(block)].normalized
+    return bool(getattr(block, normalized)) if isinstance(normalized, str) else normalized
+
+
+def _takes(logits: mx.array, chosen: int, x: mx.array, layer: Routed) -> bool:
+    pairs = logits.shape[0] * chosen
+    return (
+        x.dtype == layer.kind.dtype
+        and 0 < pairs <= MAX_PAIRS
+        and routing.takes(logits.shape[1], chosen, logits.dtype)
+    )  # fmt: skip
+
+
+def _summed(
+    layer: Routed, x: mx.array, choice: routing.Choice, shared: mx.array | None = None, gate: mx.array | None = None
+) -> mx.array:
+    rows = layer.routed(x.reshape(-1, x.shape[-1]), choice.routes)
+    shared = None if shared is None else shared.reshape(-1, x.shape[-1])
+    return routing.weighted_sum(rows, choice.scores, shared, gate).reshape(x.shape)
+
+
+def _gemma_choice(router: Any, gain: mx.array, x: mx.array, layer: Routed) -> routing.Choice | None:
+    logits = router.proj(mx.fast.rms_norm(x, gain, router.eps))
+    logits, chosen = logits.reshape(-1, logits.shape[-1]), router.config.top_k_experts
+    if not _takes(logits, chosen, x, layer):
+        return None
+    return routing.choose(logits, chosen, normalized=True, scale=router.per_expert_scale)
+
+
+def _swap_gemma(block: Any, layer: ExpertLayer, swapped: SwappedModules) -> None:
+    """Router and experts apart, as the block calls them: what the router listed waits for the experts."""
+    waiting: list[tuple[mx.array, routing.Choice]] = []
+    plain_router, plain_experts = type(block.router).__call__, type(block.experts).__call__
+    gain = block.router.scale * block.router._root_size
+    mx.eval(gain)
+
+    def route(self: Any, x: mx.array) -> tuple[mx.array, mx.array]:
+        waiting.clear()
+        choice = _gemma_choice(self, gain, x, layer)
+        if choice is None:
+            return plain_router(self, x)  # type: ignore[no-any-return]
+        indices = choice.routes.indices.reshape(*x.shape[:-1], -1)
+        waiting.append((indices, choice))
+        return indices, choice.scores.reshape(indices.shape).astype(x.dtype)
+
+    def compute(self: Any, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
+        if waiting and waiting[0][0] is indices:
+            return _summed(layer, x, waiting.pop()[1])
+        return plain_experts(self, x, indices, weights)  # type: ignore[no-any-return]
+
+    swapped.swap_method(block.router, "__call__", route)
+    swapped.swap_method(block.experts, "__call__", compute)
+
+
+def _routed_part(block: Any, x: mx.array) -> mx.array:
+    """What the block's own code gives for its experts."""
+    if _name(block) == _GEMMA:
+        return block.experts(x, *block.router(x))  # type: ignore[no-any-return]
+    return block(x)  # type: ignore[no-any-return]
+
+
+def _alike(usual: mx.array, ours: mx.array) -> bool:
+    rows, own = (np.array(some.astype(mx.float32)).reshape(-1, some.shape[-1]) for some in (usual, ours))
+    apart = np.linalg.norm(own - rows, axis=1) / np.maximum(np.linalg.norm(rows, axis=1), 1e-30)
+    return bool(np.isfinite(own).all() and (apart <= _MOST_DIFFERENT).mean() >= _SHARE_ALIKE)
+
+
+def _is_sharded(block: Any) -> bool:
+    return getattr(block, "sharding_group", None) is not None
+
+
+def _name(module: nn.Module) -> str:
+    """Of its class, or of the one that was exchanged, within mlx-lm."""
+    kind = type(module)
+    return f"{kind.__module__.removeprefix('mlx_lm.models.')}.{kind.__qualname__}"
