@@ -12,7 +12,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class DeltaWeights:
-    """``conv`` [channels, taps], ``a_log`` and ``dt_bias`` [value_heads], the norm's ``gain`` [value_dim] and ``eps``."""
+    """``conv`` [channels, taps], ``a_log`` and ``dt_bias`` [value_heads]; the norm's ``gain`` [value_dim], ``eps``."""
 
     conv: Floats
     a_log: Floats

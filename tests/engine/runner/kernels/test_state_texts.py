@@ -1,13 +1,15 @@
 """The texts of what keeps recurrent states, both dialects, compiled for this machine and run on it."""
 
 import shutil
+from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from engine.runner.kernels import gated_delta, state_slots
+from engine.runner.kernels import gated_delta, gated_delta_text, state_slots
 from engine.runner.kernels.delta_check import delta_problem
-from engine.runner.kernels.gated_delta import DeltaShape
+from engine.runner.kernels.gated_delta import DeltaShape, scan_geometry, step_geometry
 from engine.runner.kernels.slots_check import slots_problem
 from engine.runner.kernels.state_kernels import GPU_STATE_KERNELS
 from tests.engine.runner.kernels.conftest import TextKernels
@@ -39,3 +41,79 @@ def test_states_are_read_and_written_where_the_slots_say(kernels: dict[str, Host
     shapes = [((3, 64), mx.bfloat16), ((4, 7, 5), mx.float32), ((9,), mx.float16), ((2, 1, 2100), mx.float32)]
     assert slots_problem(shapes, GPU_STATE_KERNELS) is None
     assert set(kernels) == {"read_slots", "write_slots"}
+
+
+@pytest.mark.parametrize("dialect", ["cuda"])
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("INPUTS", "taps[tap][i] = taps[tap + 1][i];", ""),
+        ("FUNCTIONS", "TAPS - 1 + (t)) * CHANNELS", "TAPS - 2 + (t)) * CHANNELS"),
+        ("INPUTS", "head < HK ? length * RSQRT(float(DK)) : length", "length"),
+        ("INPUTS", "+ float(dt_bias[own])", ""),
+        ("STEP", "value[r] - decay * sum", "value[r] - sum"),
+        ("STEP", "if (to < 0 && from < 0)", "if (from < 0)"),
+        ("STEP", "if (to >= 0 && ROW(r) < DV)", "if (from >= 0 && ROW(r) < DV)"),
+        ("STEP", "float(gain[ROW(r)]) * silu_of(gate)", "float(gain[ROW(r)])"),
+        ("SCAN", ": TID % 2 ? 0.0f : 1.0f", ": 0.0f"),
+        ("SCAN", "mine += upper ? left : 0;", ""),
+        ("SCAN", "TAP(tokens + tap - TAPS + 1, c)", "TAP(tap - TAPS + 1, c)"),
+    ],
+)  # fmt: skip
+def test_a_fault_in_the_text_is_found(
+    name: str, right: str, wrong: str, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = getattr(gated_delta_text, name)
+    assert right in whole
+    broken = whole.replace(right, wrong)
+    for each in ("FUNCTIONS", "STEP_FUNCTIONS", "SCAN_FUNCTIONS") if name == "FUNCTIONS" else (name,):
+        own = getattr(gated_delta_text, each)
+        monkeypatch.setattr(gated_delta_text, each, own.replace(whole, broken))
+    assert delta_problem(SHAPES["f32 16 of 2"], GPU_STATE_KERNELS) is not None
+
+
+@pytest.mark.parametrize("dialect", ["metal"])
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("_READ", "from < 0 ? ZERO4 : ", ""),
+        ("_WRITE", "(size_t)to * WIDTH", "(size_t)row * WIDTH"),
+        ("_WRITE", "slots[slots_shape[1] + row]", "slots[row]"),
+    ],
+)
+def test_a_fault_in_the_copies_is_found(
+    name: str, right: str, wrong: str, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = getattr(state_slots, name)
+    assert right in whole
+    monkeypatch.setattr(state_slots, name, whole.replace(right, wrong))
+    assert slots_problem([((4, 8), mx.bfloat16)], GPU_STATE_KERNELS) is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dtype": mx.int32}, "gated delta nets in"),
+        ({"taps": 9}, "a convolution over 9 inputs"),
+        ({"value_heads": 5}, "5 value heads over 2 key heads"),
+        ({"key_dim": 40}, "heads of 40 and 16"),
+        ({"key_dim": 256, "value_dim": 256}, "heads of 256 and 256"),
+    ],
+)
+def test_what_the_kernels_do_not_know_is_said(changes: dict[str, Any], said: str) -> None:
+    shape = replace(SHAPES["f32 16 of 2"], **changes)
+    assert said in (shape.problem or "")
+    assert delta_problem(shape, GPU_STATE_KERNELS) == shape.problem
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dims", [(16, 16), (64, 64), (96, 48), (128, 128), (192, 128), (256, 64), (256, 128)])
+def test_work_is_divided_without_a_rest(dims: tuple[int, int], size: int) -> None:
+    shape = DeltaShape(mx.bfloat16 if size == 2 else mx.float32, 2, 4, *dims, 4)
+    assert shape.problem is None
+    for geometry in (step_geometry(shape), scan_geometry(shape)):
+        assert shape.key_dim % (4 * geometry.lanes) == 0
+        assert 32 % geometry.lanes == 0
+        assert geometry.warps <= 16
+        assert geometry.rows * shape.key_dim // geometry.lanes <= 64
+    assert step_geometry(shape).teams * step_geometry(shape).rows >= shape.value_dim
