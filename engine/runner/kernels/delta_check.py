@@ -15,8 +15,8 @@ from engine.runner.kernels.kernel_cache import collecting, compile_all
 if TYPE_CHECKING:
     from engine.runner.kernels.state_kernels import StateKernels
 
-TOLERANCE: dict[mx.Dtype, float] = {mx.bfloat16: 2e-2, mx.float16: 3e-3, mx.float32: 1e-4}
-"""Of the norm of a sequence's output or state: normalized queries and keys are rounded, as mlx-lm rounds them."""
+TOLERANCE: dict[mx.Dtype, float] = {mx.bfloat16: 1e-2, mx.float16: 2e-3, mx.float32: 1e-4}
+"""Of the norm of a sequence's output or state."""
 _SLOTS = 8
 _EPS = 1e-6
 _Slots = tuple[int, int]
@@ -143,6 +143,8 @@ class _Check:
         x, b, a, z = (some[row] for some in known)
         conv_state, state = (states[reads] if reads >= 0 else np.zeros_like(states[0]) for states in self.known)
         mixed, gates, conv_state = mixed_inputs(x, b, a, conv_state, self.weights, self.shape)
+        # As they are handed from launch to launch: a small output is a difference of large products of them.
+        mixed = np.array(mx.array(mixed).astype(self.shape.dtype).astype(mx.float32))
         outputs, state = recurrence(mixed, gates, state, self.shape)
         self.known[0][writes], self.known[1][writes] = conv_state, state
         return (gated_norm(outputs, z, self.weights) if normed else outputs).reshape(-1)
