@@ -21,13 +21,13 @@ from engine.runner.kv import attention_patch, capped_attention
 from engine.runner.kv.attention_calls import KernelChoice
 from engine.runner.kv.attention_patch import RowSelector
 from engine.runner.kv.attention_path import AttentionPath
-from engine.runner.kv.delta_nets import DeltaNets
 from engine.runner.kv.input_batch import InputBatch, Int32
 from engine.runner.kv.kernel_cache import KernelGroupCache, after
 from engine.runner.kv.kv_pool import Pool
 from engine.runner.kv.kv_spec import CacheTree, flatten, group_leaves
 from engine.runner.kv.paged_cache import GroupCache, LayerCache, make_group_cache
 from engine.runner.kv.state_cache import KernelStateCache, KernelStateGroup
+from engine.runner.kv.state_layers import StateLayers
 
 Calls = Literal["flat", "rectangles", "sequences"]
 IN_PLACE = KernelGroupCache, KernelStateGroup
@@ -69,7 +69,7 @@ class PagedBackend:
         self._modules = attention_patch.install(model) if calls == "flat" or kernels is not None else ()
         self._capped = capped_attention.install(model) if kernels is not None else SwappedModules()
         states = [cache for cache in self._group_caches if isinstance(cache, KernelStateGroup)]
-        self._delta_nets = DeltaNets(model, states[0].kernels) if states else None
+        self._state_layers = StateLayers(model, states[0].kernels) if states else None
         self._decode_step: DecodeStep | None = None
         if kernels is not None and kernels.serves_all:
             groups = [cache for cache in self._group_caches if isinstance(cache, IN_PLACE)]
@@ -85,9 +85,9 @@ class PagedBackend:
         """See :class:`engine.runner.backends.Backend`."""
         groups = [merge_specs([leaf.spec for leaf in leaves]) for leaves in self.groups]
         served = [self._served(number) for number in range(len(groups))]
-        deltas = "" if self._delta_nets is None else self._delta_nets.problem
+        left = "" if self._state_layers is None else self._state_layers.problem
         return tuple(
-            AttentionPath.of_group(group, "paged", deltas if isinstance(group, StateSpec) else "")
+            AttentionPath.of_group(group, "paged", left if isinstance(group, StateSpec) else "")
             if kernels
             else AttentionPath.of_group(group, "reference", why)
             for group, kernels, why in zip(groups, served, self._why_reference, strict=True)
@@ -203,8 +203,8 @@ class PagedBackend:
         self._selector.remove()
         attention_patch.remove(self._modules)
         self._capped.undo()
-        if self._delta_nets is not None:
-            self._delta_nets.remove()
+        if self._state_layers is not None:
+            self._state_layers.remove()
         self._modules = ()
         self._decode_step = None
 

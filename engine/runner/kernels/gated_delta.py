@@ -21,6 +21,8 @@ _TILE = 8
 _MOST_STATE = 64
 """Elements of the state that a thread holds."""
 _MOST_WARPS = 16
+MOST_ELEMENTS = 32 * _MOST_WARPS * _MOST_STATE
+"""Of a head's state."""
 _MOST_STAGE = 1024
 """Elements of the keys of a scan's stage: two stages with their queries are 16 KB, half of what Metal has."""
 
@@ -65,7 +67,7 @@ class DeltaShape:
             return f"a convolution over {self.taps} inputs"
         if self.value_heads % self.key_heads:
             return f"{self.value_heads} value heads over {self.key_heads} key heads"
-        if any(dim % 16 for dim in dims) or max(dims) > 256 or self.key_dim * self.value_dim > 32768:
+        if any(dim % 16 for dim in dims) or max(dims) > 256 or self.key_dim * self.value_dim > MOST_ELEMENTS:
             return f"heads of {dims[0]} and {dims[1]}"
         return None
 
@@ -94,11 +96,15 @@ class Geometry:
 
 def step_geometry(shape: DeltaShape) -> Geometry:
     """For one token: a block has a whole head of a state."""
-    lanes = lanes_of(shape.key_dim)
-    warps = 1
-    while shape.key_dim * shape.value_dim > 32 * warps * _MOST_STATE and warps < _MOST_WARPS:
+    return whole_head(shape.key_dim, shape.value_dim)
+
+
+def whole_head(key_dim: int, value_dim: int) -> Geometry:
+    """For a block that holds a state of ``value_dim`` rows of ``key_dim`` elements."""
+    lanes, warps = lanes_of(key_dim), 1
+    while key_dim * value_dim > 32 * warps * _MOST_STATE and warps < _MOST_WARPS:
         warps *= 2
-    return Geometry(lanes, -(-shape.value_dim * lanes // (32 * warps)), warps)
+    return Geometry(lanes, -(-value_dim * lanes // (32 * warps)), warps)
 
 
 def scan_geometry(shape: DeltaShape) -> Geometry:

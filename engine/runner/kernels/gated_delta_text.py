@@ -21,7 +21,7 @@ Template arguments
 
 from engine.runner.kernels.paged_attention_text import SHARED_FUNCTIONS
 
-FUNCTIONS = (
+VECTORS = (
     SHARED_FUNCTIONS
     + r"""
 template <typename T> FUNCTION unsigned word_of(PRIVATE const float* f) {
@@ -40,7 +40,11 @@ template <typename T> FUNCTION uint4 vector_of(PRIVATE const float* f) {
   return raw;
 }
 FUNCTION float silu_of(float x) { return x / (1.0f + EXP2(-x * LOG2E)); }
-
+"""
+)
+FUNCTIONS = (
+    VECTORS
+    + r"""
 #define CHANNELS (2 * HK * DK + HV * DV)
 #define SHARE (HV / HK)
 #define GROUPED (2 * DK + 2 * SHARE * DV)
@@ -148,7 +152,7 @@ _KEEP = r"""
   }
 """
 
-_READ_STATE = r"""
+READ_STATE = r"""
   float s[ROWS][OWN];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
@@ -160,7 +164,7 @@ _READ_STATE = r"""
     }
   }
 """
-_WRITE_STATE = r"""
+WRITE_STATE = r"""
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     const size_t at = (((size_t)to * HV + head) * DV + ROW(r)) * DK;
@@ -184,7 +188,7 @@ STEP = (
     return;
   }
 """
-    + _READ_STATE
+    + READ_STATE
     + r"""
   for (int u = TID; u < 2 * DK / VEC; u += THREADS) {
     const int c = u < DK / VEC ? HK * DK + key_head * DK + u * VEC : key_head * DK + u * VEC - DK;
@@ -217,7 +221,7 @@ STEP = (
     for (int i = 0; i < OWN; ++i) s[r][i] = FMA(k[i], delta, decay * s[r][i]);
   }
 """
-    + _WRITE_STATE
+    + WRITE_STATE
     + r"""
 #pragma unroll
   for (int i = 0; i < QUADS; ++i) unpack_vector<float>(shared_rows[DK / 4 + i * LANES + in_team], &k[4 * i]);
@@ -300,7 +304,7 @@ SCAN = (
   SHARED float shared_gates[2][2 * STAGE];
   const int first = BLK_X * BLOCK_ROWS;
 """
-    + _READ_STATE
+    + READ_STATE
     + _KEEP.replace("@BLOCK@", "(BLK_Y * GRID_X + BLK_X)").replace("@BLOCKS@", "(HV * GRID_X)")
     + r"""
   uint4 held[PER_THREAD];
@@ -378,5 +382,5 @@ SCAN = (
     BARRIER;
   }
 """
-    + _WRITE_STATE
+    + WRITE_STATE
 )

@@ -12,32 +12,10 @@ from mlx_lm.models import qwen3_5, qwen3_next
 
 from engine.runner.kernels.gated_delta import DeltaShape
 from engine.runner.kernels.state_kernels import StateKernels
-from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv.state_cache import KernelStateCache
 
-_KINDS = qwen3_5.GatedDeltaNet, qwen3_next.Qwen3NextGatedDeltaNet
-
-
-class DeltaNets:
-    """The gated delta nets of ``model``, each kind checked and swapped where ``kernels`` are right."""
-
-    def __init__(self, model: nn.Module, kernels: StateKernels) -> None:
-        self._swapped = SwappedModules()
-        problems: dict[str, None] = {}
-        for _, module in model.named_modules():
-            if isinstance(module, _KINDS):
-                shape = delta_shape(module)
-                problem = shape if isinstance(shape, str) else kernels.delta_problem(shape)
-                if isinstance(shape, str) or problem is not None:
-                    problems[f"gated delta nets by mlx-lm's operations, {problem}"] = None
-                else:
-                    self._swapped.swap_method(module, "__call__", delta_call(type(module), shape, kernels))
-        self.problem = "; ".join(problems)
-        """Why some are left to mlx-lm's code, for people; empty where none is."""
-
-    def remove(self) -> None:
-        """Leave every module as it was."""
-        self._swapped.undo()
+KINDS = qwen3_5.GatedDeltaNet, qwen3_next.Qwen3NextGatedDeltaNet
+"""mlx-lm's modules."""
 
 
 def delta_shape(module: Any) -> DeltaShape | str:

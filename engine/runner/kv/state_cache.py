@@ -66,10 +66,12 @@ class KernelStateCache(ArraysCache):  # type: ignore[misc]
         self._states: list[mx.array] = []
         self._read: dict[int, mx.array] = {}
         self._new: dict[int, mx.array] = {}
+        self.mixed: mx.array | None = None
+        """What a layer's first launch gave in this call, for its second."""
 
     def begin(self, states: list[mx.array]) -> None:
         """A call is built now, over ``states`` [slots, …] of this layer."""
-        self._states, self._read, self._new = states, {}, {}
+        self._states, self._read, self._new, self.mixed = states, {}, {}, None
 
     @property
     def states(self) -> list[mx.array]:
@@ -114,7 +116,7 @@ class KernelStateCache(ArraysCache):  # type: ignore[misc]
 
     def finish(self) -> None:
         """The call is built: forget what it was about."""
-        self._states, self._read, self._new = [], {}, {}
+        self._states, self._read, self._new, self.mixed = [], {}, {}, None
 
 
 class KernelStateGroup:

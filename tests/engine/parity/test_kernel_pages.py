@@ -19,6 +19,7 @@ from tests.engine.parity.tiny_architectures import CONFIGS, VOCAB, tiny_model
 from tests.engine.runner.kernels.host_kernels import HostKernels
 
 NUM_TOKENS = 6
+MAMBA_2 = {"mamba2", "nemotron_h", "falcon_h1", "granitemoehybrid"}
 UNSERVED = {"deepseek_v3", "deepseek_v32", "llama4"}
 """Latent attention; chunks of attention that a model masks for one sequence at a time."""
 
@@ -48,11 +49,12 @@ def test_pages_read_in_place_give_mlx_lms_tokens(name: str) -> None:
         assert ("full" in attends) == (kernels.calls["paged_attention"] > 0 < kernels.calls["collect"])
         moved = kernels.states.calls
         assert ("state" in attends) == (moved["write_slots"] > 0 or moved["delta_step"] > 0 < moved["delta_scan"])
+        assert (name in MAMBA_2) == (moved["ssm_step"] > 0 < moved["conv_step"])
     finally:
         engine.backend.close()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma4_text", "qwen3_5"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma4_text", "qwen3_5", "lfm2", "nemotron_h"])
 def test_blocks_are_used_again_at_once_and_requests_give_way(name: str) -> None:
     engine, _, _ = kernel_engine(name)
     prompts = mixed_prompts(9, VOCAB, 60, seed=4)

@@ -37,6 +37,8 @@ class VisibleStates:
     def delta_problem(self, _shape: Any) -> str:
         return "none here"
 
+    ssm_problem = delta_problem
+
     def read_slots(self, states: mx.array, slots: mx.array, num_rows: int) -> mx.array:
         reads = slots[0, :num_rows].reshape(-1, *[1] * (states.ndim - 1))
         return mx.where(reads < 0, 0, mx.take(states, mx.maximum(slots[0, :num_rows], 0), axis=0))

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.runner.kernels.delta_check import delta_problem
-from engine.runner.kernels.delta_reference import DeltaWeights, gated_norm, mixed_inputs, recurrence
+from engine.runner.kernels.delta_reference import DeltaWeights, gated_norm, mixed_inputs, recurrence, silu
 from engine.runner.kernels.gated_delta import DeltaShape
 from engine.runner.kernels.slots_check import slots_problem
+from engine.runner.kernels.ssm import SsmShape
+from engine.runner.kernels.ssm_check import ssm_problem, ssm_reference
 from engine.runner.kernels.state_kernels import StateShape
 
 
@@ -22,6 +24,7 @@ class HostStateKernels:
 
     def __init__(self) -> None:
         self.calls = {"read_slots": 0, "write_slots": 0, "delta_inputs": 0, "delta_step": 0, "delta_scan": 0}
+        self.calls |= {"conv_step": 0, "ssm_step": 0}
 
     def read_slots(self, states: mx.array, slots: mx.array, num_rows: int) -> mx.array:
         """Rows of the slots that are read; zeros where there is none."""
@@ -98,6 +101,37 @@ class HostStateKernels:
             write(states, writes, state)
             outputs.append(output)
         return outputs
+
+    def conv_step(
+        self, x: mx.array, weight: mx.array, bias: mx.array | None, conv_states: mx.array, slots: mx.array
+    ) -> mx.array:
+        """A convolution's next output."""
+        self.calls["conv_step"] += 1
+        given, outputs = floats(x), []
+        for row, (reads, writes) in enumerate(np.array(slots).T[: len(given)]):
+            taps = np.concatenate([slot_of(conv_states, reads), given[row]])
+            write(conv_states, writes, taps[1:])
+            out = silu((taps * floats(weight)[..., 0].T).sum(0) + (0 if bias is None else floats(bias)))
+            outputs.append(out if max(reads, writes) >= 0 else 0 * out)
+        return mx.array(np.stack(outputs)[:, None]).astype(x.dtype)
+
+    def ssm_step(
+        self, mixed: mx.array, dt: mx.array, a_log: mx.array, dt_bias: mx.array, d: mx.array, states: mx.array,
+        slots: mx.array, shape: SsmShape,
+    ) -> mx.array:  # fmt: skip
+        """One token of many sequences."""
+        self.calls["ssm_step"] += 1
+        per_head, outputs = [floats(some) for some in (a_log, dt_bias, d)], []
+        for row, (reads, writes) in enumerate(np.array(slots).T[: len(mixed)]):
+            state = slot_of(states, reads)
+            output, new = ssm_reference(floats(mixed)[row, 0], floats(dt)[row, 0], per_head, state, shape)
+            write(states, writes, new)
+            outputs.append((output if max(reads, writes) >= 0 else 0 * output).reshape(1, -1))
+        return mx.array(np.stack(outputs)).astype(shape.dtype)
+
+    def ssm_problem(self, shape: SsmShape) -> str | None:
+        """The self-check, of these kernels."""
+        return ssm_problem(shape, self)
 
     def slots_problem(self, shapes: Iterable[StateShape]) -> str | None:
         """The self-check, of these kernels."""

@@ -1,5 +1,6 @@
 """The texts of what keeps recurrent states, both dialects, compiled for this machine and run on it."""
 
+import math
 import shutil
 from dataclasses import replace
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from engine.runner.kernels import gated_delta, gated_delta_text, state_slots
+from engine.runner.kernels import gated_delta, gated_delta_text, ssm, ssm_text, state_slots
 from engine.runner.kernels.delta_check import delta_problem
 from engine.runner.kernels.gated_delta import DeltaShape, scan_geometry, step_geometry
 from engine.runner.kernels.slots_check import slots_problem
+from engine.runner.kernels.ssm import SsmShape
+from engine.runner.kernels.ssm_check import ssm_problem
 from engine.runner.kernels.state_kernels import GPU_STATE_KERNELS
 from tests.engine.runner.kernels.conftest import TextKernels
 from tests.engine.runner.kernels.text_on_host import HostKernel
@@ -28,7 +31,7 @@ SHAPES = {
 
 @pytest.fixture
 def kernels(text_kernels: TextKernels) -> dict[str, HostKernel]:
-    return text_kernels(gated_delta, state_slots)
+    return text_kernels(gated_delta, ssm, state_slots)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -117,3 +120,40 @@ def test_work_is_divided_without_a_rest(dims: tuple[int, int], size: int) -> Non
         assert geometry.warps <= 16
         assert geometry.rows * shape.key_dim // geometry.lanes <= 64
     assert step_geometry(shape).teams * step_geometry(shape).rows >= shape.value_dim
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        SsmShape(mx.float32, 1, 8, 16, 16, 4, biased=True, limit=(0.0, math.inf)),
+        SsmShape(mx.bfloat16, 2, 4, 128, 64, 4, biased=False, limit=(0.001, 0.1)),
+        SsmShape(mx.float16, 1, 3, 64, 80, 3, biased=True, limit=(0.0, 1e9)),
+        SsmShape(mx.bfloat16, 1, 1, 256, 128, 2, biased=True, limit=(0.5, 0.6)),
+    ],
+)
+def test_steps_of_mamba_2_give_what_numpy_gives(shape: SsmShape, kernels: dict[str, HostKernel]) -> None:
+    assert ssm_problem(shape, GPU_STATE_KERNELS) is None
+    assert set(kernels) == {"conv_step", "ssm_step"}
+
+
+@pytest.mark.parametrize("dialect", ["metal"])
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("CONV", "= raw[tap + 1];", "= raw[tap];"),
+        ("CONV", "BIASED ? float(bias[c + i]) : 0.0f", "0.0f"),
+        ("CONV", "from < 0 && to < 0", "from < 0"),
+        ("SSM", "FMAX(plus, CONSTANT(LOW))", "plus"),
+        ("SSM", "head / (HV / HK) * DK", "0"),
+        ("SSM", "FMA(skip, x, y)", "y"),
+        ("SSM", "to >= 0 && ROW(r) < DV", "from >= 0 && ROW(r) < DV"),
+    ],
+)
+def test_a_fault_in_the_text_of_mamba_2_is_found(
+    name: str, right: str, wrong: str, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = getattr(ssm_text, name)
+    assert right in whole
+    monkeypatch.setattr(ssm_text, name, whole.replace(right, wrong))
+    shape = SsmShape(mx.float32, 2, 4, 16, 16, 4, biased=True, limit=(1.0, math.inf))
+    assert ssm_problem(shape, GPU_STATE_KERNELS) is not None
