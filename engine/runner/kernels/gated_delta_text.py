@@ -78,15 +78,14 @@ INPUTS = r"""
   const int dim = is_value ? DV : DK, channel = is_value ? 2 * HK * DK + (head - 2 * HK) * DV : head * DK;
   const int first = BLK_Y * TILE, last = first + TILE < tokens ? first + TILE : tokens;
 
-  float weights[PART][TAPS], taps[TAPS][PART];
+  float weights[PART * TAPS], taps[TAPS][PART];
 #pragma unroll
   for (int l = 0; l < LOADS; ++l) {
     const int i = (l * TEAM + in_team) * VEC;
 #pragma unroll
-    for (int j = 0; j < VEC; ++j)
-#pragma unroll
-      for (int tap = 0; tap < TAPS; ++tap)
-        weights[l * VEC + j][tap] = i < dim ? float(conv_weight[(channel + i + j) * TAPS + tap]) : 0.0f;
+    for (int j = 0; j < TAPS; ++j)                                  // those of a vector of channels lie together
+      unpack_vector<T>(i < dim ? *(GLOBAL const uint4*)(conv_weight + (channel + i) * TAPS + j * VEC) : ZERO4,
+                       &weights[(l * TAPS + j) * VEC]);
 #pragma unroll
     for (int tap = 0; tap < TAPS - 1; ++tap)
       unpack_vector<T>(i < dim ? TAP(first + tap - TAPS + 1, channel + i) : ZERO4, &taps[tap][l * VEC]);
@@ -102,7 +101,7 @@ INPUTS = r"""
     for (int i = 0; i < PART; ++i) {
       float sum = 0.0f;
 #pragma unroll
-      for (int tap = 0; tap < TAPS; ++tap) sum = FMA(weights[i][tap], taps[tap][i], sum);
+      for (int tap = 0; tap < TAPS; ++tap) sum = FMA(weights[i * TAPS + tap], taps[tap][i], sum);
       out[i] = silu_of(sum);
       squares += out[i] * out[i];
 #pragma unroll

@@ -28,14 +28,17 @@ CONV = r"""
     raw[tap] = from < 0 ? ZERO4
       : *(GLOBAL const uint4*)(conv_states + ((size_t)from * (TAPS - 1) + tap) * CHANNELS + c);
   raw[TAPS - 1] = *(GLOBAL const uint4*)(x + (size_t)row * CHANNELS + c);
-  float sum[VEC], f[VEC];
+  float sum[VEC], f[VEC], weights[VEC * TAPS];
+#pragma unroll
+  for (int tap = 0; tap < TAPS; ++tap)
+    unpack_vector<T>(*(GLOBAL const uint4*)(weight + c * TAPS + tap * VEC), &weights[tap * VEC]);
 #pragma unroll
   for (int i = 0; i < VEC; ++i) sum[i] = BIASED ? float(bias[c + i]) : 0.0f;
 #pragma unroll
   for (int tap = 0; tap < TAPS; ++tap) {
     unpack_vector<T>(raw[tap], f);
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) sum[i] = FMA(float(weight[(c + i) * TAPS + tap]), f[i], sum[i]);
+    for (int i = 0; i < VEC; ++i) sum[i] = FMA(weights[i * TAPS + tap], f[i], sum[i]);
   }
 #pragma unroll
   for (int i = 0; i < VEC; ++i) sum[i] = silu_of(sum[i]);
