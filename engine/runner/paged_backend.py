@@ -1,6 +1,7 @@
 """Steps over pages and slots: read by kernels on a GPU, else in one flat call, or in rectangles."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Literal
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ from mlx_lm.models.cache import CacheList
 
 from engine.core.request import Request
 from engine.core.step import ScheduledRequest
-from engine.memory.cache_spec import SlidingWindowSpec, merge_specs
+from engine.memory.cache_spec import SlidingWindowSpec, StateSpec, merge_specs
 from engine.memory.planner import next_pool_size
 from engine.runner.backends import RowsInOrder
 from engine.runner.decode_step import DecodeStep
@@ -25,8 +26,12 @@ from engine.runner.kv.kernel_cache import KernelGroupCache, after
 from engine.runner.kv.kv_pool import Pool
 from engine.runner.kv.kv_spec import CacheTree, flatten, group_leaves
 from engine.runner.kv.paged_cache import GroupCache, LayerCache, make_group_cache
+from engine.runner.kv.state_cache import KernelStateCache, KernelStateGroup
+from engine.runner.kv.state_layers import StateLayers
 
 Calls = Literal["flat", "rectangles", "sequences"]
+IN_PLACE = KernelGroupCache, KernelStateGroup
+"""Groups whose memory kernels write, which MLX does not see."""
 
 
 class PagedBackend:
@@ -57,15 +62,17 @@ class PagedBackend:
         self._group_caches = [self._group_cache(number) for number in range(len(self.groups))]
         self.pools = [cache.pool for cache in self._group_caches]
         views = {leaf: view for cache in self._group_caches for leaf, view in cache.views.items()}
-        self._caches: list[LayerCache | CacheList] = [
+        self._caches: list[LayerCache | KernelStateCache | CacheList] = [
             CacheList(*(views[leaf] for leaf in entry)) if isinstance(entry, tuple) else views[entry] for entry in tree
         ]
         self._selector = RowSelector(model)
         self._modules = attention_patch.install(model) if calls == "flat" or kernels is not None else ()
         self._capped = capped_attention.install(model) if kernels is not None else SwappedModules()
+        states = [cache for cache in self._group_caches if isinstance(cache, KernelStateGroup)]
+        self._state_layers = StateLayers(model, states[0].kernels) if states else None
         self._decode_step: DecodeStep | None = None
         if kernels is not None and kernels.serves_all:
-            groups = [cache for cache in self._group_caches if isinstance(cache, KernelGroupCache)]
+            groups = [cache for cache in self._group_caches if isinstance(cache, IN_PLACE)]
             self._decode_step = DecodeStep(model, self._caches, groups, compiled=compiled)
         self._newest: mx.array | None = None
         """With kernels: known once every call so far has written its pages."""
@@ -78,8 +85,11 @@ class PagedBackend:
         """See :class:`engine.runner.backends.Backend`."""
         groups = [merge_specs([leaf.spec for leaf in leaves]) for leaves in self.groups]
         served = [self._served(number) for number in range(len(groups))]
+        left = "" if self._state_layers is None else self._state_layers.problem
         return tuple(
-            AttentionPath.of_group(group, "paged" if kernels else "reference", "" if kernels else why)
+            AttentionPath.of_group(group, "paged", left if isinstance(group, StateSpec) else "")
+            if kernels
+            else AttentionPath.of_group(group, "reference", why)
             for group, kernels, why in zip(groups, served, self._why_reference, strict=True)
         )
 
@@ -90,6 +100,8 @@ class PagedBackend:
     def _group_cache(self, number: int) -> GroupCache:
         leaves = self.groups[number]
         spec = leaves[0].spec
+        if self.kernels is not None and self._served(number) and isinstance(spec, StateSpec):
+            return KernelStateGroup(leaves, self.kernels.kernels.states)
         if self.kernels is not None and self._served(number):
             window = spec.window if isinstance(spec, SlidingWindowSpec) else None
             return KernelGroupCache(leaves, self.block_size, window, self.kernels.kernels)
@@ -147,7 +159,7 @@ class PagedBackend:
 
     def _snapshot(self) -> list[object]:
         """The pools that a call makes anew; what kernels write is not undone, but never submitted either."""
-        return [None if isinstance(cache, KernelGroupCache) else cache.pool.snapshot() for cache in self._group_caches]
+        return [None if isinstance(cache, IN_PLACE) else cache.pool.snapshot() for cache in self._group_caches]
 
     def settle(self) -> None:
         """Give up :meth:`undo`: pages that are still referred to would be copied, not written in place."""
@@ -171,7 +183,7 @@ class PagedBackend:
 
     def barrier(self) -> list[mx.array]:
         """Arrays that are known once the last call has written its memory."""
-        reference = [cache.pool for cache in self._group_caches if not isinstance(cache, KernelGroupCache)]
+        reference = [cache.pool for cache in self._group_caches if not isinstance(cache, IN_PLACE)]
         written = [array for pool in reference for array in pool.barrier()]
         return written if self._newest is None else [*written, self._newest]
 
@@ -191,6 +203,8 @@ class PagedBackend:
         self._selector.remove()
         attention_patch.remove(self._modules)
         self._capped.undo()
+        if self._state_layers is not None:
+            self._state_layers.remove()
         self._modules = ()
         self._decode_step = None
 
@@ -205,10 +219,10 @@ class PagedBackend:
 
     def _decode(self, batch: InputBatch, tokens: mx.array, rows: Int32) -> mx.array:
         """Logits [requests, V] of ``batch``, requests of one token each: ``tokens`` [T] at ``rows``."""
-        if self._decode_step is None:
+        step = self._decode_step
+        if step is None or (step.has_states and batch.scheduled_requests[0].start == 0):
             return self._call(batch, tokens[mx.array(rows)][:, None], None)
-        logits = self._decode_step.run(batch, after(tokens, self._newest), rows)
-        self._newest = logits[:1, :1]
+        logits, self._newest = step.run(batch, after(tokens, self._newest), rows)
         return logits
 
     def _one_sequence(self, batch: InputBatch, tokens: mx.array, first: int, wanted: Int32) -> mx.array:
@@ -221,13 +235,13 @@ class PagedBackend:
 
     def _call(self, batch: InputBatch, tokens: mx.array, rows: Int32 | None, *, flat: bool = False) -> mx.array:
         """Logits [rows, V] of one call with token ids [T, 1] or [1, T]; ``rows`` None: of all."""
+        if self.kernels is not None:
+            tokens = after(tokens, self._newest)
         for group, cache in enumerate(self._group_caches):
-            cache.begin(batch, group, flat=flat, max_views=self.max_views)
+            cache.begin(batch, group, tokens=tokens, flat=flat, max_views=self.max_views)
         pick = None if rows is None else mx.array(rows)
         if pick is not None:
             self._selector.pick = (lambda hidden: hidden[pick]) if flat else (lambda hidden: hidden[:, pick])
-        if self.kernels is not None:
-            tokens = after(tokens, self._newest)
         try:
             logits: mx.array = self.model(tokens, cache=self._caches)
             self._note_newest(logits)
@@ -243,10 +257,15 @@ class PagedBackend:
         if self.kernels is None:
             return
         served = [cache for cache in self._group_caches if isinstance(cache, KernelGroupCache)]
+        states = [cache for cache in self._group_caches if isinstance(cache, KernelStateGroup)]
         # The last layer's comes after all others; holding each would hold every layer's context until then.
-        chunks = [cache.collected for cache in served if cache.collected is not None]
-        newest = [logits.reshape(-1)[:1]] if logits.size else [keys.reshape(-1)[:1] for keys in chunks]
-        self._newest = newest[0] if len(newest) == 1 else mx.concatenate(newest)
+        chunks = [cache.collected for cache in served] + [cache.newest for cache in states]
+        newest = [
+            logits if logits.size else None,
+            *(() if logits.size else chunks),
+            *(cache.written for cache in states),
+        ]
+        self._newest = reduce(after, (some.reshape(-1)[:1] for some in newest if some is not None))
 
     def _wait_for_kernels(self) -> None:
         """Have all that was submitted write its pages: whoever moves them is not ordered after a kernel."""

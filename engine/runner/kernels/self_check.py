@@ -14,6 +14,7 @@ from engine.runner.kernels import paged_attention as gpu
 from engine.runner.kernels.joined_attention import HeadNorms, joined_attention
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.reference import attention
+from engine.runner.kernels.state_kernels import GPU_STATE_KERNELS, StateKernels
 
 TOLERANCE: dict[mx.Dtype, float] = {mx.bfloat16: 8e-3, mx.float16: 1.5e-3, mx.float32: 2e-5}
 """Of the norm of a row's output. Seen on an H200: 1.8e-3, 2e-4 and 3e-7."""
@@ -25,6 +26,10 @@ MOST_KV_HEADS = 2
 
 class AttentionKernels(Protocol):
     """What a backend computes attention over pages with. See :mod:`engine.runner.kernels.paged_attention`."""
+
+    @property
+    def states(self) -> StateKernels:
+        """What it keeps recurrent states with."""
 
     def paged_attention(
         self,
@@ -129,6 +134,7 @@ class GpuKernels:
     paged_attention = staticmethod(gpu.paged_attention)
     joined_attention = staticmethod(joined_attention)
     collect = staticmethod(gpu.collect)
+    states = GPU_STATE_KERNELS
 
     def attention_problem(self, **shape: Any) -> str | None:
         """See :func:`attention_problem`. What was right is not computed again in this process."""

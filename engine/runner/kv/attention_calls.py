@@ -48,6 +48,9 @@ def choose_kernels(
     found: dict[AttentionShape, str] = {}
     reasons = []
     for leaves in groups:
+        if leaves[0].states:
+            reasons.append(kernels.states.slots_problem(state for leaf in leaves for state in leaf.states) or "")
+            continue
         why = ""
         for leaf in leaves:
             why = why or _unserved(leaf, calls.get(leaf), kv_cache_dtype)
@@ -84,8 +87,7 @@ def attention_calls(model: nn.Module, tree: CacheTree) -> dict[CacheLeaf, Attent
 def _unserved(leaf: CacheLeaf, call: AttentionCall | None, kv_cache_dtype: str) -> str:
     """What no kernel covers yet."""
     shape = leaf.shape
-    if shape is None:
-        return "no kernel for recurrent states yet"
+    assert shape is not None, "a state has no attention"
     if shape.is_latent:
         return "no kernel for latent attention yet"
     if kv_cache_dtype in QUANTIZED_BITS:

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from engine.memory.cache_spec import KVCacheSpec
+from engine.memory.cache_spec import KVCacheSpec, StateSpec
 
 Way = Literal["paged", "reference", "contiguous"]
 NO_KERNELS_ON_CPU = "no GPU kernels on a CPU"
 _HOW = {
     "paged": "pages read in place by kernels",
+    "slots": "states moved on in place by kernels",
     "reference": "MLX's own operations",
     "contiguous": "mlx-lm's contiguous caches",
 }
@@ -37,11 +38,12 @@ def describe(paths: Sequence[AttentionPath]) -> str:
     """``paths`` in one line, such as "pages read in place by kernels (36 layers full)"."""
     alike: dict[tuple[str, str], list[AttentionPath]] = {}
     for path in paths:
-        alike.setdefault((path.backend, path.why), []).append(path)
-    return "; ".join(_part(backend, why, some) for (backend, why), some in alike.items())
+        how = "slots" if path.backend == "paged" and path.kind == StateSpec.kind else path.backend
+        alike.setdefault((how, path.why), []).append(path)
+    return "; ".join(_part(how, why, some) for (how, why), some in alike.items())
 
 
-def _part(backend: str, why: str, paths: Sequence[AttentionPath]) -> str:
-    if backend == "contiguous" and why:  # it names them
+def _part(how: str, why: str, paths: Sequence[AttentionPath]) -> str:
+    if how == "contiguous" and why:  # it names them
         return why
-    return f"{_HOW[backend]} ({', '.join(map(str, paths))}{': ' * bool(why)}{why})"
+    return f"{_HOW[how]} ({', '.join(map(str, paths))}{': ' * bool(why)}{why})"

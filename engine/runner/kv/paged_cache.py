@@ -197,10 +197,11 @@ class GroupCache(Protocol):
     def views(self) -> Mapping[CacheLeaf, LayerCache]:
         """The layers' caches."""
 
-    def begin(self, batch: InputBatch, group: int, *, flat: bool, max_views: int) -> None:
+    def begin(self, batch: InputBatch, group: int, *, tokens: mx.array, flat: bool, max_views: int) -> None:
         """A call for ``batch`` is built now; the group is number ``group`` in block tables.
 
-        ``max_views``: see :data:`engine.runner.kv.attention_metadata.MAX_VIEWS`.
+        ``tokens`` are what it computes: known once the call before has written what MLX does not see. ``max_views``:
+        see :data:`engine.runner.kv.attention_metadata.MAX_VIEWS`.
         """
 
     def finish(self) -> None:
@@ -223,7 +224,7 @@ class PagedGroupCache:
         self.views = {leaf: PagedLayerCache(self.pool, index, window) for index, leaf in enumerate(leaves)}
         self._window = window
 
-    def begin(self, batch: InputBatch, group: int, *, flat: bool, max_views: int) -> None:
+    def begin(self, batch: InputBatch, group: int, *, flat: bool, max_views: int, **_order: object) -> None:
         """See :class:`GroupCache`: where the call's tokens are written, and what they attend to.
 
         A rectangular call has one read, so no more than one view.
@@ -260,7 +261,7 @@ class StateGroupCache:
         self.pool = StatePool(leaves)
         self.views = {leaf: StateLayerCache(self.pool, index) for index, leaf in enumerate(leaves)}
 
-    def begin(self, batch: InputBatch, group: int, *, flat: bool, **_reading: int) -> None:
+    def begin(self, batch: InputBatch, group: int, *, flat: bool, **_reading: object) -> None:
         """See :class:`GroupCache`: a sequence reads its table's first slot and writes to its last."""
         assert not flat, "a state goes from token to token: such layers need calls of whole sequences"
         tables = [scheduled.block_tables[group] for scheduled in batch.scheduled_requests]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from engine.runner.kernels.joined_attention import HeadNorms
 from engine.runner.kernels.reference import attention
 from engine.runner.kernels.self_check import AttentionShape, attention_problem
+from tests.engine.runner.kernels.host_states import HostStateKernels
 
 
 class HostKernels:
@@ -20,6 +21,7 @@ class HostKernels:
 
     def __init__(self) -> None:
         self.calls = {"paged_attention": 0, "collect": 0, "joined_attention": 0}
+        self.states = HostStateKernels()
 
     def paged_attention(
         self,

@@ -61,6 +61,7 @@ template <typename T, typename U> T as_type(U value) {
 }
 namespace fast { inline float exp2(float x) { return __builtin_exp2f(x); } }
 namespace precise {
+inline float log2(float x) { return __builtin_log2f(x); }
 inline float tanh(float x) { return __builtin_tanhf(x); }
 inline float cos(float x) { return __builtin_cosf(x); }
 inline float sin(float x) { return __builtin_sinf(x); }
