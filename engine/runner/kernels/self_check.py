@@ -13,6 +13,8 @@ from engine.errors import error_line
 from engine.runner.kernels import paged_attention as gpu
 from engine.runner.kernels.joined_attention import HeadNorms, joined_attention
 from engine.runner.kernels.kernel_cache import collecting, compile_all
+from engine.runner.kernels.page_check import CheckedPages
+from engine.runner.kernels.page_format import PageArrays
 from engine.runner.kernels.reference import attention
 
 TOLERANCE: dict[mx.Dtype, float] = {mx.bfloat16: 8e-3, mx.float16: 1.5e-3, mx.float32: 2e-5}
@@ -31,8 +33,8 @@ class AttentionKernels(Protocol):
         queries: mx.array,
         new_keys: mx.array,
         new_values: mx.array,
-        key_pages: mx.array,
-        value_pages: mx.array,
+        key_pages: PageArrays,
+        value_pages: PageArrays,
         block_tables: mx.array,
         positions: mx.array,
         *,
@@ -49,8 +51,8 @@ class AttentionKernels(Protocol):
         self,
         new_keys: mx.array,
         new_values: mx.array,
-        key_pages: mx.array,
-        value_pages: mx.array,
+        key_pages: PageArrays,
+        value_pages: PageArrays,
         block_table: mx.array,
         span: mx.array,
         *,
@@ -62,8 +64,8 @@ class AttentionKernels(Protocol):
     def joined_attention(
         self,
         joined: mx.array,
-        key_pages: mx.array,
-        value_pages: mx.array,
+        key_pages: PageArrays,
+        value_pages: PageArrays,
         block_tables: mx.array,
         positions: mx.array,
         frequencies: mx.array,
@@ -90,13 +92,17 @@ class AttentionKernels(Protocol):
         sinks: bool = False,
         softcap: float | None = None,
         scale: float | None = None,
+        bits: int = 0,
     ) -> str | None:
         """One line on what goes wrong for such layers, None if nothing does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """Layers that share a kernel: ``dtype`` is that of queries and pages, ``scale`` D ** -0.5 if None."""
+    """Layers that share a kernel: ``dtype`` is that of queries and pages, ``scale`` D ** -0.5 if None.
+
+    ``bits`` of an element in packed pages, 0 in plain ones.
+    """
 
     dtype: mx.Dtype
     heads: int
@@ -108,6 +114,7 @@ class AttentionShape:
     sinks: bool = False
     softcap: float | None = None
     scale: float | None = None
+    bits: int = 0
 
     @property
     def group(self) -> int:
@@ -170,7 +177,10 @@ def attention_problem(
 def _launch_each(shape: AttentionShape, kernels: AttentionKernels) -> None:
     """Launch each kernel that layers of this shape use, on zeros; nothing is evaluated."""
     dims, kv_heads, rows = (shape.key_dim, shape.value_dim), 2, 8
-    key_pages, value_pages = (mx.zeros((1, kv_heads, shape.block_size, dim), shape.dtype) for dim in dims)
+    pages = [CheckedPages(shape.dtype, kv_heads, shape.block_size, dim, shape.bits) for dim in dims]
+    for some in pages:
+        some.fill()
+    key_pages, value_pages = (some.arrays for some in pages)
     integers = mx.zeros((rows,), mx.int32)
     new_keys, new_values = (mx.zeros((rows, kv_heads, 1, dim), shape.dtype) for dim in dims)
     heads = kv_heads * shape.group
@@ -187,7 +197,7 @@ def _launch_each(shape: AttentionShape, kernels: AttentionKernels) -> None:
 
 @dataclass(slots=True)
 class _Sequence:
-    """What is known of one sequence: its blocks, and its keys [kv_heads, n, D] and values as float32."""
+    """What is known of one sequence: its blocks, and its keys [kv_heads, n, D] and values, as given, in float32."""
 
     blocks: list[int]
     keys: NDArray[np.float32]
@@ -206,8 +216,7 @@ class _Check:
     kernels: AttentionKernels
     lengths: Sequence[int]
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(9))
-    pages: list[mx.array] = field(default_factory=list)
-    expected: list[NDArray[np.float32]] = field(default_factory=list)
+    pages: list[CheckedPages] = field(default_factory=list)
     sequences: list[_Sequence | None] = field(default_factory=list)
     newest: mx.array = field(default_factory=lambda: mx.zeros((8,)))
 
@@ -234,14 +243,16 @@ class _Check:
         lengths = self.lengths or [1, 0, size, 3 * size + 1, 333, size - 1, 2, reach + size + 3]
         counts = [math.ceil((length + 4) / size) if length else 0 for length in lengths]
         order = self.rng.permutation(sum(counts) + 3).tolist()
-        self.expected = [np.full((1, self.kv_heads, len(order) * size, dim), np.nan, np.float32) for dim in self.dims]
+        self.pages = [
+            CheckedPages(self.shape.dtype, self.kv_heads, len(order) * size, dim, self.shape.bits) for dim in self.dims
+        ]
         for length, count in zip(lengths, counts, strict=True):
             blocks = [order.pop() for _ in range(count)]
             keys, values = (self._random(self.kv_heads, length, dim)[1] for dim in self.dims)
             self.sequences.append(_Sequence(blocks, keys, values) if length else None)
             self._expect(self.sequences[-1], 0)
-        self.pages = [mx.array(pages).astype(self.shape.dtype) for pages in self.expected]
-        mx.eval(self.pages)
+        for pages in self.pages:
+            pages.fill()
 
     def _random(self, *shape: int) -> tuple[mx.array, NDArray[np.float32]]:
         """Random numbers in the element type, and the same in float32."""
@@ -254,8 +265,8 @@ class _Check:
             return
         positions, size = np.arange(first, sequence.keys.shape[1]), self.shape.block_size
         slots = np.array(sequence.blocks)[positions // size] * size + positions % size
-        for pages, rows in zip(self.expected, (sequence.keys, sequence.values), strict=True):
-            pages[0][:, slots] = rows[:, first:]
+        for pages, rows in zip(self.pages, (sequence.keys, sequence.values), strict=True):
+            pages.expect(slots, rows[:, first:])
 
     def _decode(self, splits: int | None) -> str | None:
         """One new token for every sequence; a problem of the output."""
@@ -265,7 +276,7 @@ class _Check:
         sinks, known_sinks = self._random(heads)
         options: dict[str, Any] = {"scale": shape.used_scale, "window": shape.window, "softcap": shape.softcap}
         positions = [sequence.keys.shape[1] if sequence else -1 for sequence in self.sequences]
-        key_pages, value_pages = self.pages
+        key_pages, value_pages = (pages.arrays for pages in self.pages)
         _leave_nan(shape.dtype, (rows, heads, shape.value_dim), (rows, heads, 3, shape.value_dim), (rows, heads, 3, 2))
         out = self.kernels.paged_attention(
             queries, keys, values, key_pages, value_pages, self._tables(),
@@ -280,8 +291,8 @@ class _Check:
                 sequence.append(known_keys[row], known_values[row])
                 self._expect(sequence, positions[row])
                 wanted = attention(
-                    known_queries[row, :, 0], sequence.keys, sequence.values,
-                    sinks=known_sinks if shape.sinks else None, **options,
+                    known_queries[row, :, 0], self.pages[0].given_back(sequence.keys),
+                    self.pages[1].given_back(sequence.values), sinks=known_sinks if shape.sinks else None, **options,
                 )  # fmt: skip
             if problem := _difference(got[row], wanted, TOLERANCE[shape.dtype]):
                 return f"{f'{positions[row] + 1} tokens' if sequence else 'a padding row'}: {problem}"
@@ -308,7 +319,7 @@ class _Check:
         size, window = self.shape.block_size, self.shape.window
         first, length = size + size // 2 + 1, 3 * size
         (keys, known_keys), (values, known_values) = (self._random(1, self.kv_heads, length, dim) for dim in self.dims)
-        key_pages, value_pages = self.pages
+        key_pages, value_pages = (pages.arrays for pages in self.pages)
         sequence = _Sequence(longest.blocks[::-1], known_keys[0], known_values[0])
         self.sequences[1] = sequence
         self._expect(sequence, 0)
@@ -322,17 +333,17 @@ class _Check:
                 block_size=size, length=end - begin,
             )  # fmt: skip
             self.newest = got[0].reshape(-1)[:1] + got[1].reshape(-1)[:1]
-            for name, rows, known in zip(("keys", "values"), got, (known_keys, known_values), strict=True):
-                if not np.array_equal(np.array(rows.astype(mx.float32)), known[:, :, begin:end]):
+            named = zip(("keys", "values"), got, (known_keys, known_values), self.pages, strict=True)
+            for name, rows, known, pages in named:
+                if not pages.collected_right(rows, known[0][:, begin:end]):
                     return f"collected {name} of positions {begin} to {end} are wrong"
         return None
 
     def _changed(self) -> str | None:
         """Whether a slot holds what it should not."""
-        for name, pages, expected in zip(("key", "value"), self.pages, self.expected, strict=True):
-            got = (pages + self._after().astype(pages.dtype)).astype(mx.float32)
-            if not np.array_equal(np.array(got), expected, equal_nan=True):
-                return f"{name} pages: another slot was written, or one was not"
+        for name, pages in zip(("key", "value"), self.pages, strict=True):
+            if problem := pages.problem(self._after()):
+                return f"{name} pages: {problem}"
         return None
 
 

@@ -64,6 +64,47 @@ def test_the_text_gives_what_numpy_gives(name: str, kernels: dict[str, HostKerne
     }  # fmt: skip
 
 
+PACKED = {
+    "bf16 128 of 4, 8 bits": shape(mx.bfloat16, 128, 4, 2, bits=8),
+    "bf16 128 of 8, 4 bits, window": shape(mx.bfloat16, 128, 8, bits=4, window=100),
+    "f16 96 and 64 of 3, 8 bits, sinks": shape(mx.float16, (96, 64), 3, 2, bits=8, sinks=True),
+    "f16 32 of 2, 4 bits, cap": shape(mx.float16, 32, 2, bits=4, softcap=20.0),
+    "f32 64 of 2, 8 bits, blocks of 8": shape(mx.float32, 64, 2, bits=8, block_size=8),
+    "bf16 256 of 16, 8 bits": shape(mx.bfloat16, 256, 16, bits=8),
+}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "name"),
+    [*(("metal", name) for name in PACKED), *(("cuda", name) for name in PACKED if "128" in name or "f16" in name)],
+)
+def test_packed_pages_are_read_and_written_as_numpy_does(name: str, kernels: dict[str, HostKernel]) -> None:
+    assert attention_problem(PACKED[name]) is None
+    assert {one.removesuffix("_sinks") for one in kernels} == {
+        "paged_attention_packed", "paged_attention_reduce", "collect_packed_pages",
+    }  # fmt: skip
+
+
+ON_TENSOR_CORES = {
+    "bf16 128 of 8": shape(mx.bfloat16, 128, 8, 2),
+    "f16 64 of 16, sinks, window": shape(mx.float16, 64, 16, sinks=True, window=100),
+    "bf16 256 of 8, cap": shape(mx.bfloat16, 256, 8, softcap=50.0, scale=0.07),
+    "bf16 512 of 8": shape(mx.bfloat16, 512, 8),
+    "bf16 96 of 12, blocks of 32": shape(mx.bfloat16, 96, 12, block_size=32),
+    "f16 192 and 128 of 24": shape(mx.float16, (192, 128), 24),
+} | {name: one for name, one in PACKED.items() if not name.startswith("f32")}
+
+
+@pytest.mark.parametrize("dialect", ["cuda"])
+@pytest.mark.parametrize("name", ON_TENSOR_CORES)
+def test_tensor_cores_give_what_numpy_gives(
+    name: str, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "tensor_cores", lambda: True)
+    assert attention_problem(ON_TENSOR_CORES[name]) is None
+    assert any(one.startswith("paged_attention_mma") for one in kernels)
+
+
 def random(*sizes: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.array:
     array = mx.random.normal(sizes, key=mx.random.key(seed + sum(sizes))).astype(dtype)
     mx.eval(array)
