@@ -32,6 +32,7 @@ class MmaGeometry:
     heads: int
     warps: int
     parts: int
+    stages: int
 
     @property
     def threads(self) -> int:
@@ -62,6 +63,7 @@ class MmaGeometry:
             ("HEADS", self.heads),
             ("WARPS", self.warps),
             ("PARTS", self.parts),
+            ("STAGES", self.stages),
         ]
 
     def fits(self) -> bool:
@@ -92,6 +94,6 @@ def mma_geometry(
     while max(key_dim, value_dim) // parts > _WIDEST_PART and parts < 4:
         parts *= 2
     made = MmaGeometry(
-        key_dim, value_dim, group, keys.bits, key_step, value_step, rope_dim, heads, max(4, 2 * parts), parts
+        key_dim, value_dim, group, keys.bits, key_step, value_step, rope_dim, heads, 4, parts, 2 if keys.bits else 1
     )
     return made if made.fits() else None

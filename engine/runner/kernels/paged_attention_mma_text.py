@@ -18,6 +18,7 @@ Template arguments, beside those of :mod:`engine.runner.kernels.paged_attention_
     ROPE_DIM                    of latent pages: the values' pages hold so many further elements of keys, and values
                                 are the keys. 0: usual ones
     HEADS, WARPS, PARTS         query heads of a block (at most 16), its warps, and warps that share a token
+    STAGES                      2: a pass of tokens is loaded while another is computed
 """
 
 from functools import cache
@@ -43,6 +44,15 @@ template <int HALVES> FUNCTION void load_halves(const void* from, unsigned* word
     words[0] = *reinterpret_cast<const unsigned*>(from);
   } else {
     words[0] = *reinterpret_cast<const unsigned short*>(from);
+  }
+}
+// COUNT elements of two bytes, or zeros.
+template <int COUNT, typename T> FUNCTION void load_elements_of(const T* from, bool there, T* elements) {
+  if (COUNT % 2) EACH(i, COUNT) elements[i] = there ? from[i] : T(0.0f);
+  else EACH(i, COUNT / 2) {
+    const unsigned both = there ? reinterpret_cast<const unsigned*>(from)[i] : 0u;
+    elements[2 * i] = bits_as<T>((unsigned short)both);
+    elements[2 * i + 1] = bits_as<T>((unsigned short)(both >> 16));
   }
 }
 // Pair p of a lane's elements of a key, and which elements of it these are.
@@ -246,34 +256,39 @@ _FRAGMENTS = r"""
 """
 
 _LOOP = r"""
-  int token = begin + over_tokens * 16;
-  int next_block = token < end ? block_tables[row * width + token / BLOCK_SIZE] : 0, turn = 0;
-  for (int base = begin; base < end; base += PASS, token += PASS, turn ^= 1) {
+  unsigned keys[STAGES][STEPS][2][KEY_WORDS], values[STAGES][SECTIONS][4][VALUE_WORDS];
+@SCALE_WORDS@
+  int next_block = begin + over_tokens * 16 < end ? block_tables[row * width + (begin + over_tokens * 16) / BLOCK_SIZE]
+                                                  : 0;
+  auto fetch = [&](int base, int stage) {                           // calls follow each other, PASS by PASS
+    const int token = base + over_tokens * 16;
     const size_t slot0 = kv_head * slots + (size_t)next_block * BLOCK_SIZE + token % BLOCK_SIZE;
     if (token + PASS < end) next_block = block_tables[row * width + (token + PASS) / BLOCK_SIZE];
-    unsigned keys[STEPS][2][KEY_WORDS], values[SECTIONS][4][VALUE_WORDS];
     EACH(s, STEPS) EACH(j, 2) {
       const bool seen = token + j * 8 + g < end;
       const size_t slot = slot0 + j * 8 + g;
       const int more = (s - KEY_STEPS) * PARTS + part_of;
-      EACH(w, KEY_WORDS) keys[s][j][w] = 0u;
+      EACH(w, KEY_WORDS) keys[stage][s][j][w] = 0u;
       if (s < KEY_STEPS) {
         const int first = (part_of * KEY_STEPS + s) * KEY_STEP + t * (KEY_STEP / 4);
         const size_t at = BITS ? (slot * KEY_DIM + first) * BITS / 16 : slot * KEY_DIM + first;
-        if (seen) load_halves<KEY_HALVES>(reinterpret_cast<const unsigned short*>(key_pages) + at, keys[s][j]);
+        if (seen) load_halves<KEY_HALVES>(reinterpret_cast<const unsigned short*>(key_pages) + at, keys[stage][s][j]);
       } else if (seen && more < ROPE_STEPS) {
         const size_t at = slot * GIVEN + more * 32 + t * 8;
-        load_halves<KEY_HALVES>(reinterpret_cast<const unsigned short*>(value_pages) + at, keys[s][j]);
+        load_halves<KEY_HALVES>(reinterpret_cast<const unsigned short*>(value_pages) + at, keys[stage][s][j]);
       }
     }
     EACH(s, SECTIONS) EACH(k, 4) {
       const int behind = k / 2 * 8 + 2 * t + k % 2, first = (part_of * SECTIONS + s) * VALUE_STEP + g * EACH_LANE;
       const bool seen = token + behind >= low && token + behind < end;
       const size_t element = (slot0 + behind) * VALUE_DIM + first, at = BITS ? element * BITS / 16 : element;
-      EACH(w, VALUE_WORDS) values[s][k][w] = 0u;
-      if (seen) load_halves<VALUE_HALVES>(reinterpret_cast<const unsigned short*>(@VALUES@) + at, values[s][k]);
+      EACH(w, VALUE_WORDS) values[stage][s][k][w] = 0u;
+      if (seen) load_halves<VALUE_HALVES>(reinterpret_cast<const unsigned short*>(@VALUES@) + at, values[stage][s][k]);
     }
-
+@FETCH_SCALES@
+  };
+  auto attend = [&](int base, int stage, int turn) {
+    const int token = base + over_tokens * 16;
     float score[2][TILES][2];                                       // tokens 2 t and 2 t + 1 of each eight
 @SCORES@
     if (PARTS > 1) {
@@ -312,7 +327,39 @@ _LOOP = r"""
       EACH(j, 2) EACH(i, 2) { score[j][h][i] = EXP2(score[j][h][i] - highest); sum[h] += score[j][h][i]; }
     }
 @WEIGHTED@
+  };
+  if (STAGES == 1) {
+    int turn = 0;
+    for (int base = begin; base < end; base += PASS, turn ^= 1) { fetch(base, 0); attend(base, 0, turn); }
+  } else {                                                          // a pass is on its way while one is computed
+    fetch(begin, 0);
+    for (int base = begin; base < end; base += 2 * PASS) {
+      if (base + PASS < end) fetch(base + PASS, STAGES - 1);
+      attend(base, 0, 0);
+      if (base + PASS < end) {
+        if (base + 2 * PASS < end) fetch(base + 2 * PASS, 0);
+        attend(base + PASS, STAGES - 1, 1);
+      }
+    }
   }
+"""
+
+# Scales and biases of the tokens whose scores a lane gets, in the pages' element type.
+_SCALE_WORDS = r"""
+  T key_s[STAGES][2][2][KEY_STEPS], key_b[STAGES][2][2][KEY_STEPS];
+  T value_s[STAGES][2][2][SECTIONS], value_b[STAGES][2][2][SECTIONS];
+"""
+_FETCH_SCALES = r"""
+    EACH(j, 2) EACH(i, 2) {
+      const int behind = j * 8 + 2 * t + i;
+      const bool known = token + behind < end, seen = known && token + behind >= low;
+      const size_t key = (slot0 + behind) * (KEY_DIM / KEY_STEP) + part_of * KEY_STEPS;
+      const size_t value = (slot0 + behind) * (VALUE_DIM / VALUE_STEP) + part_of * SECTIONS;
+      load_elements_of<KEY_STEPS>(key_scales + key, known, key_s[stage][j][i]);
+      load_elements_of<KEY_STEPS>(key_biases + key, known, key_b[stage][j][i]);
+      load_elements_of<SECTIONS>(value_scales + value, seen, value_s[stage][j][i]);
+      load_elements_of<SECTIONS>(value_biases + value, seen, value_b[stage][j][i]);
+    }
 """
 
 _PLAIN_SCORES = r"""
@@ -320,33 +367,24 @@ _PLAIN_SCORES = r"""
       float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       EACH(s, STEPS) EACH(p, KEY_PAIRS / 2)
         multiply(c, q[s][2 * p][0], TILES > 1 ? q[s][2 * p][TILES - 1] : 0u, q[s][2 * p + 1][0],
-                 TILES > 1 ? q[s][2 * p + 1][TILES - 1] : 0u, key_pair<BITS>(keys[s][j], 2 * p),
-                 key_pair<BITS>(keys[s][j], 2 * p + 1), C());
+                 TILES > 1 ? q[s][2 * p + 1][TILES - 1] : 0u, key_pair<BITS>(keys[stage][s][j], 2 * p),
+                 key_pair<BITS>(keys[stage][s][j], 2 * p + 1), C());
       EACH(h, TILES) EACH(i, 2) score[j][h][i] = c[2 * h + i];
     }
 """
 _PACKED_SCORES = r"""
     EACH(j, 2) {
-      float scales[2][KEY_STEPS], biases[2][KEY_STEPS];
-      EACH(i, 2) {
-        const int at = j * 8 + 2 * t + i;
-        const bool seen = token + at < end;
-        const size_t first = (slot0 + at) * (KEY_DIM / KEY_STEP) + part_of * KEY_STEPS;
-        EACH(s, KEY_STEPS) {
-          scales[i][s] = seen ? float(key_scales[first + s]) : 0.0f;
-          biases[i][s] = seen ? float(key_biases[first + s]) : 0.0f;
-        }
-      }
       EACH(h, TILES) EACH(i, 2) score[j][h][i] = 0.0f;
       EACH(s, KEY_STEPS) {
         float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         EACH(p, KEY_PAIRS / 2)
           multiply(c, q[s][2 * p][0], TILES > 1 ? q[s][2 * p][TILES - 1] : 0u, q[s][2 * p + 1][0],
-                   TILES > 1 ? q[s][2 * p + 1][TILES - 1] : 0u, key_pair<BITS>(keys[s][j], 2 * p),
-                   key_pair<BITS>(keys[s][j], 2 * p + 1), C());
-        EACH(h, TILES) EACH(i, 2)
-          score[j][h][i] += scales[i][s] * c[2 * h + i] +
-                            FMA(-1024.0f, scales[i][s], biases[i][s]) * query_sums[s][h];
+                   TILES > 1 ? q[s][2 * p + 1][TILES - 1] : 0u, key_pair<BITS>(keys[stage][s][j], 2 * p),
+                   key_pair<BITS>(keys[stage][s][j], 2 * p + 1), C());
+        EACH(i, 2) {
+          const float by = float(key_s[stage][j][i][s]), rest = FMA(-1024.0f, by, float(key_b[stage][j][i][s]));
+          EACH(h, TILES) score[j][h][i] += by * c[2 * h + i] + rest * query_sums[s][h];
+        }
       }
     }
 """
@@ -355,8 +393,8 @@ _PLAIN_WEIGHTED = r"""
     EACH(h, TILES) EACH(j, 2) p[h][j] = pair_of(score[j][h][0], score[j][h][1], C());
     EACH(s, SECTIONS) EACH(i, EACH_LANE / 2) {
       unsigned early[2], late[2];
-      value_pairs<BITS>(values[s][0], values[s][1], i, early);
-      value_pairs<BITS>(values[s][2], values[s][3], i, late);
+      value_pairs<BITS>(values[stage][s][0], values[stage][s][1], i, early);
+      value_pairs<BITS>(values[stage][s][2], values[stage][s][3], i, late);
       EACH(h, TILES)
         multiply(acc[s * (EACH_LANE / 2) + i][h], early[0], early[1], late[0], late[1], p[h][0], p[h][1], C());
     }
@@ -367,11 +405,8 @@ _PACKED_WEIGHTED = r"""
       EACH(j, 2) {
         float scales[2], biases[2];
         EACH(i, 2) {
-          const int at = j * 8 + 2 * t + i;
-          const bool seen = token + at >= low && token + at < end;
-          const size_t group = (slot0 + at) * (VALUE_DIM / VALUE_STEP) + part_of * SECTIONS + s;
-          scales[i] = seen ? float(value_scales[group]) * 256.0f : 0.0f;
-          biases[i] = seen ? float(value_biases[group]) : 0.0f;
+          scales[i] = float(value_s[stage][j][i][s]) * 256.0f;
+          biases[i] = float(value_b[stage][j][i][s]);
         }
         EACH(h, TILES) {
           const float a = float(C(score[j][h][0] * scales[0])), b = float(C(score[j][h][1] * scales[1]));
@@ -381,8 +416,8 @@ _PACKED_WEIGHTED = r"""
       }
       EACH(i, EACH_LANE / 2) {
         unsigned early[2], late[2];
-        value_pairs<BITS>(values[s][0], values[s][1], i, early);
-        value_pairs<BITS>(values[s][2], values[s][3], i, late);
+        value_pairs<BITS>(values[stage][s][0], values[stage][s][1], i, early);
+        value_pairs<BITS>(values[stage][s][2], values[stage][s][3], i, late);
         EACH(h, TILES)
           multiply(acc[s * (EACH_LANE / 2) + i][h], early[0], early[1], late[0], late[1], p[h][0], p[h][1], C());
       }
@@ -450,6 +485,8 @@ def mma_text(
     fragments = _FRAGMENTS.replace("@WRITE@", _PACKED_WRITE if packed else _PLAIN_WRITE)
     loop = _LOOP.replace("@SCORES@", _PACKED_SCORES if packed else _PLAIN_SCORES)
     loop = loop.replace("@WEIGHTED@", _PACKED_WEIGHTED if packed else _PLAIN_WEIGHTED)
+    loop = loop.replace("@SCALE_WORDS@", _SCALE_WORDS if packed else "")
+    loop = loop.replace("@FETCH_SCALES@", _FETCH_SCALES if packed else "")
     loop = loop.replace("@VALUES@", "key_pages" if latent else "value_pages")
     header = TENSOR_CORES + UNROLLED + SHARED_FUNCTIONS + SINK_MACROS[sinks] + ATTENTION_FUNCTIONS
     return _SETUP + rows + fragments + loop + _JOIN, header + (PACKING if packed else "") + _FUNCTIONS
