@@ -40,8 +40,9 @@ class CheckedPages:
 
     def expect(self, slots: NDArray[Any], rows: Floats) -> None:
         """``rows`` [kv_heads, n, dim], of the element type's numbers, are in ``slots``."""
-        for pages, part in zip(self._expected, self._stored(rows), strict=True):
-            pages[0][:, slots] = part
+        if rows.size:
+            for pages, part in zip(self._expected, self._stored(rows), strict=True):
+                pages[0][:, slots] = part
 
     def given_back(self, rows: Floats) -> Floats:
         """``rows`` as pages give them back."""
