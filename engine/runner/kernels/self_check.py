@@ -13,6 +13,7 @@ from engine.errors import error_line
 from engine.runner.kernels import paged_attention as gpu
 from engine.runner.kernels.joined_attention import HeadNorms, joined_attention
 from engine.runner.kernels.kernel_cache import collecting, compile_all
+from engine.runner.kernels.latent_attention import latent_attention
 from engine.runner.kernels.page_check import CheckedPages
 from engine.runner.kernels.page_format import PageArrays
 from engine.runner.kernels.reference import attention
@@ -79,6 +80,23 @@ class AttentionKernels(Protocol):
     ) -> mx.array:
         """Decode attention from a joined product, [rows, heads * D]; writes the new rows in place."""
 
+    def latent_attention(
+        self,
+        queries: mx.array,
+        rope_queries: mx.array,
+        new_latents: mx.array,
+        new_ropes: mx.array,
+        latent_pages: mx.array,
+        rope_pages: mx.array,
+        block_tables: mx.array,
+        positions: mx.array,
+        *,
+        scale: float,
+        block_size: int,
+        splits: int | None = None,
+    ) -> mx.array:
+        """Decode attention of all heads over latent vectors; writes the new rows in place."""
+
     def attention_problem(
         self,
         *,
@@ -93,6 +111,7 @@ class AttentionKernels(Protocol):
         softcap: float | None = None,
         scale: float | None = None,
         bits: int = 0,
+        latent: bool = False,
     ) -> str | None:
         """One line on what goes wrong for such layers, None if nothing does."""
 
@@ -101,7 +120,8 @@ class AttentionKernels(Protocol):
 class AttentionShape:
     """Layers that share a kernel: ``dtype`` is that of queries and pages, ``scale`` D ** -0.5 if None.
 
-    ``bits`` of an element in packed pages, 0 in plain ones.
+    ``bits`` of an element in packed pages, 0 in plain ones. ``latent``: all heads share a key that is their value too,
+    of ``key_dim`` elements, beside ``value_dim`` elements that only the key has.
     """
 
     dtype: mx.Dtype
@@ -115,6 +135,7 @@ class AttentionShape:
     softcap: float | None = None
     scale: float | None = None
     bits: int = 0
+    latent: bool = False
 
     @property
     def group(self) -> int:
@@ -126,6 +147,11 @@ class AttentionShape:
         """The scale of the scores."""
         return self.key_dim**-0.5 if self.scale is None else self.scale
 
+    @property
+    def result_dim(self) -> int:
+        """Elements of a head's result."""
+        return self.key_dim if self.latent else self.value_dim
+
 
 class GpuKernels:
     """The kernels on this machine's GPU."""
@@ -135,6 +161,7 @@ class GpuKernels:
 
     paged_attention = staticmethod(gpu.paged_attention)
     joined_attention = staticmethod(joined_attention)
+    latent_attention = staticmethod(latent_attention)
     collect = staticmethod(gpu.collect)
 
     def attention_problem(self, **shape: Any) -> str | None:
@@ -176,22 +203,41 @@ def attention_problem(
 
 def _launch_each(shape: AttentionShape, kernels: AttentionKernels) -> None:
     """Launch each kernel that layers of this shape use, on zeros; nothing is evaluated."""
-    dims, kv_heads, rows = (shape.key_dim, shape.value_dim), 2, 8
+    dims, kv_heads, rows = (shape.key_dim, shape.value_dim), 1 if shape.latent else 2, 8
     pages = [CheckedPages(shape.dtype, kv_heads, shape.block_size, dim, shape.bits) for dim in dims]
     for some in pages:
         some.fill()
     key_pages, value_pages = (some.arrays for some in pages)
     integers = mx.zeros((rows,), mx.int32)
     new_keys, new_values = (mx.zeros((rows, kv_heads, 1, dim), shape.dtype) for dim in dims)
-    heads = kv_heads * shape.group
-    kernels.paged_attention(
-        mx.zeros((rows, heads, 1, shape.key_dim), shape.dtype), new_keys, new_values, key_pages, value_pages,
-        integers[:, None], integers, scale=shape.used_scale, block_size=shape.block_size, window=shape.window,
-        sinks=mx.zeros((heads,), shape.dtype) if shape.sinks else None, softcap=shape.softcap, splits=2,
+    queries, rope_queries = (mx.zeros((rows, kv_heads * shape.group, 1, dim), shape.dtype) for dim in dims)
+    sinks = mx.zeros((kv_heads * shape.group,), shape.dtype) if shape.sinks else None
+    _attention(
+        kernels, shape, queries, rope_queries, new_keys, new_values, key_pages, value_pages, integers[:, None],
+        integers, sinks, 2,
     )  # fmt: skip
     kernels.collect(
         new_keys[:1], new_values[:1], key_pages, value_pages, integers, integers[:4], block_size=shape.block_size,
         length=1,
+    )  # fmt: skip
+
+
+def _attention(
+    kernels: AttentionKernels, shape: AttentionShape, queries: mx.array, rope_queries: mx.array, new_keys: mx.array,
+    new_values: mx.array, key_pages: PageArrays, value_pages: PageArrays, block_tables: mx.array, positions: mx.array,
+    sinks: mx.array | None, splits: int | None,
+) -> mx.array:  # fmt: skip
+    """The launch that layers of this shape use for single rows."""
+    if shape.latent:
+        assert isinstance(key_pages, mx.array), "packed latent pages"
+        assert isinstance(value_pages, mx.array), "packed latent pages"
+        return kernels.latent_attention(
+            queries, rope_queries, new_keys, new_values, key_pages, value_pages, block_tables, positions,
+            scale=shape.used_scale, block_size=shape.block_size, splits=splits,
+        )  # fmt: skip
+    return kernels.paged_attention(
+        queries, new_keys, new_values, key_pages, value_pages, block_tables, positions, scale=shape.used_scale,
+        block_size=shape.block_size, window=shape.window, sinks=sinks, softcap=shape.softcap, splits=splits,
     )  # fmt: skip
 
 
@@ -272,16 +318,17 @@ class _Check:
         """One new token for every sequence; a problem of the output."""
         shape, rows, heads = self.shape, len(self.sequences), self.kv_heads * self.shape.group
         queries, known_queries = self._random(rows, heads, 1, shape.key_dim)
+        rope_queries, known_ropes = self._random(rows, heads, 1, shape.value_dim)
         (keys, known_keys), (values, known_values) = (self._random(rows, self.kv_heads, 1, dim) for dim in self.dims)
         sinks, known_sinks = self._random(heads)
         options: dict[str, Any] = {"scale": shape.used_scale, "window": shape.window, "softcap": shape.softcap}
         positions = [sequence.keys.shape[1] if sequence else -1 for sequence in self.sequences]
         key_pages, value_pages = (pages.arrays for pages in self.pages)
-        _leave_nan(shape.dtype, (rows, heads, shape.value_dim), (rows, heads, 3, shape.value_dim), (rows, heads, 3, 2))
-        out = self.kernels.paged_attention(
-            queries, keys, values, key_pages, value_pages, self._tables(),
-            mx.array(positions, mx.int32) + self._after(),
-            block_size=shape.block_size, sinks=sinks if shape.sinks else None, splits=splits, **options,
+        dim = shape.result_dim
+        _leave_nan(shape.dtype, (rows, heads, dim), (rows, heads, 3, dim), (rows, heads, 3, 2))
+        out = _attention(
+            self.kernels, shape, queries, rope_queries, keys, values, key_pages, value_pages, self._tables(),
+            mx.array(positions, mx.int32) + self._after(), sinks if shape.sinks else None, splits,
         )  # fmt: skip
         self.newest = out
         got = np.array(out.astype(mx.float32))[:, :, 0]
@@ -290,10 +337,14 @@ class _Check:
             if sequence is not None:
                 sequence.append(known_keys[row], known_values[row])
                 self._expect(sequence, positions[row])
+                known, seen_values = known_queries[row, :, 0], self.pages[1].given_back(sequence.values)
+                seen_keys = self.pages[0].given_back(sequence.keys)
+                if shape.latent:
+                    known = np.concatenate([known, known_ropes[row, :, 0]], axis=-1)
+                    seen_keys, seen_values = np.concatenate([seen_keys, seen_values], axis=-1), seen_keys
                 wanted = attention(
-                    known_queries[row, :, 0], self.pages[0].given_back(sequence.keys),
-                    self.pages[1].given_back(sequence.values), sinks=known_sinks if shape.sinks else None, **options,
-                )  # fmt: skip
+                    known, seen_keys, seen_values, sinks=known_sinks if shape.sinks else None, **options
+                )
             if problem := _difference(got[row], wanted, TOLERANCE[shape.dtype]):
                 return f"{f'{positions[row] + 1} tokens' if sequence else 'a padding row'}: {problem}"
         return None

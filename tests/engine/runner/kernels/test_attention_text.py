@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.runner.kernels import latent_attention
 from engine.runner.kernels import paged_attention as module
 from engine.runner.kernels import paged_attention_text as text
 from engine.runner.kernels.paged_attention import collect, paged_attention
@@ -51,7 +52,7 @@ ON_CUDA = [name for name in SHAPES if name.startswith(("bf16 128 of 4", "bf16 64
 
 @pytest.fixture
 def kernels(text_kernels: TextKernels) -> dict[str, HostKernel]:
-    return text_kernels(module)
+    return text_kernels(module, latent_attention)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,30 @@ def test_tensor_cores_give_what_numpy_gives(
     monkeypatch.setattr(module, "tensor_cores", lambda: True)
     assert attention_problem(ON_TENSOR_CORES[name]) is None
     assert any(one.startswith("paged_attention_mma") for one in kernels)
+
+
+LATENT = {
+    "bf16 512 and 64 of 16": shape(mx.bfloat16, (512, 64), 16, latent=True, scale=0.07),
+    "f16 256 and 32 of 40": shape(mx.float16, (256, 32), 40, latent=True),
+    "f32 128 and 32 of 3": shape(mx.float32, (128, 32), 3, latent=True, block_size=8),
+}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "name", "on_tensor_cores"),
+    [
+        *(("metal", name, False) for name in LATENT),
+        ("cuda", "bf16 512 and 64 of 16", False),
+        ("cuda", "bf16 512 and 64 of 16", True),
+        ("cuda", "f16 256 and 32 of 40", True),
+    ],
+)
+def test_latent_pages_are_the_keys_and_values_of_all_heads(
+    name: str, on_tensor_cores: bool, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "tensor_cores", lambda: on_tensor_cores)
+    assert attention_problem(LATENT[name]) is None
+    assert f"latent_attention{'_mma' * on_tensor_cores}" in kernels
 
 
 def random(*sizes: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.array:
