@@ -104,7 +104,9 @@ def _check(arrays: list[mx.array], block_tables: mx.array, positions: mx.array) 
     rope_dim = rope_pages.shape[3]
     wanted = [(rows, heads, 1, rope_dim), (rows, 1, 1, dim), (rows, 1, 1, rope_dim)]
     if num_tokens != 1 or [rope_queries.shape, new_latents.shape, new_ropes.shape] != wanted:
-        raise ValueError(f"rows of shapes {queries.shape}, {rope_queries.shape}, {new_latents.shape}, {new_ropes.shape}")
+        raise ValueError(
+            f"rows of shapes {queries.shape}, {rope_queries.shape}, {new_latents.shape}, {new_ropes.shape}"
+        )
     slots = math.prod(latent_pages.shape[:3])
     if latent_pages.shape != (1, 1, slots, dim) or rope_pages.shape != (1, 1, slots, rope_dim):
         raise ValueError(f"latent pages of shapes {latent_pages.shape} and {rope_pages.shape}")

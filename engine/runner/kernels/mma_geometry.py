@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from engine.runner.kernels.page_format import PageFormat
+from engine.runner.kernels.page_format import PLAIN, PageFormat
 
 _TYPES = (mx.bfloat16, mx.float16)
 _MOST_HEADS = 16
@@ -80,7 +80,7 @@ class MmaGeometry:
 
 def mma_geometry(
     dtype: mx.Dtype, key_dim: int, value_dim: int, group: int, block_size: int, *,
-    keys: PageFormat = PageFormat(0, 0), values: PageFormat = PageFormat(0, 0), rope_dim: int = 0,
+    keys: PageFormat = PLAIN, values: PageFormat = PLAIN, rope_dim: int = 0,
 ) -> MmaGeometry | None:  # fmt: skip
     """For ``group`` query heads per kv head over rows of these formats; None where tensor cores are not used."""
     if dtype not in _TYPES or block_size % _TOKENS or keys.bits != values.bits:

@@ -106,7 +106,8 @@ def _integers(words: NDArray[np.uint32], bits: int) -> Floats:
 def _words(integers: Floats, bits: int) -> NDArray[np.uint32]:
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     each = integers.astype(np.uint32).reshape(*integers.shape[:-1], -1, len(shifts)) << shifts
-    return np.bitwise_or.reduce(each, axis=-1)
+    words: NDArray[np.uint32] = np.bitwise_or.reduce(each, axis=-1)
+    return words
 
 
 def _floats(array: mx.array) -> Floats:

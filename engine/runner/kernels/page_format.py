@@ -30,6 +30,9 @@ class PageFormat(NamedTuple):
     group_size: int
 
 
+PLAIN = PageFormat(0, 0)
+
+
 def as_pages(arrays: mx.array | tuple[mx.array, ...]) -> PageArrays:
     """What compiled functions hand on as a bare tuple."""
     return arrays if isinstance(arrays, mx.array) else PackedPages(*arrays)
@@ -55,7 +58,7 @@ def format_of(pages: PageArrays, dim: int) -> PageFormat:
     if isinstance(pages, mx.array):
         if pages.shape[3] != dim:
             raise ValueError(f"rows of {dim} elements in pages of shape {pages.shape}")
-        return PageFormat(0, 0)
+        return PLAIN
     words, scales, biases = pages
     bits, size = words.shape[3] * 32 // dim, dim // scales.shape[3]
     if bits not in (4, 8) or size not in (32, 64) or words.shape[3] * 32 != dim * bits or dim % size:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from engine.runner.kernels import paged_attention_text as text
-from engine.runner.kernels.attention_geometry import Geometry, attention_geometry
+from engine.runner.kernels.attention_geometry import attention_geometry
 from engine.runner.kernels.dialect import Kernel, float_bits, make_kernel
 from engine.runner.kernels.mma_geometry import MmaGeometry, mma_geometry
 from engine.runner.kernels.page_format import (
@@ -199,7 +199,7 @@ def collect(
 def _collected(
     dtype: mx.Dtype, dims: tuple[int, int], formats: tuple[PageFormat, PageFormat]
 ) -> tuple[int, list[tuple[str, int | mx.Dtype]]]:
-    """Threads for a row that is collected: one for 16 bytes, or a warp for each packed group; and what the text asks."""
+    """Threads for a collected row, one for 16 bytes or a warp for each packed group, and what the text is to know."""
     keys, values = formats
     if not keys.bits:
         vectors = [dim * dtype.size // VECTOR_BYTES for dim in dims]

@@ -212,7 +212,7 @@ def _launch_each(shape: AttentionShape, kernels: AttentionKernels) -> None:
     new_keys, new_values = (mx.zeros((rows, kv_heads, 1, dim), shape.dtype) for dim in dims)
     queries, rope_queries = (mx.zeros((rows, kv_heads * shape.group, 1, dim), shape.dtype) for dim in dims)
     sinks = mx.zeros((kv_heads * shape.group,), shape.dtype) if shape.sinks else None
-    _attention(
+    launch(
         kernels, shape, queries, rope_queries, new_keys, new_values, key_pages, value_pages, integers[:, None],
         integers, sinks, 2,
     )  # fmt: skip
@@ -222,7 +222,7 @@ def _launch_each(shape: AttentionShape, kernels: AttentionKernels) -> None:
     )  # fmt: skip
 
 
-def _attention(
+def launch(
     kernels: AttentionKernels, shape: AttentionShape, queries: mx.array, rope_queries: mx.array, new_keys: mx.array,
     new_values: mx.array, key_pages: PageArrays, value_pages: PageArrays, block_tables: mx.array, positions: mx.array,
     sinks: mx.array | None, splits: int | None,
@@ -326,7 +326,7 @@ class _Check:
         key_pages, value_pages = (pages.arrays for pages in self.pages)
         dim = shape.result_dim
         _leave_nan(shape.dtype, (rows, heads, dim), (rows, heads, 3, dim), (rows, heads, 3, 2))
-        out = _attention(
+        out = launch(
             self.kernels, shape, queries, rope_queries, keys, values, key_pages, value_pages, self._tables(),
             mx.array(positions, mx.int32) + self._after(), sinks if shape.sinks else None, splits,
         )  # fmt: skip
@@ -342,9 +342,7 @@ class _Check:
                 if shape.latent:
                     known = np.concatenate([known, known_ropes[row, :, 0]], axis=-1)
                     seen_keys, seen_values = np.concatenate([seen_keys, seen_values], axis=-1), seen_keys
-                wanted = attention(
-                    known, seen_keys, seen_values, sinks=known_sinks if shape.sinks else None, **options
-                )
+                wanted = attention(known, seen_keys, seen_values, sinks=known_sinks if shape.sinks else None, **options)
             if problem := _difference(got[row], wanted, TOLERANCE[shape.dtype]):
                 return f"{f'{positions[row] + 1} tokens' if sequence else 'a padding row'}: {problem}"
         return None

@@ -47,8 +47,8 @@ class HostKernels:
         )  # fmt: skip
 
     def _attend(
-        self, queries: mx.array, new_keys: mx.array, new_values: mx.array, key_pages: PageArrays, value_pages: PageArrays,
-        block_tables: mx.array, positions: mx.array, *, scale: float, block_size: int, window: int | None,
+        self, queries: mx.array, new_keys: mx.array, new_values: mx.array, key_pages: PageArrays,
+        value_pages: PageArrays, block_tables: mx.array, positions: mx.array, *, scale: float, block_size: int, window: int | None,
         sinks: mx.array | None = None, softcap: float | None = None,
     ) -> mx.array:  # fmt: skip
         known, keys, values = map(floats, (queries, new_keys, new_values))

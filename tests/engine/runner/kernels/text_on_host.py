@@ -193,7 +193,8 @@ def cuda_program(
         declared.append(f"{one.type}* {one.name}")
         passed.append(f"({one.type}*)arrays[{i}]")
     constants = "\n".join(
-        f"using {key} = {value};" if key in _TYPE_NAMES else f"constexpr int {key} = {value};" for key, value in template
+        f"using {key} = {value};" if key in _TYPE_NAMES else f"constexpr int {key} = {value};"
+        for key, value in template
     )
     return f"""#include "cuda_on_host.h"
 {header}namespace mlx::core::cu {{
