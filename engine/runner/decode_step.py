@@ -14,6 +14,7 @@ import numpy as np
 
 from engine.core.request import Request
 from engine.core.step import ScheduledRequest
+from engine.runner.kernels.page_format import PagePair
 from engine.runner.kv.input_batch import InputBatch, Int32, picked
 from engine.runner.kv.kernel_cache import DecodeRows, KernelGroupCache, on_device, padded_positions
 
@@ -21,7 +22,7 @@ _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256
 _MIN_WIDTH = 32
 """Blocks of the narrowest tables: 512 tokens in blocks of 16."""
 
-Pages = list[list[tuple[mx.array, mx.array]]]
+Pages = list[list[PagePair]]
 
 
 def padded_rows(num_rows: int) -> int:

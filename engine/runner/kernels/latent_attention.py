@@ -40,9 +40,10 @@ def latent_attention(
     """Write every row's new vectors into their slot, and attend over all before them.
 
     ``queries`` [rows, heads, 1, R], in the space of the latent vectors, and their rotated part ``rope_queries``
-    [rows, heads, 1, P]; ``new_latents`` [rows, 1, 1, R] and ``new_ropes`` [rows, 1, 1, P]; pages [1, 1, slots, R] and
-    [1, 1, slots, P], all of one element type. A score is ``scale`` times both products; values are the latent vectors:
-    gives [rows, heads, 1, R]. The rest as in :func:`paged_attention`. ValueError: what it does not know.
+    [rows, heads, 1, P], times ``scale`` already, which is what mlx-lm's models hand on; ``new_latents`` [rows, 1, 1, R]
+    and ``new_ropes`` [rows, 1, 1, P]; pages [1, 1, slots, R] and [1, 1, slots, P], all of one element type. A score is
+    the sum of both products, values are the latent vectors: gives [rows, heads, 1, R]. The rest as in
+    :func:`paged_attention`. ValueError: what it does not know.
     """
     arrays = [queries, rope_queries, new_latents, new_ropes, latent_pages, rope_pages]
     _check(arrays, block_tables, positions)

@@ -25,8 +25,7 @@ _ROWS = r"""
       load_elements<T, VEC>(queries + head * KEY_DIM + COLUMN(v), &q[g][v * VEC]);
 #pragma unroll
     for (int i = 0; i < ROPE_PART; ++i)
-      rope_q[g][i] = float(rope_queries[head * ROPE_DIM + in_team * ROPE_PART + i]) *
-                     (CAP ? CONSTANT(SCALE) : CONSTANT(SCALE) * LOG2E);
+      rope_q[g][i] = float(rope_queries[head * ROPE_DIM + in_team * ROPE_PART + i]) * LOG2E;
   }
 
   if (has_newest && WARP == 0 && team == 0) {

@@ -16,7 +16,7 @@ Template arguments, beside those of :mod:`engine.runner.kernels.paged_attention_
     BITS, KEY_STEP, VALUE_STEP  of packed elements (0: plain pages); elements of a key that are multiplied at a time,
                                 and of a value that eight lanes read at a time: a group's, or 32 and 64
     ROPE_DIM                    of latent pages: the values' pages hold so many further elements of keys, and values
-                                are the keys. 0: usual ones
+                                are the keys; their queries are scaled already. 0: usual ones
     HEADS, WARPS, PARTS         query heads of a block (at most 16), its warps, and warps that share a token
     STAGES                      2: a pass of tokens is loaded while another is computed
 """
@@ -364,12 +364,13 @@ _FETCH_SCALES = r"""
 
 _PLAIN_SCORES = r"""
     EACH(j, 2) {
-      float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      float c[4] = {0.0f, 0.0f, 0.0f, 0.0f}, more[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       EACH(s, STEPS) EACH(p, KEY_PAIRS / 2)
-        multiply(c, q[s][2 * p][0], TILES > 1 ? q[s][2 * p][TILES - 1] : 0u, q[s][2 * p + 1][0],
+        multiply(s < KEY_STEPS ? c : more, q[s][2 * p][0], TILES > 1 ? q[s][2 * p][TILES - 1] : 0u, q[s][2 * p + 1][0],
                  TILES > 1 ? q[s][2 * p + 1][TILES - 1] : 0u, key_pair<BITS>(keys[stage][s][j], 2 * p),
                  key_pair<BITS>(keys[stage][s][j], 2 * p + 1), C());
-      EACH(h, TILES) EACH(i, 2) score[j][h][i] = c[2 * h + i];
+      EACH(h, TILES) EACH(i, 2)
+        score[j][h][i] = ROPE_DIM ? c[2 * h + i] + more[2 * h + i] / CONSTANT(SCALE) : c[2 * h + i];
     }
 """
 _PACKED_SCORES = r"""

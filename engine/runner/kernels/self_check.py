@@ -340,7 +340,7 @@ class _Check:
                 known, seen_values = known_queries[row, :, 0], self.pages[1].given_back(sequence.values)
                 seen_keys = self.pages[0].given_back(sequence.keys)
                 if shape.latent:
-                    known = np.concatenate([known, known_ropes[row, :, 0]], axis=-1)
+                    known = np.concatenate([known, known_ropes[row, :, 0] / shape.used_scale], axis=-1)
                     seen_keys, seen_values = np.concatenate([seen_keys, seen_values], axis=-1), seen_keys
                 wanted = attention(known, seen_keys, seen_values, sinks=known_sinks if shape.sinks else None, **options)
             if problem := _difference(got[row], wanted, TOLERANCE[shape.dtype]):

@@ -19,8 +19,9 @@ from tests.engine.parity.tiny_architectures import CONFIGS, VOCAB, tiny_model
 from tests.engine.runner.kernels.host_kernels import HostKernels
 
 NUM_TOKENS = 6
-UNSERVED = {"deepseek_v3", "deepseek_v32", "mamba2", "llama4"}
-"""Latent attention, states alone; chunks of attention that a model masks for one sequence at a time."""
+UNSERVED = {"deepseek_v32", "mamba2", "llama4"}
+"""Latent attention that picks tokens by an index of its own, states alone; chunks of attention that a model masks for
+one sequence at a time."""
 
 
 def kernel_engine(name: str) -> tuple[BareEngine, HostKernels, PagedBackend]:
@@ -42,10 +43,10 @@ def test_pages_read_in_place_give_mlx_lms_tokens(name: str) -> None:
             if chunk == 16:
                 engine.start(chunk=16)
             assert [one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)] == expected
-        assert kernels.calls["paged_attention"] > 0 < kernels.calls["collect"]
+        assert kernels.calls["paged_attention"] + kernels.calls["latent_attention"] > 0 < kernels.calls["collect"]
         assert not paged_cache._lent
         attends = {path.kind: path.backend for path in backend.attention_paths}
-        assert attends["full"] == "paged"
+        assert attends.get("full", attends.get("mla")) == "paged"
         assert attends.get("state", "reference") == "reference"
     finally:
         engine.backend.close()
@@ -142,8 +143,7 @@ def test_a_kernel_that_does_not_compile_serves_no_layer() -> None:
 @pytest.mark.parametrize(
     ("name", "dtype", "why"),
     [
-        ("deepseek_v3", "auto", "no kernel for latent attention yet"),
-        ("llama", "int8", "no kernel for int8 pages yet"),
+        ("deepseek_v3", "int8", "no kernel for latent vectors in int8 yet"),
         ("llama", "bfloat16", "bfloat16 pages under a model in float32"),
         ("mamba2", "auto", "no kernel for recurrent states yet"),
     ],

@@ -20,7 +20,7 @@ class HostKernels:
     """As :class:`engine.runner.kernels.self_check.GpuKernels`. ``calls`` counts the launches by name."""
 
     def __init__(self) -> None:
-        self.calls = {"paged_attention": 0, "collect": 0, "joined_attention": 0}
+        self.calls = {"paged_attention": 0, "collect": 0, "joined_attention": 0, "latent_attention": 0}
 
     def paged_attention(
         self,
@@ -48,8 +48,8 @@ class HostKernels:
 
     def _attend(
         self, queries: mx.array, new_keys: mx.array, new_values: mx.array, key_pages: PageArrays,
-        value_pages: PageArrays, block_tables: mx.array, positions: mx.array, *, scale: float, block_size: int, window: int | None,
-        sinks: mx.array | None = None, softcap: float | None = None,
+        value_pages: PageArrays, block_tables: mx.array, positions: mx.array, *, scale: float, block_size: int,
+        window: int | None, sinks: mx.array | None = None, softcap: float | None = None,
     ) -> mx.array:  # fmt: skip
         known, keys, values = map(floats, (queries, new_keys, new_values))
         rows, heads, _, _ = queries.shape
@@ -103,6 +103,40 @@ class HostKernels:
             *new, key_pages, value_pages, block_tables, positions, scale=scale, block_size=block_size, window=window
         )
         return out.reshape(rows, heads * dim)
+
+    def latent_attention(
+        self,
+        queries: mx.array,
+        rope_queries: mx.array,
+        new_latents: mx.array,
+        new_ropes: mx.array,
+        latent_pages: mx.array,
+        rope_pages: mx.array,
+        block_tables: mx.array,
+        positions: mx.array,
+        *,
+        scale: float,
+        block_size: int,
+        splits: int | None = None,
+    ) -> mx.array:
+        """Write each row's vectors into its slot; gives [rows, heads, 1, R]."""
+        self.calls["latent_attention"] += 1
+        known = np.concatenate([floats(queries), floats(rope_queries) / scale], axis=-1)[:, :, 0]
+        new = floats(new_latents), floats(new_ropes)
+        out = np.zeros(queries.shape, np.float32)
+        places, tables = np.array(positions), np.array(block_tables)
+        for row in range(queries.shape[0]):
+            if places[row] < 0:
+                continue
+            seen = np.arange(places[row] + 1)
+            slots = tables[row, seen // block_size] * block_size + seen % block_size
+            for pages, rows in zip((latent_pages, rope_pages), new, strict=True):
+                write(pages, slots[-1:], rows[row])
+            latents, ropes = (
+                read(pages, slots, rows.shape[3]) for pages, rows in zip((latent_pages, rope_pages), new, strict=True)
+            )
+            out[row, :, 0] = attention(known[row], np.concatenate([latents, ropes], axis=-1), latents, scale=scale)
+        return mx.array(out).astype(queries.dtype)
 
     def collect(
         self,
