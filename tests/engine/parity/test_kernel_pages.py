@@ -15,7 +15,7 @@ from engine.runner.paged_backend import PagedBackend
 from tests.engine.parity.bare_engine import BareEngine, greedy
 from tests.engine.parity.oracle import mixed_prompts
 from tests.engine.parity.test_architectures import long_prompt
-from tests.engine.parity.tiny_architectures import CONFIGS, VOCAB, tiny_model
+from tests.engine.parity.tiny_architectures import CONFIGS, VOCAB, build, config_of, tiny_model
 from tests.engine.runner.kernels.host_kernels import HostKernels
 
 NUM_TOKENS = 6
@@ -46,13 +46,37 @@ def test_pages_read_in_place_give_mlx_lms_tokens(name: str) -> None:
         assert kernels.calls["paged_attention"] + kernels.calls["latent_attention"] > 0 < kernels.calls["collect"]
         assert not paged_cache._lent
         attends = {path.kind: path.backend for path in backend.attention_paths}
-        assert attends.get("full", attends.get("mla")) == "paged"
+        assert attends.get("full", attends.get("latent")) == "paged"
         assert attends.get("state", "reference") == "reference"
     finally:
         engine.backend.close()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma4_text", "qwen3_5"])
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
+def test_packed_pages_give_the_tokens_and_the_pages_of_the_reference_path(name: str, kv_cache_dtype: str) -> None:
+    """Of the first layer, whose rows are the same in both to the last bit."""
+    model = build({**config_of(name), "head_dim": 32})
+    prompts = mixed_prompts(5, VOCAB, 90, seed=1)
+    outputs, memories = [], []
+    for kernels in (HostKernels(), None):
+        engine = BareEngine(model, kernels=kernels, kv_cache_dtype=kv_cache_dtype)
+        backend = engine.backend
+        assert isinstance(backend, PagedBackend)
+        assert {path.backend for path in backend.attention_paths} == {"paged" if kernels else "reference"}
+        outputs.append([one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)])
+        first_layer = [backend.pools[0].keys[0], backend.pools[0].values[0]]  # type: ignore[attr-defined]
+        memories.append([np.array(array) for pages in first_layer for array in pages.arrays])
+        if kernels is not None:
+            outputs.append([one.output_token_ids for one in engine.start(chunk=16).generate(prompts, NUM_TOKENS)])
+            assert min(kernels.calls["paged_attention"], kernels.calls["collect"]) > 0
+        backend.close()
+    assert outputs[0] == outputs[1] == outputs[2]
+    for ours, reference in zip(*memories, strict=True):
+        assert np.array_equal(ours, reference)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma4_text", "qwen3_5", "deepseek_v3"])
 def test_blocks_are_used_again_at_once_and_requests_give_way(name: str) -> None:
     engine, _, _ = kernel_engine(name)
     prompts = mixed_prompts(9, VOCAB, 60, seed=4)
