@@ -10,17 +10,19 @@ EPS: bits of what is added to the mean square of a head, for heads that are norm
 
 from functools import cache
 
-from engine.runner.kernels.paged_attention_text import (
-    ATTENTION_FUNCTIONS,
-    ATTENTION_PASSES,
-    ATTENTION_SETUP,
+from engine.runner.kernels.packed_attention_text import (
     PACK_NEWEST,
     PACKED_PASSES,
     PACKED_SETUP,
     PACKING,
+    UNPACKING,
+)
+from engine.runner.kernels.paged_attention_text import (
+    ATTENTION_FUNCTIONS,
+    ATTENTION_PASSES,
+    ATTENTION_SETUP,
     SHARED_FUNCTIONS,
     SINK_MACROS,
-    UNPACKING,
 )
 
 _ROTATE = r"""

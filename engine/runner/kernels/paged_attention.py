@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from engine.runner.kernels import packed_attention_text as packed_text
 from engine.runner.kernels import paged_attention_text as text
 from engine.runner.kernels.attention_geometry import attention_geometry
 from engine.runner.kernels.dialect import Kernel, float_bits, make_kernel
@@ -254,9 +255,9 @@ def _attention_kernel(sinks: bool, packed: bool, on_tensor_cores: bool) -> Kerne
     if on_tensor_cores:
         body, header = mma_text(packed=packed, sinks=sinks)
     elif packed:
-        body = text.PACKED_ATTENTION
-        header = text.SHARED_FUNCTIONS + text.SINK_MACROS[sinks] + text.ATTENTION_FUNCTIONS + text.PACKING
-        header += text.UNPACKING
+        body = packed_text.PACKED_ATTENTION
+        header = text.SHARED_FUNCTIONS + text.SINK_MACROS[sinks] + text.ATTENTION_FUNCTIONS + packed_text.PACKING
+        header += packed_text.UNPACKING
     else:
         body = text.ATTENTION
         header = text.SHARED_FUNCTIONS + text.SINK_MACROS[sinks] + text.ATTENTION_FUNCTIONS
@@ -278,8 +279,8 @@ def _collect_kernel(packed: bool) -> Kernel:
     pages = *page_names("key", packed=packed), *page_names("value", packed=packed)
     inputs = ("new_keys", "new_values", *pages, "block_table", "span")
     if packed:
-        header = text.PACKING + text.PACKED_COLLECT_FUNCTIONS
-        return make_kernel("collect_packed_pages", inputs, ("keys", "values"), text.PACKED_COLLECT, header)
+        header = packed_text.PACKING + packed_text.PACKED_COLLECT_FUNCTIONS
+        return make_kernel("collect_packed_pages", inputs, ("keys", "values"), packed_text.PACKED_COLLECT, header)
     return make_kernel("collect_pages", inputs, ("keys", "values"), text.COLLECT, text.COLLECT_FUNCTIONS)
 
 

@@ -23,7 +23,8 @@ Template arguments, beside those of :mod:`engine.runner.kernels.paged_attention_
 
 from functools import cache
 
-from engine.runner.kernels.paged_attention_text import ATTENTION_FUNCTIONS, PACKING, SHARED_FUNCTIONS, SINK_MACROS
+from engine.runner.kernels.packed_attention_text import PACKING
+from engine.runner.kernels.paged_attention_text import ATTENTION_FUNCTIONS, SHARED_FUNCTIONS, SINK_MACROS
 from engine.runner.kernels.rows_matmul_text import TENSOR_CORES, UNROLLED
 
 _FUNCTIONS = r"""

@@ -13,9 +13,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.params.kv_dtype import group_size
 from engine.runner.kernels import latent_attention
 from engine.runner.kernels import paged_attention as module
 from engine.runner.kernels import paged_attention_text as text
+from engine.runner.kernels.page_format import PackedPages
 from engine.runner.kernels.paged_attention import collect, paged_attention
 from engine.runner.kernels.reference import attention
 from engine.runner.kernels.self_check import AttentionShape, attention_problem
@@ -232,6 +234,38 @@ def test_collect_reads_what_lies_before_a_chunk_and_writes_the_chunk(
     for rows, page, expected in zip(got, pages, wanted, strict=True):
         assert np.array_equal(floats(rows), expected[:, :, slots])
         assert np.array_equal(floats(page), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("dtype", "dim"), [(mx.bfloat16, 128), (mx.float16, 96), (mx.float32, 64)])
+def test_rows_are_packed_to_the_bit_as_mlx_packs_them(
+    dtype: mx.Dtype, dim: int, bits: int, kernels: dict[str, HostKernel]
+) -> None:
+    """By a chunk's launch and by a single row's; what a chunk gets back is what the pages hold."""
+    size = group_size(dim)
+    assert size is not None
+    pages = [
+        PackedPages(*(mx.contiguous(some) for some in mx.quantize(mx.zeros((1, 2, 96, dim), dtype), size, bits)))
+        for _ in range(2)
+    ]
+    mx.eval(pages)
+    rows = [random(1, 2, 41, dim, dtype=dtype, seed=seed) * 3 for seed in (1, 2)]
+    table = mx.array([4, 1, 5, 0, 0, 0, 0, 0], mx.int32)
+    chunk = [some[:, :, :40] for some in rows]
+    got = collect(*chunk, *pages, table, mx.array([0, 0, 0, 0], mx.int32), block_size=16, length=40)
+    single = [some[:, :, 40:] for some in rows]
+    queries = random(1, 4, 1, dim, dtype=dtype)
+    mx.eval(paged_attention(
+        queries, *single, *pages, table[None], mx.array([40] + [-1] * 7, mx.int32), scale=0.1, block_size=16
+    ))  # fmt: skip
+    slots = [block * 16 + at for block in (4, 1, 5) for at in range(16)][:41]
+    for some, page, back in zip(rows, pages, got, strict=True):
+        wanted = mx.quantize(mx.contiguous(some), size, bits)
+        for array, expected in zip(page, wanted, strict=True):
+            assert mx.array_equal(array[:, :, mx.array(slots)], expected)
+        unpacked = mx.dequantize(*(part[:, :, :40].astype(mx.float32) if part.dtype != mx.uint32 else part[:, :, :40]
+                                   for part in wanted), group_size=size, bits=bits)  # fmt: skip
+        assert mx.allclose(back, unpacked.astype(dtype), rtol=1e-2 if dtype == mx.bfloat16 else 1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("dialect", ["metal"])
