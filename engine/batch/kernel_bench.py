@@ -167,11 +167,15 @@ def _worker() -> Iterator[OnThread]:
 
 def bench_model_kernels(name: str, thread: "EngineThread") -> KernelBench:
     """A :class:`KernelBench` over the shapes of the model that ``thread`` runs, between its steps."""
+    backend = thread.call(lambda engine: engine.runner.backend)
+    shapes = thread.call(lambda _: _shapes_of(backend))
+    return KernelBench(name, [(name, shape) for shape in shapes], lambda function: thread.call(lambda _: function()))
+
+
+def _shapes_of(backend: Any) -> list["AttentionShape"]:
     from engine.runner.kv.attention_calls import kernel_shapes
 
-    backend = thread.call(lambda engine: engine.runner.backend)
-    shapes = thread.call(lambda _: kernel_shapes(backend.model, backend.block_size))
-    return KernelBench(name, [(name, shape) for shape in shapes], lambda function: thread.call(lambda _: function()))
+    return kernel_shapes(backend.model, backend.block_size, getattr(backend, "kv_cache_dtype", "auto"))
 
 
 def bench_kernels() -> KernelBench:

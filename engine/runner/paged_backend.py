@@ -104,7 +104,7 @@ class PagedBackend:
             return KernelStateGroup(leaves, self.kernels.kernels.states)
         if self.kernels is not None and self._served(number):
             window = spec.window if isinstance(spec, SlidingWindowSpec) else None
-            return KernelGroupCache(leaves, self.block_size, window, self.kernels.kernels)
+            return KernelGroupCache(leaves, self.block_size, window, self.kernels.kernels, self.kv_cache_dtype)
         return make_group_cache(spec, leaves, block_size=self.block_size, kv_cache_dtype=self.kv_cache_dtype)
 
     def make_room(self, batch: InputBatch, limits: Sequence[int]) -> None:

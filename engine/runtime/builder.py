@@ -118,7 +118,7 @@ def _speed_up(
 ) -> tuple[str | None, str | None, str | None]:
     """Have layers and products computed in fewer or faster launches where that is right; a line for the user each."""
     kernels = GPU_KERNELS if _own_kernels(args) and args.use_paged_attention else None
-    blocks = FusedBlocks(model, device.kind, kernels, args.block_size)
+    blocks = FusedBlocks(model, device.kind, kernels, args.block_size, args.kv_cache_dtype)
     undo.callback(blocks.remove)
     blocks.choose(partial(progress, "kernels"))
     blocks.install()

@@ -143,11 +143,11 @@ def test_a_kind_of_layer_whose_kernel_is_wrong_is_named_with_the_reason(
         assert line.endswith("sliding: 64 tokens: relative error 3.0e-01)")
 
 
-def test_kernels_asked_for_over_quantized_pages_are_refused_with_the_reason(
+def test_kernels_asked_for_over_packed_latent_pages_are_refused_with_the_reason(
     tiny_model_dir: Any, host_kernels: HostKernels
 ) -> None:
-    with pytest.raises(ConfigError, match=r"^--attention-backend paged .*no kernel for int8 pages"):
-        LLM(str(tiny_model_dir("llama")), attention_backend="paged", kv_cache_dtype="int8", **OPTIONS)
+    with pytest.raises(ConfigError, match=r"^--attention-backend paged .*no kernel for latent vectors in int8"):
+        LLM(str(tiny_model_dir("deepseek_v3")), attention_backend="paged", kv_cache_dtype="int8", **OPTIONS)
 
 
 def test_fused_layers_are_said_at_load_and_used(tiny_model_dir: Any, host_kernels: HostKernels) -> None:

@@ -9,8 +9,10 @@ from itertools import cycle, islice
 
 import mlx.core as mx
 
+from engine.params.kv_dtype import QUANTIZED_BITS, group_size, vector_bytes
 from engine.runner.kernels.dialect import kernels_available, make_kernel
-from engine.runner.kernels.self_check import GPU_KERNELS, AttentionShape, attention_problem
+from engine.runner.kernels.page_format import PackedPages, PageArrays, PagePair
+from engine.runner.kernels.self_check import GPU_KERNELS, AttentionShape, attention_problem, launch
 
 DECODES = ((1, 512), (8, 512), (32, 512), (64, 512), (8, 8192), (32, 4096))
 """Rows and tokens of each."""
@@ -106,22 +108,28 @@ def _decode(shape: AttentionShape, rows: int, tokens: int) -> _Work:
     pages = _layers(shape, rows * width * size)
     tables = mx.random.permutation(rows * width).astype(mx.int32).reshape(rows, width)
     positions = mx.full((max(rows, 8),), tokens - 1, mx.int32) + 0
-    queries = mx.random.normal((rows, shape.heads, 1, shape.key_dim)).astype(shape.dtype)
+    queries, rope_queries = (mx.random.normal((rows, shape.heads, 1, dim)).astype(shape.dtype) for dim in dims)
     new = [mx.random.normal((rows, shape.kv_heads, 1, dim)).astype(shape.dtype) for dim in dims]
     sinks = mx.zeros((shape.heads,), shape.dtype) if shape.sinks else None
-    mx.eval(pages, tables, positions, queries, new)
+    mx.eval(pages, tables, positions, queries, rope_queries, new)
 
     def build() -> list[mx.array]:
         out = queries
-        for key_pages, value_pages in islice(cycle(pages), _DECODE_LAUNCHES):
-            out = GPU_KERNELS.paged_attention(
-                _as_queries(out, shape.key_dim), new[0], new[1], key_pages, value_pages, tables, positions,
-                scale=shape.used_scale, block_size=size, window=shape.window, sinks=sinks, softcap=shape.softcap,
+        for keys_and_values in islice(cycle(pages), _DECODE_LAUNCHES):
+            out = launch(
+                GPU_KERNELS, shape, _as_queries(out, shape.key_dim), rope_queries, new[0], new[1], *keys_and_values,
+                tables, positions, sinks, None,
             )  # fmt: skip
         return [out]
 
     seen = min(tokens, shape.window or tokens)
-    return _Work(build, _DECODE_LAUNCHES, rows * seen * shape.kv_heads * sum(dims) * shape.dtype.size)
+    return _Work(build, _DECODE_LAUNCHES, rows * seen * _row_bytes(shape))
+
+
+def _row_bytes(shape: AttentionShape) -> int:
+    """What a token takes in the pages of one layer."""
+    dtype = next((name for name, bits in QUANTIZED_BITS.items() if bits == shape.bits), "auto")
+    return shape.kv_heads * sum(vector_bytes(dim, shape.dtype.size, dtype) for dim in (shape.key_dim, shape.value_dim))
 
 
 def _as_queries(out: mx.array, key_dim: int) -> mx.array:
@@ -150,16 +158,24 @@ def _collect(shape: AttentionShape, num_new: int, length: int) -> _Work:
         ]
         return [one for both in collected for one in both]
 
-    return _Work(build, _COLLECT_LAUNCHES, (2 * length + num_new) * shape.kv_heads * sum(dims) * shape.dtype.size)
+    plain = shape.kv_heads * sum(dims) * shape.dtype.size
+    return _Work(build, _COLLECT_LAUNCHES, length * (_row_bytes(shape) + plain) + num_new * plain)
 
 
-def _layers(shape: AttentionShape, slots: int) -> list[tuple[mx.array, mx.array]]:
+def _layers(shape: AttentionShape, slots: int) -> list[PagePair]:
     """Pages of several layers with ``slots`` slots, of random rows."""
-    row = shape.kv_heads * (shape.key_dim + shape.value_dim) * shape.dtype.size
-    number = max(1, min(_DECODE_LAUNCHES, _PAGE_BYTES // (row * slots)))
+    number = max(1, min(_DECODE_LAUNCHES, _PAGE_BYTES // (_row_bytes(shape) * slots)))
 
-    def pages(dim: int) -> mx.array:
-        return mx.random.normal((1, shape.kv_heads, slots, dim), dtype=shape.dtype)
+    def pages(dim: int) -> PageArrays:
+        if not shape.bits:
+            return mx.random.normal((1, shape.kv_heads, slots, dim), dtype=shape.dtype)
+        groups = dim // (group_size(dim) or dim)
+        words = mx.random.randint(0, 1 << 30, (1, shape.kv_heads, slots, dim * shape.bits // 32))
+        scales, biases = (
+            mx.random.uniform(low, high, (1, shape.kv_heads, slots, groups)).astype(shape.dtype)
+            for low, high in ((0.01, 0.02), (-2.0, -1.0))
+        )
+        return PackedPages(words.astype(mx.uint32), scales, biases)
 
     return [(pages(shape.key_dim), pages(shape.value_dim)) for _ in range(number)]
 

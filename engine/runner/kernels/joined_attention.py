@@ -10,17 +10,25 @@ import mlx.core as mx
 
 from engine.runner.kernels.dialect import Kernel, float_bits, make_kernel
 from engine.runner.kernels.joined_attention_text import joined_text
+from engine.runner.kernels.page_format import (
+    PageArrays,
+    PageFormat,
+    arrays_of,
+    element_type,
+    format_of,
+    page_names,
+    rows_of,
+)
 from engine.runner.kernels.paged_attention import (
     ELEMENT_TYPES,
-    attention_geometry,
+    attention_plan,
     attention_shapes,
     join_splits,
     most_tokens,
     number_of_splits,
     positive_bits,
 )
-
-_INPUTS = ("joined", "key_pages", "value_pages", "block_tables", "positions", "frequencies")
+from engine.runner.kernels.paged_attention_mma_text import mma_text
 
 
 class HeadNorms(NamedTuple):
@@ -33,8 +41,8 @@ class HeadNorms(NamedTuple):
 
 def joined_attention(
     joined: mx.array,
-    key_pages: mx.array,
-    value_pages: mx.array,
+    key_pages: PageArrays,
+    value_pages: PageArrays,
     block_tables: mx.array,
     positions: mx.array,
     frequencies: mx.array,
@@ -52,14 +60,15 @@ def joined_attention(
     product; ``frequencies`` float32 [D / 2]: radians per position by which elements i and i + D / 2 are turned. The
     rest as in :func:`paged_attention`. Gives [rows, heads * D]. ValueError: what it does not know.
     """
-    _check(joined, key_pages, value_pages, block_tables, positions, frequencies, heads)
-    rows, (kv_heads, dim) = joined.shape[0], key_pages.shape[1::2]
-    geometry = attention_geometry(dim, dim, heads // kv_heads, joined.dtype.size, rotates=True)
-    geometry.check(block_size)
+    rows, kv_heads = joined.shape[0], rows_of(key_pages).shape[1]
+    dim = joined.shape[1] // (heads + 2 * kv_heads)
+    form = _check(joined, key_pages, value_pages, block_tables, positions, frequencies, heads)
+    plan = attention_plan(joined.dtype, dim, dim, heads // kv_heads, block_size, form, form, rotates=True)
     tokens = most_tokens(block_tables.shape[1], block_size, window)
-    splits = splits or number_of_splits(rows, kv_heads, tokens, geometry.tokens_per_pass)
-    inputs = [joined, key_pages, value_pages, block_tables, positions, frequencies]
-    out, part, sums = _kernel(norms is not None)(
+    splits = splits or number_of_splits(rows, kv_heads * plan.blocks, tokens, plan.tokens_per_pass)
+    pages = [*arrays_of(key_pages), *arrays_of(value_pages)]
+    inputs = [joined, *pages, block_tables, positions, frequencies]
+    out, part, sums = _kernel(norms is not None, form.bits > 0, plan.on_tensor_cores)(
         inputs=inputs if norms is None else [*inputs, norms.query_gain, norms.key_gain],
         template=[
             ("T", joined.dtype),
@@ -68,10 +77,10 @@ def joined_attention(
             ("SCALE", positive_bits("scale", scale)),
             ("CAP", 0),
             *([] if norms is None else [("EPS", float_bits(norms.eps))]),
-            *geometry.template,
+            *plan.template,
         ],
-        grid=(geometry.threads * splits, kv_heads, rows),
-        threadgroup=(geometry.threads, 1, 1),
+        grid=(plan.threads * splits, kv_heads * plan.blocks, rows),
+        threadgroup=(plan.threads, 1, 1),
         output_shapes=attention_shapes(rows, heads, splits, dim),
         output_dtypes=[joined.dtype, mx.float32, mx.float32],
     )
@@ -83,33 +92,40 @@ def rotates(dim: int, element_size: int) -> bool:
     return dim * element_size % 32 == 0
 
 
-def _kernel(normed: bool) -> Kernel:
-    body, header = joined_text(normed=normed)
-    inputs = (*_INPUTS, "query_gain", "key_gain") if normed else _INPUTS
-    name = "joined_attention_normed" if normed else "joined_attention"
+def _kernel(normed: bool, packed: bool, on_tensor_cores: bool) -> Kernel:
+    text = mma_text(packed=packed, joined=True, normed=normed) if on_tensor_cores else None
+    body, header = text or joined_text(normed=normed, packed=packed)
+    pages = *page_names("key", packed=packed), *page_names("value", packed=packed)
+    inputs = ("joined", *pages, "block_tables", "positions", "frequencies")
+    name = f"joined_attention{'_mma' * on_tensor_cores}{'_packed' * packed}{'_normed' * normed}"
+    inputs = (*inputs, "query_gain", "key_gain") if normed else inputs
     return make_kernel(name, inputs, ("out", "part", "sums"), body, header)
 
 
 def _check(
     joined: mx.array,
-    key_pages: mx.array,
-    value_pages: mx.array,
+    key_pages: PageArrays,
+    value_pages: PageArrays,
     block_tables: mx.array,
     positions: mx.array,
     frequencies: mx.array,
     heads: int,
-) -> None:
-    kinds = {joined.dtype, key_pages.dtype, value_pages.dtype}
+) -> PageFormat:
+    kinds = {joined.dtype, element_type(key_pages), element_type(value_pages)}
     if len(kinds) > 1 or joined.dtype not in ELEMENT_TYPES:
         raise ValueError(f"rows and pages in {', '.join(sorted(map(str, kinds)))}")
-    rows, (kv_heads, dim) = joined.shape[0], key_pages.shape[1::2]
-    if key_pages.shape != value_pages.shape or not rotates(dim, joined.dtype.size):
-        raise ValueError(f"no rotation in pages of shapes {key_pages.shape} and {value_pages.shape}")
+    shape, rows = rows_of(key_pages).shape, joined.shape[0]
+    kv_heads = shape[1]
+    dim = joined.shape[1] // (heads + 2 * kv_heads)
     if heads % kv_heads or joined.shape != (rows, (heads + 2 * kv_heads) * dim):
-        raise ValueError(f"rows of shape {joined.shape} do not hold {heads} heads over pages of {key_pages.shape}")
+        raise ValueError(f"rows of shape {joined.shape} do not hold {heads} heads over pages of {shape}")
+    formats = {format_of(pages, dim) for pages in (key_pages, value_pages)}
+    if len(formats) > 1 or shape != rows_of(value_pages).shape or not rotates(dim, joined.dtype.size):
+        raise ValueError(f"no rotation in pages of shapes {shape} and {rows_of(value_pages).shape}")
     if frequencies.dtype != mx.float32 or frequencies.shape != (dim // 2,):
         raise ValueError(f"frequencies in {frequencies.dtype}, of shape {frequencies.shape}, for heads of {dim}")
     if {block_tables.dtype, positions.dtype} != {mx.int32} or block_tables.shape[:1] != (rows,):
         raise ValueError(f"{rows} rows, but {block_tables.shape=} in {block_tables.dtype}, {positions.dtype}")
     if block_tables.ndim != 2 or positions.size < rows:
         raise ValueError(f"{rows} rows, but {block_tables.shape=} and {positions.shape=}")
+    return formats.pop()

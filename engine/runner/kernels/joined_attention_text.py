@@ -10,6 +10,13 @@ EPS: bits of what is added to the mean square of a head, for heads that are norm
 
 from functools import cache
 
+from engine.runner.kernels.packed_attention_text import (
+    PACK_NEWEST,
+    PACKED_PASSES,
+    PACKED_SETUP,
+    PACKING,
+    UNPACKING,
+)
 from engine.runner.kernels.paged_attention_text import (
     ATTENTION_FUNCTIONS,
     ATTENTION_PASSES,
@@ -80,8 +87,7 @@ _JOINED_ROWS = r"""
   for (int g = 0; g < HEADS; ++g) {
     const int head = kv_head * GROUP + (head0 + g < GROUP ? head0 + g : GROUP - 1);
 #pragma unroll
-    for (int v = 0; v < KEY_LOADS; ++v)
-      unpack_vector<T>(*(GLOBAL const uint4*)(given + head * KEY_DIM + COLUMN(v)), &q[g][v * VEC]);
+    for (int v = 0; v < KEY_LOADS; ++v) load_elements<T, VEC>(given + head * KEY_DIM + COLUMN(v), &q[g][v * VEC]);
     @NORM_QUERY@
     turn_pairs<PAIRS>(q[g], cosines, sines);
   }
@@ -90,9 +96,13 @@ _JOINED_ROWS = r"""
     GLOBAL const T* new_value = new_key + kv_heads * KEY_DIM;
     float k[KEY_PART];
 #pragma unroll
-    for (int v = 0; v < KEY_LOADS; ++v) unpack_vector<T>(*(GLOBAL const uint4*)(new_key + COLUMN(v)), &k[v * VEC]);
+    for (int v = 0; v < KEY_LOADS; ++v) load_elements<T, VEC>(new_key + COLUMN(v), &k[v * VEC]);
     @NORM_KEY@
     turn_pairs<PAIRS>(k, cosines, sines);
+    @KEEP@
+  }
+"""
+_KEEP_PLAIN = r"""
     if (team == 0) {
       const int block = block_tables[row * width + position / BLOCK_SIZE];
       const size_t slot = kv_head * slots + (size_t)block * BLOCK_SIZE + position % BLOCK_SIZE;
@@ -111,18 +121,26 @@ _JOINED_ROWS = r"""
         *(GLOBAL uint4*)(value + COLUMN(v)) = raw;
       }
     }
-  }
+"""
+_KEEP_FRESH = r"""
+    if (team == 0)
+#pragma unroll
+      for (int i = 0; i < KEY_PART; ++i) fresh[COLUMN(i / VEC) + i % VEC] = T(k[i]);
+    for (int i = lane; i < VALUE_DIM; i += 32) fresh[KEY_DIM + i] = new_value[i];
 """
 
 
 @cache
-def joined_text(*, normed: bool) -> tuple[str, str]:
-    """Body and header of the kernel, for heads that are normalized or not."""
+def joined_text(*, normed: bool, packed: bool = False) -> tuple[str, str]:
+    """Body and header of the kernel, for heads that are normalized or not, over plain pages or packed ones."""
     query, key = (
         (_NORM_CALL.format(values="q[g]", gain="query_gain"), _NORM_CALL.format(values="k", gain="key_gain"))
         if normed
         else ("", "")
     )
     rows = _JOINED_ROWS.replace("@NORM_QUERY@", query).replace("@NORM_KEY@", key)
+    rows = rows.replace("@KEEP@", _KEEP_FRESH if packed else _KEEP_PLAIN)
     header = SHARED_FUNCTIONS + SINK_MACROS[False] + ATTENTION_FUNCTIONS + _ROTATE + (_NORMALIZE if normed else "")
+    if packed:
+        return PACKED_SETUP + rows + PACK_NEWEST + PACKED_PASSES, header + PACKING + UNPACKING
     return ATTENTION_SETUP + rows + ATTENTION_PASSES, header

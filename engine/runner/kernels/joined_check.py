@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from engine.errors import error_line
 from engine.runner.kernels.joined_attention import HeadNorms
+from engine.runner.kernels.page_check import CheckedPages
 from engine.runner.kernels.reference import attention
 from engine.runner.kernels.self_check import MOST_KV_HEADS, TOLERANCE, AttentionKernels
 
@@ -18,7 +19,8 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinedShape:
-    """Layers that share a kernel: ``dtype`` is that of rows and pages, ``eps`` that of norms of heads, if any."""
+    """Layers that share a kernel: ``dtype`` is that of rows and pages, ``eps`` that of norms of heads, if any;
+    ``bits`` of an element in packed pages, 0 in plain ones."""
 
     dtype: mx.Dtype
     heads: int
@@ -28,6 +30,7 @@ class JoinedShape:
     scale: float
     window: int | None = None
     eps: float | None = None
+    bits: int = 0
 
 
 def joined_problem(shape: JoinedShape, kernels: AttentionKernels) -> str | None:
@@ -56,10 +59,11 @@ class _Check:
         for row, count in enumerate(counts):
             self._tables[row, :count], order = order[:count], order[count:]
         slots = (sum(counts) + 1) * size
-        self._pages = [np.full((1, self._kv_heads, slots, shape.dim), np.nan, np.float32) for _ in range(2)]
-        for row, length in enumerate(_LENGTHS):
-            for pages in self._pages:
-                pages[0][:, self._slots(row, length)[:-1]] = self._random(self._kv_heads, max(length - 1, 0), shape.dim)
+        self._pages = [CheckedPages(shape.dtype, self._kv_heads, slots, shape.dim, shape.bits) for _ in range(2)]
+        self._rows = [[self._random(self._kv_heads, max(n - 1, 0), shape.dim) for n in _LENGTHS] for _ in range(2)]
+        for pages, rows in zip(self._pages, self._rows, strict=True):
+            for row, length in enumerate(_LENGTHS):
+                pages.expect(self._slots(row, length)[:-1], rows[row])
 
     def _slots(self, row: int, length: int) -> NDArray[np.int64]:
         positions, size = np.arange(length), self._shape.block_size
@@ -76,10 +80,13 @@ class _Check:
         joined = self._random(rows, self._heads + 2 * self._kv_heads, shape.dim)
         gains = [1 + 0.2 * self._random(shape.dim) for _ in range(2)]
         gains = [_floats(mx.array(gain).astype(shape.dtype)) for gain in gains]
-        key_pages, value_pages, given, query_gain, key_gain = (
-            mx.array(array).astype(shape.dtype) for array in (*self._pages, joined.reshape(rows, -1), *gains)
+        given, query_gain, key_gain = (
+            mx.array(array).astype(shape.dtype) for array in (joined.reshape(rows, -1), *gains)
         )
-        mx.eval(key_pages, value_pages, mx.full((rows * self._heads * shape.dim * 3,), np.nan))
+        for pages in self._pages:
+            pages.fill()
+        key_pages, value_pages = (pages.arrays for pages in self._pages)
+        mx.eval(given, mx.full((rows * self._heads * shape.dim * 3,), np.nan))
         out = self._kernels.joined_attention(
             given, key_pages, value_pages, mx.array(self._tables) + 0,
             mx.array([length - 1 for length in _LENGTHS], mx.int32) + 0, mx.array(self._frequencies) + 0,
@@ -87,13 +94,11 @@ class _Check:
             norms=None if shape.eps is None else HeadNorms(query_gain, key_gain, shape.eps), splits=splits,
         )  # fmt: skip
         found = _floats(out).reshape(rows, self._heads, shape.dim)
-        after = mx.where(out.reshape(-1)[:1] == 0, 0, 0).astype(shape.dtype)  # read only once the launch has written
-        pages = [_floats(some + after) for some in (key_pages, value_pages)]
-        return self._difference(joined, gains, found, pages)
+        after = mx.where(out.reshape(-1)[:1] == 0, 0, 0)  # pages are read only once the launch has written
+        return self._difference(joined, gains, found, after)
 
-    def _difference(self, joined: Floats, gains: list[Floats], found: Floats, pages: list[Floats]) -> str | None:
+    def _difference(self, joined: Floats, gains: list[Floats], found: Floats, after: mx.array) -> str | None:
         shape, limit = self._shape, TOLERANCE[self._shape.dtype]
-        expected = [some.copy() for some in self._pages]
         for row, length in enumerate(_LENGTHS):
             wanted = np.zeros_like(found[row])
             if length:
@@ -101,18 +106,19 @@ class _Check:
                 queries, keys = (
                     self._turned(some, gain, length - 1) for some, gain in zip((queries, keys), gains, strict=True)
                 )
-                slots = self._slots(row, length)
-                for some, new in zip(expected, (keys, values), strict=True):
-                    some[0][:, slots[-1]] = new
-                seen = (some[0][:, slots] for some in expected)
+                seen = []
+                for pages, before, new in zip(self._pages, self._rows, (keys, values), strict=True):
+                    new = _floats(mx.array(new).astype(shape.dtype))
+                    pages.expect(self._slots(row, length)[-1:], new[:, None])
+                    seen.append(pages.given_back(np.concatenate([before[row], new[:, None]], axis=1)))
                 wanted = attention(queries, *seen, scale=shape.scale, window=shape.window).astype(np.float32)
             error = float(np.linalg.norm(found[row] - wanted)) / (float(np.linalg.norm(wanted)) or 1.0)
             if not error <= (limit if length else 0.0):
                 return f"{length} tokens from a joined product: relative error {error:.1e}"
-        if not np.array_equal(pages[1], expected[1], equal_nan=True):
-            return "value pages: another slot was written, or one was not"
-        if not np.allclose(pages[0], expected[0], rtol=limit, atol=limit, equal_nan=True):
-            return "key pages: a key is wrong, another slot was written, or one was not"
+        if problem := self._pages[1].problem(after):
+            return f"value pages: {problem}"
+        if problem := self._pages[0].problem(after, tolerance=limit):
+            return f"key pages: {problem}"
         return None
 
     def _turned(self, heads: Floats, gain: Floats, position: int) -> Floats:

@@ -3,7 +3,7 @@
 Both write new keys and values into their slots in place, which MLX does not see: a page array is an input to it. Three
 things make that right.
 
-* Within a launch nobody reads a slot that it writes.
+* Within a launch nobody reads a slot that another block writes, unless both write the same.
 * Order follows from data alone. Whatever touches a page array takes an input that was computed from an output of the
   launch that touched it last; ``mx.depends`` adds no edge inside a CUDA graph, nor a barrier on Metal.
 * A page array is never a view, which would be copied and the write lost, and never donated while in use.
@@ -11,21 +11,29 @@ things make that right.
 
 import ctypes
 import math
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import mlx.core as mx
 
+from engine.runner.kernels import packed_attention_text as packed_text
 from engine.runner.kernels import paged_attention_text as text
+from engine.runner.kernels.attention_geometry import attention_geometry
 from engine.runner.kernels.dialect import Kernel, float_bits, make_kernel
+from engine.runner.kernels.mma_geometry import MmaGeometry, mma_geometry
+from engine.runner.kernels.page_format import (
+    VECTOR_BYTES,
+    PageArrays,
+    PageFormat,
+    arrays_of,
+    element_type,
+    format_of,
+    page_names,
+    rows_of,
+)
+from engine.runner.kernels.paged_attention_mma_text import mma_text
 
 ELEMENT_TYPES = (mx.bfloat16, mx.float16, mx.float32)
-_VECTOR_BYTES = 16
-_MOST_THREADS = 1024
-_MOST_SHARED_BYTES = 32 << 10
-"""Of a threadgroup on Metal; CUDA has 48 KB."""
-_MOST_WARP_BYTES = 28_000
-"""Of them for joining warps."""
 _MOST_SPLITS = 256
 _COLLECT_THREADS = 256
 _FEWEST_ENTRIES = 8
@@ -38,8 +46,8 @@ def paged_attention(
     queries: mx.array,
     new_keys: mx.array,
     new_values: mx.array,
-    key_pages: mx.array,
-    value_pages: mx.array,
+    key_pages: PageArrays,
+    value_pages: PageArrays,
     block_tables: mx.array,
     positions: mx.array,
     *,
@@ -53,22 +61,22 @@ def paged_attention(
     """Write every row's new key and value into their slot, and attend over all that the row sees.
 
     ``queries`` [rows, heads, 1, D]; ``new_keys`` [rows, kv_heads, 1, D] and ``new_values`` [rows, kv_heads, 1, DV];
-    pages [1, kv_heads, slots, D] and [1, kv_heads, slots, DV], all of one element type; ``block_tables`` int32
-    [rows, width]; ``positions`` int32 [rows or more] of the new tokens, negative for a padding row, which gives zeros
-    and writes nothing; ``window`` tokens are seen, the new one among them; ``sinks`` [heads]. Gives
+    pages [1, kv_heads, slots, D] and [1, kv_heads, slots, DV], or packed, all of one element type; ``block_tables``
+    int32 [rows, width]; ``positions`` int32 [rows or more] of the new tokens, negative for a padding row, which gives
+    zeros and writes nothing; ``window`` tokens are seen, the new one among them; ``sinks`` [heads]. Gives
     [rows, heads, 1, DV]. ``splits`` of a row's context: as many as keep the GPU busy. On CUDA, tables and positions
     made from host memory are read over the bus: let them come from an operation. ValueError: what it does not know.
     """
-    _check_pages(queries, new_keys, new_values, key_pages, value_pages)
-    _check_call(queries, key_pages, block_tables, positions, sinks)
+    formats = _check_pages(queries, new_keys, new_values, key_pages, value_pages)
+    _check_call(queries, new_keys, block_tables, positions, sinks)
     rows, heads, _, key_dim = queries.shape
-    kv_heads, value_dim = key_pages.shape[1], value_pages.shape[3]
-    geometry = attention_geometry(key_dim, value_dim, heads // kv_heads, queries.dtype.size)
-    geometry.check(block_size)
+    kv_heads, value_dim = new_keys.shape[1], new_values.shape[3]
+    plan = attention_plan(queries.dtype, key_dim, value_dim, heads // kv_heads, block_size, *formats)
     tokens = most_tokens(block_tables.shape[1], block_size, window)
-    splits = splits or number_of_splits(rows, kv_heads, tokens, geometry.tokens_per_pass)
-    inputs = [queries, new_keys, new_values, key_pages, value_pages, block_tables, positions]
-    out, part, sums = _attention_kernel(sinks is not None)(
+    splits = splits or number_of_splits(rows, kv_heads * plan.blocks, tokens, plan.tokens_per_pass)
+    pages = [*arrays_of(key_pages), *arrays_of(value_pages)]
+    inputs = [queries, new_keys, new_values, *pages, block_tables, positions]
+    out, part, sums = _attention_kernel(sinks is not None, formats[0].bits > 0, plan.on_tensor_cores)(
         inputs=inputs if sinks is None else [*inputs, sinks],
         template=[
             ("T", queries.dtype),
@@ -76,14 +84,54 @@ def paged_attention(
             ("WINDOW", window or 0),
             ("SCALE", positive_bits("scale", scale)),
             ("CAP", 0 if softcap is None else positive_bits("softcap", softcap)),
-            *geometry.template,
+            *plan.template,
         ],
-        grid=(geometry.threads * splits, kv_heads, rows),
-        threadgroup=(geometry.threads, 1, 1),
+        grid=(plan.threads * splits, kv_heads * plan.blocks, rows),
+        threadgroup=(plan.threads, 1, 1),
         output_shapes=attention_shapes(rows, heads, splits, value_dim),
         output_dtypes=[queries.dtype, mx.float32, mx.float32],
     )
     return (out if splits == 1 else join_splits(part, sums, sinks, queries.dtype))[:, :, None]
+
+
+class AttentionPlan(NamedTuple):
+    """How a launch divides its work, and with which text."""
+
+    threads: int
+    blocks: int
+    tokens_per_pass: int
+    on_tensor_cores: bool
+    template: list[tuple[str, int | mx.Dtype]]
+
+
+def attention_plan(
+    dtype: mx.Dtype, key_dim: int, value_dim: int, group: int, block_size: int, keys: PageFormat, values: PageFormat,
+    *, rotates: bool = False,
+) -> AttentionPlan:  # fmt: skip
+    """For ``group`` query heads per kv head. ValueError for what no block can do.
+
+    ``rotates``: a lane holds both halves of the pairs that a rotation turns.
+    """
+    fits = tensor_cores() and not (rotates and key_dim % 64)
+    mma = mma_geometry(dtype, key_dim, value_dim, group, block_size, keys=keys, values=values) if fits else None
+    if mma is not None:
+        return AttentionPlan(mma.threads, mma.blocks, mma.tokens_per_pass, True, mma_template(dtype, mma))
+    packed = keys.bits > 0
+    made = attention_geometry(key_dim, value_dim, group, dtype.size, rotates=rotates, packed=packed)
+    made.check(block_size)
+    more = [("BITS", keys.bits), ("KEY_GROUP", keys.group_size), ("VALUE_GROUP", values.group_size)] if packed else []
+    return AttentionPlan(made.threads, 1, made.tokens_per_pass, False, [*made.template, *more])
+
+
+def mma_template(dtype: mx.Dtype, geometry: MmaGeometry) -> list[tuple[str, int | mx.Dtype]]:
+    """Template arguments of the text for tensor cores."""
+    return [("C", mx.float16 if geometry.bits else dtype), *geometry.template]
+
+
+@cache
+def tensor_cores() -> bool:
+    """Whether there are any that the kernels can use."""
+    return bool(mx.cuda.is_available())
 
 
 def most_tokens(width: int, block_size: int, window: int | None) -> int:
@@ -109,8 +157,8 @@ def join_splits(part: mx.array, sums: mx.array, sinks: mx.array | None, dtype: m
 def collect(
     new_keys: mx.array,
     new_values: mx.array,
-    key_pages: mx.array,
-    value_pages: mx.array,
+    key_pages: PageArrays,
+    value_pages: PageArrays,
     block_table: mx.array,
     span: mx.array,
     *,
@@ -122,11 +170,11 @@ def collect(
     ``new_keys`` [1, kv_heads, T, D] and ``new_values`` [1, kv_heads, T, DV]; pages as in :func:`paged_attention`;
     ``block_table`` int32 [blocks] of the whole sequence; ``span`` int32 [4 or more] holds ``begin`` and ``start``: the
     chunk's positions are [start, start + T). Gives keys [1, kv_heads, length, D] and values [1, kv_heads, length, DV]
-    of positions [begin, start + T), where ``length`` = start + T - begin; those before ``start`` come from the pages.
-    Table entries of positions before ``begin`` are never looked at.
+    of positions [begin, start + T), where ``length`` = start + T - begin; those before ``start`` come from the pages,
+    and over packed pages all are what these give back. Table entries of positions before ``begin`` are never looked at.
     """
-    kv_heads, key_dim, value_dim = key_pages.shape[1], key_pages.shape[3], value_pages.shape[3]
-    _check_pages(None, new_keys, new_values, key_pages, value_pages)
+    kv_heads, key_dim, value_dim = new_keys.shape[1], new_keys.shape[3], new_values.shape[3]
+    formats = _check_pages(None, new_keys, new_values, key_pages, value_pages)
     _check_dtype("block_table", block_table, (mx.int32,))
     _check_dtype("span", span, (mx.int32,))
     if block_table.ndim != 1 or span.size < 4 or new_keys.shape[0] != 1 or not new_keys.shape[2] <= length:
@@ -136,107 +184,32 @@ def collect(
         )
     if block_table.size < _FEWEST_ENTRIES:
         block_table = mx.pad(block_table, (0, _FEWEST_ENTRIES - block_table.size))
-    vectors = [dim * key_pages.dtype.size // _VECTOR_BYTES for dim in (key_dim, value_dim)]
-    blocks = math.ceil(length * sum(vectors) / _COLLECT_THREADS)
-    keys, values = _collect_kernel()(
-        inputs=[new_keys, new_values, key_pages, value_pages, block_table, span],
-        template=[
-            ("BLOCK_SIZE", block_size),
-            ("KEY_VECTORS", vectors[0]),
-            ("VALUE_VECTORS", vectors[1]),
-            ("THREADS", _COLLECT_THREADS),
-        ],
+    items, template = _collected(new_keys.dtype, (key_dim, value_dim), formats)
+    blocks = math.ceil(length * items / _COLLECT_THREADS)
+    keys, values = _collect_kernel(formats[0].bits > 0)(
+        inputs=[new_keys, new_values, *arrays_of(key_pages), *arrays_of(value_pages), block_table, span],
+        template=[*template, ("BLOCK_SIZE", block_size), ("THREADS", _COLLECT_THREADS)],
         grid=(blocks * _COLLECT_THREADS, kv_heads, 1),
         threadgroup=(_COLLECT_THREADS, 1, 1),
         output_shapes=[(1, kv_heads, length, key_dim), (1, kv_heads, length, value_dim)],
-        output_dtypes=[key_pages.dtype, value_pages.dtype],
+        output_dtypes=[new_keys.dtype, new_values.dtype],
     )
     return keys, values
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """How a block of the attention kernel divides its work; the text says what each number means."""
-
-    key_dim: int
-    value_dim: int
-    group: int
-    element_size: int
-    lanes: int
-    heads: int
-    warps: int
-    tokens: int
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 32 * self.warps * math.ceil(self.group / self.heads)
-
-    @property
-    def tokens_per_pass(self) -> int:
-        """Tokens that a block reads at a time."""
-        return self.warps * (32 // self.lanes) * self.tokens
-
-    @property
-    def shared_bytes(self) -> int:
-        """Memory that the threads of a block share."""
-        newest = (self.key_dim + self.value_dim) * self.element_size
-        return newest + (_warp_bytes(self.warps, self.group, self.value_dim) if self.warps > 1 else 8)
-
-    @property
-    def template(self) -> list[tuple[str, int]]:
-        """The numbers as the text's template arguments."""
-        return [
-            ("KEY_DIM", self.key_dim),
-            ("VALUE_DIM", self.value_dim),
-            ("GROUP", self.group),
-            ("LANES", self.lanes),
-            ("HEADS", self.heads),
-            ("WARPS", self.warps),
-            ("TOKENS", self.tokens),
-        ]
-
-    def check(self, block_size: int) -> None:
-        """ValueError for what no block can do."""
-        if block_size % self.tokens:
-            raise ValueError(f"a block size of {block_size} is not a multiple of {self.tokens}")
-        if self.shared_bytes > _MOST_SHARED_BYTES:
-            raise ValueError(f"{self.shared_bytes} bytes of shared memory are needed, {_MOST_SHARED_BYTES} are there")
-        if max(self.threads, self.value_dim) > _MOST_THREADS:
-            raise ValueError(f"{self.group} query heads of {self.value_dim} are more than {_MOST_THREADS} threads")
-
-
-@cache
-def attention_geometry(
-    key_dim: int, value_dim: int, group: int, element_size: int, *, rotates: bool = False
-) -> Geometry:
-    """The geometry for ``group`` query heads per kv head; measured on an H200 for 128/4, 128/8 and 256/8.
-
-    ``rotates``: a lane holds both halves of the pairs that a rotation turns, so an even number of vectors.
-    """
-    vector = _VECTOR_BYTES // element_size
-
-    def fits(lanes: int) -> bool:
-        even = not rotates or key_dim // (lanes * vector) % 2 == 0
-        return lanes <= 32 and key_dim % (lanes * vector) == 0 and value_dim % (lanes * vector) == 0 and even
-
-    lanes = 1
-    while key_dim // lanes > 16 and fits(2 * lanes):
-        lanes *= 2
-    if group >= 8 and element_size == 2 and fits(2 * lanes):
-        lanes *= 2  # half the registers per head: more blocks at once
-    registers = (key_dim + value_dim) // lanes  # of one query head: itself and its output
-    heads = max(1, min(group, 4, 128 // registers))
-    heads = math.ceil(group / math.ceil(group / heads))  # as even as the number of warps allows
-    warps = max(1, 4 // math.ceil(group / heads))
-    while warps > 1 and _warp_bytes(warps, group, value_dim) > _MOST_WARP_BYTES:
-        warps //= 2
-    tokens = 4 if element_size == 2 and key_dim // (lanes * vector) <= 2 else 2
-    return Geometry(key_dim, value_dim, group, element_size, lanes, heads, warps, tokens)
-
-
-def _warp_bytes(warps: int, group: int, value_dim: int) -> int:
-    return warps * group * (value_dim + 2) * 4
+def _collected(
+    dtype: mx.Dtype, dims: tuple[int, int], formats: tuple[PageFormat, PageFormat]
+) -> tuple[int, list[tuple[str, int | mx.Dtype]]]:
+    """Threads for a collected row, one for 16 bytes or a warp for each packed group, and what the text is to know."""
+    keys, values = formats
+    if not keys.bits:
+        vectors = [dim * dtype.size // VECTOR_BYTES for dim in dims]
+        return sum(vectors), [("KEY_VECTORS", vectors[0]), ("VALUE_VECTORS", vectors[1])]
+    groups = dims[0] // keys.group_size, dims[1] // values.group_size
+    return 32 * sum(groups), [
+        ("T", dtype), ("BITS", keys.bits), ("KEY_GROUP", keys.group_size), ("VALUE_GROUP", values.group_size),
+        ("KEY_GROUPS", groups[0]), ("VALUE_GROUPS", groups[1]),
+    ]  # fmt: skip
 
 
 def number_of_splits(rows: int, kv_heads: int, tokens: int, tokens_per_pass: int) -> int:
@@ -274,15 +247,22 @@ def _cuda_multiprocessors(default: int = 132) -> int:
     return default if failed or count.value < 1 else count.value
 
 
-def _attention_kernel(sinks: bool) -> Kernel:
-    inputs = ("queries", "new_keys", "new_values", "key_pages", "value_pages", "block_tables", "positions")
-    return make_kernel(
-        "paged_attention_sinks" if sinks else "paged_attention",
-        (*inputs, "sinks") if sinks else inputs,
-        ("out", "part", "sums"),
-        text.ATTENTION,
-        text.SHARED_FUNCTIONS + text.SINK_MACROS[sinks] + text.ATTENTION_FUNCTIONS,
-    )
+def _attention_kernel(sinks: bool, packed: bool, on_tensor_cores: bool) -> Kernel:
+    inputs = (
+        "queries", "new_keys", "new_values", *page_names("key", packed=packed), *page_names("value", packed=packed),
+        "block_tables", "positions",
+    )  # fmt: skip
+    if on_tensor_cores:
+        body, header = mma_text(packed=packed, sinks=sinks)
+    elif packed:
+        body = packed_text.PACKED_ATTENTION
+        header = text.SHARED_FUNCTIONS + text.SINK_MACROS[sinks] + text.ATTENTION_FUNCTIONS + packed_text.PACKING
+        header += packed_text.UNPACKING
+    else:
+        body = text.ATTENTION
+        header = text.SHARED_FUNCTIONS + text.SINK_MACROS[sinks] + text.ATTENTION_FUNCTIONS
+    name = f"paged_attention{'_mma' * on_tensor_cores}{'_packed' * packed}{'_sinks' * sinks}"
+    return make_kernel(name, (*inputs, "sinks") if sinks else inputs, ("out", "part", "sums"), body, header)
 
 
 def _reduce_kernel(sinks: bool) -> Kernel:
@@ -295,8 +275,12 @@ def _reduce_kernel(sinks: bool) -> Kernel:
     )
 
 
-def _collect_kernel() -> Kernel:
-    inputs = ("new_keys", "new_values", "key_pages", "value_pages", "block_table", "span")
+def _collect_kernel(packed: bool) -> Kernel:
+    pages = *page_names("key", packed=packed), *page_names("value", packed=packed)
+    inputs = ("new_keys", "new_values", *pages, "block_table", "span")
+    if packed:
+        header = packed_text.PACKING + packed_text.PACKED_COLLECT_FUNCTIONS
+        return make_kernel("collect_packed_pages", inputs, ("keys", "values"), packed_text.PACKED_COLLECT, header)
     return make_kernel("collect_pages", inputs, ("keys", "values"), text.COLLECT, text.COLLECT_FUNCTIONS)
 
 
@@ -314,35 +298,40 @@ def positive_bits(name: str, value: float) -> int:
     return float_bits(value)
 
 
-def _check_dtype(name: str, array: mx.array, known: tuple[mx.Dtype, ...]) -> None:
-    if array.dtype not in known:
-        raise ValueError(f"{name} is {array.dtype}; the kernel knows {', '.join(str(one) for one in known)}")
-
-
 def _check_pages(
-    queries: mx.array | None, new_keys: mx.array, new_values: mx.array, key_pages: mx.array, value_pages: mx.array
-) -> None:
-    """Element types and row sizes; rows are moved in vectors of 16 bytes."""
-    _check_dtype("key_pages", key_pages, ELEMENT_TYPES)
-    given = {"new_keys": new_keys, "new_values": new_values, "value_pages": value_pages}
-    for name, array in given.items() if queries is None else {"queries": queries, **given}.items():
-        _check_dtype(name, array, (key_pages.dtype,))
+    queries: mx.array | None, new_keys: mx.array, new_values: mx.array, key_pages: PageArrays, value_pages: PageArrays
+) -> tuple[PageFormat, PageFormat]:
+    """Element types and row sizes; rows are moved in vectors of 16 bytes. Gives how keys and values lie."""
+    dtype = element_type(key_pages)
+    _check_dtype("key_pages", dtype, ELEMENT_TYPES)
+    given = {"new_keys": new_keys.dtype, "new_values": new_values.dtype, "value_pages": element_type(value_pages)}
+    for name, kind in given.items() if queries is None else {"queries": queries.dtype, **given}.items():
+        _check_dtype(name, kind, (dtype,))
     for name, new, pages in (("key", new_keys, key_pages), ("value", new_values, value_pages)):
-        dim = pages.shape[3]
-        if dim < 8 or dim * pages.dtype.size % _VECTOR_BYTES:
-            raise ValueError(f"{name}s of {dim} elements are not a multiple of {_VECTOR_BYTES} bytes, or below 8")
-        if new.ndim != 4 or new.shape[1] != pages.shape[1] or new.shape[3] != dim:
-            raise ValueError(f"new {name}s of shape {new.shape} do not fit pages of shape {pages.shape}")
-    if key_pages.shape[:3] != value_pages.shape[:3]:
-        raise ValueError(f"pages of shapes {key_pages.shape} and {value_pages.shape} do not belong together")
+        dim, shape = new.shape[-1], rows_of(pages).shape
+        if new.ndim != 4 or new.shape[1] != shape[1] or (pages is rows_of(pages) and dim != shape[3]):
+            raise ValueError(f"new {name}s of shape {new.shape} do not fit pages of shape {shape}")
+        if dim < 8 or dim * dtype.size % VECTOR_BYTES:
+            raise ValueError(f"{name}s of {dim} elements are not a multiple of {VECTOR_BYTES} bytes, or below 8")
+    shapes = rows_of(key_pages).shape, rows_of(value_pages).shape
+    keys, values = format_of(key_pages, new_keys.shape[3]), format_of(value_pages, new_values.shape[3])
+    if shapes[0][:3] != shapes[1][:3] or keys.bits != values.bits:
+        raise ValueError(f"pages of shapes {shapes[0]} and {shapes[1]} do not belong together")
+    return keys, values
+
+
+def _check_dtype(name: str, given: mx.array | mx.Dtype, known: tuple[mx.Dtype, ...]) -> None:
+    dtype = given.dtype if isinstance(given, mx.array) else given
+    if dtype not in known:
+        raise ValueError(f"{name} is {dtype}; the kernel knows {', '.join(str(one) for one in known)}")
 
 
 def _check_call(
-    queries: mx.array, key_pages: mx.array, block_tables: mx.array, positions: mx.array, sinks: mx.array | None
+    queries: mx.array, new_keys: mx.array, block_tables: mx.array, positions: mx.array, sinks: mx.array | None
 ) -> None:
     rows, heads, num_tokens, key_dim = queries.shape
-    if num_tokens != 1 or heads % key_pages.shape[1] or key_dim != key_pages.shape[3]:
-        raise ValueError(f"queries of shape {queries.shape} do not fit pages of shape {key_pages.shape}")
+    if num_tokens != 1 or heads % new_keys.shape[1] or key_dim != new_keys.shape[3]:
+        raise ValueError(f"queries of shape {queries.shape} do not fit new keys of shape {new_keys.shape}")
     _check_dtype("block_tables", block_tables, (mx.int32,))
     _check_dtype("positions", positions, (mx.int32,))
     if block_tables.ndim != 2 or block_tables.shape[0] != rows or positions.size < rows:

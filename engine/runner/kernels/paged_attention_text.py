@@ -28,6 +28,14 @@ template <typename T> FUNCTION void unpack_vector(uint4 raw, PRIVATE float* f) {
   Packed<T>::unpack(raw.w, f + 3 * PER_WORD);
 }
 
+// VEC elements from memory.
+template <typename T, int VEC> FUNCTION void load_elements(GLOBAL const T* from, PRIVATE float* f) {
+  constexpr int EACH_LOAD = 16 / int(sizeof(T));
+#pragma unroll
+  for (int i = 0; i < VEC / EACH_LOAD; ++i)
+    unpack_vector<T>(*(GLOBAL const uint4*)(from + i * EACH_LOAD), f + i * EACH_LOAD);
+}
+
 // One element of the output: weighted values over the sum of weights, to which a sink adds its own.
 FUNCTION float normalized(float values, float top, float sum, float sink) {
   const float highest = FMAX(top, sink), scaled = EXP2(top - highest);
@@ -59,15 +67,15 @@ template <typename T> FUNCTION void store_result(GLOBAL T* out, GLOBAL float* pa
 }
 """
 
-ATTENTION_SETUP = r"""
-  constexpr int VEC = 16 / int(sizeof(T));                          // elements of a 16-byte load
+SETUP = r"""
+  constexpr int VEC = @VEC@;                                        // elements of a load
   constexpr int KEY_LOADS = KEY_DIM / (LANES * VEC), VALUE_LOADS = VALUE_DIM / (LANES * VEC);
   constexpr int KEY_PART = KEY_LOADS * VEC, VALUE_PART = VALUE_LOADS * VEC;   // a lane's elements of a row
   constexpr int TEAMS = 32 / LANES, PASS = WARPS * TEAMS * TOKENS;  // tokens of a block at a time
   constexpr int THREADS = 32 * WARPS * ((GROUP + HEADS - 1) / HEADS);
   SHARED float warp_values[WARPS > 1 ? WARPS * GROUP * VALUE_DIM : 1];
   SHARED float warp_sums[WARPS > 1 ? WARPS * GROUP * 2 : 1];
-  SHARED uint4 newest[(KEY_LOADS + VALUE_LOADS) * LANES];           // the new token's key and value
+  @NEWEST@
 
   const int split = BLK_X, kv_head = BLK_Y, row = BLK_Z, splits = GRID_X;
   const int kv_heads = key_pages_shape[1], width = block_tables_shape[1];
@@ -98,15 +106,17 @@ ATTENTION_SETUP = r"""
 
 # The rows' queries, into registers, and the new token's key and value: into their page, and for this launch into
 # shared memory, since nobody reads a slot that it writes.
-SEPARATE_ROWS = r"""
+SEPARATE_QUERIES = r"""
 #pragma unroll
   for (int g = 0; g < HEADS; ++g) {
     const size_t head = first_head + (head0 + g < GROUP ? head0 + g : GROUP - 1);
 #pragma unroll
     for (int v = 0; v < KEY_LOADS; ++v)
-      unpack_vector<T>(*(GLOBAL const uint4*)(queries + head * KEY_DIM + COLUMN(v)), &q[g][v * VEC]);
+      load_elements<T, VEC>(queries + head * KEY_DIM + COLUMN(v), &q[g][v * VEC]);
   }
+"""
 
+_SEPARATE_NEWEST = r"""
   if (has_newest && WARP == 0 && team == 0) {
     const size_t from = (size_t)row * kv_heads + kv_head;
     const int block = block_tables[row * width + position / BLOCK_SIZE];
@@ -129,7 +139,7 @@ SEPARATE_ROWS = r"""
 
 """
 
-ATTENTION_PASSES = r"""
+BEFORE_LOADS = r"""
   const float scale = CAP ? CONSTANT(SCALE) : CONSTANT(SCALE) * LOG2E;
 #pragma unroll
   for (int g = 0; g < HEADS; ++g) {
@@ -146,6 +156,9 @@ ATTENTION_PASSES = r"""
   for (int base = begin + over_tokens * TEAMS * TOKENS; base < end; base += PASS, token += PASS) {
     const int block = next_block;
     if (token + PASS < end) next_block = block_tables[row * width + (token + PASS) / BLOCK_SIZE];
+"""
+
+_LOADS = r"""
     uint4 keys[TOKENS][KEY_LOADS], values[TOKENS][VALUE_LOADS];
 #pragma unroll
     for (int u = 0; u < TOKENS; ++u) {
@@ -162,7 +175,9 @@ ATTENTION_PASSES = r"""
         values[u][v] = paged ? *(GLOBAL const uint4*)(value + COLUMN(v))
                              : seen ? newest[(KEY_LOADS + v) * LANES + in_team] : ZERO4;
     }
+"""
 
+AFTER_LOADS = r"""
     float score[TOKENS][HEADS];
 #pragma unroll
     for (int u = 0; u < TOKENS; ++u) {
@@ -272,7 +287,11 @@ ATTENTION_PASSES = r"""
   }
 """
 
-ATTENTION = ATTENTION_SETUP + SEPARATE_ROWS + ATTENTION_PASSES
+ATTENTION_SETUP = SETUP.replace("@VEC@", "16 / int(sizeof(T))").replace(
+    "@NEWEST@", "SHARED uint4 newest[(KEY_LOADS + VALUE_LOADS) * LANES];  // the new token's key and value"
+)
+ATTENTION_PASSES = BEFORE_LOADS + _LOADS + AFTER_LOADS
+ATTENTION = ATTENTION_SETUP + SEPARATE_QUERIES + _SEPARATE_NEWEST + ATTENTION_PASSES
 
 # One block per query head of a row, a thread per element; every warp weighs the splits for itself. A row's splits
 # without tokens are its last ones; their parts were never written.

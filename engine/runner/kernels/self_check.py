@@ -13,6 +13,9 @@ from engine.errors import error_line
 from engine.runner.kernels import paged_attention as gpu
 from engine.runner.kernels.joined_attention import HeadNorms, joined_attention
 from engine.runner.kernels.kernel_cache import collecting, compile_all
+from engine.runner.kernels.latent_attention import latent_attention
+from engine.runner.kernels.page_check import CheckedPages
+from engine.runner.kernels.page_format import PageArrays
 from engine.runner.kernels.reference import attention
 from engine.runner.kernels.state_kernels import GPU_STATE_KERNELS, StateKernels
 
@@ -36,8 +39,8 @@ class AttentionKernels(Protocol):
         queries: mx.array,
         new_keys: mx.array,
         new_values: mx.array,
-        key_pages: mx.array,
-        value_pages: mx.array,
+        key_pages: PageArrays,
+        value_pages: PageArrays,
         block_tables: mx.array,
         positions: mx.array,
         *,
@@ -54,8 +57,8 @@ class AttentionKernels(Protocol):
         self,
         new_keys: mx.array,
         new_values: mx.array,
-        key_pages: mx.array,
-        value_pages: mx.array,
+        key_pages: PageArrays,
+        value_pages: PageArrays,
         block_table: mx.array,
         span: mx.array,
         *,
@@ -67,8 +70,8 @@ class AttentionKernels(Protocol):
     def joined_attention(
         self,
         joined: mx.array,
-        key_pages: mx.array,
-        value_pages: mx.array,
+        key_pages: PageArrays,
+        value_pages: PageArrays,
         block_tables: mx.array,
         positions: mx.array,
         frequencies: mx.array,
@@ -81,6 +84,23 @@ class AttentionKernels(Protocol):
         splits: int | None = None,
     ) -> mx.array:
         """Decode attention from a joined product, [rows, heads * D]; writes the new rows in place."""
+
+    def latent_attention(
+        self,
+        queries: mx.array,
+        rope_queries: mx.array,
+        new_latents: mx.array,
+        new_ropes: mx.array,
+        latent_pages: mx.array,
+        rope_pages: mx.array,
+        block_tables: mx.array,
+        positions: mx.array,
+        *,
+        scale: float,
+        block_size: int,
+        splits: int | None = None,
+    ) -> mx.array:
+        """Decode attention of all heads over latent vectors; writes the new rows in place."""
 
     def attention_problem(
         self,
@@ -95,13 +115,19 @@ class AttentionKernels(Protocol):
         sinks: bool = False,
         softcap: float | None = None,
         scale: float | None = None,
+        bits: int = 0,
+        latent: bool = False,
     ) -> str | None:
         """One line on what goes wrong for such layers, None if nothing does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """Layers that share a kernel: ``dtype`` is that of queries and pages, ``scale`` D ** -0.5 if None."""
+    """Layers that share a kernel: ``dtype`` is that of queries and pages, ``scale`` D ** -0.5 if None.
+
+    ``bits`` of an element in packed pages, 0 in plain ones. ``latent``: all heads share a key that is their value too,
+    of ``key_dim`` elements, beside ``value_dim`` elements that only the key has.
+    """
 
     dtype: mx.Dtype
     heads: int
@@ -113,6 +139,8 @@ class AttentionShape:
     sinks: bool = False
     softcap: float | None = None
     scale: float | None = None
+    bits: int = 0
+    latent: bool = False
 
     @property
     def group(self) -> int:
@@ -124,6 +152,11 @@ class AttentionShape:
         """The scale of the scores."""
         return self.key_dim**-0.5 if self.scale is None else self.scale
 
+    @property
+    def result_dim(self) -> int:
+        """Elements of a head's result."""
+        return self.key_dim if self.latent else self.value_dim
+
 
 class GpuKernels:
     """The kernels on this machine's GPU."""
@@ -133,6 +166,7 @@ class GpuKernels:
 
     paged_attention = staticmethod(gpu.paged_attention)
     joined_attention = staticmethod(joined_attention)
+    latent_attention = staticmethod(latent_attention)
     collect = staticmethod(gpu.collect)
     states = GPU_STATE_KERNELS
 
@@ -175,15 +209,18 @@ def attention_problem(
 
 def _launch_each(shape: AttentionShape, kernels: AttentionKernels) -> None:
     """Launch each kernel that layers of this shape use, on zeros; nothing is evaluated."""
-    dims, kv_heads, rows = (shape.key_dim, shape.value_dim), 2, 8
-    key_pages, value_pages = (mx.zeros((1, kv_heads, shape.block_size, dim), shape.dtype) for dim in dims)
+    dims, kv_heads, rows = (shape.key_dim, shape.value_dim), 1 if shape.latent else 2, 8
+    pages = [CheckedPages(shape.dtype, kv_heads, shape.block_size, dim, shape.bits) for dim in dims]
+    for some in pages:
+        some.fill()
+    key_pages, value_pages = (some.arrays for some in pages)
     integers = mx.zeros((rows,), mx.int32)
     new_keys, new_values = (mx.zeros((rows, kv_heads, 1, dim), shape.dtype) for dim in dims)
-    heads = kv_heads * shape.group
-    kernels.paged_attention(
-        mx.zeros((rows, heads, 1, shape.key_dim), shape.dtype), new_keys, new_values, key_pages, value_pages,
-        integers[:, None], integers, scale=shape.used_scale, block_size=shape.block_size, window=shape.window,
-        sinks=mx.zeros((heads,), shape.dtype) if shape.sinks else None, softcap=shape.softcap, splits=2,
+    queries, rope_queries = (mx.zeros((rows, kv_heads * shape.group, 1, dim), shape.dtype) for dim in dims)
+    sinks = mx.zeros((kv_heads * shape.group,), shape.dtype) if shape.sinks else None
+    launch(
+        kernels, shape, queries, rope_queries, new_keys, new_values, key_pages, value_pages, integers[:, None],
+        integers, sinks, 2,
     )  # fmt: skip
     kernels.collect(
         new_keys[:1], new_values[:1], key_pages, value_pages, integers, integers[:4], block_size=shape.block_size,
@@ -191,9 +228,28 @@ def _launch_each(shape: AttentionShape, kernels: AttentionKernels) -> None:
     )  # fmt: skip
 
 
+def launch(
+    kernels: AttentionKernels, shape: AttentionShape, queries: mx.array, rope_queries: mx.array, new_keys: mx.array,
+    new_values: mx.array, key_pages: PageArrays, value_pages: PageArrays, block_tables: mx.array, positions: mx.array,
+    sinks: mx.array | None, splits: int | None,
+) -> mx.array:  # fmt: skip
+    """The launch that layers of this shape use for single rows."""
+    if shape.latent:
+        assert isinstance(key_pages, mx.array), "packed latent pages"
+        assert isinstance(value_pages, mx.array), "packed latent pages"
+        return kernels.latent_attention(
+            queries, rope_queries, new_keys, new_values, key_pages, value_pages, block_tables, positions,
+            scale=shape.used_scale, block_size=shape.block_size, splits=splits,
+        )  # fmt: skip
+    return kernels.paged_attention(
+        queries, new_keys, new_values, key_pages, value_pages, block_tables, positions, scale=shape.used_scale,
+        block_size=shape.block_size, window=shape.window, sinks=sinks, softcap=shape.softcap, splits=splits,
+    )  # fmt: skip
+
+
 @dataclass(slots=True)
 class _Sequence:
-    """What is known of one sequence: its blocks, and its keys [kv_heads, n, D] and values as float32."""
+    """What is known of one sequence: its blocks, and its keys [kv_heads, n, D] and values, as given, in float32."""
 
     blocks: list[int]
     keys: NDArray[np.float32]
@@ -212,8 +268,7 @@ class _Check:
     kernels: AttentionKernels
     lengths: Sequence[int]
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(9))
-    pages: list[mx.array] = field(default_factory=list)
-    expected: list[NDArray[np.float32]] = field(default_factory=list)
+    pages: list[CheckedPages] = field(default_factory=list)
     sequences: list[_Sequence | None] = field(default_factory=list)
     newest: mx.array = field(default_factory=lambda: mx.zeros((8,)))
 
@@ -240,14 +295,16 @@ class _Check:
         lengths = self.lengths or [1, 0, size, 3 * size + 1, 333, size - 1, 2, reach + size + 3]
         counts = [math.ceil((length + 4) / size) if length else 0 for length in lengths]
         order = self.rng.permutation(sum(counts) + 3).tolist()
-        self.expected = [np.full((1, self.kv_heads, len(order) * size, dim), np.nan, np.float32) for dim in self.dims]
+        self.pages = [
+            CheckedPages(self.shape.dtype, self.kv_heads, len(order) * size, dim, self.shape.bits) for dim in self.dims
+        ]
         for length, count in zip(lengths, counts, strict=True):
             blocks = [order.pop() for _ in range(count)]
             keys, values = (self._random(self.kv_heads, length, dim)[1] for dim in self.dims)
             self.sequences.append(_Sequence(blocks, keys, values) if length else None)
             self._expect(self.sequences[-1], 0)
-        self.pages = [mx.array(pages).astype(self.shape.dtype) for pages in self.expected]
-        mx.eval(self.pages)
+        for pages in self.pages:
+            pages.fill()
 
     def _random(self, *shape: int) -> tuple[mx.array, NDArray[np.float32]]:
         """Random numbers in the element type, and the same in float32."""
@@ -260,23 +317,24 @@ class _Check:
             return
         positions, size = np.arange(first, sequence.keys.shape[1]), self.shape.block_size
         slots = np.array(sequence.blocks)[positions // size] * size + positions % size
-        for pages, rows in zip(self.expected, (sequence.keys, sequence.values), strict=True):
-            pages[0][:, slots] = rows[:, first:]
+        for pages, rows in zip(self.pages, (sequence.keys, sequence.values), strict=True):
+            pages.expect(slots, rows[:, first:])
 
     def _decode(self, splits: int | None) -> str | None:
         """One new token for every sequence; a problem of the output."""
         shape, rows, heads = self.shape, len(self.sequences), self.kv_heads * self.shape.group
         queries, known_queries = self._random(rows, heads, 1, shape.key_dim)
+        rope_queries, known_ropes = self._random(rows, heads, 1, shape.value_dim)
         (keys, known_keys), (values, known_values) = (self._random(rows, self.kv_heads, 1, dim) for dim in self.dims)
         sinks, known_sinks = self._random(heads)
         options: dict[str, Any] = {"scale": shape.used_scale, "window": shape.window, "softcap": shape.softcap}
         positions = [sequence.keys.shape[1] if sequence else -1 for sequence in self.sequences]
-        key_pages, value_pages = self.pages
-        _leave_nan(shape.dtype, (rows, heads, shape.value_dim), (rows, heads, 3, shape.value_dim), (rows, heads, 3, 2))
-        out = self.kernels.paged_attention(
-            queries, keys, values, key_pages, value_pages, self._tables(),
-            mx.array(positions, mx.int32) + self._after(),
-            block_size=shape.block_size, sinks=sinks if shape.sinks else None, splits=splits, **options,
+        key_pages, value_pages = (pages.arrays for pages in self.pages)
+        dim = shape.result_dim
+        _leave_nan(shape.dtype, (rows, heads, dim), (rows, heads, 3, dim), (rows, heads, 3, 2))
+        out = launch(
+            self.kernels, shape, queries, rope_queries, keys, values, key_pages, value_pages, self._tables(),
+            mx.array(positions, mx.int32) + self._after(), sinks if shape.sinks else None, splits,
         )  # fmt: skip
         self.newest = out
         got = np.array(out.astype(mx.float32))[:, :, 0]
@@ -285,10 +343,12 @@ class _Check:
             if sequence is not None:
                 sequence.append(known_keys[row], known_values[row])
                 self._expect(sequence, positions[row])
-                wanted = attention(
-                    known_queries[row, :, 0], sequence.keys, sequence.values,
-                    sinks=known_sinks if shape.sinks else None, **options,
-                )  # fmt: skip
+                known, seen_values = known_queries[row, :, 0], self.pages[1].given_back(sequence.values)
+                seen_keys = self.pages[0].given_back(sequence.keys)
+                if shape.latent:
+                    known = np.concatenate([known, known_ropes[row, :, 0] / shape.used_scale], axis=-1)
+                    seen_keys, seen_values = np.concatenate([seen_keys, seen_values], axis=-1), seen_keys
+                wanted = attention(known, seen_keys, seen_values, sinks=known_sinks if shape.sinks else None, **options)
             if problem := _difference(got[row], wanted, TOLERANCE[shape.dtype]):
                 return f"{f'{positions[row] + 1} tokens' if sequence else 'a padding row'}: {problem}"
         return None
@@ -314,7 +374,7 @@ class _Check:
         size, window = self.shape.block_size, self.shape.window
         first, length = size + size // 2 + 1, 3 * size
         (keys, known_keys), (values, known_values) = (self._random(1, self.kv_heads, length, dim) for dim in self.dims)
-        key_pages, value_pages = self.pages
+        key_pages, value_pages = (pages.arrays for pages in self.pages)
         sequence = _Sequence(longest.blocks[::-1], known_keys[0], known_values[0])
         self.sequences[1] = sequence
         self._expect(sequence, 0)
@@ -328,17 +388,17 @@ class _Check:
                 block_size=size, length=end - begin,
             )  # fmt: skip
             self.newest = got[0].reshape(-1)[:1] + got[1].reshape(-1)[:1]
-            for name, rows, known in zip(("keys", "values"), got, (known_keys, known_values), strict=True):
-                if not np.array_equal(np.array(rows.astype(mx.float32)), known[:, :, begin:end]):
+            named = zip(("keys", "values"), got, (known_keys, known_values), self.pages, strict=True)
+            for name, rows, known, pages in named:
+                if not pages.collected_right(rows, known[0][:, begin:end]):
                     return f"collected {name} of positions {begin} to {end} are wrong"
         return None
 
     def _changed(self) -> str | None:
         """Whether a slot holds what it should not."""
-        for name, pages, expected in zip(("key", "value"), self.pages, self.expected, strict=True):
-            got = (pages + self._after().astype(pages.dtype)).astype(mx.float32)
-            if not np.array_equal(np.array(got), expected, equal_nan=True):
-                return f"{name} pages: another slot was written, or one was not"
+        for name, pages in zip(("key", "value"), self.pages, strict=True):
+            if problem := pages.problem(self._after()):
+                return f"{name} pages: {problem}"
         return None
 
 

@@ -17,6 +17,7 @@ from mlx_lm.models import base
 
 from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv.attention_grid import fits_grid, is_planned, on_grid
+from engine.runner.kv.kernel_cache import KernelLayerCache
 from engine.runner.kv.paged_cache import PagedLayerCache, owner
 
 _NAME = "scaled_dot_product_attention"
@@ -33,6 +34,9 @@ class AttentionCall:
     scale: float
     sinks: bool = False
     softcap: float | None = None
+    query_dim: int | None = None
+    biased: bool = False
+    """Whether a mask of numbers is added to the scores: what latent attention does with its rotated part."""
 
 
 _recorded: dict[int, AttentionCall] | None = None
@@ -48,9 +52,14 @@ def _attend(
     mask: mx.array | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    note(cache, AttentionCall(queries.shape[1], queries.dtype, scale, sinks is not None))
+    biased = isinstance(mask, mx.array) and mask.dtype != mx.bool_
+    _, heads, _, dim = queries.shape
+    note(cache, AttentionCall(heads, queries.dtype, scale, sinks is not None, query_dim=dim, biased=biased))
     cache = owner(keys) if cache is None else cache
     if isinstance(cache, PagedLayerCache) and cache.flat:
+        if isinstance(cache, KernelLayerCache) and cache.latent:
+            assert mask is not None, "latent attention without its rotated part"
+            return cache.attend_latent(queries, scale, mask)
         return cache.attend(queries, scale, sinks)
     how = {"cache": cache, "scale": scale, "mask": mask, "sinks": sinks}
     planned = isinstance(cache, PagedLayerCache) and is_planned(queries, values) and fits_grid(queries, keys, mask)

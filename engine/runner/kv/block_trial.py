@@ -15,9 +15,11 @@ import numpy as np
 
 from engine.runner.kernels.joined_check import JoinedShape, joined_problem
 from engine.runner.kernels.kernel_cache import collecting, compile_all
+from engine.runner.kernels.page_format import PackedPages, PageArrays
 from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kv.fused_block import FusedBlock, head_dim
 from engine.runner.kv.kernel_cache import DecodeRows, KernelLayerCache, on_device, padded_positions
+from engine.runner.kv.kv_pages import Packing, packing
 from engine.runner.kv.kv_pool import KVPool
 from engine.runner.kv.kv_spec import LayerShape
 
@@ -38,6 +40,8 @@ class _Context:
 
     keys: mx.array
     values: mx.array
+    packing: Packing | None = None
+    """How pages keep rows: what comes back of these is what they give back."""
 
     @property
     def offset(self) -> int:
@@ -46,29 +50,34 @@ class _Context:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append; gives all."""
-        self.keys = mx.concatenate([self.keys, keys], axis=2)
-        self.values = mx.concatenate([self.values, values], axis=2)
+        self.keys = self._kept(mx.concatenate([self.keys, keys], axis=2))
+        self.values = self._kept(mx.concatenate([self.values, values], axis=2))
         return self.keys, self.values
+
+    def _kept(self, rows: mx.array) -> mx.array:
+        return rows if self.packing is None else self.packing.unpack(self.packing.pack(rows))
 
     def astype(self, dtype: mx.Dtype) -> "_Context":
         """The same in another element type."""
-        return _Context(self.keys.astype(dtype), self.values.astype(dtype))
+        return _Context(self.keys.astype(dtype), self.values.astype(dtype), self.packing)
 
 
 class BlockTrial:
     """One layer's block on random rows, fused and not."""
 
-    def __init__(self, layer: Any, kernels: AttentionKernels, block_size: int) -> None:
+    def __init__(self, layer: Any, kernels: AttentionKernels, block_size: int, kv_cache_dtype: str = "auto") -> None:
         self._layer, self._kernels, self._block_size = layer, kernels, block_size
         attention = layer.self_attn
         self._dtype: mx.Dtype = layer.input_layernorm.weight.dtype
         self._hidden = int(layer.input_layernorm.weight.shape[0])
         self._loss = _LOSS
         self._kv_heads, self._dim = int(attention.n_kv_heads), head_dim(attention)
+        self._kv_cache_dtype, self._packing = kv_cache_dtype, packing(self._dim, kv_cache_dtype)
         self.shape = JoinedShape(
             dtype=self._dtype, heads=int(attention.n_heads), kv_heads=self._kv_heads, dim=self._dim,
             block_size=block_size, scale=float(attention.scale),
             eps=float(attention.q_norm.eps) if "q_norm" in attention else None,
+            bits=self._packing.bits if self._packing else 0,
         )  # fmt: skip
 
     def problem(self, block: FusedBlock) -> str | None:
@@ -115,7 +124,7 @@ class BlockTrial:
             mx.random.normal(size, key=key).astype(self._dtype)
             for size, key in zip(((rows, 1, self._hidden), shape, shape), keys, strict=True)
         )
-        return x, _Context(before, values)
+        return x, _Context(before, values, self._packing)
 
     def own(self, layer: nn.Module, x: mx.array, context: _Context) -> tuple[mx.array, _Context]:
         """mlx-lm's block; gives the cache with the new rows too."""
@@ -131,7 +140,7 @@ class BlockTrial:
         pages = self._pages(context.keys, padding), self._pages(context.values, padding)
         mx.eval(pages)
         shape = LayerShape(self._kv_heads, self._dim, self._dim, self._dtype)
-        cache = KernelLayerCache(KVPool([shape], size), 0, None, self._kernels)
+        cache = KernelLayerCache(KVPool([shape], size, self._kv_cache_dtype), 0, None, self._kernels)
         positions = on_device(padded_positions(np.full(rows, _CONTEXT, dtype=np.int32), rows))
         cache.begin(DecodeRows.of(rows, positions, blocks), pages)
         found = block(x.reshape(rows, -1), cache).reshape(x.shape)
@@ -139,14 +148,22 @@ class BlockTrial:
         mx.eval(found)
         mx.synchronize()  # what the block wrote is read now
         keys, values = (
-            some.reshape(self._kv_heads, rows, width * size, self._dim)[:, :, _CONTEXT].swapaxes(0, 1) for some in pages
+            self._rows_of(some).reshape(self._kv_heads, rows, width * size, self._dim)[:, :, _CONTEXT].swapaxes(0, 1)
+            for some in pages
         )
         return found, (keys, values)
 
-    def _pages(self, rows: mx.array, padding: int) -> mx.array:
+    def _pages(self, rows: mx.array, padding: int) -> PageArrays:
         """``rows`` [rows, kv_heads, tokens, dim] one behind the other, each with room behind it."""
         padded = mx.pad(rows, [(0, 0), (0, 0), (0, padding), (0, 0)]).transpose(1, 0, 2, 3)
-        return mx.contiguous(padded.reshape(1, self._kv_heads, -1, self._dim))
+        plain = mx.contiguous(padded.reshape(1, self._kv_heads, -1, self._dim))
+        return plain if self._packing is None else PackedPages(*self._packing.pack(plain))
+
+    def _rows_of(self, pages: PageArrays) -> mx.array:
+        if isinstance(pages, mx.array):
+            return pages
+        assert self._packing is not None
+        return self._packing.unpack(pages)
 
 
 @contextmanager

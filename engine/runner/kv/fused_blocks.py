@@ -22,14 +22,16 @@ _LEFT_OUT: dict[OwnProducts, str] = {
 class FusedBlocks:
     """The layers of a loaded model that compute a decode step in few launches.
 
-    ``kernels`` attend, over pages of ``block_size`` slots. Choose, then install before a step is compiled.
+    ``kernels`` attend, over pages of ``block_size`` slots that keep ``kv_cache_dtype``. Choose, then install before a
+    step is compiled.
     """
 
     def __init__(
-        self, model: nn.Module, device_kind: DeviceKind, kernels: AttentionKernels | None, block_size: int
-    ) -> None:
+        self, model: nn.Module, device_kind: DeviceKind, kernels: AttentionKernels | None, block_size: int,
+        kv_cache_dtype: str = "auto",
+    ) -> None:  # fmt: skip
         self._layers: list[Any] = [layer for _, layer in model.named_modules() if is_block(layer)] if kernels else []
-        self._kernels, self._block_size = kernels, block_size
+        self._kernels, self._block_size, self._kv_cache_dtype = kernels, block_size, kv_cache_dtype
         self._ways: tuple[OwnProducts, ...] = tuple(_LEFT_OUT) if device_kind == "cuda" else ("none",)
         self._blocks: list[FusedBlock | None] = []
         self._swapped = SwappedModules()
@@ -102,7 +104,7 @@ class FusedBlocks:
                 return problem
             assert self._kernels is not None
             block = FusedBlock.of(layer, own)
-            return BlockTrial(layer, self._kernels, self._block_size).problem(block)
+            return BlockTrial(layer, self._kernels, self._block_size, self._kv_cache_dtype).problem(block)
         except Exception as error:  # noqa: BLE001  (whatever stops it, the layers have mlx-lm's own way)
             return error_line(error)
 

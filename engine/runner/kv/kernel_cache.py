@@ -12,9 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 from engine.runner.kernels.joined_attention import HeadNorms
+from engine.runner.kernels.page_format import PageArrays, PagePair, as_pages
 from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kv.attention_metadata import SequenceRead
 from engine.runner.kv.input_batch import InputBatch, Int32
+from engine.runner.kv.kv_pages import Pages
 from engine.runner.kv.kv_pool import KVPool
 from engine.runner.kv.kv_spec import CacheLeaf
 from engine.runner.kv.paged_cache import PagedLayerCache
@@ -88,13 +90,16 @@ class KernelLayerCache(PagedLayerCache):
         super().__init__(pool, index, window)
         self._kernels = kernels
         self._call: DecodeRows | Chunk | None = None
-        self._pages: tuple[mx.array, mx.array] | None = None
+        self._pages: PagePair | None = None
+        self.latent = pool.layers[index].is_latent
+        """Whether a key is what all heads share, and a value what is rotated of it: see :meth:`attend_latent`."""
         self.collected: mx.array | None = None
         """Keys of the last chunk: what comes after them comes after the chunk was written."""
 
-    def begin(self, call: DecodeRows | Chunk, pages: tuple[mx.array, mx.array]) -> None:
+    def begin(self, call: DecodeRows | Chunk, pages: PagePair) -> None:
         """A call is built now, over ``pages`` (keys and values)."""
-        self._call, self._pages, self.collected = call, pages, None
+        self._call, self.collected = call, None
+        self._pages = as_pages(pages[0]), as_pages(pages[1])
         self.flat = isinstance(call, DecodeRows)
 
     @property
@@ -105,7 +110,11 @@ class KernelLayerCache(PagedLayerCache):
         return call.offset if isinstance(call, DecodeRows) else call.read.start
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """A decode row's keys and values wait for its attention; a chunk's are written, and come with their context."""
+        """A decode row's keys and values wait for its attention; a chunk's are written, and come with their context.
+
+        Of latent rows the second is what is rotated. A model multiplies its queries for that by what it gets here, and
+        adds the products to its scores as a mask: from an identity they come back as they are, for the kernel.
+        """
         call, pages = self._call, self._pages
         assert call is not None, "no step is being computed"
         assert pages is not None, "no pages to write to"
@@ -115,6 +124,9 @@ class KernelLayerCache(PagedLayerCache):
                 keys, values, *pages, call.block_table, call.span, block_size=self._pool.block_size, length=length
             )
             self.collected = keys
+        elif self.latent:
+            self._lend(keys, values)
+            return keys, mx.eye(values.shape[-1], dtype=values.dtype)[None, None]
         self._lend(keys, values)
         return keys, values
 
@@ -147,6 +159,23 @@ class KernelLayerCache(PagedLayerCache):
             block_size=self._pool.block_size, window=self._window, sinks=sinks, softcap=softcap,
         )  # fmt: skip
 
+    def attend_latent(self, queries: mx.array, scale: float, rope_queries: mx.array) -> mx.array:
+        """Attention of ``queries`` [rows, heads, 1, R] over latent pages, and the new token into them.
+
+        ``rope_queries`` [rows, heads, 1, P]: see :func:`engine.runner.kernels.latent_attention.latent_attention`.
+        """
+        call, new = self._call, self._new
+        assert isinstance(call, DecodeRows), "a chunk attends to what was collected"
+        assert new is not None, "attention before its keys and values"
+        assert self._pages is not None, "no pages to write to"
+        latents, ropes = self._pages
+        assert isinstance(latents, mx.array), "packed latent pages"
+        assert isinstance(ropes, mx.array), "packed latent pages"
+        return self._kernels.latent_attention(
+            queries, rope_queries, *new, latents, ropes, call.block_tables, call.positions, scale=scale,
+            block_size=self._pool.block_size,
+        )  # fmt: skip
+
     def attend_joined(
         self, joined: mx.array, frequencies: mx.array, *, heads: int, scale: float, norms: HeadNorms | None = None
     ) -> mx.array:
@@ -172,17 +201,18 @@ class KernelGroupCache:
     """Pages of a group whose layers attend through kernels."""
 
     def __init__(
-        self, leaves: Sequence[CacheLeaf], block_size: int, window: int | None, kernels: AttentionKernels
-    ) -> None:
-        self.pool = KVPool([leaf.shape for leaf in leaves if leaf.shape is not None], block_size)
+        self, leaves: Sequence[CacheLeaf], block_size: int, window: int | None, kernels: AttentionKernels,
+        kv_cache_dtype: str = "auto",
+    ) -> None:  # fmt: skip
+        self.pool = KVPool([leaf.shape for leaf in leaves if leaf.shape is not None], block_size, kv_cache_dtype)
         self.views = {leaf: KernelLayerCache(self.pool, i, window, kernels) for i, leaf in enumerate(leaves)}
         self._window = window
 
     @property
-    def pages(self) -> list[tuple[mx.array, mx.array]]:
+    def pages(self) -> list[PagePair]:
         """Keys and values of all layers."""
         pool = self.pool
-        return [(keys.arrays[0], values.arrays[0]) for keys, values in zip(pool.keys, pool.values, strict=True)]
+        return [(_arrays(keys), _arrays(values)) for keys, values in zip(pool.keys, pool.values, strict=True)]
 
     @property
     def collected(self) -> mx.array | None:
@@ -205,7 +235,7 @@ class KernelGroupCache:
         read = SequenceRead.of(batch, 0, group, self._window, self.pool.block_size)
         self.begin_call(Chunk.of(read, tables[0]), self.pages)
 
-    def begin_call(self, call: DecodeRows | Chunk, pages: Sequence[tuple[mx.array, mx.array]]) -> None:
+    def begin_call(self, call: DecodeRows | Chunk, pages: Sequence[PagePair]) -> None:
         """A call is built now, over ``pages`` of all layers."""
         for view, some in zip(self.views.values(), pages, strict=True):
             view.begin(call, some)
@@ -214,3 +244,7 @@ class KernelGroupCache:
         """See :class:`engine.runner.kv.paged_cache.GroupCache`."""
         for view in self.views.values():
             view.finish()
+
+
+def _arrays(pages: Pages) -> PageArrays:
+    return as_pages(pages.arrays[0] if pages.packing is None else tuple(pages.arrays))

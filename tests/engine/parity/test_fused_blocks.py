@@ -64,6 +64,25 @@ def test_fused_layers_give_mlx_lms_tokens(name: str) -> None:
     engine.backend.close()
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "int4"])
+def test_fused_layers_over_packed_pages_give_the_reference_paths_tokens(kv_cache_dtype: str) -> None:
+    kernels, model = HostKernels(), model_of("qwen3", head_dim=32)
+    prompts = mixed_prompts(5, VOCAB, 90, seed=1)
+    reference = BareEngine(model, kv_cache_dtype=kv_cache_dtype)
+    expected = [one.output_token_ids for one in reference.generate(prompts, NUM_TOKENS)]
+    reference.backend.close()
+    engine = BareEngine(model, kernels=kernels, kv_cache_dtype=kv_cache_dtype)
+    blocks = FusedBlocks(model, "cpu", kernels, BLOCK_SIZE, kv_cache_dtype)
+    blocks.choose()
+    assert blocks.note == "fused layers: 4 of 4"
+    blocks.install()
+    kernels.calls = dict.fromkeys(kernels.calls, 0)
+    assert [one.output_token_ids for one in engine.start().generate(prompts, NUM_TOKENS)] == expected
+    assert kernels.calls["joined_attention"] > 0 == kernels.calls["paged_attention"]
+    blocks.remove()
+    engine.backend.close()
+
+
 def test_packed_weights_are_joined_too() -> None:
     model = model_of("qwen3", hidden_size=128, intermediate_size=192)
     nn.quantize(model, group_size=64, bits=4)

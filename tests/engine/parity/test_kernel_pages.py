@@ -15,13 +15,14 @@ from engine.runner.paged_backend import PagedBackend
 from tests.engine.parity.bare_engine import BareEngine, greedy
 from tests.engine.parity.oracle import mixed_prompts
 from tests.engine.parity.test_architectures import long_prompt
-from tests.engine.parity.tiny_architectures import CONFIGS, VOCAB, tiny_model
+from tests.engine.parity.tiny_architectures import CONFIGS, VOCAB, build, config_of, tiny_model
 from tests.engine.runner.kernels.host_kernels import HostKernels
 
 NUM_TOKENS = 6
 MAMBA_2 = {"mamba2", "nemotron_h", "falcon_h1", "granitemoehybrid"}
-UNSERVED = {"deepseek_v3", "deepseek_v32", "llama4"}
-"""Latent attention; chunks of attention that a model masks for one sequence at a time."""
+UNSERVED = {"deepseek_v32", "llama4"}
+"""Latent attention that picks tokens by an index of its own; chunks of attention that a model masks for one sequence at
+a time."""
 
 
 def kernel_engine(name: str) -> tuple[BareEngine, HostKernels, PagedBackend]:
@@ -45,8 +46,10 @@ def test_pages_read_in_place_give_mlx_lms_tokens(name: str) -> None:
             assert [one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)] == expected
         assert not paged_cache._lent
         attends = {path.kind: path.backend for path in backend.attention_paths}
-        assert attends.get("full", "paged") == attends.get("state", "paged") == "paged"
-        assert ("full" in attends) == (kernels.calls["paged_attention"] > 0 < kernels.calls["collect"])
+        kinds = {kind for kind in ("full", "latent") if kind in attends}
+        assert all(attends[kind] == "paged" for kind in {*kinds, *({"state"} & attends.keys())})
+        attended = kernels.calls["paged_attention"] + kernels.calls["latent_attention"]
+        assert bool(kinds) == (attended > 0 < kernels.calls["collect"])
         moved = kernels.states.calls
         assert ("state" in attends) == (moved["write_slots"] > 0 or moved["delta_step"] > 0 < moved["delta_scan"])
         assert (name in MAMBA_2) == (moved["ssm_step"] > 0 < moved["conv_step"])
@@ -54,7 +57,32 @@ def test_pages_read_in_place_give_mlx_lms_tokens(name: str) -> None:
         engine.backend.close()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma4_text", "qwen3_5", "lfm2", "nemotron_h"])
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
+def test_packed_pages_give_the_tokens_and_the_pages_of_the_reference_path(name: str, kv_cache_dtype: str) -> None:
+    """Of the first layer, whose rows differ by no more than the rounding of the products that they come from."""
+    model = build({**config_of(name), "head_dim": 32})
+    prompts = mixed_prompts(5, VOCAB, 90, seed=1)
+    outputs, memories = [], []
+    for kernels in (HostKernels(), None):
+        engine = BareEngine(model, kernels=kernels, kv_cache_dtype=kv_cache_dtype)
+        backend = engine.backend
+        assert isinstance(backend, PagedBackend)
+        assert {path.backend for path in backend.attention_paths} == {"paged" if kernels else "reference"}
+        outputs.append([one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)])
+        first_layer = [backend.pools[0].keys[0], backend.pools[0].values[0]]  # type: ignore[attr-defined]
+        memories.append([np.array(array) for pages in first_layer for array in pages.arrays])
+        if kernels is not None:
+            outputs.append([one.output_token_ids for one in engine.start(chunk=16).generate(prompts, NUM_TOKENS)])
+            assert min(kernels.calls["paged_attention"], kernels.calls["collect"]) > 0
+        backend.close()
+    assert outputs[0] == outputs[1] == outputs[2]
+    for ours, reference in zip(*memories, strict=True):
+        alike = ours == reference if ours.dtype == np.uint32 else np.isclose(ours, reference, rtol=1e-4, atol=1e-6)
+        assert alike.mean() > 0.99
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma4_text", "qwen3_5", "lfm2", "nemotron_h", "deepseek_v3"])
 def test_blocks_are_used_again_at_once_and_requests_give_way(name: str) -> None:
     engine, _, _ = kernel_engine(name)
     prompts = mixed_prompts(9, VOCAB, 60, seed=4)
@@ -145,8 +173,7 @@ def test_a_kernel_that_does_not_compile_serves_no_layer() -> None:
 @pytest.mark.parametrize(
     ("name", "dtype", "why"),
     [
-        ("deepseek_v3", "auto", "no kernel for latent attention yet"),
-        ("llama", "int8", "no kernel for int8 pages yet"),
+        ("deepseek_v3", "int8", "no kernel for latent vectors in int8 yet"),
         ("llama", "bfloat16", "bfloat16 pages under a model in float32"),
     ],
 )

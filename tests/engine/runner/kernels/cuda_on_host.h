@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <vector>
 #include "fibers.h"
@@ -20,6 +21,7 @@ static Dim3 blockIdx, gridDim;
 #define blockDim (Dim3{threads_in_block, 1, 1})
 struct Shape { int v[8]; int operator[](int i) const { return v[i]; } };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
 
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -44,6 +46,7 @@ template <typename T> Pair<T> __hfma2(Pair<T> a, Pair<T> b, Pair<T> c) {
   return {T(std::fma(float(a.x), float(b.x), float(c.x))), T(std::fma(float(a.y), float(b.y), float(c.y)))};
 }
 static __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__nv_bfloat16(a), __nv_bfloat16(b)}; }
+static __half2 __floats2half2_rn(float a, float b) { return {__half(a), __half(b)}; }
 static unsigned __byte_perm(unsigned low, unsigned high, unsigned pick) {
   const unsigned long long bytes = low | (unsigned long long)high << 32;
   unsigned out = 0;
@@ -60,6 +63,8 @@ static float2 __half22float2(__half2 pair) { return {float(pair.x), float(pair.y
 
 // Some C libraries have functions of these names.
 #define __cosf(x) std::cos(x)
+// What MLX packs on a CPU is what kernels are compared with here: it rounds halves to even, on a GPU away from zero.
+#define roundf(x) std::rint(x)
 #define __sinf(x) std::sin(x)
 #define __expf(x) std::exp(x)
 static float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

@@ -16,6 +16,7 @@ struct uint3 { uint x, y, z; };
 #define constant __attribute__((address_space(2)))
 #define threadgroup static __attribute__((address_space(3)))
 typedef uint uint4 __attribute__((ext_vector_type(4)));
+typedef uint uint2 __attribute__((ext_vector_type(2)));
 typedef short half;                      // any two types of their size
 typedef unsigned short bfloat16_t;
 static void barrier();
@@ -32,6 +33,7 @@ struct alignas(16) uint4 {
   uint4() = default;
   explicit uint4(uint all) : x(all), y(all), z(all), w(all) {}
 };
+struct alignas(8) uint2 { uint x, y; };
 typedef _Float16 half;
 struct bfloat16_t {
   ushort bits;
@@ -68,9 +70,12 @@ inline float sin(float x) { return __builtin_sinf(x); }
 inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 }
 inline float max(float a, float b) { return __builtin_fmaxf(a, b); }
+inline float min(float a, float b) { return __builtin_fminf(a, b); }
 // Some C libraries have functions of these names.
 #define fma(a, b, c) __builtin_fmaf(a, b, c)
 #define rint(x) __builtin_rintf(x)
+// As MLX on a CPU, which what is packed is compared with here: halves to even, where a GPU rounds them away from zero.
+#define round(x) __builtin_rintf(x)
 
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 inline void threadgroup_barrier(mem_flags) { barrier(); }

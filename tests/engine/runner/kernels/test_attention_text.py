@@ -13,8 +13,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.params.kv_dtype import group_size
+from engine.runner.kernels import latent_attention
 from engine.runner.kernels import paged_attention as module
 from engine.runner.kernels import paged_attention_text as text
+from engine.runner.kernels.page_format import PackedPages
 from engine.runner.kernels.paged_attention import collect, paged_attention
 from engine.runner.kernels.reference import attention
 from engine.runner.kernels.self_check import AttentionShape, attention_problem
@@ -51,7 +54,7 @@ ON_CUDA = [name for name in SHAPES if name.startswith(("bf16 128 of 4", "bf16 64
 
 @pytest.fixture
 def kernels(text_kernels: TextKernels) -> dict[str, HostKernel]:
-    return text_kernels(module)
+    return text_kernels(module, latent_attention)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,71 @@ def test_the_text_gives_what_numpy_gives(name: str, kernels: dict[str, HostKerne
     assert {one.removesuffix("_sinks") for one in kernels} == {
         "paged_attention", "paged_attention_reduce", "collect_pages",
     }  # fmt: skip
+
+
+PACKED = {
+    "bf16 128 of 4, 8 bits": shape(mx.bfloat16, 128, 4, 2, bits=8),
+    "bf16 128 of 8, 4 bits, window": shape(mx.bfloat16, 128, 8, bits=4, window=100),
+    "f16 96 and 64 of 3, 8 bits, sinks": shape(mx.float16, (96, 64), 3, 2, bits=8, sinks=True),
+    "f16 32 of 2, 4 bits, cap": shape(mx.float16, 32, 2, bits=4, softcap=20.0),
+    "f32 64 of 2, 8 bits, blocks of 8": shape(mx.float32, 64, 2, bits=8, block_size=8),
+    "bf16 256 of 16, 8 bits": shape(mx.bfloat16, 256, 16, bits=8),
+}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "name"),
+    [*(("metal", name) for name in PACKED), *(("cuda", name) for name in PACKED if "128" in name or "f16" in name)],
+)
+def test_packed_pages_are_read_and_written_as_numpy_does(name: str, kernels: dict[str, HostKernel]) -> None:
+    assert attention_problem(PACKED[name]) is None
+    assert {one.removesuffix("_sinks") for one in kernels} == {
+        "paged_attention_packed", "paged_attention_reduce", "collect_packed_pages",
+    }  # fmt: skip
+
+
+ON_TENSOR_CORES = {
+    "bf16 128 of 8": shape(mx.bfloat16, 128, 8, 2),
+    "f16 64 of 16, sinks, window": shape(mx.float16, 64, 16, sinks=True, window=100),
+    "bf16 256 of 8, cap": shape(mx.bfloat16, 256, 8, softcap=50.0, scale=0.07),
+    "bf16 512 of 8": shape(mx.bfloat16, 512, 8),
+    "bf16 96 of 12, blocks of 32": shape(mx.bfloat16, 96, 12, block_size=32),
+    "f16 192 and 128 of 24": shape(mx.float16, (192, 128), 24),
+} | {name: one for name, one in PACKED.items() if not name.startswith("f32")}
+
+
+@pytest.mark.parametrize("dialect", ["cuda"])
+@pytest.mark.parametrize("name", ON_TENSOR_CORES)
+def test_tensor_cores_give_what_numpy_gives(
+    name: str, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "tensor_cores", lambda: True)
+    assert attention_problem(ON_TENSOR_CORES[name]) is None
+    assert any(one.startswith("paged_attention_mma") for one in kernels)
+
+
+LATENT = {
+    "bf16 512 and 64 of 16": shape(mx.bfloat16, (512, 64), 16, latent=True, scale=0.07),
+    "f16 256 and 32 of 40": shape(mx.float16, (256, 32), 40, latent=True),
+    "f32 128 and 32 of 3": shape(mx.float32, (128, 32), 3, latent=True, block_size=8),
+}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "name", "on_tensor_cores"),
+    [
+        *(("metal", name, False) for name in LATENT),
+        ("cuda", "bf16 512 and 64 of 16", False),
+        ("cuda", "bf16 512 and 64 of 16", True),
+        ("cuda", "f16 256 and 32 of 40", True),
+    ],
+)
+def test_latent_pages_are_the_keys_and_values_of_all_heads(
+    name: str, on_tensor_cores: bool, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "tensor_cores", lambda: on_tensor_cores)
+    assert attention_problem(LATENT[name]) is None
+    assert f"latent_attention{'_mma' * on_tensor_cores}" in kernels
 
 
 def random(*sizes: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.array:
@@ -166,6 +234,38 @@ def test_collect_reads_what_lies_before_a_chunk_and_writes_the_chunk(
     for rows, page, expected in zip(got, pages, wanted, strict=True):
         assert np.array_equal(floats(rows), expected[:, :, slots])
         assert np.array_equal(floats(page), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("dtype", "dim"), [(mx.bfloat16, 128), (mx.float16, 96), (mx.float32, 64)])
+def test_rows_are_packed_to_the_bit_as_mlx_packs_them(
+    dtype: mx.Dtype, dim: int, bits: int, kernels: dict[str, HostKernel]
+) -> None:
+    """By a chunk's launch and by a single row's; what a chunk gets back is what the pages hold."""
+    size = group_size(dim)
+    assert size is not None
+    pages = [
+        PackedPages(*(mx.contiguous(some) for some in mx.quantize(mx.zeros((1, 2, 96, dim), dtype), size, bits)))
+        for _ in range(2)
+    ]
+    mx.eval(pages)
+    rows = [random(1, 2, 41, dim, dtype=dtype, seed=seed) * 3 for seed in (1, 2)]
+    table = mx.array([4, 1, 5, 0, 0, 0, 0, 0], mx.int32)
+    chunk = [some[:, :, :40] for some in rows]
+    got = collect(*chunk, *pages, table, mx.array([0, 0, 0, 0], mx.int32), block_size=16, length=40)
+    single = [some[:, :, 40:] for some in rows]
+    queries = random(1, 4, 1, dim, dtype=dtype)
+    mx.eval(paged_attention(
+        queries, *single, *pages, table[None], mx.array([40] + [-1] * 7, mx.int32), scale=0.1, block_size=16
+    ))  # fmt: skip
+    slots = [block * 16 + at for block in (4, 1, 5) for at in range(16)][:41]
+    for some, page, back in zip(rows, pages, got, strict=True):
+        wanted = mx.quantize(mx.contiguous(some), size, bits)
+        for array, expected in zip(page, wanted, strict=True):
+            assert mx.array_equal(array[:, :, mx.array(slots)], expected)
+        unpacked = mx.dequantize(*(part[:, :, :40].astype(mx.float32) if part.dtype != mx.uint32 else part[:, :, :40]
+                                   for part in wanted), group_size=size, bits=bits)  # fmt: skip
+        assert mx.allclose(back, unpacked.astype(dtype), rtol=1e-2 if dtype == mx.bfloat16 else 1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("dialect", ["metal"])

@@ -30,6 +30,16 @@ SHAPES = {
     "f32 of 96, normed": shape(mx.float32, 96, 2, eps=1e-5, block_size=8),
 }
 
+PACKED = {
+    "qwen3, 8 bits": shape(mx.bfloat16, 128, 4, eps=1e-6, bits=8),
+    "llama, 4 bits, window": shape(mx.float16, 64, 8, window=100, bits=4),
+    "f32 of 96, 8 bits": shape(mx.float32, 96, 2, eps=1e-5, bits=8),
+}
+ON_TENSOR_CORES = PACKED | {
+    "llama of 12": shape(mx.bfloat16, 128, 12, window=100),
+    "f16 of 256": shape(mx.float16, 256, 8, eps=1e-6),
+}
+
 
 @pytest.fixture
 def kernels(text_kernels: TextKernels) -> dict[str, HostKernel]:
@@ -43,6 +53,24 @@ def kernels(text_kernels: TextKernels) -> dict[str, HostKernel]:
 def test_the_text_gives_what_numpy_gives(name: str, kernels: dict[str, HostKernel]) -> None:
     assert joined_problem(SHAPES[name], GPU_KERNELS) is None
     assert any(one.startswith("joined_attention") for one in kernels)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("dialect", "name"), [*(("metal", name) for name in PACKED), ("cuda", "qwen3, 8 bits")])
+def test_packed_pages_give_what_numpy_gives(name: str, kernels: dict[str, HostKernel]) -> None:
+    assert joined_problem(PACKED[name], GPU_KERNELS) is None
+    assert any(one.startswith("joined_attention_packed") for one in kernels)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dialect", ["cuda"])
+@pytest.mark.parametrize("name", [name for name in ON_TENSOR_CORES if not name.startswith("f32")])
+def test_tensor_cores_give_what_numpy_gives(
+    name: str, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_attention, "tensor_cores", lambda: True)
+    assert joined_problem(ON_TENSOR_CORES[name], GPU_KERNELS) is None
+    assert any(one.startswith("joined_attention_mma") for one in kernels)
 
 
 @needs_compiler

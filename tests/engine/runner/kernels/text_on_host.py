@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.runner.kernels.dialect import kernel_text
+from engine.runner.kernels.rows_matmul_text import TENSOR_CORES
 
 HERE = Path(__file__).parent
 _GUARD = 64
@@ -25,9 +26,13 @@ _GUARD = 64
 _UNWRITTEN = {mx.bfloat16: 0x7FFF, mx.int32: -0x7FFFFFF}
 """Where an output is not NaN until it is written."""
 _CUDA_TYPES = {
-    mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float", mx.int32: "int32_t",
+    mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float", mx.int32: "int32_t", mx.uint32: "uint32_t",
 }  # fmt: skip
-_METAL_TYPES = {mx.bfloat16: "bfloat16_t", mx.float16: "float16_t", mx.float32: "float", mx.int32: "int32_t"}
+_METAL_TYPES = {
+    mx.bfloat16: "bfloat16_t", mx.float16: "float16_t", mx.float32: "float", mx.int32: "int32_t", mx.uint32: "uint32_t",
+}  # fmt: skip
+_TYPE_NAMES = ("T", "C")
+"""Template arguments that are types."""
 _METAL_BUILT_INS = {
     "threadgroup_position_in_grid": ("uint3", "blockIndex"),
     "threadgroups_per_grid": ("uint3", "gridSize"),
@@ -58,7 +63,7 @@ class HostKernel:
     ) -> None:  # fmt: skip
         self.cuda = dialect == "cuda"
         self._name, self._inputs, self._outputs, self._folder = name, inputs, outputs, folder
-        self._body, self._header = kernel_text(source, header, cuda=self.cuda)
+        self._body, self._header = kernel_text(source, header.replace(TENSOR_CORES, ""), cuda=self.cuda)
         self.sources: list[Path] = []
 
     def __call__(
@@ -145,7 +150,7 @@ def metal_program(
         if built_in in body:
             declared.append(f"{kind} {built_in}")
             passed.append(value)
-    names = ", ".join(f"{'typename' if key == 'T' else 'int'} {key}" for key, _ in template)
+    names = ", ".join(f"{'typename' if key in _TYPE_NAMES else 'int'} {key}" for key, _ in template)
     names, values = (
         (f"template <{names}>\n", f"<{', '.join(value for _, value in template)}>") if template else ("", "")
     )
@@ -188,7 +193,8 @@ def cuda_program(
         declared.append(f"{one.type}* {one.name}")
         passed.append(f"({one.type}*)arrays[{i}]")
     constants = "\n".join(
-        f"using {key} = {value};" if key == "T" else f"constexpr int {key} = {value};" for key, value in template
+        f"using {key} = {value};" if key in _TYPE_NAMES else f"constexpr int {key} = {value};"
+        for key, value in template
     )
     return f"""#include "cuda_on_host.h"
 {header}namespace mlx::core::cu {{

@@ -1,0 +1,494 @@
+"""The CUDA text of decode attention on tensor cores: for many query heads per kv head, and for packed pages.
+
+A warp takes 16 tokens at a time. Scores are Q K^T (mma m16n8k16): up to 16 query heads by 8 tokens twice, keys as they
+lie: in a contraction the order of k is free, so a lane takes neighbouring bytes of its token's key, and the same k of
+the queries. What comes out lies as the second operand of V^T P^T wants it, pairs of tokens in a register; pairs of
+values are made of two tokens' bytes. ``PARTS`` warps may share a token's elements, for wide heads: each multiplies its
+part of the key, they add up scores in shared memory, and each weighs its part of the value.
+
+Packed pages hold integers i, with a scale s and a bias b for each GROUP of elements, and are not unpacked: an integer
+under the exponent of 1024 is the float16 1024 + i, so that s (q . (1024 + i)) + (b - 1024 s) sum(q) is a group's part
+of a score. Weights are multiplied by the values' scales instead, and by 2 ** 8, which keeps scales from 2e-7 to 255 in
+float16's range; what 1024 and the biases add is kept apart, a number for each head and group.
+
+Template arguments, beside those of :mod:`engine.runner.kernels.paged_attention_text`
+    C                           what is multiplied: the element type, float16 over packed pages
+    BITS, KEY_STEP, VALUE_STEP  of packed elements (0: plain pages); elements of a key that are multiplied at a time,
+                                and of a value that eight lanes read at a time: a group's, or 32 and 64
+    ROPE_DIM                    of latent pages: the values' pages hold so many further elements of keys, and values
+                                are the keys; their queries are scaled already. 0: usual ones
+    HEADS, WARPS, PARTS         query heads of a block (at most 16), its warps, and warps that share a token
+    STAGES                      2: a pass of tokens is loaded while another is computed
+"""
+
+from functools import cache
+
+from engine.runner.kernels.packed_attention_text import PACKING
+from engine.runner.kernels.paged_attention_text import ATTENTION_FUNCTIONS, SHARED_FUNCTIONS, SINK_MACROS
+from engine.runner.kernels.rows_matmul_text import TENSOR_CORES, UNROLLED
+
+_FUNCTIONS = r"""
+#define MAGIC 0x64646464u
+template <typename To, typename From> FUNCTION To bits_as(From from) { return *reinterpret_cast<To*>(&from); }
+FUNCTION unsigned pair_of(float a, float b, __half) { return bits_as<unsigned>(__floats2half2_rn(a, b)); }
+FUNCTION unsigned pair_of(float a, float b, __nv_bfloat16) { return bits_as<unsigned>(__floats2bfloat162_rn(a, b)); }
+
+// HALVES times two bytes.
+template <int HALVES> FUNCTION void load_halves(const void* from, unsigned* words) {
+  if (HALVES == 8) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+    words[0] = raw.x; words[1] = raw.y; words[2] = raw.z; words[3] = raw.w;
+  } else if (HALVES == 4) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(from);
+    words[0] = raw.x; words[1] = raw.y;
+  } else if (HALVES == 2) {
+    words[0] = *reinterpret_cast<const unsigned*>(from);
+  } else {
+    words[0] = *reinterpret_cast<const unsigned short*>(from);
+  }
+}
+// COUNT elements of two bytes, or zeros.
+template <int COUNT, typename T> FUNCTION void load_elements_of(const T* from, bool there, T* elements) {
+  if (COUNT % 2) EACH(i, COUNT) elements[i] = there ? from[i] : T(0.0f);
+  else EACH(i, COUNT / 2) {
+    const unsigned both = there ? reinterpret_cast<const unsigned*>(from)[i] : 0u;
+    elements[2 * i] = bits_as<T>((unsigned short)both);
+    elements[2 * i + 1] = bits_as<T>((unsigned short)(both >> 16));
+  }
+}
+// Pair p of a lane's elements of a key, and which elements of it these are.
+template <int BITS> FUNCTION unsigned key_pair(const unsigned* words, int p) {
+  if (BITS == 8) return __byte_perm(words[p / 2], MAGIC, p % 2 ? 0x4342u : 0x4140u);
+  if (BITS == 4) return ((words[p / 4] >> (p % 4 * 4)) & 0x000f000fu) | 0x64006400u;
+  return words[p];
+}
+template <int BITS> FUNCTION int pair_first(int p) { return BITS == 4 ? p / 4 * 8 + p % 4 : 2 * p; }
+template <int BITS> FUNCTION int pair_second(int p) { return pair_first<BITS>(p) + (BITS == 4 ? 4 : 1); }
+
+// Elements 2 i and 2 i + 1 of two tokens' values, each as a pair over the tokens.
+template <int BITS> FUNCTION void value_pairs(const unsigned* first, const unsigned* second, int i, unsigned* pairs) {
+  if (BITS == 8) {
+    const unsigned mixed = __byte_perm(first[i / 2], second[i / 2], i % 2 ? 0x7362u : 0x5140u);
+    pairs[0] = __byte_perm(mixed, MAGIC, 0x4140u);
+    pairs[1] = __byte_perm(mixed, MAGIC, 0x4342u);
+  } else if (BITS == 4) {
+    const unsigned mixed = __byte_perm(first[i / 4], second[i / 4], i % 4 < 2 ? 0x5410u : 0x7632u);
+    pairs[0] = ((mixed >> (i % 2 * 8)) & 0x000f000fu) | 0x64006400u;
+    pairs[1] = ((mixed >> (i % 2 * 8 + 4)) & 0x000f000fu) | 0x64006400u;
+  } else {
+    pairs[0] = __byte_perm(first[i], second[i], 0x5410u);
+    pairs[1] = __byte_perm(first[i], second[i], 0x7632u);
+  }
+}
+"""
+
+_SETUP = r"""
+  constexpr int THREADS = 32 * WARPS, LANES = 1, VEC = 1;
+  constexpr int TILES = HEADS > 8 ? 2 : 1;                          // of 8 query heads
+  constexpr int PASS = WARPS / PARTS * 16;                          // tokens of a block at a time
+  constexpr int GIVEN = ROPE_DIM ? ROPE_DIM : VALUE_DIM;            // elements of a row of the values' pages
+  constexpr int KEY_STEPS = KEY_DIM / KEY_STEP / PARTS, ROPE_STEPS = ROPE_DIM / 32;
+  constexpr int MORE = (ROPE_STEPS + PARTS - 1) / PARTS, STEPS = KEY_STEPS + MORE;
+  constexpr int KEY_PAIRS = KEY_STEP / 8, KEY_HALVES = BITS ? KEY_STEP / 4 * BITS / 16 : 8;
+  constexpr int KEY_WORDS = (KEY_HALVES + 1) / 2;
+  constexpr int SECTIONS = VALUE_DIM / VALUE_STEP / PARTS, EACH_LANE = VALUE_STEP / 8;
+  constexpr int VALUE_HALVES = BITS ? EACH_LANE * BITS / 16 : EACH_LANE, VALUE_WORDS = (VALUE_HALVES + 1) / 2;
+  constexpr int QUERY_DIM = KEY_DIM + ROPE_DIM, RESULT_DIM = VALUE_DIM + 4;
+  constexpr int STAGED = (HEADS * QUERY_DIM * 2 + (KEY_DIM + GIVEN) * 2 + 15) / 16;
+  constexpr int RESULT = HEADS * RESULT_DIM / 4, MEMORY = STAGED > RESULT ? STAGED : RESULT;
+  constexpr int EXCHANGED = PARTS > 1 ? 2 * WARPS * 32 * TILES * 4 : 1;
+  SHARED uint4 memory[MEMORY];
+  SHARED float exchanged[EXCHANGED];
+  SHARED float warp_sums[WARPS / PARTS * 16 * 2];
+  C* staged = reinterpret_cast<C*>(memory);
+  T* fresh = reinterpret_cast<T*>(memory) + HEADS * QUERY_DIM;      // the new key, then the new value
+  float* result = reinterpret_cast<float*>(memory);
+
+  constexpr int BLOCKS = (GROUP + HEADS - 1) / HEADS;               // of one kv head's query heads
+  const int split = BLK_X, kv_head = BLK_Y / BLOCKS, head0 = BLK_Y % BLOCKS * HEADS, row = BLK_Z, splits = GRID_X;
+  const int kv_heads = key_pages_shape[1], width = block_tables_shape[1];
+  const size_t slots = key_pages_shape[2];
+  const size_t first_head = ((size_t)row * kv_heads + kv_head) * GROUP + head0;
+  const int here = GROUP - head0 < HEADS ? GROUP - head0 : HEADS;   // query heads
+  const int lane = LANE, g = lane >> 2, t = lane & 3, part_of = WARP % PARTS, over_tokens = WARP / PARTS;
+
+  const int position = positions[row], length = position + 1;
+  const int low = WINDOW > 0 && length > WINDOW ? length - WINDOW : 0;
+  const int origin = low / BLOCK_SIZE * BLOCK_SIZE;
+  const int per_split = ((length - origin + splits - 1) / splits + PASS - 1) / PASS * PASS;
+  const int begin = origin + split * per_split;
+  const int end = length < begin + per_split ? length : begin + per_split;
+  if (position < 0 || begin >= length) {                            // a padding row, or a split past the row's end
+    if (splits == 1) {
+      for (int i = TID; i < here * VALUE_DIM; i += THREADS) out[first_head * VALUE_DIM + i] = T(0.0f);
+    } else {
+      for (int i = TID; i < here; i += THREADS) sums[2 * ((first_head + i) * splits + split) + 1] = UNUSED;
+    }
+    return;
+  }
+  const bool has_newest = end == length;                            // this split ends with the new token
+"""
+
+# Queries, and the new key and value, into shared memory.
+_SEPARATE_ROWS = r"""
+  for (int i = TID; i < HEADS * KEY_DIM; i += THREADS) {
+    const int head = i / KEY_DIM, d = i % KEY_DIM;
+    staged[head * QUERY_DIM + d] = C(head < here ? float(queries[(first_head + head) * KEY_DIM + d]) : 0.0f);
+  }
+  @ROPE_QUERIES@
+  if (has_newest) {
+    const size_t from = (size_t)row * kv_heads + kv_head;
+    for (int i = TID; i < KEY_DIM; i += THREADS) fresh[i] = new_keys[from * KEY_DIM + i];
+    for (int i = TID; i < GIVEN; i += THREADS) fresh[KEY_DIM + i] = new_values[from * GIVEN + i];
+  }
+"""
+
+_ROPE_QUERIES = r"""
+  for (int i = TID; i < HEADS * ROPE_DIM; i += THREADS) {
+    const int head = i / ROPE_DIM, d = i % ROPE_DIM;
+    staged[head * QUERY_DIM + KEY_DIM + d] =
+        C(head < here ? float(rope_queries[(first_head + head) * ROPE_DIM + d]) : 0.0f);
+  }
+"""
+
+# The same from a layer's joined product; a warp normalizes and turns a head at a time.
+_JOINED_ROWS = r"""
+  constexpr int PAIRS = KEY_DIM / 64;
+  const T* given = joined + (size_t)row * kv_heads * (GROUP + 2) * KEY_DIM;
+  float cosines[PAIRS], sines[PAIRS];
+  EACH(i, PAIRS) {
+    const float angle = float(position) * frequencies[lane * PAIRS + i];
+    const float turns = RINT(angle * 0.15915494f);
+    // Without whole turns: 2 pi is 6.2831855 as a float, and 1.7484556e-7 less.
+    const float rest = FMA(turns, 1.7484556e-7f, FMA(-turns, 6.2831855f, angle));
+    cosines[i] = COS(rest); sines[i] = SIN(rest);
+  }
+  for (int head = WARP; head < HEADS + 1; head += WARPS) {
+    const bool is_key = head == HEADS;
+    const int source = is_key ? kv_heads * GROUP + kv_head : kv_head * GROUP + head0 + (head < here ? head : 0);
+    const T* from = given + (size_t)source * KEY_DIM + lane * PAIRS;
+    float a[PAIRS], b[PAIRS];
+    EACH(i, PAIRS) { a[i] = float(from[i]); b[i] = float(from[KEY_DIM / 2 + i]); }
+    @NORM@
+    EACH(i, PAIRS) {
+      const int d = lane * PAIRS + i;
+      const float x = a[i] * cosines[i] - b[i] * sines[i], y = b[i] * cosines[i] + a[i] * sines[i];
+      if (is_key) { fresh[d] = T(x); fresh[KEY_DIM / 2 + d] = T(y); }
+      else {
+        staged[head * QUERY_DIM + d] = C(head < here ? x : 0.0f);
+        staged[head * QUERY_DIM + KEY_DIM / 2 + d] = C(head < here ? y : 0.0f);
+      }
+    }
+  }
+  for (int i = TID; i < VALUE_DIM; i += THREADS)
+    fresh[KEY_DIM + i] = given[(size_t)(kv_heads * (GROUP + 1) + kv_head) * KEY_DIM + i];
+"""
+
+_NORM = r"""
+    float square = 0.0f;
+    EACH(i, PAIRS) square += a[i] * a[i] + b[i] * b[i];
+    EACH(k, 5) square += SHFL_XOR(square, 16 >> k);
+    const float scaled = RSQRT(square / KEY_DIM + CONSTANT(EPS));
+    EACH(i, PAIRS) {
+      const int d = lane * PAIRS + i;
+      a[i] *= scaled * float(is_key ? key_gain[d] : query_gain[d]);
+      b[i] *= scaled * float(is_key ? key_gain[KEY_DIM / 2 + d] : query_gain[KEY_DIM / 2 + d]);
+    }
+"""
+
+# Their fragments into registers, and the new token into its page, from where this block reads it like others.
+_PLAIN_WRITE = r"""
+    for (int i = TID; i < KEY_DIM / 8; i += THREADS)
+      reinterpret_cast<uint4*>(const_cast<T*>(key_pages) + slot * KEY_DIM)[i] = reinterpret_cast<uint4*>(fresh)[i];
+    for (int i = TID; i < GIVEN / 8; i += THREADS)
+      reinterpret_cast<uint4*>(const_cast<T*>(value_pages) + slot * GIVEN)[i] =
+          reinterpret_cast<uint4*>(fresh + KEY_DIM)[i];
+"""
+_PACKED_WRITE = r"""
+    for (int i = WARP; i < KEY_DIM / KEY_STEP + VALUE_DIM / VALUE_STEP; i += WARPS) {
+      if (i < KEY_DIM / KEY_STEP)
+        pack_group<T, BITS, KEY_STEP>(fresh + i * KEY_STEP, slot * (KEY_DIM / KEY_STEP) + i,
+                                      const_cast<unsigned*>(key_pages), const_cast<T*>(key_scales),
+                                      const_cast<T*>(key_biases), lane);
+      else {
+        const int j = i - KEY_DIM / KEY_STEP;
+        pack_group<T, BITS, VALUE_STEP>(fresh + KEY_DIM + j * VALUE_STEP, slot * (VALUE_DIM / VALUE_STEP) + j,
+                                        const_cast<unsigned*>(value_pages), const_cast<T*>(value_scales),
+                                        const_cast<T*>(value_biases), lane);
+      }
+    }
+"""
+_FRAGMENTS = r"""
+  BARRIER;
+  if (has_newest) {
+    const int block = block_tables[row * width + position / BLOCK_SIZE];
+    const size_t slot = kv_head * slots + (size_t)block * BLOCK_SIZE + position % BLOCK_SIZE;
+    @WRITE@
+  }
+  unsigned q[STEPS][KEY_PAIRS][TILES];
+  float query_sums[BITS ? KEY_STEPS : 1][TILES];
+  EACH(s, STEPS) {
+    const int more = (s - KEY_STEPS) * PARTS + part_of;             // a step over what latent keys have further
+    const int first = s < KEY_STEPS ? (part_of * KEY_STEPS + s) * KEY_STEP + t * (KEY_STEP / 4)
+                                    : KEY_DIM + more * 32 + t * 8;
+    EACH(h, TILES) {
+      float sum = 0.0f;
+      EACH(p, KEY_PAIRS) {
+        float a = 0.0f, b = 0.0f;
+        if (h * 8 + g < HEADS && (s < KEY_STEPS || more < ROPE_STEPS)) {
+          a = float(staged[(h * 8 + g) * QUERY_DIM + first + pair_first<BITS>(p)]);
+          b = float(staged[(h * 8 + g) * QUERY_DIM + first + pair_second<BITS>(p)]);
+        }
+        sum += a + b;
+        q[s][p][h] = pair_of(a, b, C());
+      }
+      if (BITS) {
+        sum += SHFL_XOR(sum, 1);
+        query_sums[BITS ? s : 0][h] = sum + SHFL_XOR(sum, 2);
+      }
+    }
+  }
+  float acc[SECTIONS * EACH_LANE / 2][TILES][4], apart[BITS ? SECTIONS : 1][TILES], top[TILES], sum[TILES];
+  EACH(m, SECTIONS * EACH_LANE / 2) EACH(h, TILES) EACH(i, 4) acc[m][h][i] = 0.0f;
+  EACH(s, BITS ? SECTIONS : 1) EACH(h, TILES) apart[s][h] = 0.0f;
+  EACH(h, TILES) { top[h] = LOWEST; sum[h] = 0.0f; }
+  const float scale = CAP ? CONSTANT(SCALE) : CONSTANT(SCALE) * LOG2E;
+  BARRIER;                                                          // the new token lies in its page
+"""
+
+_LOOP = r"""
+  unsigned keys[STAGES][STEPS][2][KEY_WORDS], values[STAGES][SECTIONS][4][VALUE_WORDS];
+@SCALE_WORDS@
+  int next_block = begin + over_tokens * 16 < end ? block_tables[row * width + (begin + over_tokens * 16) / BLOCK_SIZE]
+                                                  : 0;
+  auto fetch = [&](int base, int stage) {                           // calls follow each other, PASS by PASS
+    const int token = base + over_tokens * 16;
+    const size_t slot0 = kv_head * slots + (size_t)next_block * BLOCK_SIZE + token % BLOCK_SIZE;
+    if (token + PASS < end) next_block = block_tables[row * width + (token + PASS) / BLOCK_SIZE];
+    EACH(s, STEPS) EACH(j, 2) {
+      const bool seen = token + j * 8 + g < end;
+      const size_t slot = slot0 + j * 8 + g;
+      const int more = (s - KEY_STEPS) * PARTS + part_of;
+      EACH(w, KEY_WORDS) keys[stage][s][j][w] = 0u;
+      if (s < KEY_STEPS) {
+        const int first = (part_of * KEY_STEPS + s) * KEY_STEP + t * (KEY_STEP / 4);
+        const size_t at = BITS ? (slot * KEY_DIM + first) * BITS / 16 : slot * KEY_DIM + first;
+        if (seen) load_halves<KEY_HALVES>(reinterpret_cast<const unsigned short*>(key_pages) + at, keys[stage][s][j]);
+      } else if (seen && more < ROPE_STEPS) {
+        const size_t at = slot * GIVEN + more * 32 + t * 8;
+        load_halves<KEY_HALVES>(reinterpret_cast<const unsigned short*>(value_pages) + at, keys[stage][s][j]);
+      }
+    }
+    EACH(s, SECTIONS) EACH(k, 4) {
+      const int behind = k / 2 * 8 + 2 * t + k % 2, first = (part_of * SECTIONS + s) * VALUE_STEP + g * EACH_LANE;
+      const bool seen = token + behind >= low && token + behind < end;
+      const size_t element = (slot0 + behind) * VALUE_DIM + first, at = BITS ? element * BITS / 16 : element;
+      EACH(w, VALUE_WORDS) values[stage][s][k][w] = 0u;
+      if (seen) load_halves<VALUE_HALVES>(reinterpret_cast<const unsigned short*>(@VALUES@) + at, values[stage][s][k]);
+    }
+@FETCH_SCALES@
+  };
+  auto attend = [&](int base, int stage, int turn) {
+    const int token = base + over_tokens * 16;
+    float score[2][TILES][2];                                       // tokens 2 t and 2 t + 1 of each eight
+@SCORES@
+    if (PARTS > 1) {
+      float* all = exchanged + turn * (EXCHANGED / 2);
+      EACH(j, 2) EACH(h, TILES) EACH(i, 2)
+        all[((WARP * TILES + h) * 4 + j * 2 + i) * 32 + lane] = score[j][h][i];
+      BARRIER;
+      EACH(j, 2) EACH(h, TILES) EACH(i, 2) {
+        score[j][h][i] = 0.0f;
+        EACH(w, PARTS)
+          score[j][h][i] += all[(((over_tokens * PARTS + w) * TILES + h) * 4 + j * 2 + i) * 32 + lane];
+      }
+    }
+    EACH(j, 2) EACH(i, 2) {
+      const int at = token + j * 8 + 2 * t + i;
+      const bool seen = at >= low && at < end;
+      EACH(h, TILES) {
+        float x = score[j][h][i] * scale;
+        if (CAP) x = CONSTANT(CAP) * TANH(x / CONSTANT(CAP)) * LOG2E;
+        score[j][h][i] = seen ? x : -INFINITY;
+      }
+    }
+    EACH(h, TILES) {
+      float highest = FMAX(FMAX(score[0][h][0], score[0][h][1]), FMAX(score[1][h][0], score[1][h][1]));
+      highest = FMAX(highest, SHFL_XOR(highest, 1));
+      highest = FMAX(FMAX(highest, SHFL_XOR(highest, 2)), top[h]);
+      const float scaled = EXP2(top[h] - highest);
+      if (ANY(highest > top[h])) {                                  // the results' columns are heads 2 t and 2 t + 1
+        const float even = SHFL(scaled, 8 * t), odd = SHFL(scaled, 8 * t + 4);
+        EACH(m, SECTIONS * EACH_LANE / 2) {
+          acc[m][h][0] *= even; acc[m][h][1] *= odd; acc[m][h][2] *= even; acc[m][h][3] *= odd;
+        }
+        if (BITS) EACH(s, SECTIONS) apart[BITS ? s : 0][h] *= scaled;
+      }
+      top[h] = highest; sum[h] *= scaled;
+      EACH(j, 2) EACH(i, 2) { score[j][h][i] = EXP2(score[j][h][i] - highest); sum[h] += score[j][h][i]; }
+    }
+@WEIGHTED@
+  };
+  if (STAGES == 1) {
+    int turn = 0;
+    for (int base = begin; base < end; base += PASS, turn ^= 1) { fetch(base, 0); attend(base, 0, turn); }
+  } else {                                                          // a pass is on its way while one is computed
+    fetch(begin, 0);
+    for (int base = begin; base < end; base += 2 * PASS) {
+      if (base + PASS < end) fetch(base + PASS, STAGES - 1);
+      attend(base, 0, 0);
+      if (base + PASS < end) {
+        if (base + 2 * PASS < end) fetch(base + 2 * PASS, 0);
+        attend(base + PASS, STAGES - 1, 1);
+      }
+    }
+  }
+"""
+
+# Scales and biases of the tokens whose scores a lane gets, in the pages' element type.
+_SCALE_WORDS = r"""
+  T key_s[STAGES][2][2][KEY_STEPS], key_b[STAGES][2][2][KEY_STEPS];
+  T value_s[STAGES][2][2][SECTIONS], value_b[STAGES][2][2][SECTIONS];
+"""
+_FETCH_SCALES = r"""
+    EACH(j, 2) EACH(i, 2) {
+      const int behind = j * 8 + 2 * t + i;
+      const bool known = token + behind < end, seen = known && token + behind >= low;
+      const size_t key = (slot0 + behind) * (KEY_DIM / KEY_STEP) + part_of * KEY_STEPS;
+      const size_t value = (slot0 + behind) * (VALUE_DIM / VALUE_STEP) + part_of * SECTIONS;
+      load_elements_of<KEY_STEPS>(key_scales + key, known, key_s[stage][j][i]);
+      load_elements_of<KEY_STEPS>(key_biases + key, known, key_b[stage][j][i]);
+      load_elements_of<SECTIONS>(value_scales + value, seen, value_s[stage][j][i]);
+      load_elements_of<SECTIONS>(value_biases + value, seen, value_b[stage][j][i]);
+    }
+"""
+
+_PLAIN_SCORES = r"""
+    EACH(j, 2) {
+      float c[4] = {0.0f, 0.0f, 0.0f, 0.0f}, more[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      EACH(s, STEPS) EACH(p, KEY_PAIRS / 2)
+        multiply(s < KEY_STEPS ? c : more, q[s][2 * p][0], TILES > 1 ? q[s][2 * p][TILES - 1] : 0u, q[s][2 * p + 1][0],
+                 TILES > 1 ? q[s][2 * p + 1][TILES - 1] : 0u, key_pair<BITS>(keys[stage][s][j], 2 * p),
+                 key_pair<BITS>(keys[stage][s][j], 2 * p + 1), C());
+      EACH(h, TILES) EACH(i, 2)
+        score[j][h][i] = ROPE_DIM ? c[2 * h + i] + more[2 * h + i] / CONSTANT(SCALE) : c[2 * h + i];
+    }
+"""
+_PACKED_SCORES = r"""
+    EACH(j, 2) {
+      EACH(h, TILES) EACH(i, 2) score[j][h][i] = 0.0f;
+      EACH(s, KEY_STEPS) {
+        float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        EACH(p, KEY_PAIRS / 2)
+          multiply(c, q[s][2 * p][0], TILES > 1 ? q[s][2 * p][TILES - 1] : 0u, q[s][2 * p + 1][0],
+                   TILES > 1 ? q[s][2 * p + 1][TILES - 1] : 0u, key_pair<BITS>(keys[stage][s][j], 2 * p),
+                   key_pair<BITS>(keys[stage][s][j], 2 * p + 1), C());
+        EACH(i, 2) {
+          const float by = float(key_s[stage][j][i][s]), rest = FMA(-1024.0f, by, float(key_b[stage][j][i][s]));
+          EACH(h, TILES) score[j][h][i] += by * c[2 * h + i] + rest * query_sums[s][h];
+        }
+      }
+    }
+"""
+_PLAIN_WEIGHTED = r"""
+    unsigned p[TILES][2];
+    EACH(h, TILES) EACH(j, 2) p[h][j] = pair_of(score[j][h][0], score[j][h][1], C());
+    EACH(s, SECTIONS) EACH(i, EACH_LANE / 2) {
+      unsigned early[2], late[2];
+      value_pairs<BITS>(values[stage][s][0], values[stage][s][1], i, early);
+      value_pairs<BITS>(values[stage][s][2], values[stage][s][3], i, late);
+      EACH(h, TILES)
+        multiply(acc[s * (EACH_LANE / 2) + i][h], early[0], early[1], late[0], late[1], p[h][0], p[h][1], C());
+    }
+"""
+_PACKED_WEIGHTED = r"""
+    EACH(s, SECTIONS) {
+      unsigned p[TILES][2];
+      EACH(j, 2) {
+        float scales[2], biases[2];
+        EACH(i, 2) {
+          scales[i] = float(value_s[stage][j][i][s]) * 256.0f;
+          biases[i] = float(value_b[stage][j][i][s]);
+        }
+        EACH(h, TILES) {
+          const float a = float(C(score[j][h][0] * scales[0])), b = float(C(score[j][h][1] * scales[1]));
+          p[h][j] = pair_of(a, b, C());
+          apart[s][h] += score[j][h][0] * biases[0] + score[j][h][1] * biases[1] - 4.0f * (a + b);
+        }
+      }
+      EACH(i, EACH_LANE / 2) {
+        unsigned early[2], late[2];
+        value_pairs<BITS>(values[stage][s][0], values[stage][s][1], i, early);
+        value_pairs<BITS>(values[stage][s][2], values[stage][s][3], i, late);
+        EACH(h, TILES)
+          multiply(acc[s * (EACH_LANE / 2) + i][h], early[0], early[1], late[0], late[1], p[h][0], p[h][1], C());
+      }
+    }
+"""
+
+# Warps over the tokens are joined one after the other: their results lie in shared memory with lanes side by side.
+_JOIN = r"""
+  EACH(h, TILES) {
+    EACH(k, 2) sum[h] += SHFL_XOR(sum[h], 1 + k);
+    if (BITS) EACH(s, SECTIONS) EACH(k, 2) apart[BITS ? s : 0][h] += SHFL_XOR(apart[BITS ? s : 0][h], 1 + k);
+    if (part_of == 0 && t == 0) {
+      warp_sums[(over_tokens * 16 + h * 8 + g) * 2] = top[h];
+      warp_sums[(over_tokens * 16 + h * 8 + g) * 2 + 1] = sum[h];
+    }
+  }
+  BARRIER;
+  EACH(h, TILES) {
+    float highest = LOWEST;
+    EACH(w, WARPS / PARTS) highest = FMAX(highest, warp_sums[(w * 16 + h * 8 + g) * 2]);
+    const float scaled = EXP2(top[h] - highest);
+    const float even = SHFL(scaled, 8 * t), odd = SHFL(scaled, 8 * t + 4);
+    EACH(s, SECTIONS) {
+      float more[2] = {0.0f, 0.0f};
+      if (BITS) { more[0] = SHFL(apart[BITS ? s : 0][h], 8 * t); more[1] = SHFL(apart[BITS ? s : 0][h], 8 * t + 4); }
+      EACH(i, EACH_LANE / 2) EACH(k, 4) {
+        float& x = acc[s * (EACH_LANE / 2) + i][h][k];
+        x = (BITS ? x * 0.00390625f + more[k % 2] : x) * (k % 2 ? odd : even);
+      }
+    }
+  }
+  EACH(w, WARPS / PARTS) {
+    if (over_tokens == w)
+      EACH(h, TILES) EACH(s, SECTIONS) EACH(i, EACH_LANE / 2) EACH(k, 4) {
+        const int head = h * 8 + 2 * t + k % 2;
+        if (head < HEADS) {
+          float& x = result[head * RESULT_DIM +
+                            ((part_of * SECTIONS + s) * EACH_LANE + 2 * i + k / 2) * 8 + g];
+          x = acc[s * (EACH_LANE / 2) + i][h][k] + (w ? x : 0.0f);
+        }
+      }
+    BARRIER;
+  }
+  for (int i = TID; i < here * VALUE_DIM; i += THREADS) {
+    const int head = i / VALUE_DIM, d = i % VALUE_DIM;
+    float highest = LOWEST, total = 0.0f;
+    EACH(w, WARPS / PARTS) highest = FMAX(highest, warp_sums[(w * 16 + head) * 2]);
+    EACH(w, WARPS / PARTS)
+      total += warp_sums[(w * 16 + head) * 2 + 1] * EXP2(warp_sums[(w * 16 + head) * 2] - highest);
+    const float x = result[head * RESULT_DIM +
+                           ((d / VALUE_STEP) * EACH_LANE + d % EACH_LANE) * 8 + d % VALUE_STEP / EACH_LANE];
+    const float sink = splits == 1 ? SINK(kv_head * GROUP + head0 + head) : 0.0f;
+    store_result<T>(out, part, sums, first_head + head, VALUE_DIM, d, split, splits, x, highest, total, sink);
+  }
+"""
+
+
+@cache
+def mma_text(
+    *, packed: bool, latent: bool = False, joined: bool = False, normed: bool = False, sinks: bool = False
+) -> tuple[str, str]:
+    """Body and header of the kernel: over packed pages or latent ones, from a joined product with or without norms."""
+    rows = _JOINED_ROWS.replace("@NORM@", _NORM if normed else "") if joined else _SEPARATE_ROWS
+    rows = rows.replace("@ROPE_QUERIES@", _ROPE_QUERIES if latent else "")
+    fragments = _FRAGMENTS.replace("@WRITE@", _PACKED_WRITE if packed else _PLAIN_WRITE)
+    loop = _LOOP.replace("@SCORES@", _PACKED_SCORES if packed else _PLAIN_SCORES)
+    loop = loop.replace("@WEIGHTED@", _PACKED_WEIGHTED if packed else _PLAIN_WEIGHTED)
+    loop = loop.replace("@SCALE_WORDS@", _SCALE_WORDS if packed else "")
+    loop = loop.replace("@FETCH_SCALES@", _FETCH_SCALES if packed else "")
+    loop = loop.replace("@VALUES@", "key_pages" if latent else "value_pages")
+    header = TENSOR_CORES + UNROLLED + SHARED_FUNCTIONS + SINK_MACROS[sinks] + ATTENTION_FUNCTIONS
+    return _SETUP + rows + fragments + loop + _JOIN, header + (PACKING if packed else "") + _FUNCTIONS
