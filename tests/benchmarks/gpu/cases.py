@@ -13,6 +13,7 @@ from tests.benchmarks.gpu import ours, servers, theirs
 from tests.benchmarks.gpu.engines import Engines
 from tests.benchmarks.gpu.shapes import kv_bytes_per_token
 from tests.benchmarks.gpu.sizes import Sizes
+from tests.benchmarks.gpu.wide_cases import wide_results
 from tests.benchmarks.harness import Case, Result, run_case, take_turns
 from tests.benchmarks.host_cases import host_cases
 from tests.benchmarks.load_time import in_a_process
@@ -20,9 +21,12 @@ from tests.benchmarks.load_time import in_a_process
 OURS, SLOW, BATCH, SINGLE = "LLM", "LLM, reference attention", "mlx-lm BatchGenerator", "mlx-lm generate_step"
 Samples = Callable[[], Sequence[float]]
 
-_DECODE = {1: 2.0, 8: 2.0, 32: 2.2, 64: 2.5}
+_DECODE = {1: 2.3, 8: 2.6, 32: 2.8, 64: 3.3}
+_SHARE = {1: 0.55, 64: 0.5}
+"""Of the speed at which weights and pages could be read."""
 _DECODE_SLOW = {1: 1.7, 8: 3.0, 32: 8.0, 64: 10.0}
-_PACKED = {1: 2.5, 8: 2.5, 32: 6.0}
+_PACKED = {1: 4.0, 8: 6.0, 32: 11.0}
+_INT8 = {(32, 4096): 1.3}
 _LONG = {(8, 8192): 2.5, (32, 4096): 3.5}
 _SAMPLED = 0.9
 _PROMPT = 1.0
@@ -55,9 +59,12 @@ def gpu_cases(sizes: Sizes) -> Iterator[GpuCase]:
     yield GpuCase("shared prefix, {} requests of {} tokens".format(*sizes.shared), _shared)
     for rows, length in sizes.long:
         yield GpuCase(f"long, {rows} rows of {length}", partial(_long, rows, length))
+        yield GpuCase(f"int8 pages, {rows} rows of {length}", partial(_int8, rows, length))
     yield GpuCase(f"http, {sizes.clients} clients", _http)
     for rows in sizes.packed_batches:
         yield GpuCase(f"4bit decode, context {sizes.context}, batch {rows}", partial(_packed, rows))
+    for shape in sizes.wide:
+        yield GpuCase(f"{shape} in 4 bits", partial(wide_results, shape))
 
 
 def _steps_result(
@@ -85,6 +92,9 @@ def _decode(rows: int, engines: Engines) -> Iterator[Result]:
     name, facts = f"decode, context {sizes.context}, batch {rows}", {"rows": rows, "context": sizes.context}
     theirs_too = {key: values for key, values in samples.items() if key != SLOW}
     yield _steps_result(name, theirs_too, _DECODE.get(rows), floor, kind="decode", bits=16, **facts)
+    if rows in _SHARE:
+        beside = {OURS: samples[OURS], "the floor": [floor]}
+        yield _steps_result(f"{name}, share of the floor", beside, _SHARE[rows], floor, kind="share", **facts)
     if not sizes.slow_steps:
         return
     slow_too = {key: samples[key] for key in (OURS, SLOW)}
@@ -122,6 +132,26 @@ def _long(rows: int, length: int, engines: Engines) -> Iterator[Result]:
     floor = engines.floor([length + sizes.steps // 2] * rows)
     facts = {"kind": "long", "rows": rows, "context": length, "closed_for_room": any(closed)}
     yield _steps_result(f"long, {rows} rows of {length}", samples, _LONG.get((rows, length)), floor, **facts)
+
+
+def _int8(rows: int, length: int, engines: Engines) -> Iterator[Result]:
+    """Steps over pages in int8 beside those over pages in bfloat16, in turns."""
+    sizes = engines.sizes
+
+    def measure(kv_cache_dtype: str) -> list[float]:
+        llm = engines.ours(kv_cache_dtype=kv_cache_dtype)
+        return ours.decode_steps(llm, engines.prompts(rows, length), sizes.steps)
+
+    variants: dict[str, Samples] = {
+        "LLM, int8 pages": partial(measure, "int8"),
+        "LLM, bfloat16 pages": partial(measure, "auto"),
+    }
+    samples = take_turns(variants, sizes.long_repeats)
+    floor = engines.floor([length + sizes.steps // 2] * rows)
+    yield _steps_result(
+        f"int8 pages, {rows} rows of {length}", samples, _INT8.get((rows, length)), floor, kind="int8", rows=rows,
+        context=length, floor_of="bfloat16 pages",
+    )  # fmt: skip
 
 
 def _sampled(engines: Engines) -> Iterator[Result]:

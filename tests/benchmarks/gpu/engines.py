@@ -4,6 +4,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from engine.llm import LLM
 from engine.runner.device.devices import describe_device
 from tests.benchmarks.gpu import theirs
 from tests.benchmarks.gpu.bandwidth import measure_machine
-from tests.benchmarks.gpu.shapes import SHAPES, kv_bytes_per_token, temporary_folder, weight_bytes, write_model
+from tests.benchmarks.gpu.shapes import (
+    SHAPES,
+    kv_bytes_per_token,
+    temporary_folder,
+    text_config,
+    weight_bytes,
+    write_model,
+)
 from tests.benchmarks.gpu.sizes import Sizes
 from tests.benchmarks.gpu.steps import Machine
 
@@ -28,16 +36,17 @@ class Engines:
     ``folder`` keeps the models for the next run; without it they are gone at :meth:`close`.
     """
 
-    def __init__(self, sizes: Sizes, folder: Path | None = None) -> None:
+    def __init__(self, sizes: Sizes, folder: Path | None = None, machine: Machine | None = None) -> None:
         self.sizes = sizes
         self.rng = np.random.default_rng(0)
-        self.machine: Machine = measure_machine(sizes.read_bytes, sizes.matrix)
+        self.machine: Machine = machine or measure_machine(sizes.read_bytes, sizes.matrix)
+        self._wide: Engines | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         if folder is None:
             self._temporary = temporary_folder(_FOLDER_BYTES)
             folder = Path(self._temporary.name)
         self._folder = folder
-        self._ours: dict[tuple[bool, str], LLM] = {}
+        self._ours: dict[tuple[bool, str, str], LLM] = {}
         self._theirs: dict[bool, Any] = {}
 
     def folder(self, packed: bool = False) -> Path:
@@ -51,6 +60,13 @@ class Engines:
             print(f"  {folder.name}: {num_bytes / 1e9:.2f} GB written in {seconds:.1f} s", flush=True)
         return folder
 
+    def of_shape(self, shape: str) -> "Engines":
+        """Engines of another shape, in place of all that is on the device. The last such shape's stay until then."""
+        if self._wide is None or self._wide.sizes.shape != shape:
+            self.release()
+            self._wide = Engines(replace(self.sizes, shape=shape), self._folder, self.machine)
+        return self._wide
+
     def options(self, backend: str = "auto") -> dict[str, Any]:
         """Engine flags: memory is left to mlx-lm, and the engine without kernels gets less of it."""
         sizes, slow = self.sizes, backend != "auto"
@@ -62,15 +78,22 @@ class Engines:
             "max_num_batched_tokens": sizes.chunk,
         }
 
-    def ours(self, packed: bool = False, backend: str = "auto") -> LLM:
+    def ours(self, packed: bool = False, backend: str = "auto", kv_cache_dtype: str = "auto") -> LLM:
         """The engine; those on other weights are closed first."""
-        found = self._ours.get((packed, backend))
+        key = packed, backend, kv_cache_dtype
+        found = self._ours.get(key)
         if found is None:
             self._release_weights(not packed)
             begin = time.perf_counter()
-            found = self._ours[packed, backend] = LLM(str(self.folder(packed)), **self.options(backend))
+            options = self.options(backend) | {"kv_cache_dtype": kv_cache_dtype}
+            if kv_cache_dtype != "auto":
+                options["gpu_memory_utilization"] = self.sizes.slow_memory  # one more beside those that are there
+            found = self._ours[key] = LLM(str(self.folder(packed)), **options)
             seconds = time.perf_counter() - begin
-            print(f"  LLM, {backend}, ready in {seconds:.1f} s: {'; '.join(found.notes)}", flush=True)
+            print(
+                f"  LLM, {backend}, pages in {kv_cache_dtype}, ready in {seconds:.1f} s: {'; '.join(found.notes)}",
+                flush=True,
+            )
         mx.clear_cache()
         return found
 
@@ -90,11 +113,14 @@ class Engines:
         return True
 
     def close_slow(self) -> None:
-        """Close the engine without kernels."""
-        self._close([key for key in self._ours if key[1] != "auto"])
+        """Close the engine without kernels, and the one whose pages are packed."""
+        self._close([key for key in self._ours if key[1:] != ("auto", "auto")])
 
     def release(self) -> None:
         """Give back everything on the device."""
+        if self._wide is not None:
+            self._wide.release()
+            self._wide = None
         self._release_weights(True)
         self._release_weights(False)
 
@@ -106,7 +132,7 @@ class Engines:
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         """Prompts of random tokens, never the same twice."""
-        vocab_size = SHAPES[self.sizes.shape]["vocab_size"]
+        vocab_size = text_config(self.sizes.shape)["vocab_size"]
         found: list[list[int]] = self.rng.integers(0, vocab_size - 1, (count, length)).tolist()
         return found
 
@@ -129,7 +155,7 @@ class Engines:
         gc.collect()
         mx.clear_cache()
 
-    def _close(self, keys: list[tuple[bool, str]]) -> None:
+    def _close(self, keys: list[tuple[bool, str, str]]) -> None:
         for key in keys:
             self._ours.pop(key).close()
         gc.collect()

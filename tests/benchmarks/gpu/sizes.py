@@ -30,6 +30,12 @@ class Sizes:
     short_prompt: int = 64
     running: int = 8
     """Requests that decode while a long prompt is worked on."""
+    wide: tuple[str, ...] = ("qwen3.5-35b-a3b", "gemma-4-26b-a4b")
+    """Shapes with experts, in 4 bits."""
+    wide_context: int = 256
+    wide_steps: int = 12
+    """Steps of mlx-lm's that are measured of them in one turn."""
+    wide_prompt: int = 2048
     clients: int = 32
     client_tokens: int = 64
     chunk: int = 2048
@@ -48,6 +54,7 @@ QUICK = replace(FULL, slow_steps=8, repeats=1, long_repeats=1, prompt_repeats=2)
 TINY = Sizes(
     shape="tiny", context=24, batches=(1, 3), packed_batches=(2,), long=((2, 96),), sampled_batch=3, steps=8,
     slow_steps=6, repeats=1, long_repeats=1, prompt=160, prompt_repeats=1, shared=(3, 64, 4), long_prompt=768,
-    short_prompt=8, running=2, clients=2, client_tokens=4, chunk=64, max_model_len=1024, slow_max_model_len=256,
-    max_num_seqs=4, memory=0.1, slow_memory=0.1, read_bytes=1 << 20, matrix=64,
+    short_prompt=8, running=2, wide=("tiny-hybrid", "tiny-gemma"), wide_context=40, wide_steps=6, wide_prompt=96,
+    clients=2, client_tokens=4, chunk=64, max_model_len=1024, slow_max_model_len=256, max_num_seqs=4, memory=0.1,
+    slow_memory=0.1, read_bytes=1 << 20, matrix=64,
 )  # fmt: skip

@@ -124,3 +124,21 @@ def test_the_gpu_suite_needs_neither_notebook_nor_test_packages(tmp_path: Path) 
     code = _WITHOUT.format(names=names, folder=str(tmp_path))
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert len(list(tmp_path.glob("gpu-*.json"))) == 1
+
+
+def test_shapes_with_experts_states_and_windows_are_measured_beside_mlx_lm(tmp_path: Path) -> None:
+    run = run_tiny(tmp_path, "in 4 bits", "int8 pages")
+    kinds = [(case["settings"]["kind"], case["settings"].get("shape")) for case in run["cases"]]
+    for shape in TINY.wide:
+        assert {(kind, shape) for kind in ("wide equal", "wide decode", "wide prefill")} <= set(kinds)
+    steps = next(case for case in run["cases"] if case["settings"]["kind"] == "wide decode")
+    assert steps["samples"].keys() == {"LLM", "mlx-lm BatchGenerator"}
+    assert steps["floor"] > 0
+    assert ("int8", None) in kinds
+
+
+def test_packed_shapes_keep_the_widths_that_mlx_lm_keeps_for_routers(tmp_path: Path) -> None:
+    write_model(tmp_path, "tiny-hybrid", packed=True)
+    packing = json.loads((tmp_path / "config.json").read_text())["quantization"]
+    assert packing["bits"] == 4
+    assert packing["language_model.model.layers.0.mlp.gate"]["bits"] == 8
