@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import error_line
+from engine.runner.kernels.best_rows import BestRows
 from engine.runner.kernels.draw_rows import FEWEST_ROWS, KEEP_ALL, LOG2_E, NUM_WISHES, DrawRows
 from engine.runner.kernels.draw_rows_text import MOST_BLOCKS
 from engine.runner.kernels.kernel_cache import collecting, compile_all
@@ -76,6 +77,30 @@ def draw_problem(dtypes: Sequence[mx.Dtype], kernel: DrawRows, sizes: Sequence[i
         cases = [(dtype, size, penalties) for dtype in dtypes for size in sizes for penalties in (False, True)]
         return next((problem for case in cases if (problem := _problem(kernel, *case))), None)
     except Exception as error:  # noqa: BLE001  (whatever stops a kernel, MLX's own operations are there)
+        return error_line(error)
+
+
+def best_problem(dtype: mx.Dtype, kernel: BestRows, sizes: Sequence[int] = _SIZES) -> str | None:
+    """Take the likeliest tokens of rows of every kind beside numpy: one line on the first that is wrong, or None.
+
+    Raises nothing.
+    """
+    try:
+        with collecting() as awaited:
+            kernel(mx.zeros((1, 32), dtype))
+        compile_all(awaited)
+        for size in sizes:
+            rows = [replace(row, wish=Wish()) for row in some_rows(size)]
+            last = rows[0].logits.copy()
+            last[-1] = 1 + last.max()
+            rows.append(replace(rows[0], logits=last))
+            logits = mx.array(np.stack([row.logits for row in rows])).astype(dtype)
+            exact = np.array(logits.astype(mx.float32))
+            for row, own, token in zip(rows, exact, _token_ids(kernel(logits)), strict=True):
+                if problem := token_problem(own, row, token):
+                    return f"{size} {str(dtype).rpartition('.')[2]} logits: {problem}"
+        return None
+    except Exception as error:  # noqa: BLE001  (whatever stops a kernel, there is another way)
         return error_line(error)
 
 

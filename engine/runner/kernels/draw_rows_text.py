@@ -102,6 +102,7 @@ if (LANE == 0) before = 0;
 #define SAME(x) (x)
 """
 
+DRAW_HEADER = SHARED_FUNCTIONS + _CONSTANTS + _FUNCTIONS
 _SETUP = r"""
   constexpr int TILES = @TILES@, VECTORS = int(sizeof(T)) / 2;
   SHARED unsigned blocks[MOST_BLOCKS];
@@ -471,4 +472,4 @@ def draw_text(*, penalties: bool) -> tuple[str, str]:
     for mark, text in counts.items():
         body = body.replace(mark, text if penalties else "")
     body = body.replace("@TILES@", "1" if penalties else "sizeof(T) == 4 ? 2 : 4")
-    return body + (_PENALTY_WRITE if penalties else ""), SHARED_FUNCTIONS + _CONSTANTS + _FUNCTIONS
+    return body + (_PENALTY_WRITE if penalties else ""), DRAW_HEADER

@@ -30,6 +30,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.outputs import Logprob, LogprobsAtPosition
+from engine.runner.kernels.best_rows import BestRows
 from engine.runner.kernels.draw_rows import LOG2_E, DrawRows, takes
 from engine.runner.sampling.sampling_metadata import SamplingMetadata
 from engine.runner.sampling.sampling_parts import Additions, Bitmask, Draws, Nucleus, Penalties, Ranked
@@ -88,16 +89,23 @@ class SamplerOutput:
 
 
 class Sampler:
-    """Takes one token per row of logits, by the kernel ``draw_rows`` where there is one that knows them."""
+    """Takes one token per row of logits, by the kernel ``draw_rows`` where there is one that knows them.
 
-    def __init__(self, draw_rows: DrawRows | None = None) -> None:
+    Where nothing but the likeliest tokens is asked for, by ``best_rows``.
+    """
+
+    def __init__(self, draw_rows: DrawRows | None = None, best_rows: BestRows | None = None) -> None:
         self._draw_rows = draw_rows
+        self._best_rows = best_rows
 
     def sample(self, logits: mx.array, metadata: SamplingMetadata, pending: mx.array | None = None) -> SamplerOutput:
         """Sample ``logits`` [R, V]; ``pending`` are the token ids of the step in flight, still lazy."""
         assert logits.shape == (metadata.num_rows, metadata.vocab_size), "metadata was built for other logits"
         assert pending is not None or not metadata.needs_pending, "a row waits for a token of the step in flight"
-        if self._draw_rows is not None and takes(logits.dtype, metadata.vocab_size):
+        by_kernel = takes(logits.dtype, metadata.vocab_size)
+        if self._best_rows is not None and metadata.argmax_only and by_kernel:
+            token_ids = self._best_rows(logits)
+        elif self._draw_rows is not None and by_kernel:
             token_ids = _by_kernel(self._draw_rows, logits, metadata, pending)
         else:
             if not metadata.argmax_only:

@@ -1,19 +1,26 @@
-"""Whether the kernel that samples is right on this GPU, asked at load."""
+"""Whether the kernels that sample are right on this GPU, asked at load."""
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from engine.runner.kernels.draw_check import draw_problem
+from engine.runner.kernels.best_rows import BestRows, best_rows
+from engine.runner.kernels.draw_check import best_problem, draw_problem
 from engine.runner.kernels.draw_rows import DrawRows, draw_rows, takes
 from engine.runner.kv.kv_spec import logits_dtype
 from engine.runner.sampling.sampler import Sampler
 
 _right: set[tuple[DrawRows, mx.Dtype]] = set()
 """What was right in this process: a load rehearses, and then asks for the same."""
+_best_right: dict[tuple[BestRows, mx.Dtype], bool] = {}
 
 
-def choose_sampler(model: nn.Module, vocab_size: int, kernel: DrawRows = draw_rows) -> tuple[Sampler, str | None]:
-    """The sampler in one launch where ``kernel`` is right for the model's logits, and a line for the user else."""
+def choose_sampler(
+    model: nn.Module, vocab_size: int, kernel: DrawRows = draw_rows, best: BestRows = best_rows
+) -> tuple[Sampler, str | None]:
+    """The sampler in one launch where ``kernel`` is right for the model's logits, and a line for the user else.
+
+    Steps of greedy rows alone take ``best`` where that is right; what is drawn covers them too.
+    """
     dtype = logits_dtype(model)
     if not takes(dtype, vocab_size):
         return Sampler(), None
@@ -23,4 +30,10 @@ def choose_sampler(model: nn.Module, vocab_size: int, kernel: DrawRows = draw_ro
     if problem:
         return Sampler(), f"sampling: MLX's own operations ({problem})"
     _right.update((kernel, one) for one in asked)
-    return Sampler(kernel), None
+    return Sampler(kernel, best if _is_right(best, dtype) else None), None
+
+
+def _is_right(best: BestRows, dtype: mx.Dtype) -> bool:
+    if (best, dtype) not in _best_right:
+        _best_right[best, dtype] = best_problem(dtype, best) is None
+    return _best_right[best, dtype]
