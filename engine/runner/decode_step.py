@@ -15,7 +15,6 @@ import numpy as np
 
 from engine.core.request import Request
 from engine.core.step import ScheduledRequest
-from engine.runner.kernels.page_format import PagePair
 from engine.runner.kv.input_batch import InputBatch, Int32, picked
 from engine.runner.kv.kernel_cache import DecodeRows, KernelGroupCache, after, on_device, padded_positions
 from engine.runner.kv.state_cache import KernelStateGroup, StateRows, slot_rows

@@ -82,7 +82,9 @@ def test_packed_pages_give_the_tokens_and_the_pages_of_the_reference_path(name: 
         assert alike.mean() > 0.99
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma4_text", "qwen3_5", "lfm2", "nemotron_h", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3_text", "gemma4_text", "qwen3_5", "lfm2", "nemotron_h", "deepseek_v3"]
+)
 def test_blocks_are_used_again_at_once_and_requests_give_way(name: str) -> None:
     engine, _, _ = kernel_engine(name)
     prompts = mixed_prompts(9, VOCAB, 60, seed=4)
