@@ -35,6 +35,9 @@ _LOOSE_TOLERANCE = 0.3
 """Of the logits' spread: rounding in half precision, or in TF32 on GPUs, stays below (0.11 was the most seen), and so
 does an element of a quantized page that falls to the other side of a step; a wrong mask or position does not (it
 gave 4)."""
+_TIMES_OWN, _LOOSEST_TOLERANCE = 2.0, 1.5
+"""Where rounding alone is more: times the difference that mlx-lm's own calls of the same tokens have, and the most that
+is taken for rounding. A Qwen3.5-35B-A3B shape of random weights in 4 bits, whose routers turn, differs by 0.4."""
 _MAX_ROWS_ON_CUDA = 96
 """MLX 0.32.4's CUDA RoPE with an offset per row fails from 128 rows on."""
 _LONGEST_SAMPLE: dict[DeviceKind, int] = {"cpu": 1024, "metal": 2048, "cuda": 4096}
@@ -132,6 +135,8 @@ def _problem(
     exact = exact and kinds <= {mx.float32}
     if difference <= (_TOLERANCE if exact else _LOOSE_TOLERANCE):
         return None
+    if not exact and difference <= min(_LOOSEST_TOLERANCE, _TIMES_OWN * own_difference(model, vocab_size)):
+        return None
     return f"its logits differ by {difference:.2g}"
 
 
@@ -156,6 +161,23 @@ def paging_difference(backend: PagedBackend | ContiguousBackend, model: nn.Modul
     if (finite != np.isfinite(found)).any():
         return math.inf
     return float(np.abs(found[finite] - wanted[finite]).max() / max(wanted[finite].std(), 1e-6))
+
+
+def own_difference(model: nn.Module, vocab_size: int) -> float:
+    """Largest difference between a model's logits of prompts at once and in two parts, as :func:`paging_difference`.
+
+    Both are mlx-lm's own way: what differs is rounding, which a router of experts makes large where it turns.
+    """
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, vocab_size, size).tolist() for size in _CHECK_LENGTHS]
+    whole = np.stack([_last_logits(model, prompt, make_prompt_cache(model)) for prompt in prompts])
+    parts = []
+    for prompt in prompts:
+        cache, half = make_prompt_cache(model), len(prompt) // 2
+        mx.eval(model(mx.array([prompt[:half]]), cache=cache))
+        parts.append(_last_logits(model, prompt[half:], cache))
+    finite = np.isfinite(whole)
+    return float(np.abs(np.stack(parts)[finite] - whole[finite]).max() / max(whole[finite].std(), 1e-6))
 
 
 def _last_logits(model: nn.Module, prompt: list[int], cache: list[Any]) -> NDArray[np.float32]:
