@@ -77,8 +77,8 @@ def some_indices(tokens: int, per_token: int, *, spread: bool = True) -> mx.arra
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("geometry", [
-    Geometry(False, 1, 1, 2, 2), Geometry(False, 1, 2, 1, 4), Geometry(False, 2, 1, 4, 1),
-    Geometry(True, 2, 1, 4), Geometry(True, 4, 2, 2), Geometry(True, 8, 2, 4),
+    Geometry(False, 1, 1, 2, 2), Geometry(False, 1, 2, 1, 4, 4), Geometry(False, 2, 1, 4, 1),
+    Geometry(True, 2, 1, 4), Geometry(True, 4, 2, 2, depth=4), Geometry(True, 8, 2, 4),
 ], ids=str)  # fmt: skip
 def test_products_are_right_in_every_format_however_they_are_cut(name: str, geometry: Geometry) -> None:
     packing = FORMATS[name]
