@@ -127,19 +127,20 @@ _WEIGHTS = r"""
 #define ARRAY(a, h) (@GATED@ && (h) ? a##@SECOND@ : a##0)
   int starts[RT][2];
   EACH(r, RT) EACH(h, 2) starts[r][h] = W_ROW(r, h) * K;
-  const size_t before = (size_t)expert * N * K;
+  const size_t skipped = (size_t)expert * N * K;
   float c[RT][MT][4];
   EACH(r, RT) EACH(m, MT) EACH(i, 4) c[r][m][i] = 0.0f;
 """
 _DENSE = r"""
   constexpr int PACKED = 16, STEP = 64, UNITS = STEP / 32;
   const T* w[2];
-  EACH(h, 2) w[h] = ARRAY(w, h) + before;
+  EACH(h, 2) w[h] = ARRAY(w, h) + skipped;
   uint4 words[DEPTH][RT][2][UNITS];
   auto fetch_weights = [&](int buffer, int k) {
     EACH(u, UNITS) EACH(r, RT) EACH(h, 2) {
       const int at = k + u * 32 + t * 8;
-      words[buffer][r][h][u] = at < K ? __ldcs(reinterpret_cast<const uint4*>(w[h] + starts[r][h] + at)) : make_uint4(0, 0, 0, 0);
+      const uint4* from = reinterpret_cast<const uint4*>(w[h] + starts[r][h] + at);
+      words[buffer][r][h][u] = at < K ? __ldcs(from) : make_uint4(0, 0, 0, 0);
     }
   };
   auto weights = [&](int buffer, int r, int h, int j, unsigned* a) {
@@ -153,9 +154,9 @@ _AFFINE = r"""
   const unsigned short* ss[2];
   const unsigned short* bs[2];
   EACH(h, 2) {
-    w[h] = ARRAY(w, h) + before * BITS / 32;
-    ss[h] = reinterpret_cast<const unsigned short*>(ARRAY(s, h)) + before / GROUP;
-    bs[h] = reinterpret_cast<const unsigned short*>(ARRAY(b, h)) + before / GROUP;
+    w[h] = ARRAY(w, h) + skipped * BITS / 32;
+    ss[h] = reinterpret_cast<const unsigned short*>(ARRAY(s, h)) + skipped / GROUP;
+    bs[h] = reinterpret_cast<const unsigned short*>(ARRAY(b, h)) + skipped / GROUP;
   }
   uint4 words[DEPTH][RT][2];
   unsigned short scale[DEPTH][RT][2], bias[DEPTH][RT][2];
@@ -181,7 +182,7 @@ _FP4 = r"""
   constexpr int PACKED = 4, VALUES = 32, STEP = 128, UNITS = 4;
   const unsigned* w[2];
   const unsigned char* ss[2];
-  EACH(h, 2) { w[h] = ARRAY(w, h) + before / 8; ss[h] = ARRAY(s, h) + before / 32; }
+  EACH(h, 2) { w[h] = ARRAY(w, h) + skipped / 8; ss[h] = ARRAY(s, h) + skipped / 32; }
   uint4 words[DEPTH][RT][2];
   unsigned char scale[DEPTH][RT][2];
   auto fetch_weights = [&](int buffer, int k) {
@@ -270,8 +271,8 @@ _MANY = r"""
   auto copy_rows = [&](int chunk) {
     EACH(i, COPIES) {
       const int m = (i * THREADS + threadIdx.x) / (STEP / 8);
-      if (m < full)
-        copy_async(memory + ((chunk & 1) * C + m) * ROW + to, x + (size_t)from[i] + min(chunk * STEP + unit * 8, K - 8));
+      const T* at = x + (size_t)from[i] + min(chunk * STEP + unit * 8, K - 8);
+      if (m < full) copy_async(memory + ((chunk & 1) * C + m) * ROW + to, at);
     }
   };
   auto multiplied = [&](int buffer) {
