@@ -21,7 +21,8 @@ _CHOSEN = 12
 """Experts of which rows are checked: their weights are unpacked for it."""
 _CASES = (
     # tokens, rows of a tile, whether all tokens have the same experts
-    (1, 8, False), (3, 8, False), (32, 8, False), (40, 8, True), (32, 16, False), (48, 32, True), (200, 64, False),
+    (1, 8, False), (3, 8, False), (11, 8, False), (32, 8, False), (40, 8, True), (32, 16, False), (48, 32, True),
+    (200, 32, False),
 )  # fmt: skip
 
 

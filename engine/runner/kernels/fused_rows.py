@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from engine.runner.kernels.dialect import float_bits, make_kernel
 from engine.runner.kernels.fused_rows_text import Ending, fused_text
-from engine.runner.kernels.rows_matmul import Packed, dense_geometry, quantized_geometry
+from engine.runner.kernels.rows_matmul import Packed, dense_geometry, num_steps, quantized_geometry
 
 _MOST_WARPS_OF_TILES = 8
 """Of a block whose warps hold several tiles of weights: 16 with a norm need all registers there are."""
@@ -55,7 +55,7 @@ def fused_rows(
     rows, k = x.shape
     named = _inputs(x, weight, norm, residual if bias is None else bias)
     columns = named["w0"].shape[0]
-    geometry = quantized_geometry(rows, columns, k * bits // 512) if bits else dense_geometry(rows, columns)
+    geometry = quantized_geometry(rows, columns, num_steps(k, bits)) if bits else dense_geometry(rows, columns)
     warps = min(geometry.warps, _MOST_WARPS_OF_TILES) if geometry.weight_tiles > 1 else geometry.warps
     halves = 2 if gated else 1  # of the weights, that make one result
     width, columns = columns // halves, 16 * geometry.weight_tiles // halves

@@ -109,7 +109,7 @@ _RESULTS: dict[Ending, str] = {
 def fused_text(*, packed: bool, normed: bool, ending: Ending) -> tuple[str, str]:
     """Body and header of one kernel."""
     first, second = QUANTIZED_LOOP if packed else DENSE_LOOP
-    values, column = ("v", "k + t * VALUES + j * 8") if packed else ("b", "k + u * 32 + t * 8")
+    values, column = ("v", "at + j * 8") if packed else ("b", "k + u * 32 + t * 8")
     arrived = _NORM_ARRIVED.format(values=values, column=column) if normed else ""
     gated = ending == "gated"
     join = _JOIN.replace("@COLUMNS@", "R / 2" if gated else "R").replace("@NORM_JOIN@", _NORM_JOIN if normed else "")

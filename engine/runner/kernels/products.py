@@ -29,6 +29,7 @@ _SIBLINGS = (
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate", "shared_expert_gate"),
 )
 """Names of a module's children that mlx-lm's models give the same input."""
 _MOST_UNPACKED = 1 << 27
@@ -192,7 +193,7 @@ def _unpacks(product: Product) -> bool:
 
 def _joins(widths: Sequence[int]) -> bool:
     """Whether results that lie one behind the other all begin where kernels may read 16 bytes at once."""
-    return len(widths) <= MAX_SIBLINGS and all(width % 8 == 0 for width in widths)
+    return len(widths) <= MAX_SIBLINGS and all(width % 8 == 0 for width in widths[:-1])
 
 
 def bucket_of(num_rows: int) -> int:

@@ -16,7 +16,8 @@ from engine.runner.kernels.rows_matmul_text import UNROLLED
 MAX_PAIRS = 1 << 16
 MAX_EXPERTS = 1024
 _AFFINE = {(bits, group) for bits in (4, 8) for group in (32, 64, 128)}
-_FEW_THREADS = 256
+_FINE_PAIRS = 16
+"""The most pairs whose products are cut fine: there are too few blocks else to fill the chip."""
 
 
 class ExpertWeights(NamedTuple):
@@ -57,7 +58,7 @@ class Activation(NamedTuple):
 class Geometry(NamedTuple):
     """How a product is cut. ``many``: x goes through shared memory, and warps do not share K.
 
-    ``ahead``: few rows of x are loaded a step ahead.
+    ``depth``: steps of weights that are under way.
     """
 
     many: bool
@@ -65,7 +66,7 @@ class Geometry(NamedTuple):
     weight_tiles: int
     beside: int
     sharing: int = 1
-    ahead: bool = True
+    depth: int = 2
 
     @property
     def rows(self) -> int:
@@ -97,18 +98,19 @@ def takes(k: int, width: int, dtype: mx.Dtype, packing: Packing) -> bool:
 
 
 def tile_rows(num_pairs: int, num_experts: int) -> int:
-    """Rows of a tile, by how many an expert gets in the mean."""
+    """Rows of a tile, by how many an expert gets in the mean: measured on an H200."""
     mean = num_pairs / num_experts
-    return 8 if mean <= 8 else 16 if mean <= 16 else 32 if mean <= 32 else 64
+    return 8 if mean <= 2.5 or num_pairs <= 8 else 16 if mean <= 12 else 32
 
 
-def geometry_of(rows: int, k: int, packing: Packing) -> Geometry:
-    """For tiles of ``rows`` rows."""
-    if rows > 8:
-        return Geometry(True, rows // 8, 2 if packing.bits < 16 else 1, 4)
-    steps = -(-k // (512 // packing.bits if packing.bits < 16 else 64))
-    sharing = 4 if steps >= 8 else 2 if steps >= 4 else 1
-    return Geometry(False, 1, 1, 4 // sharing, sharing)
+def geometry_of(routes: Routes, k: int, packing: Packing) -> Geometry:
+    """How a product by weights [.., ``k``] is cut: measured on an H200."""
+    if routes.rows > 8:
+        return Geometry(True, routes.rows // 8, 2 if packing.bits < 16 else 1, 4)
+    long = k * packing.bits >= 8 * 512  # eight steps or more, that warps may share
+    if routes.indices.size <= _FINE_PAIRS:  # few blocks: each does less, and waits for all of its weights at once
+        return Geometry(False, 1, 1, 1, 4, 4) if long else Geometry(False, 1, 1, 2, 2)
+    return Geometry(False, 1, 2, 2, 2) if long else Geometry(False, 1, 2, 4)
 
 
 def entries_of(num_pairs: int, num_experts: int, rows: int) -> int:
@@ -171,7 +173,7 @@ def _launch(
     geometry: Geometry | None,
 ) -> mx.array:
     pairs, width, k = routes.indices.size, arrays[0].shape[1], x.shape[1]
-    cut = geometry or geometry_of(routes.rows, k, packing)
+    cut = geometry or geometry_of(routes, k, packing)
     assert cut.rows == routes.rows, "tiles of another number of rows"
     kind, ending = packing.kind, activation.kind
     names, body, header = experts_text(kind, ending, listed=routes.tiles is not None, many=cut.many, biased=biased)
@@ -187,7 +189,7 @@ def _launch(
             ("RT", cut.weight_tiles),
             ("WN", cut.beside),
             ("WK", cut.sharing),
-            *([] if cut.many else [("AHEAD", int(cut.ahead))]),
+            ("DEPTH", cut.depth),
             *([("BITS", packing.bits), ("GROUP", packing.group_size)] if kind == "affine" else []),
             *activation.constants,
         ],

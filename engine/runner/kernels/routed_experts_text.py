@@ -10,8 +10,8 @@ rows has 8 of each, so that what is written is their activation. As in
 A step of K that does not fit ends with weights of zero: K is a multiple of what a lane takes.
 
 Constants: T (element type), MT (tiles of 8 rows of x), RT (tiles of 16 weight rows of a
-warp), WN (warps beside each other on weight rows), WK (warps that share K), AHEAD (whether few rows of x are loaded a
-step ahead, as weights are), BITS and GROUP.
+warp), WN (warps beside each other on weight rows), WK (warps that share K), DEPTH (steps of weights under way, even),
+BITS and GROUP.
 """
 
 from functools import cache
@@ -95,6 +95,9 @@ _SETUP = r"""
   const int entry = blockIdx.x / across, n0 = blockIdx.x % across * WIDTH, n1 = n0 + wn * COLUMNS;
 """
 _LISTED = r"""
+  // Both are read at once: which pairs there are need not wait for how many.
+  int mine[MT];
+  EACH(m, MT) mine[m] = order[entry * C + m * 8 + g];
   const int expert = tiles[entry * 2], count = tiles[entry * 2 + 1];
   if (count == 0) return;
 #define PAIR(m) order[entry * C + (m)]
@@ -114,24 +117,30 @@ _SCANNED = r"""
   if (other == expert && second >= 0 && second < C) found[warp][second] = lane + 32;
   __syncwarp();
 #define PAIR(m) found[warp][min(m, count - 1)]
+  int mine[MT];
+  EACH(m, MT) mine[m] = PAIR(m * 8 + g);
 """
 
 _WEIGHTS = r"""
   // Weight row of tile r and half h, within the expert's.
 #define W_ROW(r, h) min(@GATED@ ? n1 + (r) * 8 + g : n1 + (r) * 16 + (h) * 8 + g, N - 1)
 #define ARRAY(a, h) (@GATED@ && (h) ? a##@SECOND@ : a##0)
+  int starts[RT][2];
+  EACH(r, RT) EACH(h, 2) starts[r][h] = W_ROW(r, h) * K;
+  const size_t skipped = (size_t)expert * N * K;
   float c[RT][MT][4];
   EACH(r, RT) EACH(m, MT) EACH(i, 4) c[r][m][i] = 0.0f;
 """
 _DENSE = r"""
   constexpr int PACKED = 16, STEP = 64, UNITS = STEP / 32;
-  const T* w[RT][2];
-  EACH(r, RT) EACH(h, 2) w[r][h] = ARRAY(w, h) + ((size_t)expert * N + W_ROW(r, h)) * K;
-  uint4 words[2][RT][2][UNITS];
+  const T* w[2];
+  EACH(h, 2) w[h] = ARRAY(w, h) + skipped;
+  uint4 words[DEPTH][RT][2][UNITS];
   auto fetch_weights = [&](int buffer, int k) {
     EACH(u, UNITS) EACH(r, RT) EACH(h, 2) {
       const int at = k + u * 32 + t * 8;
-      words[buffer][r][h][u] = at < K ? __ldcs(reinterpret_cast<const uint4*>(w[r][h] + at)) : make_uint4(0, 0, 0, 0);
+      const uint4* from = reinterpret_cast<const uint4*>(w[h] + starts[r][h] + at);
+      words[buffer][r][h][u] = at < K ? __ldcs(from) : make_uint4(0, 0, 0, 0);
     }
   };
   auto weights = [&](int buffer, int r, int h, int j, unsigned* a) {
@@ -141,24 +150,24 @@ _DENSE = r"""
 """
 _AFFINE = r"""
   constexpr int PACKED = BITS, VALUES = 128 / BITS, STEP = 4 * VALUES, UNITS = STEP / 32;
-  const unsigned* w[RT][2];
-  const unsigned short* ss[RT][2];
-  const unsigned short* bs[RT][2];
-  EACH(r, RT) EACH(h, 2) {
-    const size_t row = (size_t)expert * N + W_ROW(r, h);
-    w[r][h] = ARRAY(w, h) + row * (K * BITS / 32);
-    ss[r][h] = reinterpret_cast<const unsigned short*>(ARRAY(s, h)) + row * (K / GROUP);
-    bs[r][h] = reinterpret_cast<const unsigned short*>(ARRAY(b, h)) + row * (K / GROUP);
+  const unsigned* w[2];
+  const unsigned short* ss[2];
+  const unsigned short* bs[2];
+  EACH(h, 2) {
+    w[h] = ARRAY(w, h) + skipped * BITS / 32;
+    ss[h] = reinterpret_cast<const unsigned short*>(ARRAY(s, h)) + skipped / GROUP;
+    bs[h] = reinterpret_cast<const unsigned short*>(ARRAY(b, h)) + skipped / GROUP;
   }
-  uint4 words[2][RT][2];
-  unsigned short scale[2][RT][2], bias[2][RT][2];
+  uint4 words[DEPTH][RT][2];
+  unsigned short scale[DEPTH][RT][2], bias[DEPTH][RT][2];
   auto fetch_weights = [&](int buffer, int k) {
     const int at = min(k + t * VALUES, K - VALUES);
     const bool inside = k + t * VALUES < K;
     EACH(r, RT) EACH(h, 2) {
-      words[buffer][r][h] = __ldcs(reinterpret_cast<const uint4*>(w[r][h] + at / VALUES * 4));
-      scale[buffer][r][h] = inside ? ss[r][h][at / GROUP] : 0;
-      bias[buffer][r][h] = inside ? bs[r][h][at / GROUP] : 0;
+      const unsigned from = starts[r][h] + at;
+      words[buffer][r][h] = __ldcs(reinterpret_cast<const uint4*>(w[h] + from / (32 / BITS)));
+      scale[buffer][r][h] = inside ? ss[h][from / GROUP] : 0;
+      bias[buffer][r][h] = inside ? bs[h][from / GROUP] : 0;
     }
   };
   auto weights = [&](int buffer, int r, int h, int j, unsigned* a) {
@@ -171,20 +180,17 @@ _AFFINE = r"""
 """
 _FP4 = r"""
   constexpr int PACKED = 4, VALUES = 32, STEP = 128, UNITS = 4;
-  const unsigned* w[RT][2];
-  const unsigned char* ss[RT][2];
-  EACH(r, RT) EACH(h, 2) {
-    const size_t row = (size_t)expert * N + W_ROW(r, h);
-    w[r][h] = ARRAY(w, h) + row * (K / 8);
-    ss[r][h] = ARRAY(s, h) + row * (K / 32);
-  }
-  uint4 words[2][RT][2];
-  unsigned char scale[2][RT][2];
+  const unsigned* w[2];
+  const unsigned char* ss[2];
+  EACH(h, 2) { w[h] = ARRAY(w, h) + skipped / 8; ss[h] = ARRAY(s, h) + skipped / 32; }
+  uint4 words[DEPTH][RT][2];
+  unsigned char scale[DEPTH][RT][2];
   auto fetch_weights = [&](int buffer, int k) {
     const int at = min(k + t * VALUES, K - VALUES);
     EACH(r, RT) EACH(h, 2) {
-      words[buffer][r][h] = __ldcs(reinterpret_cast<const uint4*>(w[r][h] + at / 8));
-      scale[buffer][r][h] = k + t * VALUES < K ? ss[r][h][at / 32] : 0;
+      const unsigned from = starts[r][h] + at;
+      words[buffer][r][h] = __ldcs(reinterpret_cast<const uint4*>(w[h] + from / 8));
+      scale[buffer][r][h] = k + t * VALUES < K ? ss[h][from / 32] : 0;
     }
   };
   auto weights = [&](int buffer, int r, int h, int j, unsigned* a) {
@@ -198,22 +204,17 @@ _BY_FORMAT: dict[Format, str] = {"dense": _DENSE, "affine": _AFFINE, "mxfp4": _F
 
 _FEW = r"""
   const T* xs[MT];
-  EACH(m, MT) xs[m] = x + (size_t)(PAIR(m * 8 + g) / per_row) * K;
+  EACH(m, MT) xs[m] = x + (size_t)(mine[m] / per_row) * K;
   uint4 rows[2][MT][UNITS];
   auto fetch_rows = [&](int buffer, int k) {
     EACH(m, MT) EACH(j, UNITS) rows[buffer][m][j] = *reinterpret_cast<const uint4*>(xs[m] + X_AT(k, j));
   };
-  auto fetch = [&](int buffer, int k) {
-    fetch_weights(buffer, k);
-    if (AHEAD) fetch_rows(buffer, k);
-  };
-  auto multiplied = [&](int buffer, int k) {
-    if (!AHEAD) fetch_rows(buffer, k);
+  auto multiplied = [&](int buffer, int side) {
     EACH(j, UNITS) {
       unsigned a[RT][2][4];
       EACH(r, RT) EACH(h, 2) weights(buffer, r, h, j, a[r][h]);
       EACH(m, MT) {
-        const uint4 v = ordered<PACKED>(rows[buffer][m][j]);
+        const uint4 v = ordered<PACKED>(rows[side][m][j]);
         EACH(r, RT) {
           multiply(c[r][m], a[r][0][0], a[r][1][0], a[r][0][1], a[r][1][1], v.x, v.y, T());
           multiply(c[r][m], a[r][0][2], a[r][1][2], a[r][0][3], a[r][1][3], v.z, v.w, T());
@@ -221,21 +222,24 @@ _FEW = r"""
       }
     }
   };
-  const int first_k = wk * STEP;
-  if (first_k < K) fetch(0, first_k);
+  const int first_k = wk * STEP, stride = WK * STEP;
+  EACH(d, DEPTH) if (first_k + d * stride < K) fetch_weights(d, first_k + d * stride);
+  if (first_k < K) fetch_rows(0, first_k);
 #pragma unroll 1
-  for (int k = first_k; k < K; k += 2 * WK * STEP) {
-    const bool again = k + WK * STEP < K;
-    if (again) fetch(1, k + WK * STEP);
-    multiplied(0, k);
-    if (k + 2 * WK * STEP < K) fetch(0, k + 2 * WK * STEP);
-    if (again) multiplied(1, k + WK * STEP);
-  }
+  for (int k = first_k; k < K; k += DEPTH * stride)
+    EACH(d, DEPTH) {
+      const int at = k + d * stride;
+      if (at < K) {
+        if (at + stride < K) fetch_rows((d + 1) & 1, at + stride);
+        multiplied(d, d & 1);
+        if (at + DEPTH * stride < K) fetch_weights(d, at + DEPTH * stride);
+      }
+    }
   __shared__ float parts[WARPS][C][R + 1];
   __shared__ int pairs[C];
   EACH(r, RT) EACH(m, MT) EACH(i, 4)
     parts[warp][m * 8 + t * 2 + (i & 1)][r * 16 + (i >> 1) * 8 + g] = c[r][m][i];
-  if (warp == 0 && t == 0) EACH(m, MT) pairs[m * 8 + g] = PAIR(m * 8 + g);
+  if (warp == 0 && t == 0) EACH(m, MT) pairs[m * 8 + g] = mine[m];
   __syncthreads();
   for (int i = threadIdx.x; i < WIDTH * count; i += 32 * WARPS) {
     const int m = i / WIDTH, column = i % WIDTH, of = column / COLUMNS, n = n0 + column;
@@ -251,7 +255,7 @@ _FEW = r"""
     }
   }
 """
-"""Few rows to an expert: warps share K, each lane loads its own values of x."""
+"""Few rows to an expert: warps share K, each lane loads its own values of x, a step ahead."""
 
 _MANY = r"""
   // A chunk of x lies in shared memory, where its 16 bytes of unit j and lane t are the (4 j + t)th of a row.
@@ -264,19 +268,15 @@ _MANY = r"""
   const int full = (count + 7) / 8 * 8, chunks = (K + STEP - 1) / STEP;
   int from[COPIES];
   EACH(i, COPIES) from[i] = pairs[min((i * THREADS + int(threadIdx.x)) / (STEP / 8), C - 1)] / per_row * K;
-  auto fetch = [&](int chunk, int buffer) {
+  auto copy_rows = [&](int chunk) {
     EACH(i, COPIES) {
       const int m = (i * THREADS + threadIdx.x) / (STEP / 8);
-      if (m < full)
-        copy_async(memory + (buffer * C + m) * ROW + to, x + (size_t)from[i] + min(chunk * STEP + unit * 8, K - 8));
+      const T* at = x + (size_t)from[i] + min(chunk * STEP + unit * 8, K - 8);
+      if (m < full) copy_async(memory + ((chunk & 1) * C + m) * ROW + to, at);
     }
-    fetch_weights(buffer, chunk * STEP);
   };
-  auto multiplied = [&](int chunk, int buffer) {
-    wait_for_copies();
-    __syncthreads();
-    if (chunk + 1 < chunks) fetch(chunk + 1, buffer ^ 1);
-    const uint4* xs = memory + (buffer * C + g) * ROW + t;
+  auto multiplied = [&](int buffer) {
+    const uint4* xs = memory + ((buffer & 1) * C + g) * ROW + t;
     EACH(j, UNITS) {
       unsigned a[RT][2][4];
       EACH(r, RT) EACH(h, 2) weights(buffer, r, h, j, a[r][h]);
@@ -289,12 +289,20 @@ _MANY = r"""
       }
     }
   };
-  fetch(0, 0);
+  EACH(d, DEPTH) if (d < chunks) fetch_weights(d, d * STEP);
+  copy_rows(0);
 #pragma unroll 1
-  for (int chunk = 0; chunk < chunks; chunk += 2) {
-    multiplied(chunk, 0);
-    if (chunk + 1 < chunks) multiplied(chunk + 1, 1);
-  }
+  for (int first = 0; first < chunks; first += DEPTH)
+    EACH(d, DEPTH) {
+      const int chunk = first + d;
+      if (chunk < chunks) {
+        wait_for_copies();
+        __syncthreads();
+        if (chunk + 1 < chunks) copy_rows(chunk + 1);
+        multiplied(d);
+        if (chunk + DEPTH < chunks) fetch_weights(d, (chunk + DEPTH) * STEP);
+      }
+    }
   __syncthreads();
   // Results go through shared memory, so that rows are written 16 bytes at a time.
   constexpr int LINE = WIDTH + 8;

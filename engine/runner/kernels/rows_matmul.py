@@ -46,7 +46,7 @@ def takes_dense(k: int, dtype: mx.Dtype) -> bool:
 
 def takes_quantized(k: int, dtype: mx.Dtype, bits: int, group_size: int) -> bool:
     """Whether :func:`quantized` multiplies weights [N, ``k``] with scales of this element type."""
-    return dtype in _TYPES and bits in _BITS and group_size in _GROUP_SIZES and k % (512 // bits) == 0
+    return dtype in _TYPES and bits in _BITS and group_size in _GROUP_SIZES and k % max(group_size, 128 // bits) == 0
 
 
 def dense(x: mx.array, weights: Sequence[mx.array]) -> list[mx.array]:
@@ -61,9 +61,14 @@ def quantized(x: mx.array, weights: Sequence[Packed], *, bits: int, group_size: 
     """``x`` [..., K] against up to three packed ``weights`` in one launch; at most 32 rows of ``x``."""
     widths = [weight.words.shape[0] for weight in weights]
     kernel = make_kernel("rows_quantized", _QUANTIZED_INPUTS, ("out",), QUANTIZED, TENSOR_CORES + HEADER)
-    geometry = quantized_geometry(x.size // x.shape[-1], sum(widths), x.shape[-1] * bits // 512)
+    geometry = quantized_geometry(x.size // x.shape[-1], sum(widths), num_steps(x.shape[-1], bits))
     arrays = [array for part in zip(*weights, strict=True) for array in _three(part)]
     return _launch(kernel, x, arrays, widths, geometry, [("BITS", bits), ("GROUP", group_size)])
+
+
+def num_steps(k: int, bits: int) -> int:
+    """Of K, that the warps of a product of packed weights share; the last may be shorter."""
+    return -(-k * bits // 512)
 
 
 def dense_geometry(rows: int, columns: int) -> Geometry:

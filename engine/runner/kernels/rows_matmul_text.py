@@ -120,24 +120,26 @@ DENSE_LOOP = (
 
 QUANTIZED_LOOP = (
     r"""
-  // Affine weights: uint32 words [N, K * BITS / 32], scales s and biases b [N, K / GROUP]. K is a multiple of STEP.
+  // Affine weights: uint32 words [N, K * BITS / 32], scales s and biases b [N, K / GROUP]. K is a multiple of VALUES,
+  // which a lane takes of a step of four lanes: where the last step is shorter, x is 0.
   constexpr int VALUES = 128 / BITS, STEP = 4 * VALUES;
   const unsigned* w[RT][2];
   const unsigned short* ss[RT][2];
   const unsigned short* bs[RT][2];
   const T* xs[MT];
   EACH(r, RT) EACH(h, 2) {
-    w[r][h] = CHOSEN(w) + W_ROW(r, h) * (K * BITS / 32) + t * 4;
+    w[r][h] = CHOSEN(w) + W_ROW(r, h) * (K * BITS / 32);
     ss[r][h] = reinterpret_cast<const unsigned short*>(CHOSEN(s)) + W_ROW(r, h) * (K / GROUP);
     bs[r][h] = reinterpret_cast<const unsigned short*>(CHOSEN(b)) + W_ROW(r, h) * (K / GROUP);
   }
-  EACH(m, MT) xs[m] = x + X_ROW(m) * K + t * VALUES;
+  EACH(m, MT) xs[m] = x + X_ROW(m) * K;
 #pragma unroll 1
   for (int k = warp * STEP; k < K; k += warps * STEP) {
     unsigned words[RT][2][4], scale[RT][2], bias[RT][2];
-    const int group = (k + t * VALUES) / GROUP;
+    const int at = min(k + t * VALUES, K - VALUES), group = at / GROUP;
+    const bool inside = k + t * VALUES < K;
     EACH(r, RT) EACH(h, 2) {
-      const uint4 a = __ldcs(reinterpret_cast<const uint4*>(w[r][h] + k / VALUES * 4));
+      const uint4 a = __ldcs(reinterpret_cast<const uint4*>(w[r][h] + at / VALUES * 4));
       words[r][h][0] = a.x; words[r][h][1] = a.y; words[r][h][2] = a.z; words[r][h][3] = a.w;
       scale[r][h] = ss[r][h][group] * 0x10001u;
       bias[r][h] = bs[r][h][group] * 0x10001u;
@@ -148,7 +150,7 @@ QUANTIZED_LOOP = (
         a[r][h][i] = BITS == 4 ? unpack<BITS>(words[r][h][j], i, scale[r][h], bias[r][h], T())
                                : unpack<BITS>(words[r][h][j * 2 + i / 2], i & 1, scale[r][h], bias[r][h], T());
       EACH(m, MT) {
-        uint4 v = *reinterpret_cast<const uint4*>(xs[m] + k + j * 8);
+        uint4 v = inside ? *reinterpret_cast<const uint4*>(xs[m] + at + j * 8) : make_uint4(0, 0, 0, 0);
 """,
     r"""
         // The same pairs of x: (0, 4) (1, 5) (2, 6) (3, 7) for 4 bits, (0, 2) (1, 3) (4, 6) (5, 7) for 8.

@@ -65,6 +65,8 @@ def wanted(x: mx.array, weight: mx.array, norm: Norm | None, ending: dict[str, A
         (31, 256, mx.bfloat16, 4, True, "gated"),
         (31, 128, mx.bfloat16, 4, False, "residual"),
         (2, 128, mx.bfloat16, 8, True, "bias"),
+        (3, 320, mx.bfloat16, 4, True, "gated"),
+        (19, 64, mx.bfloat16, 4, True, "residual"),
     ],
 )
 def test_a_product_with_its_surroundings_is_right(

@@ -75,14 +75,91 @@ def some_indices(tokens: int, per_token: int, *, spread: bool = True) -> mx.arra
     return mx.array(np.array(rows, np.uint32))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "per_token", "spread"), [(1, 3, True), (21, 3, True), (13, 2, False), (64, 1, True)]
+)
+def test_few_pairs_need_no_list_of_tiles(
+    tokens: int, per_token: int, spread: bool, host_kernels: dict[str, HostKernel]
+) -> None:
+    x, indices = normal(tokens, 192, dtype=mx.bfloat16), some_indices(tokens, per_token, spread=spread)
+    routes = route(indices, EXPERTS, rows=8)
+    assert routes.tiles is None
+    last, exact, none = weights(FORMATS["4 bits"], OUT, 192, mx.bfloat16, 3)
+    first, exact_first, _ = weights(FORMATS["4 bits"], OUT, 192, mx.bfloat16, 4)
+    experts, rows = indices.flatten(), mx.repeat(x, per_token, axis=0)
+    expected = product(rows, exact, none, experts)
+    assert error(down(rows, routes, last, FORMATS["4 bits"]), expected) < LIMIT[mx.bfloat16]
+    expected = activated(expected, product(rows, exact_first, none, experts), "silu")
+    found = gate_up(x, routes, last, first, FORMATS["4 bits"], Activation("silu"))
+    assert error(found, expected) < LIMIT[mx.bfloat16]
+    assert sum(kernel.launches for kernel in host_kernels.values()) == 2
+
+
+@pytest.mark.parametrize(("kind", "alpha", "limit"), [("gelu", 0.0, 0.0), ("oai", 1.702, 0.75)])
+@pytest.mark.parametrize("geometry", [Geometry(False, 1, 1, 2, 2), Geometry(True, 2, 1, 2)], ids=str)
+def test_activations_and_biases_are_part_of_the_product(
+    kind: str, alpha: float, limit: float, geometry: Geometry
+) -> None:
+    packing, indices = FORMATS["mxfp4"], some_indices(37, 3)
+    x, experts = normal(37, 96, dtype=mx.bfloat16), indices.flatten()
+    (gate, exact_gate, one), (up, exact_up, two) = (
+        weights(packing, WIDTH, 96, mx.bfloat16, seed, biased=True) for seed in (1, 2)
+    )
+    rows = mx.repeat(x, 3, axis=0)
+    expected = activated(product(rows, exact_gate, one, experts), product(rows, exact_up, two, experts), kind)
+    routes = route(indices, EXPERTS, rows=geometry.rows)
+    activation = Activation(kind, alpha, limit)  # type: ignore[arg-type]
+    assert error(gate_up(x, routes, gate, up, packing, activation, geometry), expected) < LIMIT[mx.bfloat16]
+    last, exact, added = weights(packing, OUT, 96, mx.bfloat16, 3, biased=True)
+    expected = product(rows, exact, added, experts)
+    assert error(down(rows, routes, last, packing, geometry), expected) < LIMIT[mx.bfloat16]
+
+
+@pytest.mark.parametrize("name", ["dense", "4 bits"])
+def test_float16_is_multiplied_as_bfloat16_is(name: str) -> None:
+    packing, indices = FORMATS[name], some_indices(37, 3)
+    rows, experts = normal(111, 192, dtype=mx.float16), indices.flatten()
+    last, exact, none = weights(packing, OUT, 192, mx.float16, 3)
+    for tile in (8, 32):
+        found = down(rows, route(indices, EXPERTS, rows=tile), last, packing)
+        assert error(found, product(rows, exact, none, experts)) < LIMIT[mx.float16]
+
+
+def test_tiles_suit_the_rows_that_experts_get() -> None:
+    assert [module.tile_rows(8 * tokens, 256) for tokens in (1, 32, 80, 128, 400, 2048)] == [8, 8, 8, 16, 32, 32]
+    assert module.tile_rows(8, 1) == 8
+    few, many = (route(mx.zeros((count,), mx.uint32), EXPERTS) for count in (4, 500))
+    assert not module.geometry_of(few, 2048, FORMATS["4 bits"]).many
+    assert module.geometry_of(many, 2048, FORMATS["4 bits"]).many
+
+
+@pytest.mark.parametrize(
+    ("taken", "k", "width", "dtype", "packing"),
+    [
+        (True, 704, 2816, mx.bfloat16, Packing("affine", 4, 64)),
+        (True, 2880, 2880, mx.bfloat16, Packing("mxfp4", 4, 32)),
+        (True, 96, 8, mx.float16, Packing("dense")),
+        (False, 704, 2816, mx.bfloat16, Packing("affine", 4, 128)),
+        (False, 704, 2816, mx.bfloat16, Packing("affine", 6, 64)),
+        (False, 704, 2812, mx.bfloat16, Packing("affine", 4, 64)),
+        (False, 704, 2816, mx.float32, Packing("affine", 4, 64)),
+        (False, 2880, 2880, mx.float16, Packing("mxfp4", 4, 32)),
+        (False, 72, 8, mx.bfloat16, Packing("dense")),
+    ],
+)
+def test_only_shapes_that_kernels_cover_are_taken(
+    taken: bool, k: int, width: int, dtype: mx.Dtype, packing: Packing
+) -> None:
+    assert module.takes(k, width, dtype, packing) is taken
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("geometry", [
-    Geometry(False, 1, 1, 2, 2), Geometry(False, 1, 2, 1, 4), Geometry(False, 2, 1, 4, 1),
-    Geometry(True, 2, 1, 4), Geometry(True, 4, 2, 2), Geometry(True, 8, 2, 4),
+    Geometry(False, 1, 1, 2, 2), Geometry(False, 1, 2, 1, 4, 4), Geometry(False, 2, 1, 4, 1),
+    Geometry(True, 2, 1, 4), Geometry(True, 4, 2, 2, depth=4), Geometry(True, 8, 2, 4),
 ], ids=str)  # fmt: skip
 def test_products_are_right_in_every_format_however_they_are_cut(name: str, geometry: Geometry) -> None:
     packing = FORMATS[name]
-    k = 64 + max(packing.group_size, 64) * 3 // max(packing.group_size // 64, 1)
     tokens, per_token = 37, 3
     k = {128: 384, 64: 320, 32: 224, 0: 224}[packing.group_size]
     x, indices = normal(tokens, k, dtype=mx.bfloat16), some_indices(tokens, per_token)

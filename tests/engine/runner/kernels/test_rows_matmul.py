@@ -64,6 +64,11 @@ def test_dense_weights_are_multiplied_right_whatever_the_rows_and_widths(
         ((2,), (24,), 384, 4, 128, mx.bfloat16),
         ((4,), (24, 16), 448, 8, 64, mx.bfloat16),
         ((17,), (24,), 192, 8, 32, mx.float16),
+        ((3,), (40, 8, 9), 704, 4, 64, mx.bfloat16),
+        ((19,), (24,), 2112, 4, 64, mx.bfloat16),
+        ((2,), (24,), 96, 4, 32, mx.float16),
+        ((2,), (24,), 96, 8, 32, mx.bfloat16),
+        ((2,), (24,), 64, 4, 64, mx.bfloat16),
     ],
 )
 def test_packed_weights_are_multiplied_right_whatever_the_rows_and_widths(
@@ -92,7 +97,10 @@ def test_packed_weights_are_multiplied_right_whatever_the_rows_and_widths(
         (True, 2560, {}),
         (False, 2560 + 32, {}),
         (True, 2560, {"bits": 4, "group_size": 64}),
-        (False, 2560 + 64, {"bits": 4, "group_size": 64}),
+        (True, 2560 + 64, {"bits": 4, "group_size": 64}),
+        (False, 2560 + 64, {"bits": 4, "group_size": 128}),
+        (True, 2560 + 32, {"bits": 4, "group_size": 32}),
+        (False, 2560 + 32, {"bits": 4, "group_size": 64}),
         (True, 2560 + 64, {"bits": 8, "group_size": 64}),
         (False, 2560, {"bits": 6, "group_size": 64}),
         (False, 2560, {"bits": 4, "group_size": 16}),
