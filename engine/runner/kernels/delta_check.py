@@ -1,8 +1,6 @@
 """Do gated delta nets over slots give what they should on this GPU? Asked at load."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,9 +9,7 @@ from engine.errors import error_line
 from engine.runner.kernels.delta_reference import DeltaWeights, Floats, gated_norm, mixed_inputs, recurrence
 from engine.runner.kernels.gated_delta import DeltaShape
 from engine.runner.kernels.kernel_cache import collecting, compile_all
-
-if TYPE_CHECKING:
-    from engine.runner.kernels.state_kernels import StateKernels
+from engine.runner.kernels.state_kernels import StateKernels
 
 TOLERANCE: dict[mx.Dtype, float] = {mx.bfloat16: 1e-2, mx.float16: 2e-3, mx.float32: 1e-4}
 """Of the norm of a sequence's output or state."""

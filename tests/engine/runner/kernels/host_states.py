@@ -20,7 +20,7 @@ from engine.runner.kernels.state_kernels import StateShape
 
 
 class HostStateKernels:
-    """As :class:`engine.runner.kernels.state_kernels.GpuStateKernels`. ``calls`` counts the launches by name."""
+    """As :class:`engine.runner.kernels.gpu_states.GpuStateKernels`. ``calls`` counts the launches by name."""
 
     def __init__(self) -> None:
         self.calls = {"read_slots": 0, "write_slots": 0, "delta_inputs": 0, "delta_step": 0, "delta_scan": 0}

@@ -11,10 +11,10 @@ import pytest
 from engine.runner.kernels import gated_delta, gated_delta_text, ssm, ssm_text, state_slots
 from engine.runner.kernels.delta_check import delta_problem
 from engine.runner.kernels.gated_delta import DeltaShape, scan_geometry, step_geometry
+from engine.runner.kernels.gpu_states import GPU_STATE_KERNELS
 from engine.runner.kernels.slots_check import slots_problem
 from engine.runner.kernels.ssm import SsmShape
 from engine.runner.kernels.ssm_check import ssm_problem
-from engine.runner.kernels.state_kernels import GPU_STATE_KERNELS
 from tests.engine.runner.kernels.conftest import TextKernels
 from tests.engine.runner.kernels.text_on_host import HostKernel
 
