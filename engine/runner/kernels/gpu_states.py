@@ -21,6 +21,7 @@ class GpuStateKernels:
     write_slots = staticmethod(state_slots.write_slots)
     delta_inputs = staticmethod(gated_delta.delta_inputs)
     delta_step = staticmethod(gated_delta.delta_step)
+    delta_alone = staticmethod(gated_delta.delta_alone)
     delta_scan = staticmethod(gated_delta.delta_scan)
     conv_step = staticmethod(ssm.conv_step)
     ssm_step = staticmethod(ssm.ssm_step)

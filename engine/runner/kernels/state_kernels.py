@@ -61,6 +61,25 @@ class StateKernels(Protocol):
     ) -> mx.array:
         """One token of many sequences, with the gated norm; moves the states on in place."""
 
+    def delta_alone(
+        self,
+        x: mx.array,
+        b: mx.array,
+        a: mx.array,
+        z: mx.array,
+        conv_weight: mx.array,
+        a_log: mx.array,
+        dt_bias: mx.array,
+        gain: mx.array,
+        conv_states: mx.array,
+        states: mx.array,
+        slots: mx.array,
+        shape: DeltaShape,
+        *,
+        eps: float,
+    ) -> mx.array:
+        """Both launches of a step in one, where the shape allows it."""
+
     def delta_scan(
         self,
         mixed: mx.array,
