@@ -1,8 +1,6 @@
 """Do gated delta nets over slots give what they should on this GPU? Asked at load."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,9 +9,7 @@ from engine.errors import error_line
 from engine.runner.kernels.delta_reference import DeltaWeights, Floats, gated_norm, mixed_inputs, recurrence
 from engine.runner.kernels.gated_delta import DeltaShape
 from engine.runner.kernels.kernel_cache import collecting, compile_all
-
-if TYPE_CHECKING:
-    from engine.runner.kernels.state_kernels import StateKernels
+from engine.runner.kernels.state_kernels import StateKernels
 
 TOLERANCE: dict[mx.Dtype, float] = {mx.bfloat16: 1e-2, mx.float16: 2e-3, mx.float32: 1e-4}
 """Of the norm of a sequence's output or state."""
@@ -44,6 +40,7 @@ def _launch_each(shape: DeltaShape, kernels: StateKernels) -> None:
     check = _Check(shape, kernels)
     check.chunk(2, (-1, 0))
     check.step([(0, 0)])
+    check.alone([(0, 0)])
 
 
 class _Check:
@@ -70,6 +67,7 @@ class _Check:
             or self.chunk(1, (-1, 0)) or self.chunk(40, (0, 0))
             or self.step([(2, 2), (-1, -1), (0, 6), (-1, 3), (5, 5)])
             or self.step([(6, 6), (3, 3), (2, 1)])
+            or self.alone([(1, 1), (-1, -1), (6, 2), (-1, 7), (0, 0)]) or self.alone([(7, 7), (2, 3)])
         )  # fmt: skip
 
     def _random(self, *shape: int, scale: float = 1.0, dtype: mx.Dtype | None = None) -> tuple[mx.array, Floats]:
@@ -106,6 +104,18 @@ class _Check:
         )
         return self._compare(got, rows, launch, normed=True, said="a step")
 
+    def alone(self, rows: list[_Slots]) -> str | None:
+        """As :meth:`step`, in one launch if that is known for the shape."""
+        if not self.shape.one_launch:
+            return None
+        launch, (conv_states, states) = self._inputs(len(rows), 1, rows), self.states
+        b, a = launch["gates"]
+        got = self.kernels.delta_alone(
+            launch["x"], b, a, launch["z"], self.conv, self.a_log, self.dt_bias, self.gain, conv_states,
+            states, launch["slots"], self.shape, eps=_EPS,
+        )  # fmt: skip
+        return self._compare(got, rows, launch, normed=True, said="a step in one launch")
+
     def _inputs(self, sequences: int, tokens: int, rows: list[_Slots]) -> dict[str, Any]:
         """Random inputs, and what the first launch makes of them."""
         shape = self.shape
@@ -123,7 +133,8 @@ class _Check:
         mixed = self.kernels.delta_inputs(
             x, b, a, self.conv, self.a_log, self.dt_bias, self.states[0], given_slots, shape
         )
-        return {"x": x, "z": z, "slots": given_slots, "mixed": mixed, "known": (known_x, known_b, known_a, known_z)}
+        known = known_x, known_b, known_a, known_z
+        return {"x": x, "z": z, "gates": (b, a), "slots": given_slots, "mixed": mixed, "known": known}
 
     def _compare(
         self, got: mx.array, rows: list[_Slots], launch: dict[str, Any], *, normed: bool, said: str

@@ -72,6 +72,15 @@ class DeltaShape:
         return None
 
     @property
+    def one_launch(self) -> bool:
+        """Whether a block may have all value heads of a key head: then a step is one launch."""
+        share = self.value_heads // self.key_heads
+        lanes = self.key_dim * self.dtype.size // 16
+        threads = 32 * share * step_geometry(self).warps
+        units = (2 * self.key_dim + share * self.value_dim) * self.dtype.size // 16
+        return threads <= 32 * _MOST_WARPS and units <= threads and lanes <= 32 and lanes & (lanes - 1) == 0
+
+    @property
     def template(self) -> list[tuple[str, mx.Dtype | int]]:
         """As the texts' template arguments."""
         return [
@@ -193,6 +202,45 @@ def delta_step(
     return out
 
 
+def delta_alone(
+    x: mx.array,
+    b: mx.array,
+    a: mx.array,
+    z: mx.array,
+    conv_weight: mx.array,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    gain: mx.array,
+    conv_states: mx.array,
+    states: mx.array,
+    slots: mx.array,
+    shape: DeltaShape,
+    *,
+    eps: float,
+) -> mx.array:
+    """:func:`delta_inputs` and :func:`delta_step` in one launch, for a shape that is :attr:`DeltaShape.one_launch`.
+
+    A block has all value heads of a key head, so that no two share a part of the convolution.
+    """
+    used = step_geometry(shape)
+    threads = 32 * used.warps * (shape.value_heads // shape.key_heads)
+    (out,) = _alone_kernel()(
+        inputs=[x, b, a, z, conv_weight, a_log, dt_bias, gain, conv_states, states, slots],
+        template=[
+            *shape.template,
+            ("LANES", used.lanes),
+            ("ROWS", used.rows),
+            ("WARPS", used.warps),
+            ("EPS", float_bits(eps)),
+        ],
+        grid=(shape.key_heads * threads, x.shape[0], 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(x.shape[0], 1, shape.value_heads * shape.value_dim)],
+        output_dtypes=[shape.dtype],
+    )
+    return out
+
+
 def delta_scan(
     mixed: mx.array,
     gates: mx.array,
@@ -232,6 +280,11 @@ def _inputs_kernel() -> Kernel:
 def _step_kernel() -> Kernel:
     inputs = ("mixed", "gates", "x", "z", "gain", "conv_states", "states", "slots")
     return make_kernel("gated_delta_step", inputs, ("out",), text.STEP, text.STEP_FUNCTIONS)
+
+
+def _alone_kernel() -> Kernel:
+    inputs = ("x", "b", "a", "z", "conv_weight", "a_log", "dt_bias", "gain", "conv_states", "states", "slots")
+    return make_kernel("gated_delta_alone", inputs, ("out",), text.ALONE, text.STEP_FUNCTIONS)
 
 
 def _scan_kernel() -> Kernel:

@@ -39,7 +39,15 @@ template <typename T> FUNCTION uint4 vector_of(PRIVATE const float* f) {
   raw.w = word_of<T>(f + 3 * PER_WORD);
   return raw;
 }
+FUNCTION float sigmoid_of(float x) { return 1.0f / (1.0f + EXP2(-x * LOG2E)); }
 FUNCTION float silu_of(float x) { return x / (1.0f + EXP2(-x * LOG2E)); }
+FUNCTION float softplus_of(float x) {
+  const float size = x < 0.0f ? -x : x;
+  return FMAX(x, 0.0f) + LOG2(1.0f + EXP2(-size * LOG2E)) / LOG2E;
+}
+FUNCTION float decay_of(float step, float a_log) {
+  return EXP2(-EXP2(a_log * LOG2E) * softplus_of(step) * LOG2E);
+}
 """
 )
 FUNCTIONS = (
@@ -117,10 +125,8 @@ INPUTS = r"""
     } else if (in_team == 0) {
       const int own = head - 2 * HK, row = sequence * tokens + t;
       const float step = float(a[GATE_OF(row, own) + A_AFTER_B]) + float(dt_bias[own]);
-      const float size = step < 0.0f ? -step : step;
-      const float plus = FMAX(step, 0.0f) + LOG2(1.0f + EXP2(-size * LOG2E)) / LOG2E;
-      gates[2 * (row * HV + own)] = EXP2(-EXP2(float(a_log[own]) * LOG2E) * plus * LOG2E);
-      gates[2 * (row * HV + own) + 1] = 1.0f / (1.0f + EXP2(-float(b[GATE_OF(row, own)]) * LOG2E));
+      gates[2 * (row * HV + own)] = decay_of(step, float(a_log[own]));
+      gates[2 * (row * HV + own) + 1] = sigmoid_of(float(b[GATE_OF(row, own)]));
     }
 #pragma unroll
     for (int l = 0; l < LOADS; ++l) {
@@ -175,35 +181,8 @@ WRITE_STATE = r"""
 """
 
 COLUMN = "#define COLUMN(i) (((i) * LANES + in_team) * 4)\n"
-STEP_FUNCTIONS = FUNCTIONS + COLUMN + "#define ROW(r) ((r) * TEAMS + team)\n"
-STEP = (
-    _SETUP.replace("@HEAD@", "BLK_X").replace("@SEQUENCE@", "BLK_Y")
-    + r"""
-  SHARED uint4 shared_rows[2 * DK / 4];                             // the row's key and query
-  SHARED float shared_sums[WARPS];
-  const size_t result = ((size_t)sequence * HV + head) * DV;
-  if (to < 0 && from < 0) {                                         // a padding row
-    for (int i = TID; i < DV; i += THREADS) out[result + i] = T(0.0f);
-    return;
-  }
-"""
-    + READ_STATE
-    + r"""
-  for (int u = TID; u < 2 * DK / VEC; u += THREADS) {
-    const int c = u < DK / VEC ? HK * DK + key_head * DK + u * VEC : key_head * DK + u * VEC - DK;
-    float f[VEC];
-    unpack_vector<T>(*(GLOBAL const uint4*)(mixed + (size_t)sequence * CHANNELS + c), f);
-#pragma unroll
-    for (int i = 0; i < VEC / 4; ++i) shared_rows[u * VEC / 4 + i] = vector_of<float>(f + 4 * i);
-  }
-  const float decay = gates[2 * (sequence * HV + head)], beta = gates[2 * (sequence * HV + head) + 1];
-  float value[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r)
-    value[r] = ROW(r) < DV ? float(mixed[(size_t)sequence * CHANNELS + 2 * HK * DK + head * DV + ROW(r)]) : 0.0f;
-"""
-    + _KEEP.replace("@BLOCK@", "head").replace("@BLOCKS@", "HV")
-    + r"""
+_MOVE_ON = (
+    r"""
   BARRIER;
   float y[ROWS], k[OWN], squares = 0.0f;
 #pragma unroll
@@ -239,7 +218,7 @@ STEP = (
   BARRIER;
   squares = 0.0f;
 #pragma unroll
-  for (int w = 0; w < WARPS; ++w) squares += shared_sums[w];
+  for (int w = 0; w < WARPS; ++w) squares += shared_sums[WARP / WARPS * WARPS + w];
   const float scaled = RSQRT(squares / DV + CONSTANT(EPS));
 #pragma unroll
   for (int r = 0; r < ROWS; ++r)
@@ -248,6 +227,112 @@ STEP = (
       out[result + ROW(r)] = T(y[r] * scaled * float(gain[ROW(r)]) * silu_of(gate));
     }
 """
+)
+
+STEP_FUNCTIONS = FUNCTIONS + COLUMN + "#define ROW(r) ((r) * TEAMS + team)\n"
+STEP = (
+    _SETUP.replace("@HEAD@", "BLK_X").replace("@SEQUENCE@", "BLK_Y")
+    + r"""
+  SHARED uint4 shared_rows[2 * DK / 4];                             // the row's key and query
+  SHARED float shared_sums[WARPS];
+  const size_t result = ((size_t)sequence * HV + head) * DV;
+  if (to < 0 && from < 0) {                                         // a padding row
+    for (int i = TID; i < DV; i += THREADS) out[result + i] = T(0.0f);
+    return;
+  }
+"""
+    + READ_STATE
+    + r"""
+  for (int u = TID; u < 2 * DK / VEC; u += THREADS) {
+    const int c = u < DK / VEC ? HK * DK + key_head * DK + u * VEC : key_head * DK + u * VEC - DK;
+    float f[VEC];
+    unpack_vector<T>(*(GLOBAL const uint4*)(mixed + (size_t)sequence * CHANNELS + c), f);
+#pragma unroll
+    for (int i = 0; i < VEC / 4; ++i) shared_rows[u * VEC / 4 + i] = vector_of<float>(f + 4 * i);
+  }
+  const float decay = gates[2 * (sequence * HV + head)], beta = gates[2 * (sequence * HV + head) + 1];
+  float value[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+    value[r] = ROW(r) < DV ? float(mixed[(size_t)sequence * CHANNELS + 2 * HK * DK + head * DV + ROW(r)]) : 0.0f;
+"""
+    + _KEEP.replace("@BLOCK@", "head").replace("@BLOCKS@", "HV")
+    + _MOVE_ON
+)
+
+ALONE = (
+    r"""
+  constexpr int VEC = 16 / int(sizeof(T)), OWN = DK / LANES, QUADS = OWN / 4;
+  constexpr int TEAMS = 32 / LANES * WARPS, TEAM = DK / VEC, UNITS = (2 * DK + SHARE * DV) / VEC, tokens = 1;
+  SHARED uint4 shared_rows[2 * DK / 4];                             // the row's key and query
+  SHARED float shared_values[SHARE * DV], shared_gates[2 * SHARE], shared_sums[SHARE * WARPS];
+  const int key_head = BLK_X, sequence = BLK_Y, own = WARP / WARPS, head = key_head * SHARE + own;
+  const int from = slots[sequence], to = slots[slots_shape[1] + sequence];
+  const int in_team = TID % LANES, team = TID % (32 * WARPS) / LANES;
+  const size_t result = ((size_t)sequence * HV + head) * DV;
+  if (to < 0 && from < 0) {                                         // a padding row
+    for (int i = TID % (32 * WARPS); i < DV; i += 32 * WARPS) out[result + i] = T(0.0f);
+    return;
+  }
+"""
+    + READ_STATE
+    + r"""
+  if (WARP < (UNITS + 31) / 32) {                                   // whole warps, since lanes exchange sums
+    const int part = TID < UNITS ? TID * VEC : 0;
+    const bool is_value = part >= 2 * DK;
+    const int c = part < DK ? key_head * DK + part : part < 2 * DK ? (HK + key_head - 1) * DK + part
+      : 2 * HK * DK + key_head * SHARE * DV + part - 2 * DK;
+    uint4 raw[TAPS];
+    float f[VEC], sum[VEC], weights[VEC * TAPS], squares = 0.0f;
+#pragma unroll
+    for (int tap = 0; tap < TAPS; ++tap) {
+      raw[tap] = TAP(tap - TAPS + 1, c);
+      unpack_vector<T>(*(GLOBAL const uint4*)(conv_weight + c * TAPS + tap * VEC), &weights[tap * VEC]);
+    }
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) sum[i] = 0.0f;
+#pragma unroll
+    for (int tap = 0; tap < TAPS; ++tap) {
+      unpack_vector<T>(raw[tap], f);
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) sum[i] = FMA(weights[i * TAPS + tap], f[i], sum[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      sum[i] = silu_of(sum[i]);
+      squares += sum[i] * sum[i];
+    }
+#pragma unroll
+    for (int mask = TEAM / 2; mask > 0; mask >>= 1) squares += SHFL_XOR(squares, mask);
+    if (TID < UNITS) {
+      const float length = is_value ? 1.0f : RSQRT(squares + 1e-6f);
+      const float scaled = part < DK ? length * RSQRT(float(DK)) : length;
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) sum[i] = float(T(sum[i] * scaled));
+#pragma unroll
+      for (int i = 0; i < VEC; ++i)
+        if (is_value) shared_values[part - 2 * DK + i] = sum[i];
+#pragma unroll
+      for (int i = 0; i < VEC / 4; ++i)
+        if (!is_value) shared_rows[(part < DK ? DK + part : part - DK) / 4 + i] = vector_of<float>(sum + 4 * i);
+      GLOBAL T* kept = const_cast<GLOBAL T*>(conv_states) + (size_t)to * (TAPS - 1) * CHANNELS + c;
+#pragma unroll
+      for (int tap = 0; tap < TAPS - 1; ++tap)
+        if (to >= 0) *(GLOBAL uint4*)(kept + tap * CHANNELS) = raw[tap + 1];
+    }
+  }
+  if (TID % (32 * WARPS) == 0) {
+    const float step = float(a[GATE_OF(sequence, head) + A_AFTER_B]) + float(dt_bias[head]);
+    shared_gates[2 * own] = decay_of(step, float(a_log[head]));
+    shared_gates[2 * own + 1] = sigmoid_of(float(b[GATE_OF(sequence, head)]));
+  }
+  BARRIER;
+  const float decay = shared_gates[2 * own], beta = shared_gates[2 * own + 1];
+  float value[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) value[r] = ROW(r) < DV ? shared_values[own * DV + ROW(r)] : 0.0f;
+"""
+    + _MOVE_ON
 )
 
 SCAN_FUNCTIONS = (

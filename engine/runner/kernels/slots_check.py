@@ -1,19 +1,14 @@
 """Are states read from slots and written to them as they should be on this GPU? Asked at load."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from engine.errors import error_line
 from engine.runner.kernels.kernel_cache import collecting, compile_all
+from engine.runner.kernels.state_kernels import StateKernels, StateShape
 from engine.runner.kernels.state_slots import ELEMENT_TYPES
-
-if TYPE_CHECKING:
-    from engine.runner.kernels.state_kernels import StateKernels, StateShape
 
 _SLOTS = 9
 _READS, _WRITES = (6, -1, 2, -1, 0), (6, 3, 5, -1, -1)

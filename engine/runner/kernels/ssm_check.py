@@ -1,9 +1,5 @@
 """Do a Mamba 2 layer's steps over slots give what they should on this GPU? Asked at load."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import mlx.core as mx
 import numpy as np
 
@@ -12,9 +8,7 @@ from engine.runner.kernels.delta_check import TOLERANCE
 from engine.runner.kernels.delta_reference import Floats, silu
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.ssm import SsmShape
-
-if TYPE_CHECKING:
-    from engine.runner.kernels.state_kernels import StateKernels
+from engine.runner.kernels.state_kernels import StateKernels
 
 _SLOTS = 8
 _STEPS: tuple[tuple[tuple[int, int], ...], ...] = (

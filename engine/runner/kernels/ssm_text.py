@@ -65,8 +65,7 @@ SSM = (
     + r"""
   GLOBAL const T* given = mixed + (size_t)row * (HV * DV + 2 * HK * DK);
   GLOBAL const T* group = given + HV * DV + head / (HV / HK) * DK;
-  const float asked = float(dt[row * HV + head]) + float(dt_bias[head]), size = asked < 0.0f ? -asked : asked;
-  const float plus = FMAX(asked, 0.0f) + LOG2(1.0f + EXP2(-size * LOG2E)) / LOG2E;
+  const float plus = softplus_of(float(dt[row * HV + head]) + float(dt_bias[head]));
   const float above = FMAX(plus, CONSTANT(LOW)), step = above < CONSTANT(HIGH) ? above : CONSTANT(HIGH);
   const float decay = EXP2(-EXP2(float(a_log[head]) * LOG2E) * step * LOG2E), skip = float(d[head]);
   float b[OWN], c[OWN];

@@ -1,16 +1,12 @@
-"""What a backend keeps recurrent states with: the kernels that read and write slots in place, and their check."""
+"""What a backend keeps recurrent states with: the kernels that read and write slots in place."""
 
 from collections.abc import Iterable
 from typing import Protocol
 
 import mlx.core as mx
 
-from engine.runner.kernels import gated_delta, ssm, state_slots
-from engine.runner.kernels.delta_check import delta_problem
 from engine.runner.kernels.gated_delta import DeltaShape
-from engine.runner.kernels.slots_check import slots_problem
 from engine.runner.kernels.ssm import SsmShape
-from engine.runner.kernels.ssm_check import ssm_problem
 
 StateShape = tuple[tuple[int, ...], mx.Dtype]
 """Of a slot of one state, and its element type."""
@@ -65,6 +61,25 @@ class StateKernels(Protocol):
     ) -> mx.array:
         """One token of many sequences, with the gated norm; moves the states on in place."""
 
+    def delta_alone(
+        self,
+        x: mx.array,
+        b: mx.array,
+        a: mx.array,
+        z: mx.array,
+        conv_weight: mx.array,
+        a_log: mx.array,
+        dt_bias: mx.array,
+        gain: mx.array,
+        conv_states: mx.array,
+        states: mx.array,
+        slots: mx.array,
+        shape: DeltaShape,
+        *,
+        eps: float,
+    ) -> mx.array:
+        """Both launches of a step in one, where the shape allows it."""
+
     def delta_scan(
         self,
         mixed: mx.array,
@@ -103,42 +118,3 @@ class StateKernels(Protocol):
 
     def delta_problem(self, shape: DeltaShape) -> str | None:
         """One line on what goes wrong for such gated delta nets, None if nothing does."""
-
-
-class GpuStateKernels:
-    """The kernels on this machine's GPU. What was right is not checked again in this process."""
-
-    def __init__(self) -> None:
-        self._right: set[DeltaShape | SsmShape | StateShape] = set()
-
-    read_slots = staticmethod(state_slots.read_slots)
-    write_slots = staticmethod(state_slots.write_slots)
-    delta_inputs = staticmethod(gated_delta.delta_inputs)
-    delta_step = staticmethod(gated_delta.delta_step)
-    delta_scan = staticmethod(gated_delta.delta_scan)
-    conv_step = staticmethod(ssm.conv_step)
-    ssm_step = staticmethod(ssm.ssm_step)
-
-    def slots_problem(self, shapes: Iterable[StateShape]) -> str | None:
-        """See :func:`engine.runner.kernels.slots_check.slots_problem`."""
-        asked = [shape for shape in dict.fromkeys(shapes) if shape not in self._right]
-        problem = slots_problem(asked, self)
-        self._right.update(() if problem else asked)
-        return problem
-
-    def delta_problem(self, shape: DeltaShape) -> str | None:
-        """See :func:`engine.runner.kernels.delta_check.delta_problem`."""
-        problem = None if shape in self._right else delta_problem(shape, self)
-        if problem is None:
-            self._right.add(shape)
-        return problem
-
-    def ssm_problem(self, shape: SsmShape) -> str | None:
-        """See :func:`engine.runner.kernels.ssm_check.ssm_problem`."""
-        problem = None if shape in self._right else ssm_problem(shape, self)
-        if problem is None:
-            self._right.add(shape)
-        return problem
-
-
-GPU_STATE_KERNELS = GpuStateKernels()

@@ -42,10 +42,17 @@ def delta_call(kind: type[nn.Module], shape: DeltaShape, kernels: StateKernels) 
         project = _interleaved if shape.interleaved else _separate
         x, z, b, a = project(self, inputs)
         slots, (conv_states, states) = cache.rows.slots, cache.states
+        tokens = inputs.shape[1]
+        if tokens == 1 and shape.one_launch:
+            out = kernels.delta_alone(
+                x, b, a, z, self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight, conv_states, states, slots,
+                shape, eps=self.norm.eps,
+            )  # fmt: skip
+            cache.moved_on(out)
+            return self.out_proj(out)  # type: ignore[no-any-return]
         mixed, gates = kernels.delta_inputs(
             x, b, a, self.conv1d.weight, self.A_log, self.dt_bias, conv_states, slots, shape
         )
-        tokens = inputs.shape[1]
         if tokens == 1:
             out = kernels.delta_step(
                 mixed, gates, x, z, self.norm.weight, conv_states, states, slots, shape, eps=self.norm.eps

@@ -20,7 +20,7 @@ from engine.runner.kernels.state_kernels import StateShape
 
 
 class HostStateKernels:
-    """As :class:`engine.runner.kernels.state_kernels.GpuStateKernels`. ``calls`` counts the launches by name."""
+    """As :class:`engine.runner.kernels.gpu_states.GpuStateKernels`. ``calls`` counts the launches by name."""
 
     def __init__(self) -> None:
         self.calls = {"read_slots": 0, "write_slots": 0, "delta_inputs": 0, "delta_step": 0, "delta_scan": 0}
@@ -75,6 +75,15 @@ class HostStateKernels:
         ]
         normed = [gated_norm(some, one.reshape(some.shape), weights) for some, one in zip(outputs, gate, strict=True)]
         return mx.array(np.stack(normed)).reshape(len(outputs), 1, -1).astype(shape.dtype)
+
+    def delta_alone(
+        self, x: mx.array, b: mx.array, a: mx.array, z: mx.array, conv_weight: mx.array, a_log: mx.array,
+        dt_bias: mx.array, gain: mx.array, conv_states: mx.array, states: mx.array, slots: mx.array,
+        shape: DeltaShape, *, eps: float,
+    ) -> mx.array:  # fmt: skip
+        """Both launches of a step."""
+        mixed, gates = self.delta_inputs(x, b, a, conv_weight, a_log, dt_bias, conv_states, slots, shape)
+        return self.delta_step(mixed, gates, x, z, gain, conv_states, states, slots, shape, eps=eps)
 
     def delta_scan(
         self, mixed: mx.array, gates: mx.array, x: mx.array, conv_states: mx.array, states: mx.array,

@@ -11,10 +11,10 @@ import pytest
 from engine.runner.kernels import gated_delta, gated_delta_text, ssm, ssm_text, state_slots
 from engine.runner.kernels.delta_check import delta_problem
 from engine.runner.kernels.gated_delta import DeltaShape, scan_geometry, step_geometry
+from engine.runner.kernels.gpu_states import GPU_STATE_KERNELS
 from engine.runner.kernels.slots_check import slots_problem
 from engine.runner.kernels.ssm import SsmShape
 from engine.runner.kernels.ssm_check import ssm_problem
-from engine.runner.kernels.state_kernels import GPU_STATE_KERNELS
 from tests.engine.runner.kernels.conftest import TextKernels
 from tests.engine.runner.kernels.text_on_host import HostKernel
 
@@ -37,7 +37,14 @@ def kernels(text_kernels: TextKernels) -> dict[str, HostKernel]:
 @pytest.mark.parametrize("name", SHAPES)
 def test_gated_delta_nets_give_what_numpy_gives(name: str, kernels: dict[str, HostKernel]) -> None:
     assert delta_problem(SHAPES[name], GPU_STATE_KERNELS) is None
-    assert set(kernels) == {"gated_delta_inputs", "gated_delta_step", "gated_delta_scan"}
+    alone = {"gated_delta_alone"} if SHAPES[name].one_launch else set()
+    assert set(kernels) == {"gated_delta_inputs", "gated_delta_step", "gated_delta_scan"} | alone
+
+
+def test_a_step_is_one_launch_where_a_block_holds_what_a_key_head_has() -> None:
+    assert [name for name, shape in SHAPES.items() if shape.one_launch] == [
+        "f32 16 of 2", "bf16 128 of 2", "bf16 128 of 2, interleaved", "bf16 256 and 32",
+    ]  # fmt: skip
 
 
 def test_states_are_read_and_written_where_the_slots_say(kernels: dict[str, HostKernel]) -> None:
@@ -58,6 +65,11 @@ def test_states_are_read_and_written_where_the_slots_say(kernels: dict[str, Host
         ("STEP", "if (to < 0 && from < 0)", "if (from < 0)"),
         ("STEP", "if (to >= 0 && ROW(r) < DV)", "if (from >= 0 && ROW(r) < DV)"),
         ("STEP", "float(gain[ROW(r)]) * silu_of(gate)", "float(gain[ROW(r)])"),
+        ("ALONE", "= raw[tap + 1];", "= raw[tap];"),
+        ("ALONE", "(part < DK ? DK + part : part - DK) / 4", "part / 4"),
+        ("ALONE", "(HK + key_head - 1) * DK + part", "key_head * DK + part"),
+        ("ALONE", "shared_values[own * DV + ROW(r)]", "shared_values[ROW(r)]"),
+        ("ALONE", "shared_gates[2 * own + 1];", "shared_gates[1];"),
         ("SCAN", ": TID % 2 ? 0.0f : 1.0f", ": 0.0f"),
         ("SCAN", "mine += upper ? left : 0;", ""),
         ("SCAN", "TAP(tokens + tap - TAPS + 1, c)", "TAP(tap - TAPS + 1, c)"),
