@@ -291,8 +291,11 @@ def test_a_fault_in_the_text_is_found(
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang++, which knows address spaces")
 @pytest.mark.parametrize("dialect", ["metal"])
-def test_every_pointer_has_its_address_space(kernels: dict[str, HostKernel]) -> None:
-    assert attention_problem(SHAPES["bf16 64 of 8, sinks, window"]) is None
+@pytest.mark.parametrize(
+    "one", [SHAPES["bf16 64 of 8, sinks, window"], PACKED["bf16 128 of 4, 8 bits"], LATENT["f32 128 and 32 of 3"]]
+)
+def test_every_pointer_has_its_address_space(one: AttentionShape, kernels: dict[str, HostKernel]) -> None:
+    assert attention_problem(one) is None
     for kernel in kernels.values():
         for source in kernel.sources:
             flags = ["-std=c++17", "-fsyntax-only", "-DADDRESS_SPACES", "-Wno-everything", f"-I{HERE}"]
