@@ -271,7 +271,7 @@ _FRAGMENTS = r"""
   EACH(m, SECTIONS * EACH_LANE / 2) EACH(h, TILES) EACH(i, 4) acc[m][h][i] = 0.0f;
   EACH(s, BITS ? SECTIONS : 1) EACH(h, TILES) apart[s][h] = 0.0f;
   EACH(h, TILES) { top[h] = LOWEST; sum[h] = 0.0f; }
-  const float scale = CAP ? CONSTANT(SCALE) : CONSTANT(SCALE) * LOG2E;
+  const float scale = CAP ? CONSTANT(SCALE) : CONSTANT(SCALE) * LOG2E, unscaled = 1.0f / CONSTANT(SCALE);
   BARRIER;                                                          // the new token lies in its page
 """
 
@@ -384,7 +384,7 @@ _PLAIN_SCORES = r"""
                  TILES > 1 ? q[s][2 * p + 1][TILES - 1] : 0u, key_pair<BITS>(keys[stage][s][j], 2 * p),
                  key_pair<BITS>(keys[stage][s][j], 2 * p + 1), C());
       EACH(h, TILES) EACH(i, 2)
-        score[j][h][i] = ROPE_DIM ? c[2 * h + i] + more[2 * h + i] / CONSTANT(SCALE) : c[2 * h + i];
+        score[j][h][i] = ROPE_DIM ? c[2 * h + i] + more[2 * h + i] * unscaled : c[2 * h + i];
     }
 """
 _PACKED_SCORES = r"""
