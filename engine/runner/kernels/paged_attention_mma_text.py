@@ -283,7 +283,8 @@ _LOOP = r"""
   // Offsets of a lane's elements in a block, in halves: of a key's, of what a latent key has further, of a value's.
   const int key_lane = g * KEY_ROW + (part_of * KEY_STEPS * KEY_STEP + t * (KEY_STEP / 4)) * (BITS ? BITS : 16) / 16;
   const int rope_lane = g * GIVEN + (part_of < ROPE_STEPS ? part_of : 0) * 32 + t * 8;
-  const int value_lane = 2 * t * VALUE_ROW + (part_of * SECTIONS * VALUE_STEP + g * EACH_LANE) * (BITS ? BITS : 16) / 16;
+  const int value_first = part_of * SECTIONS * VALUE_STEP + g * EACH_LANE;
+  const int value_lane = 2 * t * VALUE_ROW + value_first * (BITS ? BITS : 16) / 16;
   // Calls follow each other, PASS by PASS. All of a block's slots may be read; what no row may see is masked later.
   auto fetch = [&](int base, int stage) {
     const int token = base + over_tokens * 16;
