@@ -117,7 +117,7 @@ def parts(shape: "AttentionShape", free: float = math.inf) -> list[Part]:
     """What there is to time in ``free`` bytes; one part without times where there is no room for any."""
     from engine.runner.kernels.bench import CHUNK, DECODES
 
-    row = shape.kv_heads * (shape.key_dim + shape.value_dim) * shape.dtype.size
+    row = shape.kv_heads * (shape.key_dim + shape.value_dim) * shape.dtype.size  # of plain pages, the most
     wanted = [(rows * tokens, Part(decodes=((rows, tokens),))) for rows, tokens in DECODES]
     wanted.append((CHUNK[1], Part(chunk=CHUNK)))
     return [part for slots, part in wanted if TIMING_BYTES + 2 * slots * row <= free] or [Part()]

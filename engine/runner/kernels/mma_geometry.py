@@ -71,7 +71,8 @@ class MmaGeometry:
         keys, values = self.key_step * self.parts, self.value_step * self.parts
         if self.key_dim % keys or self.value_dim % values or self.rope_dim % 32 or self.warps % self.parts:
             return False
-        staged = 2 * (self.heads * (self.key_dim + self.rope_dim) + self.key_dim + (self.rope_dim or self.value_dim))
+        rows = self.heads * (self.key_dim + self.rope_dim + 8)
+        staged = 2 * (rows + self.key_dim + (self.rope_dim or self.value_dim))
         tiles = 2 if self.heads > 8 else 1
         exchanged = 2 * self.threads * tiles * 16 if self.parts > 1 else 4
         memory = max(staged + 15, self.heads * (self.value_dim + 4) * 4)
@@ -94,6 +95,6 @@ def mma_geometry(
     while max(key_dim, value_dim) // parts > _WIDEST_PART and parts < 4:
         parts *= 2
     made = MmaGeometry(
-        key_dim, value_dim, group, keys.bits, key_step, value_step, rope_dim, heads, 4, parts, 2 if keys.bits else 1
+        key_dim, value_dim, group, keys.bits, key_step, value_step, rope_dim, heads, 4, parts, 1 if rope_dim else 2
     )
     return made if made.fits() else None

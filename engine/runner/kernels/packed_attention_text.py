@@ -114,9 +114,10 @@ _PACKED_LOADS = r"""
       for (int v = 0; v < KEY_LOADS; ++v) {
         const int word = COLUMN(v) * BITS / 32, group = COLUMN(v) / KEY_GROUP;
         if (paged) load_words<WORDS>(key_pages + slot * (KEY_DIM * BITS / 32) + word, keys[u][v]);
-        else
+        else {
 #pragma unroll
           for (int w = 0; w < WORDS; ++w) keys[u][v][w] = newest[word + w];
+        }
         key_scale[u][v] = paged ? float(key_scales[slot * KEY_GROUPS + group]) : seen ? newest_scales[group] : 0.0f;
         key_bias[u][v] = paged ? float(key_biases[slot * KEY_GROUPS + group]) : seen ? newest_biases[group] : 0.0f;
       }
@@ -124,9 +125,10 @@ _PACKED_LOADS = r"""
       for (int v = 0; v < VALUE_LOADS; ++v) {
         const int word = COLUMN(v) * BITS / 32, group = COLUMN(v) / VALUE_GROUP, behind = KEY_GROUPS + group;
         if (paged) load_words<WORDS>(value_pages + slot * (VALUE_DIM * BITS / 32) + word, values[u][v]);
-        else
+        else {
 #pragma unroll
           for (int w = 0; w < WORDS; ++w) values[u][v][w] = newest[KEY_DIM * BITS / 32 + word + w];
+        }
         value_scale[u][v] =
             paged ? float(value_scales[slot * VALUE_GROUPS + group]) : seen ? newest_scales[behind] : 0.0f;
         value_bias[u][v] =

@@ -33,6 +33,19 @@ template <typename To, typename From> FUNCTION To bits_as(From from) { return *r
 FUNCTION unsigned pair_of(float a, float b, __half) { return bits_as<unsigned>(__floats2half2_rn(a, b)); }
 FUNCTION unsigned pair_of(float a, float b, __nv_bfloat16) { return bits_as<unsigned>(__floats2bfloat162_rn(a, b)); }
 
+// Rows of `dim` elements, as another type, `to_row` elements apart; zeros from row number `given` on.
+template <typename From, typename To, int THREADS>
+FUNCTION void stage_rows(const From* from, To* to, int dim, int to_row, int given, int rows, int thread) {
+#pragma unroll 4
+  for (int i = thread; i < rows * dim / 8; i += THREADS) {
+    const int row = i / (dim / 8), at = i % (dim / 8) * 8;
+    float f[8];
+    load_elements<From, 8>(from + (row < given ? row : 0) * dim + at, f);
+    unsigned words[4];
+    EACH(k, 4) words[k] = row < given ? pair_of(f[2 * k], f[2 * k + 1], To()) : 0u;
+    *reinterpret_cast<uint4*>(to + row * to_row + at) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
 // HALVES times two bytes.
 template <int HALVES> FUNCTION void load_halves(const void* from, unsigned* words) {
   if (HALVES == 8) {
@@ -47,23 +60,31 @@ template <int HALVES> FUNCTION void load_halves(const void* from, unsigned* word
     words[0] = *reinterpret_cast<const unsigned short*>(from);
   }
 }
-// COUNT elements of two bytes, or zeros.
-template <int COUNT, typename T> FUNCTION void load_elements_of(const T* from, bool there, T* elements) {
-  if (COUNT % 2) EACH(i, COUNT) elements[i] = there ? from[i] : T(0.0f);
-  else EACH(i, COUNT / 2) {
-    const unsigned both = there ? reinterpret_cast<const unsigned*>(from)[i] : 0u;
-    elements[2 * i] = bits_as<T>((unsigned short)both);
-    elements[2 * i + 1] = bits_as<T>((unsigned short)(both >> 16));
+// COUNT neighbours of two tokens, whose rows of ROW elements follow each other: one token's behind the other's.
+template <int COUNT, int ROW, typename T> FUNCTION void load_scales(const T* from, unsigned* words) {
+  const unsigned short* halves = reinterpret_cast<const unsigned short*>(from);
+  if (COUNT == ROW && (COUNT == 1 || COUNT == 2 || COUNT == 4)) {
+    load_halves<COUNT == 1 ? 2 : COUNT == 2 ? 4 : 8>(halves, words);
+  } else {
+    EACH(w, COUNT) {
+      const int low = 2 * w, high = 2 * w + 1;
+      words[w] = halves[low / COUNT * ROW + low % COUNT] | unsigned(halves[high / COUNT * ROW + high % COUNT]) << 16;
+    }
   }
 }
-// Pair p of a lane's elements of a key, and which elements of it these are.
+// Element i of words of pairs.
+template <typename T> FUNCTION float element_of(const unsigned* words, int i) {
+  float both[2];
+  Packed<T>::unpack(words[i / 2], both);
+  return both[i % 2];
+}
+// Pair p of a lane's elements of a key: elements 2 p and 2 p + 1, of 4 bits pair_first(p) and 4 behind it.
 template <int BITS> FUNCTION unsigned key_pair(const unsigned* words, int p) {
   if (BITS == 8) return __byte_perm(words[p / 2], MAGIC, p % 2 ? 0x4342u : 0x4140u);
   if (BITS == 4) return ((words[p / 4] >> (p % 4 * 4)) & 0x000f000fu) | 0x64006400u;
   return words[p];
 }
-template <int BITS> FUNCTION int pair_first(int p) { return BITS == 4 ? p / 4 * 8 + p % 4 : 2 * p; }
-template <int BITS> FUNCTION int pair_second(int p) { return pair_first<BITS>(p) + (BITS == 4 ? 4 : 1); }
+FUNCTION int pair_first(int p) { return p / 4 * 8 + p % 4; }
 
 // Elements 2 i and 2 i + 1 of two tokens' values, each as a pair over the tokens.
 template <int BITS> FUNCTION void value_pairs(const unsigned* first, const unsigned* second, int i, unsigned* pairs) {
@@ -93,15 +114,17 @@ _SETUP = r"""
   constexpr int KEY_WORDS = (KEY_HALVES + 1) / 2;
   constexpr int SECTIONS = VALUE_DIM / VALUE_STEP / PARTS, EACH_LANE = VALUE_STEP / 8;
   constexpr int VALUE_HALVES = BITS ? EACH_LANE * BITS / 16 : EACH_LANE, VALUE_WORDS = (VALUE_HALVES + 1) / 2;
-  constexpr int QUERY_DIM = KEY_DIM + ROPE_DIM, RESULT_DIM = VALUE_DIM + 4;
-  constexpr int STAGED = (HEADS * QUERY_DIM * 2 + (KEY_DIM + GIVEN) * 2 + 15) / 16;
+  constexpr int QUERY_ROW = KEY_DIM + ROPE_DIM + 8, RESULT_DIM = VALUE_DIM + 4;   // rows begin in different banks
+  constexpr int KEY_ROW = BITS ? KEY_DIM * BITS / 16 : KEY_DIM, VALUE_ROW = BITS ? VALUE_DIM * BITS / 16 : VALUE_DIM;
+  constexpr int KEY_GROUPS = KEY_DIM / KEY_STEP, VALUE_GROUPS = VALUE_DIM / VALUE_STEP;
+  constexpr int STAGED = (HEADS * QUERY_ROW + KEY_DIM + GIVEN) / 8;
   constexpr int RESULT = HEADS * RESULT_DIM / 4, MEMORY = STAGED > RESULT ? STAGED : RESULT;
   constexpr int EXCHANGED = PARTS > 1 ? 2 * WARPS * 32 * TILES * 4 : 1;
   SHARED uint4 memory[MEMORY];
   SHARED float exchanged[EXCHANGED];
   SHARED float warp_sums[WARPS / PARTS * 16 * 2];
   C* staged = reinterpret_cast<C*>(memory);
-  T* fresh = reinterpret_cast<T*>(memory) + HEADS * QUERY_DIM;      // the new key, then the new value
+  T* fresh = reinterpret_cast<T*>(memory) + HEADS * QUERY_ROW;      // the new key, then the new value
   float* result = reinterpret_cast<float*>(memory);
 
   constexpr int BLOCKS = (GROUP + HEADS - 1) / HEADS;               // of one kv head's query heads
@@ -131,24 +154,18 @@ _SETUP = r"""
 
 # Queries, and the new key and value, into shared memory.
 _SEPARATE_ROWS = r"""
-  for (int i = TID; i < HEADS * KEY_DIM; i += THREADS) {
-    const int head = i / KEY_DIM, d = i % KEY_DIM;
-    staged[head * QUERY_DIM + d] = C(head < here ? float(queries[(first_head + head) * KEY_DIM + d]) : 0.0f);
-  }
+  stage_rows<T, C, THREADS>(queries + first_head * KEY_DIM, staged, KEY_DIM, QUERY_ROW, here, HEADS, TID);
   @ROPE_QUERIES@
   if (has_newest) {
     const size_t from = (size_t)row * kv_heads + kv_head;
-    for (int i = TID; i < KEY_DIM; i += THREADS) fresh[i] = new_keys[from * KEY_DIM + i];
-    for (int i = TID; i < GIVEN; i += THREADS) fresh[KEY_DIM + i] = new_values[from * GIVEN + i];
+    stage_rows<T, T, THREADS>(new_keys + from * KEY_DIM, fresh, KEY_DIM, KEY_DIM, 1, 1, TID);
+    stage_rows<T, T, THREADS>(new_values + from * GIVEN, fresh + KEY_DIM, GIVEN, GIVEN, 1, 1, TID);
   }
 """
 
 _ROPE_QUERIES = r"""
-  for (int i = TID; i < HEADS * ROPE_DIM; i += THREADS) {
-    const int head = i / ROPE_DIM, d = i % ROPE_DIM;
-    staged[head * QUERY_DIM + KEY_DIM + d] =
-        C(head < here ? float(rope_queries[(first_head + head) * ROPE_DIM + d]) : 0.0f);
-  }
+  stage_rows<T, C, THREADS>(rope_queries + first_head * ROPE_DIM, staged + KEY_DIM, ROPE_DIM, QUERY_ROW, here, HEADS,
+                            TID);
 """
 
 # The same from a layer's joined product; a warp normalizes and turns a head at a time.
@@ -175,8 +192,8 @@ _JOINED_ROWS = r"""
       const float x = a[i] * cosines[i] - b[i] * sines[i], y = b[i] * cosines[i] + a[i] * sines[i];
       if (is_key) { fresh[d] = T(x); fresh[KEY_DIM / 2 + d] = T(y); }
       else {
-        staged[head * QUERY_DIM + d] = C(head < here ? x : 0.0f);
-        staged[head * QUERY_DIM + KEY_DIM / 2 + d] = C(head < here ? y : 0.0f);
+        staged[head * QUERY_ROW + d] = C(head < here ? x : 0.0f);
+        staged[head * QUERY_ROW + KEY_DIM / 2 + d] = C(head < here ? y : 0.0f);
       }
     }
   }
@@ -234,13 +251,15 @@ _FRAGMENTS = r"""
     EACH(h, TILES) {
       float sum = 0.0f;
       EACH(p, KEY_PAIRS) {
-        float a = 0.0f, b = 0.0f;
+        q[s][p][h] = 0u;
         if (h * 8 + g < HEADS && (s < KEY_STEPS || more < ROPE_STEPS)) {
-          a = float(staged[(h * 8 + g) * QUERY_DIM + first + pair_first<BITS>(p)]);
-          b = float(staged[(h * 8 + g) * QUERY_DIM + first + pair_second<BITS>(p)]);
+          const C* row = staged + (h * 8 + g) * QUERY_ROW + first;
+          q[s][p][h] = BITS == 4 ? pair_of(float(row[pair_first(p)]), float(row[pair_first(p) + 4]), C())
+                                 : *reinterpret_cast<const unsigned*>(row + 2 * p);
         }
-        sum += a + b;
-        q[s][p][h] = pair_of(a, b, C());
+        float both[2];
+        Packed<C>::unpack(q[s][p][h], both);
+        sum += both[0] + both[1];
       }
       if (BITS) {
         sum += SHFL_XOR(sum, 1);
@@ -252,7 +271,7 @@ _FRAGMENTS = r"""
   EACH(m, SECTIONS * EACH_LANE / 2) EACH(h, TILES) EACH(i, 4) acc[m][h][i] = 0.0f;
   EACH(s, BITS ? SECTIONS : 1) EACH(h, TILES) apart[s][h] = 0.0f;
   EACH(h, TILES) { top[h] = LOWEST; sum[h] = 0.0f; }
-  const float scale = CAP ? CONSTANT(SCALE) : CONSTANT(SCALE) * LOG2E;
+  const float scale = CAP ? CONSTANT(SCALE) : CONSTANT(SCALE) * LOG2E, unscaled = 1.0f / CONSTANT(SCALE);
   BARRIER;                                                          // the new token lies in its page
 """
 
@@ -261,35 +280,32 @@ _LOOP = r"""
 @SCALE_WORDS@
   int next_block = begin + over_tokens * 16 < end ? block_tables[row * width + (begin + over_tokens * 16) / BLOCK_SIZE]
                                                   : 0;
-  auto fetch = [&](int base, int stage) {                           // calls follow each other, PASS by PASS
+  // Offsets of a lane's elements in a block, in halves: of a key's, of what a latent key has further, of a value's.
+  const int key_lane = g * KEY_ROW + (part_of * KEY_STEPS * KEY_STEP + t * (KEY_STEP / 4)) * (BITS ? BITS : 16) / 16;
+  const int rope_lane = g * GIVEN + (part_of < ROPE_STEPS ? part_of : 0) * 32 + t * 8;
+  const int value_first = part_of * SECTIONS * VALUE_STEP + g * EACH_LANE;
+  const int value_lane = 2 * t * VALUE_ROW + value_first * (BITS ? BITS : 16) / 16;
+  // Calls follow each other, PASS by PASS. All of a block's slots may be read; what no row may see is masked later.
+  auto fetch = [&](int base, int stage) {
     const int token = base + over_tokens * 16;
     const size_t slot0 = kv_head * slots + (size_t)next_block * BLOCK_SIZE + token % BLOCK_SIZE;
     if (token + PASS < end) next_block = block_tables[row * width + (token + PASS) / BLOCK_SIZE];
+    const unsigned short* key = reinterpret_cast<const unsigned short*>(key_pages) + slot0 * KEY_ROW + key_lane;
+    const unsigned short* rope = reinterpret_cast<const unsigned short*>(value_pages) + slot0 * GIVEN + rope_lane;
+    const unsigned short* value = reinterpret_cast<const unsigned short*>(@VALUES@) + slot0 * VALUE_ROW + value_lane;
     EACH(s, STEPS) EACH(j, 2) {
-      const bool seen = token + j * 8 + g < end;
-      const size_t slot = slot0 + j * 8 + g;
-      const int more = (s - KEY_STEPS) * PARTS + part_of;
-      EACH(w, KEY_WORDS) keys[stage][s][j][w] = 0u;
-      if (s < KEY_STEPS) {
-        const int first = (part_of * KEY_STEPS + s) * KEY_STEP + t * (KEY_STEP / 4);
-        const size_t at = BITS ? (slot * KEY_DIM + first) * BITS / 16 : slot * KEY_DIM + first;
-        if (seen) load_halves<KEY_HALVES>(reinterpret_cast<const unsigned short*>(key_pages) + at, keys[stage][s][j]);
-      } else if (seen && more < ROPE_STEPS) {
-        const size_t at = slot * GIVEN + more * 32 + t * 8;
-        load_halves<KEY_HALVES>(reinterpret_cast<const unsigned short*>(value_pages) + at, keys[stage][s][j]);
-      }
+      if (s < KEY_STEPS)
+        load_halves<KEY_HALVES>(key + j * 8 * KEY_ROW + s * 4 * KEY_HALVES, keys[stage][s][j]);
+      else
+        load_halves<KEY_HALVES>(rope + j * 8 * GIVEN + (s - KEY_STEPS) * PARTS * 32, keys[stage][s][j]);
     }
-    EACH(s, SECTIONS) EACH(k, 4) {
-      const int behind = k / 2 * 8 + 2 * t + k % 2, first = (part_of * SECTIONS + s) * VALUE_STEP + g * EACH_LANE;
-      const bool seen = token + behind >= low && token + behind < end;
-      const size_t element = (slot0 + behind) * VALUE_DIM + first, at = BITS ? element * BITS / 16 : element;
-      EACH(w, VALUE_WORDS) values[stage][s][k][w] = 0u;
-      if (seen) load_halves<VALUE_HALVES>(reinterpret_cast<const unsigned short*>(@VALUES@) + at, values[stage][s][k]);
-    }
+    EACH(s, SECTIONS) EACH(k, 4)
+      load_halves<VALUE_HALVES>(value + (k / 2 * 8 + k % 2) * VALUE_ROW + s * 8 * VALUE_HALVES, values[stage][s][k]);
 @FETCH_SCALES@
   };
   auto attend = [&](int base, int stage, int turn) {
     const int token = base + over_tokens * 16;
+    const bool whole = token >= low && token + 16 <= end;           // all 16 are seen
     float score[2][TILES][2];                                       // tokens 2 t and 2 t + 1 of each eight
 @SCORES@
     if (PARTS > 1) {
@@ -305,7 +321,7 @@ _LOOP = r"""
     }
     EACH(j, 2) EACH(i, 2) {
       const int at = token + j * 8 + 2 * t + i;
-      const bool seen = at >= low && at < end;
+      const bool seen = whole || (at >= low && at < end);
       EACH(h, TILES) {
         float x = score[j][h][i] * scale;
         if (CAP) x = CONSTANT(CAP) * TANH(x / CONSTANT(CAP)) * LOG2E;
@@ -347,19 +363,17 @@ _LOOP = r"""
 
 # Scales and biases of the tokens whose scores a lane gets, in the pages' element type.
 _SCALE_WORDS = r"""
-  T key_s[STAGES][2][2][KEY_STEPS], key_b[STAGES][2][2][KEY_STEPS];
-  T value_s[STAGES][2][2][SECTIONS], value_b[STAGES][2][2][SECTIONS];
+  unsigned key_s[STAGES][2][KEY_STEPS], key_b[STAGES][2][KEY_STEPS];      // of both tokens, element by element
+  unsigned value_s[STAGES][2][SECTIONS], value_b[STAGES][2][SECTIONS];
 """
 _FETCH_SCALES = r"""
-    EACH(j, 2) EACH(i, 2) {
-      const int behind = j * 8 + 2 * t + i;
-      const bool known = token + behind < end, seen = known && token + behind >= low;
-      const size_t key = (slot0 + behind) * (KEY_DIM / KEY_STEP) + part_of * KEY_STEPS;
-      const size_t value = (slot0 + behind) * (VALUE_DIM / VALUE_STEP) + part_of * SECTIONS;
-      load_elements_of<KEY_STEPS>(key_scales + key, known, key_s[stage][j][i]);
-      load_elements_of<KEY_STEPS>(key_biases + key, known, key_b[stage][j][i]);
-      load_elements_of<SECTIONS>(value_scales + value, seen, value_s[stage][j][i]);
-      load_elements_of<SECTIONS>(value_biases + value, seen, value_b[stage][j][i]);
+    EACH(j, 2) {
+      const size_t key = (slot0 + j * 8 + 2 * t) * KEY_GROUPS + part_of * KEY_STEPS;
+      const size_t value = (slot0 + j * 8 + 2 * t) * VALUE_GROUPS + part_of * SECTIONS;
+      load_scales<KEY_STEPS, KEY_GROUPS>(key_scales + key, key_s[stage][j]);
+      load_scales<KEY_STEPS, KEY_GROUPS>(key_biases + key, key_b[stage][j]);
+      load_scales<SECTIONS, VALUE_GROUPS>(value_scales + value, value_s[stage][j]);
+      load_scales<SECTIONS, VALUE_GROUPS>(value_biases + value, value_b[stage][j]);
     }
 """
 
@@ -371,7 +385,7 @@ _PLAIN_SCORES = r"""
                  TILES > 1 ? q[s][2 * p + 1][TILES - 1] : 0u, key_pair<BITS>(keys[stage][s][j], 2 * p),
                  key_pair<BITS>(keys[stage][s][j], 2 * p + 1), C());
       EACH(h, TILES) EACH(i, 2)
-        score[j][h][i] = ROPE_DIM ? c[2 * h + i] + more[2 * h + i] / CONSTANT(SCALE) : c[2 * h + i];
+        score[j][h][i] = ROPE_DIM ? c[2 * h + i] + more[2 * h + i] * unscaled : c[2 * h + i];
     }
 """
 _PACKED_SCORES = r"""
@@ -384,7 +398,8 @@ _PACKED_SCORES = r"""
                    TILES > 1 ? q[s][2 * p + 1][TILES - 1] : 0u, key_pair<BITS>(keys[stage][s][j], 2 * p),
                    key_pair<BITS>(keys[stage][s][j], 2 * p + 1), C());
         EACH(i, 2) {
-          const float by = float(key_s[stage][j][i][s]), rest = FMA(-1024.0f, by, float(key_b[stage][j][i][s]));
+          const float by = element_of<T>(key_s[stage][j], i * KEY_STEPS + s);
+          const float rest = FMA(-1024.0f, by, element_of<T>(key_b[stage][j], i * KEY_STEPS + s));
           EACH(h, TILES) score[j][h][i] += by * c[2 * h + i] + rest * query_sums[s][h];
         }
       }
@@ -393,6 +408,11 @@ _PACKED_SCORES = r"""
 _PLAIN_WEIGHTED = r"""
     unsigned p[TILES][2];
     EACH(h, TILES) EACH(j, 2) p[h][j] = pair_of(score[j][h][0], score[j][h][1], C());
+    if (!whole)                                                     // who is not seen has no weight, but may be NaN
+      EACH(k, 4) {
+        const int at = token + k / 2 * 8 + 2 * t + k % 2;
+        EACH(s, SECTIONS) EACH(w, VALUE_WORDS) if (at < low || at >= end) values[stage][s][k][w] = 0u;
+      }
     EACH(s, SECTIONS) EACH(i, EACH_LANE / 2) {
       unsigned early[2], late[2];
       value_pairs<BITS>(values[stage][s][0], values[stage][s][1], i, early);
@@ -407,8 +427,10 @@ _PACKED_WEIGHTED = r"""
       EACH(j, 2) {
         float scales[2], biases[2];
         EACH(i, 2) {
-          scales[i] = float(value_s[stage][j][i][s]) * 256.0f;
-          biases[i] = float(value_b[stage][j][i][s]);
+          const int at = token + j * 8 + 2 * t + i;
+          const bool seen = whole || (at >= low && at < end);
+          scales[i] = seen ? element_of<T>(value_s[stage][j], i * SECTIONS + s) * 256.0f : 0.0f;
+          biases[i] = seen ? element_of<T>(value_b[stage][j], i * SECTIONS + s) : 0.0f;
         }
         EACH(h, TILES) {
           const float a = float(C(score[j][h][0] * scales[0])), b = float(C(score[j][h][1] * scales[1]));
@@ -451,7 +473,8 @@ _JOIN = r"""
       }
     }
   }
-  EACH(w, WARPS / PARTS) {
+#pragma unroll 1
+  for (int w = 0; w < WARPS / PARTS; ++w) {
     if (over_tokens == w)
       EACH(h, TILES) EACH(s, SECTIONS) EACH(i, EACH_LANE / 2) EACH(k, 4) {
         const int head = h * 8 + 2 * t + k % 2;

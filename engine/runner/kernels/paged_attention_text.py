@@ -313,7 +313,7 @@ REDUCE = r"""
       weight = EXP2(sums[2 * (first + base + lane)] - top);
       sum += sums[2 * (first + base + lane) + 1] * weight;
     }
-#pragma unroll 4
+#pragma unroll 8
     for (int s = 0; s < here; ++s) x += SHFL(weight, s) * part[(first + base + s) * VALUE_DIM + d];
   }
 #pragma unroll

@@ -91,8 +91,11 @@ class KernelLayerCache(PagedLayerCache):
         self._kernels = kernels
         self._call: DecodeRows | Chunk | None = None
         self._pages: PagePair | None = None
-        self.latent = pool.layers[index].is_latent
+        shape = pool.layers[index]
+        self.latent = shape.is_latent
         """Whether a key is what all heads share, and a value what is rotated of it: see :meth:`attend_latent`."""
+        self._identity = mx.eye(shape.value_dim if self.latent else 1, dtype=shape.dtype)[None, None]
+        mx.eval(self._identity)  # a constant of compiled steps
         self.collected: mx.array | None = None
         """Keys of the last chunk: what comes after them comes after the chunk was written."""
 
@@ -126,7 +129,7 @@ class KernelLayerCache(PagedLayerCache):
             self.collected = keys
         elif self.latent:
             self._lend(keys, values)
-            return keys, mx.eye(values.shape[-1], dtype=values.dtype)[None, None]
+            return keys, self._identity
         self._lend(keys, values)
         return keys, values
 

@@ -67,6 +67,8 @@ def test_the_text_gives_what_numpy_gives(name: str, kernels: dict[str, HostKerne
     }  # fmt: skip
 
 
+FEW = (1, 0, 16, 170, 31, 2, 70)
+"""Lengths of the rows where more would take long: of several passes all the same."""
 PACKED = {
     "bf16 128 of 4, 8 bits": shape(mx.bfloat16, 128, 4, 2, bits=8),
     "bf16 128 of 8, 4 bits, window": shape(mx.bfloat16, 128, 8, bits=4, window=100),
@@ -82,7 +84,7 @@ PACKED = {
     [*(("metal", name) for name in PACKED), *(("cuda", name) for name in PACKED if "128" in name or "f16" in name)],
 )
 def test_packed_pages_are_read_and_written_as_numpy_does(name: str, kernels: dict[str, HostKernel]) -> None:
-    assert attention_problem(PACKED[name]) is None
+    assert attention_problem(PACKED[name], lengths=FEW) is None
     assert {one.removesuffix("_sinks") for one in kernels} == {
         "paged_attention_packed", "paged_attention_reduce", "collect_packed_pages",
     }  # fmt: skip
@@ -104,7 +106,7 @@ def test_tensor_cores_give_what_numpy_gives(
     name: str, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "tensor_cores", lambda: True)
-    assert attention_problem(ON_TENSOR_CORES[name]) is None
+    assert attention_problem(ON_TENSOR_CORES[name], lengths=FEW) is None
     assert any(one.startswith("paged_attention_mma") for one in kernels)
 
 
@@ -128,7 +130,7 @@ def test_latent_pages_are_the_keys_and_values_of_all_heads(
     name: str, on_tensor_cores: bool, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "tensor_cores", lambda: on_tensor_cores)
-    assert attention_problem(LATENT[name]) is None
+    assert attention_problem(LATENT[name], lengths=FEW) is None
     assert f"latent_attention{'_mma' * on_tensor_cores}" in kernels
 
 
@@ -169,7 +171,7 @@ def test_splits_are_cut_from_each_rows_own_tokens(kernels: dict[str, HostKernel]
     """In a wide table every split of a long row still has tokens, and those behind a short row's end have none."""
     pass_length = module.attention_geometry(128, 128, 4, 2).tokens_per_pass
     launched: list[mx.array] = []
-    kernel = module._attention_kernel(False)
+    kernel = module._attention_kernel(False, False, False)
 
     def spy(**launch: Any) -> list[mx.array]:
         launched.extend(kernel(**launch))
@@ -291,8 +293,11 @@ def test_a_fault_in_the_text_is_found(
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang++, which knows address spaces")
 @pytest.mark.parametrize("dialect", ["metal"])
-def test_every_pointer_has_its_address_space(kernels: dict[str, HostKernel]) -> None:
-    assert attention_problem(SHAPES["bf16 64 of 8, sinks, window"]) is None
+@pytest.mark.parametrize(
+    "one", [SHAPES["bf16 64 of 8, sinks, window"], PACKED["bf16 128 of 4, 8 bits"], LATENT["f32 128 and 32 of 3"]]
+)
+def test_every_pointer_has_its_address_space(one: AttentionShape, kernels: dict[str, HostKernel]) -> None:
+    assert attention_problem(one) is None
     for kernel in kernels.values():
         for source in kernel.sources:
             flags = ["-std=c++17", "-fsyntax-only", "-DADDRESS_SPACES", "-Wno-everything", f"-I{HERE}"]
