@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import subprocess
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from engine.runner.kernels.slots_check import slots_problem
 from engine.runner.kernels.ssm import SsmShape
 from engine.runner.kernels.ssm_check import ssm_problem
 from tests.engine.runner.kernels.conftest import TextKernels
-from tests.engine.runner.kernels.text_on_host import HostKernel
+from tests.engine.runner.kernels.text_on_host import HERE, HostKernel
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels' text")
 SHAPES = {
@@ -169,3 +170,16 @@ def test_a_fault_in_the_text_of_mamba_2_is_found(
     monkeypatch.setattr(ssm_text, name, whole.replace(right, wrong))
     shape = SsmShape(mx.float32, 2, 4, 16, 16, 4, biased=True, limit=(1.0, math.inf))
     assert ssm_problem(shape, GPU_STATE_KERNELS) is not None
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang++, which knows address spaces")
+@pytest.mark.parametrize("dialect", ["metal"])
+def test_every_pointer_has_its_address_space(kernels: dict[str, HostKernel]) -> None:
+    assert delta_problem(SHAPES["bf16 128 of 2, interleaved"], GPU_STATE_KERNELS) is None
+    assert ssm_problem(SsmShape(mx.float16, 1, 3, 64, 80, 3, biased=True, limit=(0.0, 1e9)), GPU_STATE_KERNELS) is None
+    assert slots_problem([((4, 8), mx.bfloat16), ((9,), mx.float32)], GPU_STATE_KERNELS) is None
+    for kernel in kernels.values():
+        for source in kernel.sources:
+            flags = ["-std=c++17", "-fsyntax-only", "-DADDRESS_SPACES", "-Wno-everything", f"-I{HERE}"]
+            said = subprocess.run(["clang++", *flags, str(source)], capture_output=True, text=True)
+            assert said.returncode == 0, said.stderr[:2000]
