@@ -81,7 +81,7 @@ def expert_layer(module: nn.Module) -> ExpertLayer | None:
     num_experts, hidden, width = gate.weight.shape[0], down.weight.shape[1], gate.weight.shape[1]
     known: tuple[Any, Any] = (packings[0], packings[2])
     # Bytes of scales say nothing of the rows' type.
-    dtype = dtypes.pop() or mx.bfloat16 if dtypes else mx.bfloat16
+    dtype = next((one for one in dtypes if one is not None), mx.bfloat16)
     kind = ExpertKind(num_experts, hidden, width, dtype, known, activation, biases.pop())
     sizes = [(hidden, width, gate), (width, hidden, down)]
     taken = all(

@@ -12,7 +12,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.expert_check import experts_problem, launch_kernels
-from engine.runner.kernels.expert_layers import ExpertKind, ExpertLayer, expert_layer
+from engine.runner.kernels.expert_layers import ExpertKind, ExpertLayer, expert_layer, scales_in_range
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.routed_blocks import block_problem, experts_of, launch_block_kernels, swap_block
 from engine.runner.kernels.swapped_modules import SwappedModules
@@ -67,7 +67,9 @@ class RoutedExperts:
             self.launch_kernels()
         compile_all(awaited)
         for done, (kind, layer) in enumerate(kinds.items(), 1):
-            if problem := experts_problem(layer):
+            in_range = all(scales_in_range(one) for _, one in self._layers if one.kind == kind)
+            problem = experts_problem(layer) if in_range else "scales are beyond what kernels unpack"
+            if problem is not None:
                 self._problems[str(kind)] = problem
             else:
                 self._trusted.add(kind)
@@ -75,7 +77,8 @@ class RoutedExperts:
                 progress(done, len(kinds) + len(blocks))
         for done, (block_kind, (block, layer)) in enumerate(blocks.items(), len(kinds) + 1):
             if layer.kind in self._trusted:
-                if problem := block_problem(block, layer):
+                problem = block_problem(block, layer)
+                if problem is not None:
                     self._problems["routing"] = problem
                 else:
                     self._trusted_blocks.add(block_kind)

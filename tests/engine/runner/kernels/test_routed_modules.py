@@ -11,9 +11,10 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
-from engine.runner.kernels import expert_check, routed_blocks, routed_experts, routed_modules, routing
+from engine.runner.kernels import routed_blocks, routed_experts, routing
 from engine.runner.kernels.expert_layers import expert_layer
 from engine.runner.kernels.routed_modules import RoutedExperts
+from engine.runner.model_work import model_work
 from tests.engine.runner.kernels.cuda_on_host import HostKernel, kernels_on_host
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -98,10 +99,12 @@ def test_a_models_tokens_are_as_before_and_it_is_left_as_it_was(name: str, host_
     model = build(name)
     prompt = [list(range(3, 50)), [7], [11], [5, 6, 8]]
     usual, exact, were = steps(model, prompt), in_float32(name, prompt), classes(model)
+    work = model_work(model, 320)
     experts = RoutedExperts(model, "cuda")
     experts.choose()
     experts.install()
     assert experts.note == "experts: own kernels for 2 of 2 layers, with their routing for 2"
+    assert model_work(model, 320) == work
     before = {kernel: host_kernels[kernel].launches for kernel in host_kernels}
     assert alike(steps(model, prompt), usual, exact)
     grown = {kernel: host_kernels[kernel].launches - before.get(kernel, 0) for kernel in host_kernels}
@@ -196,15 +199,11 @@ def test_layers_that_kernels_do_not_cover_are_not_taken(reason: str, changed: An
     assert expert_layer(glu) is None, reason
 
 
-def test_scales_beyond_what_is_unpacked_are_noticed() -> None:
-    glu = SwitchGLU(64, 64, 4)
-    glu.set_dtype(mx.bfloat16)
-    nn.quantize(glu, bits=4, group_size=32, mode="mxfp4")
-    layer = expert_layer(glu)
-    assert layer is not None
-    assert expert_check.experts_problem(layer) is None
-    glu.down_proj.scales[-1, -1, -1] = 129
-    layer = expert_layer(glu)
-    assert layer is not None
-    assert expert_check.experts_problem(layer) == "scales are beyond what kernels unpack"
-    assert routed_modules.RoutedExperts(glu, "cuda").note == "experts: own kernels for 0 of 1 layers"
+def test_scales_beyond_what_is_unpacked_are_noticed_in_any_layer() -> None:
+    model = build("gpt_oss")
+    model.layers[1].mlp.experts.down_proj.scales[-1, -1, -1] = 129
+    experts = RoutedExperts(model, "cuda")
+    experts.choose()
+    assert str(experts.note).endswith(
+        "0 of 2 layers; mxfp4 experts 6 x 128 x 64: scales are beyond what kernels unpack"
+    )
