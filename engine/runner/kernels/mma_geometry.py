@@ -11,7 +11,8 @@ _TYPES = (mx.bfloat16, mx.float16)
 _MOST_HEADS = 16
 """Query heads of a block: the rows of a product."""
 _FEWEST_HEADS = 8
-"""Per kv head: with fewer the kernel without tensor cores reads plain pages at the memory's speed."""
+"""Per kv head, over plain pages. Of four, 128 wide, tensor cores took 127 us for 148 at 32 rows of 4096 tokens on an
+H200, but 8.9 for 6.3 at one of 512; of eight 127 for 398 and 7.2 for 8.7."""
 _TOKENS = 16
 _MOST_SHARED_BYTES = 47 << 10
 _WIDEST_PART = 128
@@ -83,7 +84,10 @@ def mma_geometry(
     dtype: mx.Dtype, key_dim: int, value_dim: int, group: int, block_size: int, *,
     keys: PageFormat = PLAIN, values: PageFormat = PLAIN, rope_dim: int = 0,
 ) -> MmaGeometry | None:  # fmt: skip
-    """For ``group`` query heads per kv head over rows of these formats; None where tensor cores are not used."""
+    """For ``group`` query heads per kv head over rows of these formats; None where tensor cores are not used.
+
+    Measured on an H200 for 128, 256 and 512 wide heads, packed pages and latent ones.
+    """
     if dtype not in _TYPES or block_size % _TOKENS or keys.bits != values.bits:
         return None
     if not (keys.bits or rope_dim) and group < _FEWEST_HEADS:

@@ -23,6 +23,7 @@ Template arguments, beside those of :mod:`engine.runner.kernels.paged_attention_
 
 from functools import cache
 
+from engine.runner.kernels.mma_rows_text import JOINED_ROWS, NORM, ROPE_QUERIES, SEPARATE_ROWS
 from engine.runner.kernels.packed_attention_text import PACKING
 from engine.runner.kernels.paged_attention_text import ATTENTION_FUNCTIONS, SHARED_FUNCTIONS, SINK_MACROS
 from engine.runner.kernels.rows_matmul_text import TENSOR_CORES, UNROLLED
@@ -150,67 +151,6 @@ _SETUP = r"""
     return;
   }
   const bool has_newest = end == length;                            // this split ends with the new token
-"""
-
-# Queries, and the new key and value, into shared memory.
-_SEPARATE_ROWS = r"""
-  stage_rows<T, C, THREADS>(queries + first_head * KEY_DIM, staged, KEY_DIM, QUERY_ROW, here, HEADS, TID);
-  @ROPE_QUERIES@
-  if (has_newest) {
-    const size_t from = (size_t)row * kv_heads + kv_head;
-    stage_rows<T, T, THREADS>(new_keys + from * KEY_DIM, fresh, KEY_DIM, KEY_DIM, 1, 1, TID);
-    stage_rows<T, T, THREADS>(new_values + from * GIVEN, fresh + KEY_DIM, GIVEN, GIVEN, 1, 1, TID);
-  }
-"""
-
-_ROPE_QUERIES = r"""
-  stage_rows<T, C, THREADS>(rope_queries + first_head * ROPE_DIM, staged + KEY_DIM, ROPE_DIM, QUERY_ROW, here, HEADS,
-                            TID);
-"""
-
-# The same from a layer's joined product; a warp normalizes and turns a head at a time.
-_JOINED_ROWS = r"""
-  constexpr int PAIRS = KEY_DIM / 64;
-  const T* given = joined + (size_t)row * kv_heads * (GROUP + 2) * KEY_DIM;
-  float cosines[PAIRS], sines[PAIRS];
-  EACH(i, PAIRS) {
-    const float angle = float(position) * frequencies[lane * PAIRS + i];
-    const float turns = RINT(angle * 0.15915494f);
-    // Without whole turns: 2 pi is 6.2831855 as a float, and 1.7484556e-7 less.
-    const float rest = FMA(turns, 1.7484556e-7f, FMA(-turns, 6.2831855f, angle));
-    cosines[i] = COS(rest); sines[i] = SIN(rest);
-  }
-  for (int head = WARP; head < HEADS + 1; head += WARPS) {
-    const bool is_key = head == HEADS;
-    const int source = is_key ? kv_heads * GROUP + kv_head : kv_head * GROUP + head0 + (head < here ? head : 0);
-    const T* from = given + (size_t)source * KEY_DIM + lane * PAIRS;
-    float a[PAIRS], b[PAIRS];
-    EACH(i, PAIRS) { a[i] = float(from[i]); b[i] = float(from[KEY_DIM / 2 + i]); }
-    @NORM@
-    EACH(i, PAIRS) {
-      const int d = lane * PAIRS + i;
-      const float x = a[i] * cosines[i] - b[i] * sines[i], y = b[i] * cosines[i] + a[i] * sines[i];
-      if (is_key) { fresh[d] = T(x); fresh[KEY_DIM / 2 + d] = T(y); }
-      else {
-        staged[head * QUERY_ROW + d] = C(head < here ? x : 0.0f);
-        staged[head * QUERY_ROW + KEY_DIM / 2 + d] = C(head < here ? y : 0.0f);
-      }
-    }
-  }
-  for (int i = TID; i < VALUE_DIM; i += THREADS)
-    fresh[KEY_DIM + i] = given[(size_t)(kv_heads * (GROUP + 1) + kv_head) * KEY_DIM + i];
-"""
-
-_NORM = r"""
-    float square = 0.0f;
-    EACH(i, PAIRS) square += a[i] * a[i] + b[i] * b[i];
-    EACH(k, 5) square += SHFL_XOR(square, 16 >> k);
-    const float scaled = RSQRT(square / KEY_DIM + CONSTANT(EPS));
-    EACH(i, PAIRS) {
-      const int d = lane * PAIRS + i;
-      a[i] *= scaled * float(is_key ? key_gain[d] : query_gain[d]);
-      b[i] *= scaled * float(is_key ? key_gain[KEY_DIM / 2 + d] : query_gain[KEY_DIM / 2 + d]);
-    }
 """
 
 # Their fragments into registers, and the new token into its page, from where this block reads it like others.
@@ -505,8 +445,8 @@ def mma_text(
     *, packed: bool, latent: bool = False, joined: bool = False, normed: bool = False, sinks: bool = False
 ) -> tuple[str, str]:
     """Body and header of the kernel: over packed pages or latent ones, from a joined product with or without norms."""
-    rows = _JOINED_ROWS.replace("@NORM@", _NORM if normed else "") if joined else _SEPARATE_ROWS
-    rows = rows.replace("@ROPE_QUERIES@", _ROPE_QUERIES if latent else "")
+    rows = JOINED_ROWS.replace("@NORM@", NORM if normed else "") if joined else SEPARATE_ROWS
+    rows = rows.replace("@ROPE_QUERIES@", ROPE_QUERIES if latent else "")
     fragments = _FRAGMENTS.replace("@WRITE@", _PACKED_WRITE if packed else _PLAIN_WRITE)
     loop = _LOOP.replace("@SCORES@", _PACKED_SCORES if packed else _PLAIN_SCORES)
     loop = loop.replace("@WEIGHTED@", _PACKED_WEIGHTED if packed else _PLAIN_WEIGHTED)
