@@ -27,9 +27,11 @@ from engine.params.engine_args import EngineArgs
 from engine.params.live_sampling import LiveSampling
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
+from engine.params.structured_outputs import plain_schema
 from engine.runner.device.devices import describe_device, prepare_backend
 from engine.runner.device.faults import check_device
 from engine.runner.device.memory import active_memory
+from engine.runner.device.placement import place
 from engine.runtime.activity import Activity, BlockMap
 from engine.runtime.async_deltas import AsyncDeltas
 from engine.runtime.metrics import EngineMetrics
@@ -76,6 +78,7 @@ class LLM:
     def __init__(self, model: str, *, progress: Progress | None = None, **options: Any) -> None:
         self.args = EngineArgs.from_options(model, options)
         check_device()
+        place(self.args.device)
         prepare_backend()  # before anything imports mlx
         from engine.runtime.engine_thread import start_engine
         from engine.runtime.load_clock import LoadClock
@@ -297,6 +300,7 @@ class LLM:
         resume: "pandas.DataFrame | None" = None,
         choices: Sequence[Any] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
+        replicas: int | Sequence[str] | None = None,
         **params: Any,
     ) -> "pandas.DataFrame":
         """Answer ``template`` (Jinja2) for every row of ``rows``: ``llm.map(df, "Summarise: {{ text }}")``.
@@ -313,15 +317,21 @@ class LLM:
         ``choices`` (labels): nothing is generated, each label's probability is computed (:mod:`engine.batch.choices`).
         Instead of text and tokens the columns are then choice (the likeliest label), p(LABEL) for each, which add up to
         1, and coverage: the probability that the model answers with one of the labels at all.
+
+        ``replicas``: how many copies of the model share the rows, or their devices (``["cuda:0", "cuda:1"]``); each
+        beside this one is a process of its own, gone at the end.
         """
         from engine.batch.choices import AnswerForm
         from engine.batch.map import MapRequest, map_prompts
+        from engine.batch.replicas import FormClient, replicated
 
         ends = frozenset(token for token in self._requests.eos_token_ids if token < self._requests.vocab_size)
-        form = AnswerForm(raw, schema, chat_template_kwargs or {}, choices, ends)
-        client, columns = form.of(self, params)
+        form = AnswerForm(raw, plain_schema(schema), chat_template_kwargs or {}, choices, ends)
+        own, columns = form.of(self, params)
         request = MapRequest.of(template, params, variables=variables, resume=resume, columns=columns)
-        return map_prompts(client, rows, request, keep=partial(setattr, self, "last_map"), use_tqdm=use_tqdm)
+        keep, made = partial(setattr, self, "last_map"), FormClient(form, params)
+        with replicated(replicas, own, type(self), self.args, self.settings.everything(), made) as client:
+            return map_prompts(client, rows, request, keep=keep, use_tqdm=use_tqdm)
 
     def stream(
         self,
