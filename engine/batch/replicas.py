@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 from engine.batch.map import Answer, MapClient, MapJob, PromptStream
 from engine.errors import ConfigError, EngineClosedError, GenerationError, RequestError
 from engine.params.engine_args import EngineArgs
+from engine.params.settings import Settings
 from engine.runner.device.placement import device_names, environment_of, own_name
 
 logger = logging.getLogger("engine")
@@ -431,12 +432,18 @@ def replica_names(wanted: int | Sequence[str], own: str | None = None) -> list[s
     return names
 
 
+class ReplicatedModel(Protocol):
+    """What of :class:`engine.llm.LLM` its replicas are made like."""
+
+    args: EngineArgs
+    settings: Settings
+
+
 @contextmanager
 def replicated(
-    wanted: int | Sequence[str] | None, own: MapClient, load: Callable[..., Any], args: EngineArgs,
-    settings: Mapping[str, Any], client: MakeClient,
-) -> Iterator[MapClient]:  # fmt: skip
-    """What a map asks: ``own``, or several of the same model, loaded as ``args`` say. Raises ConfigError."""
+    wanted: int | Sequence[str] | None, own: MapClient, model: ReplicatedModel, client: MakeClient
+) -> Iterator[MapClient]:
+    """What a map asks: ``own``, the client of ``model``, or several such models as one. Raises ConfigError."""
     if wanted is None:
         yield own
         return
@@ -445,13 +452,14 @@ def replicated(
     if names == [here]:
         yield own
         return
-    left_out = ("model", "memory_flag", "device")
+    left_out, args = ("model", "memory_flag", "device"), model.args
     options = {
         each.name: getattr(args, each.name)
         for each in fields(args)
         if each.name not in left_out and getattr(args, each.name) != _default(each)
     }
-    with Replicas(names, own, here, ReplicaOrder(load, args.model, options, settings, client)) as several:
+    order = ReplicaOrder(type(model), args.model, options, model.settings.everything(), client)
+    with Replicas(names, own, here, order) as several:
         yield several
 
 
