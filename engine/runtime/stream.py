@@ -104,7 +104,7 @@ class RequestStream:
                 if self._over:
                     self._raise_error()
                     raise StopAsyncIteration
-                waiter = _waiter([self])
+                waiter = news_of([self])
             with ended_by_interrupt(self):
                 await waiter
 
@@ -232,30 +232,28 @@ class RequestStream:
             raise self._error
 
 
-def take_all(streams: Sequence[RequestStream]) -> list[tuple[int, CompletionDelta]] | None:
-    """:meth:`RequestStream.take` of several, each delta with its stream's position; None when all are at their end."""
+def take_all(streams: Sequence[RequestStream]) -> tuple[list[tuple[int, CompletionDelta]], Exception | None] | None:
+    """:meth:`RequestStream.take` of several: deltas with their stream's position, and what failed in one of them.
+
+    None when all are at their end.
+    """
     found: list[tuple[int, CompletionDelta]] = []
+    failure: Exception | None = None
     over = True
     for position, stream in enumerate(streams):
-        deltas = stream.take()
+        try:
+            deltas = stream.take()
+        except Exception as error:  # noqa: BLE001  (whoever asked raises it, after what the others had)
+            failure, over = error, False
+            continue
         if deltas is not None:
             over = False
             found += [(position, delta) for delta in deltas]
-    return None if over else found
+    return None if over else (found, failure)
 
 
-async def arrivals(streams: Sequence[RequestStream]) -> list[tuple[int, CompletionDelta]] | None:
-    """:func:`take_all`, once there is something; what piled up while nobody asked comes at once."""
-    while True:
-        waiter = _waiter(streams)
-        found = take_all(streams)
-        if found or found is None:
-            return found
-        await waiter
-
-
-def _waiter(streams: Iterable[RequestStream]) -> "asyncio.Future[None]":
-    """A future that is done once there is news of ``streams``."""
+def news_of(streams: Iterable[RequestStream]) -> "asyncio.Future[None]":
+    """A future that is done once there is news of ``streams`` (see :meth:`RequestStream.listen`)."""
     waiter = asyncio.get_running_loop().create_future()
 
     def listener() -> None:

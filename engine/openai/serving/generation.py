@@ -24,7 +24,7 @@ from engine.openai.serving.backend import ServedEngine
 from engine.openai.serving.logprobs import CompletionTokens, PlacedToken, TokenNames
 from engine.outputs import CompletionDelta
 from engine.params.sampling_params import SamplingParams
-from engine.runtime.stream import RequestStream, arrivals, take_all
+from engine.runtime.stream import RequestStream, news_of, take_all
 from engine.text.parse.scan.output_sink import ParsedDelta
 from engine.text.template.chat_template import RESERVED_VARIABLES
 from engine.text.tokens.detokenizer import completion_stream
@@ -134,6 +134,8 @@ class Job:
             for index, prompt in enumerate(each)
         ]
         self._tokens: dict[int, CompletionTokens] = {}
+        self.failure: Exception | None = None
+        """What failed, to be raised by the next :meth:`take`."""
 
     @property
     def params(self) -> SamplingParams:
@@ -162,24 +164,46 @@ class Job:
         return tokens.place(token_ids, last=last)
 
     def take(self) -> Sequence[News] | None:
-        """What came since the last call, already added to its choices, one entry for each; None at the end."""
-        arrived = take_all(self.streams)
-        return None if arrived is None else self._read_all(arrived)
+        """What came since the last call, already added to its choices, in one entry for each choice; None at the end.
+
+        Tokens with logprobs have an entry each. Raises what failed, once what came before it was taken.
+        """
+        if self.failure is not None:
+            raise self.failure
+        taken = take_all(self.streams)
+        if taken is None:
+            return None
+        arrived, self.failure = taken
+        found = self._read_all(arrived)
+        if self.failure is not None and not found:
+            raise self.failure
+        return found
 
     async def news(self) -> AsyncIterator[Sequence[News]]:
         """The same as it comes."""
-        while (arrived := await arrivals(self.streams)) is not None:
-            yield self._read_all(arrived)
+        while True:
+            waiter = news_of(self.streams)
+            some = self.take()
+            if some is None:
+                return
+            if some:
+                yield some
+            else:
+                await waiter
 
     def _read_all(self, arrived: Sequence[tuple[int, CompletionDelta]]) -> Sequence[News]:
-        if len(arrived) == 1:  # as where the client keeps up
-            return (self._read(*arrived[0]),)
         found: dict[int, News] = {}
-        for position, delta in arrived:
-            news = self._read(position, delta)
-            known = found.setdefault(news.choice.index, news)
-            if known is not news:
-                known.join(news.delta, news.parsed)
+        apart = self.params.logprobs is not None
+        try:
+            if len(arrived) == 1:  # as where the client keeps up
+                return (self._read(*arrived[0]),)
+            for number, (position, delta) in enumerate(arrived):
+                news = self._read(position, delta)
+                known = found.setdefault(number if apart else news.choice.index, news)
+                if known is not news:
+                    known.join(news.delta, news.parsed)
+        except (RequestAbortedError, GenerationError) as error:
+            self.failure = error
         return list(found.values())
 
     def _read(self, position: int, delta: CompletionDelta) -> News:
@@ -339,7 +363,7 @@ class JobEvents:
     @property
     def ending(self) -> bool:
         """See :class:`EventSource`."""
-        return all(stream.finished for stream in self._job.streams)
+        return self._job.failure is not None or all(stream.finished for stream in self._job.streams)
 
     async def __aiter__(self) -> AsyncGenerator[Events, None]:
         yield self._writer.begin()

@@ -94,15 +94,14 @@ def test_what_is_not_here_is_refused_with_what_is(monkeypatch: pytest.MonkeyPatc
 
 def test_the_cpu_beside_a_gpu_is_left_again_by_the_next_load_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(1, monkeypatch)
-    chosen = []
-    gpu = SimpleNamespace(type=mx.DeviceType.gpu)
-    monkeypatch.setattr(mx, "default_device", lambda: chosen[-1] if chosen and chosen[-1] == mx.cpu else gpu)
+    chosen: list[Any] = [mx.gpu]
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=chosen[-1]))
     monkeypatch.setattr(mx, "set_default_device", chosen.append)
     machine.place("cpu")
     machine.place("cpu")
     machine.place("auto")
     machine.place("auto")
-    assert [str(one) for one in chosen] == [str(mx.cpu), str(mx.gpu)]
+    assert chosen == [mx.gpu, mx.cpu, mx.gpu]
 
 
 def test_names_are_checked_before_anything_is_loaded() -> None:
