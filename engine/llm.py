@@ -1,7 +1,6 @@
-"""``LLM``: a model in this process, for Python, for the magics and for the port.
+"""``LLM``: a model in this process, for Python, for the magics and for the port: one engine, one KV cache.
 
-All of them share one engine and one KV cache. MLX lives on the engine's own thread; templates and
-tokenizing happen in the caller's.
+MLX lives on the engine's own thread; templates and tokenizing happen in the caller's.
 """
 
 import logging
@@ -27,9 +26,11 @@ from engine.params.engine_args import EngineArgs
 from engine.params.live_sampling import LiveSampling
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
+from engine.params.structured_outputs import plain_schema
 from engine.runner.device.devices import describe_device, prepare_backend
 from engine.runner.device.faults import check_device
 from engine.runner.device.memory import active_memory
+from engine.runner.device.placement import place
 from engine.runtime.activity import Activity, BlockMap
 from engine.runtime.async_deltas import AsyncDeltas
 from engine.runtime.metrics import EngineMetrics
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("engine")
 Progress = Callable[[str, int, int], None]
-
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 __all__ = ["LLM", "RequestStream", "memory_in_use"]
@@ -66,16 +66,16 @@ def memory_in_use() -> int:
 class LLM:
     """Loads ``model`` and serves it until :meth:`close`.
 
-    ``options`` are vLLM's engine flags as keywords (``max_model_len=2048``,
-    ``gpu_memory_utilization=0.5`` …); ``VLLM_METAL_*`` variables count where a keyword is not
-    given. ``progress(stage, done, total)`` is called while loading (in bytes, kernels in numbers); raising in it
-    cancels the load. Raises ModelNotFoundError, ModelLoadError, ConfigError or MemoryPlanError,
-    each in one line, leaving nothing behind.
+    ``options`` are vLLM's engine flags as keywords (``max_model_len=2048``, ``gpu_memory_utilization=0.5`` …);
+    ``VLLM_METAL_*`` variables count where a keyword is not given. ``progress(stage, done, total)`` is called while
+    loading (in bytes, kernels in numbers); raising in it cancels the load. Raises ModelNotFoundError, ModelLoadError,
+    ConfigError or MemoryPlanError, each in one line, leaving nothing behind.
     """
 
     def __init__(self, model: str, *, progress: Progress | None = None, **options: Any) -> None:
         self.args = EngineArgs.from_options(model, options)
         check_device()
+        place(self.args.device)
         prepare_backend()  # before anything imports mlx
         from engine.runtime.engine_thread import start_engine
         from engine.runtime.load_clock import LoadClock
@@ -139,10 +139,7 @@ class LLM:
         return server if server is not None and server.running else None
 
     def sampling_params(self, **given: Any) -> SamplingParams:
-        """Sampling values for a request that gives ``given`` (see :mod:`engine.params.sampling_defaults`).
-
-        ``max_tokens`` None means up to the end of the context.
-        """
+        """Sampling values of a request with ``given``; ``max_tokens`` None means up to the end of the context."""
         return self.defaults.resolve(given)
 
     @property
@@ -210,7 +207,7 @@ class LLM:
     ) -> RequestStream:
         """Queue a prepared request and return at once: the only way to the engine.
 
-        Raises ContextLengthError or another RequestError for what can never be served, and EngineClosedError.
+        Raises EngineClosedError, and ContextLengthError or another RequestError for what can never be served.
         """
         request_id = request_id or f"req-{uuid.uuid4().hex}"
         made = self._requests.make(
@@ -228,13 +225,9 @@ class LLM:
             self.tell_neighbours()
         thread = self._thread
         stream = RequestStream(
-            request_id,
-            request.prompt,
-            request.token_ids,
-            request.params,
-            lambda: thread.abort(request_id),
+            request_id, request.prompt, request.token_ids, request.params, lambda: thread.abort(request_id),
             lambda: thread.finish_thinking(request_id),
-        )
+        )  # fmt: skip
         thread.submit(made, stream)
         if cache_salt != TRACELESS and request.remembered:
             self.request_log.add(stream, request, max_tokens=made.max_tokens, cache_salt=cache_salt)
@@ -264,7 +257,6 @@ class LLM:
         """Complete one prompt or many; results in order. Interruptible: all are then aborted.
 
         A prompt is a string, token ids, or vLLM's ``{"prompt": …}`` or ``{"prompt_token_ids": …}``.
-
         Without ``sampling_params`` the model's recommended values apply, with vLLM's 16 tokens.
         """
         requests = prompt_requests(prompts, sampling_params, self.sampling_params)
@@ -297,6 +289,7 @@ class LLM:
         resume: "pandas.DataFrame | None" = None,
         choices: Sequence[Any] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
+        replicas: int | Sequence[str] | None = None,
         **params: Any,
     ) -> "pandas.DataFrame":
         """Answer ``template`` (Jinja2) for every row of ``rows``: ``llm.map(df, "Summarise: {{ text }}")``.
@@ -313,15 +306,20 @@ class LLM:
         ``choices`` (labels): nothing is generated, each label's probability is computed (:mod:`engine.batch.choices`).
         Instead of text and tokens the columns are then choice (the likeliest label), p(LABEL) for each, which add up to
         1, and coverage: the probability that the model answers with one of the labels at all.
+        ``replicas``: how many copies of the model share the rows, or their devices (``["cuda:0", "cuda:1"]``); each
+        beside this one is a process of its own, gone at the end.
         """
         from engine.batch.choices import AnswerForm
         from engine.batch.map import MapRequest, map_prompts
+        from engine.batch.replicas import FormClient, replicated
 
         ends = frozenset(token for token in self._requests.eos_token_ids if token < self._requests.vocab_size)
-        form = AnswerForm(raw, schema, chat_template_kwargs or {}, choices, ends)
-        client, columns = form.of(self, params)
+        form = AnswerForm(raw, plain_schema(schema), chat_template_kwargs or {}, choices, ends)
+        own, columns = form.of(self, params)
         request = MapRequest.of(template, params, variables=variables, resume=resume, columns=columns)
-        return map_prompts(client, rows, request, keep=partial(setattr, self, "last_map"), use_tqdm=use_tqdm)
+        keep = partial(setattr, self, "last_map")
+        with replicated(replicas, own, self, FormClient(form, params)) as client:
+            return map_prompts(client, rows, request, keep=keep, use_tqdm=use_tqdm)
 
     def stream(
         self,
@@ -401,8 +399,8 @@ class LLM:
     ) -> "MemoryPlan":
         """Change the memory plan while the engine runs; gives the new :attr:`plan`. Weights and requests stay.
 
-        Raises ConfigError for values out of range, MemoryPlanError for what does not fit, and
-        MemoryInUseError where requests under way hold more: nothing is changed then.
+        Where it raises, nothing is changed: ConfigError for values out of range, MemoryPlanError for what does not fit,
+        MemoryInUseError where requests under way hold more.
         """
         from engine.runtime.replan import replan
 
@@ -453,8 +451,7 @@ class LLM:
     def explain(self, count: int = 1) -> Explanation:
         """Why the last request went as it did, whoever sent it; ``count`` 2 is the one before, and so on.
 
-        Measures the device, once and while no request runs. Raises RequestError if no such request is remembered (the
-        latest 32 are).
+        Measures the device, once and while no request runs. Raises RequestError if it is not among the latest 32.
         """
         self.gauge.measure()
         explainer = Explainer.of_model(

@@ -157,6 +157,18 @@ class CompletionDelta:
     stop_reason: int | str | None = None
     thinking_cut: str | None = None
 
+    def joined(self, later: "CompletionDelta") -> "CompletionDelta":
+        """This and the next delta of the same completion as one."""
+        return CompletionDelta(
+            self.index,
+            self.text + later.text,
+            self.token_ids + later.token_ids,
+            self.logprobs if later.logprobs is None else [*(self.logprobs or ()), *later.logprobs],
+            later.finish_reason,
+            later.stop_reason,
+            later.thinking_cut or self.thinking_cut,
+        )
+
 
 @dataclass(slots=True)
 class Usage:

@@ -14,6 +14,7 @@ from engine.models.resolve import resolve
 from engine.params.engine_args import EngineArgs
 from engine.params.sizes import parse_size
 from engine.runner.device.devices import Device, describe_device, prepare_backend
+from engine.runner.device.placement import place
 
 if TYPE_CHECKING:
     from engine.runner.kv.kv_spec import ModelCaches
@@ -94,6 +95,7 @@ class _Planner:
 
     def plan(self, sizes: _Sizes, fraction: Any, options: Mapping[str, Any]) -> MemoryPlan:
         args = EngineArgs.from_options(self._model, options).with_memory(fraction, flag="fraction")
+        place(args.device)
         prepare_backend()
         device = sizes.device()
         key = (args.dtype, args.revision, args.hf_config_path, device)

@@ -26,6 +26,7 @@ from engine.params.engine_args import EngineArgs
 from engine.params.sampling_defaults import GENERATION_CONFIG_NAMES
 from engine.params.sizes import size_text
 from engine.runner.device.devices import Device, describe_device, prepare_backend
+from engine.runner.device.placement import place
 
 if TYPE_CHECKING:
     from engine.runner.load.abstract_model import AbstractModel
@@ -44,6 +45,7 @@ def inspect(model: str, **options: Any) -> ModelCard:
     """
     args = EngineArgs.from_options(model, options)
     resolved, refusals = _find(args)
+    place(args.device)
     prepare_backend()
     files = ModelFiles(resolved, args, problems=refusals)
     sections = _sections(files)

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from engine.errors import ConfigError, ServerError
 from engine.openai.app import create_app
+from engine.openai.http.connection import PortProtocol
 from engine.openai.http.hub import Hub
 from engine.openai.http.options import KEEP_ALIVE_SECONDS, MAX_BODY_BYTES, ServerOptions, choose_api_keys
 from engine.openai.http.ring_log import RingLog
@@ -63,7 +64,7 @@ class ServerHandle:
                 log_config=None,
                 access_log=False,
                 lifespan="off",
-                http="h11",
+                http=PortProtocol,
                 ws="none",
                 loop="asyncio",
                 server_header=False,

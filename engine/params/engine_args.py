@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from engine.errors import ConfigError
 from engine.params.attention_backend import ATTENTION_BACKENDS, attention_backend
+from engine.params.device import device_name
 from engine.params.flag_values import (
     Auto,
     fraction_or_auto,
@@ -79,6 +80,9 @@ ENGINE_FLAGS: tuple[Flag, ...] = (
         env="VLLM_METAL_ATTENTION_BACKEND",
         choices=ATTENTION_BACKENDS,
     ),
+    Flag(
+        "device", device_name, "where it computes: auto, cpu, gpu, metal, cuda, or one GPU of several, cuda:1", "NAME"
+    ),
     Flag("dtype", str, "element type of weights and activations", choices=DTYPES),
     Flag("seed", int, "seed of requests without one of their own", "N"),
     Flag("revision", str, "branch, tag or commit of a hub model", "REV"),
@@ -133,6 +137,8 @@ class EngineArgs:
     kv_cache_dtype: str = "auto"
     attention_backend: str = "auto"
     """``paged`` insists on kernels: a load where no layer can take them is refused."""
+    device: str = "auto"
+    """A process computes on one GPU: the first load that names one decides."""
     dtype: str = "auto"
     seed: int | None = None
     revision: str | None = None
@@ -171,6 +177,7 @@ class EngineArgs:
         if self.chat_template_content_format not in CONTENT_FORMATS:
             given, allowed = self.chat_template_content_format, "one of " + ", ".join(CONTENT_FORMATS)
             raise self._outside("chat_template_content_format", given, allowed)
+        object.__setattr__(self, "device", device_name(self.device))
         object.__setattr__(self, "kv_cache_dtype", kv_cache_dtype(self.kv_cache_dtype))
         object.__setattr__(self, "attention_backend", attention_backend(self.attention_backend))
         self._check_pages("kv_cache_dtype", self.kv_cache_dtype, needs_pages=self.kv_cache_dtype != "auto")

@@ -15,6 +15,7 @@ from engine.params.sampling_defaults import SamplingDefaults
 from engine.params.settings import Settings
 from engine.runner.device.devices import describe_device, prepare_backend
 from engine.runner.device.faults import check_device
+from engine.runner.device.placement import place
 from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath
 from engine.text.parse.parser_choice import ParserChoice
 from engine.text.template.chat_template import ChatTemplate
@@ -70,6 +71,7 @@ def check_load(args: EngineArgs, progress: Progress | None = None) -> None:
     nothing here: a plan that is refused here is refused then.
     """
     check_device()
+    place(args.device)
     prepare_backend()
     from engine.runner.kv.kv_spec import ModelCaches
     from engine.runner.load.abstract_model import check_architecture

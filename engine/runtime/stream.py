@@ -5,7 +5,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
 from engine.outputs import (
     CompletionDelta,
@@ -45,14 +45,15 @@ class RequestStream:
         self._finish_thinking = finish_thinking
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        self._ended = threading.Condition(self._lock)
         self._num_waiting = 0
-        """Threads that wait for a change."""
+        """Threads that wait for a delta."""
         self._deltas: deque[CompletionDelta] = deque()
         self._outputs = [CompletionOutput(i, "", []) for i in range(params.n)]
         self._texts: list[list[str]] = [[] for _ in range(params.n)]
         self._over = False
         self._error: BaseException | None = None
-        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._listener: tuple[asyncio.AbstractEventLoop, Callable[[], None]] | None = None
         self._callbacks: list[Callable[[], None]] = []
 
     @property
@@ -103,12 +104,9 @@ class RequestStream:
                 if self._over:
                     self._raise_error()
                     raise StopAsyncIteration
-                if self._waiter is None:
-                    self._waiter = (asyncio.get_running_loop(), asyncio.Event())
-                event = self._waiter[1]
-                event.clear()
+                waiter = news_of([self])
             with ended_by_interrupt(self):
-                await event.wait()
+                await waiter
 
     def drain(self, timeout: float | None = None) -> list[CompletionDelta]:
         """All deltas there are; waits up to ``timeout`` seconds for a first one. Empty on time-out or at the end."""
@@ -125,11 +123,30 @@ class RequestStream:
                 self._raise_error()
             return taken
 
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Call ``listener`` in the running event loop whenever there is news, from now on, in place of another."""
+        self._listener = None if listener is None else (asyncio.get_running_loop(), listener)
+
+    def take(self) -> list[CompletionDelta] | None:
+        """All deltas there are, without waiting, none yet included; None at the end.
+
+        Raises what failed, once all that came before it was taken.
+        """
+        with self._lock:
+            if self._deltas:
+                taken = list(self._deltas)
+                self._deltas.clear()
+                return taken
+            if self._over:
+                self._raise_error()
+                return None
+            return []
+
     def result(self) -> RequestOutput:
         """Wait for the end and give everything, also what was iterated before."""
         with self._lock:
             while not self._over:
-                self._wait(_WAIT_SLICE)
+                self._ended.wait(_WAIT_SLICE)
             self._raise_error()
         return self.snapshot()
 
@@ -175,6 +192,7 @@ class RequestStream:
                 return
             self._over, self._error = True, error
             callbacks, self._callbacks = self._callbacks, []
+            self._ended.notify_all()
         wake_all([self])
         for callback in callbacks:
             callback()
@@ -214,20 +232,53 @@ class RequestStream:
             raise self._error
 
 
+def take_all(streams: Sequence[RequestStream]) -> tuple[list[tuple[int, CompletionDelta]], Exception | None] | None:
+    """:meth:`RequestStream.take` of several: deltas with their stream's position, and what failed in one of them.
+
+    None when all are at their end.
+    """
+    found: list[tuple[int, CompletionDelta]] = []
+    failure: Exception | None = None
+    over = True
+    for position, stream in enumerate(streams):
+        try:
+            deltas = stream.take()
+        except Exception as error:  # noqa: BLE001  (whoever asked raises it, after what the others had)
+            failure, over = error, False
+            continue
+        if deltas is not None:
+            over = False
+            found += [(position, delta) for delta in deltas]
+    return None if over else (found, failure)
+
+
+def news_of(streams: Iterable[RequestStream]) -> "asyncio.Future[None]":
+    """A future that is done once there is news of ``streams`` (see :meth:`RequestStream.listen`)."""
+    waiter = asyncio.get_running_loop().create_future()
+
+    def listener() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    for stream in streams:
+        stream.listen(listener)
+    return waiter
+
+
 def wake_all(streams: Iterable[RequestStream]) -> None:
-    """Wake whoever waits for news of ``streams``: an event loop once for all of them, since each call is a write."""
-    events: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+    """Tell whoever waits for news of ``streams``: an event loop once for all of them, since each call is a write."""
+    listeners: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
     for stream in streams:
         stream._wake_threads()
-        if stream._waiter is not None:
-            loop, event = stream._waiter
-            events.setdefault(loop, []).append(event)
-    for loop, some in events.items():
+        if (known := stream._listener) is not None:
+            loop, listener = known
+            listeners.setdefault(loop, []).append(listener)
+    for loop, some in listeners.items():
         # A loop that was closed has nobody left to wake; asking first would still race with its end.
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(_set, some)
+            loop.call_soon_threadsafe(_call_all, some)
 
 
-def _set(events: Iterable[asyncio.Event]) -> None:
-    for event in events:
-        event.set()
+def _call_all(listeners: Iterable[Callable[[], None]]) -> None:
+    for listener in listeners:
+        listener()

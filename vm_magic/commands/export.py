@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3-270m": "google/gemma-3-270m"}
 """Our short names, and the same model on the hub."""
 HUB_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "HF_HUB_CACHE")
-BY_VARIABLE = ("attention_backend",)
-"""Engine flags whose values vLLM's flag of that name does not know: written as variables, which vLLM leaves alone."""
+BY_VARIABLE = ("attention_backend", "device")
+"""Engine flags whose values vLLM's flag of that name does not know: written as variables."""
 OURS_ALONE = ("no_api_key", "allowed_hosts")
 """Server options that vLLM does not have."""
 _VLLM_DEFAULTS = names_of(lambda known: known.server_default)
@@ -138,6 +138,8 @@ def _environment(served: Served) -> Iterator[tuple[str, str]]:
         yield "VLLM_METAL_USE_PAGED_ATTENTION", "0"
     if args.attention_backend != "auto":
         yield "VLLM_METAL_ATTENTION_BACKEND", args.attention_backend
+    if args.device.startswith("cuda:"):
+        yield "CUDA_VISIBLE_DEVICES", args.device.removeprefix("cuda:")
 
 
 def _remarks(served: Served) -> Iterator[str]:
@@ -146,6 +148,8 @@ def _remarks(served: Served) -> Iterator[str]:
     for name in OURS_ALONE:
         if name in served.server_options:
             yield f"vLLM has no --{name.replace('_', '-')}"
+    if served.args.device != "auto" and ":" not in served.args.device:
+        yield f"where vLLM computes, its build decides: --device {served.args.device} is left out"
     per_request = [f"{name}={value}" for name, value in served.settings.items() if name not in _VLLM_DEFAULTS]
     if per_request:
         yield f"vLLM takes these with each request only: {' '.join(per_request)}"

@@ -73,6 +73,12 @@ class Grid(TextCommand):
             help="the only answers, with commas, or a list of the notebook: nothing is written, each one's "
             "probability is computed",
         )
+        parser.add_argument(
+            "--replicas",
+            metavar="N",
+            type=read_replicas,
+            help="copies of the model that share the prompts, or their devices with commas: cuda:0,cuda:1",
+        )
         parser.add_argument("--resume", action="store_true", help="take over what the last map or grid has done")
         parser.add_argument(
             "-o",
@@ -143,6 +149,11 @@ def comma_list(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
+def read_replicas(text: str) -> int | list[str]:
+    """``--replicas``: how many, or their devices."""
+    return int(text) if text.strip().isdigit() else [part.strip() for part in text.split(",")]
+
+
 def run_grid(
     llm: "LLM | RemoteLLM",
     template: str,
@@ -171,6 +182,8 @@ def run_grid(
         "resume": llm.last_map if parsed.resume else None,
         "use_tqdm": use_tqdm,
     }
+    if parsed.replicas is not None:
+        run["replicas"] = parsed.replicas
     try:
         return _with_lists(llm.map(rows, template, **run, **params), rows, lists)
     except MapInterrupted as stopped:

@@ -1,13 +1,12 @@
 """Requests under way: a client that leaves or a port that closes ends them and frees their blocks."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 from starlette.types import Receive
 
 from engine.openai.http.errors import ClientGoneError, ServerStoppingError
-from engine.outputs import CompletionDelta
 from engine.runtime.stream import RequestStream
 
 
@@ -84,28 +83,3 @@ class OpenRequest:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self.end(ClientGoneError())
-
-
-async def merge(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, CompletionDelta]]:
-    """Deltas of all ``streams`` as they come, each with its stream's position."""
-    queue: asyncio.Queue[tuple[int, CompletionDelta] | asyncio.Task[None]] = asyncio.Queue()
-
-    async def pump(position: int, stream: RequestStream) -> None:
-        async for delta in stream:
-            queue.put_nowait((position, delta))
-
-    tasks = [asyncio.create_task(pump(position, stream)) for position, stream in enumerate(streams)]
-    for task in tasks:
-        task.add_done_callback(queue.put_nowait)
-    num_running = len(tasks)
-    try:
-        while num_running:
-            item = await queue.get()
-            if isinstance(item, asyncio.Task):
-                item.result()
-                num_running -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()

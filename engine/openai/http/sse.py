@@ -2,24 +2,40 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from json.encoder import encode_basestring
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from engine.openai.http.connection import Connection
 from engine.openai.http.errors import ClientGoneError, describe
 from engine.openai.http.lifetime import OpenRequest
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+Events = Sequence[Mapping[str, Any] | bytes]
+"""What is sent at once: objects, and events that are made already (see :class:`TextEvent`)."""
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_HOLE = "a text that is not known yet"
 
 
 def event(data: Mapping[str, Any]) -> bytes:
     """One SSE event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return f"data: {_encode(data)}\n\n".encode()
+
+
+class TextEvent:
+    """The events that ``make`` gives for texts, of which nothing else differs: all but the text is encoded once."""
+
+    def __init__(self, make: Callable[[str], Mapping[str, Any]], encode: Callable[[Mapping[str, Any]], bytes] = event):
+        self._between = encode(make(_HOLE)).decode().split(encode_basestring(_HOLE))
+
+    def of(self, text: str) -> bytes:
+        """The event with ``text``."""
+        return encode_basestring(text).join(self._between).encode()
 
 
 def named_event(data: Mapping[str, Any]) -> bytes:
@@ -53,18 +69,33 @@ class StreamForm:
 OPENAI_FORM = StreamForm()
 
 
-class EventStream(Response):
-    """A stream of ``events`` that ends as its ``form`` says (``[DONE]`` by default).
+class EventSource(Protocol):
+    """Where a stream's events come from."""
 
-    Headers go out at once. A comment line is sent after ``keep_alive_seconds`` of silence. What
-    goes wrong on the way becomes an error event; a client that leaves ends ``work``.
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Call ``listener`` in this event loop whenever there may be events to take, from now on; None: nobody."""
+
+    def take(self) -> Events | None:
+        """All events there are, none yet included; None at the end. Raises what went wrong."""
+
+    @property
+    def ending(self) -> bool:
+        """Whether listeners will not be called again: what is left can be taken now."""
+
+
+class EventStream(Response):
+    """A stream of the events of ``source`` that ends as its ``form`` says (``[DONE]`` by default).
+
+    Headers go out at once. Events that come together are one write, which is made where they are noticed; what piles
+    up for a client that reads slowly comes together later. A comment line is sent after ``keep_alive_seconds`` of
+    silence. What goes wrong on the way becomes an error event; a client that leaves ends ``work``.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        events: AsyncGenerator[Mapping[str, Any], None],
+        source: EventSource,
         work: OpenRequest,
         *,
         keep_alive_seconds: float,
@@ -73,18 +104,18 @@ class EventStream(Response):
         # X-Accel-Buffering: proxies of nginx's kind hold streams back without it.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._source = source
         self._work = work
         self._form = form
         self._keep_alive_seconds = keep_alive_seconds
         self._last_sent = 0.0
 
-    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Send it all, as an ASGI application."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async with self._work:
-                await self._send_events(send)
+                await self._send_events(Connection.of(scope), send)
         except ClientGoneError:
             self._form.left()
             return
@@ -95,15 +126,59 @@ class EventStream(Response):
             await self._send(send, self._form.end)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_events(self, send: Send) -> None:
+    async def _send_events(self, connection: Connection | None, send: Send) -> None:
         self._last_sent = asyncio.get_running_loop().time()
         keeper = asyncio.create_task(self._keep_alive(send))
         try:
-            async with aclosing(self._events) as events:
-                async for data in events:
-                    await self._send(send, self._form.encode(data))
+            if connection is None:
+                await self._pull(send)
+            else:
+                await self._push(connection)
         finally:
             keeper.cancel()
+
+    async def _push(self, connection: Connection) -> None:
+        """Write events where they are noticed, until there are no more. A task's turn would cost as much again."""
+        loop = asyncio.get_running_loop()
+        end: asyncio.Future[None] = loop.create_future()
+
+        def push() -> None:
+            if connection.paused or end.done():
+                return
+            try:
+                while events := self._source.take():
+                    self._last_sent = loop.time()
+                    connection.write(self._encoded(events))
+                    if connection.paused or not self._source.ending:
+                        return
+                if events is None:
+                    end.set_result(None)
+            except Exception as error:  # noqa: BLE001 - whoever waits raises it
+                end.set_exception(error)
+
+        self._source.listen(push)
+        connection.listen(push)
+        push()
+        try:
+            await end
+        finally:
+            connection.listen(None)
+            self._source.listen(None)
+
+    async def _pull(self, send: Send) -> None:
+        """The same through ``send``, for any server."""
+        news = asyncio.Event()
+        self._source.listen(news.set)
+        while (events := self._source.take()) is not None:
+            if events:
+                await self._send(send, self._encoded(events))
+            else:
+                await news.wait()
+            news.clear()
+
+    def _encoded(self, events: Events) -> bytes:
+        encode = self._form.encode
+        return b"".join([event if isinstance(event, bytes) else encode(event) for event in events])
 
     async def _send(self, send: Send, body: bytes) -> None:
         self._last_sent = asyncio.get_running_loop().time()

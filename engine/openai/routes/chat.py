@@ -1,17 +1,18 @@
 """``/v1/chat/completions``, plain and streamed, one conversation or a batch."""
 
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from engine.errors import RequestError
+from engine.openai.http.sse import Events, TextEvent
 from engine.openai.schema.protocol import BatchChatCompletionRequest, ChatCompletionRequest, ChatFields, StreamOptions
 from engine.openai.serving.chat_preparation import Messages, start_chat
 from engine.openai.serving.generation import (
     Choice,
     Job,
+    News,
     finish_job,
     named_reasoning,
     port_of,
@@ -33,7 +34,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     job = await start_chat(port, request, body, [body.messages])
     echo = _echo(body, body.messages)
     if body.stream:
-        return stream_job(port, request, job, _chunks(job, body, echo, stream_options(port, body)))
+        return stream_job(port, request, job, _Chunks(job, body, echo, stream_options(port, body)))
     await finish_job(port, request, job)
     return JSONResponse(_response(job, body, [echo]))
 
@@ -104,33 +105,69 @@ def _choice(job: Job, body: ChatFields, choice: Choice, echo: str) -> dict[str, 
     return result
 
 
-async def _chunks(
-    job: Job, body: ChatFields, echo: str, options: StreamOptions
-) -> AsyncGenerator[dict[str, Any], None]:
-    head = {"id": job.id, "object": "chat.completion.chunk", "created": job.created, "model": job.model}
-    head["system_fingerprint"] = system_fingerprint()
-    extras = _prompt_extras(job, body)
-    opened: set[int] = set()
-    before = job.chat_usage()
-    async for choice, delta, parsed in job.deltas():
+class _Chunks:
+    """The chunks of a stream. Of most only the text is new: those are not encoded anew."""
+
+    def __init__(self, job: Job, body: ChatFields, echo: str, options: StreamOptions) -> None:
+        self._head: dict[str, Any] = {
+            "id": job.id, "object": "chat.completion.chunk", "created": job.created, "model": job.model,
+            "system_fingerprint": system_fingerprint(),
+        }  # fmt: skip
+        self._job, self._body, self._echo = job, body, echo
+        self._counts, self._says_usage = options.continuous_usage_stats, options.include_usage
+        self._plain = not (body.logprobs or body.return_token_ids or self._counts)
+        self._extras = _prompt_extras(job, body)
+        self._opened: set[int] = set()
+        self._texts: dict[tuple[int, type[ParsedEvent]], TextEvent] = {}
+        self._usage = job.chat_usage()
+        """Up to the last delta, where chunks say it."""
+
+    def begin(self) -> Events:
+        """See :class:`EventWriter`."""
+        return ()
+
+    def end(self) -> Events:
+        """See :class:`EventWriter`."""
+        usage = self._job.chat_usage()
+        return [self._head | {"choices": [], "usage": usage}] if self._says_usage else ()
+
+    def of(self, news: News) -> Events:
+        """The chunks of one delta, and before a choice's first the one that opens it."""
+        index, delta, events = news.choice.index, news.delta, news.parsed.events
+        if self._plain and delta.finish_reason is None and index in self._opened:
+            if not events:
+                return ()
+            if len(events) == 1 and not isinstance(events[0], ToolCallDelta):
+                return (self._text_event(index, events[0]),)
+        job, body = self._job, self._body
         counts = job.chat_usage()
-        usage = {"usage": counts} if options.continuous_usage_stats else {}
-        index = choice.index
-        if index not in opened:
-            opened.add(index)
-            role = {"index": index, "delta": {"role": "assistant", "content": echo}, "finish_reason": None}
-            known = {"usage": before | {"prompt_tokens_details": counts["prompt_tokens_details"]}} if usage else {}
-            yield head | {"choices": [role | {"logprobs": None}]} | known | extras
-            extras = {}
-        before = counts
-        *earlier, last = _in_order(parsed)
-        for piece in earlier:
-            yield head | {"choices": [_piece(index, piece)]} | usage
-        chunk = _last_piece(job, body, choice, delta, last)
+        usage = {"usage": counts} if self._counts else {}
+        chunks = [] if index in self._opened else [self._opening(index, counts)]
+        *earlier, last = _in_order(news.parsed)
+        chunks += [self._head | {"choices": [_piece(index, piece)]} | usage for piece in earlier]
+        chunk = _last_piece(job, body, news.choice, delta, last)
         if chunk["delta"] or delta.finish_reason or body.logprobs or body.return_token_ids:
-            yield head | {"choices": [chunk]} | usage
-    if options.include_usage:
-        yield head | {"choices": [], "usage": job.chat_usage()}
+            chunks.append(self._head | {"choices": [chunk]} | usage)
+        self._usage = counts
+        return chunks
+
+    def _opening(self, index: int, counts: dict[str, Any]) -> dict[str, Any]:
+        self._opened.add(index)
+        extras, self._extras = self._extras, {}
+        role = {"index": index, "delta": {"role": "assistant", "content": self._echo}, "finish_reason": None}
+        known = {"usage": self._usage | {"prompt_tokens_details": counts["prompt_tokens_details"]}}
+        return self._head | {"choices": [role | {"logprobs": None}]} | (known if self._counts else {}) | extras
+
+    def _text_event(self, index: int, event: ReasoningDelta | ContentDelta) -> bytes:
+        kind = type(event)
+        texts = self._texts.get((index, kind))
+        if texts is None:
+
+            def make(text: str) -> dict[str, Any]:
+                return self._head | {"choices": [_piece(index, ParsedDelta([kind(text)]))]}
+
+            texts = self._texts[index, kind] = TextEvent(make)
+        return texts.of(event.text)
 
 
 def _in_order(parsed: ParsedDelta) -> list[ParsedDelta]:

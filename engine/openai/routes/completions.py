@@ -1,7 +1,6 @@
 """``/v1/completions``, plain and streamed: one prompt or many, as text or tokens."""
 
-import asyncio
-from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -9,14 +8,17 @@ from fastapi.responses import JSONResponse, Response
 
 from engine.chat.request import PreparedRequest, PromptRequest
 from engine.errors import RequestError
+from engine.openai.http.sse import Events, TextEvent
 from engine.openai.schema.protocol import CompletionRequest, StreamOptions
 from engine.openai.schema.validation import check_generation
 from engine.openai.serving.backend import ServedEngine
 from engine.openai.serving.generation import (
     Choice,
     Job,
+    News,
     Port,
     finish_job,
+    make_prompts,
     port_of,
     sampling_params,
     start_job,
@@ -40,7 +42,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     check_generation(body)
     job = await _start(port, body, request)
     if body.stream:
-        return stream_job(port, request, job, _chunks(job, body, stream_options(port, body)))
+        return stream_job(port, request, job, _Chunks(job, body, stream_options(port, body)))
     await finish_job(port, request, job)
     return JSONResponse(_response(job, body))
 
@@ -50,7 +52,8 @@ def _only_echo(body: CompletionRequest) -> bool:
 
 
 async def _start(port: Port, body: CompletionRequest, request: Request) -> Job:
-    prompts = await asyncio.to_thread(completion_prompts, port.engine, body)
+    parts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    prompts = await make_prompts(partial(completion_prompts, port.engine, body), parts)
     return await start_job(port, "cmpl", request, body, prompts)
 
 
@@ -169,18 +172,42 @@ def _logprobs(
     return completion_logprobs(tokens, positions, body.logprobs or 0, job.names)
 
 
-async def _chunks(job: Job, body: CompletionRequest, options: StreamOptions) -> AsyncGenerator[dict[str, Any], None]:
-    head = {"id": job.id, "object": "text_completion", "created": job.created, "model": job.model}
-    begun: set[int] = set()
-    async for choice, news, _ in job.deltas():
-        delta = _shown(news, body)
-        chunk = _delta_choice(job, body, choice, delta, begin=choice.index not in begun)
-        begun.add(choice.index)
-        if chunk["text"] or delta.finish_reason or chunk["logprobs"] or body.return_token_ids:
-            usage = {"usage": _usage(job, body)} if options.continuous_usage_stats else {}
-            yield head | {"choices": [chunk]} | usage
-    if options.include_usage:
-        yield head | {"choices": [], "usage": _usage(job, body)}
+class _Chunks:
+    """The chunks of a stream. Of most only the text is new: those are not encoded anew."""
+
+    def __init__(self, job: Job, body: CompletionRequest, options: StreamOptions) -> None:
+        self._head = {"id": job.id, "object": "text_completion", "created": job.created, "model": job.model}
+        self._job, self._body = job, body
+        self._counts, self._says_usage = options.continuous_usage_stats, options.include_usage
+        self._plain = body.logprobs is None and not (body.return_token_ids or self._counts or _only_echo(body))
+        self._texts: dict[int, TextEvent] = {}
+        """By the number of a choice that has begun."""
+
+    def begin(self) -> Events:
+        """See :class:`EventWriter`."""
+        return ()
+
+    def end(self) -> Events:
+        """See :class:`EventWriter`."""
+        usage = _usage(self._job, self._body)
+        return [self._head | {"choices": [], "usage": usage}] if self._says_usage else ()
+
+    def of(self, news: News) -> Events:
+        """The chunk of one delta; none where it shows nothing."""
+        job, body, choice, delta = self._job, self._body, news.choice, news.delta
+        texts = self._texts.get(choice.index)
+        if texts is not None and self._plain and delta.finish_reason is None:
+            return (texts.of(delta.text),) if delta.text else ()
+        if texts is None:
+            self._texts[choice.index] = TextEvent(partial(self._text, choice.index))
+        shown = _delta_choice(job, body, choice, _shown(delta, body), begin=texts is None)
+        if not (shown["text"] or delta.finish_reason or shown["logprobs"] or body.return_token_ids):
+            return ()
+        usage = {"usage": _usage(job, body)} if self._counts else {}
+        return (self._head | {"choices": [shown]} | usage,)
+
+    def _text(self, index: int, text: str) -> dict[str, Any]:
+        return self._head | {"choices": [_piece(index, CompletionDelta(index, text, []))]}
 
 
 def _delta_choice(
@@ -189,13 +216,7 @@ def _delta_choice(
     text = delta.text
     if begin and body.echo:
         text = _echo(job, choice) + text
-    result: dict[str, Any] = {
-        "index": choice.index,
-        "text": text,
-        "logprobs": None,
-        "finish_reason": delta.finish_reason,
-        "stop_reason": delta.stop_reason,
-    }
+    result = _piece(choice.index, delta) | {"text": text}
     if body.logprobs is not None and (delta.token_ids or (begin and body.echo)):
         result["logprobs"] = _logprobs(job, body, choice, delta, begin=begin)
     if body.return_token_ids:
@@ -203,3 +224,13 @@ def _delta_choice(
         if begin:
             result["prompt_token_ids"] = job.prompt_of(choice).token_ids
     return result
+
+
+def _piece(index: int, delta: CompletionDelta) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": delta.text,
+        "logprobs": None,
+        "finish_reason": delta.finish_reason,
+        "stop_reason": delta.stop_reason,
+    }

@@ -1,19 +1,18 @@
 """``/v1/messages``: Anthropic's Messages API, plain and streamed, and its token count."""
 
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from engine.openai.http.errors import MESSAGES_PATH, anthropic_error, describe
-from engine.openai.http.sse import StreamForm, named_event
+from engine.openai.http.sse import Events, StreamForm, named_event
 from engine.openai.routes.messages_output import MessageEvents, ending, message_object, usage
 from engine.openai.schema.messages_input import ReadRequest, read_request
 from engine.openai.schema.messages_protocol import CountTokensRequest, MessagesRequest
 from engine.openai.schema.validation import MESSAGES_REFUSED_FIELDS, refuse_fields
 from engine.openai.serving.chat_preparation import prepare_read, start_read
-from engine.openai.serving.generation import Job, Port, open_request, port_of, stream_job
+from engine.openai.serving.generation import Job, JobEvents, News, Port, open_request, port_of, stream_job
 
 router = APIRouter(tags=["Anthropic"])
 _PING = {"type": "ping"}
@@ -27,10 +26,10 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     job = await start_read(port, request, read, "msg")
     if body.stream:
         form = StreamForm(named_event, _errors, keep_alive=named_event(_PING), end=b"")
-        return stream_job(port, request, job, _events(job, MessageEvents()), form)
-    events = MessageEvents()
+        return stream_job(port, request, job, _Events(job), form)
+    events = _Events(job)
     async with open_request(port, request, job):
-        async for _ in _events(job, events):
+        async for _ in JobEvents(job, events):
             pass
     return JSONResponse(message_object(job, events.blocks) | ending(job.choices[0].reply))
 
@@ -52,13 +51,25 @@ def _errors(error: Exception) -> list[dict[str, Any]]:
     return [anthropic_error(describe(error))]
 
 
-async def _events(job: Job, events: MessageEvents) -> AsyncGenerator[dict[str, Any], None]:
-    yield {"type": "message_start", "message": message_object(job, [])}
-    yield _PING
-    async for _, _, parsed in job.deltas():
-        for event in events.feed(parsed):
-            yield event
-    for event in events.close():
-        yield event
-    yield {"type": "message_delta", "delta": ending(job.choices[0].reply), "usage": usage(job)}
-    yield {"type": "message_stop"}
+class _Events:
+    """A message's events, and ``blocks``: its content."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._content = job, MessageEvents()
+
+    @property
+    def blocks(self) -> list[dict[str, Any]]:
+        return self._content.blocks
+
+    def begin(self) -> Events:
+        """See :class:`EventWriter`."""
+        return [{"type": "message_start", "message": message_object(self._job, [])}, _PING]
+
+    def of(self, news: News) -> Events:
+        """See :class:`EventWriter`."""
+        return list(self._content.feed(news.parsed))
+
+    def end(self) -> Events:
+        """See :class:`EventWriter`."""
+        last = {"type": "message_delta", "delta": ending(self._job.choices[0].reply), "usage": usage(self._job)}
+        return [*self._content.close(), last, {"type": "message_stop"}]

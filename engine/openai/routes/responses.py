@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn
 
@@ -15,7 +15,7 @@ from engine.openai.http.lifetime import OpenRequest
 from engine.openai.http.sse import EventStream, StreamForm, named_event
 from engine.openai.routes.responses_calls import CallItems
 from engine.openai.routes.responses_output import JsonObject, ResponseBuilder
-from engine.openai.routes.responses_store import ResponseCancelledError, ResponseStore, RunningResponse
+from engine.openai.routes.responses_store import Followed, ResponseCancelledError, ResponseStore, RunningResponse
 from engine.openai.schema.left_out import LeftOut
 from engine.openai.schema.protocol import ChatCompletionRequest
 from engine.openai.schema.responses_input import InputReader, tools_in_input, with_instructions
@@ -23,7 +23,7 @@ from engine.openai.schema.responses_protocol import ResponsesRequest, chat_reque
 from engine.openai.schema.responses_tools import GivenTool, read_tools
 from engine.openai.schema.validation import RESPONSES_REFUSED_FIELDS, check_extra_fields
 from engine.openai.serving.chat_preparation import start_read
-from engine.openai.serving.generation import Choice, Job, Port, open_request, port_of, stream_job
+from engine.openai.serving.generation import Choice, Job, JobEvents, News, Port, open_request, port_of, stream_job
 from engine.openai.serving.logprobs import chat_logprobs
 from engine.outputs import CompletionDelta
 
@@ -192,7 +192,7 @@ async def _finish(
     """Run to the end for a client that waits."""
     try:
         async with open_request(port, request, running.job):
-            async for _ in _events(body, running):
+            async for _ in JobEvents(running.job, _Events(body, running)):
                 pass
     except ClientGoneError:
         running.builder.cancelled(running.job)
@@ -207,11 +207,6 @@ async def _finish(
 def _streamed(
     port: Port, store: ResponseStore, request: Request, body: ResponsesRequest, running: RunningResponse
 ) -> EventStream:
-    async def events() -> AsyncGenerator[JsonObject, None]:
-        async for event in _events(body, running):
-            yield event
-        store.settle(running)
-
     def errors(error: Exception) -> Iterator[JsonObject]:
         yield from running.builder.failed(error, running.job)
         store.settle(running)
@@ -221,7 +216,7 @@ def _streamed(
         store.settle(running)
 
     form = StreamForm(named_event, errors, left, end=b"")
-    return stream_job(port, request, running.job, events(), form)
+    return stream_job(port, request, running.job, _Events(body, running, lambda: store.settle(running)), form)
 
 
 def _in_background(
@@ -238,8 +233,11 @@ async def _run_in_background(
 ) -> None:
     try:
         async with work:
-            async for event in _events(body, running):
-                running.publish(event)
+            events = _Events(body, running)
+            running.publish(*events.begin())
+            async for some in running.job.news():
+                running.publish(*(event for news in some for event in events.of(news)))
+            running.publish(*events.end())
     except ResponseCancelledError:
         running.builder.cancelled(running.job)
     except Exception as error:  # noqa: BLE001 - nobody awaits this: whoever asks for the response gets the error
@@ -260,22 +258,35 @@ def _followed(port: Port, request: Request, running: RunningResponse, after: int
 
     work = OpenRequest(port.open_requests, request.receive, ())
     form = StreamForm(named_event, errors, end=b"")
-    return EventStream(running.follow(after), work, keep_alive_seconds=port.options.keep_alive_seconds, form=form)
+    return EventStream(Followed(running, after), work, keep_alive_seconds=port.options.keep_alive_seconds, form=form)
 
 
-async def _events(body: ResponsesRequest, running: RunningResponse) -> AsyncGenerator[JsonObject, None]:
-    builder, job = running.builder, running.job
-    for event in builder.queued() if body.background else builder.started():
-        yield event
-    logprobs: list[JsonObject] = []
-    async for choice, delta, parsed in job.deltas():
-        logprobs += _logprobs(body, job, choice, delta)
-        for event in builder.feed(parsed, logprobs):
-            yield event
-        if parsed:
-            logprobs = []
-    for event in builder.finished(job):
-        yield event
+class _Events:
+    """A response's events; ``over`` is called with the last ones."""
+
+    def __init__(
+        self, body: ResponsesRequest, running: RunningResponse, over: Callable[[], None] = lambda: None
+    ) -> None:
+        self._body, self._job, self._builder, self._over = body, running.job, running.builder, over
+        self._logprobs: list[JsonObject] = []
+
+    def begin(self) -> Sequence[JsonObject]:
+        """See :class:`EventWriter`."""
+        return list(self._builder.queued() if self._body.background else self._builder.started())
+
+    def of(self, news: News) -> Sequence[JsonObject]:
+        """See :class:`EventWriter`."""
+        self._logprobs += _logprobs(self._body, self._job, news.choice, news.delta)
+        events = list(self._builder.feed(news.parsed, self._logprobs))
+        if news.parsed:
+            self._logprobs = []
+        return events
+
+    def end(self) -> Sequence[JsonObject]:
+        """See :class:`EventWriter`."""
+        events = list(self._builder.finished(self._job))
+        self._over()
+        return events
 
 
 def _logprobs(body: ResponsesRequest, job: Job, choice: Choice, delta: CompletionDelta) -> list[JsonObject]:

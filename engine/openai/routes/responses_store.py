@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine.errors import UnknownResponseError
@@ -44,7 +44,7 @@ class RunningResponse:
         self.work: OpenRequest | None = None
         self.task: asyncio.Task[None] | None = None
         self._messages = messages
-        self._news = asyncio.Event()
+        self.listeners: dict[Followed, Callable[[], None]] = {}
 
     @property
     def id(self) -> str:
@@ -57,23 +57,11 @@ class RunningResponse:
         reader.read(self.builder.response["output"])
         return reader.messages
 
-    def publish(self, event: JsonObject | None = None) -> None:
-        """Keep ``event`` and wake those who follow; None only wakes them."""
-        if event is not None:
-            self.events.append(event)
-        self._news.set()
-        self._news = asyncio.Event()
-
-    async def follow(self, after: int) -> AsyncGenerator[JsonObject, None]:
-        """The events whose number is greater than ``after``, those to come included."""
-        position = after + 1
-        while True:
-            while position < len(self.events):
-                position += 1
-                yield self.events[position - 1]
-            if self.builder.over:
-                return
-            await self._news.wait()
+    def publish(self, *events: JsonObject) -> None:
+        """Keep ``events`` and tell those who follow, which none of them does too."""
+        self.events += events
+        for listener in list(self.listeners.values()):
+            listener()
 
     async def cancel(self) -> None:
         """End a background response and wait until it is over. Safe to repeat."""
@@ -85,6 +73,31 @@ class RunningResponse:
     def measure(self) -> None:
         """Count the bytes that keeping this response costs (as JSON)."""
         self.num_bytes = len(json.dumps([self.conversation(), self.builder.response, self.events]))
+
+
+class Followed:
+    """The events of a background response whose number is greater than ``after``, those to come included."""
+
+    def __init__(self, running: RunningResponse, after: int) -> None:
+        self._running, self._position = running, after + 1
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """See :class:`EventSource`."""
+        if listener is None:
+            self._running.listeners.pop(self, None)
+        else:
+            self._running.listeners[self] = listener
+
+    def take(self) -> Sequence[JsonObject] | None:
+        """See :class:`EventSource`."""
+        some = self._running.events[self._position :]
+        self._position += len(some)
+        return some if some or not self.ending else None
+
+    @property
+    def ending(self) -> bool:
+        """See :class:`EventSource`."""
+        return self._running.builder.over
 
 
 class ResponseStore:

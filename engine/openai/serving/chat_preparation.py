@@ -1,6 +1,5 @@
 """A chat's fields as the engine's requests. Every route that takes messages comes through here."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -10,7 +9,7 @@ from engine.chat.request import ChatRequest, Message, PreparedRequest, TemplateO
 from engine.openai.schema.protocol import ChatCompletionRequest, ChatFields, TemplateFields
 from engine.openai.schema.validation import check_chat
 from engine.openai.serving.backend import ServedEngine
-from engine.openai.serving.generation import Job, Port, sampling_params, start_job, truncation
+from engine.openai.serving.generation import Job, Port, make_prompts, sampling_params, start_job, truncation
 from engine.params.sampling_params import SamplingParams
 
 Messages = Sequence[Message]
@@ -44,7 +43,9 @@ async def prepare_chat(
         )
         return [port.engine.prepare(request) for request in requests]
 
-    return await asyncio.to_thread(prepare)
+    texts = (message.get("content") or "" for messages in conversations for message in messages)
+    more = body.tools or body.documents or body.chat_template
+    return await make_prompts(prepare, (object(),) if more else texts)
 
 
 async def start_chat(

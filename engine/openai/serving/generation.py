@@ -4,11 +4,11 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 
@@ -16,21 +16,24 @@ from engine.chat.reply import ReplyBuilder
 from engine.chat.request import PreparedRequest, Truncation
 from engine.errors import GenerationError, RequestError, UnknownModelError
 from engine.openai.http.errors import RequestAbortedError
-from engine.openai.http.lifetime import OpenRequest, OpenRequests, merge
+from engine.openai.http.lifetime import OpenRequest, OpenRequests
 from engine.openai.http.options import ServerOptions
-from engine.openai.http.sse import OPENAI_FORM, EventStream, StreamForm
+from engine.openai.http.sse import OPENAI_FORM, Events, EventStream, StreamForm
 from engine.openai.schema.protocol import SAMPLING_FIELDS, GenerationFields, SamplingFields, StreamOptions
 from engine.openai.serving.backend import ServedEngine
 from engine.openai.serving.logprobs import CompletionTokens, PlacedToken, TokenNames
 from engine.outputs import CompletionDelta
 from engine.params.sampling_params import SamplingParams
-from engine.runtime.stream import RequestStream
+from engine.runtime.stream import RequestStream, news_of, take_all
 from engine.text.parse.scan.output_sink import ParsedDelta
 from engine.text.template.chat_template import RESERVED_VARIABLES
 from engine.text.tokens.detokenizer import completion_stream
 
 _MAX_ID_LENGTH = 128
 _BIAS_LIMIT = 100.0
+_SHORT = 8192
+"""Characters of a request whose prompt is made at once: a millisecond's work."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,19 @@ def port_of(request: Request) -> Port:
     port = request.app.state.port
     assert isinstance(port, Port)
     return port
+
+
+@dataclass(slots=True)
+class News:
+    """What came for one choice since it was last looked at: the delta, and what it was parsed to."""
+
+    choice: "Choice"
+    delta: CompletionDelta
+    parsed: ParsedDelta
+
+    def join(self, delta: CompletionDelta, parsed: ParsedDelta) -> None:
+        """Add what came next."""
+        self.delta, self.parsed = self.delta.joined(delta), self.parsed + parsed
 
 
 @dataclass
@@ -118,6 +134,8 @@ class Job:
             for index, prompt in enumerate(each)
         ]
         self._tokens: dict[int, CompletionTokens] = {}
+        self.failure: Exception | None = None
+        """What failed, to be raised by the next :meth:`take`."""
 
     @property
     def params(self) -> SamplingParams:
@@ -145,18 +163,52 @@ class Job:
             tokens = self._tokens[choice.index] = CompletionTokens(self.names, stream, text_offset)
         return tokens.place(token_ids, last=last)
 
-    async def deltas(self) -> AsyncIterator[tuple[Choice, CompletionDelta, ParsedDelta]]:
-        """Deltas as they come, already added to their choice, each with what it was parsed to."""
-        if len(self.streams) == 1:
-            async for delta in self.streams[0]:
-                yield self._read(0, delta)
-            return
-        async for position, delta in merge(self.streams):
-            yield self._read(position, delta)
+    def take(self) -> Sequence[News] | None:
+        """What came since the last call, already added to its choices, in one entry for each choice; None at the end.
 
-    def _read(self, position: int, delta: CompletionDelta) -> tuple[Choice, CompletionDelta, ParsedDelta]:
+        Tokens with logprobs have an entry each. Raises what failed, once what came before it was taken.
+        """
+        if self.failure is not None:
+            raise self.failure
+        taken = take_all(self.streams)
+        if taken is None:
+            return None
+        arrived, self.failure = taken
+        found = self._read_all(arrived)
+        if self.failure is not None and not found:
+            raise self.failure
+        return found
+
+    async def news(self) -> AsyncIterator[Sequence[News]]:
+        """The same as it comes."""
+        while True:
+            waiter = news_of(self.streams)
+            some = self.take()
+            if some is None:
+                return
+            if some:
+                yield some
+            else:
+                await waiter
+
+    def _read_all(self, arrived: Sequence[tuple[int, CompletionDelta]]) -> Sequence[News]:
+        found: dict[int, News] = {}
+        apart = self.params.logprobs is not None
+        try:
+            if len(arrived) == 1:  # as where the client keeps up
+                return (self._read(*arrived[0]),)
+            for number, (position, delta) in enumerate(arrived):
+                news = self._read(position, delta)
+                known = found.setdefault(number if apart else news.choice.index, news)
+                if known is not news:
+                    known.join(news.delta, news.parsed)
+        except (RequestAbortedError, GenerationError) as error:
+            self.failure = error
+        return list(found.values())
+
+    def _read(self, position: int, delta: CompletionDelta) -> News:
         choice = self.choices[position * self.num_per_prompt + delta.index]
-        return choice, delta, choice.add(delta)
+        return News(choice, delta, choice.add(delta))
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far."""
@@ -193,6 +245,20 @@ def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
         return {int(token): min(_BIAS_LIMIT, max(-_BIAS_LIMIT, value)) for token, value in bias.items()}
     except ValueError:
         raise RequestError(f"logit_bias must map token ids to numbers, got {bias}.", param="logit_bias") from None
+
+
+async def make_prompts(make: Callable[[], T], parts: Iterable[object]) -> T:
+    """What ``make`` gives for the ``parts`` of a request: here where they are short texts, else in a thread.
+
+    Long ones would hold up the other clients' streams. Short ones would wait for a thread: Python hands over only every
+    few milliseconds while there is work.
+    """
+    left = _SHORT
+    for part in parts:
+        left -= 1 if isinstance(part, int) else len(part) if isinstance(part, str | list) else _SHORT + 1
+        if left < 0:
+            return await asyncio.to_thread(make)
+    return make()
 
 
 def truncation(request: SamplingFields) -> Truncation | None:
@@ -251,20 +317,68 @@ async def start_job(
 async def finish_job(port: Port, http: Request, job: Job) -> None:
     """Run ``job`` to its end, or until the client leaves or the port closes."""
     async with open_request(port, http, job):
-        async for _ in job.deltas():
+        async for _ in job.news():
             pass
 
 
-def stream_job(
-    port: Port,
-    http: Request,
-    job: Job,
-    events: AsyncGenerator[Mapping[str, Any], None],
-    form: StreamForm = OPENAI_FORM,
-) -> EventStream:
-    """The response that runs ``job`` and sends ``events``, until it ends, the client leaves or the port closes."""
+class EventWriter(Protocol):
+    """An API's events of a job, in order."""
+
+    def begin(self) -> Events:
+        """Before anything came."""
+
+    def of(self, news: News) -> Events:
+        """Of what came for a choice."""
+
+    def end(self) -> Events:
+        """When nothing more comes."""
+
+
+class JobEvents:
+    """The events of ``job``, for :class:`EventStream` or ``async for``."""
+
+    def __init__(self, job: Job, writer: EventWriter) -> None:
+        self._job, self._writer = job, writer
+        self._begun = self._over = False
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """See :class:`EventSource`."""
+        for stream in self._job.streams:
+            stream.listen(listener)
+
+    def take(self) -> Events | None:
+        """See :class:`EventSource`."""
+        if not self._begun:
+            self._begun = True
+            if events := self._writer.begin():
+                return events
+        if self._over:
+            return None
+        news = self._job.take()
+        if news is None:
+            self._over = True
+            return self._writer.end() or None
+        return self._written(news)
+
+    @property
+    def ending(self) -> bool:
+        """See :class:`EventSource`."""
+        return self._job.failure is not None or all(stream.finished for stream in self._job.streams)
+
+    async def __aiter__(self) -> AsyncGenerator[Events, None]:
+        yield self._writer.begin()
+        async for some in self._job.news():
+            yield self._written(some)
+        yield self._writer.end()
+
+    def _written(self, some: Sequence[News]) -> Events:
+        return self._writer.of(some[0]) if len(some) == 1 else [one for news in some for one in self._writer.of(news)]
+
+
+def stream_job(port: Port, http: Request, job: Job, writer: EventWriter, form: StreamForm = OPENAI_FORM) -> EventStream:
+    """The response that runs ``job`` and sends its events, until it ends, the client leaves or the port closes."""
     work = open_request(port, http, job)
-    return EventStream(events, work, keep_alive_seconds=port.options.keep_alive_seconds, form=form)
+    return EventStream(JobEvents(job, writer), work, keep_alive_seconds=port.options.keep_alive_seconds, form=form)
 
 
 def open_request(port: Port, http: Request, job: Job) -> OpenRequest:

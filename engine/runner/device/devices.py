@@ -67,7 +67,7 @@ def choose_blas() -> str | None:
     imported. Returns None where there is nothing to do (macOS, CUDA builds). Only the first call acts;
     later ones return its line.
     """
-    if sys.platform != "linux" or _cuda_build_installed():
+    if sys.platform != "linux" or cuda_build_installed():
         return None
     _limit_blas_threads(os.environ, usable_cpus())
     version = use_openblas(os.environ, Path(sys.prefix))
@@ -85,7 +85,8 @@ def _limit_blas_threads(env: MutableMapping[str, str], num_cpus: int) -> None:
         env["OPENBLAS_NUM_THREADS"] = str(num_cpus)
 
 
-def _cuda_build_installed() -> bool:
+def cuda_build_installed() -> bool:
+    """Whether MLX here is one that computes with CUDA."""
     for name in _CUDA_BUILDS:
         try:
             metadata.distribution(name)

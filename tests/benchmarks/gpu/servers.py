@@ -15,14 +15,46 @@ from typing import Any
 import httpx
 
 from tests.benchmarks.machine import ROOT
+from tests.benchmarks.port_speed import request_bytes, stream_all
 
 _START_SECONDS = 120
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
+class Served:
+    """A server that runs in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, model: Path) -> None:
+        self._process, self._port, self._model = process, port, model
+
+    @property
+    def address(self) -> str:
+        """Without a path."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def over_http(self, prompts: Sequence[str], num_tokens: int) -> float:
+        """Tokens a second of completions that stream at once, from the first send to the last byte."""
+        requests = [request_bytes("completions", str(self._model), prompt, num_tokens) for prompt in prompts]
+        seconds, count = stream_all(self._port, requests)
+        return count / seconds
+
+    def in_process(self, prompts: Sequence[str], num_tokens: int) -> float:
+        """The same through ``LLM.generate``, in the process of our server, which has no clients meanwhile."""
+        orders, answers = self._process.stdin, self._process.stdout
+        assert orders is not None
+        assert answers is not None
+        orders.write(json.dumps({"prompts": list(prompts), "num_tokens": num_tokens}).encode() + b"\n")
+        orders.flush()
+        line = answers.readline()
+        if not line:
+            raise RuntimeError("the server ended")
+        found = json.loads(line)
+        return float(found["tokens"] / found["seconds"])
+
+
 @contextmanager
-def serving(who: str, folder: Path, options: Mapping[str, Any]) -> Iterator[str]:
-    """The address of a server that runs meanwhile: ``ours``, or ``theirs``. Raises RuntimeError where none opens."""
+def running(who: str, folder: Path, options: Mapping[str, Any]) -> Iterator[Served]:
+    """A server that runs meanwhile: ``ours``, or ``theirs``. Raises RuntimeError where none opens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -35,18 +67,28 @@ def serving(who: str, folder: Path, options: Mapping[str, Any]) -> Iterator[str]
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if who == "ours" else subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        _wait(f"http://127.0.0.1:{port}/health", process)
-        yield f"http://127.0.0.1:{port}"
+        served = Served(process, port, folder)
+        _wait(f"{served.address}/health", process)
+        yield served
     finally:
         assert process.stdin is not None
         process.stdin.close()  # ours ends in order
         if who == "theirs":
             process.terminate()
         process.wait(timeout=60)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+@contextmanager
+def serving(who: str, folder: Path, options: Mapping[str, Any]) -> Iterator[str]:
+    """The address of a server that runs meanwhile; see :func:`running`."""
+    with running(who, folder, options) as served:
+        yield served.address
 
 
 def together(address: str, model: Path, prompts: Sequence[str], num_tokens: int) -> float:

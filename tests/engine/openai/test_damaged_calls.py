@@ -15,14 +15,14 @@ import pytest
 from engine.chat.reply import read_whole
 from engine.chat.request import Account, PreparedRequest
 from engine.openai.routes import chat, messages, responses
-from engine.openai.routes.messages_output import MessageEvents, ending, message_object
+from engine.openai.routes.messages_output import ending, message_object
 from engine.openai.routes.responses_calls import CallItems
 from engine.openai.routes.responses_output import ResponseBuilder
 from engine.openai.routes.responses_store import RunningResponse
 from engine.openai.schema.protocol import ChatCompletionRequest, StreamOptions
 from engine.openai.schema.responses_protocol import ResponsesRequest
 from engine.openai.schema.responses_tools import Toolbox
-from engine.openai.serving.generation import Job
+from engine.openai.serving.generation import EventWriter, Job, JobEvents
 from engine.openai.serving.logprobs import TokenNames
 from engine.outputs import CompletionDelta, Reply
 from engine.params.sampling_params import SamplingParams
@@ -55,10 +55,25 @@ def parser_of(name: str) -> OutputParser:
     )
 
 
+class OneByOne(RequestStream):
+    """Gives its deltas as to a client that keeps up."""
+
+    def take(self) -> list[CompletionDelta] | None:
+        return [self._deltas.popleft()] if self._deltas else super().take()
+
+
+async def events_of(job: Job, writer: EventWriter) -> list[dict[str, Any]]:
+    """What a client reads."""
+    found = [event async for some in JobEvents(job, writer) for event in some]
+    return [
+        json.loads(event.removeprefix(b"data: ")) if isinstance(event, bytes) else sendable(event) for event in found
+    ]
+
+
 def job_of(name: str, pieces: Sequence[str], reason: str) -> Job:
     """A reply of ``pieces`` that has come already."""
     params = SamplingParams(max_tokens=None)
-    stream = RequestStream("x", None, [1], params, lambda: None)
+    stream = OneByOne("x", None, [1], params, lambda: None)
     for place, piece in enumerate(pieces, 1):
         stream.put(CompletionDelta(0, piece, [7], finish_reason=reason if place == len(pieces) else None))
     stream.end()
@@ -82,8 +97,8 @@ async def chat_parts(job: Job) -> tuple[list[Part], dict[str, Any]]:
     body = CHAT
     pieces: list[tuple[str, Any, str]] = []
     ends = []
-    async for chunk in chat._chunks(job, body, "", StreamOptions()):
-        for choice in sendable(chunk)["choices"]:
+    for chunk in await events_of(job, chat._Chunks(job, body, "", StreamOptions(include_usage=False))):
+        for choice in chunk["choices"]:
             delta = choice["delta"]
             pieces += [("thought", None, delta["reasoning"])] if "reasoning" in delta else []
             pieces += [("text", None, delta["content"])] if delta.get("content") else []
@@ -103,11 +118,11 @@ async def chat_parts(job: Job) -> tuple[list[Part], dict[str, Any]]:
 
 async def message_parts(job: Job) -> tuple[list[Part], dict[str, Any]]:
     """What the events say in order, and the plain message."""
-    made = MessageEvents()
+    made = messages._Events(job)
     pieces: list[tuple[str, Any, str]] = []
     opened: int | None = None
-    async for event in messages._events(job, made):
-        match sendable(event):
+    for event in await events_of(job, made):
+        match event:
             case {"type": "content_block_start", "index": index, "content_block": block}:
                 assert opened is None
                 assert index == len({number for _, number, _ in pieces})
@@ -135,7 +150,7 @@ async def response_parts(job: Job) -> tuple[list[Part], dict[str, Any]]:
     calls = CallItems(Toolbox())
     builder = ResponseBuilder(responses._response(body, job, calls), calls)
     running = RunningResponse(builder, job, [])
-    events = [sendable(event) async for event in responses._events(body, running)]
+    events = await events_of(job, responses._Events(body, running))
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     plain = sendable(running.builder.response)
     assert events[-1]["response"] == plain

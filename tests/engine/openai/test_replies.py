@@ -87,6 +87,7 @@ def test_a_chat_is_split_alike_plain_and_streamed(http: httpx.Client, agent: Fak
 
 
 def test_arguments_are_streamed_as_they_come(http: httpx.Client, agent: FakeLLM) -> None:
+    agent.token_seconds = 0.001  # what comes at once is one chunk
     pieces = [
         piece["function"]["arguments"]
         for chunk in stream(http, tools=TOOLS)

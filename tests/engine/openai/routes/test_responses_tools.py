@@ -66,6 +66,7 @@ def test_a_custom_tools_input_is_streamed_as_plain_text(http: httpx.Client, llm:
         TEXT,
         "completed",
     )
+    llm.token_seconds = 0.001  # what comes at once is one event
     events = stream(http, tools=[PATCH])
     assert without_ids(events[-1]["response"]) == without_ids(reply)
     names = [event["type"].removeprefix("response.") for event in events[2:-1]]

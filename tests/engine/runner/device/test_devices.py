@@ -102,7 +102,7 @@ def test_openblas_gets_as_many_threads_as_the_quota_allows_unless_the_user_said(
 
 def test_without_openblas_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.sys, "platform", "linux")
-    monkeypatch.setattr(devices, "_cuda_build_installed", lambda: False)
+    monkeypatch.setattr(devices, "cuda_build_installed", lambda: False)
     monkeypatch.setattr(devices, "use_openblas", lambda *_: None)
     assert "pip install scipy-openblas32" in (devices.choose_blas.__wrapped__() or "")
 
@@ -111,7 +111,7 @@ def test_nothing_is_done_on_macos_and_for_cuda_builds(monkeypatch: pytest.Monkey
     monkeypatch.setattr(devices.sys, "platform", "darwin")
     assert devices.choose_blas.__wrapped__() is None
     monkeypatch.setattr(devices.sys, "platform", "linux")
-    monkeypatch.setattr(devices, "_cuda_build_installed", lambda: True)
+    monkeypatch.setattr(devices, "cuda_build_installed", lambda: True)
     assert devices.choose_blas.__wrapped__() is None
 
 

@@ -1,0 +1,145 @@
+"""Which device MLX computes on in this process: what ``--device`` says, and one GPU of several.
+
+MLX sees all GPUs, but it is no engine for two of them in one process. The buffers that it keeps for reuse are sorted by
+size alone: one of another GPU is copied to managed memory, where every access is a transfer. Its limits are those of
+one device, its default device is one for all threads, and the default stream of any GPU is made on the first. It also
+makes a stream, and so a context of some hundred MB, on each GPU that it sees. So a process is shown one GPU, before
+CUDA starts: which one is ``CUDA_VISIBLE_DEVICES``, as with any program. Several GPUs are several processes (see
+:mod:`engine.batch.replicas`).
+"""
+
+import ctypes
+import importlib
+import os
+import sys
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from engine.errors import ConfigError
+from engine.runner.device.devices import cuda_build_installed, prepare_backend
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass
+class _Placement:
+    """What this process was told. ``visible`` are CUDA's names of the GPUs it could see before."""
+
+    visible: tuple[str, ...] | None = None
+    index: int | None = None
+    on_cpu: bool = False
+
+
+_placement = _Placement()
+
+
+def place(wanted: str, env: MutableMapping[str, str] = os.environ) -> None:
+    """Have MLX compute on ``wanted`` (as :func:`engine.params.device.device_name` gives it) from now on.
+
+    Raises ConfigError for a device that is not here, with those that are, and for another GPU than the one that this
+    process uses already.
+    """
+    if wanted == "auto":
+        _leave_cpu()
+        return
+    names = device_names(env)
+    kind, _, number = wanted.partition(":")
+    if kind == "gpu":
+        kind = next((name.partition(":")[0] for name in names if name != "cpu"), "gpu")
+    if kind not in {name.partition(":")[0] for name in names} or (number and f"{kind}:{int(number)}" not in names):
+        raise _refused(wanted, f"not here; this machine has {' and '.join(names)}")
+    if kind == "cpu":
+        _take_cpu()
+        return
+    _leave_cpu()
+    if number:
+        _show_one(int(number), wanted, env)
+
+
+def device_names(env: Mapping[str, str] = os.environ) -> list[str]:
+    """The devices of this process as ``--device`` takes them: ``cuda:0``, ``cuda:1`` and ``cpu``, say."""
+    if sys.platform == "darwin":
+        return ["metal", "cpu"]
+    return [*(f"cuda:{number}" for number in range(len(_visible(env)))), "cpu"]
+
+
+def own_name(env: Mapping[str, str] = os.environ) -> str:
+    """This process's device, by the names of :func:`device_names`."""
+    import mlx.core as mx
+
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "cpu"
+    return device_names(env)[0 if sys.platform == "darwin" else _placement.index or 0]
+
+
+def environment_of(name: str, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of another process that is to compute on ``name``, one of :func:`device_names`."""
+    kind, _, number = name.partition(":")
+    return {**env, VISIBLE: _visible(env)[int(number)]} if kind == "cuda" else dict(env)
+
+
+def _visible(env: Mapping[str, str]) -> tuple[str, ...]:
+    if _placement.visible is not None:
+        return _placement.visible
+    if not cuda_build_installed():
+        return ()
+    if VISIBLE in env:
+        return tuple(filter(None, (name.strip() for name in env[VISIBLE].split(","))))
+    return tuple(map(str, range(_count_gpus())))
+
+
+def _count_gpus() -> int:
+    """How many GPUs there are, asked of NVIDIA's management library: CUDA looks at its variable only once."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_uint()
+    failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    return 0 if failed else count.value
+
+
+def _show_one(index: int, wanted: str, env: MutableMapping[str, str]) -> None:
+    """Show this process the GPU of that number alone."""
+    visible, known = _visible(env), _placement.index
+    if known is not None and known != index:
+        raise _refused(
+            wanted, f"this process computes on cuda:{known}, and on no other GPU until its kernel is restarted"
+        )
+    if known is not None or len(visible) == 1:
+        return
+    before = env.get(VISIBLE)
+    env[VISIBLE] = visible[index]
+    prepare_backend()
+    import mlx.core as mx
+
+    if mx.device_count(mx.gpu) != 1:  # CUDA had started, and looked at the variable then
+        if before is None:
+            del env[VISIBLE]
+        else:
+            env[VISIBLE] = before
+        if index:
+            raise _refused(
+                wanted, "MLX has started on cuda:0 in this process; restart the kernel and name the device first"
+            )
+        return
+    _placement.visible, _placement.index = visible, index
+
+
+def _take_cpu() -> None:
+    prepare_backend()
+    mx = importlib.import_module("mlx.core")
+    if mx.default_device().type != mx.DeviceType.cpu:
+        mx.set_default_device(mx.cpu)
+        _placement.on_cpu = True
+
+
+def _leave_cpu() -> None:
+    if _placement.on_cpu:
+        mx = importlib.import_module("mlx.core")
+        mx.set_default_device(mx.gpu)
+        _placement.on_cpu = False
+
+
+def _refused(wanted: str, why: str) -> ConfigError:
+    return ConfigError(f"--device {wanted}: {why}", flag="device", value=wanted)

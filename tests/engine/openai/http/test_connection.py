@@ -1,0 +1,241 @@
+"""What a step costs on the way out: one call of the event loop, one write for each stream, whatever piled up."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import uvicorn
+
+from engine.openai.app import create_app
+from engine.openai.http.connection import PortProtocol
+from engine.openai.http.options import ServerOptions
+from engine.openai.http.sse import TextEvent, event, named_event
+from engine.outputs import CompletionDelta
+from engine.runtime.stream import RequestStream, wake_all
+from tests.engine.openai.fakes import FakeLLM
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/completions": {"prompt": "Hi"},
+    "/v1/responses": {"input": "Hi"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 64},
+}
+
+
+class SilentLLM(FakeLLM):
+    """Generates nothing by itself."""
+
+    def _generate(self, stream: RequestStream, gone: Any) -> None:
+        return
+
+
+class Client(asyncio.Transport):
+    """A client's side of a connection that is none: it keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+        self.closing = False
+
+    def write(self, data: Any) -> None:
+        self.writes.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    def pause_reading(self) -> None:
+        return
+
+    def resume_reading(self) -> None:
+        return
+
+    @property
+    def body(self) -> bytes:
+        """What chunks brought, out of their frames."""
+        head, _, rest = b"".join(self.writes).partition(b"\r\n\r\n")
+        assert b"transfer-encoding: chunked" in head.lower()
+        found = b""
+        while rest:
+            size, _, rest = rest.partition(b"\r\n")
+            found, rest = found + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+        return found
+
+
+class Port:
+    """The application behind uvicorn's protocol, and the engine's streams in the hands of the test."""
+
+    def __init__(self, **options: Any) -> None:
+        self.llm = SilentLLM()
+        app = create_app(self.llm, ServerOptions(**options))
+        self._config = uvicorn.Config(app, log_config=None, lifespan="off", http=PortProtocol, ws="none")
+        self._config.load()
+        self._state = uvicorn.server.ServerState()
+
+    async def ask(self, path: str, version: str = "1.1", **more: Any) -> tuple[Client, PortProtocol, RequestStream]:
+        protocol, client = PortProtocol(config=self._config, server_state=self._state, app_state={}), Client()
+        protocol.connection_made(client)
+        content = json.dumps({"model": "fake", "stream": True, **BODIES[path], **more}).encode()
+        head = f"POST {path} HTTP/{version}\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        count = len(self.llm.submitted)
+        protocol.data_received(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        while len(self.llm.submitted) == count or not client.writes:
+            await asyncio.sleep(0)
+        await settle()
+        return client, protocol, self.llm.submitted[-1]
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def put(stream: RequestStream, text: str, **more: Any) -> None:
+    stream.append(CompletionDelta(0, text, [7], **more))
+
+
+def run(test: Callable[[Port], Awaitable[None]], **options: Any) -> None:
+    async def main() -> None:
+        await asyncio.wait_for(test(Port(**options)), 20)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_step_of_many_streams_is_one_call_of_the_event_loop_and_one_write_each(path: str) -> None:
+    async def test(port: Port) -> None:
+        asked = [await port.ask(path) for _ in range(8)]
+        streams = [stream for _, _, stream in asked]
+        loop = asyncio.get_running_loop()
+        calls: list[Any] = []
+        before = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *args, **kw: calls.append(args) or before(*args, **kw)  # type: ignore
+        for word in ("one ", "two ", "three "):
+            counts = [len(client.writes) for client, _, _ in asked]
+            calls.clear()
+            for stream in streams:
+                put(stream, word)
+            wake_all(streams)
+            assert len(calls) == 1
+            await settle()
+            assert [len(client.writes) for client, _, _ in asked] == [count + 1 for count in counts]
+        loop.call_soon_threadsafe = before  # type: ignore[method-assign]
+        for stream in streams:
+            stream.abort()
+            stream.end()
+        await settle()
+
+    run(test)
+
+
+def test_no_task_has_a_turn_for_a_token() -> None:
+    async def test(port: Port) -> None:
+        client, _, stream = await port.ask("/v1/chat/completions")
+        put(stream, "first")
+        wake_all([stream])
+        await settle()
+        count = len(client.writes)
+        put(stream, "second")
+        wake_all([stream])
+        await asyncio.sleep(0)  # the one turn in which the loop makes the call it was told to
+        assert len(client.writes) == count + 1, "a task would need another turn"
+        stream.end()
+        await settle()
+
+    run(test)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_what_piles_up_for_a_client_that_does_not_read_comes_in_one_write_once_it_does(path: str) -> None:
+    async def test(port: Port) -> None:
+        client, protocol, stream = await port.ask(path)
+        put(stream, "a")
+        wake_all([stream])
+        await settle()
+        protocol.pause_writing()
+        count = len(client.writes)
+        for word in "bcde":
+            put(stream, word)
+            wake_all([stream])
+        await settle()
+        assert len(client.writes) == count
+        protocol.resume_writing()
+        await settle()
+        assert len(client.writes) == count + 1
+        assert b"bcde" in client.writes[-1]
+        put(stream, "f", finish_reason="stop")
+        stream.end()
+        await settle()
+        assert client.writes[-1].endswith(b"0\r\n\r\n")
+
+    run(test)
+
+
+def test_the_end_reaches_a_client_that_did_not_read_when_it_came() -> None:
+    async def test(port: Port) -> None:
+        client, protocol, stream = await port.ask("/v1/completions")
+        protocol.pause_writing()
+        put(stream, "all of it", finish_reason="stop")
+        stream.end()
+        wake_all([stream])
+        await settle()
+        protocol.resume_writing()
+        await settle()
+        assert client.body.count(b"all of it") == 1
+        assert client.body.endswith(b"data: [DONE]\n\n")
+
+    run(test)
+
+
+def test_a_connection_of_http_1_0_gets_the_same_without_chunks() -> None:
+    async def test(port: Port) -> None:
+        new, _, one = await port.ask("/v1/completions")
+        old, _, other = await port.ask("/v1/completions", version="1.0")
+        for stream in (one, other):
+            put(stream, "hello", finish_reason="stop")
+            stream.end()
+        wake_all([one, other])
+        await settle()
+        head, _, body = b"".join(old.writes).partition(b"\r\n\r\n")
+        assert b"chunked" not in head.lower()
+        assert body.count(b"hello") == new.body.count(b"hello") == 1
+        assert body.startswith(b"data: ")
+        assert body.endswith(b"data: [DONE]\n\n")
+
+    run(test)
+
+
+def test_nothing_is_written_to_a_client_that_has_left_and_its_request_ends() -> None:
+    async def test(port: Port) -> None:
+        client, protocol, stream = await port.ask("/v1/chat/completions")
+        client.closing = True
+        count = len(client.writes)
+        protocol.connection_lost(ConnectionResetError())
+        await settle()
+        put(stream, "late")
+        wake_all([stream])
+        await settle()
+        assert len(client.writes) == count
+        assert port.llm.aborted.is_set()
+
+    run(test)
+
+
+@pytest.mark.parametrize("encode", [event, named_event])
+@pytest.mark.parametrize("text", ["plain", 'quotes " and \\', "line\nbreak\u2028", "wörld 🌍", "\x00\x1f", ""])
+def test_a_prepared_event_is_the_event_that_would_be_made_anew(encode: Callable[[Any], bytes], text: str) -> None:
+    def make(inner: str) -> dict[str, Any]:
+        return {"type": "t", "id": 'a "quoted" id', "choices": [{"text": inner, "again": inner, "end": None}]}
+
+    assert TextEvent(make, encode).of(text) == encode(make(text))
+
+
+def test_deltas_joined_are_what_they_would_be_one_after_the_other() -> None:
+    first = CompletionDelta(1, "a", [1], [{}], thinking_cut="budget")
+    last = CompletionDelta(1, "b", [2, 3], [{}, {}], "stop", "x")
+    assert first.joined(last) == CompletionDelta(1, "ab", [1, 2, 3], [{}, {}, {}], "stop", "x", "budget")
+    assert CompletionDelta(0, "a", [1]).joined(CompletionDelta(0, "", [])) == CompletionDelta(0, "a", [1])
