@@ -11,7 +11,6 @@ from typing import Any, Self
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
-from mlx_lm.models.cache import make_prompt_cache
 from numpy.typing import NDArray
 
 TIE = 0.05
@@ -52,17 +51,6 @@ class Oracle:
         ours, exact = (_logits(one, prompt) for one in (module, copy))
         noise = float(((ours - exact) / exact.std(axis=1, keepdims=True)).std())
         return cls(copy, max(TIE, 6 * noise))
-
-    @classmethod
-    def of_itself(cls, model: Any, prompt: Sequence[int]) -> Self:
-        """Where no copy in float32 fits: a tie is as wide as six times what the model's logits for ``prompt`` differ by
-        between one call and calls of a few tokens (standard deviation).
-        """
-        whole = _logits(model, prompt)
-        cache, few = make_prompt_cache(model), 5
-        parts = [model(mx.array([list(prompt[i : i + few])]), cache=cache)[0] for i in range(0, len(prompt), few)]
-        apart = np.array(mx.concatenate(parts).astype(mx.float32))
-        return cls(model, max(TIE, 6 * float(((whole - apart) / whole.std(axis=1, keepdims=True)).std())))
 
     def judge(self, prompt: Sequence[int], ours: Sequence[int]) -> tuple[Counter[str], float]:
         """How many of the tokens ``ours`` are mlx-lm's choice after those before them, and the largest gap to it.

@@ -1,5 +1,6 @@
 """A model of random weights in a known shape, as a folder that this engine and mlx-lm both load."""
 
+import copy
 import json
 import shutil
 import tempfile
@@ -85,12 +86,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def write_model(folder: Path, shape: str, *, packed: bool = False) -> int:
+def write_model(folder: Path, shape: str, *, packed: bool = False, layers: int | None = None) -> int:
     """Write a model of ``shape`` to ``folder``: bfloat16, or packed to 4 bits. Gives its weights' bytes.
 
-    Weights are drawn on the device, one shard in memory at a time; the same call always writes the same.
+    ``layers``: fewer than the shape has. Weights are drawn on the device, one shard in memory at a time; the same call always writes the same.
     """
-    config = dict(SHAPES[shape])
+    config = copy.deepcopy(SHAPES[shape])
+    if layers is not None:
+        config.get("text_config", config)["num_hidden_layers"] = layers
     config["eos_token_id"] = config["vocab_size"] - 1
     if packed:
         common = {"group_size": GROUP_SIZE, "bits": BITS}
