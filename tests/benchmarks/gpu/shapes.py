@@ -89,7 +89,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 def write_model(folder: Path, shape: str, *, packed: bool = False, layers: int | None = None) -> int:
     """Write a model of ``shape`` to ``folder``: bfloat16, or packed to 4 bits. Gives its weights' bytes.
 
-    ``layers``: fewer than the shape has. Weights are drawn on the device, one shard in memory at a time; the same call always writes the same.
+    ``layers``: fewer than the shape has. Weights are drawn on the device, one shard in memory at a time; the same call
+    always writes the same.
     """
     config = copy.deepcopy(SHAPES[shape])
     if layers is not None:
