@@ -50,7 +50,7 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = replace(FULL, slow_steps=8, repeats=1, long_repeats=1, prompt_repeats=2)
+QUICK = replace(FULL, slow_steps=8, repeats=1, long_repeats=1, prompt_repeats=2, wide_context=128, wide_steps=8)
 TINY = Sizes(
     shape="tiny", context=24, batches=(1, 3), packed_batches=(2,), long=((2, 96),), sampled_batch=3, steps=8,
     slow_steps=6, repeats=1, long_repeats=1, prompt=160, prompt_repeats=1, shared=(3, 64, 4), long_prompt=768,
