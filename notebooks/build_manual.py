@@ -48,7 +48,7 @@ ENVIRONMENT = {
     "XDG_CACHE_HOME": "where `smollm2` and, without `HF_HOME`, Hugging Face files are kept (`~/.cache`)",
     "XDG_RUNTIME_DIR": "where kernels tell each other how much memory they plan (else beside `smollm2`)",
     "JPY_SESSION_NAME": "set by Jupyter: the notebook's name, which its other notebooks are told",
-    "CUDA_VISIBLE_DEVICES": "set by you or a scheduler: models on different GPUs share no memory",
+    "CUDA_VISIBLE_DEVICES": "the GPUs that `--device cuda:N` and `replicas=` count; `--device` sets it to its one",
     "XDG_CONFIG_HOME": "where the `llm` tool keeps its settings (`~/.config`)",
     "LLM_USER_PATH": "the `llm` tool's folder, where that is somewhere else",
     "OPENBLAS_DIR": "folder of an OpenBLAS to use on a Linux CPU before the system's",

@@ -21,6 +21,7 @@ from tests.benchmarks.host_cases import host_cases
 from tests.benchmarks.hybrid_cases import hybrid_cases
 from tests.benchmarks.kv_dtype_cases import kv_dtype_cases
 from tests.benchmarks.notebook_cases import notebook_cases
+from tests.benchmarks.port_speed import port_cases
 
 MODEL = "smollm2"
 NUM_TOKENS = 32
@@ -55,6 +56,7 @@ def _their_tokenizer(llm: LLM) -> TokenizerWrapper:
 def all_cases() -> Iterator[Case]:
     """The cases; weights are loaded when the first that needs them is asked for."""
     yield from host_cases()
+    yield from port_cases()
     setup = _Setup()
     common = {"model": MODEL, "choice": setup.notes, "num_tokens": NUM_TOKENS}
     for context in (64, 1024):

@@ -187,12 +187,19 @@ class RemoteLLM:
         resume: "pandas.DataFrame | None" = None,
         choices: Sequence[Any] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
+        replicas: Any = None,
         **params: Any,
     ) -> "pandas.DataFrame":
         """:meth:`engine.llm.LLM.map`, with up to :data:`MAP_CONCURRENCY` prompts at the server at a time.
 
         ``choices`` are refused: a server tells neither the tokens of a prompt nor which ones end an answer.
+        ``replicas`` are refused too: how many there are is the server's own.
         """
+        if replicas is not None:
+            raise RequestError(
+                f"replicas: the model is at {self.base_url}, which has as many as it was started with; leave them out",
+                param="replicas",
+            )
         if choices is not None:
             raise RequestError(
                 f"choices: their probabilities need the model in this kernel, not at {self.base_url}; leave them out, "

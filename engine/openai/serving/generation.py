@@ -194,16 +194,17 @@ class Job:
     def _read_all(self, arrived: Sequence[tuple[int, CompletionDelta]]) -> Sequence[News]:
         found: dict[int, News] = {}
         apart = self.params.logprobs is not None
-        try:
-            if len(arrived) == 1:  # as where the client keeps up
-                return (self._read(*arrived[0]),)
-            for number, (position, delta) in enumerate(arrived):
+        for number, (position, delta) in enumerate(arrived):
+            try:
                 news = self._read(position, delta)
-                known = found.setdefault(number if apart else news.choice.index, news)
-                if known is not news:
-                    known.join(news.delta, news.parsed)
-        except (RequestAbortedError, GenerationError) as error:
-            self.failure = error
+            except (RequestAbortedError, GenerationError) as error:
+                self.failure = error
+                continue
+            if len(arrived) == 1:  # as where the client keeps up
+                return (news,)
+            known = found.setdefault(number if apart else news.choice.index, news)
+            if known is not news:
+                known.join(news.delta, news.parsed)
         return list(found.values())
 
     def _read(self, position: int, delta: CompletionDelta) -> News:

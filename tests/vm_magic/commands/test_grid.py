@@ -202,3 +202,15 @@ def test_help_and_completion_know_the_flags() -> None:
     assert "grid" in candidates([], "g", cell=True)
     assert "--close" in candidates(["connect"], "--")
     assert not list(candidates(["grid", "--over"], "")), "IPython completes the names of variables"
+
+
+def test_replicas_reach_the_map_and_devices_that_are_not_here_are_refused(
+    shell: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.batch.replicas.device_names", lambda: ["cpu"])
+    parse = command_parser("grid").parse_args
+    assert parse(["--replicas", "2", "Hi"]).replicas == 2
+    assert parse(["--replicas", "cuda:0, cuda:1", "Hi"]).replicas == ["cuda:0", "cuda:1"]
+    assert len(line(shell, "grid --replicas cpu --max-tokens 4 Hi")) == 1
+    with pytest.raises(ConfigError, match=r"replicas=\['cuda:0', 'cuda:1'\]: cuda:0 is not here; this machine has cpu"):
+        line(shell, "grid --replicas cuda:0,cuda:1 Hi")

@@ -345,6 +345,11 @@ def test_a_map_goes_over_the_wire_with_bounded_concurrency_and_marks_failures(
         remote.map(rows[:3], "Say {{ text }}", use_tqdm=False)
 
 
+def test_replicas_are_the_servers_own(remote: RemoteLLM) -> None:
+    with pytest.raises(RequestError, match=r"replicas: the model is at http.*as many as it was started with"):
+        remote.map(["a"], "{{ text }}", replicas=2)
+
+
 def test_choices_are_refused_with_the_way_back_to_this_kernel(remote: RemoteLLM) -> None:
     with pytest.raises(RequestError, match=r"choices: .* need the model in this kernel.*connect --close"):
         remote.map(["a"], "{{ text }}", choices=["yes", "no"], use_tqdm=False)

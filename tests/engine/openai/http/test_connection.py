@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from engine.errors import GenerationError
 from engine.openai.app import create_app
 from engine.openai.http.connection import PortProtocol
 from engine.openai.http.options import ServerOptions
@@ -187,6 +188,27 @@ def test_the_end_reaches_a_client_that_did_not_read_when_it_came() -> None:
         await settle()
         assert client.body.count(b"all of it") == 1
         assert client.body.endswith(b"data: [DONE]\n\n")
+
+    run(test)
+
+
+@pytest.mark.parametrize("ending", ["failed", "aborted"])
+def test_what_came_before_a_failure_reaches_the_client_whichever_prompt_it_is_of(ending: str) -> None:
+    async def test(port: Port) -> None:
+        client, _, _ = await port.ask("/v1/completions", prompt=["a", "b", "c"])
+        for number, stream in enumerate(port.llm.submitted):
+            put(stream, f"text {number}")
+        bad = port.llm.submitted[1]
+        if ending == "aborted":
+            put(bad, "", finish_reason="abort")
+        bad.end(GenerationError("out of luck") if ending == "failed" else None)
+        wake_all(port.llm.submitted)
+        await settle()
+        chunks = [json.loads(line.removeprefix("data: ")) for line in client.body.decode().split("\n\n")[:-2]]
+        assert [chunk["choices"][0]["text"] for chunk in chunks[:-1]] == ["text 0", "text 1", "text 2"]
+        assert chunks[-1]["error"]["code"] == (499 if ending == "aborted" else 500)
+        assert client.body.endswith(b"data: [DONE]\n\n")
+        assert port.llm.aborted.is_set(), "the other prompts end too"
 
     run(test)
 
