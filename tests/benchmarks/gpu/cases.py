@@ -9,8 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.benchmarks.gpu import ours, servers, theirs
+from tests.benchmarks.gpu import ours, theirs
 from tests.benchmarks.gpu.engines import Engines
+from tests.benchmarks.gpu.http_cases import http_results
 from tests.benchmarks.gpu.shapes import kv_bytes_per_token
 from tests.benchmarks.gpu.sizes import Sizes
 from tests.benchmarks.gpu.wide_cases import wide_results
@@ -60,7 +61,7 @@ def gpu_cases(sizes: Sizes) -> Iterator[GpuCase]:
     for rows, length in sizes.long:
         yield GpuCase(f"long, {rows} rows of {length}", partial(_long, rows, length))
         yield GpuCase(f"int8 pages, {rows} rows of {length}", partial(_int8, rows, length))
-    yield GpuCase(f"http, {sizes.clients} clients", _http)
+    yield GpuCase(f"http, {sizes.clients} clients", http_results)
     for rows in sizes.packed_batches:
         yield GpuCase(f"4bit decode, context {sizes.context}, batch {rows}", partial(_packed, rows))
     for shape in sizes.wide:
@@ -250,30 +251,6 @@ def _host(engines: Engines) -> Iterator[Result]:
     """What Python costs on this machine, which steps of few rows wait for."""
     for case in host_cases():
         yield run_case(case, repeats=engines.sizes.repeats)
-
-
-def _http(engines: Engines) -> Iterator[Result]:
-    """Completions that stream at once, from sending to the last one's end; both servers run meanwhile."""
-    sizes = engines.sizes
-    engines.release()
-    folder = engines.folder()
-    with (
-        servers.serving("ours", folder, engines.options()) as our_address,
-        servers.serving("theirs", folder, {}) as their_address,
-    ):
-
-        def measure(address: str) -> list[float]:
-            prompts = servers.text_prompts(engines.prompts(sizes.clients, sizes.context))
-            return [servers.together(address, folder, prompts, sizes.client_tokens)]
-
-        variants: dict[str, Samples] = {
-            "LLM.serve": partial(measure, our_address),
-            "mlx_lm.server": partial(measure, their_address),
-        }
-        take_turns(variants, 1)
-        samples = take_turns(variants, sizes.long_repeats)
-    facts = {"kind": "http", "clients": sizes.clients, "context": sizes.context, "num_tokens": sizes.client_tokens}
-    yield Result(Case(f"http, {sizes.clients} clients", "s", "lower", {}, facts), samples)
 
 
 def _load(engines: Engines) -> Iterator[Result]:

@@ -1,6 +1,5 @@
 """Both servers over HTTP: each in a process of its own, one client, requests that stream side by side."""
 
-import asyncio
 import json
 import os
 import socket
@@ -84,41 +83,9 @@ def running(who: str, folder: Path, options: Mapping[str, Any]) -> Iterator[Serv
             process.stdout.close()
 
 
-@contextmanager
-def serving(who: str, folder: Path, options: Mapping[str, Any]) -> Iterator[str]:
-    """The address of a server that runs meanwhile; see :func:`running`."""
-    with running(who, folder, options) as served:
-        yield served.address
-
-
-def together(address: str, model: Path, prompts: Sequence[str], num_tokens: int) -> float:
-    """Seconds until all of ``prompts``, sent at once, have streamed to their end."""
-
-    async def all_of_them() -> float:
-        async with httpx.AsyncClient(
-            base_url=address, timeout=300, limits=httpx.Limits(max_connections=None)
-        ) as client:
-            begin = time.perf_counter()
-            await asyncio.gather(*(_stream(client, model, prompt, num_tokens) for prompt in prompts))
-            return time.perf_counter() - begin
-
-    return asyncio.run(all_of_them())
-
-
 def text_prompts(tokens: Sequence[Sequence[int]]) -> list[str]:
     """Texts of as many tokens: without merges each letter is one."""
     return ["".join(_ALPHABET[token % len(_ALPHABET)] for token in prompt) for prompt in tokens]
-
-
-async def _stream(client: httpx.AsyncClient, model: Path, prompt: str, num_tokens: int) -> None:
-    body = {"model": str(model), "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "stream": True}
-    end = b""
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for part in response.aiter_raw():
-            end = (end + part)[-64:]
-    if b"[DONE]" not in end:
-        raise RuntimeError(f"a stream broke off: {end!r}")
 
 
 def _wait(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -37,7 +37,7 @@ class Sizes:
     """Steps of mlx-lm's that are measured of them in one turn."""
     wide_prompt: int = 2048
     clients: int = 32
-    client_tokens: int = 64
+    client_tokens: int = 128
     chunk: int = 2048
     max_model_len: int = 36864
     slow_max_model_len: int = 2048

@@ -57,9 +57,14 @@ def test_a_load_is_timed_in_processes_of_their_own_and_packed_weights_are_decode
     assert packed["settings"]["bits"] == 4
 
 
-def test_both_servers_are_measured_over_http(tmp_path: Path) -> None:
-    (case,) = run_tiny(tmp_path, "http")["cases"]
-    assert [len(samples) for samples in case["samples"].values()] == [1, 1]
+def test_the_port_is_measured_beside_its_own_process_and_mlx_lms_server(tmp_path: Path) -> None:
+    cases = [case for case in run_tiny(tmp_path, "http")["cases"] if "transformers" not in case["settings"]["beside"]]
+    assert [list(case["samples"]) for case in cases] == [
+        ["LLM.serve", "mlx_lm.server"],
+        ["LLM.serve", "LLM in its process"],
+    ]
+    assert [case["target"] for case in cases] == [3.0, 0.95]
+    assert all(min(rates) > 0 for case in cases for rates in case["samples"].values())
 
 
 def test_a_case_that_fails_is_said_and_the_others_still_run(
