@@ -141,6 +141,6 @@ def as_json(results: Sequence[Result], machine: Mapping[str, Any], settings: Map
 def save(text: str, folder: Path, date: str) -> Path:
     """Write one run's JSON to ``folder``, named by its date, and return the path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{date.replace(':', '-')}.json"
+    path = folder / f"{date.removesuffix('+00:00').replace(':', '-')}.json"  # what any tool takes for a name
     path.write_text(text, encoding="utf-8")
     return path
