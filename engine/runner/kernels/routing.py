@@ -32,7 +32,7 @@ def takes(num_experts: int, chosen: int, dtype: mx.Dtype) -> bool:
 
 
 def listing(tokens: int, num_experts: int, chosen: int) -> tuple[int, bool]:
-    """Rows of a tile for so many tokens, and whether :func:`choose` lists the tiles itself: its text differs by both."""
+    """Rows of a tile for so many tokens, and whether :func:`choose` lists the tiles: its text differs by both."""
     pairs = tokens * chosen
     rows = tile_rows(pairs, num_experts)
     return rows, (pairs > SCANNED_PAIRS or rows > 8) and tokens <= _MOST_LISTED
