@@ -122,23 +122,27 @@ def _problem(
     backend: PagedBackend | ContiguousBackend, model: nn.Module, vocab_size: int, *, exact: bool
 ) -> str | None:
     """Why this backend does not give the model's own logits, or None."""
+    exact = exact and _in_float32(backend, model)
     try:
         difference = paging_difference(backend, model, vocab_size)
+        if difference <= (_TOLERANCE if exact else _LOOSE_TOLERANCE):
+            return None
+        if not exact and difference <= _ROUNDINGS * sensitivity(model, vocab_size):
+            return None
     except Exception as error:  # noqa: BLE001  (an architecture may object in any way; it still runs contiguously)
         return error_line(error, 80)
-    if isinstance(backend, PagedBackend):
-        kinds = {leaf.shape.dtype for leaves in backend.groups for leaf in leaves if leaf.shape is not None}
-        exact = exact and backend.kv_cache_dtype in ("auto", "float32")
-    else:
-        kinds = {
-            value.dtype for _, value in tree_flatten(model.parameters()) if mx.issubdtype(value.dtype, mx.floating)
-        }
-    exact = exact and kinds <= {mx.float32}
-    if difference <= (_TOLERANCE if exact else _LOOSE_TOLERANCE):
-        return None
-    if not exact and difference <= _ROUNDINGS * sensitivity(model, vocab_size):
-        return None
     return f"its logits differ by {difference:.2g}"
+
+
+def _in_float32(backend: PagedBackend | ContiguousBackend, model: nn.Module) -> bool:
+    """Whether nothing that is kept is coarser: of pages and of states, or of what contiguous caches are made from."""
+    if isinstance(backend, PagedBackend):
+        leaves = [leaf for group in backend.groups for leaf in group]
+        kinds = [leaf.shape.dtype for leaf in leaves if leaf.shape is not None]
+        kinds += [dtype for leaf in leaves for _, dtype in leaf.states]
+        return set(kinds) <= {mx.float32} and backend.kv_cache_dtype in ("auto", "float32")
+    weights = [value.dtype for _, value in tree_flatten(model.parameters())]
+    return all(kind == mx.float32 for kind in weights if mx.issubdtype(kind, mx.floating))
 
 
 def _fallback_line(reason: str) -> str:

@@ -17,7 +17,7 @@ from engine.runner.kv.attention_path import AttentionPath, describe
 from engine.runner.sampling.sampler_choice import choose_sampler
 from engine.runtime import builder
 from engine.runtime.builder import attention_note, check_attention
-from tests.engine.runner.kernels.host_draw_rows import HostDrawRows
+from tests.engine.runner.kernels.host_draw_rows import HostDrawRows, host_best_rows
 from tests.engine.runner.kernels.host_kernels import HostKernels
 from tests.sweep.configurations import tiny_config
 from tests.tiny_models import VOCAB_SIZE
@@ -174,7 +174,7 @@ def test_a_kernel_samples_where_it_is_right_and_a_line_says_where_it_is_not(
             return super().__call__(*given) + int(wrong)
 
     kernel = Kernel()
-    monkeypatch.setattr(builder, "choose_sampler", partial(choose_sampler, kernel=kernel))
+    monkeypatch.setattr(builder, "choose_sampler", partial(choose_sampler, kernel=kernel, best=host_best_rows))
     folder = str(tiny_model_dir("qwen3"))
     params = SamplingParams(temperature=0.8, top_k=9, top_p=0.9, presence_penalty=1.0, seed=3, max_tokens=6)
     with LLM(folder, **OPTIONS) as llm:

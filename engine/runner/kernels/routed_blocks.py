@@ -18,8 +18,8 @@ from engine.runner.kernels.routed_experts import MAX_PAIRS, Routes
 from engine.runner.kernels.swapped_modules import SwappedModules
 
 _CHECKED_TOKENS = (1, 5, 40, 150)
-_LAUNCHED_TOKENS = (1, 40, 80, 128, 150)
-"""What the kernels of other numbers of tokens are compiled for as well."""
+_MOST_TOKENS = 256
+"""From which on the kernels are the same for any number."""
 _MOST_DIFFERENT = 2e-2
 """From what the block's own code gives, relative to a token's norm: that rounds logits' softmax to their own type."""
 _SHARE_ALIKE = 0.75
@@ -63,12 +63,18 @@ def launch_block_kernels(block: Any, layer: ExpertLayer) -> None:
     """Launch the kernels that a block takes; where kernels are only collected, say what to compile."""
     known, kind = _BLOCKS.get(_name(block)), layer.kind
     scale = None if known is not None else block.router.per_expert_scale
-    for tokens in _LAUNCHED_TOKENS:
+    for tokens in launched_tokens(kind.num_experts, _chosen(block)):
         logits = mx.zeros((tokens, kind.num_experts), kind.dtype)
         choice = routing.choose(logits, _chosen(block), normalized=_is_normalized(block), scale=scale)
         rows = mx.zeros((tokens * _chosen(block), kind.hidden), kind.dtype)
         shared = [mx.zeros((tokens, wide), kind.dtype) for wide in (kind.hidden, 1)] if known and known.shared else []
         routing.weighted_sum(rows, choice.scores, *shared)
+
+
+def launched_tokens(num_experts: int, chosen: int) -> list[int]:
+    """Numbers of tokens that take all kernels which any number takes."""
+    ways = {routing.listing(tokens, num_experts, chosen): tokens for tokens in range(_MOST_TOKENS, 0, -1)}
+    return sorted(ways.values())
 
 
 def block_problem(block: nn.Module, layer: ExpertLayer) -> str | None:

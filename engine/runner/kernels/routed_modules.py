@@ -49,6 +49,8 @@ class RoutedExperts:
         blocks = sum(kind in self._trusted_blocks for kind, _ in self._blocks)
         said = f"experts: own kernels for {own} of {self._num_layers} layers"
         said += f", with their routing for {blocks}" if blocks else ""
+        left = self._num_layers - len(self._layers)
+        said += f"; {left} in a form that no kernel covers" if left else ""
         return "; ".join([said, *(f"{what}: {problem}" for what, problem in self._problems.items())])
 
     def launch_kernels(self) -> None:

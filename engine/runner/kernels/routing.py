@@ -31,6 +31,13 @@ def takes(num_experts: int, chosen: int, dtype: mx.Dtype) -> bool:
     return chosen <= min(MAX_CHOSEN, num_experts) and num_experts <= 1024 and dtype in (mx.bfloat16, mx.float16)
 
 
+def listing(tokens: int, num_experts: int, chosen: int) -> tuple[int, bool]:
+    """Rows of a tile for so many tokens, and whether :func:`choose` lists the tiles: its text differs by both."""
+    pairs = tokens * chosen
+    rows = tile_rows(pairs, num_experts)
+    return rows, (pairs > SCANNED_PAIRS or rows > 8) and tokens <= _MOST_LISTED
+
+
 def choose(logits: mx.array, chosen: int, *, normalized: bool, scale: mx.array | None = None) -> Choice:
     """The ``chosen`` experts with the largest ``logits`` [T, E] of each token.
 
@@ -38,9 +45,7 @@ def choose(logits: mx.array, chosen: int, *, normalized: bool, scale: mx.array |
     """
     tokens, num_experts = logits.shape
     pairs = tokens * chosen
-    rows = tile_rows(pairs, num_experts)
-    scanned = pairs <= SCANNED_PAIRS and rows == 8
-    listed = not scanned and tokens <= _MOST_LISTED
+    rows, listed = listing(tokens, num_experts, chosen)
     body, header = choose_text(normalized=normalized, scaled=scale is not None, listed=listed)
     entries = entries_of(pairs, num_experts, rows)
     threads = 1024 if listed else 32 * min(_WARPS, tokens)
@@ -58,7 +63,7 @@ def choose(logits: mx.array, chosen: int, *, normalized: bool, scale: mx.array |
     )
     if listed:
         return Choice(Routes(indices, rows, *lists), scores)
-    return Choice(Routes(indices, rows) if scanned else route(indices, num_experts, rows=rows), scores)
+    return Choice(route(indices, num_experts, rows=rows), scores)
 
 
 def weighted_sum(

@@ -16,8 +16,9 @@ _MOST_BLOCKS = 64
 _DONE = 8
 """Elements of a write's output: fewer would lie in the host's memory on CUDA."""
 
+# By 16 bytes where rows of the last axis are: values may be a part of a longer array, from any of its rows on.
 _EACH = r"""
-  if (WIDTH * int(sizeof(T)) % 16 == 0) {
+  if (ROW * int(sizeof(T)) % 16 == 0) {
     constexpr int VEC = 16 / int(sizeof(T));
     for (int i = (BLK_X * THREADS + TID) * VEC; i < WIDTH; i += GRID_X * THREADS * VEC) { @VECTOR@ }
   } else {
@@ -44,11 +45,10 @@ _WRITE = r"""
 
 def read_slots(states: mx.array, slots: mx.array, num_rows: int) -> mx.array:
     """States [num_rows, …] of the first rows of ``slots``, from ``states`` [slots, …]."""
-    width = states.size // states.shape[0]
     (out,) = make_kernel("read_slots", ("states", "slots"), ("out",), _READ)(
         inputs=[states, slots],
-        template=[("T", states.dtype), ("WIDTH", width), ("THREADS", _THREADS)],
-        grid=(_threads(width, states.dtype), num_rows, 1),
+        template=_template(states),
+        grid=(_threads(states), num_rows, 1),
         threadgroup=(_THREADS, 1, 1),
         output_shapes=[(num_rows, *states.shape[1:])],
         output_dtypes=[states.dtype],
@@ -66,12 +66,11 @@ def write_slots(
     """
     if values.shape[1:] != states.shape[1:] or values.dtype != states.dtype:
         raise ValueError(f"{values.dtype} {values.shape} does not fit slots of {states.dtype} {states.shape}")
-    width = states.size // states.shape[0]
     (done,) = make_kernel("write_slots", ("values", "states", "slots", "read", "earlier"), ("done",), _WRITE)(
         # Those that are not read are there for the order alone; each has one type, since each type is a kernel.
         inputs=[values, states, slots, values if read is None else read, slots if after is None else after],
-        template=[("T", states.dtype), ("WIDTH", width), ("THREADS", _THREADS)],
-        grid=(_threads(width, states.dtype), values.shape[0], 1),
+        template=_template(states),
+        grid=(_threads(states), values.shape[0], 1),
         threadgroup=(_THREADS, 1, 1),
         output_shapes=[(_DONE,)],
         output_dtypes=[mx.int32],
@@ -79,7 +78,12 @@ def write_slots(
     return done
 
 
-def _threads(width: int, dtype: mx.Dtype) -> int:
-    bytes_of_row = width * dtype.size
-    steps = -(-bytes_of_row // 16) if bytes_of_row % 16 == 0 else width
+def _template(states: mx.array) -> list[tuple[str, mx.Dtype | int]]:
+    width = states.size // states.shape[0]
+    return [("T", states.dtype), ("WIDTH", width), ("ROW", states.shape[-1]), ("THREADS", _THREADS)]
+
+
+def _threads(states: mx.array) -> int:
+    width, by_vectors = states.size // states.shape[0], states.shape[-1] * states.dtype.size % 16 == 0
+    steps = width * states.dtype.size // 16 if by_vectors else width
     return _THREADS * min(_MOST_BLOCKS, -(-steps // _THREADS))

@@ -1,6 +1,7 @@
 """Gated delta nets of mlx-lm's (Qwen3-Next, Qwen3.5) computed by kernels where their states lie in slots.
 
-Their projections stay the modules' own. Between them are two launches, whatever the number of rows or tokens.
+Their projections stay the modules' own. Between them are two launches, whatever the number of rows or tokens, or one
+for single tokens where :attr:`engine.runner.kernels.gated_delta.DeltaShape.one_launch` says so.
 """
 
 from collections.abc import Callable

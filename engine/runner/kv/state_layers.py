@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from engine.errors import error_line
 from engine.runner.kernels.state_kernels import StateKernels
 from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv import delta_nets, ssm_layers
@@ -20,7 +21,7 @@ class StateLayers:
         self._swapped = SwappedModules()
         problems: dict[str, None] = {}
         for _, module in model.named_modules():
-            found = _methods(module, kernels)
+            found = _found(module, kernels)
             if isinstance(found, str):
                 problems[found] = None
                 continue
@@ -32,6 +33,14 @@ class StateLayers:
     def remove(self) -> None:
         """Leave every module as it was."""
         self._swapped.undo()
+
+
+def _found(module: Any, kernels: StateKernels) -> Methods | str:
+    """As :func:`_methods`, of whatever module."""
+    try:
+        return _methods(module, kernels)
+    except Exception as error:  # noqa: BLE001  (a module that is made otherwise computes as it did)
+        return f"{type(module).__name__} by mlx-lm's operations, {error_line(error)}"
 
 
 def _methods(module: Any, kernels: StateKernels) -> Methods | str:

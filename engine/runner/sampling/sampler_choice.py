@@ -11,7 +11,7 @@ from engine.runner.sampling.sampler import Sampler
 
 _right: set[tuple[DrawRows, mx.Dtype]] = set()
 """What was right in this process: a load rehearses, and then asks for the same."""
-_best_right: dict[tuple[BestRows, mx.Dtype], bool] = {}
+_best_right: set[tuple[BestRows, mx.Dtype]] = set()
 
 
 def choose_sampler(
@@ -30,10 +30,8 @@ def choose_sampler(
     if problem:
         return Sampler(), f"sampling: MLX's own operations ({problem})"
     _right.update((kernel, one) for one in asked)
-    return Sampler(kernel, best if _is_right(best, dtype) else None), None
-
-
-def _is_right(best: BestRows, dtype: mx.Dtype) -> bool:
-    if (best, dtype) not in _best_right:
-        _best_right[best, dtype] = best_problem(dtype, best) is None
-    return _best_right[best, dtype]
+    problem = None if (best, dtype) in _best_right else best_problem(dtype, best)
+    if problem:
+        return Sampler(kernel), f"sampling: likeliest tokens by the kernel that draws, not by their own ({problem})"
+    _best_right.add((best, dtype))
+    return Sampler(kernel, best), None

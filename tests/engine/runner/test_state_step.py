@@ -17,6 +17,7 @@ from engine.runner.kv.attention_path import describe
 from engine.runner.kv.input_batch import InputBatch
 from engine.runner.kv.kv_spec import flatten, group_leaves, probe_caches
 from engine.runner.kv.state_cache import KernelStateGroup
+from engine.runner.kv.state_layers import StateLayers
 from engine.runner.paged_backend import PagedBackend
 from tests.engine.parity.bare_engine import BareEngine, greedy
 from tests.engine.parity.tiny_architectures import VOCAB, tiny_model
@@ -253,3 +254,13 @@ def test_closing_leaves_gated_delta_nets_as_they_were() -> None:
     assert [type(layer) for _, layer in model.named_modules()] != kinds
     backend.close()
     assert [type(layer) for _, layer in model.named_modules()] == kinds
+
+
+def test_a_layer_that_is_made_otherwise_is_left_to_mlx_lms_code() -> None:
+    model = tiny_model("mamba2")
+    for _, layer in model.named_modules():
+        if hasattr(layer, "time_step_limit"):
+            layer.time_step_limit = (0.0, 10.0, 20.0)
+    found = StateLayers(model, HostStateKernels())
+    assert found.problem == "Mamba2Block by mlx-lm's operations, ValueError: too many values to unpack (expected 2)"
+    found.remove()

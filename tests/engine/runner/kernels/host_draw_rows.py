@@ -57,3 +57,11 @@ def drawn_token(logits: NDArray[np.float32], wish: Wish, uniforms: NDArray[np.fl
 
 def _inverted(weights: NDArray[np.float64], uniform: float) -> int:
     return int(np.argmax((np.cumsum(weights) > uniform * weights.sum()) & (weights > 0)))
+
+
+def host_best_rows(logits: mx.array) -> mx.array:
+    """As :func:`engine.runner.kernels.best_rows.best_rows`."""
+    rows = np.array(logits.astype(mx.float32))
+    tokens = np.where(np.isnan(rows), np.inf, rows).argmax(axis=1)
+    finite = np.isfinite(np.take_along_axis(rows, tokens[:, None], 1)[:, 0])
+    return mx.array(np.where(finite, tokens, -1).astype(np.int32))

@@ -127,6 +127,17 @@ def test_experts_of_unknown_blocks_are_swapped_alone(monkeypatch: pytest.MonkeyP
     assert alike(steps(model, tokens), usual, in_float32("qwen3_moe", tokens))
 
 
+def test_experts_in_a_form_that_no_kernel_covers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "qwen3_moe", (MODELS["qwen3_moe"][0], {"bits": 5, "group_size": 64}))
+    model = build("qwen3_moe")
+    were, experts = classes(model), RoutedExperts(model, "cuda")
+    experts.choose()
+    experts.install()
+    assert experts.note == "experts: own kernels for 0 of 2 layers; 2 in a form that no kernel covers"
+    assert classes(model) == were
+    assert RoutedExperts(model, "metal").note is None
+
+
 def test_kernels_that_are_wrong_are_not_used_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("qwen3_moe")
     were = classes(model)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine.runner.kernels import routed_experts, routing
+from engine.runner.kernels.routed_blocks import launched_tokens
 from engine.runner.kernels.routing import choose, weighted_sum
 from tests.engine.runner.kernels.cuda_on_host import HostKernel, kernels_on_host
 
@@ -81,3 +82,34 @@ def test_rows_are_summed_by_their_scores_with_a_shared_experts_part(tokens: int,
         expected = expected + mx.sigmoid(gate.astype(mx.float32)) * more.astype(mx.float32)
     assert found.dtype == mx.bfloat16
     assert mx.allclose(found.astype(mx.float32), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [(256, 8), (128, 4), (64, 8), (60, 4), (32, 4), (8, 2), (6, 6)])
+def test_what_is_compiled_at_load_is_all_that_any_number_of_tokens_launches(
+    experts: int, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: set[tuple[str, tuple[tuple[str, object], ...]]] = set()
+
+    class Collected:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __call__(
+            self, *, template: list[tuple[str, object]], output_shapes: list[tuple[int, ...]],
+            output_dtypes: list[mx.Dtype], **_launch: object,
+        ) -> list[mx.array]:  # fmt: skip
+            launched.add((self._name, tuple(template)))
+            return [mx.zeros(*both) for both in zip(output_shapes, output_dtypes, strict=True)]
+
+    monkeypatch.setattr(routing, "make_kernel", lambda name, *_text: Collected(name))
+    monkeypatch.setattr(routed_experts, "make_kernel", lambda name, *_text: Collected(f"checked {name}"))
+
+    def names(numbers: list[int]) -> set[tuple[str, tuple[tuple[str, object], ...]]]:
+        launched.clear()
+        for tokens in numbers:
+            choose(mx.zeros((tokens, experts), mx.bfloat16), chosen, normalized=True)
+        return {one for one in launched if not one[0].startswith("checked")}
+
+    at_load = launched_tokens(experts, chosen)
+    assert len(at_load) < 8
+    assert names(at_load) == names(list(range(1, 400)))

@@ -15,7 +15,7 @@ from engine.runner.sampling import sampler_choice
 from engine.runner.sampling.sampler import Sampler
 from engine.runner.sampling.sampler_choice import choose_sampler
 from engine.runner.sampling.sampling_metadata import SamplingMetadata, SamplingPlan, SamplingRow
-from tests.engine.runner.kernels.host_draw_rows import HostDrawRows
+from tests.engine.runner.kernels.host_draw_rows import HostDrawRows, host_best_rows
 from tests.engine.runner.kernels.text_on_host import HostKernel
 from tests.engine.runner.sampling.test_sampler import random_batch
 from tests.engine.runner.sampling.test_sampling_plan import VOCAB, WISHES
@@ -131,7 +131,7 @@ def test_a_kernel_that_is_right_is_chosen_without_a_word(monkeypatch: pytest.Mon
     monkeypatch.setattr(sampler_choice, "draw_problem", lambda dtypes, kernel: asked.append(dtypes))
     for dtype, checked in ((mx.bfloat16, [mx.bfloat16, mx.float32]), (mx.float32, [mx.float32])):
         kernel = HostDrawRows()
-        sampler, note = choose_sampler(Model(dtype, 64), 64, kernel)
+        sampler, note = choose_sampler(Model(dtype, 64), 64, kernel, host_best_rows)
         assert note is None
         assert asked.pop() == checked
         sampler.sample(mx.zeros((1, 64), dtype), SamplingMetadata.build([SamplingRow(USUAL)], 64))
@@ -152,6 +152,22 @@ def test_a_kernel_that_is_wrong_is_not_used_and_a_line_says_so() -> None:
     assert kernel.calls == calls
 
 
+def test_likeliest_tokens_that_are_wrong_are_taken_by_the_kernel_that_draws_and_a_line_says_so() -> None:
+    answers = [-1, 0]
+
+    def best(logits: mx.array) -> mx.array:
+        return host_best_rows(logits) + answers[0]
+
+    model, kernel = Model(mx.bfloat16, 64), HostDrawRows()
+    sampler, note = choose_sampler(model, 64, kernel, best)
+    assert str(note).startswith("sampling: likeliest tokens by the kernel that draws, not by their own (20000 bfloat16")
+    calls = kernel.calls
+    sampler.sample(mx.zeros((1, 64)), SamplingMetadata.build([SamplingRow(SamplingParams(temperature=0))], 64))
+    assert kernel.calls == calls + 1
+    answers.pop(0)
+    assert choose_sampler(model, 64, kernel, best)[1] is None, "what failed once is asked again"
+
+
 def test_too_few_logits_need_no_check() -> None:
     def unasked(*_given: object) -> mx.array:
         raise AssertionError("the kernel was launched")
@@ -168,6 +184,6 @@ def test_a_kernel_that_was_right_is_not_checked_again_in_this_process(monkeypatc
         return answers.pop(0)
 
     monkeypatch.setattr(sampler_choice, "draw_problem", answer)
-    notes = [sampler_choice.choose_sampler(model, VOCAB, kernel)[1] for _ in range(3)]
+    notes = [sampler_choice.choose_sampler(model, VOCAB, kernel, host_best_rows)[1] for _ in range(3)]
     assert notes == ["sampling: MLX's own operations (wrong)", None, None]
     assert asked == [[mx.float32]] * 2
