@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from engine.runner import warm_up
+from engine.runner.backends import ContiguousBackend
 from engine.runner.kv.attention_path import describe
 from engine.runner.paged_backend import PagedBackend
+from engine.runner.warm_up import choose_backend
 from tests.engine.parity.bare_engine import BareEngine
 from tests.engine.parity.tiny_architectures import VOCAB, tiny_model
 from tests.engine.runner.kernels.host_kernels import HostKernels
@@ -73,3 +75,11 @@ def test_a_model_that_refuses_to_be_asked_how_far_rounding_moves_it_still_loads(
     model.set_dtype(mx.bfloat16)
     engine = BareEngine(model)
     assert "one argument too many" in str(engine.note)
+
+
+def test_in_float32_on_a_cpu_nothing_is_put_down_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_up, "paging_difference", lambda *_given: 0.01)
+    monkeypatch.setattr(warm_up, "sensitivity", lambda *_given: 9.0)
+    backend, line = choose_backend(tiny_model("llama"), paged=True, block_size=16, device="cpu", vocab_size=VOCAB)
+    assert isinstance(backend, ContiguousBackend)
+    assert "its logits differ by 0.01" in str(line)
