@@ -355,11 +355,14 @@ class JobEvents:
                 return events
         if self._over:
             return None
-        news = self._job.take()
+        while news := self._job.take():
+            # What shows nothing must not look like a wait for more: it may be the last that a listener is called for.
+            if events := self._written(news):
+                return events
         if news is None:
             self._over = True
             return self._writer.end() or None
-        return self._written(news)
+        return ()
 
     @property
     def ending(self) -> bool:
