@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from engine.batch.map import Answer, MapClient, MapJob, PromptStream
-from engine.errors import ConfigError, EngineClosedError, GenerationError, RequestError
+from engine.errors import ConfigError, EngineClosedError, RequestError
 from engine.params.engine_args import EngineArgs
 from engine.params.settings import Settings
 from engine.runner.device.placement import device_names, environment_of, own_name
@@ -310,7 +310,7 @@ class SharedJob:
             self._outcome, member.lost = error, str(error)
             if not self._aborted and self._began_again():
                 return
-        except (RequestError, GenerationError) as error:
+        except Exception as error:  # noqa: BLE001 - this may be an engine's thread; whoever asks for the answer raises it
             self._outcome = error
         with self._lock:
             self._over = True

@@ -1,6 +1,8 @@
 """``LLM.map(replicas=…)``: the same answers in the same order, whichever copy of the model gave them."""
 
+import io
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -14,6 +16,7 @@ import pytest
 from engine import LLM
 from engine.batch import replicas as replicas_module
 from engine.batch.map import Answer, MapInterrupted, MapRequest, map_prompts
+from engine.batch.replica_process import Answers, Worker
 from engine.batch.replicas import Member, Replica, ReplicaOrder, Replicas, replica_names, replicated
 from engine.errors import ConfigError, EngineClosedError, RequestError
 from tests.conftest import TinyModelDir
@@ -308,6 +311,26 @@ def test_an_error_of_the_prompt_is_its_own_and_the_last_engine_to_close_ends_the
         unlucky.answer()
     with pytest.raises(EngineClosedError):
         several.submit("more", {})
+
+
+def test_an_answer_that_cannot_be_read_is_told_to_who_asks_and_not_to_the_engines_thread() -> None:
+    client = FakeClient()
+    job = several_fakes(client).submit("odd", {})
+    client.jobs[0].end(ValueError("odd"))
+    with pytest.raises(ValueError, match="odd"):
+        job.answer()
+
+
+def test_a_process_whose_answer_cannot_be_read_goes_on() -> None:
+    stream = io.BytesIO()
+    client = FakeClient()
+    worker = Worker(client, Answers(stream))
+    orders = [("submit", 0, "odd", {}), ("submit", 1, "fine", {})]
+    worker.follow(io.BytesIO(b"".join(map(pickle.dumps, orders))))
+    client.jobs[0].end(ValueError("odd"))
+    client.jobs[1].end(answer("fine"))
+    stream.seek(0)
+    assert [str(pickle.load(stream)[2]) for _ in range(2)] == ["ValueError: odd", str(answer("fine"))]
 
 
 GPUS = ["cuda:0", "cuda:1", "cpu"]
