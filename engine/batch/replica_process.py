@@ -75,6 +75,8 @@ class Worker:
             self._answers.send("lost", error_line(error))
         except (RequestError, GenerationError) as error:
             self._answers.send("over", number, type(error)(str(error)))
+        except Exception as error:  # noqa: BLE001 - this is the engine's thread, which other prompts need
+            self._answers.send("over", number, GenerationError(error_line(error)))
 
     def _report(self, over: threading.Event) -> None:
         while not over.wait(_NEWS_SECONDS):

@@ -13,13 +13,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from engine.batch.map import Answer, MapClient, MapJob, PromptStream
-from engine.errors import ConfigError, EngineClosedError, GenerationError, RequestError
+from engine.errors import ConfigError, EngineClosedError, RequestError
 from engine.params.engine_args import EngineArgs
 from engine.params.settings import Settings
 from engine.runner.device.placement import device_names, environment_of, own_name
@@ -129,6 +129,8 @@ class Replica:
         self._jobs: dict[int, ReplicaJob] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        """A lock of its own: a write may wait until the process reads, which may wait until its answers are read."""
         self._closing = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
@@ -148,16 +150,17 @@ class Replica:
 
     def submit(self, prompt: str, params: Mapping[str, Any]) -> ReplicaJob:
         """Begin. Raises ReplicaLostError."""
-        job = ReplicaJob(next(self._numbers), lambda number: self._tell(("abort", number)))
+        number = next(self._numbers)
+        job = ReplicaJob(number, lambda number: self._tell(("abort", number)))
         with self._lock:
             if self.lost is not None:
                 raise ReplicaLostError(self.lost)
-            self._jobs[job._number] = job
-        self._tell(("submit", job._number, prompt, dict(params)))
+            self._jobs[number] = job
+        self._tell(("submit", number, prompt, dict(params)))
         return job
 
-    def close(self) -> None:
-        """Free the model and end the process, at once where it still loads. Safe to repeat."""
+    def end(self) -> None:
+        """Have the process free its model and end, at once where it still loads; waits for nothing. Safe to repeat."""
         self._closing = True
         if not self.ready.is_set():
             self._process.kill()
@@ -166,20 +169,27 @@ class Replica:
             self._process.stdin.close()
         except OSError:  # what it was to be told last cannot reach it
             logger.debug("the replica on %s had ended", self.name)
+
+    def close(self) -> None:
+        """:meth:`end`, and wait for it; where it takes too long, or at an interrupt, it is killed. Safe to repeat."""
+        self.end()
         try:
             self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            logger.debug("the replica on %s did not end by itself", self.name)
+        finally:
+            self._process.kill()  # nothing happens to one that has ended
+        self._process.wait()
         self._reader.join()
         self._errors.close()
 
     def _tell(self, message: object) -> None:
         """Send ``message``. A process that is gone is noticed by whoever reads from it."""
         assert self._process.stdin is not None
+        content = pickle.dumps(message)
         try:
-            with self._lock:
-                pickle.dump(message, self._process.stdin)
+            with self._writing:
+                self._process.stdin.write(content)
                 self._process.stdin.flush()
         except (OSError, ValueError):
             logger.debug("the replica on %s cannot be told anything any more", self.name)
@@ -300,7 +310,7 @@ class SharedJob:
             self._outcome, member.lost = error, str(error)
             if not self._aborted and self._began_again():
                 return
-        except (RequestError, GenerationError) as error:
+        except Exception as error:  # noqa: BLE001 - this may be an engine's thread; whoever asks for the answer raises it
             self._outcome = error
         with self._lock:
             self._over = True
@@ -400,10 +410,12 @@ class Replicas:
         return min(loaded or alive, key=lambda member: member.num_jobs / max(1, member.client.look_ahead))
 
     def close(self) -> None:
-        """End the processes."""
-        for member in self.members:
-            if isinstance(member.client, Replica):
-                member.client.close()
+        """End the processes, all of them also where an interrupt comes between."""
+        with ExitStack() as closing:
+            for member in self.members:
+                if isinstance(member.client, Replica):
+                    closing.callback(member.client.close)
+                    member.client.end()
 
 
 def replica_names(wanted: int | Sequence[str], own: str | None = None) -> list[str]:
@@ -472,6 +484,6 @@ def _refused(wanted: object, why: str) -> ConfigError:
 
 
 def _environment(name: str) -> dict[str, str]:
-    """As this process's, with the device ``name``, and this process's modules."""
+    """As this process's, with the device ``name``, and this process's modules; none of the working folder beside."""
     paths = [path or os.getcwd() for path in sys.path]
-    return {**environment_of(name), "PYTHONPATH": os.pathsep.join(paths)}
+    return {**environment_of(name), "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

@@ -138,7 +138,7 @@ class EngineArgs:
     attention_backend: str = "auto"
     """``paged`` insists on kernels: a load where no layer can take them is refused."""
     device: str = "auto"
-    """A process computes on one GPU: the first load that names one decides."""
+    """A process computes on one GPU: the first load or plan that names one decides."""
     dtype: str = "auto"
     seed: int | None = None
     revision: str | None = None

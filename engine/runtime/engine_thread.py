@@ -15,6 +15,7 @@ from engine.models.local import ResolvedModel
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.faults import device_failure, driver_failure, give_up_device, has_driver
 from engine.runner.device.memory import is_out_of_memory
+from engine.runner.device.placement import computing
 from engine.runner.device.threads import mlx_thread
 from engine.runtime.builder import BuiltEngine, build_engine
 from engine.runtime.llm_engine import MEMORY_HELP, LLMEngine
@@ -159,7 +160,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            with mlx_thread():
+            with computing(), mlx_thread():
                 self._live()
         except BaseException as error:
             failure = device_failure(error)

@@ -14,6 +14,7 @@ from engine.params.engine_args import ENGINE_FLAGS, EngineArgs, Flag
 from engine.params.kv_dtype import VLLM_NAMES
 from engine.params.sampling_defaults import GENERATION_CONFIG_NAMES
 from engine.params.sampling_params import names_of
+from engine.runner.device.placement import VISIBLE, cuda_name
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.cards import CodeText
@@ -139,7 +140,7 @@ def _environment(served: Served) -> Iterator[tuple[str, str]]:
     if args.attention_backend != "auto":
         yield "VLLM_METAL_ATTENTION_BACKEND", args.attention_backend
     if args.device.startswith("cuda:"):
-        yield "CUDA_VISIBLE_DEVICES", args.device.removeprefix("cuda:")
+        yield VISIBLE, cuda_name(args.device)
 
 
 def _remarks(served: Served) -> Iterator[str]:

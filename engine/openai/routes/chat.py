@@ -193,9 +193,10 @@ def _last_piece(
     job: Job, body: ChatFields, choice: Choice, delta: CompletionDelta, parsed: ParsedDelta
 ) -> dict[str, Any]:
     """The choice of a chunk that carries all of ``delta``'s tokens, and the end."""
-    result = _piece(choice.index, parsed) | {"finish_reason": choice.reply.finish_reason}
+    result = _piece(choice.index, parsed)
     if delta.finish_reason is not None:
-        result |= {"stop_reason": delta.stop_reason, **choice.cut()}
+        reason = choice.reply.finish_reason  # of all that has come, also where more than this delta came at once
+        result |= {"finish_reason": reason, "stop_reason": delta.stop_reason, **choice.cut()}
     if body.logprobs and delta.token_ids:
         num_top = body.top_logprobs or 0
         tokens = job.place(choice, delta.token_ids, last=delta.finish_reason is not None)

@@ -52,8 +52,8 @@ def _only_echo(body: CompletionRequest) -> bool:
 
 
 async def _start(port: Port, body: CompletionRequest, request: Request) -> Job:
-    parts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-    prompts = await make_prompts(partial(completion_prompts, port.engine, body), parts)
+    given = (body.prompt, body.structured_outputs, body.response_format)
+    prompts = await make_prompts(partial(completion_prompts, port.engine, body), given)
     return await start_job(port, "cmpl", request, body, prompts)
 
 

@@ -1,5 +1,6 @@
 """A chat's fields as the engine's requests. Every route that takes messages comes through here."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -43,9 +44,11 @@ async def prepare_chat(
         )
         return [port.engine.prepare(request) for request in requests]
 
-    texts = (message.get("content") or "" for messages in conversations for message in messages)
-    more = body.tools or body.documents or body.chat_template
-    return await make_prompts(prepare, (object(),) if more else texts)
+    own_template = body.chat_template is not None and body.chat_template not in port.engine.preparer.template.named
+    if body.tools or body.documents or own_template:
+        return await asyncio.to_thread(prepare)
+    asked = (body.structured_outputs, body.response_format, body.chat_template_kwargs)
+    return await make_prompts(prepare, (conversations, asked))
 
 
 async def start_chat(

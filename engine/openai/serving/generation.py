@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +33,8 @@ _MAX_ID_LENGTH = 128
 _BIAS_LIMIT = 100.0
 _SHORT = 8192
 """Characters of a request whose prompt is made at once: a millisecond's work."""
+_PIECE = 64
+"""Characters that any value among them counts for: many empty ones are work too."""
 T = TypeVar("T")
 
 
@@ -248,18 +250,31 @@ def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
         raise RequestError(f"logit_bias must map token ids to numbers, got {bias}.", param="logit_bias") from None
 
 
-async def make_prompts(make: Callable[[], T], parts: Iterable[object]) -> T:
-    """What ``make`` gives for the ``parts`` of a request: here where they are short texts, else in a thread.
+async def make_prompts(make: Callable[[], T], given: object) -> T:
+    """What ``make`` gives for the JSON ``given`` that prompts are made of: here where it is short, else in a thread.
 
     Long ones would hold up the other clients' streams. Short ones would wait for a thread: Python hands over only every
     few milliseconds while there is work.
     """
-    left = _SHORT
-    for part in parts:
-        left -= 1 if isinstance(part, int) else len(part) if isinstance(part, str | list) else _SHORT + 1
+    return make() if _is_short(given) else await asyncio.to_thread(make)
+
+
+def _is_short(given: object) -> bool:
+    """Whether all texts in ``given``, however deep, come to no more than :data:`_SHORT`."""
+    left, pieces = _SHORT, [given]
+    while pieces:
+        piece = pieces.pop()
+        inner: Sequence[object] = ()
+        if isinstance(piece, Mapping):
+            inner = (*piece.keys(), *piece.values())
+        elif isinstance(piece, list | tuple):
+            inner = piece
+        numbers = sum(isinstance(one, int) for one in inner)  # tokens of a prompt, made already
+        left -= len(piece) if isinstance(piece, str) else _PIECE * (len(inner) - numbers) + numbers
         if left < 0:
-            return await asyncio.to_thread(make)
-    return make()
+            return False
+        pieces += [one for one in inner if not isinstance(one, int)]
+    return True
 
 
 def truncation(request: SamplingFields) -> Truncation | None:
@@ -355,11 +370,14 @@ class JobEvents:
                 return events
         if self._over:
             return None
-        news = self._job.take()
+        while news := self._job.take():
+            # What shows nothing must not look like a wait for more: it may be the last that a listener is called for.
+            if events := self._written(news):
+                return events
         if news is None:
             self._over = True
             return self._writer.end() or None
-        return self._written(news)
+        return ()
 
     @property
     def ending(self) -> bool:

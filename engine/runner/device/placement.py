@@ -12,7 +12,9 @@ import ctypes
 import importlib
 import os
 import sys
-from collections.abc import Mapping, MutableMapping
+import threading
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from engine.errors import ConfigError
@@ -28,19 +30,36 @@ class _Placement:
     visible: tuple[str, ...] | None = None
     index: int | None = None
     on_cpu: bool = False
+    num_computing: int = 0
+    """Models in this process."""
 
 
 _placement = _Placement()
+_lock = threading.Lock()
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """A model computes in this process: MLX's default device, which is that of all threads, stays what it is."""
+    here = _placement
+    with _lock:
+        here.num_computing += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            here.num_computing -= 1
 
 
 def place(wanted: str, env: MutableMapping[str, str] = os.environ) -> None:
     """Have MLX compute on ``wanted`` (as :func:`engine.params.device.device_name` gives it) from now on.
 
-    Raises ConfigError for a device that is not here, with those that are, and for another GPU than the one that this
-    process uses already.
+    Raises ConfigError for a device that is not here, with those that are, for another GPU than the one that this
+    process uses already, and for another kind of device than a model of this process computes on: ``auto`` is its.
     """
     if wanted == "auto":
-        _leave_cpu()
+        if not _placement.num_computing:
+            _leave_cpu()
         return
     names = device_names(env)
     kind, _, number = wanted.partition(":")
@@ -48,6 +67,9 @@ def place(wanted: str, env: MutableMapping[str, str] = os.environ) -> None:
         kind = next((name.partition(":")[0] for name in names if name != "cpu"), "gpu")
     if kind not in {name.partition(":")[0] for name in names} or (number and f"{kind}:{int(number)}" not in names):
         raise _refused(wanted, f"not here; this machine has {' and '.join(names)}")
+    if _placement.num_computing and (kind == "cpu") != _on_cpu():
+        others = "the GPU" if kind == "cpu" else "the CPU"
+        raise _refused(wanted, f"a model of this process computes on {others}, and MLX has one device: close it first")
     if kind == "cpu":
         _take_cpu()
         return
@@ -74,8 +96,13 @@ def own_name(env: Mapping[str, str] = os.environ) -> str:
 
 def environment_of(name: str, env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of another process that is to compute on ``name``, one of :func:`device_names`."""
-    kind, _, number = name.partition(":")
-    return {**env, VISIBLE: _visible(env)[int(number)]} if kind == "cuda" else dict(env)
+    return {**env, VISIBLE: cuda_name(name, env)} if name.startswith("cuda:") else dict(env)
+
+
+def cuda_name(name: str, env: Mapping[str, str] = os.environ) -> str:
+    """What CUDA calls ``cuda:N`` in :data:`VISIBLE`; the number itself where there is no such GPU here."""
+    number = int(name.partition(":")[2])
+    return dict(enumerate(_visible(env))).get(number, str(number))
 
 
 def _visible(env: Mapping[str, str]) -> tuple[str, ...]:
@@ -126,10 +153,15 @@ def _show_one(index: int, wanted: str, env: MutableMapping[str, str]) -> None:
     _placement.visible, _placement.index = visible, index
 
 
+def _on_cpu() -> bool:
+    mx = importlib.import_module("mlx.core")
+    return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
 def _take_cpu() -> None:
     prepare_backend()
     mx = importlib.import_module("mlx.core")
-    if mx.default_device().type != mx.DeviceType.cpu:
+    if not _on_cpu():
         mx.set_default_device(mx.cpu)
         _placement.on_cpu = True
 

@@ -1,9 +1,13 @@
 """``LLM.map(replicas=…)``: the same answers in the same order, whichever copy of the model gave them."""
 
+import io
 import os
+import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas
@@ -12,6 +16,7 @@ import pytest
 from engine import LLM
 from engine.batch import replicas as replicas_module
 from engine.batch.map import Answer, MapInterrupted, MapRequest, map_prompts
+from engine.batch.replica_process import Answers, Worker
 from engine.batch.replicas import Member, Replica, ReplicaOrder, Replicas, replica_names, replicated
 from engine.errors import ConfigError, EngineClosedError, RequestError
 from tests.conftest import TinyModelDir
@@ -124,6 +129,87 @@ def test_a_model_that_cannot_be_loaded_there_is_said_and_the_own_one_goes_on(
     assert all_gone(made)
 
 
+STUCK = """
+import os, pickle, sys, time
+from engine.batch.map import Answer
+orders, answers = sys.stdin.buffer, sys.stdout.buffer
+def send(*message):
+    pickle.dump(message, answers)
+    answers.flush()
+order = pickle.load(orders)
+send("ready", 4)
+if order.model == "waits":
+    number = pickle.load(orders)[1]
+    orders.read(1)  # the next prompt is under way
+    send("over", number, Answer("first", None, 1, 1, 0, 0.1, "stop"))
+    while not os.path.exists(order.options["go on"]):
+        time.sleep(0.01)
+while orders.read(1 << 16):
+    pass
+"""
+
+
+@pytest.fixture
+def stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Replica]:
+    """Makes replicas without a model. The one called ``waits`` reads no further than the beginning of a second prompt,
+    until there is a file of the name ``go on``."""
+    (tmp_path / "stuck_replica.py").write_text(STUCK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(replicas_module, "PROCESS", "stuck_replica")
+    form = replicas_module.FormClient(_form(), {})
+    return lambda model, **options: Replica("cpu", ReplicaOrder(LLM, model, options, {}, form))
+
+
+def test_answers_are_read_while_a_long_prompt_waits_to_be_taken(stuck: Callable[..., Replica], tmp_path: Path) -> None:
+    replica = stuck("waits", **{"go on": str(tmp_path / "go")})
+    over = threading.Event()
+    first = replica.submit("short", {})
+    first.add_done_callback(over.set)
+    writer = threading.Thread(target=replica.submit, args=("x" * 4_000_000, {}))
+    writer.start()
+    came = over.wait(20)
+    assert writer.is_alive(), "nobody has read the long one"
+    (tmp_path / "go").touch()
+    writer.join()
+    replica.close()
+    assert came
+    assert first.answer().text == "first"
+
+
+def test_an_interrupt_while_processes_end_leaves_none_behind(
+    stuck: Callable[..., Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [stuck(name) for name in ("one", "other", "third")]
+    several = several_fakes()
+    several.members = [Member(replica.name, replica) for replica in made]
+    several.wait()
+    wait = made[1]._process.wait
+
+    def interrupted(timeout: float | None = None) -> int:
+        monkeypatch.setattr(made[1]._process, "wait", wait)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(made[1]._process, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        several.close()
+    assert [replica._process.wait(20) is not None for replica in made] == [True] * 3
+    for replica in made:
+        replica.close()
+
+
+def test_modules_in_the_working_folder_are_not_taken_for_the_ones_of_this_process(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "__init__.py").write_text("raise RuntimeError('the wrong one')")
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[3]), *filter(None, sys.path)])
+    monkeypatch.chdir(tmp_path)
+    replica = Replica("cpu", ReplicaOrder(LLM, "/nowhere/at/all", {}, {}, replicas_module.FormClient(_form(), {})))
+    assert replica.ready.wait(60)
+    replica.close()
+    assert "ModelNotFoundError" in str(replica.lost)
+
+
 class FakeJob:
     """A prompt whose end the test decides."""
 
@@ -174,7 +260,8 @@ class FakeClient:
 
 
 def several_fakes(*clients: FakeClient) -> Replicas:
-    found = Replicas([], clients[0], "0", ReplicaOrder(LLM, "", {}, {}, lambda model: clients[0]))
+    own = clients[0] if clients else FakeClient()
+    found = Replicas([], own, "0", ReplicaOrder(LLM, "", {}, {}, lambda model: own))
     found.members = [Member(str(number), client) for number, client in enumerate(clients)]
     return found
 
@@ -224,6 +311,26 @@ def test_an_error_of_the_prompt_is_its_own_and_the_last_engine_to_close_ends_the
         unlucky.answer()
     with pytest.raises(EngineClosedError):
         several.submit("more", {})
+
+
+def test_an_answer_that_cannot_be_read_is_told_to_who_asks_and_not_to_the_engines_thread() -> None:
+    client = FakeClient()
+    job = several_fakes(client).submit("odd", {})
+    client.jobs[0].end(ValueError("odd"))
+    with pytest.raises(ValueError, match="odd"):
+        job.answer()
+
+
+def test_a_process_whose_answer_cannot_be_read_goes_on() -> None:
+    stream = io.BytesIO()
+    client = FakeClient()
+    worker = Worker(client, Answers(stream))
+    orders = [("submit", 0, "odd", {}), ("submit", 1, "fine", {})]
+    worker.follow(io.BytesIO(b"".join(map(pickle.dumps, orders))))
+    client.jobs[0].end(ValueError("odd"))
+    client.jobs[1].end(answer("fine"))
+    stream.seek(0)
+    assert [str(pickle.load(stream)[2]) for _ in range(2)] == ["ValueError: odd", str(answer("fine"))]
 
 
 GPUS = ["cuda:0", "cuda:1", "cpu"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from engine.chat.request import PreparedRequest
 from engine.errors import GenerationError
 from engine.openai.app import create_app
 from engine.openai.http.connection import PortProtocol
@@ -26,7 +27,16 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 class SilentLLM(FakeLLM):
-    """Generates nothing by itself."""
+    """Generates nothing by itself; ``over_at_once``: its replies are empty, and over when they begin."""
+
+    over_at_once = False
+
+    def submit(self, request: PreparedRequest, **options: Any) -> RequestStream:
+        stream = super().submit(request, **options)
+        if self.over_at_once:
+            put(stream, "", finish_reason="stop")
+            stream.end()
+        return stream
 
     def _generate(self, stream: RequestStream, gone: Any) -> None:
         return
@@ -188,6 +198,51 @@ def test_the_end_reaches_a_client_that_did_not_read_when_it_came() -> None:
         await settle()
         assert client.body.count(b"all of it") == 1
         assert client.body.endswith(b"data: [DONE]\n\n")
+
+    run(test)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_an_end_without_text_reaches_a_client_that_did_not_read_when_it_came(path: str) -> None:
+    async def test(port: Port) -> None:
+        client, protocol, stream = await port.ask(path)
+        put(stream, "text")
+        wake_all([stream])
+        await settle()
+        protocol.pause_writing()
+        put(stream, "", finish_reason="stop")
+        stream.end()
+        wake_all([stream])
+        await settle()
+        protocol.resume_writing()
+        await settle()
+        assert client.writes[-1].endswith(b"0\r\n\r\n")
+
+    run(test)
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("path", BODIES)
+def test_an_empty_reply_that_was_over_before_its_stream_began_ends(path: str, version: str) -> None:
+    async def test(port: Port) -> None:
+        port.llm.over_at_once = True
+        client, _, _ = await port.ask(path, version=version)
+        assert client.closing if version == "1.0" else client.writes[-1].endswith(b"0\r\n\r\n")
+
+    run(test)
+
+
+def test_chunks_with_logprobs_that_come_together_say_the_end_once() -> None:
+    async def test(port: Port) -> None:
+        client, _, stream = await port.ask("/v1/chat/completions", logprobs=True)
+        for text in "abc":
+            put(stream, text, logprobs=port.llm.logprobs([7], 0), finish_reason="stop" if text == "c" else None)
+        stream.end()
+        await settle()
+        chunks = [json.loads(line.removeprefix("data: ")) for line in client.body.decode().split("\n\n")[:-2]]
+        choices = [chunk["choices"][0] for chunk in chunks]
+        assert [choice["delta"]["content"] for choice in choices] == ["", "a", "b", "c"]
+        assert [choice["finish_reason"] for choice in choices] == [None, None, None, "stop"]
 
     run(test)
 

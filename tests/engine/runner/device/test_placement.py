@@ -11,6 +11,7 @@ from engine.errors import ConfigError
 from engine.params.engine_args import EngineArgs
 from engine.runner.device import placement
 from engine.runner.device.placement import VISIBLE, device_names, environment_of, own_name, place
+from tests.conftest import TinyModelDir
 
 
 class Machine(SimpleNamespace):
@@ -65,6 +66,7 @@ def test_numbers_count_within_what_the_user_made_visible(monkeypatch: pytest.Mon
     machine.place("cuda:1")
     assert machine.env[VISIBLE] == "GPU-ab"
     assert environment_of("cuda:0", machine.env)[VISIBLE] == "5"
+    assert [placement.cuda_name(name, machine.env) for name in ("cuda:0", "cuda:1", "cuda:7")] == ["5", "GPU-ab", "7"]
 
 
 def test_another_gpu_is_refused_once_mlx_has_started_and_the_first_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +104,34 @@ def test_the_cpu_beside_a_gpu_is_left_again_by_the_next_load_without_it(monkeypa
     machine.place("auto")
     machine.place("auto")
     assert chosen == [mx.gpu, mx.cpu, mx.gpu]
+
+
+def test_a_model_under_way_keeps_its_device_whatever_is_planned_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(1, monkeypatch)
+    chosen: list[Any] = [mx.gpu]
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=chosen[-1]))
+    monkeypatch.setattr(mx, "set_default_device", chosen.append)
+    with placement.computing():
+        assert refusal(machine, "cpu") == (
+            "--device cpu: a model of this process computes on the GPU, and MLX has one device: close it first"
+        )
+        machine.place("cuda:0")
+    machine.place("cpu")
+    with placement.computing():
+        machine.place("auto")
+        machine.place("cpu")
+        assert "computes on the CPU" in refusal(machine, "gpu")
+        assert chosen == [mx.gpu, mx.cpu]
+    machine.place("gpu")
+    assert chosen == [mx.gpu, mx.cpu, mx.gpu]
+
+
+def test_a_loaded_model_is_one_under_way_until_it_is_closed(tiny_model_dir: TinyModelDir) -> None:
+    before = placement._placement.num_computing
+    with LLM(str(tiny_model_dir("llama")), max_model_len=64, gpu_memory_utilization=0.05) as llm:
+        assert placement._placement.num_computing == before + 1
+        llm.close()
+        assert placement._placement.num_computing == before
 
 
 def test_names_are_checked_before_anything_is_loaded() -> None:
