@@ -4,11 +4,14 @@
 #include <setjmp.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 static const unsigned MOST_THREADS = 1024;
 static const size_t STACK = 1 << 17;
-static char* const stacks = static_cast<char*>(malloc(STACK * MOST_THREADS));
+// Not reserved: each kernel's library has its own, and a process that had reserved them all could not fork any more.
+static char* const stacks = static_cast<char*>(
+    mmap(nullptr, STACK * MOST_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
 static jmp_buf scheduler, fibers[MOST_THREADS];
 static unsigned current_thread, threads_in_block, blocks_run;
 static bool started[MOST_THREADS], done[MOST_THREADS];
