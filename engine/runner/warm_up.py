@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -74,6 +75,7 @@ def choose_backend(
     except UnsupportedCacheError as error:
         return _contiguous(model, vocab_size, _fallback_line(f"its cache is {error}"), exact=exact)
     reason, choice = "", None
+    rounding = cache(partial(sensitivity, model, vocab_size))  # the same for every way
     groups = group_leaves(flatten(tree))
     if kernels is not None:
         choice = choose_kernels(model, tree, groups, kernels, block_size=block_size, kv_cache_dtype=kv_cache_dtype)
@@ -84,7 +86,7 @@ def choose_backend(
             max_rows=_MAX_ROWS_ON_CUDA if device == "cuda" else None, kernels=way.kernels, compiled=way.compiled,
             why_reference=why,
         )  # fmt: skip
-        problem = _problem(backend, model, vocab_size, exact=exact)
+        problem = _problem(backend, model, vocab_size, rounding, exact=exact)
         if problem is None:
             return backend, None
         backend.close()
@@ -110,7 +112,7 @@ def _ways(tree: CacheTree, choice: KernelChoice | None, *, compiles: bool) -> li
 def _contiguous(model: nn.Module, vocab_size: int, line: str, *, exact: bool) -> tuple[Backend, str]:
     """mlx-lm's own caches; a call for each request where the model gives other logits to a batch."""
     backend = ContiguousBackend(model, line)
-    problem = _problem(backend, model, vocab_size, exact=exact)
+    problem = _problem(backend, model, vocab_size, partial(sensitivity, model, vocab_size), exact=exact)
     backend.reset()
     if problem is None:
         return backend, line
@@ -119,15 +121,16 @@ def _contiguous(model: nn.Module, vocab_size: int, line: str, *, exact: bool) ->
 
 
 def _problem(
-    backend: PagedBackend | ContiguousBackend, model: nn.Module, vocab_size: int, *, exact: bool
-) -> str | None:
-    """Why this backend does not give the model's own logits, or None."""
+    backend: PagedBackend | ContiguousBackend, model: nn.Module, vocab_size: int, rounding: Callable[[], float], *,
+    exact: bool,
+) -> str | None:  # fmt: skip
+    """Why this backend does not give the model's own logits, or None. ``rounding``: see :func:`sensitivity`."""
     exact = exact and _in_float32(backend, model)
     try:
         difference = paging_difference(backend, model, vocab_size)
         if difference <= (_TOLERANCE if exact else _LOOSE_TOLERANCE):
             return None
-        if not exact and difference <= _ROUNDINGS * sensitivity(model, vocab_size):
+        if not exact and difference <= _ROUNDINGS * rounding():
             return None
     except Exception as error:  # noqa: BLE001  (an architecture may object in any way; it still runs contiguously)
         return error_line(error, 80)

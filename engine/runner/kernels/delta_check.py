@@ -9,6 +9,7 @@ from engine.errors import error_line
 from engine.runner.kernels.delta_reference import DeltaWeights, Floats, gated_norm, mixed_inputs, recurrence
 from engine.runner.kernels.gated_delta import DeltaShape
 from engine.runner.kernels.kernel_cache import collecting, compile_all
+from engine.runner.kernels.reference import difference, floats
 from engine.runner.kernels.state_kernels import StateKernels
 
 TOLERANCE: dict[mx.Dtype, float] = {mx.bfloat16: 1e-2, mx.float16: 2e-3, mx.float32: 1e-4}
@@ -58,7 +59,7 @@ class _Check:
         kinds = shape.dtype, mx.float32
         self.states = [mx.array(known).astype(kind) for known, kind in zip(self.known, kinds, strict=True)]
         mx.eval(self.states)
-        self.held = [np.array(states.astype(mx.float32)) for states in self.states]
+        self.held = [floats(states) for states in self.states]
 
     def run(self) -> str | None:
         """One line on the first thing wrong."""
@@ -74,7 +75,7 @@ class _Check:
         """Random numbers in an element type, the layers' if None, and the same in float32."""
         numbers = self.rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
         array = mx.array(numbers).astype(dtype or self.shape.dtype)
-        return array, np.array(array.astype(mx.float32))
+        return array, floats(array)
 
     def chunk(self, tokens: int, slots: _Slots) -> str | None:
         """Some tokens of one sequence; a problem."""
@@ -140,12 +141,12 @@ class _Check:
         self, got: mx.array, rows: list[_Slots], launch: dict[str, Any], *, normed: bool, said: str
     ) -> str | None:
         mx.eval(got)
-        outputs = np.array(got.astype(mx.float32)).reshape(len(rows), -1)
+        outputs = floats(got).reshape(len(rows), -1)
         for row, (reads, writes) in enumerate(rows):
             wanted = np.zeros_like(outputs[row])
             if writes >= 0:
                 wanted = self._wanted(launch["known"], row, reads, writes, normed=normed)
-            if problem := self._difference(outputs[row], wanted):
+            if problem := difference(outputs[row], wanted, TOLERANCE[self.shape.dtype]):
                 return f"{said}, row {row}: {problem}"
         return self._changed(said, {writes for _, writes in rows})
 
@@ -155,30 +156,23 @@ class _Check:
         conv_state, state = (states[reads] if reads >= 0 else np.zeros_like(states[0]) for states in self.known)
         mixed, gates, conv_state = mixed_inputs(x, b, a, conv_state, self.weights, self.shape)
         # As they are handed from launch to launch: a small output is a difference of large products of them.
-        mixed = np.array(mx.array(mixed).astype(self.shape.dtype).astype(mx.float32))
+        mixed = floats(mx.array(mixed).astype(self.shape.dtype))
         outputs, state = recurrence(mixed, gates, state, self.shape)
         self.known[0][writes], self.known[1][writes] = conv_state, state
         return (gated_norm(outputs, z, self.weights) if normed else outputs).reshape(-1)
 
     def _changed(self, said: str, written: set[int]) -> str | None:
         """Whether a slot holds what it should not: what was not ``written`` is the same bit for bit."""
-        before, self.held = self.held, [np.array(states.astype(mx.float32)) for states in self.states]
+        before, self.held = self.held, [floats(states) for states in self.states]
         names = "convolution", "state"
         for name, held, was, known in zip(names, self.held, before, self.known, strict=True):
             for slot in range(_SLOTS):
                 if slot in written:
-                    if problem := self._difference(held[slot], known[slot]):
+                    if problem := difference(held[slot], known[slot], TOLERANCE[self.shape.dtype]):
                         return f"{said}: the {name} in slot {slot}: {problem}"
                 elif not np.array_equal(held[slot], was[slot], equal_nan=True):
                     return f"{said}: the {name} in slot {slot} was written"
         return None
-
-    def _difference(self, got: Floats, wanted: Floats) -> str | None:
-        if not np.isfinite(got).all():
-            return "not finite"
-        norm = float(np.linalg.norm(wanted))
-        error = float(np.linalg.norm(got - wanted)) / (norm or 1.0)
-        return None if error <= (TOLERANCE[self.shape.dtype] if norm else 0.0) else f"relative error {error:.1e}"
 
 
 def _interleaved(x: mx.array, z: mx.array, shape: DeltaShape) -> mx.array:

@@ -10,6 +10,7 @@ import numpy as np
 from engine.errors import error_line
 from engine.runner.kernels import routed_experts
 from engine.runner.kernels.expert_layers import ExpertLayer
+from engine.runner.kernels.reference import floats
 from engine.runner.kernels.routed_experts import Activation, ExpertWeights, Packing, Routes, route
 
 Values = np.ndarray[Any, np.dtype[np.float32]]
@@ -67,11 +68,11 @@ def _difference(layer: ExpertLayer, tokens: int, rows: int, same: bool) -> float
     first, inner, second = _products(layer, x, route(mx.array(indices), kind.num_experts, rows=rows))
     mx.eval(first, second)
     columns = _columns(kind.width)
-    repeated = np.repeat(_floats(x), indices.shape[1], axis=0)
+    repeated = np.repeat(floats(x), indices.shape[1], axis=0)
     gate, up = (_expected(repeated, weights, kind.packings[0], indices, columns) for weights in (layer.gate, layer.up))
     apart = _distance(first, columns, activated(gate, up, kind.activation))
     columns = _columns(kind.hidden)
-    expected = _expected(_floats(inner), layer.down, kind.packings[1], indices, columns)
+    expected = _expected(floats(inner), layer.down, kind.packings[1], indices, columns)
     return max(apart, _distance(second, columns, expected), key=lambda one: math.inf if math.isnan(one) else one)
 
 
@@ -96,7 +97,7 @@ def _expected(rows: Values, weights: ExpertWeights, packing: Packing, indices: A
     experts = indices.reshape(-1)
     result = np.zeros((len(rows), len(range(*columns.indices(weights.weight.shape[1])))), np.float32)
     for expert in np.unique(experts):
-        added = 0.0 if weights.added is None else _floats(weights.added[int(expert), columns])
+        added = 0.0 if weights.added is None else floats(weights.added[int(expert), columns])
         mine = experts == expert
         result[mine] = rows[mine] @ _unpacked(weights, packing, int(expert), columns).T + added
     return result
@@ -108,10 +109,10 @@ def _unpacked(weights: ExpertWeights, packing: Packing, expert: int, columns: sl
     )
     assert some is not None
     if scales is None:
-        return _floats(some)
+        return floats(some)
     if biases is not None:
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return _floats(
+    return floats(
         mx.dequantize(some, scales, biases, group_size=packing.group_size, bits=packing.bits, mode=packing.kind)
     )
 
@@ -140,8 +141,4 @@ def _columns(width: int) -> slice:
 
 def _distance(result: mx.array, columns: slice, expected: Values) -> float:
     scale = max(float(np.linalg.norm(expected)), 1e-30)
-    return float(np.linalg.norm(_floats(result[:, columns]) - expected)) / scale
-
-
-def _floats(array: mx.array) -> Values:
-    return np.array(array.astype(mx.float32))
+    return float(np.linalg.norm(floats(result[:, columns]) - expected)) / scale

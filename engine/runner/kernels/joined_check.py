@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from engine.errors import error_line
 from engine.runner.kernels.joined_attention import HeadNorms
 from engine.runner.kernels.page_check import CheckedPages
-from engine.runner.kernels.reference import attention
+from engine.runner.kernels.reference import attention, floats
 from engine.runner.kernels.self_check import MOST_KV_HEADS, TOLERANCE, AttentionKernels
 
 _LENGTHS = (1, 0, 16, 333, 49)
@@ -72,14 +72,14 @@ class _Check:
 
     def _random(self, *sizes: int) -> Floats:
         """Numbers that the element type holds."""
-        return _floats(mx.array(self._rng.standard_normal(sizes, dtype=np.float32)).astype(self._shape.dtype))
+        return floats(mx.array(self._rng.standard_normal(sizes, dtype=np.float32)).astype(self._shape.dtype))
 
     def run(self, splits: int) -> str | None:
         """The first thing that is wrong with one launch."""
         shape, rows = self._shape, len(_LENGTHS)
         joined = self._random(rows, self._heads + 2 * self._kv_heads, shape.dim)
         gains = [1 + 0.2 * self._random(shape.dim) for _ in range(2)]
-        gains = [_floats(mx.array(gain).astype(shape.dtype)) for gain in gains]
+        gains = [floats(mx.array(gain).astype(shape.dtype)) for gain in gains]
         given, query_gain, key_gain = (
             mx.array(array).astype(shape.dtype) for array in (joined.reshape(rows, -1), *gains)
         )
@@ -93,7 +93,7 @@ class _Check:
             heads=self._heads, scale=shape.scale, block_size=shape.block_size, window=shape.window,
             norms=None if shape.eps is None else HeadNorms(query_gain, key_gain, shape.eps), splits=splits,
         )  # fmt: skip
-        found = _floats(out).reshape(rows, self._heads, shape.dim)
+        found = floats(out).reshape(rows, self._heads, shape.dim)
         after = mx.where(out.reshape(-1)[:1] == 0, 0, 0)  # pages are read only once the launch has written
         return self._difference(joined, gains, found, after)
 
@@ -108,7 +108,7 @@ class _Check:
                 )
                 seen = []
                 for pages, before, new in zip(self._pages, self._rows, (keys, values), strict=True):
-                    new = _floats(mx.array(new).astype(shape.dtype))
+                    new = floats(mx.array(new).astype(shape.dtype))
                     pages.expect(self._slots(row, length)[-1:], new[:, None])
                     seen.append(pages.given_back(np.concatenate([before[row], new[:, None]], axis=1)))
                 wanted = attention(queries, *seen, scale=shape.scale, window=shape.window).astype(np.float32)
@@ -130,7 +130,3 @@ class _Check:
         cosines, sines = np.cos(angles), np.sin(angles)
         turned = np.concatenate([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
         return turned.astype(np.float32)
-
-
-def _floats(array: mx.array) -> Floats:
-    return np.array(array.astype(mx.float32))

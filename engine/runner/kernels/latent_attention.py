@@ -50,16 +50,10 @@ def latent_attention(
     arrays = [queries, rope_queries, new_latents, new_ropes, latent_pages, rope_pages]
     _check(arrays, block_tables, positions)
     (rows, heads, _, dim), rope_dim = queries.shape, rope_pages.shape[3]
-    mma = None
-    if usual.tensor_cores():
-        mma = mma_geometry(queries.dtype, dim, dim, heads, block_size, rope_dim=rope_dim)
-    template, threads, blocks, in_pass = _plain(dim, rope_dim, heads, queries.dtype.size, block_size)
-    if mma is not None:
-        template, threads = usual.mma_template(queries.dtype, mma), mma.threads
-        blocks, in_pass = mma.blocks, mma.tokens_per_pass
-    in_pass = max(in_pass, _FEWEST_TOKENS)
-    splits = splits or usual.number_of_splits(rows, blocks, block_tables.shape[1] * block_size, in_pass)
-    out, part, sums = _kernel(mma is not None)(
+    plan = _plan(queries.dtype, dim, rope_dim, heads, block_size)
+    in_pass = max(plan.tokens_per_pass, _FEWEST_TOKENS)
+    splits = splits or usual.number_of_splits(rows, plan.blocks, block_tables.shape[1] * block_size, in_pass)
+    out, part, sums = _kernel(plan.on_tensor_cores)(
         inputs=[*arrays, block_tables, positions],
         template=[
             ("T", queries.dtype),
@@ -67,31 +61,33 @@ def latent_attention(
             ("WINDOW", 0),
             ("SCALE", usual.positive_bits("scale", scale)),
             ("CAP", 0),
-            *template,
+            *plan.template,
         ],
-        grid=(threads * splits, blocks, rows),
-        threadgroup=(threads, 1, 1),
+        grid=(plan.threads * splits, plan.blocks, rows),
+        threadgroup=(plan.threads, 1, 1),
         output_shapes=usual.attention_shapes(rows, heads, splits, dim),
         output_dtypes=[queries.dtype, mx.float32, mx.float32],
     )
     return (out if splits == 1 else usual.join_splits(part, sums, None, queries.dtype))[:, :, None]
 
 
-def _plain(
-    dim: int, rope_dim: int, heads: int, size: int, block_size: int
-) -> tuple[list[tuple[str, int | mx.Dtype]], int, int, int]:
-    """Template arguments, threads, blocks and tokens of a pass without tensor cores. ValueError for what no block does.
+def _plan(dtype: mx.Dtype, dim: int, rope_dim: int, heads: int, block_size: int) -> usual.AttentionPlan:
+    """How a launch divides its work. ValueError for what no block does.
 
-    All of a row's heads are one block's: up to 128 of them, in warps that read the same tokens.
+    Without tensor cores all of a row's heads are one block's: up to 128 of them, in warps that read the same tokens.
     """
-    vector = VECTOR_BYTES // size
+    vector = VECTOR_BYTES // dtype.size
     lanes = next((n for n in (32, 16, 8, 4, 2, 1) if dim % (n * vector) == 0 and rope_dim % n == 0), 0)
     if not lanes:
         raise ValueError(f"latent vectors of {dim} and {rope_dim} elements")
     per_warp = max(1, min(heads, _MOST_HEADS, 256 * lanes // (2 * dim)))
-    made = Geometry(dim, dim, heads, size, lanes, per_warp, 1 if heads > per_warp else 2, 2)
+    made = Geometry(dim, dim, heads, dtype.size, lanes, per_warp, 1 if heads > per_warp else 2, 2)
     made.check(block_size)
-    return [*made.template, ("ROPE_DIM", rope_dim)], made.threads, 1, made.tokens_per_pass
+    fits = usual.tensor_cores()
+    mma = mma_geometry(dtype, dim, dim, heads, block_size, rope_dim=rope_dim) if fits else None
+    if mma is not None:
+        return usual.mma_plan(dtype, mma)
+    return usual.AttentionPlan(made.threads, 1, made.tokens_per_pass, False, [*made.template, ("ROPE_DIM", rope_dim)])
 
 
 def _kernel(on_tensor_cores: bool) -> Kernel:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from engine.params.kv_dtype import group_size
 from engine.runner.kernels.page_format import PackedPages, PageArrays
+from engine.runner.kernels.reference import floats
 
 Floats = NDArray[np.float32]
 _FEW = 1e-3
@@ -54,7 +55,7 @@ class CheckedPages:
 
     def collected_right(self, rows: mx.array, wanted: Floats) -> bool:
         """Whether ``rows`` are what pages give back of ``wanted`` [kv_heads, n, dim]."""
-        got, known = _floats(rows)[0], self.given_back(wanted)
+        got, known = floats(rows)[0], self.given_back(wanted)
         if not self._bits:
             return np.array_equal(got, known)
         right = np.isclose(got, known, rtol=1e-2, atol=1e-2 * float(np.abs(known).max(initial=0.0)))
@@ -64,12 +65,12 @@ class CheckedPages:
         """Whether a slot holds what it should not. ``after`` int32 [1] is zero, once the last launch has written."""
         if not self._bits:
             assert isinstance(self.arrays, mx.array)
-            got = [_floats(self.arrays + after.astype(self._dtype))]
+            got = [floats(self.arrays + after.astype(self._dtype))]
         else:
             assert isinstance(self.arrays, PackedPages)
             words, scales, biases = self.arrays
             got = [_integers(np.array(words + after.astype(mx.uint32)), self._bits)]
-            got += [_floats(some + after.astype(self._dtype)) for some in (scales, biases)]
+            got += [floats(some + after.astype(self._dtype)) for some in (scales, biases)]
         for found, expected in zip(got, self._expected, strict=True):
             exact = not tolerance and found.shape[-1] == expected.shape[-1] and not self._bits
             if exact and not np.array_equal(found, expected, equal_nan=True):
@@ -89,7 +90,7 @@ class CheckedPages:
             return [rows]
         given = mx.array(np.ascontiguousarray(rows)).astype(self._dtype)
         words, scales, biases = mx.quantize(given, group_size=self._size, bits=self._bits)
-        return [_integers(np.array(words), self._bits), _floats(scales), _floats(biases)]
+        return [_integers(np.array(words), self._bits), floats(scales), floats(biases)]
 
 
 def _few(right: NDArray[Any]) -> int:
@@ -108,7 +109,3 @@ def _words(integers: Floats, bits: int) -> NDArray[np.uint32]:
     each = integers.astype(np.uint32).reshape(*integers.shape[:-1], -1, len(shifts)) << shifts
     words: NDArray[np.uint32] = np.bitwise_or.reduce(each, axis=-1)
     return words
-
-
-def _floats(array: mx.array) -> Floats:
-    return np.array(array.astype(mx.float32))

@@ -115,7 +115,7 @@ def attention_plan(
     fits = tensor_cores() and not (rotates and key_dim % 64)
     mma = mma_geometry(dtype, key_dim, value_dim, group, block_size, keys=keys, values=values) if fits else None
     if mma is not None:
-        return AttentionPlan(mma.threads, mma.blocks, mma.tokens_per_pass, True, mma_template(dtype, mma))
+        return mma_plan(dtype, mma)
     packed = keys.bits > 0
     made = attention_geometry(key_dim, value_dim, group, dtype.size, rotates=rotates, packed=packed)
     made.check(block_size)
@@ -123,9 +123,12 @@ def attention_plan(
     return AttentionPlan(made.threads, 1, made.tokens_per_pass, False, [*made.template, *more])
 
 
-def mma_template(dtype: mx.Dtype, geometry: MmaGeometry) -> list[tuple[str, int | mx.Dtype]]:
-    """Template arguments of the text for tensor cores."""
-    return [("C", mx.float16 if geometry.bits else dtype), *geometry.template]
+def mma_plan(dtype: mx.Dtype, geometry: MmaGeometry) -> AttentionPlan:
+    """With the text for tensor cores."""
+    computed = mx.float16 if geometry.bits else dtype
+    return AttentionPlan(
+        geometry.threads, geometry.blocks, geometry.tokens_per_pass, True, [("C", computed), *geometry.template]
+    )
 
 
 @cache
@@ -254,13 +257,10 @@ def _attention_kernel(sinks: bool, packed: bool, on_tensor_cores: bool) -> Kerne
     )  # fmt: skip
     if on_tensor_cores:
         body, header = mma_text(packed=packed, sinks=sinks)
-    elif packed:
-        body = packed_text.PACKED_ATTENTION
-        header = text.SHARED_FUNCTIONS + text.SINK_MACROS[sinks] + text.ATTENTION_FUNCTIONS + packed_text.PACKING
-        header += packed_text.UNPACKING
     else:
-        body = text.ATTENTION
-        header = text.SHARED_FUNCTIONS + text.SINK_MACROS[sinks] + text.ATTENTION_FUNCTIONS
+        body, header = text.ATTENTION, text.SHARED_FUNCTIONS + text.SINK_MACROS[sinks] + text.ATTENTION_FUNCTIONS
+        if packed:
+            body, header = packed_text.PACKED_ATTENTION, header + packed_text.PACKING + packed_text.UNPACKING
     name = f"paged_attention{'_mma' * on_tensor_cores}{'_packed' * packed}{'_sinks' * sinks}"
     return make_kernel(name, (*inputs, "sinks") if sinks else inputs, ("out", "part", "sums"), body, header)
 

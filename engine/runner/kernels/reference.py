@@ -1,11 +1,26 @@
-"""Attention of one token in numpy: what the kernels are held against."""
+"""What kernels are held against: attention of one token in numpy, and how far off a result may be."""
 
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.floating[Any]]
+
+
+def floats(array: mx.array) -> NDArray[np.float32]:
+    """``array`` as numpy's float32."""
+    return np.array(array.astype(mx.float32))
+
+
+def difference(got: NDArray[Any], wanted: NDArray[Any], tolerance: float) -> str | None:
+    """What is wrong with a result that may be off by ``tolerance`` of the norm of ``wanted``, None if nothing is."""
+    if not np.isfinite(got).all():
+        return "not finite"
+    norm = float(np.linalg.norm(wanted))
+    error = float(np.linalg.norm(got - wanted)) / (norm or 1.0)
+    return None if error <= (tolerance if norm else 0.0) else f"relative error {error:.1e}"
 
 
 def attention(

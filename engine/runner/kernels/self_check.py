@@ -17,7 +17,7 @@ from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.latent_attention import latent_attention
 from engine.runner.kernels.page_check import CheckedPages
 from engine.runner.kernels.page_format import PageArrays
-from engine.runner.kernels.reference import attention
+from engine.runner.kernels.reference import attention, difference, floats
 from engine.runner.kernels.state_kernels import StateKernels
 
 TOLERANCE: dict[mx.Dtype, float] = {mx.bfloat16: 8e-3, mx.float16: 1.5e-3, mx.float32: 2e-5}
@@ -310,7 +310,7 @@ class _Check:
     def _random(self, *shape: int) -> tuple[mx.array, NDArray[np.float32]]:
         """Random numbers in the element type, and the same in float32."""
         rows = mx.array(self.rng.standard_normal(shape, dtype=np.float32)).astype(self.shape.dtype)
-        return rows, np.array(rows.astype(mx.float32))
+        return rows, floats(rows)
 
     def _expect(self, sequence: _Sequence | None, first: int) -> None:
         """The sequence's rows from position ``first`` on are in its slots."""
@@ -338,7 +338,7 @@ class _Check:
             mx.array(positions, mx.int32) + self._after(), sinks if shape.sinks else None, splits,
         )  # fmt: skip
         self.newest = out
-        got = np.array(out.astype(mx.float32))[:, :, 0]
+        got = floats(out)[:, :, 0]
         for row, sequence in enumerate(self.sequences):
             wanted = np.zeros_like(got[row])
             if sequence is not None:
@@ -350,7 +350,7 @@ class _Check:
                     known = np.concatenate([known, known_ropes[row, :, 0] / shape.used_scale], axis=-1)
                     seen_keys, seen_values = np.concatenate([seen_keys, seen_values], axis=-1), seen_keys
                 wanted = attention(known, seen_keys, seen_values, sinks=known_sinks if shape.sinks else None, **options)
-            if problem := _difference(got[row], wanted, TOLERANCE[shape.dtype]):
+            if problem := difference(got[row], wanted, TOLERANCE[shape.dtype]):
                 return f"{f'{positions[row] + 1} tokens' if sequence else 'a padding row'}: {problem}"
         return None
 
@@ -401,14 +401,6 @@ class _Check:
             if problem := pages.problem(self._after()):
                 return f"{name} pages: {problem}"
         return None
-
-
-def _difference(got: NDArray[Any], wanted: NDArray[Any], tolerance: float) -> str | None:
-    if not np.isfinite(got).all():
-        return "not finite"
-    norm = float(np.linalg.norm(wanted))
-    error = float(np.linalg.norm(got - wanted)) / (norm or 1.0)
-    return None if error <= (tolerance if norm else 0.0) else f"relative error {error:.1e}"
 
 
 def _leave_nan(dtype: mx.Dtype, *shapes: tuple[int, ...]) -> None:

@@ -7,6 +7,7 @@ from engine.errors import error_line
 from engine.runner.kernels.delta_check import TOLERANCE
 from engine.runner.kernels.delta_reference import Floats, silu
 from engine.runner.kernels.kernel_cache import collecting, compile_all
+from engine.runner.kernels.reference import difference, floats
 from engine.runner.kernels.ssm import SsmShape
 from engine.runner.kernels.state_kernels import StateKernels
 
@@ -61,14 +62,14 @@ class _Check:
         a_log, dt_bias, d = self.per_head
         out = self.kernels.ssm_step(mixed, dt, a_log, dt_bias, d, states, given, shape)
         mx.eval(out)
-        got, known_mixed = _floats(out)[:, 0], _floats(mixed)[:, 0]
+        got, known_mixed = floats(out)[:, 0], floats(mixed)[:, 0]
         for row, (reads, writes) in enumerate(rows):
             wanted, wanted_mixed = np.zeros_like(got[row]), np.zeros_like(known_mixed[row])
             if writes >= 0:
-                wanted_mixed = self._convolved(_floats(x)[row, 0], reads, writes)
-                wanted = self._moved_on(known_mixed[row], _floats(dt)[row, 0], reads, writes)
+                wanted_mixed = self._convolved(floats(x)[row, 0], reads, writes)
+                wanted = self._moved_on(known_mixed[row], floats(dt)[row, 0], reads, writes)
             for name, some, expected in (("convolution", known_mixed, wanted_mixed), ("output", got, wanted)):
-                if problem := self._difference(some[row], expected):
+                if problem := difference(some[row], expected, TOLERANCE[self.shape.dtype]):
                     return f"a step from slot {reads} to {writes}: {name}: {problem}"
         return self._changed()
 
@@ -77,32 +78,25 @@ class _Check:
         states = self.known[0]
         taps = np.concatenate([states[reads] if reads >= 0 else np.zeros_like(states[0]), x[None]])
         states[writes] = taps[1:]
-        bias = np.float32(0) if self.bias is None else _floats(self.bias)
-        return silu((taps * _floats(self.weight)[..., 0].T).sum(0) + bias)
+        bias = np.float32(0) if self.bias is None else floats(self.bias)
+        return silu((taps * floats(self.weight)[..., 0].T).sum(0) + bias)
 
     def _moved_on(self, mixed: Floats, dt: Floats, reads: int, writes: int) -> Floats:
         """A row's output; its state is known from now on."""
         shape, states = self.shape, self.known[1]
         state = states[reads] if reads >= 0 else np.zeros_like(states[0])
-        output, states[writes] = ssm_reference(mixed, dt, [_floats(some) for some in self.per_head], state, shape)
+        output, states[writes] = ssm_reference(mixed, dt, [floats(some) for some in self.per_head], state, shape)
         return output.reshape(-1)
 
     def _changed(self) -> str | None:
         for name, states, known in zip(("convolution", "state"), self.states, self.known, strict=True):
-            for slot, (held, wanted) in enumerate(zip(_floats(states), known, strict=True)):
+            for slot, (held, wanted) in enumerate(zip(floats(states), known, strict=True)):
                 if np.isnan(wanted).any():
                     if not np.isnan(held).all():
                         return f"the {name} of slot {slot}, which is nobody's, was written"
-                elif problem := self._difference(held, wanted):
+                elif problem := difference(held, wanted, TOLERANCE[self.shape.dtype]):
                     return f"the {name} in slot {slot}: {problem}"
         return None
-
-    def _difference(self, got: Floats, wanted: Floats) -> str | None:
-        if not np.isfinite(got).all():
-            return "not finite"
-        norm = float(np.linalg.norm(wanted))
-        error = float(np.linalg.norm(got - wanted)) / (norm or 1.0)
-        return None if error <= (TOLERANCE[self.shape.dtype] if norm else 0.0) else f"relative error {error:.1e}"
 
 
 def ssm_reference(
@@ -117,7 +111,3 @@ def ssm_reference(
     decay = np.exp(-np.exp(a_log) * step)
     new = (decay[:, None, None] * state + (step[:, None] * x)[..., None] * b[:, None]).astype(np.float32)
     return np.einsum("hpn,hn->hp", new, c) + d[:, None] * x, new
-
-
-def _floats(array: mx.array) -> Floats:
-    return np.array(array.astype(mx.float32))
