@@ -67,20 +67,13 @@ class ReplicaLostError(EngineClosedError):
     """A replica's process ended, or its engine failed: its prompts can go to another."""
 
 
-class ReplicaJob:
-    """A prompt in a replica: its stream and its answer."""
+class PendingAnswer:
+    """What becomes of a prompt."""
 
-    def __init__(self, number: int, abort: Callable[[int], None]) -> None:
-        self.num_tokens = 0
-        self._number, self._abort = number, abort
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
         self._outcome: Answer | Exception | None = None
-
-    @property
-    def stream(self) -> PromptStream:
-        """Its request."""
-        return self
 
     def answer(self) -> Answer:
         """What came; raises what ended the request."""
@@ -88,10 +81,6 @@ class ReplicaJob:
             raise self._outcome
         assert self._outcome is not None, "the request is under way"
         return self._outcome
-
-    def abort(self) -> None:
-        """End the request soon."""
-        self._abort(self._number)
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """``callback()`` once the request is over; at once if it is."""
@@ -108,10 +97,32 @@ class ReplicaJob:
                 return
             self._outcome = outcome
             callbacks, self._callbacks = self._callbacks, []
-        if isinstance(outcome, Answer):
-            self.num_tokens = outcome.tokens
         for callback in callbacks:
             callback()
+
+
+class ReplicaJob(PendingAnswer):
+    """A prompt in a replica: its stream and its answer."""
+
+    def __init__(self, number: int, abort: Callable[[int], None]) -> None:
+        super().__init__()
+        self.num_tokens = 0
+        self._number, self._abort = number, abort
+
+    @property
+    def stream(self) -> PromptStream:
+        """Its request."""
+        return self
+
+    def abort(self) -> None:
+        """End the request soon."""
+        self._abort(self._number)
+
+    def end(self, outcome: Answer | Exception) -> None:
+        """The request is over. Only the first outcome counts."""
+        if isinstance(outcome, Answer):
+            self.num_tokens = outcome.tokens
+        super().end(outcome)
 
 
 class Replica:
@@ -245,15 +256,13 @@ class Replica:
         return lines[-1][-_TAIL:] if lines else ""
 
 
-class SharedJob:
+class SharedJob(PendingAnswer):
     """A prompt of several replicas: where the one that has it is lost, another gets it."""
 
     def __init__(self, replicas: "Replicas", prompt: str, params: Mapping[str, Any]) -> None:
+        super().__init__()
         self._replicas, self._prompt, self._params = replicas, prompt, params
-        self._callbacks: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
-        self._over = self._aborted = False
-        self._outcome: Answer | Exception | None = None
+        self._aborted = False
         self._job: MapJob | None = None
 
     @property
@@ -280,52 +289,36 @@ class SharedJob:
             job.stream.abort()
         job.stream.add_done_callback(lambda: self._ended(member))
 
-    def answer(self) -> Answer:
-        """What came; raises what ended the request."""
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        assert self._outcome is not None, "the request is under way"
-        return self._outcome
-
     def abort(self) -> None:
         """End the request soon."""
         self._aborted = True
         if self._job is not None:
             self._job.stream.abort()
 
-    def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """``callback()`` once the request is over; at once if it is."""
-        with self._lock:
-            if not self._over:
-                self._callbacks.append(callback)
-                return
-        callback()
-
     def _ended(self, member: "Member") -> None:
         self._replicas.count(member, -1)
         assert self._job is not None
+        outcome: Answer | Exception
         try:
-            self._outcome = self._job.answer()
+            outcome = self._job.answer()
         except EngineClosedError as error:  # no fault of the prompt's
-            self._outcome, member.lost = error, str(error)
-            if not self._aborted and self._began_again():
-                return
+            outcome, member.lost = error, str(error)
+            if not self._aborted:
+                refused = self._begun_again()
+                if refused is None:
+                    return
+                outcome = refused
         except Exception as error:  # noqa: BLE001 - this may be an engine's thread; whoever asks for the answer raises it
-            self._outcome = error
-        with self._lock:
-            self._over = True
-            callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback()
+            outcome = error
+        self.end(outcome)
 
-    def _began_again(self) -> bool:
-        """Whether another replica has the prompt now."""
+    def _begun_again(self) -> Exception | None:
+        """Why no other replica has the prompt now; None if one has."""
         try:
             self.begin()
         except (RequestError, EngineClosedError) as error:
-            self._outcome = error
-            return False
-        return True
+            return error
+        return None
 
 
 @dataclass(eq=False)
