@@ -12,6 +12,7 @@ import mlx.core as mx
 from engine.params.kv_dtype import QUANTIZED_BITS, group_size, vector_bytes
 from engine.runner.kernels.dialect import kernels_available, make_kernel
 from engine.runner.kernels.page_format import PackedPages, PageArrays, PagePair
+from engine.runner.kernels.paged_attention import arrival_counters
 from engine.runner.kernels.self_check import GPU_KERNELS, AttentionShape, attention_problem, launch
 
 DECODES = ((1, 512), (8, 512), (32, 512), (64, 512), (8, 8192), (32, 4096))
@@ -111,6 +112,7 @@ def _decode(shape: AttentionShape, rows: int, tokens: int) -> _Work:
     queries, rope_queries = (mx.random.normal((rows, shape.heads, 1, dim)).astype(shape.dtype) for dim in dims)
     new = [mx.random.normal((rows, shape.kv_heads, 1, dim)).astype(shape.dtype) for dim in dims]
     sinks = mx.zeros((shape.heads,), shape.dtype) if shape.sinks else None
+    arrivals = arrival_counters()
     mx.eval(pages, tables, positions, queries, rope_queries, new)
 
     def build() -> list[mx.array]:
@@ -118,7 +120,7 @@ def _decode(shape: AttentionShape, rows: int, tokens: int) -> _Work:
         for keys_and_values in islice(cycle(pages), _DECODE_LAUNCHES):
             out = launch(
                 GPU_KERNELS, shape, _as_queries(out, shape.key_dim), rope_queries, new[0], new[1], *keys_and_values,
-                tables, positions, sinks, None,
+                tables, positions, sinks, None, arrivals,
             )  # fmt: skip
         return [out]
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from engine.runner.kernels.dialect import Kernel, float_bits, make_kernel
+from engine.runner.kernels.dialect import float_bits
 from engine.runner.kernels.joined_attention_text import joined_text
 from engine.runner.kernels.page_format import (
     PageArrays,
@@ -21,11 +21,10 @@ from engine.runner.kernels.page_format import (
 )
 from engine.runner.kernels.paged_attention import (
     ELEMENT_TYPES,
+    AttentionText,
+    attend,
     attention_plan,
-    attention_shapes,
-    join_splits,
     most_tokens,
-    number_of_splits,
     positive_bits,
 )
 from engine.runner.kernels.paged_attention_mma_text import mma_text
@@ -53,6 +52,7 @@ def joined_attention(
     window: int | None = None,
     norms: HeadNorms | None = None,
     splits: int | None = None,
+    arrivals: mx.array | None = None,
 ) -> mx.array:
     """Normalize and rotate each row's heads, write its new key and value into their slot, and attend.
 
@@ -64,12 +64,12 @@ def joined_attention(
     dim = joined.shape[1] // (heads + 2 * kv_heads)
     form = _check(joined, key_pages, value_pages, block_tables, positions, frequencies, heads)
     plan = attention_plan(joined.dtype, dim, dim, heads // kv_heads, block_size, form, form, rotates=True)
-    tokens = most_tokens(block_tables.shape[1], block_size, window)
-    splits = splits or number_of_splits(rows, kv_heads * plan.blocks, tokens, plan.tokens_per_pass)
     pages = [*arrays_of(key_pages), *arrays_of(value_pages)]
     inputs = [joined, *pages, block_tables, positions, frequencies]
-    out, part, sums = _kernel(norms is not None, form.bits > 0, plan.on_tensor_cores)(
-        inputs=inputs if norms is None else [*inputs, norms.query_gain, norms.key_gain],
+    out = attend(
+        _text(norms is not None, form.bits > 0, plan.on_tensor_cores),
+        plan,
+        inputs if norms is None else [*inputs, norms.query_gain, norms.key_gain],
         template=[
             ("T", joined.dtype),
             ("BLOCK_SIZE", block_size),
@@ -77,14 +77,14 @@ def joined_attention(
             ("SCALE", positive_bits("scale", scale)),
             ("CAP", 0),
             *([] if norms is None else [("EPS", float_bits(norms.eps))]),
-            *plan.template,
         ],
-        grid=(plan.threads * splits, kv_heads * plan.blocks, rows),
-        threadgroup=(plan.threads, 1, 1),
-        output_shapes=attention_shapes(rows, heads, splits, dim),
-        output_dtypes=[joined.dtype, mx.float32, mx.float32],
+        result=(rows, heads, dim),
+        blocks=kv_heads * plan.blocks,
+        tokens=most_tokens(block_tables.shape[1], block_size, window),
+        splits=splits,
+        arrivals=arrivals,
     )
-    return (out if splits == 1 else join_splits(part, sums, None, joined.dtype)).reshape(rows, heads * dim)
+    return out.reshape(rows, heads * dim)
 
 
 def rotates(dim: int, element_size: int) -> bool:
@@ -92,14 +92,13 @@ def rotates(dim: int, element_size: int) -> bool:
     return dim * element_size % 32 == 0
 
 
-def _kernel(normed: bool, packed: bool, on_tensor_cores: bool) -> Kernel:
+def _text(normed: bool, packed: bool, on_tensor_cores: bool) -> AttentionText:
     text = mma_text(packed=packed, joined=True, normed=normed) if on_tensor_cores else None
     body, header = text or joined_text(normed=normed, packed=packed)
     pages = *page_names("key", packed=packed), *page_names("value", packed=packed)
     inputs = ("joined", *pages, "block_tables", "positions", "frequencies")
     name = f"joined_attention{'_mma' * on_tensor_cores}{'_packed' * packed}{'_normed' * normed}"
-    inputs = (*inputs, "query_gain", "key_gain") if normed else inputs
-    return make_kernel(name, inputs, ("out", "part", "sums"), body, header)
+    return AttentionText(name, (*inputs, "query_gain", "key_gain") if normed else inputs, body, header)
 
 
 def _check(

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from engine.errors import error_line
 from engine.runner.kernels.joined_attention import HeadNorms
 from engine.runner.kernels.page_check import CheckedPages
+from engine.runner.kernels.paged_attention import arrival_counters
 from engine.runner.kernels.reference import attention, floats
 from engine.runner.kernels.self_check import MOST_KV_HEADS, TOLERANCE, AttentionKernels
 
-_LENGTHS = (1, 0, 16, 333, 49)
-"""Tokens of the rows, the new one among them; a row of 0 is padding."""
+_LENGTHS = (1, 0, 16, 333, 49, 100)
+"""Tokens of the rows, the new one among them; a row of 0 is padding. Of three splits, 100 tokens often fill two."""
 Floats = NDArray[np.float32]
 
 
@@ -36,18 +37,20 @@ class JoinedShape:
 def joined_problem(shape: JoinedShape, kernels: AttentionKernels) -> str | None:
     """Run ``kernels`` on small random rows of ``shape``, beside numpy: one line on the first thing wrong, or None.
 
-    Ragged rows, one of them padding, with one split and several; NaN lies in every slot that was never written. Raises
-    nothing.
+    Ragged rows, one of them padding, with one split and, twice on the same counters of arrivals, with several; NaN lies
+    in every slot that was never written. All are launched, whatever is wrong with the first. Raises nothing.
     """
     try:
-        return next((problem for splits in (1, 3) if (problem := _Check(shape, kernels).run(splits))), None)
+        arrivals = arrival_counters(len(_LENGTHS) * shape.heads)
+        problems = [_Check(shape, kernels, arrivals).run(splits) for splits in (1, 3, 3)]
+        return next((problem for problem in problems if problem), None)
     except Exception as error:  # noqa: BLE001  (whatever stops a kernel, the layers have another path)
         return error_line(error)
 
 
 class _Check:
-    def __init__(self, shape: JoinedShape, kernels: AttentionKernels) -> None:
-        self._shape, self._kernels = shape, kernels
+    def __init__(self, shape: JoinedShape, kernels: AttentionKernels, arrivals: mx.array | None) -> None:
+        self._shape, self._kernels, self._arrivals = shape, kernels, arrivals
         self._rng = np.random.default_rng(9)
         self._kv_heads = min(shape.kv_heads, MOST_KV_HEADS)
         self._heads = shape.heads // shape.kv_heads * self._kv_heads
@@ -92,6 +95,7 @@ class _Check:
             mx.array([length - 1 for length in _LENGTHS], mx.int32) + 0, mx.array(self._frequencies) + 0,
             heads=self._heads, scale=shape.scale, block_size=shape.block_size, window=shape.window,
             norms=None if shape.eps is None else HeadNorms(query_gain, key_gain, shape.eps), splits=splits,
+            arrivals=self._arrivals,
         )  # fmt: skip
         found = floats(out).reshape(rows, self._heads, shape.dim)
         after = mx.where(out.reshape(-1)[:1] == 0, 0, 0)  # pages are read only once the launch has written

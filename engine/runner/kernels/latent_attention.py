@@ -10,7 +10,6 @@ import mlx.core as mx
 
 from engine.runner.kernels import paged_attention as usual
 from engine.runner.kernels.attention_geometry import Geometry
-from engine.runner.kernels.dialect import Kernel, make_kernel
 from engine.runner.kernels.latent_attention_text import LATENT_ATTENTION, LATENT_HEADER
 from engine.runner.kernels.mma_geometry import mma_geometry
 from engine.runner.kernels.page_format import VECTOR_BYTES
@@ -38,6 +37,7 @@ def latent_attention(
     scale: float,
     block_size: int,
     splits: int | None = None,
+    arrivals: mx.array | None = None,
 ) -> mx.array:
     """Write every row's new vectors into their slot, and attend over all before them.
 
@@ -51,24 +51,24 @@ def latent_attention(
     _check(arrays, block_tables, positions)
     (rows, heads, _, dim), rope_dim = queries.shape, rope_pages.shape[3]
     plan = _plan(queries.dtype, dim, rope_dim, heads, block_size)
-    in_pass = max(plan.tokens_per_pass, _FEWEST_TOKENS)
-    splits = splits or usual.number_of_splits(rows, plan.blocks, block_tables.shape[1] * block_size, in_pass)
-    out, part, sums = _kernel(plan.on_tensor_cores)(
-        inputs=[*arrays, block_tables, positions],
+    out = usual.attend(
+        _text(plan.on_tensor_cores),
+        plan._replace(tokens_per_pass=max(plan.tokens_per_pass, _FEWEST_TOKENS)),
+        [*arrays, block_tables, positions],
         template=[
             ("T", queries.dtype),
             ("BLOCK_SIZE", block_size),
             ("WINDOW", 0),
             ("SCALE", usual.positive_bits("scale", scale)),
             ("CAP", 0),
-            *plan.template,
         ],
-        grid=(plan.threads * splits, plan.blocks, rows),
-        threadgroup=(plan.threads, 1, 1),
-        output_shapes=usual.attention_shapes(rows, heads, splits, dim),
-        output_dtypes=[queries.dtype, mx.float32, mx.float32],
+        result=(rows, heads, dim),
+        blocks=plan.blocks,
+        tokens=block_tables.shape[1] * block_size,
+        splits=splits,
+        arrivals=arrivals,
     )
-    return (out if splits == 1 else usual.join_splits(part, sums, None, queries.dtype))[:, :, None]
+    return out[:, :, None]
 
 
 def _plan(dtype: mx.Dtype, dim: int, rope_dim: int, heads: int, block_size: int) -> usual.AttentionPlan:
@@ -90,10 +90,9 @@ def _plan(dtype: mx.Dtype, dim: int, rope_dim: int, heads: int, block_size: int)
     return usual.AttentionPlan(made.threads, 1, made.tokens_per_pass, False, [*made.template, ("ROPE_DIM", rope_dim)])
 
 
-def _kernel(on_tensor_cores: bool) -> Kernel:
+def _text(on_tensor_cores: bool) -> usual.AttentionText:
     body, header = mma_text(packed=False, latent=True) if on_tensor_cores else (LATENT_ATTENTION, LATENT_HEADER)
-    name = f"latent_attention{'_mma' * on_tensor_cores}"
-    return make_kernel(name, _INPUTS, ("out", "part", "sums"), body, header)
+    return usual.AttentionText(f"latent_attention{'_mma' * on_tensor_cores}", _INPUTS, body, header)
 
 
 def _check(arrays: list[mx.array], block_tables: mx.array, positions: mx.array) -> None:

@@ -12,7 +12,7 @@ things make that right.
 import ctypes
 import math
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -20,6 +20,7 @@ from engine.runner.kernels import packed_attention_text as packed_text
 from engine.runner.kernels import paged_attention_text as text
 from engine.runner.kernels.attention_geometry import attention_geometry
 from engine.runner.kernels.dialect import Kernel, float_bits, make_kernel
+from engine.runner.kernels.last_block_text import Ending, ended
 from engine.runner.kernels.mma_geometry import MmaGeometry, mma_geometry
 from engine.runner.kernels.page_format import (
     VECTOR_BYTES,
@@ -40,6 +41,8 @@ _FEWEST_ENTRIES = 8
 """Of a table: arrays of up to 8 bytes lie in the host's memory on CUDA, and Metal's text differs for fewer elements."""
 _UNUSED_OUTPUT = (8,)
 """Shape of an output that a launch does not write."""
+_MOST_JOINED = 1 << 20
+"""Bytes of parts that a block joins: one multiprocessor reads them in some 10 us, as long as a launch takes the host."""
 
 
 def paged_attention(
@@ -57,6 +60,7 @@ def paged_attention(
     sinks: mx.array | None = None,
     softcap: float | None = None,
     splits: int | None = None,
+    arrivals: mx.array | None = None,
 ) -> mx.array:
     """Write every row's new key and value into their slot, and attend over all that the row sees.
 
@@ -64,34 +68,37 @@ def paged_attention(
     pages [1, kv_heads, slots, D] and [1, kv_heads, slots, DV], or packed, all of one element type; ``block_tables``
     int32 [rows, width]; ``positions`` int32 [rows or more] of the new tokens, negative for a padding row, which gives
     zeros and writes nothing; ``window`` tokens are seen, the new one among them; ``sinks`` [heads]. Gives
-    [rows, heads, 1, DV]. ``splits`` of a row's context: as many as keep the GPU busy. On CUDA, tables and positions
-    made from host memory are read over the bus: let them come from an operation. ValueError: what it does not know.
+    [rows, heads, 1, DV]. ``splits`` of a row's context: as many as keep the GPU busy. ``arrivals`` from
+    :func:`arrival_counters`: then this is one launch, which writes them in place; else several splits take two. On
+    CUDA, tables and positions made from host memory are read over the bus: let them come from an operation.
+    ValueError: what it does not know.
     """
     formats = _check_pages(queries, new_keys, new_values, key_pages, value_pages)
     _check_call(queries, new_keys, block_tables, positions, sinks)
     rows, heads, _, key_dim = queries.shape
     kv_heads, value_dim = new_keys.shape[1], new_values.shape[3]
     plan = attention_plan(queries.dtype, key_dim, value_dim, heads // kv_heads, block_size, *formats)
-    tokens = most_tokens(block_tables.shape[1], block_size, window)
-    splits = splits or number_of_splits(rows, kv_heads * plan.blocks, tokens, plan.tokens_per_pass)
     pages = [*arrays_of(key_pages), *arrays_of(value_pages)]
     inputs = [queries, new_keys, new_values, *pages, block_tables, positions]
-    out, part, sums = _attention_kernel(sinks is not None, formats[0].bits > 0, plan.on_tensor_cores)(
-        inputs=inputs if sinks is None else [*inputs, sinks],
+    out = attend(
+        _attention_text(sinks is not None, formats[0].bits > 0, plan.on_tensor_cores),
+        plan,
+        inputs if sinks is None else [*inputs, sinks],
         template=[
             ("T", queries.dtype),
             ("BLOCK_SIZE", block_size),
             ("WINDOW", window or 0),
             ("SCALE", positive_bits("scale", scale)),
             ("CAP", 0 if softcap is None else positive_bits("softcap", softcap)),
-            *plan.template,
         ],
-        grid=(plan.threads * splits, kv_heads * plan.blocks, rows),
-        threadgroup=(plan.threads, 1, 1),
-        output_shapes=attention_shapes(rows, heads, splits, value_dim),
-        output_dtypes=[queries.dtype, mx.float32, mx.float32],
+        result=(rows, heads, value_dim),
+        blocks=kv_heads * plan.blocks,
+        tokens=most_tokens(block_tables.shape[1], block_size, window),
+        splits=splits,
+        arrivals=arrivals,
+        sinks=sinks,
     )
-    return (out if splits == 1 else join_splits(part, sums, sinks, queries.dtype))[:, :, None]
+    return out[:, :, None]
 
 
 class AttentionPlan(NamedTuple):
@@ -129,6 +136,84 @@ def mma_plan(dtype: mx.Dtype, geometry: MmaGeometry) -> AttentionPlan:
     return AttentionPlan(
         geometry.threads, geometry.blocks, geometry.tokens_per_pass, True, [("C", computed), *geometry.template]
     )
+
+
+class AttentionText(NamedTuple):
+    """A kernel of decode attention, but for the end of its launch."""
+
+    name: str
+    inputs: tuple[str, ...]
+    body: str
+    header: str
+
+    def kernel(self, ending: Ending, *, on_tensor_cores: bool) -> Kernel:
+        """The kernel with an end."""
+        body, header = ended(self.body, self.header, ending, "here" if on_tensor_cores else "GROUP")
+        inputs = (*self.inputs, "arrivals") if ending is Ending.LAST_BLOCK else self.inputs
+        return make_kernel(f"{self.name}{ending.value}", inputs, ending.outputs, body, header)
+
+
+def attend(
+    text: AttentionText,
+    plan: AttentionPlan,
+    inputs: list[mx.array],
+    *,
+    template: list[tuple[str, Any]],
+    result: tuple[int, int, int],
+    blocks: int,
+    tokens: int,
+    splits: int | None,
+    arrivals: mx.array | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Launch; gives the ``result`` [rows, heads, DV], in the first input's element type.
+
+    ``blocks`` for a row's heads, of at most ``tokens`` tokens; splits and arrivals as in :func:`paged_attention`.
+    """
+    rows, heads, value_dim = result
+    dtype = inputs[0].dtype
+    if splits is None:
+        splits = number_of_splits(rows, blocks, tokens, plan.tokens_per_pass)
+        if arrivals is not None:
+            splits = min(splits, max(2, _MOST_JOINED // (math.ceil(heads / blocks) * value_dim * 4)))
+    ending, shapes = Ending.SECOND_LAUNCH, attention_shapes(rows, heads, splits, value_dim)
+    if arrivals is not None:
+        ending = Ending.ONE_SPLIT if splits == 1 else Ending.LAST_BLOCK
+        shapes = [result, *([] if splits == 1 else [(rows * heads * splits * (value_dim + 2),)])]
+    if ending is Ending.LAST_BLOCK:
+        assert arrivals is not None
+        _check_arrivals(arrivals, rows * blocks)
+        inputs = [*inputs, arrivals]
+    outputs = text.kernel(ending, on_tensor_cores=plan.on_tensor_cores)(
+        inputs=inputs,
+        template=[*template, *plan.template],
+        grid=(plan.threads * splits, blocks, rows),
+        threadgroup=(plan.threads, 1, 1),
+        output_shapes=shapes,
+        output_dtypes=[dtype, mx.float32, mx.float32][: len(shapes)],
+    )
+    if ending is Ending.SECOND_LAUNCH and splits > 1:
+        return join_splits(outputs[1], outputs[2], sinks, dtype)
+    return outputs[0]
+
+
+def arrival_counters(counters: int = 0) -> mx.array | None:
+    """Zeros for attention in one launch, on the device; None where splits are joined by a second one.
+
+    At least ``counters``, and as many as any launch needs whose ``splits`` are not given. Launches that may run at the
+    same time need arrays of their own: this one belongs where an array of pages does, and is ordered as that is.
+    """
+    if not joins_in_launch():
+        return None
+    made = mx.zeros((max(_FEWEST_ENTRIES, counters, blocks_at_once() // 2),), mx.int32)
+    mx.eval(made)
+    return made
+
+
+@cache
+def joins_in_launch() -> bool:
+    """Whether the last block of a row to arrive can read what the others wrote: on Metal no fence orders that."""
+    return bool(mx.cuda.is_available())
 
 
 @cache
@@ -250,7 +335,7 @@ def _cuda_multiprocessors(default: int = 132) -> int:
     return default if failed or count.value < 1 else count.value
 
 
-def _attention_kernel(sinks: bool, packed: bool, on_tensor_cores: bool) -> Kernel:
+def _attention_text(sinks: bool, packed: bool, on_tensor_cores: bool) -> AttentionText:
     inputs = (
         "queries", "new_keys", "new_values", *page_names("key", packed=packed), *page_names("value", packed=packed),
         "block_tables", "positions",
@@ -262,7 +347,7 @@ def _attention_kernel(sinks: bool, packed: bool, on_tensor_cores: bool) -> Kerne
         if packed:
             body, header = packed_text.PACKED_ATTENTION, header + packed_text.PACKING + packed_text.UNPACKING
     name = f"paged_attention{'_mma' * on_tensor_cores}{'_packed' * packed}{'_sinks' * sinks}"
-    return make_kernel(name, (*inputs, "sinks") if sinks else inputs, ("out", "part", "sums"), body, header)
+    return AttentionText(name, (*inputs, "sinks") if sinks else inputs, body, header)
 
 
 def _reduce_kernel(sinks: bool) -> Kernel:
@@ -296,6 +381,11 @@ def positive_bits(name: str, value: float) -> int:
     if not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be positive, not {value}")
     return float_bits(value)
+
+
+def _check_arrivals(arrivals: mx.array, counters: int) -> None:
+    if arrivals.dtype != mx.int32 or arrivals.ndim != 1 or arrivals.size < max(counters, _FEWEST_ENTRIES):
+        raise ValueError(f"{counters} counters of arrivals are needed, not {arrivals.dtype} {arrivals.shape}")
 
 
 def _check_pages(

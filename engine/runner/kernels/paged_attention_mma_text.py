@@ -129,7 +129,7 @@ _SETUP = r"""
   float* result = reinterpret_cast<float*>(memory);
 
   constexpr int BLOCKS = (GROUP + HEADS - 1) / HEADS;               // of one kv head's query heads
-  const int split = BLK_X, kv_head = BLK_Y / BLOCKS, head0 = BLK_Y % BLOCKS * HEADS, row = BLK_Z, splits = GRID_X;
+  const int split = BLK_X, kv_head = BLK_Y / BLOCKS, head0 = BLK_Y % BLOCKS * HEADS, row = BLK_Z, @LAUNCHED@;
   const int kv_heads = key_pages_shape[1], width = block_tables_shape[1];
   const size_t slots = key_pages_shape[2];
   const size_t first_head = ((size_t)row * kv_heads + kv_head) * GROUP + head0;
@@ -139,13 +139,14 @@ _SETUP = r"""
   const int position = positions[row], length = position + 1;
   const int low = WINDOW > 0 && length > WINDOW ? length - WINDOW : 0;
   const int origin = low / BLOCK_SIZE * BLOCK_SIZE;
-  const int per_split = ((length - origin + splits - 1) / splits + PASS - 1) / PASS * PASS;
+  const int per_split = ((length - origin + @SPLITS@ - 1) / @SPLITS@ + PASS - 1) / PASS * PASS;
   const int begin = origin + split * per_split;
   const int end = length < begin + per_split ? length : begin + per_split;
+  @PARTS@
   if (position < 0 || begin >= length) {                            // a padding row, or a split past the row's end
-    if (splits == 1) {
+    if (@EMPTY@) {
       for (int i = TID; i < here * VALUE_DIM; i += THREADS) out[first_head * VALUE_DIM + i] = T(0.0f);
-    } else {
+    } @ELSE@ {
       for (int i = TID; i < here; i += THREADS) sums[2 * ((first_head + i) * splits + split) + 1] = UNUSED;
     }
     return;
@@ -437,6 +438,7 @@ _JOIN = r"""
     const float sink = splits == 1 ? SINK(kv_head * GROUP + head0 + head) : 0.0f;
     store_result<T>(out, part, sums, first_head + head, VALUE_DIM, d, split, splits, x, highest, total, sink);
   }
+  @JOIN@
 """
 
 

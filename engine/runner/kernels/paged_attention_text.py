@@ -77,7 +77,7 @@ SETUP = r"""
   SHARED float warp_sums[WARPS > 1 ? WARPS * GROUP * 2 : 1];
   @NEWEST@
 
-  const int split = BLK_X, kv_head = BLK_Y, row = BLK_Z, splits = GRID_X;
+  const int split = BLK_X, kv_head = BLK_Y, row = BLK_Z, @LAUNCHED@;
   const int kv_heads = key_pages_shape[1], width = block_tables_shape[1];
   const size_t slots = key_pages_shape[2];
   const size_t first_head = ((size_t)row * kv_heads + kv_head) * GROUP;       // of the rows' query heads
@@ -88,13 +88,14 @@ SETUP = r"""
   const int position = positions[row], length = position + 1;
   const int low = WINDOW > 0 && length > WINDOW ? length - WINDOW : 0;
   const int origin = low / BLOCK_SIZE * BLOCK_SIZE;
-  const int per_split = ((length - origin + splits - 1) / splits + PASS - 1) / PASS * PASS;
+  const int per_split = ((length - origin + @SPLITS@ - 1) / @SPLITS@ + PASS - 1) / PASS * PASS;
   const int begin = origin + split * per_split;
   const int end = length < begin + per_split ? length : begin + per_split;
+  @PARTS@
   if (position < 0 || begin >= length) {                            // a padding row, or a split past the row's end
-    if (splits == 1) {
+    if (@EMPTY@) {
       for (int i = TID; i < GROUP * VALUE_DIM; i += THREADS) out[first_head * VALUE_DIM + i] = T(0.0f);
-    } else {
+    } @ELSE@ {
       for (int g = TID; g < GROUP; g += THREADS) sums[2 * ((first_head + g) * splits + split) + 1] = UNUSED;
     }
     return;
@@ -258,6 +259,7 @@ AFTER_LOADS = r"""
             store_result<T>(out, part, sums, first_head + head0 + g, VALUE_DIM, COLUMN(i / VEC) + i % VEC, split,
                             splits, acc[g][i], top[g], sum[g], sink);
         }
+    @JOIN@
     return;
   }
 
@@ -285,6 +287,7 @@ AFTER_LOADS = r"""
     const float sink = splits == 1 ? SINK(kv_head * GROUP + g) : 0.0f;
     store_result<T>(out, part, sums, first_head + g, VALUE_DIM, d, split, splits, x, highest, total, sink);
   }
+  @JOIN@
 """
 
 ATTENTION_SETUP = SETUP.replace("@VEC@", "16 / int(sizeof(T))").replace(

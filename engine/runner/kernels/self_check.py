@@ -51,6 +51,7 @@ class AttentionKernels(Protocol):
         sinks: mx.array | None = None,
         softcap: float | None = None,
         splits: int | None = None,
+        arrivals: mx.array | None = None,
     ) -> mx.array:
         """Decode attention; writes the new rows in place."""
 
@@ -83,6 +84,7 @@ class AttentionKernels(Protocol):
         window: int | None = None,
         norms: HeadNorms | None = None,
         splits: int | None = None,
+        arrivals: mx.array | None = None,
     ) -> mx.array:
         """Decode attention from a joined product, [rows, heads * D]; writes the new rows in place."""
 
@@ -100,6 +102,7 @@ class AttentionKernels(Protocol):
         scale: float,
         block_size: int,
         splits: int | None = None,
+        arrivals: mx.array | None = None,
     ) -> mx.array:
         """Decode attention of all heads over latent vectors; writes the new rows in place."""
 
@@ -195,7 +198,7 @@ def attention_problem(
 ) -> str | None:
     """Run ``kernels`` on small random tensors of ``shape``, beside numpy: one line on the first thing wrong, or None.
 
-    Three steps of ragged rows, some of them padding, with one split and several; before the third a sequence's blocks
+    Four steps of ragged rows, some of them padding, with one split and several; before the last a sequence's blocks
     are freed and a new one's prompt is collected into them. NaN lies in every slot that was never written. What this
     compiles is what a model of this shape uses. ``lengths`` of the rows, if others than usual: the second 0, the
     longest above three blocks. Raises nothing.
@@ -219,10 +222,11 @@ def _launch_each(shape: AttentionShape, kernels: AttentionKernels) -> None:
     new_keys, new_values = (mx.zeros((rows, kv_heads, 1, dim), shape.dtype) for dim in dims)
     queries, rope_queries = (mx.zeros((rows, kv_heads * shape.group, 1, dim), shape.dtype) for dim in dims)
     sinks = mx.zeros((kv_heads * shape.group,), shape.dtype) if shape.sinks else None
-    launch(
-        kernels, shape, queries, rope_queries, new_keys, new_values, key_pages, value_pages, integers[:, None],
-        integers, sinks, 2,
-    )  # fmt: skip
+    for splits in (1, 2):
+        launch(
+            kernels, shape, queries, rope_queries, new_keys, new_values, key_pages, value_pages, integers[:, None],
+            integers, sinks, splits, gpu.arrival_counters(rows * kv_heads * shape.group),
+        )  # fmt: skip
     kernels.collect(
         new_keys[:1], new_values[:1], key_pages, value_pages, integers, integers[:4], block_size=shape.block_size,
         length=1,
@@ -232,7 +236,7 @@ def _launch_each(shape: AttentionShape, kernels: AttentionKernels) -> None:
 def launch(
     kernels: AttentionKernels, shape: AttentionShape, queries: mx.array, rope_queries: mx.array, new_keys: mx.array,
     new_values: mx.array, key_pages: PageArrays, value_pages: PageArrays, block_tables: mx.array, positions: mx.array,
-    sinks: mx.array | None, splits: int | None,
+    sinks: mx.array | None, splits: int | None, arrivals: mx.array | None,
 ) -> mx.array:  # fmt: skip
     """The launch that layers of this shape use for single rows."""
     if shape.latent:
@@ -240,11 +244,12 @@ def launch(
         assert isinstance(value_pages, mx.array), "packed latent pages"
         return kernels.latent_attention(
             queries, rope_queries, new_keys, new_values, key_pages, value_pages, block_tables, positions,
-            scale=shape.used_scale, block_size=shape.block_size, splits=splits,
+            scale=shape.used_scale, block_size=shape.block_size, splits=splits, arrivals=arrivals,
         )  # fmt: skip
     return kernels.paged_attention(
         queries, new_keys, new_values, key_pages, value_pages, block_tables, positions, scale=shape.used_scale,
         block_size=shape.block_size, window=shape.window, sinks=sinks, softcap=shape.softcap, splits=splits,
+        arrivals=arrivals,
     )  # fmt: skip
 
 
@@ -272,6 +277,7 @@ class _Check:
     pages: list[CheckedPages] = field(default_factory=list)
     sequences: list[_Sequence | None] = field(default_factory=list)
     newest: mx.array = field(default_factory=lambda: mx.zeros((8,)))
+    arrivals: mx.array | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -284,7 +290,8 @@ class _Check:
     def run(self) -> str | None:
         """The first problem of all steps."""
         self._fill()
-        for splits in (1, 3):
+        self.arrivals = gpu.arrival_counters(len(self.sequences) * self.kv_heads * self.shape.group)
+        for splits in (1, 3, 3):  # counters of arrivals that a launch leaves wrong are the next one's
             if problem := self._decode(splits):
                 return f"{problem} ({'one split' if splits == 1 else 'several splits'})"
         return self._reuse() or self._decode(None) or self._changed()
@@ -293,7 +300,7 @@ class _Check:
         """Sequences of mixed lengths in pages, with room for a few tokens more."""
         size, window = self.shape.block_size, self.shape.window
         reach = window if window and window <= _LONGEST_WINDOW else 0
-        lengths = self.lengths or [1, 0, size, 3 * size + 1, 333, size - 1, 2, reach + size + 3]
+        lengths = self.lengths or [1, 0, size, 3 * size + 1, 333, size - 1, 2, reach + size + 3, 100]
         counts = [math.ceil((length + 4) / size) if length else 0 for length in lengths]
         order = self.rng.permutation(sum(counts) + 3).tolist()
         self.pages = [
@@ -332,10 +339,10 @@ class _Check:
         positions = [sequence.keys.shape[1] if sequence else -1 for sequence in self.sequences]
         key_pages, value_pages = (pages.arrays for pages in self.pages)
         dim = shape.result_dim
-        _leave_nan(shape.dtype, (rows, heads, dim), (rows, heads, 3, dim), (rows, heads, 3, 2))
+        _leave_nan(shape.dtype, (rows, heads, dim), (rows, heads, 3, dim), (rows, heads, 3, 2), (rows, heads, 3, dim + 2))
         out = launch(
             self.kernels, shape, queries, rope_queries, keys, values, key_pages, value_pages, self._tables(),
-            mx.array(positions, mx.int32) + self._after(), sinks if shape.sinks else None, splits,
+            mx.array(positions, mx.int32) + self._after(), sinks if shape.sinks else None, splits, self.arrivals,
         )  # fmt: skip
         self.newest = out
         got = floats(out)[:, :, 0]

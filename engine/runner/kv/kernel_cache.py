@@ -13,6 +13,7 @@ import numpy as np
 
 from engine.runner.kernels.joined_attention import HeadNorms
 from engine.runner.kernels.page_format import PageArrays, PagePair, as_pages
+from engine.runner.kernels.paged_attention import arrival_counters
 from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kv.attention_metadata import SequenceRead
 from engine.runner.kv.input_batch import InputBatch, Int32
@@ -96,6 +97,7 @@ class KernelLayerCache(PagedLayerCache):
         """Whether a key is what all heads share, and a value what is rotated of it: see :meth:`attend_latent`."""
         self._identity = mx.eye(shape.value_dim if self.latent else 1, dtype=shape.dtype)[None, None]
         mx.eval(self._identity)  # a constant of compiled steps
+        self._arrivals = arrival_counters()  # one more; launches over these pages follow each other, others need not
         self.collected: mx.array | None = None
         """Keys of the last chunk: what comes after them comes after the chunk was written."""
 
@@ -160,6 +162,7 @@ class KernelLayerCache(PagedLayerCache):
         return self._kernels.paged_attention(
             queries, *new, *pages, call.block_tables, call.positions, scale=scale,
             block_size=self._pool.block_size, window=self._window, sinks=sinks, softcap=softcap,
+            arrivals=self._arrivals,
         )  # fmt: skip
 
     def attend_latent(self, queries: mx.array, scale: float, rope_queries: mx.array) -> mx.array:
@@ -176,7 +179,7 @@ class KernelLayerCache(PagedLayerCache):
         assert isinstance(ropes, mx.array), "packed latent pages"
         return self._kernels.latent_attention(
             queries, rope_queries, *new, latents, ropes, call.block_tables, call.positions, scale=scale,
-            block_size=self._pool.block_size,
+            block_size=self._pool.block_size, arrivals=self._arrivals,
         )  # fmt: skip
 
     def attend_joined(
@@ -191,7 +194,7 @@ class KernelLayerCache(PagedLayerCache):
         assert pages is not None, "no pages to write to"
         return self._kernels.joined_attention(
             joined, *pages, call.block_tables, call.positions, frequencies, heads=heads, scale=scale,
-            block_size=self._pool.block_size, window=self._window, norms=norms,
+            block_size=self._pool.block_size, window=self._window, norms=norms, arrivals=self._arrivals,
         )  # fmt: skip
 
     def finish(self) -> None:

@@ -4,7 +4,7 @@ from types import ModuleType
 
 import pytest
 
-from engine.runner.kernels import rows_matmul
+from engine.runner.kernels import paged_attention, rows_matmul
 from tests.engine.runner.kernels import text_on_host
 from tests.engine.runner.kernels.cuda_on_host import HostKernel, kernels_on_host
 
@@ -38,6 +38,8 @@ def text_kernels(dialect: str, kernel_folder: Path, monkeypatch: pytest.MonkeyPa
     ) -> text_on_host.HostKernel:
         kernel = text_on_host.HostKernel(dialect, name, inputs, outputs, source, header, kernel_folder)
         return made.setdefault(name, kernel)
+
+    monkeypatch.setattr(paged_attention, "joins_in_launch", lambda: dialect == "cuda")
 
     def replace(*modules: ModuleType) -> dict[str, text_on_host.HostKernel]:
         for module in modules:

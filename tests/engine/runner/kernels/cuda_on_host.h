@@ -58,7 +58,11 @@ template <typename T> T __ldcs(const T* at) {
   return *at;
 }
 
-struct float2 { float x, y; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+static float2 make_float2(float x, float y) { return {x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+template <typename T> T __ldcg(const T* at) { return __ldcs(at); }
 static float2 __half22float2(__half2 pair) { return {float(pair.x), float(pair.y)}; }
 
 // Some C libraries have functions of these names.
@@ -110,6 +114,14 @@ static int __popc(unsigned x) { return __builtin_popcount(x); }
 static void __syncwarp() { exchange(0, 0); }
 // A thread runs until it waits for others, so that nothing comes between.
 static int atomicAdd(int* at, int by) { const int was = *at; *at += by; return was; }
+static unsigned atomicInc(unsigned* at, unsigned most) {
+  const unsigned was = *at;
+  *at = was >= most ? 0 : was + 1;
+  return was;
+}
+// Blocks run one after the other, so that each sees all that those before it wrote.
+static void __threadfence() {}
+static int __syncthreads_or(int one) { return any_of_block(one); }
 
 // mma.sync m16n8k16: which elements of A [16, 16], B [16, 8] and C [16, 8] a lane holds is in PTX's manual.
 struct Fragment { unsigned a[4], b[2]; };

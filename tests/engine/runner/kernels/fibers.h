@@ -46,6 +46,16 @@ static bool any_of_warp(bool one) {
   return any;
 }
 
+static bool any_of_block(bool one) {
+  static bool votes[2][MOST_THREADS];
+  const unsigned side = at_barrier[current_thread] & 1;
+  votes[side][current_thread] = one;
+  barrier();
+  bool any = false;
+  for (unsigned i = 0; i < threads_in_block; ++i) any |= votes[side][i];
+  return any;
+}
+
 static void enter() {
   body();
   done[current_thread] = 1;

@@ -40,6 +40,7 @@ class HostKernels:
         sinks: mx.array | None = None,
         softcap: float | None = None,
         splits: int | None = None,
+        arrivals: mx.array | None = None,
     ) -> mx.array:
         """Write each row's key and value into its slot; gives [rows, heads, 1, DV]."""
         self.calls["paged_attention"] += 1
@@ -86,6 +87,7 @@ class HostKernels:
         window: int | None = None,
         norms: HeadNorms | None = None,
         splits: int | None = None,
+        arrivals: mx.array | None = None,
     ) -> mx.array:
         """Normalize and rotate the heads of each row [heads and two kv_heads, D], and attend; [rows, heads * D]."""
         self.calls["joined_attention"] += 1
@@ -120,6 +122,7 @@ class HostKernels:
         scale: float,
         block_size: int,
         splits: int | None = None,
+        arrivals: mx.array | None = None,
     ) -> mx.array:
         """Write each row's vectors into its slot; gives [rows, heads, 1, R]."""
         self.calls["latent_attention"] += 1

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from engine.params.kv_dtype import group_size
-from engine.runner.kernels import latent_attention
 from engine.runner.kernels import paged_attention as module
 from engine.runner.kernels import paged_attention_text as text
+from engine.runner.kernels.last_block_text import Ending
 from engine.runner.kernels.page_format import PackedPages
 from engine.runner.kernels.paged_attention import collect, paged_attention
 from engine.runner.kernels.reference import attention
@@ -54,17 +54,21 @@ ON_CUDA = [name for name in SHAPES if name.startswith(("bf16 128 of 4", "bf16 64
 
 @pytest.fixture
 def kernels(text_kernels: TextKernels) -> dict[str, HostKernel]:
-    return text_kernels(module, latent_attention)
+    return text_kernels(module)
+
+
+def launched(name: str, collect: str, *, cuda: bool) -> set[str]:
+    """Kernels of a check, without sinks: splits are joined by the last block, or by another launch."""
+    return {f"{name}_alone", f"{name}_last", collect} if cuda else {name, "paged_attention_reduce", collect}
 
 
 @pytest.mark.parametrize(
     ("dialect", "name"), [*(("metal", name) for name in SHAPES), *(("cuda", name) for name in ON_CUDA)]
 )
-def test_the_text_gives_what_numpy_gives(name: str, kernels: dict[str, HostKernel]) -> None:
+def test_the_text_gives_what_numpy_gives(name: str, dialect: str, kernels: dict[str, HostKernel]) -> None:
     assert attention_problem(SHAPES[name]) is None
-    assert {one.removesuffix("_sinks") for one in kernels} == {
-        "paged_attention", "paged_attention_reduce", "collect_pages",
-    }  # fmt: skip
+    named = {one.replace("_sinks", "") for one in kernels}
+    assert named == launched("paged_attention", "collect_pages", cuda=dialect == "cuda")
 
 
 FEW = (1, 0, 16, 170, 31, 2, 70)
@@ -83,11 +87,12 @@ PACKED = {
     ("dialect", "name"),
     [*(("metal", name) for name in PACKED), *(("cuda", name) for name in PACKED if "128" in name or "f16" in name)],
 )
-def test_packed_pages_are_read_and_written_as_numpy_does(name: str, kernels: dict[str, HostKernel]) -> None:
+def test_packed_pages_are_read_and_written_as_numpy_does(
+    name: str, dialect: str, kernels: dict[str, HostKernel]
+) -> None:
     assert attention_problem(PACKED[name], lengths=FEW) is None
-    assert {one.removesuffix("_sinks") for one in kernels} == {
-        "paged_attention_packed", "paged_attention_reduce", "collect_packed_pages",
-    }  # fmt: skip
+    named = {one.replace("_sinks", "") for one in kernels}
+    assert named == launched("paged_attention_packed", "collect_packed_pages", cuda=dialect == "cuda")
 
 
 ON_TENSOR_CORES = {
@@ -127,11 +132,12 @@ LATENT = {
     ],
 )
 def test_latent_pages_are_the_keys_and_values_of_all_heads(
-    name: str, on_tensor_cores: bool, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+    name: str, on_tensor_cores: bool, dialect: str, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "tensor_cores", lambda: on_tensor_cores)
     assert attention_problem(LATENT[name], lengths=FEW) is None
-    assert f"latent_attention{'_mma' * on_tensor_cores}" in kernels
+    name = f"latent_attention{'_mma' * on_tensor_cores}"
+    assert set(kernels) == launched(name, "collect_pages", cuda=dialect == "cuda")
 
 
 def random(*sizes: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.array:
@@ -170,16 +176,16 @@ def test_a_table_wider_than_the_rows_changes_nothing(kernels: dict[str, HostKern
 def test_splits_are_cut_from_each_rows_own_tokens(kernels: dict[str, HostKernel]) -> None:
     """In a wide table every split of a long row still has tokens, and those behind a short row's end have none."""
     pass_length = module.attention_geometry(128, 128, 4, 2).tokens_per_pass
-    launched: list[mx.array] = []
-    kernel = module._attention_kernel(False, False, False)
+    given: list[mx.array] = []
+    kernel = module._attention_text(False, False, False).kernel(Ending.SECOND_LAUNCH, on_tensor_cores=False)
 
     def spy(**launch: Any) -> list[mx.array]:
-        launched.extend(kernel(**launch))
-        return launched
+        given.extend(kernel(**launch))
+        return given
 
     kernels["paged_attention"] = spy  # type: ignore[assignment]
     decode([2 * pass_length + 3, 5, 0], 200, splits=3)
-    out, part, sums = (floats(array) for array in launched)
+    out, part, sums = (floats(array) for array in given)
     assert (sums[..., 1] < 0).tolist() == [[[False] * 3] * 8, [[False, True, True]] * 8, [[True] * 3] * 8]
     assert np.isfinite(part[0]).all()
     assert np.isnan(part[1, :, 1:]).all()

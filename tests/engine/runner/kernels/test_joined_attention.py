@@ -43,7 +43,7 @@ ON_TENSOR_CORES = PACKED | {
 
 @pytest.fixture
 def kernels(text_kernels: TextKernels) -> dict[str, HostKernel]:
-    return text_kernels(module, paged_attention)
+    return text_kernels(paged_attention)
 
 
 @needs_compiler

@@ -55,7 +55,7 @@ class Argument:
 
 
 class HostKernel:
-    """One kernel; every set of template arguments is compiled once."""
+    """One kernel; every set of template arguments is compiled once. ``backwards``: a launch's last block runs first."""
 
     def __init__(
         self, dialect: str, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str,
@@ -65,6 +65,7 @@ class HostKernel:
         self._name, self._inputs, self._outputs, self._folder = name, inputs, outputs, folder
         self._body, self._header = kernel_text(source, header.replace(TENSOR_CORES, ""), cuda=self.cuda)
         self.sources: list[Path] = []
+        self.backwards = False
 
     def __call__(
         self,
@@ -90,7 +91,8 @@ class HostKernel:
         blocks = [whole // part for whole, part in zip(grid, threadgroup, strict=True)]
         run.restype = ctypes.c_char_p
         fault = run(
-            (ctypes.c_void_p * len(addresses))(*addresses), ctypes.c_void_p(shapes.ctypes.data), *blocks, threadgroup[0]
+            (ctypes.c_void_p * len(addresses))(*addresses), ctypes.c_void_p(shapes.ctypes.data), *blocks, threadgroup[0],
+            self.backwards,
         )
         assert not fault, fault.decode()
         for array, after in zip(inputs, held, strict=True):
@@ -166,10 +168,11 @@ static uint3 blockIndex, gridSize;
 static void** arrays;
 static const int (*shapes)[8];
 static void launch() {{ {name}{values}({", ".join(passed)}); }}
-extern "C" const char* run(void** given, const int (*sizes)[8], uint x, uint y, uint z, uint threads) {{
+extern "C" const char* run(void** given, const int (*sizes)[8], uint x, uint y, uint z, uint threads, int backwards) {{
 arrays = given, shapes = sizes, gridSize = {{x, y, z}}, fault = "";
-for (uint k = 0; k < z; ++k) for (uint j = 0; j < y; ++j) for (uint i = 0; i < x; ++i) {{
-  blockIndex = {{i, j, k}};
+for (uint n = 0; n < x * y * z; ++n) {{
+  const uint at = backwards ? x * y * z - 1 - n : n;
+  blockIndex = {{at % x, at / x % y, at / x / y}};
   run_block(threads, launch);
 }}
 return fault;
@@ -206,10 +209,12 @@ __global__ void {name}({", ".join(declared)}) {{
 static void** arrays;
 static const Shape* shapes;
 static void launch() {{ mlx::core::cu::{name}({", ".join(passed)}); }}
-extern "C" const char* run(void** given, const Shape* sizes, unsigned x, unsigned y, unsigned z, unsigned threads) {{
+extern "C" const char* run(void** given, const Shape* sizes, unsigned x, unsigned y, unsigned z, unsigned threads,
+                           int backwards) {{
 arrays = given, shapes = sizes, gridDim = {{x, y, z}}, fault = "";
-for (unsigned k = 0; k < z; ++k) for (unsigned j = 0; j < y; ++j) for (unsigned i = 0; i < x; ++i) {{
-  blockIdx = {{i, j, k}};
+for (unsigned n = 0; n < x * y * z; ++n) {{
+  const unsigned at = backwards ? x * y * z - 1 - n : n;
+  blockIdx = {{at % x, at / x % y, at / x / y}};
   run_block(threads, launch);
 }}
 return fault;
