@@ -8,15 +8,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from engine.runner.kernels.bench import CHUNK, DECODES, KernelRow, bytes_per_second, kernel_report
+from engine.runner.kernels.bench import CHUNK, DECODES, KernelRow, bytes_per_second, kernel_report, seconds_of
 from engine.runner.kernels.dialect import kernels_available
-from engine.runner.kernels.paged_attention import blocks_at_once, collect, paged_attention
+from engine.runner.kernels.paged_attention import arrival_counters, blocks_at_once, collect, paged_attention
 from engine.runner.kernels.reference import attention
 from engine.runner.kernels.self_check import GPU_KERNELS, TOLERANCE, AttentionShape, attention_problem
 
@@ -61,6 +62,7 @@ SHAPES: dict[str, tuple[AttentionShape, tuple[int, ...]]] = {
     "blocks of 8": (shape(BF16, 128, 4, block_size=8), ()),
     "blocks of 32": (shape(BF16, 128, 4, block_size=32), ()),
 }
+SPLIT = {"8 x 4 heads of 128": (8, 4, 128), "2 x 8 heads of 256": (2, 8, 256), "2 x 8 heads of 512": (2, 8, 512)}
 TIMED = {"128 of 4, bf16": shape(BF16, 128, 4, 8), "128 of 8, bf16": shape(BF16, 128, 8, 8)}
 
 
@@ -72,7 +74,8 @@ def main() -> int:
     info = mx.device_info()
     say(f"{info['device_name']} {info['architecture']}, MLX {version('mlx')}, {blocks_at_once()} blocks at once")
     failed = [*timed("compile", compile_kernels), *timed("shapes", check_shapes)]
-    failed += timed("chunks", check_chunks) + timed("order", check_order) + timed("times", times)
+    failed += timed("chunks", check_chunks) + timed("order", check_order) + timed("splits", check_splits)
+    failed += timed("times", times)
     say(f"{'FAILED: ' + ', '.join(failed) if failed else 'all right'}")
     return int(bool(failed))
 
@@ -169,7 +172,8 @@ def after(earlier: mx.array) -> mx.array:
 def check_order() -> list[str]:
     """Many launches at a time over blocks that are freed and taken at once: right where data orders them."""
     failed = []
-    for name, launch in (("ordered by data", ordered), ("ordered by data and compiled", mx.compile(ordered))):
+    chained = partial(ordered, arrivals=arrival_counters())
+    for name, launch in (("ordered by data", chained), ("ordered by data and compiled", mx.compile(chained))):
         wrong, number = Steps(launch).run()
         failed += verdict(f"{number} launches, 24 at a time, {name}", f"{wrong} wrong" if wrong else None)
     wrong, number = Steps(unordered).run()
@@ -177,13 +181,15 @@ def check_order() -> list[str]:
     return failed
 
 
-def ordered(newest: mx.array, queries: mx.array, keys: mx.array, *others: mx.array) -> mx.array:
+def ordered(
+    newest: mx.array, queries: mx.array, keys: mx.array, *others: mx.array, arrivals: mx.array | None
+) -> mx.array:
     """A launch that takes its keys once ``newest`` is there."""
     keys = mx.where(newest.reshape(-1)[:1] == 0, keys, keys)
-    return unordered(newest, queries, keys, *others)
+    return paged_attention(queries, keys, *others, scale=128**-0.5, block_size=16, arrivals=arrivals)
 
 
-def unordered(newest: mx.array, *arrays: mx.array) -> mx.array:
+def unordered(_newest: mx.array, *arrays: mx.array) -> mx.array:
     """A launch that waits for none."""
     return paged_attention(*arrays, scale=128**-0.5, block_size=16)
 
@@ -261,6 +267,62 @@ class Steps:
 def close(got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> bool:
     """Within bfloat16's rounding."""
     return float(np.linalg.norm(got - wanted)) < TOLERANCE[BF16] * float(np.linalg.norm(wanted))
+
+
+def check_splits() -> list[str]:
+    """Splits that the last block joins, beside a second launch that does: the same bits? And what each takes."""
+    arrivals, failed = arrival_counters(), list[str]()
+    if arrivals is None:
+        return failed
+    for name, sizes in SPLIT.items():
+        for rows, tokens in ((1, 512), (1, 4096), (1, 32768), (8, 1024), (8, 8192)):
+            case = SplitCase(rows, tokens, *sizes)
+            wanted, *found = (floats(case.launch(given, case.splits)) for given in (None, arrivals, arrivals))
+            same = all(np.array_equal(wanted, one) for one in found)
+            failed += verdict(f"{name}, {rows} x {tokens}: splits joined", None if same else "other bits")
+            for said, given in (("a second launch", None), ("the last block", arrivals)):
+                build = partial(case.chain, given)
+                on_gpu, whole = seconds_of(build) / case.CHAIN, wall_seconds(build) / case.CHAIN
+                say(f"     {said}: {on_gpu * 1e6:.1f} us on the GPU, {whole * 1e6:.1f} us with the host's")
+    return failed
+
+
+class SplitCase:
+    """Rows of one length, whose pages lie one behind the other."""
+
+    CHAIN = 40
+    """Launches that are timed together."""
+
+    def __init__(self, rows: int, tokens: int, kv_heads: int, group: int, dim: int) -> None:
+        self.splits = max(2, min(blocks_at_once() // (rows * kv_heads), tokens // 64))
+        self.queries = mx.random.normal((rows, kv_heads * group, 1, dim)).astype(BF16)
+        shapes = 2 * [(rows, kv_heads, 1, dim)] + 2 * [(1, kv_heads, rows * tokens, dim)]
+        tables = mx.arange(rows * tokens // 16, dtype=mx.int32).reshape(rows, -1)
+        positions = mx.full((max(rows, 8),), tokens - 1, mx.int32) + 0
+        self.others = [*(mx.random.normal(shape).astype(BF16) for shape in shapes), tables, positions]
+        mx.eval(self.queries, self.others)
+
+    def launch(self, arrivals: mx.array | None, splits: int | None, queries: mx.array | None = None) -> mx.array:
+        """Attention of ``queries``, or of the case's own."""
+        given = self.queries if queries is None else queries
+        return paged_attention(given, *self.others, scale=0.1, block_size=16, splits=splits, arrivals=arrivals)
+
+    def chain(self, arrivals: mx.array | None) -> list[mx.array]:
+        """Launches that follow each other, as a model's layers do."""
+        queries = self.queries
+        for _ in range(self.CHAIN):
+            queries = self.launch(arrivals, None, queries)
+        return [queries]
+
+
+def wall_seconds(build: Callable[[], list[mx.array]]) -> float:
+    """From asking to having, the best of some."""
+    found = []
+    for _ in range(7):
+        started = time.perf_counter()
+        mx.eval(build())
+        found.append(time.perf_counter() - started)
+    return min(found)
 
 
 def times() -> list[str]:

@@ -3,9 +3,11 @@
 Both write new keys and values into their slots in place, which MLX does not see: a page array is an input to it. Three
 things make that right.
 
-* Within a launch nobody reads a slot that another block writes, unless both write the same.
+* Within a launch nobody reads a slot that another block writes, unless both write the same. Parts of a split context
+  are read by the block that was the last to arrive, behind a fence.
 * Order follows from data alone. Whatever touches a page array takes an input that was computed from an output of the
-  launch that touched it last; ``mx.depends`` adds no edge inside a CUDA graph, nor a barrier on Metal.
+  launch that touched it last; ``mx.depends`` adds no edge inside a CUDA graph, nor a barrier on Metal. Counters of
+  arrivals are zeros between launches, and belong to one such array for that reason.
 * A page array is never a view, which would be copied and the write lost, and never donated while in use.
 """
 
@@ -42,7 +44,8 @@ _FEWEST_ENTRIES = 8
 _UNUSED_OUTPUT = (8,)
 """Shape of an output that a launch does not write."""
 _MOST_JOINED = 1 << 20
-"""Bytes of parts that a block joins: one multiprocessor reads them in some 10 us, as long as a launch takes the host."""
+"""Bytes of parts that a block joins. Estimated: one multiprocessor takes some 10 us for them, as the host for a launch
+and its arrays."""
 
 
 def paged_attention(

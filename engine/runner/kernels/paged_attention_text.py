@@ -4,7 +4,8 @@ Decode attention is cut into (split of the context) x (kv head) x (row of the ba
 value of its split once, for all query heads of the kv head, in 16-byte loads. Within a warp, teams of ``LANES`` lanes
 own ``TOKENS`` tokens at a time: after log2(LANES) shuffles a team has their scores, and it keeps its own running
 maximum, sum and output in registers. At the end teams are joined by shuffles, warps through shared memory, and splits
-by a second kernel.
+by a second kernel, or by the last of their blocks: what depends on that stands in the text as ``@MARKERS@``, which
+:mod:`engine.runner.kernels.last_block_text` fills in.
 
 Template arguments
     T, KEY_DIM, VALUE_DIM, GROUP   element type, sizes of a key and of a value, query heads per kv head

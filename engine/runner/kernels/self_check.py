@@ -339,7 +339,8 @@ class _Check:
         positions = [sequence.keys.shape[1] if sequence else -1 for sequence in self.sequences]
         key_pages, value_pages = (pages.arrays for pages in self.pages)
         dim = shape.result_dim
-        _leave_nan(shape.dtype, (rows, heads, dim), (rows, heads, 3, dim), (rows, heads, 3, 2), (rows, heads, 3, dim + 2))
+        parts = ((rows, heads, 3, size) for size in (dim, 2, dim + 2))
+        _leave_nan(shape.dtype, (rows, heads, dim), *parts)
         out = launch(
             self.kernels, shape, queries, rope_queries, keys, values, key_pages, value_pages, self._tables(),
             mx.array(positions, mx.int32) + self._after(), sinks if shape.sinks else None, splits, self.arrivals,

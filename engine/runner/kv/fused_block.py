@@ -1,9 +1,9 @@
 """A decoder layer in few launches: what mlx-lm's block of Llama, Qwen 2 and Qwen 3 computes for one token of each row.
 
-At few rows on CUDA five launches, one more where attention is split: norm with the joined product of queries, keys and
-values; head norms, rotation, the write into pages and attention; output with its residual; norm with gate and up and
-what joins them; down with its residual (float16 is normalized apart). Else MLX's own products over the same joined
-weights; up to 32 rows on CUDA output and down split K instead, if they are not packed.
+At few rows on CUDA five launches: norm with the joined product of queries, keys and values; head norms, rotation, the
+write into pages and attention; output with its residual; norm with gate and up and what joins them; down with its
+residual (float16 is normalized apart). Else MLX's own products over the same joined weights; up to 32 rows on CUDA
+output and down split K instead, if they are not packed.
 """
 
 from collections.abc import Callable

@@ -97,7 +97,7 @@ class KernelLayerCache(PagedLayerCache):
         """Whether a key is what all heads share, and a value what is rotated of it: see :meth:`attend_latent`."""
         self._identity = mx.eye(shape.value_dim if self.latent else 1, dtype=shape.dtype)[None, None]
         mx.eval(self._identity)  # a constant of compiled steps
-        self._arrivals = arrival_counters()  # one more; launches over these pages follow each other, others need not
+        self._arrivals = arrival_counters()  # one more; two layers' launches need not follow each other
         self.collected: mx.array | None = None
         """Keys of the last chunk: what comes after them comes after the chunk was written."""
 

@@ -11,11 +11,14 @@ from engine.core.request import Request
 from engine.core.step import ScheduledRequest
 from engine.params.sampling_params import SamplingParams
 from engine.runner.decode_step import BlockTables, padded_rows, padded_width
+from engine.runner.kernels import paged_attention
 from engine.runner.kv.attention_calls import choose_kernels
 from engine.runner.kv.input_batch import InputBatch
+from engine.runner.kv.kernel_cache import KernelLayerCache
 from engine.runner.kv.kv_spec import flatten, group_leaves, probe_caches
 from engine.runner.paged_backend import PagedBackend
 from tests.engine.parity.tiny_architectures import tiny_model
+from tests.engine.runner.kernels.host_kernels import memory
 
 BLOCK_SIZE = 8
 FULLY_SERVED = ("llama", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "gemma3n", "gpt_oss", "qwen3_moe")
@@ -184,3 +187,28 @@ def test_kernels_are_never_given_a_table_of_few_numbers() -> None:
     backend._decode_step = None  # as where kernels serve some groups only
     run(backend, decodes(backend, [9]))
     assert min(seen) >= 8
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layers_launches_are_given_its_own_counters_of_arrivals(
+    monkeypatch: pytest.MonkeyPatch, *, compiled: bool
+) -> None:
+    """Two layers' launches need not follow each other. A compiled step is given the array itself."""
+    monkeypatch.setattr(paged_attention, "joins_in_launch", lambda: True)
+    given: list[int] = []
+
+    class Watching(VisibleKernels):
+        def paged_attention(self, *arrays: mx.array, arrivals: mx.array | None = None, **how: Any) -> mx.array:
+            assert arrivals is not None
+            given.append(id(arrivals))
+            return super().paged_attention(*arrays, **how) + arrivals[0].astype(arrays[0].dtype)
+
+    backend = backend_of("llama", compiled=compiled, kernels=Watching())
+    logits = np.array(run(backend, decodes(backend, [9, 17])))
+    assert len(set(given)) == len(given) == len(backend.model.layers)
+    np.testing.assert_array_equal(np.array(run(backend, decodes(backend, [9, 17]))), logits)
+    layer = backend._caches[0]
+    assert isinstance(layer, KernelLayerCache)
+    assert layer._arrivals is not None
+    memory(layer._arrivals[None])[0] = 5  # as a launch writes in place
+    assert not np.array_equal(np.array(run(backend, decodes(backend, [9, 17]))), logits)

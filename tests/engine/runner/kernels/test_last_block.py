@@ -15,9 +15,6 @@ from engine.runner.kernels.joined_check import joined_problem
 from engine.runner.kernels.page_format import PackedPages, PageArrays
 from engine.runner.kernels.paged_attention import arrival_counters, paged_attention
 from engine.runner.kernels.self_check import GPU_KERNELS, AttentionShape, attention_problem, launch
-from engine.runner.kv.kernel_cache import KernelLayerCache
-from engine.runner.kv.kv_pool import KVPool
-from engine.runner.kv.kv_spec import LayerShape
 from tests.engine.runner.kernels.conftest import TextKernels
 from tests.engine.runner.kernels.test_attention_text import FEW, shape
 from tests.engine.runner.kernels.test_joined_attention import QWEN3
@@ -119,6 +116,30 @@ def test_the_last_block_gives_what_a_second_launch_gives_to_the_bit(
     assert second.same_as(wanted)
     assert not np.array(arrivals).any()
     assert sum("_last" in name for name in kernels) == (splits > 1)
+
+
+@needs_compiler
+@cuda
+@pytest.mark.parametrize("on_tensor_cores", [False, True])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_joined_product_gives_the_same_to_the_bit(
+    splits: int, on_tensor_cores: bool, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "tensor_cores", lambda: on_tensor_cores)
+    dtype, rows = mx.bfloat16, len(LENGTHS)
+    tables = mx.arange(rows * WIDTH, dtype=mx.int32).reshape(rows, WIDTH)
+    positions = mx.array([length - 1 for length in LENGTHS] + [7, 7, 7], mx.int32)
+    frequencies = 1e4 ** (-mx.arange(32) / 32)
+    outs = []
+    for arrivals in (None, arrival_counters(2 * rows)):
+        pages = [random(1, 2, 16 * rows * WIDTH, 64, dtype=dtype, seed=seed) for seed in (1, 2)]
+        norms = HeadNorms(random(64, dtype=dtype), random(64, dtype=dtype, seed=1), 1e-6)
+        outs.append(joined_attention(
+            random(rows, 20 * 64, dtype=dtype), *pages, tables, positions, frequencies, heads=16, scale=0.1,
+            block_size=16, norms=norms, splits=splits, arrivals=arrivals,
+        ))  # fmt: skip
+    assert mx.array_equal(*outs)
+    assert float(mx.abs(outs[0]).max()) > 0.1
 
 
 @needs_compiler
@@ -272,13 +293,3 @@ def test_a_block_is_given_no_more_parts_than_it_joins_quickly(
         mx.zeros((1, 4096), mx.int32), mx.zeros((8,), mx.int32), scale=0.1, block_size=16, arrivals=arrival_counters(),
     )  # fmt: skip
     assert grids == [splits]
-
-
-def test_every_layer_has_counters_of_its_own(joins_in_launch: None) -> None:
-    """Launches of two layers need not follow each other, of one they do."""
-    pool = KVPool([LayerShape(2, 64, 64, mx.float32)] * 2, 16)
-    caches = [KernelLayerCache(pool, index, None, GPU_KERNELS) for index in range(2)]
-    first, second = (cache._arrivals for cache in caches)
-    assert first is not None
-    assert second is not None
-    assert first is not second

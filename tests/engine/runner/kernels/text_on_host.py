@@ -91,7 +91,10 @@ class HostKernel:
         blocks = [whole // part for whole, part in zip(grid, threadgroup, strict=True)]
         run.restype = ctypes.c_char_p
         fault = run(
-            (ctypes.c_void_p * len(addresses))(*addresses), ctypes.c_void_p(shapes.ctypes.data), *blocks, threadgroup[0],
+            (ctypes.c_void_p * len(addresses))(*addresses),
+            ctypes.c_void_p(shapes.ctypes.data),
+            *blocks,
+            threadgroup[0],
             self.backwards,
         )
         assert not fault, fault.decode()
