@@ -88,19 +88,14 @@ def paged_attention(
         plan,
         inputs if sinks is None else [*inputs, sinks],
         template=[
-            ("T", queries.dtype),
-            ("BLOCK_SIZE", block_size),
-            ("WINDOW", window or 0),
+            ("T", queries.dtype), ("BLOCK_SIZE", block_size), ("WINDOW", window or 0),
             ("SCALE", positive_bits("scale", scale)),
             ("CAP", 0 if softcap is None else positive_bits("softcap", softcap)),
         ],
-        result=(rows, heads, value_dim),
-        blocks=kv_heads * plan.blocks,
+        result=(rows, heads, value_dim), blocks=kv_heads * plan.blocks,
         tokens=most_tokens(block_tables.shape[1], block_size, window),
-        splits=splits,
-        arrivals=arrivals,
-        sinks=sinks,
-    )
+        splits=splits, arrivals=arrivals, sinks=sinks,
+    )  # fmt: skip
     return out[:, :, None]
 
 
@@ -173,18 +168,17 @@ def attend(
 
     ``blocks`` for a row's heads, of at most ``tokens`` tokens; splits and arrivals as in :func:`paged_attention`.
     """
-    rows, heads, value_dim = result
-    dtype = inputs[0].dtype
+    (rows, heads, value_dim), dtype = result, inputs[0].dtype
     if splits is None:
         splits = number_of_splits(rows, blocks, tokens, plan.tokens_per_pass)
         if arrivals is not None:
             splits = min(splits, max(2, _MOST_JOINED // (math.ceil(heads / blocks) * value_dim * 4)))
-    ending, shapes = Ending.SECOND_LAUNCH, attention_shapes(rows, heads, splits, value_dim)
-    if arrivals is not None:
-        ending = Ending.ONE_SPLIT if splits == 1 else Ending.LAST_BLOCK
-        shapes = [result, *([] if splits == 1 else [(rows * heads * splits * (value_dim + 2),)])]
-    if ending is Ending.LAST_BLOCK:
-        assert arrivals is not None
+    if arrivals is None:
+        ending, shapes = Ending.SECOND_LAUNCH, attention_shapes(rows, heads, splits, value_dim)
+    elif splits == 1:
+        ending, shapes = Ending.ONE_SPLIT, [result]
+    else:
+        ending, shapes = Ending.LAST_BLOCK, [result, (rows * heads * splits * (value_dim + 2),)]
         _check_arrivals(arrivals, rows * blocks)
         inputs = [*inputs, arrivals]
     outputs = text.kernel(ending, on_tensor_cores=plan.on_tensor_cores)(

@@ -14,7 +14,7 @@ from engine.runner.kernels.joined_attention import HeadNorms, joined_attention
 from engine.runner.kernels.joined_check import joined_problem
 from engine.runner.kernels.page_format import PackedPages, PageArrays
 from engine.runner.kernels.paged_attention import arrival_counters, paged_attention
-from engine.runner.kernels.self_check import GPU_KERNELS, AttentionShape, attention_problem, launch
+from engine.runner.kernels.self_check import GPU_KERNELS, AttentionShape, _launch_each, attention_problem, launch
 from tests.engine.runner.kernels.conftest import TextKernels
 from tests.engine.runner.kernels.test_attention_text import FEW, shape
 from tests.engine.runner.kernels.test_joined_attention import QWEN3
@@ -273,23 +273,44 @@ def test_where_a_second_launch_joins_there_are_no_counters(monkeypatch: pytest.M
     assert arrival_counters() is None
 
 
-@pytest.mark.parametrize(("kv_heads", "dim", "splits"), [(8, 128, 33), (2, 512, 64), (1, 256, 128)])
-def test_a_block_is_given_no_more_parts_than_it_joins_quickly(
-    kv_heads: int, dim: int, splits: int, joins_in_launch: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    grids: list[int] = []
+@dataclass
+class Asked:
+    """Kernels that compute nothing: their names, and the blocks of a row, of every launch."""
 
-    def make(*_text: Any) -> Any:
+    launches: list[tuple[str, int]]
+
+    def make(self, name: str, *_text: Any) -> Any:
         def kernel(*, grid: tuple[int, int, int], threadgroup: tuple[int, int, int], **how: Any) -> list[mx.array]:
-            grids.append(grid[0] // threadgroup[0])
+            self.launches.append((name, grid[0] // threadgroup[0]))
             return [mx.zeros(size, kind) for size, kind in zip(how["output_shapes"], how["output_dtypes"], strict=True)]
 
         return kernel
 
-    monkeypatch.setattr(module, "make_kernel", make)
+
+@pytest.fixture
+def asked(joins_in_launch: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What would be launched on CUDA."""
+    kernels = Asked([])
+    monkeypatch.setattr(module, "make_kernel", kernels.make)
+    return kernels.launches
+
+
+@pytest.mark.parametrize(("kv_heads", "dim", "splits"), [(8, 128, 33), (2, 512, 64), (1, 256, 128)])
+def test_a_block_is_given_no_more_parts_than_it_joins_quickly(
+    kv_heads: int, dim: int, splits: int, asked: list[tuple[str, int]]
+) -> None:
     heads, pages = 8 * kv_heads, mx.zeros((1, kv_heads, 16, dim), mx.bfloat16)
     paged_attention(
         mx.zeros((1, heads, 1, dim), mx.bfloat16), *(mx.zeros((1, kv_heads, 1, dim), mx.bfloat16),) * 2, pages, pages,
         mx.zeros((1, 4096), mx.int32), mx.zeros((8,), mx.int32), scale=0.1, block_size=16, arrivals=arrival_counters(),
     )  # fmt: skip
-    assert grids == [splits]
+    assert asked == [("paged_attention_last", splits)]
+
+
+def test_what_is_compiled_beforehand_is_what_steps_and_checks_launch(asked: list[tuple[str, int]]) -> None:
+    """All of it, though what computes nothing is wrong from the first launch on."""
+    _launch_each(PLAIN, GPU_KERNELS)
+    assert asked == [("paged_attention_alone", 1), ("paged_attention_last", 2), ("collect_pages", 1)]
+    asked.clear()
+    assert joined_problem(QWEN3, GPU_KERNELS) is not None
+    assert asked == [("joined_attention_normed_alone", 1)] + 2 * [("joined_attention_normed_last", 3)]
