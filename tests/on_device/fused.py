@@ -30,8 +30,8 @@ from engine.runner.kernels.self_check import GPU_KERNELS, AttentionKernels
 from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv import attention_patch
 from engine.runner.kv.block_trial import BlockTrial, distance, in_dtype
-from engine.runner.kv.fused_block import FusedBlock, fused_call
-from engine.runner.kv.fused_blocks import FusedBlocks
+from engine.runner.kv.fused_block import FusedBlock
+from engine.runner.kv.fused_blocks import FusedBlocks, swap_layers
 from engine.runner.kv.kernel_cache import DecodeRows, KernelLayerCache, padded_positions
 from engine.runner.kv.kv_pool import KVPool
 from engine.runner.kv.kv_spec import LayerShape
@@ -177,7 +177,7 @@ def errors(layer: Any, block: FusedBlock, trial: BlockTrial, numbers: Sequence[i
         x, context = trial.inputs(rows)
         wide = x.astype(F32)
         wanted, _ = trial.own(exact, wide, context.astype(F32))
-        own, found = trial.own(layer, x, context)[0], trial.fused(block, x, context)[0]
+        own, found = trial.own(layer, x, context)[0], trial.fused(block, x, context)[0].plain.reshape(x.shape)
         own_error, error = (distance(some.astype(F32) - wide, wanted - wide) for some in (own, found))
         say(f"     {rows} rows: mlx-lm's block is off by {own_error:.2e}, the fused one by {error:.2e}")
 
@@ -205,9 +205,7 @@ def speed(layers: list[Any], blocks: FusedBlocks, kernels: AttentionKernels, num
 
 def install_mlx_products(layers: list[Any], fused: SwappedModules) -> None:
     """Have layers use MLX's products alone where some split K."""
-    for layer in layers:
-        block = FusedBlock.of(layer, "few")
-        fused.swap_method(layer, "__call__", fused_call(type(layer), block))
+    swap_layers(fused, layers, [FusedBlock.of(layer, "few") for layer in layers])
 
 
 def step_of(layers: list[Any], kernels: AttentionKernels, rows: int) -> tuple[Callable[..., mx.array], list[Any]]:
