@@ -25,7 +25,6 @@ from engine.runner.kernels.dialect import kernels_available
 from engine.runner.kernels.fused_rows import Norm, fused_rows, takes_norm
 from engine.runner.kernels.joined_check import JoinedShape, joined_problem
 from engine.runner.kernels.kernel_cache import collecting, compile_all
-from engine.runner.kernels.rows_matmul import Packed
 from engine.runner.kernels.self_check import GPU_KERNELS, AttentionKernels
 from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv import attention_patch
@@ -120,11 +119,11 @@ def _products(dtype: mx.Dtype, bits: int, rows: int) -> dict[str, float]:
     x, residual = (mx.random.normal((rows, size)).astype(dtype) for size in (K, WIDTH))
     norm = Norm((1 + 0.2 * mx.random.normal((K,))).astype(dtype), 1e-6) if takes_norm(dtype) else None
     plain = (mx.random.normal((WIDTH, K)) * K**-0.5).astype(dtype)
-    weight: mx.array | Packed = Packed(*mx.quantize(plain, group_size=64, bits=bits)) if bits else plain
-    if isinstance(weight, Packed):
-        scales, biases = (some.astype(F32) for some in weight[1:])
-        plain = mx.dequantize(weight.words, scales, biases, group_size=64, bits=bits)
-    packing = {"bits": bits, "group_size": 64} if bits else {}
+    weight, packing = plain, {}
+    if bits:
+        weight, scales, biases = mx.quantize(plain, group_size=64, bits=bits)
+        packing = {"scaling": mx.stack([scales, biases]), "bits": bits, "group_size": 64}
+        plain = mx.dequantize(weight, scales.astype(F32), biases.astype(F32), group_size=64, bits=bits)
     mx.eval(x, residual, plain, mx.full((rows * WIDTH,), np.nan, dtype))
     normed = x.astype(F32)
     if norm is not None:
