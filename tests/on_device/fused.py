@@ -25,13 +25,12 @@ from engine.runner.kernels.dialect import kernels_available
 from engine.runner.kernels.fused_rows import Norm, fused_rows, takes_norm
 from engine.runner.kernels.joined_check import JoinedShape, joined_problem
 from engine.runner.kernels.kernel_cache import collecting, compile_all
-from engine.runner.kernels.rows_matmul import Packed
 from engine.runner.kernels.self_check import GPU_KERNELS, AttentionKernels
 from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv import attention_patch
 from engine.runner.kv.block_trial import BlockTrial, distance, in_dtype
-from engine.runner.kv.fused_block import FusedBlock, fused_call
-from engine.runner.kv.fused_blocks import FusedBlocks
+from engine.runner.kv.fused_block import FusedBlock
+from engine.runner.kv.fused_blocks import FusedBlocks, swap_layers
 from engine.runner.kv.kernel_cache import DecodeRows, KernelLayerCache, padded_positions
 from engine.runner.kv.kv_pool import KVPool
 from engine.runner.kv.kv_spec import LayerShape
@@ -120,11 +119,11 @@ def _products(dtype: mx.Dtype, bits: int, rows: int) -> dict[str, float]:
     x, residual = (mx.random.normal((rows, size)).astype(dtype) for size in (K, WIDTH))
     norm = Norm((1 + 0.2 * mx.random.normal((K,))).astype(dtype), 1e-6) if takes_norm(dtype) else None
     plain = (mx.random.normal((WIDTH, K)) * K**-0.5).astype(dtype)
-    weight: mx.array | Packed = Packed(*mx.quantize(plain, group_size=64, bits=bits)) if bits else plain
-    if isinstance(weight, Packed):
-        scales, biases = (some.astype(F32) for some in weight[1:])
-        plain = mx.dequantize(weight.words, scales, biases, group_size=64, bits=bits)
-    packing = {"bits": bits, "group_size": 64} if bits else {}
+    weight, packing = plain, {}
+    if bits:
+        weight, scales, biases = mx.quantize(plain, group_size=64, bits=bits)
+        packing = {"scaling": mx.stack([scales, biases]), "bits": bits, "group_size": 64}
+        plain = mx.dequantize(weight, scales.astype(F32), biases.astype(F32), group_size=64, bits=bits)
     mx.eval(x, residual, plain, mx.full((rows * WIDTH,), np.nan, dtype))
     normed = x.astype(F32)
     if norm is not None:
@@ -177,7 +176,7 @@ def errors(layer: Any, block: FusedBlock, trial: BlockTrial, numbers: Sequence[i
         x, context = trial.inputs(rows)
         wide = x.astype(F32)
         wanted, _ = trial.own(exact, wide, context.astype(F32))
-        own, found = trial.own(layer, x, context)[0], trial.fused(block, x, context)[0]
+        own, found = trial.own(layer, x, context)[0], trial.fused(block, x, context)[0].plain.reshape(x.shape)
         own_error, error = (distance(some.astype(F32) - wide, wanted - wide) for some in (own, found))
         say(f"     {rows} rows: mlx-lm's block is off by {own_error:.2e}, the fused one by {error:.2e}")
 
@@ -205,9 +204,7 @@ def speed(layers: list[Any], blocks: FusedBlocks, kernels: AttentionKernels, num
 
 def install_mlx_products(layers: list[Any], fused: SwappedModules) -> None:
     """Have layers use MLX's products alone where some split K."""
-    for layer in layers:
-        block = FusedBlock.of(layer, "few")
-        fused.swap_method(layer, "__call__", fused_call(type(layer), block))
+    swap_layers(fused, layers, [FusedBlock.of(layer, "few") for layer in layers])
 
 
 def step_of(layers: list[Any], kernels: AttentionKernels, rows: int) -> tuple[Callable[..., mx.array], list[Any]]:

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from engine.runner.kernels.dialect import float_bits, make_kernel
 from engine.runner.kernels.fused_rows_text import Ending, fused_text
-from engine.runner.kernels.rows_matmul import Packed, dense_geometry, num_steps, quantized_geometry
+from engine.runner.kernels.rows_matmul import dense_geometry, num_steps, quantized_geometry
 
 _MOST_WARPS_OF_TILES = 8
 """Of a block whose warps hold several tiles of weights: 16 with a norm need all registers there are."""
@@ -33,7 +33,8 @@ def takes_norm(dtype: mx.Dtype) -> bool:
 
 def fused_rows(
     x: mx.array,
-    weight: mx.array | Packed,
+    weight: mx.array,
+    scaling: mx.array | None = None,
     *,
     bits: int = 0,
     group_size: int = 0,
@@ -44,6 +45,7 @@ def fused_rows(
 ) -> mx.array:
     """``x`` [M, K] @ ``weight`` [N, K].T, where M is at most 16, or 32 if weights are packed.
 
+    Packed weights are affine: words [N, K * bits / 32], and in ``scaling`` [2, N, K / group size] scales and biases.
     With ``norm``, of the normalized rows. One of ``bias`` [N] and ``residual`` [M, N] may be added; ``gated``: the
     weights are a gate's and then an up projection's, and the result [M, N / 2] is silu(gate) * up. Element types and
     sizes of K as in :func:`engine.runner.kernels.rows_matmul.takes_dense` and ``takes_quantized``.
@@ -53,8 +55,12 @@ def fused_rows(
         "gated" if gated else "bias" if bias is not None else "residual" if residual is not None else "plain"
     )
     rows, k = x.shape
-    named = _inputs(x, weight, norm, residual if bias is None else bias)
-    columns = named["w0"].shape[0]
+    columns = weight.shape[0]
+    named = {"x": x, "w0": weight}
+    named |= {} if scaling is None else {"scaling": scaling}
+    named |= {} if norm is None else {"gain": norm.gain}
+    added = residual if bias is None else bias
+    named |= {} if added is None else {"added": added}
     geometry = quantized_geometry(rows, columns, num_steps(k, bits)) if bits else dense_geometry(rows, columns)
     warps = min(geometry.warps, _MOST_WARPS_OF_TILES) if geometry.weight_tiles > 1 else geometry.warps
     halves = 2 if gated else 1  # of the weights, that make one result
@@ -77,14 +83,3 @@ def fused_rows(
         output_dtypes=[x.dtype],
     )
     return out
-
-
-def _inputs(x: mx.array, weight: mx.array | Packed, norm: Norm | None, added: mx.array | None) -> dict[str, mx.array]:
-    """Arrays by their names in the text."""
-    named = {"x": x}
-    if isinstance(weight, Packed):
-        named |= {"w0": weight.words, "s0": weight.scales, "b0": weight.biases}
-    else:
-        named |= {"w0": weight}
-    named |= {} if norm is None else {"gain": norm.gain}
-    return named | ({} if added is None else {"added": added})

@@ -43,6 +43,11 @@ _SETUP = r"""
   EACH(r, RT) EACH(m, MT) EACH(i, 4) c[r][m][i] = 0.0f;
 """
 
+_SCALING = r"""
+  const T* const s0 = scaling;
+  const T* const b0 = scaling + (size_t)w0_shape[0] * (K / GROUP);
+"""
+
 _ONE = r"""
   const int N = w0_shape[0], n0 = blockIdx.x * R;
 #define W_ROW(r, h) (size_t)min(n0 + (r) * 16 + (h) * 8 + g, N - 1)
@@ -115,5 +120,5 @@ def fused_text(*, packed: bool, normed: bool, ending: Ending) -> tuple[str, str]
     join = _JOIN.replace("@COLUMNS@", "R / 2" if gated else "R").replace("@NORM_JOIN@", _NORM_JOIN if normed else "")
     factor = _NORM_FACTOR if normed else "const float factor = 1.0f;"
     join = join.replace("@FACTOR@", factor).replace("@RESULT@", _RESULTS[ending])
-    setup = _SETUP + (_GATED if gated else _ONE) + (_NORM_SETUP if normed else "")
+    setup = _SETUP + (_SCALING if packed else "") + (_GATED if gated else _ONE) + (_NORM_SETUP if normed else "")
     return setup + first + arrived + second + join, TENSOR_CORES + HEADER + (GAINS if normed else "")

@@ -17,7 +17,7 @@ from engine.runner.kernels.joined_check import JoinedShape, joined_problem
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.page_format import PackedPages, PageArrays
 from engine.runner.kernels.self_check import AttentionKernels
-from engine.runner.kv.fused_block import FusedBlock, head_dim
+from engine.runner.kv.fused_block import FusedBlock, Rows, head_dim
 from engine.runner.kv.kernel_cache import DecodeRows, KernelLayerCache, on_device, padded_positions
 from engine.runner.kv.kv_pages import Packing, packing
 from engine.runner.kv.kv_pool import KVPool
@@ -104,8 +104,12 @@ class BlockTrial:
         with uncompiled():  # a kernel for float32 that nothing else needs would take seconds on CUDA
             wanted, exact_context = self.own(exact, wide, context.astype(mx.float32))
         own, own_context = self.own(usual_layer, x, context)
-        found, pages = self.fused(block, x, context)
+        rows_found, pages = self.fused(block, x, context)
+        found = rows_found.plain.reshape(x.shape)
         results = {"its result": (found.astype(mx.float32) - wide, own.astype(mx.float32) - wide, wanted - wide)}
+        if rows_found.normed is not None:
+            usual_norm, exact_norm = (some.input_layernorm for some in (usual_layer, exact))
+            results["its normalized result"] = rows_found.normed.reshape(x.shape), usual_norm(own), exact_norm(wanted)
         for name, page in zip(("keys", "values"), pages, strict=True):
             rows_of = (getattr(some, name)[:, :, -1] for some in (own_context, exact_context))
             results[f"what it writes as {name}"] = page, *rows_of
@@ -131,8 +135,11 @@ class BlockTrial:
         cache = replace(context)
         return layer(x, None, cache), cache
 
-    def fused(self, block: FusedBlock, x: mx.array, context: _Context) -> tuple[mx.array, tuple[mx.array, mx.array]]:
-        """The fused block over pages; gives the new keys and values [rows, kv_heads, dim] from their slots too."""
+    def fused(self, block: FusedBlock, x: mx.array, context: _Context) -> tuple[Rows, tuple[mx.array, mx.array]]:
+        """The fused block over pages; gives the new keys and values [rows, kv_heads, dim] from their slots too.
+
+        The rows come normalized as if a layer with the same norm were behind it.
+        """
         rows, size = x.shape[0], self._block_size
         width = -(-(_CONTEXT + 1) // size)
         blocks = mx.arange(rows * width, dtype=mx.int32).reshape(rows, width)
@@ -143,9 +150,9 @@ class BlockTrial:
         cache = KernelLayerCache(KVPool([shape], size, self._kv_cache_dtype), 0, None, self._kernels)
         positions = on_device(padded_positions(np.full(rows, _CONTEXT, dtype=np.int32), rows))
         cache.begin(DecodeRows.of(rows, positions, blocks), pages)
-        found = block(x.reshape(rows, -1), cache).reshape(x.shape)
+        found = block(Rows(x.reshape(rows, -1)), cache, block.input_norm)
         cache.finish()
-        mx.eval(found)
+        mx.eval(found.plain, found.normed if found.normed is not None else found.plain)
         mx.synchronize()  # what the block wrote is read now
         keys, values = (
             self._rows_of(some).reshape(self._kv_heads, rows, width * size, self._dim)[:, :, _CONTEXT].swapaxes(0, 1)

@@ -3,7 +3,8 @@
 At few rows on CUDA five launches: norm with the joined product of queries, keys and values; head norms, rotation, the
 write into pages and attention; output with its residual; norm with gate and up and what joins them; down with its
 residual (float16 is normalized apart). Else MLX's own products over the same joined weights; up to 32 rows on CUDA
-output and down split K instead, if they are not packed.
+output and down split K instead, if they are not packed, and what adds up the parts of down normalizes for the next
+layer.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,44 @@ _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 OwnProducts = Literal["all", "few", "none"]
 """Which products are this project's kernels: of few rows and those that split K, of few rows alone, or none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What passes from layer to layer: ``plain`` [rows, hidden], and normalized by ``norm``, if that was given."""
+
+    plain: mx.array
+    normed: mx.array | None = None
+    norm: Norm | None = None
+
+    def normalized(self, norm: Norm) -> mx.array:
+        """As they came, if they came normalized by ``norm``; else by a launch of its own."""
+        if self.normed is not None and self.norm is norm:
+            return self.normed
+        normed: mx.array = mx.fast.rms_norm(self.plain, *norm)
+        return normed
+
+
+class Handover:
+    """What a layer's launches made of its rows, for the layer that gets them next.
+
+    A model passes on the very array that a layer gave it: who gets that one takes what lies here, and need neither
+    reshape nor normalize it. Whatever else comes is taken as it is.
+    """
+
+    def __init__(self) -> None:
+        self._left: tuple[mx.array, Rows] | None = None
+
+    def leave(self, rows: Rows, shape: tuple[int, ...]) -> mx.array:
+        """``rows`` as the model passes them on, in ``shape``."""
+        shaped = rows.plain.reshape(shape)
+        self._left = shaped, rows
+        return shaped
+
+    def take(self, x: mx.array) -> Rows:
+        """The rows of ``x`` [..., hidden]."""
+        left, self._left = self._left, None
+        return left[1] if left is not None and left[0] is x else Rows(x.reshape(-1, x.shape[-1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,27 +110,29 @@ class FusedBlock:
             min(some.most_split_rows for some in every) if own == "all" else 0,
         )  # fmt: skip
 
-    def __call__(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
-        """``x`` [rows, hidden] after the layer."""
-        if x.shape[0] <= self.few_rows:
+    def __call__(self, x: Rows, cache: KernelLayerCache, next_norm: Norm | None = None) -> Rows:
+        """``x`` after the layer; normalized by ``next_norm`` too where that costs no launch."""
+        num_rows = x.plain.shape[0]
+        if num_rows <= self.few_rows:
             return self._few(x, cache)
-        return self._split(x, cache) if x.shape[0] <= self.split_rows else self._many(x, cache)
+        return self._split(x, cache, next_norm) if num_rows <= self.split_rows else self._many(x, cache)
 
-    def _few(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
-        attended = self._attend(self.qkv.few(x, norm=self.input_norm), cache)
-        x = self.output.few(attended, residual=x)
-        return self.down.few(self.gate_up.few(x, norm=self.mlp_norm, gated=True), residual=x)
+    def _few(self, x: Rows, cache: KernelLayerCache) -> Rows:
+        attended = self._attend(self.qkv.few(x.plain, norm=self.input_norm), cache)
+        plain = self.output.few(attended, residual=x.plain)
+        return Rows(self.down.few(self.gate_up.few(plain, norm=self.mlp_norm, gated=True), residual=plain))
 
-    def _split(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
-        attended = self._attend(self.qkv.many(mx.fast.rms_norm(x, *self.input_norm)), cache)
-        x, normed = self.output.onto(x, attended, self.mlp_norm)
-        return self.down.onto(x, silu_and_mul(self.gate_up.many(normed)))[0]
+    def _split(self, x: Rows, cache: KernelLayerCache, next_norm: Norm | None) -> Rows:
+        attended = self._attend(self.qkv.many(x.normalized(self.input_norm)), cache)
+        plain, normed = self.output.onto(x.plain, attended, self.mlp_norm)
+        plain, normed = self.down.onto(plain, silu_and_mul(self.gate_up.many(normed)), next_norm)
+        return Rows(plain, normed, next_norm)
 
-    def _many(self, x: mx.array, cache: KernelLayerCache) -> mx.array:
-        attended = self._attend(self.qkv.many(mx.fast.rms_norm(x, *self.input_norm)), cache)
-        x = self.output.many(attended, x)
-        gate, up = mx.split(self.gate_up.many(mx.fast.rms_norm(x, *self.mlp_norm)), 2, axis=-1)
-        return self.down.many(swiglu(gate, up), x)
+    def _many(self, x: Rows, cache: KernelLayerCache) -> Rows:
+        attended = self._attend(self.qkv.many(x.normalized(self.input_norm)), cache)
+        plain = self.output.many(attended, x.plain)
+        gate, up = mx.split(self.gate_up.many(mx.fast.rms_norm(plain, *self.mlp_norm)), 2, axis=-1)
+        return Rows(self.down.many(swiglu(gate, up), plain))
 
     def _attend(self, joined: mx.array, cache: KernelLayerCache) -> mx.array:
         return cache.attend_joined(joined, self.frequencies, heads=self.heads, scale=self.scale, norms=self.head_norms)
@@ -125,13 +166,19 @@ def head_dim(attention: Any) -> int:
     return int(attention.q_proj.weight.shape[0]) // int(attention.n_heads)
 
 
-def fused_call(kind: type[nn.Module], block: FusedBlock) -> Callable[..., mx.array]:
-    """What a layer of ``kind`` does when called: single rows over pages that kernels read go to ``block``."""
+def fused_call(
+    kind: type[nn.Module], block: FusedBlock, handover: Handover, next_norm: Norm | None
+) -> Callable[..., mx.array]:
+    """What a layer of ``kind`` does when called: single rows over pages that kernels read go to ``block``.
+
+    ``next_norm`` is that of the fused layer behind it; None: there is none, and nothing is left in ``handover``.
+    """
     own: Callable[..., mx.array] = kind.__call__
 
     def call(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         if isinstance(cache, KernelLayerCache) and cache.flat and x.dtype == block.qkv.dtype:
-            return block(x.reshape(-1, x.shape[-1]), cache).reshape(x.shape)
+            rows = block(handover.take(x), cache, next_norm)
+            return rows.plain.reshape(x.shape) if next_norm is None else handover.leave(rows, x.shape)
         return own(self, x, mask, cache)
 
     return call

@@ -1,6 +1,6 @@
 """Which layers of a loaded model are fused: each kind is tried on one layer's own weights, and swapped where right."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.nn as nn
@@ -11,7 +11,7 @@ from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv.block_trial import BlockTrial
-from engine.runner.kv.fused_block import FusedBlock, OwnProducts, fused_call, fusing_problem, is_block
+from engine.runner.kv.fused_block import FusedBlock, Handover, OwnProducts, fused_call, fusing_problem, is_block
 
 _LEFT_OUT: dict[OwnProducts, str] = {
     "all": "narrow products do not split K", "few": "few rows are not fused", "none": "layers are not fused",
@@ -78,9 +78,7 @@ class FusedBlocks:
     def install(self) -> None:
         """Swap what was chosen into the model's layers."""
         self.remove()
-        for layer, block in zip(self._layers, self._blocks, strict=False):
-            if block is not None:
-                self._swapped.swap_method(layer, "__call__", fused_call(type(layer), block))
+        swap_layers(self._swapped, self._layers, self._blocks)
 
     def remove(self) -> None:
         """Leave every layer as it was; its weights stay slices of joined ones."""
@@ -107,6 +105,15 @@ class FusedBlocks:
             return BlockTrial(layer, self._kernels, self._block_size, self._kv_cache_dtype).problem(block)
         except Exception as error:  # noqa: BLE001  (whatever stops it, the layers have mlx-lm's own way)
             return error_line(error)
+
+
+def swap_layers(swapped: SwappedModules, layers: Sequence[Any], blocks: Sequence[FusedBlock | None]) -> None:
+    """Have each of ``layers`` that has a block compute by it, and leave its rows to the one behind it."""
+    handover = Handover()
+    for layer, block, behind in zip(layers, blocks, [*blocks[1:], None], strict=False):
+        if block is not None:
+            call = fused_call(type(layer), block, handover, None if behind is None else behind.input_norm)
+            swapped.swap_method(layer, "__call__", call)
 
 
 def _joined(layer: Any, own: OwnProducts, problems: dict[str, None]) -> FusedBlock | None:

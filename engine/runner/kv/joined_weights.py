@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from engine.runner.kernels.fused_rows import Norm, fused_rows, takes_norm
-from engine.runner.kernels.rows_matmul import Packed, takes_dense, takes_quantized
+from engine.runner.kernels.rows_matmul import takes_dense, takes_quantized
 from engine.runner.kernels.split_k import MAX_ROWS, add_parts, split_k
 
 _MOST_DENSE_ROWS, _MOST_PACKED_ROWS = 16, 32
@@ -21,42 +21,48 @@ _MOST_UNPACKED = 128 << 20
 class JoinedWeights:
     """One product's weights [N, K], and bias [N]; ``bits`` is 0 where they are not packed.
 
-    ``unpacks``: more rows than kernels for few rows take are multiplied by unpacked weights. MLX's product of packed
-    ones takes longer than both together on CUDA.
+    ``scaling`` [2, N, K / group size] has scales and biases of packed ones, whose words are in ``weight``: an array
+    less in each launch; ``scales_biases`` are its two halves. ``unpacks``: more rows than kernels for few rows take are
+    multiplied by unpacked weights. MLX's product of packed ones takes longer than both together on CUDA.
     """
 
-    weight: mx.array | Packed
+    weight: mx.array
     bias: mx.array | None
-    bits: int
-    group_size: int
     dtype: mx.Dtype
+    bits: int = 0
+    group_size: int = 0
+    scaling: mx.array | None = None
+    scales_biases: tuple[mx.array, ...] = ()
     unpacks: bool = False
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module], *, on_cuda: bool) -> "JoinedWeights":
         """Of ``modules``, in their order. Those of several become one array, a slice of which each module keeps."""
-        names = [name for name in ("weight", "scales", "biases", "bias") if name in modules[0]]
-        whole = {name: _joined(modules, name) for name in names}
         first: Any = modules[0]
-        bits = first.bits if "scales" in whole else 0
-        packed = Packed(*(whole[name] for name in ("weight", "scales", "biases"))) if bits else whole["weight"]
-        dtype = whole["scales" if bits else "weight"].dtype
-        unpacked = whole["weight"].size * 32 // bits * dtype.size if bits else 0
-        unpacks = on_cuda and 0 < unpacked <= _MOST_UNPACKED
-        return cls(packed, whole.get("bias"), bits, first.group_size if bits else 0, dtype, unpacks)
+        weight = _joined(modules, "weight")
+        bias = _joined(modules, "bias") if "bias" in first else None
+        if "scales" not in first:
+            return cls(weight, bias, weight.dtype)
+        scaling = _joined(modules, "scales", "biases")
+        scaling = scaling.reshape(2, -1, scaling.shape[-1])
+        halves = scaling[0], scaling[1]
+        mx.eval(scaling, halves)
+        dtype = scaling.dtype
+        unpacks = on_cuda and weight.size * 32 // first.bits * dtype.size <= _MOST_UNPACKED
+        return cls(weight, bias, dtype, first.bits, first.group_size, scaling, halves, unpacks)
 
     @property
     def most_few_rows(self) -> int:
         """Rows up to which the kernels for few rows serve on CUDA; 0 if they do not know such weights."""
-        if isinstance(self.weight, Packed):
-            k = self.weight.words.shape[1] * 32 // self.bits
+        if self.bits:
+            k = self.weight.shape[1] * 32 // self.bits
             return _MOST_PACKED_ROWS if takes_quantized(k, self.dtype, self.bits, self.group_size) else 0
         return _MOST_DENSE_ROWS if takes_dense(self.weight.shape[1], self.dtype) else 0
 
     @property
     def most_split_rows(self) -> int:
         """Rows up to which :meth:`onto` serves on CUDA, above those for few rows; 0 if it does not."""
-        return 0 if isinstance(self.weight, Packed) or not self.most_few_rows else MAX_ROWS
+        return 0 if self.bits or not self.most_few_rows else MAX_ROWS
 
     def few(
         self, x: mx.array, *, norm: Norm | None = None, residual: mx.array | None = None, gated: bool = False
@@ -65,13 +71,13 @@ class JoinedWeights:
         if norm is not None and not takes_norm(x.dtype):
             x, norm = mx.fast.rms_norm(x, norm.gain, norm.eps), None
         return fused_rows(
-            x, self.weight, bits=self.bits, group_size=self.group_size, norm=norm, bias=self.bias, residual=residual,
-            gated=gated,
+            x, self.weight, self.scaling, bits=self.bits, group_size=self.group_size, norm=norm, bias=self.bias,
+            residual=residual, gated=gated,
         )  # fmt: skip
 
     def onto(self, residual: mx.array, x: mx.array, norm: Norm | None = None) -> tuple[mx.array, mx.array]:
         """``residual`` [M, N] plus ``x`` [M, K] by the weights, and that normalized if ``norm`` is given."""
-        assert not isinstance(self.weight, Packed), "packed weights go by kernels for few rows"
+        assert not self.bits, "packed weights go by kernels for few rows"
         assert self.bias is None, "nothing adds a bias"
         return add_parts(split_k(x, self.weight), residual, norm)
 
@@ -79,25 +85,28 @@ class JoinedWeights:
         """``x`` [M, K] by the weights, plus the bias or the ``residual`` [M, N], by MLX."""
         added = self.bias if residual is None else residual
         weight, size, bits = self.weight, self.group_size, self.bits
-        if isinstance(weight, Packed):
+        if bits:
+            scales, biases = self.scales_biases
             if not self.unpacks or x.shape[0] <= _MOST_PACKED_ROWS:
-                product = mx.quantized_matmul(x, *weight, transpose=True, group_size=size, bits=bits)
+                product = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=size, bits=bits)
                 return product if added is None else product + added
-            weight = mx.dequantize(weight.words, weight.scales, weight.biases, group_size=size, bits=bits)
+            weight = mx.dequantize(weight, scales, biases, group_size=size, bits=bits)
         return x @ weight.T if added is None else mx.addmm(added, x, weight.T)
 
 
-def _joined(modules: Sequence[nn.Module], name: str) -> mx.array:
-    """The parameter called ``name`` of all modules along its first axis; slices of it take their places."""
-    if len(modules) == 1:
-        only: mx.array = modules[0][name]
+def _joined(modules: Sequence[nn.Module], *names: str) -> mx.array:
+    """The parameters of these names of all modules along their first axis; slices of that take their places."""
+    places = [(module, name) for name in names for module in modules]
+    parts = [module[name] for module, name in places]
+    if len(parts) == 1:
+        only: mx.array = parts[0]
         return only
-    whole = mx.concatenate([module[name] for module in modules])
+    whole = mx.concatenate(parts)
     mx.eval(whole)
     first = 0
-    for module in modules:
+    for module, name in places:
         end = first + module[name].shape[0]
         module[name] = whole[first:end]
         first = end
-    mx.eval([module[name] for module in modules])
+    mx.eval([module[name] for module, name in places])
     return whole

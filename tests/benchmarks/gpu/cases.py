@@ -12,6 +12,7 @@ from typing import Any
 from tests.benchmarks.gpu import ours, theirs
 from tests.benchmarks.gpu.engines import Engines
 from tests.benchmarks.gpu.http_cases import http_results
+from tests.benchmarks.gpu.replica_cases import replica_results
 from tests.benchmarks.gpu.shapes import kv_bytes_per_token
 from tests.benchmarks.gpu.sizes import Sizes
 from tests.benchmarks.gpu.wide_cases import wide_results
@@ -61,6 +62,7 @@ def gpu_cases(sizes: Sizes) -> Iterator[GpuCase]:
     for rows, length in sizes.long:
         yield GpuCase(f"long, {rows} rows of {length}", partial(_long, rows, length))
         yield GpuCase(f"int8 pages, {rows} rows of {length}", partial(_int8, rows, length))
+    yield GpuCase("replicas, two devices", replica_results)
     yield GpuCase(f"http, {sizes.clients} clients", http_results)
     for rows in sizes.packed_batches:
         yield GpuCase(f"4bit decode, context {sizes.context}, batch {rows}", partial(_packed, rows))

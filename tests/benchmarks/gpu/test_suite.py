@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.llm import LLM
-from tests.benchmarks.gpu import ours
+from tests.benchmarks.gpu import ours, replica_cases
 from tests.benchmarks.gpu.cases import gpu_cases
 from tests.benchmarks.gpu.shapes import weight_bytes, write_model
 from tests.benchmarks.gpu.sizes import FULL, TINY
@@ -65,6 +65,22 @@ def test_the_port_is_measured_beside_its_own_process_and_mlx_lms_server(tmp_path
     ]
     assert [case["target"] for case in cases] == [3.0, 0.95]
     assert all(min(rates) > 0 for case in cases for rates in case["samples"].values())
+
+
+def test_a_model_and_its_replica_are_measured_beside_the_model_alone(tmp_path: Path) -> None:
+    (case,) = run_tiny(tmp_path, "replicas")["cases"]
+    assert set(case["samples"]) == {"LLM", "LLM and a replica"}
+    assert case["target"] == 1.9
+    assert len(case["settings"]["devices"]) == 2
+    assert all(min(rates) > 0 for rates in case["samples"].values())
+
+
+def test_where_there_is_one_gpu_two_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(replica_cases, "two_devices", lambda: None)
+    assert run_tiny(tmp_path, "replicas")["cases"] == []
+    assert "one GPU here: left out" in capsys.readouterr().out
 
 
 def test_a_case_that_fails_is_said_and_the_others_still_run(

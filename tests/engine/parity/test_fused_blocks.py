@@ -9,9 +9,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3
 
 from engine.runner.kernels import fused_rows, split_k
-from engine.runner.kv.fused_block import FusedBlock, OwnProducts
+from engine.runner.kernels.fused_rows import Norm
+from engine.runner.kv.fused_block import FusedBlock, Handover, OwnProducts, Rows
 from engine.runner.kv.fused_blocks import FusedBlocks
 from engine.runner.kv.joined_weights import JoinedWeights
 from tests.engine.parity.bare_engine import BLOCK_SIZE, BareEngine, greedy
@@ -174,8 +176,8 @@ def test_a_block_that_computes_wrongly_is_not_installed(monkeypatch: pytest.Monk
     """Also where each kernel is right: a norm that is left out."""
     own = FusedBlock.__call__
 
-    def wrong(self: FusedBlock, x: mx.array, cache: Any) -> mx.array:
-        return own(self, x * 1.1, cache)
+    def wrong(self: FusedBlock, x: Rows, cache: Any, next_norm: Any) -> Rows:
+        return own(self, Rows(x.plain * 1.1), cache, next_norm)
 
     monkeypatch.setattr(FusedBlock, "__call__", wrong)
     model = model_of("qwen3")
@@ -235,9 +237,44 @@ def test_up_to_32_rows_narrow_products_split_k(host_products: dict[str, HostKern
     blocks = counted(model, kernels, host_products)
     tokens = [one.output_token_ids for one in engine.generate(prompts, 3)]
     launches = {name: kernel.launches for name, kernel in host_products.items() if kernel.launches}
-    assert launches == {"split_k": 8, "add_parts_normed": 4, "silu_and_mul": 4, "add_parts": 4}, "two steps, two layers"
+    assert launches == {"split_k": 8, "add_parts_normed": 6, "silu_and_mul": 4, "add_parts": 2}, "two steps, two layers"
     blocks.remove()
     assert sum(a == b for a, b in zip(tokens, mlx_tokens(engine, prompts), strict=True)) >= 17, "bfloat16 ties at most"
+    engine.backend.close()
+
+
+def test_a_layer_takes_what_the_one_before_it_left_and_nothing_else() -> None:
+    handover, norm, other = Handover(), Norm(mx.ones((8,)), 1e-5), Norm(mx.ones((8,)), 1e-5)
+    left = Rows(mx.ones((3, 8)), mx.full((3, 8), 2.0), norm)
+    shaped = handover.leave(left, (3, 1, 8))
+    assert shaped.shape == (3, 1, 8)
+    assert handover.take(shaped) is left
+    assert handover.take(shaped).normed is None, "taken once"
+    handover.leave(left, (3, 1, 8))
+    copied = handover.take(shaped + 0)
+    assert copied.plain.shape == (3, 8)
+    assert copied.normed is None
+    assert left.normalized(norm) is left.normed
+    assert mx.allclose(left.normalized(other), mx.ones((3, 8)), atol=1e-4), "of another layer"
+
+
+def test_a_model_that_changes_rows_between_layers_gets_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed over is then not what the next layer is given."""
+    kernels, model = HostKernels(), model_of("qwen3", num_hidden_layers=2)
+
+    def call(self: Any, inputs: mx.array, cache: Any, *_: Any) -> mx.array:
+        h = self.embed_tokens(inputs)
+        mask = qwen3.create_attention_mask(h, cache[0])
+        for layer, c in zip(self.layers, cache, strict=True):
+            h = layer(h, mask, c) * 1.5
+        return self.norm(h)
+
+    monkeypatch.setattr(qwen3.Qwen3Model, "__call__", call)
+    prompts = mixed_prompts(3, VOCAB, 40, seed=2)
+    expected = [greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
+    engine, blocks = BareEngine(model, kernels=kernels), fused(model, kernels)
+    blocks.install()
+    assert [one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)] == expected
     engine.backend.close()
 
 
@@ -262,8 +299,8 @@ def test_the_number_of_rows_decides_which_products_are_used(
         nn.quantize(model, group_size=64, bits=bits)
     block = FusedBlock.of(model.model.layers[0], own)
     for name in ("few", "split", "many"):
-        monkeypatch.setattr(FusedBlock, f"_{name}", lambda _block, _x, _cache, name=name: name)
-    assert block(mx.zeros((rows, 128), mx.bfloat16), None) == way  # type: ignore[arg-type]
+        monkeypatch.setattr(FusedBlock, f"_{name}", lambda *_given, name=name: name)
+    assert block(Rows(mx.zeros((rows, 128), mx.bfloat16)), None) == way  # type: ignore[arg-type, comparison-overlap]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

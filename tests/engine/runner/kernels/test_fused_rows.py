@@ -9,7 +9,6 @@ import pytest
 
 from engine.runner.kernels import fused_rows as module
 from engine.runner.kernels.fused_rows import Norm, fused_rows, takes_norm
-from engine.runner.kernels.rows_matmul import Packed
 from tests.engine.runner.kernels.cuda_on_host import HostKernel, kernels_on_host
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -27,17 +26,16 @@ def normal(*shape: int, dtype: mx.Dtype, seed: int = 0) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
-def weights(k: int, dtype: mx.Dtype, bits: int) -> tuple[mx.array | Packed, mx.array]:
+def weights(k: int, dtype: mx.Dtype, bits: int) -> tuple[list[mx.array], mx.array]:
     """As they are given, and in float32."""
     weight = normal(WIDTH, k, dtype=dtype, seed=1)
     if not bits:
-        return weight, weight.astype(mx.float32)
-    packed = Packed(*mx.quantize(weight, group_size=64, bits=bits))
-    words, scales, biases = packed
+        return [weight], weight.astype(mx.float32)
+    words, scales, biases = mx.quantize(weight, group_size=64, bits=bits)
     exact = mx.dequantize(
         words, scales.astype(mx.float32), biases.astype(mx.float32), group_size=64, bits=bits
     )  # fmt: skip
-    return packed, exact
+    return [words, mx.stack([scales, biases])], exact
 
 
 def wanted(x: mx.array, weight: mx.array, norm: Norm | None, ending: dict[str, Any]) -> mx.array:
@@ -78,7 +76,7 @@ def test_a_product_with_its_surroundings_is_right(
         "plain": {}, "gated": {"gated": True}, "bias": {"bias": normal(WIDTH, dtype=dtype, seed=3)},
         "residual": {"residual": normal(rows, WIDTH, dtype=dtype, seed=4)},
     }  # fmt: skip
-    found = fused_rows(x, weight, bits=bits, group_size=64 if bits else 0, norm=norm, **endings[ending])
+    found = fused_rows(x, *weight, bits=bits, group_size=64 if bits else 0, norm=norm, **endings[ending])
     expected = wanted(x, exact, norm, endings[ending])
     assert found.shape == expected.shape
     error = mx.linalg.norm(found.astype(mx.float32) - expected) / mx.linalg.norm(expected)
