@@ -38,53 +38,69 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
+class HeadConstants(NamedTuple):
+    """What a layer turns its heads by, and normalizes them by first if ``eps`` is given.
+
+    ``values`` float32: frequencies [D / 2], radians per position by which elements i and i + D / 2 are turned, and
+    behind them the gains [D] of query heads and [D] of key heads. One array, since each costs a launch host's time.
+    """
+
+    values: mx.array
+    eps: float | None = None
+
+    @classmethod
+    def of(cls, frequencies: mx.array, norms: HeadNorms | None = None) -> "HeadConstants":
+        """Together, evaluated: by an operation, since arrays made from host memory are read over the bus on CUDA."""
+        gains = [] if norms is None else [norms.query_gain, norms.key_gain]
+        values = mx.concatenate([part.astype(mx.float32) for part in (frequencies, *gains)]) * 1.0
+        mx.eval(values)
+        return cls(values, None if norms is None else norms.eps)
+
+
 def joined_attention(
     joined: mx.array,
     key_pages: PageArrays,
     value_pages: PageArrays,
     block_tables: mx.array,
     positions: mx.array,
-    frequencies: mx.array,
+    constants: HeadConstants,
     *,
     heads: int,
     scale: float,
     block_size: int,
     window: int | None = None,
-    norms: HeadNorms | None = None,
     splits: int | None = None,
     arrivals: mx.array | None = None,
 ) -> mx.array:
     """Normalize and rotate each row's heads, write its new key and value into their slot, and attend.
 
     ``joined`` [rows, (heads + 2 * kv_heads) * D]: a row's query heads, key heads and value heads, as they leave the
-    product; ``frequencies`` float32 [D / 2]: radians per position by which elements i and i + D / 2 are turned. The
-    rest as in :func:`paged_attention`. Gives [rows, heads * D]. ValueError: what it does not know.
+    product. The rest as in :func:`paged_attention`. Gives [rows, heads * D]. ValueError: what it does not know.
     """
     rows, kv_heads = joined.shape[0], rows_of(key_pages).shape[1]
     dim = joined.shape[1] // (heads + 2 * kv_heads)
-    form = _check(joined, key_pages, value_pages, block_tables, positions, frequencies, heads)
+    form = _check(joined, key_pages, value_pages, block_tables, positions, constants, heads)
     plan = attention_plan(joined.dtype, dim, dim, heads // kv_heads, block_size, form, form, rotates=True)
     pages = [*arrays_of(key_pages), *arrays_of(value_pages)]
-    inputs = [joined, *pages, block_tables, positions, frequencies]
-    out = attend(
-        _text(norms is not None, form.bits > 0, plan.on_tensor_cores),
+    return attend(
+        _text(constants.eps is not None, form.bits > 0, plan.on_tensor_cores),
         plan,
-        inputs if norms is None else [*inputs, norms.query_gain, norms.key_gain],
+        [joined, *pages, block_tables, positions, constants.values],
         template=[
             ("T", joined.dtype),
             ("BLOCK_SIZE", block_size),
             ("WINDOW", window or 0),
             ("SCALE", positive_bits("scale", scale)),
             ("CAP", 0),
-            *([] if norms is None else [("EPS", float_bits(norms.eps))]),
+            *([] if constants.eps is None else [("EPS", float_bits(constants.eps))]),
         ],
         result=(rows, heads, dim),
+        shape=(rows, heads * dim),
         blocks=kv_heads * plan.blocks,
         tokens=most_tokens(block_tables.shape[1], block_size, window),
         splits=splits,
         arrivals=arrivals,
     )
-    return out.reshape(rows, heads * dim)
 
 
 def rotates(dim: int, element_size: int) -> bool:
@@ -96,9 +112,9 @@ def _text(normed: bool, packed: bool, on_tensor_cores: bool) -> AttentionText:
     text = mma_text(packed=packed, joined=True, normed=normed) if on_tensor_cores else None
     body, header = text or joined_text(normed=normed, packed=packed)
     pages = *page_names("key", packed=packed), *page_names("value", packed=packed)
-    inputs = ("joined", *pages, "block_tables", "positions", "frequencies")
+    inputs = ("joined", *pages, "block_tables", "positions", "constants")
     name = f"joined_attention{'_mma' * on_tensor_cores}{'_packed' * packed}{'_normed' * normed}"
-    return AttentionText(name, (*inputs, "query_gain", "key_gain") if normed else inputs, body, header)
+    return AttentionText(name, inputs, body, header)
 
 
 def _check(
@@ -107,7 +123,7 @@ def _check(
     value_pages: PageArrays,
     block_tables: mx.array,
     positions: mx.array,
-    frequencies: mx.array,
+    constants: HeadConstants,
     heads: int,
 ) -> PageFormat:
     kinds = {joined.dtype, element_type(key_pages), element_type(value_pages)}
@@ -121,8 +137,9 @@ def _check(
     formats = {format_of(pages, dim) for pages in (key_pages, value_pages)}
     if len(formats) > 1 or shape != rows_of(value_pages).shape or not rotates(dim, joined.dtype.size):
         raise ValueError(f"no rotation in pages of shapes {shape} and {rows_of(value_pages).shape}")
-    if frequencies.dtype != mx.float32 or frequencies.shape != (dim // 2,):
-        raise ValueError(f"frequencies in {frequencies.dtype}, of shape {frequencies.shape}, for heads of {dim}")
+    values, size = constants.values, dim // 2 + (0 if constants.eps is None else 2 * dim)
+    if values.dtype != mx.float32 or values.shape != (size,):
+        raise ValueError(f"constants in {values.dtype}, of shape {values.shape}, for heads of {dim}")
     if {block_tables.dtype, positions.dtype} != {mx.int32} or block_tables.shape[:1] != (rows,):
         raise ValueError(f"{rows} rows, but {block_tables.shape=} in {block_tables.dtype}, {positions.dtype}")
     if block_tables.ndim != 2 or positions.size < rows:

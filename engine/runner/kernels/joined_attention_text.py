@@ -55,8 +55,8 @@ template <typename T> FUNCTION uint4 packed_vector(PRIVATE const float* f) {
 
 _NORMALIZE = r"""
 // A team's head: divided by its root mean square, times the gains of its elements.
-template <int DIM, int LANES, int VEC, typename G>
-FUNCTION void normalize_head(PRIVATE float* f, GLOBAL const G* gain, int in_team, float eps) {
+template <int DIM, int LANES, int VEC>
+FUNCTION void normalize_head(PRIVATE float* f, GLOBAL const float* gain, int in_team, float eps) {
   constexpr int PART = DIM / LANES;
   float sum = 0.0f;
 #pragma unroll
@@ -65,7 +65,7 @@ FUNCTION void normalize_head(PRIVATE float* f, GLOBAL const G* gain, int in_team
   for (int mask = LANES / 2; mask > 0; mask >>= 1) sum += SHFL_XOR(sum, mask);
   const float scaled = RSQRT(sum / DIM + eps);
 #pragma unroll
-  for (int i = 0; i < PART; ++i) f[i] *= scaled * float(gain[COLUMN(i / VEC) + i % VEC]);
+  for (int i = 0; i < PART; ++i) f[i] *= scaled * gain[COLUMN(i / VEC) + i % VEC];
 }
 """
 
@@ -77,7 +77,7 @@ _JOINED_ROWS = r"""
   float cosines[PAIRS], sines[PAIRS];
 #pragma unroll
   for (int i = 0; i < PAIRS; ++i) {
-    const float angle = float(position) * frequencies[COLUMN(i / VEC) + i % VEC];
+    const float angle = float(position) * constants[COLUMN(i / VEC) + i % VEC];
     const float turns = RINT(angle * 0.15915494f);
     // Without whole turns: 2 pi is 6.2831855 as a float, and 1.7484556e-7 less.
     const float rest = FMA(turns, 1.7484556e-7f, FMA(-turns, 6.2831855f, angle));
@@ -134,7 +134,10 @@ _KEEP_FRESH = r"""
 def joined_text(*, normed: bool, packed: bool = False) -> tuple[str, str]:
     """Body and header of the kernel, for heads that are normalized or not, over plain pages or packed ones."""
     query, key = (
-        (_NORM_CALL.format(values="q[g]", gain="query_gain"), _NORM_CALL.format(values="k", gain="key_gain"))
+        (
+            _NORM_CALL.format(values="q[g]", gain="constants + KEY_DIM / 2"),
+            _NORM_CALL.format(values="k", gain="constants + KEY_DIM / 2 * 3"),
+        )
         if normed
         else ("", "")
     )

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import error_line
-from engine.runner.kernels.joined_attention import HeadNorms
+from engine.runner.kernels.joined_attention import HeadConstants, HeadNorms
 from engine.runner.kernels.page_check import CheckedPages
 from engine.runner.kernels.paged_attention import arrival_counters
 from engine.runner.kernels.reference import attention, floats
@@ -92,10 +92,10 @@ class _Check:
         mx.eval(given, mx.full((rows * self._heads * shape.dim * 3,), np.nan))
         out = self._kernels.joined_attention(
             given, key_pages, value_pages, mx.array(self._tables) + 0,
-            mx.array([length - 1 for length in _LENGTHS], mx.int32) + 0, mx.array(self._frequencies) + 0,
-            heads=self._heads, scale=shape.scale, block_size=shape.block_size, window=shape.window,
-            norms=None if shape.eps is None else HeadNorms(query_gain, key_gain, shape.eps), splits=splits,
-            arrivals=self._arrivals,
+            mx.array([length - 1 for length in _LENGTHS], mx.int32) + 0, HeadConstants.of(
+                mx.array(self._frequencies), None if shape.eps is None else HeadNorms(query_gain, key_gain, shape.eps)
+            ), heads=self._heads, scale=shape.scale, block_size=shape.block_size, window=shape.window,
+            splits=splits, arrivals=self._arrivals,
         )  # fmt: skip
         found = floats(out).reshape(rows, self._heads, shape.dim)
         after = mx.where(out.reshape(-1)[:1] == 0, 0, 0)  # pages are read only once the launch has written

@@ -51,7 +51,7 @@ def latent_attention(
     _check(arrays, block_tables, positions)
     (rows, heads, _, dim), rope_dim = queries.shape, rope_pages.shape[3]
     plan = _plan(queries.dtype, dim, rope_dim, heads, block_size)
-    out = usual.attend(
+    return usual.attend(
         _text(plan.on_tensor_cores),
         plan._replace(tokens_per_pass=max(plan.tokens_per_pass, _FEWEST_TOKENS)),
         [*arrays, block_tables, positions],
@@ -63,12 +63,12 @@ def latent_attention(
             ("CAP", 0),
         ],
         result=(rows, heads, dim),
+        shape=(rows, heads, 1, dim),
         blocks=plan.blocks,
         tokens=block_tables.shape[1] * block_size,
         splits=splits,
         arrivals=arrivals,
     )
-    return out[:, :, None]
 
 
 def _plan(dtype: mx.Dtype, dim: int, rope_dim: int, heads: int, block_size: int) -> usual.AttentionPlan:

@@ -24,7 +24,7 @@ JOINED_ROWS = r"""
   const T* given = joined + (size_t)row * kv_heads * (GROUP + 2) * KEY_DIM;
   float cosines[PAIRS], sines[PAIRS];
   EACH(i, PAIRS) {
-    const float angle = float(position) * frequencies[lane * PAIRS + i];
+    const float angle = float(position) * constants[lane * PAIRS + i];
     const float turns = RINT(angle * 0.15915494f);
     // Without whole turns: 2 pi is 6.2831855 as a float, and 1.7484556e-7 less.
     const float rest = FMA(turns, 1.7484556e-7f, FMA(-turns, 6.2831855f, angle));
@@ -58,7 +58,8 @@ NORM = r"""
     const float scaled = RSQRT(square / KEY_DIM + CONSTANT(EPS));
     EACH(i, PAIRS) {
       const int d = lane * PAIRS + i;
-      a[i] *= scaled * float(is_key ? key_gain[d] : query_gain[d]);
-      b[i] *= scaled * float(is_key ? key_gain[KEY_DIM / 2 + d] : query_gain[KEY_DIM / 2 + d]);
+      const float* gain = constants + KEY_DIM / 2 + (is_key ? KEY_DIM : 0) + d;
+      a[i] *= scaled * gain[0];
+      b[i] *= scaled * gain[KEY_DIM / 2];
     }
 """

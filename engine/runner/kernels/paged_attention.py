@@ -83,7 +83,7 @@ def paged_attention(
     plan = attention_plan(queries.dtype, key_dim, value_dim, heads // kv_heads, block_size, *formats)
     pages = [*arrays_of(key_pages), *arrays_of(value_pages)]
     inputs = [queries, new_keys, new_values, *pages, block_tables, positions]
-    out = attend(
+    return attend(
         _attention_text(sinks is not None, formats[0].bits > 0, plan.on_tensor_cores),
         plan,
         inputs if sinks is None else [*inputs, sinks],
@@ -92,11 +92,10 @@ def paged_attention(
             ("SCALE", positive_bits("scale", scale)),
             ("CAP", 0 if softcap is None else positive_bits("softcap", softcap)),
         ],
-        result=(rows, heads, value_dim), blocks=kv_heads * plan.blocks,
+        result=(rows, heads, value_dim), shape=(rows, heads, 1, value_dim), blocks=kv_heads * plan.blocks,
         tokens=most_tokens(block_tables.shape[1], block_size, window),
         splits=splits, arrivals=arrivals, sinks=sinks,
     )  # fmt: skip
-    return out[:, :, None]
 
 
 class AttentionPlan(NamedTuple):
@@ -158,13 +157,14 @@ def attend(
     *,
     template: list[tuple[str, Any]],
     result: tuple[int, int, int],
+    shape: tuple[int, ...],
     blocks: int,
     tokens: int,
     splits: int | None,
     arrivals: mx.array | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Launch; gives the ``result`` [rows, heads, DV], in the first input's element type.
+    """Launch; gives the ``result`` (rows, heads, DV) in ``shape``, in the first input's element type.
 
     ``blocks`` for a row's heads, of at most ``tokens`` tokens; splits and arrivals as in :func:`paged_attention`.
     """
@@ -176,9 +176,9 @@ def attend(
     if arrivals is None:
         ending, shapes = Ending.SECOND_LAUNCH, attention_shapes(rows, heads, splits, value_dim)
     elif splits == 1:
-        ending, shapes = Ending.ONE_SPLIT, [result]
+        ending, shapes = Ending.ONE_SPLIT, [shape]
     else:
-        ending, shapes = Ending.LAST_BLOCK, [result, (rows * heads * splits * (value_dim + 2),)]
+        ending, shapes = Ending.LAST_BLOCK, [shape, (rows * heads * splits * (value_dim + 2),)]
         _check_arrivals(arrivals, rows * blocks)
         inputs = [*inputs, arrivals]
     outputs = text.kernel(ending, on_tensor_cores=plan.on_tensor_cores)(
@@ -189,9 +189,9 @@ def attend(
         output_shapes=shapes,
         output_dtypes=[dtype, mx.float32, mx.float32][: len(shapes)],
     )
-    if ending is Ending.SECOND_LAUNCH and splits > 1:
-        return join_splits(outputs[1], outputs[2], sinks, dtype)
-    return outputs[0]
+    if ending is not Ending.SECOND_LAUNCH:
+        return outputs[0]
+    return (outputs[0] if splits == 1 else join_splits(outputs[1], outputs[2], sinks, dtype)).reshape(shape)
 
 
 def arrival_counters(counters: int = 0) -> mx.array | None:

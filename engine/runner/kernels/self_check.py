@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engine.errors import error_line
 from engine.runner.kernels import paged_attention as gpu
 from engine.runner.kernels.gpu_states import GPU_STATE_KERNELS
-from engine.runner.kernels.joined_attention import HeadNorms, joined_attention
+from engine.runner.kernels.joined_attention import HeadConstants, joined_attention
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.latent_attention import latent_attention
 from engine.runner.kernels.page_check import CheckedPages
@@ -76,13 +76,12 @@ class AttentionKernels(Protocol):
         value_pages: PageArrays,
         block_tables: mx.array,
         positions: mx.array,
-        frequencies: mx.array,
+        constants: HeadConstants,
         *,
         heads: int,
         scale: float,
         block_size: int,
         window: int | None = None,
-        norms: HeadNorms | None = None,
         splits: int | None = None,
         arrivals: mx.array | None = None,
     ) -> mx.array:

@@ -17,7 +17,7 @@ from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.activations import swiglu
 
 from engine.runner.kernels.fused_rows import Norm
-from engine.runner.kernels.joined_attention import HeadNorms, rotates
+from engine.runner.kernels.joined_attention import HeadConstants, HeadNorms, rotates
 from engine.runner.kernels.split_k import silu_and_mul
 from engine.runner.kv.joined_weights import JoinedWeights
 from engine.runner.kv.kernel_cache import KernelLayerCache
@@ -82,8 +82,7 @@ class FusedBlock:
     down: JoinedWeights
     input_norm: Norm
     mlp_norm: Norm
-    head_norms: HeadNorms | None
-    frequencies: mx.array
+    head_constants: HeadConstants
     heads: int
     scale: float
     few_rows: int
@@ -98,14 +97,12 @@ class FusedBlock:
         output, down = (JoinedWeights.of([one], on_cuda=on_cuda) for one in (attention.o_proj, mlp.down_proj))
         turns = frequencies_of(attention.rope, head_dim(attention))
         assert turns is not None, "a rotation of its own"
-        # Arrays made from host memory are read over the bus on CUDA: this one comes from an operation.
-        frequencies = mx.array(turns) * 1.0
-        mx.eval(frequencies)
+        constants = HeadConstants.of(mx.array(turns), _head_norms(attention))
         mx.clear_cache()  # of the weights that are joined now
         every = (qkv, output, gate_up, down)
         return cls(
             qkv, output, gate_up, down, _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm),
-            _head_norms(attention), frequencies, attention.n_heads, attention.scale,
+            constants, attention.n_heads, attention.scale,
             min(some.most_few_rows for some in every) if on_cuda else 0,
             min(some.most_split_rows for some in every) if own == "all" else 0,
         )  # fmt: skip
@@ -135,7 +132,7 @@ class FusedBlock:
         return Rows(self.down.many(swiglu(gate, up), plain))
 
     def _attend(self, joined: mx.array, cache: KernelLayerCache) -> mx.array:
-        return cache.attend_joined(joined, self.frequencies, heads=self.heads, scale=self.scale, norms=self.head_norms)
+        return cache.attend_joined(joined, self.head_constants, heads=self.heads, scale=self.scale)
 
 
 def is_block(layer: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from engine.runner.kernels.joined_attention import HeadNorms
+from engine.runner.kernels.joined_attention import HeadConstants
 from engine.runner.kernels.page_format import PageArrays, PagePair, as_pages
 from engine.runner.kernels.paged_attention import arrival_counters
 from engine.runner.kernels.self_check import AttentionKernels
@@ -182,9 +182,7 @@ class KernelLayerCache(PagedLayerCache):
             block_size=self._pool.block_size, arrivals=self._arrivals,
         )  # fmt: skip
 
-    def attend_joined(
-        self, joined: mx.array, frequencies: mx.array, *, heads: int, scale: float, norms: HeadNorms | None = None
-    ) -> mx.array:
+    def attend_joined(self, joined: mx.array, constants: HeadConstants, *, heads: int, scale: float) -> mx.array:
         """Attention [rows, heads * dim] from the layer's ``joined`` product [rows, (heads + 2 * kv_heads) * dim].
 
         See :func:`engine.runner.kernels.joined_attention.joined_attention`; the new token goes into its page.
@@ -193,8 +191,8 @@ class KernelLayerCache(PagedLayerCache):
         assert isinstance(call, DecodeRows), "a chunk attends to what was collected"
         assert pages is not None, "no pages to write to"
         return self._kernels.joined_attention(
-            joined, *pages, call.block_tables, call.positions, frequencies, heads=heads, scale=scale,
-            block_size=self._pool.block_size, window=self._window, norms=norms, arrivals=self._arrivals,
+            joined, *pages, call.block_tables, call.positions, constants, heads=heads, scale=scale,
+            block_size=self._pool.block_size, window=self._window, arrivals=self._arrivals,
         )  # fmt: skip
 
     def finish(self) -> None:

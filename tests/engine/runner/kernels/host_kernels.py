@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.runner.kernels.joined_attention import HeadNorms
+from engine.runner.kernels.joined_attention import HeadConstants
 from engine.runner.kernels.page_format import PackedPages, PageArrays, rows_of
 from engine.runner.kernels.reference import attention
 from engine.runner.kernels.self_check import AttentionShape, attention_problem
@@ -79,13 +79,12 @@ class HostKernels:
         value_pages: PageArrays,
         block_tables: mx.array,
         positions: mx.array,
-        frequencies: mx.array,
+        constants: HeadConstants,
         *,
         heads: int,
         scale: float,
         block_size: int,
         window: int | None = None,
-        norms: HeadNorms | None = None,
         splits: int | None = None,
         arrivals: mx.array | None = None,
     ) -> mx.array:
@@ -95,12 +94,13 @@ class HostKernels:
         dim = joined.shape[1] // (heads + 2 * kv_heads)
         given = floats(joined).reshape(rows, heads + 2 * kv_heads, 1, dim)
         queries, keys, values = np.split(given, [heads, heads + kv_heads], axis=1)
-        if norms is not None:
+        frequencies, *gains = np.split(floats(constants.values), [dim // 2, dim // 2 + dim])
+        if constants.eps is not None:
             queries, keys = (
-                some / np.sqrt((some**2).mean(-1, keepdims=True) + norms.eps) * floats(gain)
-                for some, gain in ((queries, norms.query_gain), (keys, norms.key_gain))
+                some / np.sqrt((some**2).mean(-1, keepdims=True) + constants.eps) * gain
+                for some, gain in zip((queries, keys), gains, strict=True)
             )
-        angles = np.array(positions)[:rows, None, None, None] * np.array(frequencies).astype(np.float64)
+        angles = np.array(positions)[:rows, None, None, None] * frequencies.astype(np.float64)
         queries, keys = (turned(some, angles) for some in (queries, keys))
         new = (mx.array(some).astype(joined.dtype) for some in (queries, keys, np.ascontiguousarray(values)))
         out = self._attend(

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -80,7 +81,7 @@ def test_tensor_cores_give_what_numpy_gives(
     [
         ("f[i + PAIRS] = b * cosines[i] + a * sines[i];", "f[i + PAIRS] = b * cosines[i] - a * sines[i];"),
         ("(kv_heads * GROUP + kv_head) * KEY_DIM", "(kv_heads * GROUP) * KEY_DIM"),
-        ("scaled * float(gain", "float(gain"),
+        ("scaled * gain[", "gain["),
         ("newest[(KEY_LOADS + v) * LANES + in_team] = raw;", ""),
     ],
 )
@@ -107,16 +108,17 @@ def test_a_lane_holds_both_halves_of_its_pairs(dim: int, group: int, size: int) 
     ("change", "said"),
     [
         ({"joined": mx.zeros((2, 100))}, "do not hold"),
-        ({"frequencies": mx.zeros((9,))}, "frequencies"),
+        ({"constants": module.HeadConstants(mx.zeros((9,)))}, "constants"),
+        ({"constants": module.HeadConstants(mx.zeros((8,)), 1e-6)}, "constants"),
         ({"joined": mx.zeros((2, 128), mx.float16)}, "rows and pages in"),
         ({"positions": mx.zeros((1,), mx.int32)}, "2 rows"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(change: dict[str, mx.array], said: str) -> None:
-    arrays = {
+def test_what_does_not_fit_together_is_refused(change: dict[str, Any], said: str) -> None:
+    arrays: dict[str, Any] = {
         "joined": mx.zeros((2, 128)), "key_pages": mx.zeros((1, 2, 64, 16)), "value_pages": mx.zeros((1, 2, 64, 16)),
         "block_tables": mx.zeros((2, 4), mx.int32), "positions": mx.zeros((4,), mx.int32),
-        "frequencies": mx.zeros((8,)),
+        "constants": module.HeadConstants(mx.zeros((8,))),
     }  # fmt: skip
     with pytest.raises(ValueError, match=said):
         module.joined_attention(**{**arrays, **change}, heads=4, scale=1.0, block_size=16)

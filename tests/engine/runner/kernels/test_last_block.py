@@ -10,7 +10,7 @@ import pytest
 
 from engine.params.kv_dtype import group_size
 from engine.runner.kernels import paged_attention as module
-from engine.runner.kernels.joined_attention import HeadNorms, joined_attention
+from engine.runner.kernels.joined_attention import HeadConstants, HeadNorms, joined_attention
 from engine.runner.kernels.joined_check import joined_problem
 from engine.runner.kernels.page_format import PackedPages, PageArrays
 from engine.runner.kernels.paged_attention import arrival_counters, paged_attention
@@ -134,9 +134,10 @@ def test_a_joined_product_gives_the_same_to_the_bit(
     for arrivals in (None, arrival_counters(2 * rows)):
         pages = [random(1, 2, 16 * rows * WIDTH, 64, dtype=dtype, seed=seed) for seed in (1, 2)]
         norms = HeadNorms(random(64, dtype=dtype), random(64, dtype=dtype, seed=1), 1e-6)
+        constants = HeadConstants.of(frequencies, norms)
         outs.append(joined_attention(
-            random(rows, 20 * 64, dtype=dtype), *pages, tables, positions, frequencies, heads=16, scale=0.1,
-            block_size=16, norms=norms, splits=splits, arrivals=arrivals,
+            random(rows, 20 * 64, dtype=dtype), *pages, tables, positions, constants, heads=16, scale=0.1,
+            block_size=16, splits=splits, arrivals=arrivals,
         ))  # fmt: skip
     assert mx.array_equal(*outs)
     assert float(mx.abs(outs[0]).max()) > 0.1
