@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,9 +103,7 @@ class HostKernel:
             for array, shape, dtype in zip(outputs, output_shapes, output_dtypes, strict=True)
         ]
 
-    def _compiled(
-        self, inputs: list[mx.array], template: list[tuple[str, Any]], outputs: list[mx.Dtype]
-    ) -> Callable[..., Any]:
+    def _compiled(self, inputs: list[mx.array], template: list[tuple[str, Any]], outputs: list[mx.Dtype]) -> Any:
         types = _CUDA_TYPES if self.cuda else _METAL_TYPES
         ins = [
             Argument(name, types[array.dtype], array.size < _MOST_CONSTANT, f"{name}_shape" in self._body)
