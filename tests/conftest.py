@@ -14,12 +14,14 @@ thread, and the files that take longest are handed out first. A new tests module
 frozen for the garbage collector, since engines and sessions collect whenever they close.
 """
 
+import asyncio
 import gc
 import inspect
 import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
@@ -73,6 +75,19 @@ def _place(item: pytest.Item) -> int:
 def _alone(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Models that other test processes hold are not seen by these, nor by their kernels."""
     os.environ["XDG_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("runtime"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_ports() -> Iterator[None]:
+    """uvicorn looks ten times a second whether it is to stop, and hundreds of tests stop one: here it looks often."""
+    import uvicorn.server
+
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.005))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn.server, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

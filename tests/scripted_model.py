@@ -28,6 +28,7 @@ import re
 import struct
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -82,15 +83,11 @@ def write_scripted_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tiny_models.write_tokenizer(folder, gguf)
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    plain = [text for text in (*MARKERS, *extra_tokens) if text not in special_tokens]
-    tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False, special=False) for text in plain])
-    chosen = list(selectors) or [f"<|script_{number}|>" for number in range(MAX_SCRIPTS)]
-    special = [*special_tokens, *(text for text in chosen if text not in selectors)]
-    tokenizer.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in special])
-    writer = tokenizers.Tokenizer.from_str(tokenizer.to_str())
-    tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False, special=False) for text in selectors])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    plain = tuple(text for text in (*MARKERS, *extra_tokens) if text not in special_tokens)
+    chosen = tuple(selectors) or tuple(f"<|script_{number}|>" for number in range(MAX_SCRIPTS))
+    special = (*special_tokens, *(text for text in chosen if text not in selectors))
+    tokenizer, writer, saved = _tokenizers(gguf, plain, special, tuple(selectors))
+    (folder / "tokenizer.json").write_text(saved, encoding="utf-8")
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     texts = [scripts] if isinstance(scripts, str) else list(scripts)
@@ -113,6 +110,19 @@ def write_scripted_model(
     (folder / "config.json").write_text(json.dumps(config))
     _write_weights(folder / "model.safetensors")
     return folder
+
+
+@cache
+def _tokenizers(
+    gguf: Path, plain: tuple[str, ...], special: tuple[str, ...], selectors: tuple[str, ...]
+) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer, str]:
+    """The model's tokenizer, that which writes its scripts, and the first as a file's text; read, never changed."""
+    tokenizer = tokenizers.Tokenizer.from_str(tiny_models.tokenizer_files(gguf)["tokenizer.json"])
+    tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False, special=False) for text in plain])
+    tokenizer.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in special])
+    writer = tokenizers.Tokenizer.from_str(tokenizer.to_str()) if selectors else tokenizer
+    tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False, special=False) for text in selectors])
+    return tokenizer, writer, tokenizer.to_str(pretty=True)
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, script: str, anchors: Sequence[str]) -> list[int]:

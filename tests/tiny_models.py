@@ -142,12 +142,13 @@ def write_weights(folder: Path, config: dict[str, Any], seed: int = 0) -> None:
 
 def write_tokenizer(folder: Path, gguf: Path) -> None:
     """The tokenizer of a GGUF file as ``tokenizer.json`` and ``tokenizer_config.json``."""
-    for name, text in _tokenizer_files(gguf).items():
+    for name, text in tokenizer_files(gguf).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
 @cache
-def _tokenizer_files(gguf: Path) -> dict[str, str]:
+def tokenizer_files(gguf: Path) -> dict[str, str]:
+    """The text of each file of a GGUF file's tokenizer."""
     metadata = open_gguf(gguf).metadata
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # a model's own class would drop the splitting of digits

@@ -31,6 +31,37 @@ PATIENCE = 60_000
 """Milliseconds that anything on a page may take."""
 
 
+BOX = "element => element.getBoundingClientRect().toJSON()"
+"""Where an element is: x, y, width, height; left, right, top, bottom."""
+
+
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE / 1000
+    while not true():
+        assert time.monotonic() < deadline, f"it never happened: {what}"
+        time.sleep(0.05)
+
+
+def measured(root: Any, selector: str, look: str = BOX) -> list[Any]:
+    """What ``look``, a function in JavaScript, gives for each visible element below ``root`` that fits ``selector``.
+
+    A live panel draws its elements anew: one that was found may be gone when it is measured. So all are found and
+    measured at one moment, again and again until there is one; where ``look`` gives null, it counts as not there.
+    """
+    found: list[Any] = []
+
+    def there() -> bool:
+        found[:] = root.evaluate(
+            f"(root, selector) => [...root.querySelectorAll(selector)].filter(element => element.offsetParent)"
+            f".map({look}).filter(one => one !== null)",
+            selector,
+        )
+        return bool(found)
+
+    wait_until(there, f"{selector} is there")
+    return found
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:

@@ -6,8 +6,8 @@ from typing import Any
 
 import nbformat
 
-from tests.browser.conftest import PATIENCE, Lab, Notebook
-from tests.browser.test_lab import FLAGS, LOAD, expect, wait_until
+from tests.browser.conftest import PATIENCE, Lab, Notebook, measured, wait_until
+from tests.browser.test_lab import FLAGS, LOAD, expect
 
 LIST = "**Three** towns:\n\n1. Ulm\n2. Bonn\n\n   ```python\n   price = 5\n   ```\n3. Köln: $5 and $6"
 UNCLOSED = "<b>bold</b></div></div><script>document.title = 'hacked'</script>\n\n- one\n\n```\n</div> code"
@@ -30,8 +30,18 @@ def save(page: Any) -> None:
     page.evaluate("async () => { await window.jupyterapp.commands.execute('docmanager:save'); }")
 
 
+COLUMN = ".jp-RenderedMarkdown div[style*='1 1 280px']"
+
+
 def columns(output: Any) -> Any:
-    return output.locator(".jp-RenderedMarkdown div[style*='1 1 280px']")
+    return output.locator(COLUMN)
+
+
+def num_lines(output: Any) -> int:
+    """In how many lines the three columns stand."""
+    boxes = measured(output, COLUMN)
+    assert len(boxes) == 3
+    return len({box["y"] for box in boxes})
 
 
 def test_variants_stand_side_by_side_and_one_is_kept_with_a_click(
@@ -50,10 +60,10 @@ def test_variants_stand_side_by_side_and_one_is_kept_with_a_click(
     expect(output.locator("code", has_text="price = 5")).to_be_visible()
     expect(output).to_contain_text("</div></div><script>")
     assert output.locator(".jp-RenderedMarkdown script").count() == 0
-    assert len({columns(output).nth(i).bounding_box()["y"] for i in range(3)}) == 1
+    wait_until(lambda: num_lines(output) == 1, "they stand side by side")
     notebook.shot("compare", notebook.cell(1))
     page.set_viewport_size({"width": 560, "height": 1000})
-    wait_until(lambda: len({columns(output).nth(i).bounding_box()["y"] for i in range(3)}) == 3, "they are stacked")
+    wait_until(lambda: num_lines(output) == 3, "they are stacked")
     notebook.shot("compare-narrow", notebook.cell(1))
     page.set_viewport_size({"width": 1280, "height": 1000})
     output.get_by_role("button", name="Keep system=Table").click()
@@ -98,7 +108,7 @@ def _check_untrusted(lab: Lab, notebook: Notebook) -> None:
     output = notebook.output(1)
     expect(output.locator("td", has_text="4 mm")).to_be_visible(timeout=PATIENCE)
     expect(columns(output)).to_have_count(3)
-    assert len({columns(output).nth(i).bounding_box()["y"] for i in range(3)}) == 1
+    wait_until(lambda: num_lines(output) == 1, "they stand side by side")
     notebook.shot("compare-untrusted", notebook.cell(1))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.browser.conftest import Lab, Notebook
+from tests.browser.conftest import Lab, Notebook, measured
 from tests.browser.test_chat_in_lab import run_cells
 from tests.browser.test_lab import FLAGS, LOAD, expect
 
@@ -26,7 +26,9 @@ def test_why_a_reply_stopped_is_small_and_below_it(
     expect(notes.first).to_have_text("Stopped at max_tokens (7). Raise it with --max-tokens.")
     expect(notes.last).to_contain_text("7 tokens · ")
     expect(output.locator(".jp-OutputArea-child")).to_have_count(1)
-    assert notes.first.bounding_box()["y"] > text.bounding_box()["y"]
-    assert notes.first.bounding_box()["height"] < text.bounding_box()["height"]
+    expect(text).to_have_count(1)
+    (strong, *_), (note, *_) = measured(output, "strong"), measured(output, "small")
+    assert note["y"] > strong["y"]
+    assert note["height"] < strong["height"]
     expect(notebook.output(3).locator("small")).to_have_text("Stopped at max_tokens (7). Raise it with --max-tokens.")
     notebook.shot("ends-of-replies")

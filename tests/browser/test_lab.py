@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import ipykernel
 import nbformat
 import pytest
 
-from tests.browser.conftest import PATIENCE, ROOT, Lab, Notebook
+from tests.browser.conftest import PATIENCE, ROOT, Lab, Notebook, measured, wait_until
 from tests.browser.http_stream import HttpStream
 from tests.scripted_model import SUFFIX
 
@@ -21,6 +20,17 @@ LOAD = "%load_ext vm_magic\nfrom tests.scripted_model import install; install()\
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 KERNEL_LISTENS = ipykernel.version_info >= (7,)
 """Whether a widget's events reach the kernel while a cell runs: from ipykernel 7 on, through subshells."""
+ROW = """row => {
+    const button = row.closest('.widget-hbox')?.querySelector('button');
+    if (!button?.offsetParent) return null;
+    button.scrollIntoView({block: 'nearest'});
+    const [place, beside] = [row.getBoundingClientRect(), button.getBoundingClientRect()];
+    const isCut = element => element.scrollWidth > element.clientWidth;
+    return {cut: [...row.children].filter(isCut).map(cell => cell.textContent), right: place.right,
+            button: button.textContent, button_cut: isCut(button), button_left: beside.left,
+            button_right: beside.right};
+}"""
+"""A request's row and the button beside it."""
 FLAGS = "--max-model-len 3000 --gpu-memory-utilization 0.02 --served-model-name scripted"
 
 
@@ -28,13 +38,6 @@ def expect(locator: Any) -> Any:
     from playwright.sync_api import expect as playwright_expect
 
     return playwright_expect(locator)
-
-
-def wait_until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE / 1000
-    while not true():
-        assert time.monotonic() < deadline, f"it never happened: {what}"
-        time.sleep(0.05)
 
 
 class PanelPage:
@@ -80,6 +83,18 @@ class PanelPage:
 
     def button(self, name: str) -> Any:
         return self.root.get_by_role("button", name=name, exact=True)
+
+    def width(self) -> float:
+        return float(self.root.evaluate("root => root.getBoundingClientRect().width"))
+
+    def check_rows(self, width: int) -> None:
+        """In a window of ``width`` the first row is scrolled to: no column is cut, and its button is right of it."""
+        row = measured(self.root, ".vmp-req[data-request]", ROW)[0]
+        assert row["button"] == "Cancel"
+        assert row["cut"] == []
+        assert row["right"] <= row["button_left"]
+        assert row["button_right"] <= width
+        assert not row["button_cut"]
 
 
 @pytest.fixture
@@ -128,16 +143,8 @@ def test_the_panel_steers_requests_that_run(scripted: Any, streams: list[HttpStr
 
     # in a narrow window every column and the button can be read
     notebook.page.set_viewport_size({"width": 720, "height": 1000})
-    panel.button("Cancel").first.scroll_into_view_if_needed()
+    panel.check_rows(720)
     notebook.shot("panel-activity-narrow", panel.root)
-    cut = panel.requests.first.evaluate(
-        "row => [...row.children].filter(cell => cell.scrollWidth > cell.clientWidth).length"
-    )
-    assert cut == 0
-    cancel, row = panel.button("Cancel").first.bounding_box(), panel.requests.first.bounding_box()
-    assert row["x"] + row["width"] <= cancel["x"]
-    assert cancel["x"] + cancel["width"] <= 720
-    assert panel.button("Cancel").first.evaluate("button => button.scrollWidth <= button.clientWidth")
     notebook.page.set_viewport_size({"width": 1280, "height": 1000})
 
     # lower the temperature of the streams under way

@@ -22,9 +22,14 @@ def oracle_model(name: str) -> Any:
 
 
 def oracle_tokens(name: str, prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """``num_tokens`` greedy tokens after ``prompt``, end tokens ignored."""
-    steps = generate_step(mx.array(list(prompt)), oracle_model(name), max_tokens=num_tokens)
-    return [token if isinstance(token, int) else int(token.item()) for token, _ in steps]
+    """``num_tokens`` greedy tokens after ``prompt``, end tokens ignored. The same question is asked once."""
+    return list(_oracle_tokens(name, tuple(prompt), num_tokens))
+
+
+@cache
+def _oracle_tokens(name: str, prompt: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+    steps = generate_step(mx.array(prompt), oracle_model(name), max_tokens=num_tokens)
+    return tuple(token if isinstance(token, int) else int(token.item()) for token, _ in steps)
 
 
 def oracle_logprobs(name: str, tokens: Sequence[int]) -> NDArray[np.float32]:

@@ -2,19 +2,25 @@
 // computed from what the 32 lanes of a warp hand in. Shows that indices and arithmetic are right; it
 // shows no races and no speed.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include <stddef.h>
+#include <stdint.h>
 #include "fibers.h"
+
+// Declared here: to read C++'s own headers takes longer than to compile most kernels.
+#undef INFINITY
+#define INFINITY __builtin_inff()
+extern "C" {
+float cosf(float), exp2f(float), expf(float), fmaf(float, float, float), fmaxf(float, float), fminf(float, float);
+float log2f(float), rintf(float), sinf(float), sqrtf(float), tanhf(float);
+}
+template <typename T> const T& min(const T& a, const T& b) { return b < a ? b : a; }
+template <typename T> const T& max(const T& a, const T& b) { return a < b ? b : a; }
 
 #define __device__
 #define __global__
 #define __grid_constant__
 #define __forceinline__ inline
 #define __shared__ static
-using std::min;
 struct Dim3 { unsigned x, y, z; };
 static Dim3 blockIdx, gridDim;
 #define threadIdx (Dim3{current_thread, 0, 0})
@@ -25,15 +31,15 @@ struct alignas(8) uint2 { unsigned x, y; };
 
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-static unsigned float_bits(float f) { unsigned u; std::memcpy(&u, &f, 4); return u; }
-static float __uint_as_float(unsigned u) { float f; std::memcpy(&f, &u, 4); return f; }
+static unsigned float_bits(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 static unsigned __float_as_uint(float f) { return float_bits(f); }
 static float __int_as_float(int i) { return __uint_as_float(unsigned(i)); }
 struct __nv_bfloat16 {
   unsigned short v;
   __nv_bfloat16() : v(0) {}
   explicit __nv_bfloat16(float f) { const unsigned u = float_bits(f); v = (u + 0x7fff + ((u >> 16) & 1)) >> 16; }
-  explicit operator float() const { const unsigned u = unsigned(v) << 16; float f; std::memcpy(&f, &u, 4); return f; }
+  explicit operator float() const { const unsigned u = unsigned(v) << 16; float f; memcpy(&f, &u, 4); return f; }
 };
 typedef _Float16 __half;
 template <typename T> struct Pair { T x, y; };
@@ -43,7 +49,7 @@ template <typename T> Pair<T> __hsub2(Pair<T> a, Pair<T> b) {
   return {T(float(a.x) - float(b.x)), T(float(a.y) - float(b.y))};
 }
 template <typename T> Pair<T> __hfma2(Pair<T> a, Pair<T> b, Pair<T> c) {
-  return {T(std::fma(float(a.x), float(b.x), float(c.x))), T(std::fma(float(a.y), float(b.y), float(c.y)))};
+  return {T(fmaf(float(a.x), float(b.x), float(c.x))), T(fmaf(float(a.y), float(b.y), float(c.y)))};
 }
 static __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__nv_bfloat16(a), __nv_bfloat16(b)}; }
 static __half2 __floats2half2_rn(float a, float b) { return {__half(a), __half(b)}; }
@@ -66,27 +72,32 @@ template <typename T> T __ldcg(const T* at) { return __ldcs(at); }
 static float2 __half22float2(__half2 pair) { return {float(pair.x), float(pair.y)}; }
 
 // Some C libraries have functions of these names.
-#define __cosf(x) std::cos(x)
+#define __cosf(x) cosf(x)
 // What MLX packs on a CPU is what kernels are compared with here: it rounds halves to even, on a GPU away from zero.
-#define roundf(x) std::rint(x)
-#define __sinf(x) std::sin(x)
-#define __expf(x) std::exp(x)
-static float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+#define roundf(x) rintf(x)
+#define __sinf(x) sinf(x)
+#define __expf(x) expf(x)
+static float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 template <typename T> Pair<T> __hmul2(Pair<T> a, Pair<T> b) {
   return {T(float(a.x) * float(b.x)), T(float(a.y) * float(b.y))};
 }
 
 // Copies to shared memory are made when their thread waits for them: who reads before that reads what was there.
 struct Copy { void* to; const void* from; };
-static std::vector<Copy> under_way[MOST_THREADS];
+static const unsigned MOST_COPIES = 256;
+static Copy under_way[MOST_THREADS][MOST_COPIES];
+static unsigned number_under_way[MOST_THREADS];
 static void copy_async(void* to, const void* from) {
   if (reinterpret_cast<size_t>(to) % 16 || reinterpret_cast<size_t>(from) % 16) __builtin_trap();
-  under_way[current_thread].push_back({to, from});
+  unsigned& number = number_under_way[current_thread];
+  if (number == MOST_COPIES) __builtin_trap();
+  under_way[current_thread][number++] = {to, from};
 }
 static uint4 read_once(const uint4* from) { return __ldcs(from); }
 static void wait_for_copies() {
-  for (const Copy& one : under_way[current_thread]) std::memcpy(one.to, one.from, 16);
-  under_way[current_thread].clear();
+  unsigned& number = number_under_way[current_thread];
+  for (unsigned i = 0; i < number; ++i) memcpy(under_way[current_thread][i].to, under_way[current_thread][i].from, 16);
+  number = 0;
 }
 
 static void __syncthreads() { barrier(); }
@@ -107,7 +118,7 @@ static unsigned __ballot_sync(unsigned, bool x) {
 }
 static unsigned __reduce_max_sync(unsigned, unsigned x) {
   unsigned most = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) most = std::max(most, exchange(x, lane));
+  for (unsigned lane = 0; lane < 32; ++lane) most = max(most, exchange(x, lane));
   return most;
 }
 static int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -128,7 +139,7 @@ struct Fragment { unsigned a[4], b[2]; };
 static Fragment fragments[2][32][32];
 template <typename T> float element(unsigned pair, int i) {
   const unsigned short bits = pair >> (16 * i);
-  T value; std::memcpy(&value, &bits, 2);
+  T value; memcpy(&value, &bits, 2);
   return float(value);
 }
 template <typename T>

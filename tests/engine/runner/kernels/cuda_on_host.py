@@ -4,7 +4,6 @@ import ctypes
 import hashlib
 import mmap
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +16,8 @@ import pytest
 from engine.runner.kernels.dialect import compact
 from engine.runner.kernels.rows_matmul_text import TENSOR_CORES
 from engine.runner.kernels.split_k_text import COPIES
+from tests.engine.runner.kernels.text_on_host import library_of
 
-HERE = Path(__file__).parent
 _ALIGNED = 16
 """Bytes of the widest loads."""
 _mprotect = ctypes.CDLL(None, use_errno=True).mprotect
@@ -69,13 +68,8 @@ class HostKernel:
         self, inputs: list[mx.array], template: list[tuple[str, Any]], outputs: list[mx.Dtype]
     ) -> Callable[..., Any]:
         text = self._text([_TYPES[value.dtype] for value in inputs], template, [_TYPES[dtype] for dtype in outputs])
-        library = self._folder / f"{self._name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
-        if not library.exists():
-            source = library.with_suffix(".cpp")
-            source.write_text(text)
-            flags = ["-O2", "-std=c++17", "-w", "-fno-strict-aliasing", "-shared", "-fPIC", f"-I{HERE}"]
-            subprocess.run(["g++", *flags, "-o", str(library), str(source)], check=True)
-        return ctypes.CDLL(str(library)).run
+        name = f"{self._name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
+        return library_of(text, self._folder / name).run
 
     def _text(self, types: list[str], template: list[tuple[str, Any]], outputs: list[str]) -> str:
         named = list(zip(self._inputs, types, strict=True))

@@ -2,7 +2,6 @@
 // Every other block runs its threads in reverse, so that a barrier that is missing is missed by one of the two.
 #pragma once
 #include <setjmp.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>

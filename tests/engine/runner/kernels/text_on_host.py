@@ -6,9 +6,9 @@ in memory that no kernel has written is NaN; a write outside an output is notice
 
 import ctypes
 import hashlib
+import os
 import re
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,7 @@ class HostKernel:
             for array, shape, dtype in zip(outputs, output_shapes, output_dtypes, strict=True)
         ]
 
-    def _compiled(
-        self, inputs: list[mx.array], template: list[tuple[str, Any]], outputs: list[mx.Dtype]
-    ) -> Callable[..., Any]:
+    def _compiled(self, inputs: list[mx.array], template: list[tuple[str, Any]], outputs: list[mx.Dtype]) -> Any:
         types = _CUDA_TYPES if self.cuda else _METAL_TYPES
         ins = [
             Argument(name, types[array.dtype], array.size < _MOST_CONSTANT, f"{name}_shape" in self._body)
@@ -121,20 +119,29 @@ class HostKernel:
         write = cuda_program if self.cuda else metal_program
         text = write(self._name, ins, outs, constants, self._header, self._body)
         path = self._folder / f"{self._name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
-        library = path.with_suffix(".so")
         if path not in self.sources:
             self.sources.append(path)
-        if not library.exists():
-            path.write_text(text)
-            compile_text(path, library)
-        return ctypes.CDLL(str(library)).run
+        return library_of(text, path).run
 
 
-def compile_text(path: Path, library: Path) -> None:
-    """With g++; its words if it refuses."""
-    flags = ["-O1", "-std=c++17", "-w", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", f"-I{HERE}"]
-    done = subprocess.run(["g++", *flags, "-o", str(library), str(path)], capture_output=True, text=True)
+def library_of(text: str, path: Path) -> ctypes.CDLL:
+    """``text`` compiled, once for all processes that share the folder of ``path``."""
+    library = path.with_suffix(".so")
+    if not library.exists():
+        own = path.with_suffix(f".{os.getpid()}.cpp")
+        own.write_text(text)
+        own.replace(path)
+        _compile(path, library)
+    return ctypes.CDLL(str(library))
+
+
+def _compile(path: Path, library: Path) -> None:
+    """With g++; its words if it refuses. Other processes may be about the same text: the library appears whole."""
+    flags = ["-O1", "-std=c++17", "-w", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", f"-I{HERE}"]
+    own = library.with_suffix(f".{os.getpid()}")
+    done = subprocess.run(["g++", *flags, "-o", str(own), str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:2000]
+    own.replace(library)
 
 
 def metal_program(
