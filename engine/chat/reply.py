@@ -50,11 +50,15 @@ class ReplyBuilder:
     def add(self, delta: CompletionDelta) -> ParsedDelta:
         """What ``delta`` adds, already added to this reply."""
         self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs or ()
+        if delta.logprobs:
+            self.logprobs += delta.logprobs
         self.stop_reason = delta.stop_reason
         self.thinking_cut = delta.thinking_cut or self.thinking_cut
         parsed = self._parse(delta)
-        self._count(len(delta.token_ids), parsed)
+        self._num_open_tokens += len(delta.token_ids)
+        if not parsed.events:
+            return parsed
+        self._count(parsed)
         return self._append(parsed)
 
     def finish(self, reason: FinishReason | None) -> ParsedDelta:
@@ -107,38 +111,38 @@ class ReplyBuilder:
             return delta.parsed
         if self._parser is None:
             self.finish_reason = over
-            return ParsedDelta.of(content=delta.text)
+            return ParsedDelta([ContentDelta(delta.text)] if delta.text else [])
         parsed = self._parser.feed(delta.text)
         if over is not None:
             parsed = parsed + self._parser.finish(over)
             self.finish_reason = self._parser.finish_reason
         return parsed
 
-    def _count(self, num_tokens: int, parsed: ParsedDelta) -> None:
+    def _count(self, parsed: ParsedDelta) -> None:
         """Tokens up to the last one that showed a thought are reasoning; marks of the answer are not."""
-        self._num_open_tokens += num_tokens
-        if parsed.reasoning:
-            self.num_reasoning_tokens += self._num_open_tokens
-        elif self.num_tokens_before_answer is None and parsed:
-            self.num_tokens_before_answer = len(self.token_ids) - self._num_open_tokens
-        if parsed:
-            self._num_open_tokens = 0
+        for event in parsed.events:
+            if type(event) is ReasoningDelta:
+                self.num_reasoning_tokens += self._num_open_tokens
+                break
+        else:
+            if self.num_tokens_before_answer is None:
+                self.num_tokens_before_answer = len(self.token_ids) - self._num_open_tokens
+        self._num_open_tokens = 0
 
     def _append(self, parsed: ParsedDelta) -> ParsedDelta:
         if not self._keeps_reasoning:
             parsed = parsed.without_reasoning()
+        parts = self._parts
         for event in parsed.events:
             if isinstance(event, ToolCallDelta):
                 self._call(event)
-            elif isinstance(event, ReasoningDelta | ContentDelta):
-                self._write("reasoning" if isinstance(event, ReasoningDelta) else "content", event.text)
+                continue
+            kind = "content" if isinstance(event, ContentDelta) else "reasoning"
+            if parts and parts[-1][0] == kind:
+                parts[-1][1].append(event.text)
+            else:
+                parts.append((kind, [event.text]))
         return parsed
-
-    def _write(self, kind: str, text: str) -> None:
-        if self._parts and self._parts[-1][0] == kind:
-            self._parts[-1][1].append(text)
-        else:
-            self._parts.append((kind, [text]))
 
     def _call(self, piece: ToolCallDelta) -> None:
         while len(self._tool_calls) <= piece.index:

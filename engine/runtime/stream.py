@@ -1,11 +1,12 @@
 """A request's deltas, handed from the engine's thread to whoever waits for them."""
 
 import asyncio
-import contextlib
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from typing import ClassVar
 
 from engine.outputs import (
     CompletionDelta,
@@ -19,6 +20,51 @@ from engine.runtime.interrupt import ended_by_interrupt
 
 _WAIT_SLICE = 0.2
 """Seconds between looks for KeyboardInterrupt while a thread waits (a lock's wait ignores signals on some systems)."""
+
+
+class LoopNews:
+    """News for the listeners of one event loop, which is called once for all that came until it has its turn.
+
+    The engine's thread adds and rings, the loop calls; neither ever waits for the other.
+    """
+
+    _of_loops: ClassVar["weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopNews]"] = weakref.WeakKeyDictionary()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._due: deque[Callable[[], None]] = deque()
+        self._rung = False
+        """Whether the loop was told and has not called yet."""
+
+    @classmethod
+    def of_running_loop(cls) -> "LoopNews":
+        """The one of the loop that runs in this thread."""
+        loop = asyncio.get_running_loop()
+        found = cls._of_loops.get(loop)
+        return cls._of_loops.setdefault(loop, cls(loop)) if found is None else found
+
+    def add(self, listener: Callable[[], None]) -> None:
+        """Have ``listener`` called, once the loop is told."""
+        self._due.append(listener)
+
+    def ring(self) -> None:
+        """Tell the loop, unless it was told and has yet to call: telling it is a write."""
+        loop = self._loop()
+        if self._rung or loop is None:
+            return
+        self._rung = True
+        # A loop that was closed has nobody left to wake; asking first would still race with its end.
+        try:
+            loop.call_soon_threadsafe(self._call)
+        except RuntimeError:
+            self._rung = False
+            self._due.clear()
+
+    def _call(self) -> None:
+        self._rung = False  # before looking: who adds behind the last look rings again
+        due = self._due
+        for listener in dict.fromkeys([due.popleft() for _ in range(len(due))]):
+            listener()
 
 
 class RequestStream:
@@ -53,7 +99,7 @@ class RequestStream:
         self._texts: list[list[str]] = [[] for _ in range(params.n)]
         self._over = False
         self._error: BaseException | None = None
-        self._listener: tuple[asyncio.AbstractEventLoop, Callable[[], None]] | None = None
+        self._listener: tuple[LoopNews, Callable[[], None]] | None = None
         self._callbacks: list[Callable[[], None]] = []
 
     @property
@@ -125,22 +171,14 @@ class RequestStream:
 
     def listen(self, listener: Callable[[], None] | None) -> None:
         """Call ``listener`` in the running event loop whenever there is news, from now on, in place of another."""
-        self._listener = None if listener is None else (asyncio.get_running_loop(), listener)
+        self._listener = None if listener is None else (LoopNews.of_running_loop(), listener)
 
-    def take(self) -> list[CompletionDelta] | None:
-        """All deltas there are, without waiting, none yet included; None at the end.
-
-        Raises what failed, once all that came before it was taken.
-        """
-        with self._lock:
-            if self._deltas:
-                taken = list(self._deltas)
-                self._deltas.clear()
-                return taken
-            if self._over:
-                self._raise_error()
-                return None
-            return []
+    def take(self) -> list[CompletionDelta]:
+        """All deltas there are, without waiting. Takes no lock, for which the engine's thread might have to wait."""
+        deltas = self._deltas
+        if len(deltas) == 1:  # as where its taker keeps up
+            return [deltas.popleft()]
+        return [deltas.popleft() for _ in range(len(deltas))]
 
     def result(self) -> RequestOutput:
         """Wait for the end and give everything, also what was iterated before."""
@@ -190,7 +228,7 @@ class RequestStream:
         with self._lock:
             if self._over:
                 return
-            self._over, self._error = True, error
+            self._error, self._over = error, True  # in this order, for who looks without the lock
             callbacks, self._callbacks = self._callbacks, []
             self._ended.notify_all()
         wake_all([self])
@@ -223,33 +261,32 @@ class RequestStream:
             self._num_waiting -= 1
 
     def _wake_threads(self) -> None:
-        if self._num_waiting:  # whoever counts itself later sees what was added
-            with self._lock:
-                self._changed.notify_all()
+        """Wake the threads that wait; whoever counts itself later sees what was added."""
+        with self._lock:
+            self._changed.notify_all()
 
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
 
 
-def take_all(streams: Sequence[RequestStream]) -> tuple[list[tuple[int, CompletionDelta]], Exception | None] | None:
-    """:meth:`RequestStream.take` of several: deltas with their stream's position, and what failed in one of them.
+def take_all(streams: Sequence[RequestStream]) -> tuple[list[tuple[int, CompletionDelta]], BaseException | None] | None:
+    """The deltas that there are, with their stream's position, and what failed in one of the streams.
 
-    None when all are at their end.
+    None when all are at their end, and none failed.
     """
     found: list[tuple[int, CompletionDelta]] = []
-    failure: Exception | None = None
+    failure: BaseException | None = None
     over = True
     for position, stream in enumerate(streams):
-        try:
-            deltas = stream.take()
-        except Exception as error:  # noqa: BLE001  (whoever asked raises it, after what the others had)
-            failure, over = error, False
-            continue
-        if deltas is not None:
+        finished = stream._over  # before taking: nothing comes behind the end
+        for delta in stream.take():
+            found.append((position, delta))
+        if not finished:
             over = False
-            found += [(position, delta) for delta in deltas]
-    return None if over else (found, failure)
+        elif stream.error is not None:
+            failure = stream.error
+    return None if over and not found and failure is None else (found, failure)
 
 
 def news_of(streams: Iterable[RequestStream]) -> "asyncio.Future[None]":
@@ -266,19 +303,15 @@ def news_of(streams: Iterable[RequestStream]) -> "asyncio.Future[None]":
 
 
 def wake_all(streams: Iterable[RequestStream]) -> None:
-    """Tell whoever waits for news of ``streams``: an event loop once for all of them, since each call is a write."""
-    listeners: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+    """Tell whoever waits for news of ``streams``: an event loop once for all of them (see :class:`LoopNews`)."""
+    loops: list[LoopNews] = []
     for stream in streams:
-        stream._wake_threads()
+        if stream._num_waiting:
+            stream._wake_threads()
         if (known := stream._listener) is not None:
-            loop, listener = known
-            listeners.setdefault(loop, []).append(listener)
-    for loop, some in listeners.items():
-        # A loop that was closed has nobody left to wake; asking first would still race with its end.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(_call_all, some)
-
-
-def _call_all(listeners: Iterable[Callable[[], None]]) -> None:
-    for listener in listeners:
-        listener()
+            news, listener = known
+            news.add(listener)
+            if news not in loops:
+                loops.append(news)
+    for news in loops:
+        news.ring()

@@ -1,12 +1,12 @@
 """Server-sent events: chunks as they come, comments when nothing comes, an error event when it fails."""
 
 import asyncio
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any, Protocol
 
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -18,13 +18,12 @@ KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 Events = Sequence[Mapping[str, Any] | bytes]
 """What is sent at once: objects, and events that are made already (see :class:`TextEvent`)."""
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _HOLE = "a text that is not known yet"
 
 
 def event(data: Mapping[str, Any]) -> bytes:
     """One SSE event."""
-    return f"data: {_encode(data)}\n\n".encode()
+    return b"data: %b\n\n" % to_json(data)
 
 
 class TextEvent:
@@ -109,6 +108,8 @@ class EventStream(Response):
         self._form = form
         self._keep_alive_seconds = keep_alive_seconds
         self._last_sent = 0.0
+        self._ended = False
+        """Whether the end was written."""
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Send it all, as an ASGI application."""
@@ -117,12 +118,13 @@ class EventStream(Response):
             async with self._work:
                 await self._send_events(Connection.of(scope), send)
         except ClientGoneError:
-            self._form.left()
-            return
+            if not self._ended:
+                self._form.left()
+                return
         except Exception as error:  # noqa: BLE001 - the response began: its client gets the error inside the stream
-            for data in self._form.errors(error):
+            for data in () if self._ended else self._form.errors(error):
                 await self._send(send, self._form.encode(data))
-        if self._form.end:
+        if self._form.end and not self._ended:
             await self._send(send, self._form.end)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -145,16 +147,16 @@ class EventStream(Response):
         def push() -> None:
             if connection.paused or end.done():
                 return
+            found: list[bytes] = []
             try:
-                while events := self._source.take():
-                    self._last_sent = loop.time()
-                    connection.write(self._encoded(events))
-                    if connection.paused or not self._source.ending:
-                        return
-                if events is None:
-                    end.set_result(None)
+                self._ended = self._ended or self._taken(found)
             except Exception as error:  # noqa: BLE001 - whoever waits raises it
                 end.set_exception(error)
+            if found:
+                self._last_sent = loop.time()
+                connection.write(found[0] if len(found) == 1 else b"".join(found))
+            if self._ended and not connection.paused:  # else once the client has read it
+                end.set_result(None)
 
         self._source.listen(push)
         connection.listen(push)
@@ -164,6 +166,18 @@ class EventStream(Response):
         finally:
             connection.listen(None)
             self._source.listen(None)
+
+    def _taken(self, found: list[bytes]) -> bool:
+        """Add what there is to send to ``found``, the end too where it is reached: whether it was."""
+        source = self._source
+        while events := source.take():
+            found.append(self._encoded(events))
+            if not source.ending:
+                return False
+        if events is not None:
+            return False
+        found.append(self._form.end)
+        return True
 
     async def _pull(self, send: Send) -> None:
         """The same through ``send``, for any server."""
@@ -177,6 +191,8 @@ class EventStream(Response):
             news.clear()
 
     def _encoded(self, events: Events) -> bytes:
+        if len(events) == 1 and isinstance(event := events[0], bytes):  # as nearly always
+            return event
         encode = self._form.encode
         return b"".join([event if isinstance(event, bytes) else encode(event) for event in events])
 

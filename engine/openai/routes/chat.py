@@ -140,7 +140,7 @@ class _Chunks:
             if len(events) == 1 and not isinstance(events[0], ToolCallDelta):
                 return (self._text_event(index, events[0]),)
         job, body = self._job, self._body
-        counts = job.chat_usage()
+        counts = job.chat_usage() if self._counts else {}
         usage = {"usage": counts} if self._counts else {}
         chunks = [] if index in self._opened else [self._opening(index, counts)]
         *earlier, last = _in_order(news.parsed)
@@ -155,8 +155,10 @@ class _Chunks:
         self._opened.add(index)
         extras, self._extras = self._extras, {}
         role = {"index": index, "delta": {"role": "assistant", "content": self._echo}, "finish_reason": None}
-        known = {"usage": self._usage | {"prompt_tokens_details": counts["prompt_tokens_details"]}}
-        return self._head | {"choices": [role | {"logprobs": None}]} | (known if self._counts else {}) | extras
+        known = {}
+        if self._counts:
+            known["usage"] = self._usage | {"prompt_tokens_details": counts["prompt_tokens_details"]}
+        return self._head | {"choices": [role | {"logprobs": None}]} | known | extras
 
     def _text_event(self, index: int, event: ReasoningDelta | ContentDelta) -> bytes:
         kind = type(event)

@@ -86,7 +86,9 @@ class News:
 
     def join(self, delta: CompletionDelta, parsed: ParsedDelta) -> None:
         """Add what came next."""
-        self.delta, self.parsed = self.delta.joined(delta), self.parsed + parsed
+        self.delta = self.delta.joined(delta)
+        for event in parsed.events:
+            self.parsed.add(event)
 
 
 @dataclass
@@ -98,10 +100,11 @@ class Choice:
 
     def add(self, delta: CompletionDelta) -> ParsedDelta:
         """What ``delta`` adds, already added. Raises RequestAbortedError, or GenerationError if the engine failed."""
-        if delta.finish_reason == "abort":
-            raise RequestAbortedError
-        if delta.finish_reason == "error":
-            raise GenerationError("The engine failed on this request.")
+        if delta.finish_reason is not None:
+            if delta.finish_reason == "abort":
+                raise RequestAbortedError
+            if delta.finish_reason == "error":
+                raise GenerationError("The engine failed on this request.")
         return self.reply.add(delta)
 
     def cut(self) -> dict[str, str]:
@@ -130,24 +133,21 @@ class Job:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
+        self.num_per_prompt = self.params.n
+        """Choices per prompt."""
         each = [prompt for prompt in self.prompts for _ in range(self.num_per_prompt)]
         self.choices = [
             Choice(index, ReplyBuilder(prompt.new_parser(), keeps_reasoning=self.keeps_reasoning))
             for index, prompt in enumerate(each)
         ]
         self._tokens: dict[int, CompletionTokens] = {}
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         """What failed, to be raised by the next :meth:`take`."""
 
     @property
     def params(self) -> SamplingParams:
         """The sampling values that apply."""
         return self.streams[0].params
-
-    @property
-    def num_per_prompt(self) -> int:
-        """Choices per prompt."""
-        return self.params.n
 
     def prompt_of(self, choice: Choice) -> PreparedRequest:
         """The prompt that ``choice`` continues."""
@@ -176,10 +176,19 @@ class Job:
         if taken is None:
             return None
         arrived, self.failure = taken
-        found = self._read_all(arrived)
+        found = self._read_all(arrived) if arrived else ()
         if self.failure is not None and not found:
             raise self.failure
         return found
+
+    @property
+    def ending(self) -> bool:
+        """Whether nothing more comes than what :meth:`take` gives now."""
+        if self.failure is None:
+            for stream in self.streams:
+                if not stream.finished:
+                    return False
+        return True
 
     async def news(self) -> AsyncIterator[Sequence[News]]:
         """The same as it comes."""
@@ -192,6 +201,33 @@ class Job:
                 yield some
             else:
                 await waiter
+
+    async def finish(self) -> None:
+        """Wait for the end, reading what comes where it is noticed: a task's turn would cost more than a token does."""
+        end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def read() -> None:
+            if end.done():
+                return
+            try:
+                while some := self.take():
+                    pass
+                if some is None:
+                    end.set_result(None)
+            except Exception as error:  # noqa: BLE001 - whoever waits raises it
+                end.set_exception(error)
+
+        self.listen(read)
+        read()
+        try:
+            await end
+        finally:
+            self.listen(None)
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Call ``listener`` in this event loop whenever there is news, from now on; None: nobody."""
+        for stream in self.streams:
+            stream.listen(listener)
 
     def _read_all(self, arrived: Sequence[tuple[int, CompletionDelta]]) -> Sequence[News]:
         found: dict[int, News] = {}
@@ -333,8 +369,7 @@ async def start_job(
 async def finish_job(port: Port, http: Request, job: Job) -> None:
     """Run ``job`` to its end, or until the client leaves or the port closes."""
     async with open_request(port, http, job):
-        async for _ in job.news():
-            pass
+        await job.finish()
 
 
 class EventWriter(Protocol):
@@ -359,8 +394,7 @@ class JobEvents:
 
     def listen(self, listener: Callable[[], None] | None) -> None:
         """See :class:`EventSource`."""
-        for stream in self._job.streams:
-            stream.listen(listener)
+        self._job.listen(listener)
 
     def take(self) -> Events | None:
         """See :class:`EventSource`."""
@@ -382,7 +416,7 @@ class JobEvents:
     @property
     def ending(self) -> bool:
         """See :class:`EventSource`."""
-        return self._job.failure is not None or all(stream.finished for stream in self._job.streams)
+        return self._job.ending
 
     async def __aiter__(self) -> AsyncGenerator[Events, None]:
         yield self._writer.begin()

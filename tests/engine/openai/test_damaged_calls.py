@@ -58,8 +58,8 @@ def parser_of(name: str) -> OutputParser:
 class OneByOne(RequestStream):
     """Gives its deltas as to a client that keeps up."""
 
-    def take(self) -> list[CompletionDelta] | None:
-        return [self._deltas.popleft()] if self._deltas else super().take()
+    def take(self) -> list[CompletionDelta]:
+        return [self._deltas.popleft()] if self._deltas else []
 
 
 async def events_of(job: Job, writer: EventWriter) -> list[dict[str, Any]]:

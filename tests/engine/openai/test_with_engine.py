@@ -169,3 +169,29 @@ def test_serving_metrics_count_what_was_asked(llm: LLM, server: ServerHandle) ->
 def generated(http: httpx.Client) -> float:
     lines = http.get("/metrics").text.splitlines()
     return float(next(line for line in lines if line.startswith("vllm:generation_tokens_total")).split()[-1])
+
+
+def test_the_engine_goes_on_to_the_end_while_the_ports_thread_stands_still(llm: LLM, server: ServerHandle) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def stand_still() -> None:
+        entered.set()
+        go_on.wait(60)
+
+    [alone] = llm.generate([PROMPTS[1]], SamplingParams(**{**GREEDY, "max_tokens": 200}), use_tqdm=False)
+    body = {"model": llm.args.names[0], "prompt": PROMPTS[1], **GREEDY, "max_tokens": 200, "stream": True}
+    loop = server._loop
+    assert loop is not None
+    with http_client(server) as http, http.stream("POST", "/v1/completions", json=body) as response:
+        try:
+            loop.call_soon_threadsafe(stand_still)
+            assert entered.wait(60)
+            [other] = llm.generate([PROMPTS[2]], SamplingParams(**GREEDY), use_tqdm=False)
+            wait_for_rest(llm)  # every token of the stream too, of which nothing more was written
+            assert not go_on.is_set()
+        finally:
+            go_on.set()
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert len(other.outputs[0].token_ids) == NUM_TOKENS
+    assert lines[-1] == "[DONE]"
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]) == alone.outputs[0].text

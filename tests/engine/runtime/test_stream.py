@@ -7,7 +7,7 @@ import time
 from engine.outputs import CompletionDelta
 from engine.params.sampling_params import SamplingParams
 from engine.runtime import stream as stream_module
-from engine.runtime.stream import RequestStream, wake_all
+from engine.runtime.stream import RequestStream, take_all, wake_all
 
 
 def test_news_for_an_event_loop_that_closed_meanwhile_do_not_fail_the_engine(monkeypatch):
@@ -58,3 +58,52 @@ def test_a_thread_that_waits_is_woken_long_before_it_would_look_again(monkeypatc
     thread.join(10)
     assert [delta.text for delta in found[0]] == ["x"]
     assert stream._num_waiting == 0
+
+
+def test_a_loop_that_lags_is_called_once_for_all_that_came_and_again_for_what_comes_meanwhile(monkeypatch):
+    async def main() -> None:
+        stream = RequestStream("a", None, [1], SamplingParams(), lambda: None)
+        loop, rings, taken = asyncio.get_running_loop(), [], []
+        call_soon = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args: rings.append(args) or call_soon(*args))
+
+        def listener() -> None:
+            taken.append([delta.text for delta in stream.take()])
+            if len(taken) == 1:  # the engine's next step, while the loop is at work
+                stream.put(CompletionDelta(0, "d", [1]))
+
+        stream.listen(listener)
+        for text in "abc":  # three steps, and the loop has no turn
+            stream.put(CompletionDelta(0, text, [1]))
+        assert len(rings) == 1
+        while len(taken) < 2:
+            await asyncio.sleep(0)
+        assert taken == [["a", "b", "c"], ["d"]]
+        assert len(rings) == 2
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+
+
+def test_who_takes_deltas_holds_no_lock_that_the_engine_needs():
+    stream = RequestStream("a", None, [1], SamplingParams(), lambda: None)
+    stream.put(CompletionDelta(0, "x", [1]))
+    found: list[object] = []
+    with stream._lock:  # as the engine's thread while it adds
+        taker = threading.Thread(target=lambda: found.append(take_all([stream])), daemon=True)
+        taker.start()
+        taker.join(10)
+        assert not taker.is_alive()
+    assert found == [([(0, CompletionDelta(0, "x", [1]))], None)]
+
+
+def test_an_error_comes_with_the_last_deltas_and_the_end_once_they_are_taken():
+    good, bad = (RequestStream(name, None, [1], SamplingParams(), lambda: None) for name in "ab")
+    error = ValueError("out of luck")
+    for stream in (good, bad):
+        stream.put(CompletionDelta(0, "x", [1]))
+    bad.end(error)
+    delta = CompletionDelta(0, "x", [1])
+    assert take_all([good, bad]) == ([(0, delta), (1, delta)], error)
+    good.end()
+    assert take_all([good]) is None
+    assert take_all([good, bad]) == ([], error)

@@ -3,7 +3,7 @@
 import enum
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from engine.text.parse.scan.scanner import Emit
 
@@ -107,8 +107,14 @@ class ParsedDelta:
 def _joined(events: Iterable[ParsedEvent]) -> ParsedDelta:
     delta = ParsedDelta()
     for event in events:
-        delta.add(replace(event))
+        delta.add(_copy(event))
     return delta
+
+
+def _copy(event: ParsedEvent) -> ParsedEvent:
+    if isinstance(event, ToolCallDelta):
+        return ToolCallDelta(event.index, event.id, event.name, event.arguments)
+    return type(event)(event.text)
 
 
 def random_call_id(index: int, name: str) -> str:  # noqa: ARG001 - the signature of MakeCallId

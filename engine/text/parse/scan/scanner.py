@@ -29,6 +29,8 @@ class Markers:
 
     def find(self, text: str, begin: int, *, final: bool) -> tuple[int, str | None]:
         """Where the text stops being plain, and the mark there; None while the mark may still be growing."""
+        if not self.marks or self._first.search(text, begin) is None:  # as nearly always
+            return len(text), None
         match = self._pattern.search(text, begin)
         partial = len(text) if final else self.partial(text, begin)
         if match is not None and match.start() < partial:

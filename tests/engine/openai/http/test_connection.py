@@ -83,21 +83,29 @@ class Port:
     def __init__(self, **options: Any) -> None:
         self.llm = SilentLLM()
         app = create_app(self.llm, ServerOptions(**options))
+        self.open_requests = app.state.port.open_requests
         self._config = uvicorn.Config(app, log_config=None, lifespan="off", http=PortProtocol, ws="none")
         self._config.load()
         self._state = uvicorn.server.ServerState()
 
     async def ask(self, path: str, version: str = "1.1", **more: Any) -> tuple[Client, PortProtocol, RequestStream]:
-        protocol, client = PortProtocol(config=self._config, server_state=self._state, app_state={}), Client()
-        protocol.connection_made(client)
-        content = json.dumps({"model": "fake", "stream": True, **BODIES[path], **more}).encode()
-        head = f"POST {path} HTTP/{version}\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        count = len(self.llm.submitted)
-        protocol.data_received(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        while len(self.llm.submitted) == count or not client.writes:
+        client, protocol = await self.start(path, version, stream=True, **more)
+        while not client.writes:
             await asyncio.sleep(0)
         await settle()
         return client, protocol, self.llm.submitted[-1]
+
+    async def start(self, path: str, version: str = "1.1", **more: Any) -> tuple[Client, PortProtocol]:
+        protocol, client = PortProtocol(config=self._config, server_state=self._state, app_state={}), Client()
+        protocol.connection_made(client)
+        content = json.dumps({"model": "fake", **BODIES[path], **more}).encode()
+        head = f"POST {path} HTTP/{version}\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        count = len(self.llm.submitted)
+        protocol.data_received(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        while len(self.llm.submitted) == count:
+            await asyncio.sleep(0)
+        await settle()
+        return client, protocol
 
 
 async def settle() -> None:
@@ -198,6 +206,69 @@ def test_the_end_reaches_a_client_that_did_not_read_when_it_came() -> None:
         await settle()
         assert client.body.count(b"all of it") == 1
         assert client.body.endswith(b"data: [DONE]\n\n")
+
+    run(test)
+
+
+def test_the_last_text_the_counts_and_the_end_are_one_write() -> None:
+    async def test(port: Port) -> None:
+        client, _, stream = await port.ask("/v1/completions", stream_options={"include_usage": True})
+        count = len(client.writes)
+        put(stream, "all of it", finish_reason="stop")
+        stream.end()
+        await settle()
+        last, closing = (data for data in client.writes[count:] if data)
+        assert b"all of it" in last
+        assert b"completion_tokens" in last
+        assert last.endswith(b"data: [DONE]\n\n\r\n")
+        assert closing == b"0\r\n\r\n"
+
+    run(test)
+
+
+def test_a_port_that_closes_before_the_written_end_was_read_adds_nothing_to_it() -> None:
+    async def test(port: Port) -> None:
+        client, protocol, stream = await port.ask("/v1/completions")
+        write = client.write
+
+        def write_and_fill(data: bytes) -> None:
+            write(data)
+            protocol.pause_writing()
+
+        client.write = write_and_fill  # type: ignore[method-assign]
+        put(stream, "all of it", finish_reason="stop")
+        stream.end()
+        await settle()
+        assert len(port.open_requests) == 1, "its client has not read"
+        port.open_requests.close()
+        await settle()
+        protocol.resume_writing()
+        await settle()
+        assert len(port.open_requests) == 0
+        assert client.body.count(b"[DONE]") == 1
+        assert client.body.endswith(b"data: [DONE]\n\n")
+        assert b"error" not in client.body
+
+    run(test)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_no_task_has_a_turn_for_a_token_of_a_reply_that_is_not_streamed(path: str) -> None:
+    async def test(port: Port) -> None:
+        await port.start(path, stream=False)
+        stream, loop = port.llm.submitted[-1], asyncio.get_running_loop()
+        turns: list[Any] = []
+        call_soon = loop.call_soon
+        loop.call_soon = lambda *args, **kw: turns.append(args) or call_soon(*args, **kw)  # type: ignore
+        for word in ("one ", "two "):
+            put(stream, word)
+            wake_all([stream])
+        await asyncio.sleep(0)
+        assert len(turns) == 1, "only this one's own, behind the call that the loop was told to make"
+        loop.call_soon = call_soon  # type: ignore[method-assign]
+        put(stream, "three", finish_reason="stop")
+        stream.end()
+        await settle()
 
     run(test)
 
