@@ -71,9 +71,7 @@ def fused_rows(
     (out,) = make_kernel(f"fused_rows_{kind}", tuple(named), ("out",), body, header)(
         inputs=list(named.values()),
         template=[
-            ("T", x.dtype),
-            ("MT", geometry.row_tiles),
-            ("RT", geometry.weight_tiles),
+            ("T", x.dtype), ("MT", geometry.row_tiles), ("RT", geometry.weight_tiles),
             *([("BITS", bits), ("GROUP", group_size)] if bits else []),
             *([] if norm is None else [("EPS", float_bits(norm.eps))]),
         ],
@@ -81,5 +79,5 @@ def fused_rows(
         threadgroup=(threads, 1, 1),
         output_shapes=[(rows, width)],
         output_dtypes=[x.dtype],
-    )
+    )  # fmt: skip
     return out

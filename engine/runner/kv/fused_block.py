@@ -25,6 +25,7 @@ from engine.runner.kv.rotation import frequencies_of
 
 _MODULES = {module.TransformerBlock: module for module in (llama, qwen2, qwen3)}
 """mlx-lm's blocks that compute the same, but for norms of heads and biases. Mistral's is Llama's."""
+_TRUNKS = llama.LlamaModel, qwen2.Qwen2Model, qwen3.Qwen3Model
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 OwnProducts = Literal["all", "few", "none"]
@@ -51,7 +52,8 @@ class Handover:
     """What a layer's launches made of its rows, for the layer that gets them next.
 
     A model passes on the very array that a layer gave it: who gets that one takes what lies here, and need neither
-    reshape nor normalize it. Whatever else comes is taken as it is.
+    reshape nor normalize it. Whatever else comes is taken as it is. An array that was changed in place is the same
+    one, and not told apart: only for loops that do not, see :func:`passes_rows_on`.
     """
 
     def __init__(self) -> None:
@@ -140,6 +142,11 @@ def is_block(layer: nn.Module) -> bool:
     return type(layer) in _MODULES
 
 
+def passes_rows_on(trunk: nn.Module) -> bool:
+    """Whether ``trunk`` calls its ``layers`` as mlx-lm's own models do, with what the one before gave, unchanged."""
+    return any(isinstance(trunk, kind) and type(trunk).__module__ == kind.__module__ for kind in _TRUNKS)
+
+
 def fusing_problem(layer: Any) -> str | None:
     """Why a block of mlx-lm's cannot be fused, None if it can."""
     module, attention, mlp = _MODULES[type(layer)], layer.self_attn, layer.mlp
@@ -150,7 +157,8 @@ def fusing_problem(layer: Any) -> str | None:
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [attention[name] for name in ("q_norm", "k_norm") if name in attention]
     dtype = _dtype(attention.q_proj)
-    if {_dtype(one) for one in (*norms, *_projections(attention, mlp))} != {dtype}:
+    packed = [one["biases"] for one in _projections(attention, mlp) if "scales" in one]  # one array with the scales
+    if {_dtype(one) for one in (*norms, *_projections(attention, mlp))} | {one.dtype for one in packed} != {dtype}:
         return "weights of several element types"
     dim = head_dim(attention)
     if frequencies_of(attention.rope, dim) is None or not rotates(dim, dtype.size):

@@ -11,7 +11,15 @@ from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv.block_trial import BlockTrial
-from engine.runner.kv.fused_block import FusedBlock, Handover, OwnProducts, fused_call, fusing_problem, is_block
+from engine.runner.kv.fused_block import (
+    FusedBlock,
+    Handover,
+    OwnProducts,
+    fused_call,
+    fusing_problem,
+    is_block,
+    passes_rows_on,
+)
 
 _LEFT_OUT: dict[OwnProducts, str] = {
     "all": "narrow products do not split K", "few": "few rows are not fused", "none": "layers are not fused",
@@ -30,7 +38,10 @@ class FusedBlocks:
         self, model: nn.Module, device_kind: DeviceKind, kernels: AttentionKernels | None, block_size: int,
         kv_cache_dtype: str = "auto",
     ) -> None:  # fmt: skip
-        self._layers: list[Any] = [layer for _, layer in model.named_modules() if is_block(layer)] if kernels else []
+        modules = [module for _, module in model.named_modules()][::-1] if kernels else []  # as called: it begins last
+        self._layers: list[Any] = [module for module in modules if is_block(module)]
+        orders = [[id(layer) for layer in trunk.layers] for trunk in modules if passes_rows_on(trunk)]
+        self._hand_over = orders == [[id(layer) for layer in self._layers]]
         self._kernels, self._block_size, self._kv_cache_dtype = kernels, block_size, kv_cache_dtype
         self._ways: tuple[OwnProducts, ...] = tuple(_LEFT_OUT) if device_kind == "cuda" else ("none",)
         self._blocks: list[FusedBlock | None] = []
@@ -78,7 +89,7 @@ class FusedBlocks:
     def install(self) -> None:
         """Swap what was chosen into the model's layers."""
         self.remove()
-        swap_layers(self._swapped, self._layers, self._blocks)
+        swap_layers(self._swapped, self._layers, self._blocks, hand_over=self._hand_over)
 
     def remove(self) -> None:
         """Leave every layer as it was; its weights stay slices of joined ones."""
@@ -107,12 +118,18 @@ class FusedBlocks:
             return error_line(error)
 
 
-def swap_layers(swapped: SwappedModules, layers: Sequence[Any], blocks: Sequence[FusedBlock | None]) -> None:
-    """Have each of ``layers`` that has a block compute by it, and leave its rows to the one behind it."""
+def swap_layers(
+    swapped: SwappedModules, layers: Sequence[Any], blocks: Sequence[FusedBlock | None], *, hand_over: bool = True
+) -> None:
+    """Have each of ``layers``, in the order of their calls, compute by its block if it has one.
+
+    ``hand_over``: and leave its rows to the one behind it.
+    """
     handover = Handover()
     for layer, block, behind in zip(layers, blocks, [*blocks[1:], None], strict=False):
         if block is not None:
-            call = fused_call(type(layer), block, handover, None if behind is None else behind.input_norm)
+            next_norm = behind.input_norm if behind is not None and hand_over else None
+            call = fused_call(type(layer), block, handover, next_norm)
             swapped.swap_method(layer, "__call__", call)
 
 

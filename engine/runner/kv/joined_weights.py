@@ -44,8 +44,9 @@ class JoinedWeights:
         if "scales" not in first:
             return cls(weight, bias, weight.dtype)
         scaling = _joined(modules, "scales", "biases")
-        scaling = scaling.reshape(2, -1, scaling.shape[-1])
-        halves = scaling[0], scaling[1]
+        rows = weight.shape[0]
+        halves = scaling[:rows], scaling[rows:]  # slices: an index would copy
+        scaling = scaling.reshape(2, rows, -1)
         mx.eval(scaling, halves)
         dtype = scaling.dtype
         unpacks = on_cuda and weight.size * 32 // first.bits * dtype.size <= _MOST_UNPACKED

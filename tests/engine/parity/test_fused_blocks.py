@@ -150,6 +150,13 @@ def test_weights_of_several_kinds_are_refused() -> None:
     blocks = fused(model)
     assert blocks.note == "fused layers: 3 of 4; layers are not fused: weights of several element types"
     assert [type(layer.mlp).__name__ for layer in model.model.layers] == ["MLP"] * 4
+    model = model_of("qwen3", hidden_size=128, intermediate_size=192)
+    nn.quantize(model, group_size=64, bits=4)
+    down = model.model.layers[0].mlp.down_proj
+    down.biases = down.biases.astype(mx.float16)
+    blocks = fused(model)
+    assert blocks.note == "fused layers: 3 of 4; layers are not fused: weights of several element types"
+    assert down.biases.dtype == mx.float16
 
 
 def test_a_model_without_such_layers_is_left_alone() -> None:
@@ -275,6 +282,55 @@ def test_a_model_that_changes_rows_between_layers_gets_its_own_tokens(monkeypatc
     engine, blocks = BareEngine(model, kernels=kernels), fused(model, kernels)
     blocks.install()
     assert [one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)] == expected
+    engine.backend.close()
+
+
+class InPlace(qwen3.Qwen3Model):
+    """A model file's own: the array between two layers stays the same one."""
+
+    def __call__(self, inputs: mx.array, cache: Any = None, *_: Any) -> mx.array:
+        h = self.embed_tokens(inputs)
+        mask = qwen3.create_attention_mask(h, cache[0])
+        for layer, c in zip(self.layers, cache, strict=True):
+            h = layer(h, mask, c)
+            h *= 1.5
+        return self.norm(h)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_changes_rows_in_place_between_layers_gets_its_own_tokens() -> None:
+    kernels, model = HostKernels(), model_of("qwen3")
+    model.model.__class__ = InPlace
+    prompts = mixed_prompts(3, VOCAB, 40, seed=2)
+    expected = [greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
+    engine, blocks = BareEngine(model, kernels=kernels), fused(model, kernels)
+    blocks.install()
+    assert [one.output_token_ids for one in engine.generate(prompts, NUM_TOKENS)] == expected
+    assert kernels.calls["joined_attention"] > 0
+    engine.backend.close()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_every_layer_behind_the_first_gets_its_rows_normalized_by_its_own_norm(
+    host_products: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came: list[tuple[Any, bool]] = []
+    usual = Rows.normalized
+
+    def normalized(self: Rows, norm: Norm) -> mx.array:
+        came.append((norm.gain, self.norm is norm))
+        return usual(self, norm)
+
+    model, kernels = model_of("qwen3", num_hidden_layers=3, intermediate_size=1024), HostKernels()
+    model.set_dtype(mx.bfloat16)
+    engine = BareEngine(model, kernels=kernels)
+    blocks = fused(model, kernels, "cuda")
+    blocks.install()
+    monkeypatch.setattr(Rows, "normalized", normalized)
+    engine.generate([[5 + number, 9, 11] for number in range(20)], 2)
+    gains = [layer.input_layernorm.weight for layer in model.model.layers]
+    assert [(next(i for i, gain in enumerate(gains) if gain is one), ready) for one, ready in came] == [
+        (0, False), (1, True), (2, True),
+    ]  # fmt: skip
     engine.backend.close()
 
 
