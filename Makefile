@@ -18,9 +18,10 @@ demo: setup ## run the quickstart notebook on real weights, here in the terminal
 lab: setup ## open the quickstart notebook in JupyterLab
 	@$(PY) -m jupyterlab notebooks/quickstart.ipynb
 
+# Dozens of kernels start in the tests: what is compiled once is read by the others, also where images forbid that.
 test: lint types ## all checks: lint, types and every test
 	@bash .ci/browser
-	@$(PY) -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup ## ruff: rules and format
 	@$(PY) -m ruff check .

@@ -7,6 +7,7 @@
   gemma3_text) and SmolLM2's tokenizer; made once per session for equal arguments.
 * ``scripted_llm(text, ..., **options)``: an engine whose model says ``text`` (tests/scripted_model.py); options of
   ``write_scripted_model`` and of the engine mix. Closed after the test.
+* ``kernel_folder``: where kernels' texts are compiled by g++, shared by all workers.
 * ``no_network``: every connection attempt fails the test.
 
 ``pytest -n 2 --dist loadfile`` (``make test`` does so) runs files side by side: each worker then keeps to one BLAS
@@ -47,8 +48,9 @@ LONGEST_FIRST = (
     "tests/engine/parity/",
     "tests/browser/",
     "notebooks/",
-    "tests/vm_magic/test_with_engine",
-    "tests/vm_magic/test_kernel",
+    "tests/sweep/",
+    "tests/vm_magic/test_",
+    "tests/engine/runner/kernels/test_routed_",
     "tests/engine/test_constrained",
     "tests/engine/openai/test_fuzz",
     "tests/test_",
@@ -95,6 +97,15 @@ def _frozen_heap() -> None:
     """Modules and caches of earlier tests are looked through no more: 0.4 s less for each engine that closes."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where GPU kernels are compiled for this machine: each text once, whichever worker comes first."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if WORKER else folder) / "kernels"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

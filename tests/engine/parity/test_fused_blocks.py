@@ -194,9 +194,9 @@ def test_a_block_that_computes_wrongly_is_not_installed(monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def host_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, HostKernel]:
+def host_products(monkeypatch: pytest.MonkeyPatch, kernel_folder: Path) -> dict[str, HostKernel]:
     """Products of few rows compiled for this machine, by name."""
-    return kernels_on_host(monkeypatch, tmp_path, fused_rows, split_k)
+    return kernels_on_host(monkeypatch, kernel_folder, fused_rows, split_k)
 
 
 def counted(model: Any, kernels: HostKernels, products: dict[str, HostKernel]) -> FusedBlocks:

@@ -5,20 +5,10 @@ from types import ModuleType
 import pytest
 
 from engine.runner.kernels import paged_attention, rows_matmul
-from tests.conftest import WORKER
 from tests.engine.runner.kernels import text_on_host
 from tests.engine.runner.kernels.cuda_on_host import HostKernel, kernels_on_host
 
 TextKernels = Callable[..., dict[str, text_on_host.HostKernel]]
-
-
-@pytest.fixture(scope="session")
-def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where kernels are compiled for this machine: each text once, whichever worker comes first."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if WORKER else folder) / "kernels"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 @pytest.fixture

@@ -45,12 +45,12 @@ def test_mixed_batches_give_the_same_tokens(seed: int) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernel's text")
 @pytest.mark.parametrize("dialect", ["metal", "cuda"])
 def test_mixed_batches_give_the_same_tokens_by_the_kernels_text(
-    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dialect: str, kernel_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: dict[str, HostKernel] = {}
 
     def make(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str = "") -> HostKernel:
-        return made.setdefault(name, HostKernel(dialect, name, inputs, outputs, source, header, tmp_path))
+        return made.setdefault(name, HostKernel(dialect, name, inputs, outputs, source, header, kernel_folder))
 
     monkeypatch.setattr(module, "make_kernel", make)
     for seed in range(15):
