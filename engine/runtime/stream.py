@@ -64,7 +64,11 @@ class LoopNews:
         self._rung = False  # before looking: who adds behind the last look rings again
         due = self._due
         for listener in dict.fromkeys([due.popleft() for _ in range(len(due))]):
-            listener()
+            try:
+                listener()
+            except Exception as error:  # noqa: BLE001 - the others' news must reach them
+                context = {"message": "A listener to a request's stream failed", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(context)
 
 
 class RequestStream:

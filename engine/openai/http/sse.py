@@ -152,9 +152,9 @@ class EventStream(Response):
                 self._ended = self._ended or self._taken(found)
             except Exception as error:  # noqa: BLE001 - whoever waits raises it
                 end.set_exception(error)
-            if found:
+            if body := b"".join(found):  # an empty chunk would be the body's end
                 self._last_sent = loop.time()
-                connection.write(found[0] if len(found) == 1 else b"".join(found))
+                connection.write(body)
             if self._ended and not connection.paused:  # else once the client has read it
                 end.set_result(None)
 

@@ -107,3 +107,42 @@ def test_an_error_comes_with_the_last_deltas_and_the_end_once_they_are_taken():
     good.end()
     assert take_all([good]) is None
     assert take_all([good, bad]) == ([], error)
+
+
+def test_a_listener_that_fails_is_told_to_the_loop_and_the_others_are_called():
+    async def main() -> None:
+        streams = [RequestStream(name, None, [1], SamplingParams(), lambda: None) for name in "ab"]
+        told: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context["exception"]))
+        error, called = ValueError("out of luck"), asyncio.Event()
+
+        def fail() -> None:
+            raise error
+
+        streams[0].listen(fail)
+        streams[1].listen(called.set)
+        for stream in streams:
+            stream.append(CompletionDelta(0, "x", [1]))
+        wake_all(streams)
+        await called.wait()
+        assert told == [error]
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+
+
+def test_a_loop_that_stops_before_its_turn_calls_when_it_runs_again():
+    stream = RequestStream("a", None, [1], SamplingParams(), lambda: None)
+    loop, found = asyncio.new_event_loop(), []
+
+    async def listen() -> None:
+        stream.listen(lambda: found.extend(delta.text for delta in stream.take()))
+
+    loop.run_until_complete(listen())
+    stream.put(CompletionDelta(0, "x", [1]))
+    stream.put(CompletionDelta(0, "y", [1]))
+    assert found == []
+    loop.run_until_complete(asyncio.sleep(0))
+    assert found == ["x", "y"]
+    stream.put(CompletionDelta(0, "z", [1]))
+    loop.close()
+    stream.put(CompletionDelta(0, "nobody is left to tell", [1]))

@@ -11,9 +11,9 @@ import uvicorn
 from engine.chat.request import PreparedRequest
 from engine.errors import GenerationError
 from engine.openai.app import create_app
-from engine.openai.http.connection import PortProtocol
+from engine.openai.http.connection import Connection, PortProtocol
 from engine.openai.http.options import ServerOptions
-from engine.openai.http.sse import TextEvent, event, named_event
+from engine.openai.http.sse import EventStream, StreamForm, TextEvent, event, named_event
 from engine.outputs import CompletionDelta
 from engine.runtime.stream import RequestStream, wake_all
 from tests.engine.openai.fakes import FakeLLM
@@ -387,3 +387,59 @@ def test_deltas_joined_are_what_they_would_be_one_after_the_other() -> None:
     last = CompletionDelta(1, "b", [2, 3], [{}, {}], "stop", "x")
     assert first.joined(last) == CompletionDelta(1, "ab", [1, 2, 3], [{}, {}, {}], "stop", "x", "budget")
     assert CompletionDelta(0, "a", [1]).joined(CompletionDelta(0, "", [])) == CompletionDelta(0, "a", [1])
+
+
+@pytest.mark.parametrize(
+    ("path", "more"), [*((path, {}) for path in BODIES), ("/v1/responses", {"background": True, "store": True})]
+)
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_body_ends_once_also_where_the_end_comes_after_the_last_text(
+    path: str, more: dict[str, Any], apart: bool
+) -> None:
+    """An empty chunk is the end of a body: what came behind one would be taken for the next response."""
+
+    async def test(port: Port) -> None:
+        client, _, stream = await port.ask(path, **more)
+        put(stream, "word", finish_reason="stop")
+        if apart:
+            wake_all([stream])
+            await settle()
+        stream.end()
+        await settle()
+        written = b"".join(client.writes)
+        assert written.count(b"\r\n0\r\n\r\n") == 1
+        assert written.endswith(b"\r\n0\r\n\r\n")
+        assert b"word" in client.body
+
+    run(test)
+
+
+@pytest.mark.parametrize("end", [b"", b"data: [DONE]\n\n"])
+def test_an_end_that_comes_by_itself_writes_no_empty_chunk(end: bytes) -> None:
+    class Source:
+        ending = False
+        listener: Callable[[], None] | None = None
+
+        def __init__(self) -> None:
+            self.left: list[Any] = [[b"data: 1\n\n"], []]
+
+        def listen(self, listener: Callable[[], None] | None) -> None:
+            self.listener = listener
+
+        def take(self) -> Any:
+            return self.left.pop(0) if self.left else None
+
+    async def main() -> None:
+        client, source = Client(), Source()
+        stream = EventStream(source, None, keep_alive_seconds=9, form=StreamForm(end=end))  # type: ignore[arg-type]
+        pushing = asyncio.create_task(stream._push(Connection(client)))
+        while source.left != [[]]:
+            await asyncio.sleep(0)
+        assert source.listener is not None
+        source.listener()
+        source.listener()
+        await pushing
+        assert client.writes[0] == b"9\r\ndata: 1\n\n\r\n"
+        assert client.writes[1:] == ([b"e\r\ndata: [DONE]\n\n\r\n"] if end else [])
+
+    asyncio.run(asyncio.wait_for(main(), 10))
