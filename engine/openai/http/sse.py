@@ -135,11 +135,11 @@ class EventStream(Response):
             if connection is None:
                 await self._pull(send)
             else:
-                await self._push(connection)
+                await self._push(connection, keeper)
         finally:
             keeper.cancel()
 
-    async def _push(self, connection: Connection) -> None:
+    async def _push(self, connection: Connection, keeper: "asyncio.Task[None]") -> None:
         """Write events where they are noticed, until there are no more. A task's turn would cost as much again."""
         loop = asyncio.get_running_loop()
         end: asyncio.Future[None] = loop.create_future()
@@ -152,6 +152,8 @@ class EventStream(Response):
                 self._ended = self._ended or self._taken(found)
             except Exception as error:  # noqa: BLE001 - whoever waits raises it
                 end.set_exception(error)
+            if self._ended:  # now: a client that reads again wakes it before the task that waits for the end
+                keeper.cancel()
             if body := b"".join(found):  # an empty chunk would be the body's end
                 self._last_sent = loop.time()
                 connection.write(body)
@@ -161,6 +163,7 @@ class EventStream(Response):
         self._source.listen(push)
         connection.listen(push)
         push()
+        push()  # what begins a stream hides what came before anybody listened
         try:
             await end
         finally:

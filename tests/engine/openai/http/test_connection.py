@@ -421,7 +421,7 @@ def test_an_end_that_comes_by_itself_writes_no_empty_chunk(end: bytes) -> None:
         listener: Callable[[], None] | None = None
 
         def __init__(self) -> None:
-            self.left: list[Any] = [[b"data: 1\n\n"], []]
+            self.left: list[Any] = [[b"data: 1\n\n"], [], []]
 
         def listen(self, listener: Callable[[], None] | None) -> None:
             self.listener = listener
@@ -432,7 +432,8 @@ def test_an_end_that_comes_by_itself_writes_no_empty_chunk(end: bytes) -> None:
     async def main() -> None:
         client, source = Client(), Source()
         stream = EventStream(source, None, keep_alive_seconds=9, form=StreamForm(end=end))  # type: ignore[arg-type]
-        pushing = asyncio.create_task(stream._push(Connection(client)))
+        keeper = asyncio.create_task(asyncio.sleep(0))
+        pushing = asyncio.create_task(stream._push(Connection(client), keeper))
         while source.left != [[]]:
             await asyncio.sleep(0)
         assert source.listener is not None
@@ -443,3 +444,53 @@ def test_an_end_that_comes_by_itself_writes_no_empty_chunk(end: bytes) -> None:
         assert client.writes[1:] == ([b"e\r\ndata: [DONE]\n\n\r\n"] if end else [])
 
     asyncio.run(asyncio.wait_for(main(), 10))
+
+
+@pytest.mark.parametrize("reads", ["not when the end comes", "not once it was written"])
+@pytest.mark.parametrize("path", BODIES)
+def test_nothing_that_keeps_a_connection_alive_comes_behind_the_end(path: str, reads: str) -> None:
+    async def test(port: Port) -> None:
+        client, protocol, stream = await port.ask(path)
+        write = client.write
+
+        def write_and_fill(data: bytes) -> None:
+            write(data)
+            protocol.pause_writing()
+
+        if reads == "not when the end comes":
+            protocol.pause_writing()
+        else:
+            client.write = write_and_fill  # type: ignore[method-assign]
+        put(stream, "all of it", finish_reason="stop")
+        stream.end()
+        await asyncio.sleep(0.1)  # several times the silence that is allowed: something waits to be written
+        client.write = write  # type: ignore[method-assign]
+        protocol.resume_writing()
+        await settle()
+        assert client.writes[-1].endswith(b"0\r\n\r\n")
+        last = client.body.removesuffix(b"\n\n").rpartition(b"\n\n")[2]
+        assert b"keep-alive" not in last
+        assert b"ping" not in last
+
+    run(test, keep_alive_seconds=0.02)
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("path", BODIES)
+def test_what_came_before_anybody_listened_is_sent_at_once(path: str, version: str) -> None:
+    async def test(port: Port) -> None:
+        submit = port.llm.submit
+
+        def submit_and_put(request: PreparedRequest, **options: Any) -> RequestStream:
+            stream = submit(request, **options)
+            put(stream, "early")
+            return stream
+
+        port.llm.submit = submit_and_put  # type: ignore[method-assign]
+        client, _, stream = await port.ask(path, version=version)
+        assert b"early" in b"".join(client.writes), "no more comes for now"
+        put(stream, "", finish_reason="stop")
+        stream.end()
+        await settle()
+
+    run(test)
