@@ -50,7 +50,10 @@ class LoopNews:
     def ring(self) -> None:
         """Tell the loop, unless it was told and has yet to call: telling it is a write."""
         loop = self._loop()
-        if self._rung or loop is None:
+        if loop is None or (self._rung and loop.is_closed()):  # what was due will never be called
+            self._due.clear()
+            return
+        if self._rung:
             return
         self._rung = True
         # A loop that was closed has nobody left to wake; asking first would still race with its end.
@@ -63,12 +66,22 @@ class LoopNews:
     def _call(self) -> None:
         self._rung = False  # before looking: who adds behind the last look rings again
         due = self._due
-        for listener in dict.fromkeys([due.popleft() for _ in range(len(due))]):
-            try:
-                listener()
-            except Exception as error:  # noqa: BLE001 - the others' news must reach them
-                context = {"message": "A listener to a request's stream failed", "exception": error}
-                asyncio.get_running_loop().call_exception_handler(context)
+        listeners = deque(dict.fromkeys([due.popleft() for _ in range(len(due))]))
+        try:
+            while listeners:
+                self._tell(listeners.popleft())
+        finally:
+            if listeners:  # an interrupt left the loop: the others are called once it runs again
+                due.extendleft(reversed(listeners))
+                self.ring()
+
+    @staticmethod
+    def _tell(listener: Callable[[], None]) -> None:
+        try:
+            listener()
+        except Exception as error:  # noqa: BLE001 - the others' news must reach them
+            context = {"message": "A listener to a request's stream failed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
 
 
 class RequestStream:

@@ -4,6 +4,8 @@ import asyncio
 import threading
 import time
 
+import pytest
+
 from engine.outputs import CompletionDelta
 from engine.params.sampling_params import SamplingParams
 from engine.runtime import stream as stream_module
@@ -146,3 +148,43 @@ def test_a_loop_that_stops_before_its_turn_calls_when_it_runs_again():
     stream.put(CompletionDelta(0, "z", [1]))
     loop.close()
     stream.put(CompletionDelta(0, "nobody is left to tell", [1]))
+
+
+def test_listeners_behind_one_that_an_interrupt_leaves_are_called_once_the_loop_runs_again():
+    streams = [RequestStream(name, None, [1], SamplingParams(), lambda: None) for name in "abc"]
+    loop, called = asyncio.new_event_loop(), []
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    async def listen() -> None:
+        streams[0].listen(interrupted)
+        streams[1].listen(lambda: called.append("b"))
+        streams[2].listen(lambda: called.append("c"))
+
+    loop.run_until_complete(listen())
+    for stream in streams:
+        stream.append(CompletionDelta(0, "x", [1]))
+    wake_all(streams)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_forever()
+    assert called == []
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    assert called == ["b", "c"]
+
+
+def test_a_loop_that_closed_before_its_turn_piles_up_no_listeners():
+    stream = RequestStream("a", None, [1], SamplingParams(), lambda: None)
+    loop = asyncio.new_event_loop()
+
+    async def listen() -> None:
+        stream.listen(lambda: None)
+
+    loop.run_until_complete(listen())
+    stream.put(CompletionDelta(0, "x", [1]))
+    loop.close()
+    for _ in range(50):
+        stream.put(CompletionDelta(0, "x", [1]))
+    news, _ = stream._listener
+    assert not news._due
