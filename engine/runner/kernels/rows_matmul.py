@@ -1,7 +1,7 @@
 """Products of few rows on CUDA: what a decode step multiplies, with every weight read once.
 
 MLX's own products at these sizes look cuBLAS's choice up and capture a graph at each call (9 us of host), and for
-packed weights read the weights once for each leading row. These take one launch, also for up to three weights that
+packed weights read the weights once for each leading row. These take one launch, also for up to four weights that
 share their input, such as a layer's queries, keys and values.
 """
 
@@ -12,15 +12,13 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from engine.runner.kernels.dialect import Kernel, make_kernel
-from engine.runner.kernels.rows_matmul_text import DENSE, HEADER, QUANTIZED, TENSOR_CORES
+from engine.runner.kernels.rows_matmul_text import HEADER, TENSOR_CORES, product_text
 
 MAX_ROWS = 32
-MAX_SIBLINGS = 3
+MAX_SIBLINGS = 4
 _TYPES = (mx.bfloat16, mx.float16)
 _BITS = (4, 8)
 _GROUP_SIZES = (32, 64, 128)
-_DENSE_INPUTS = ("x", "w0", "w1", "w2")
-_QUANTIZED_INPUTS = ("x", "w0", "w1", "w2", "s0", "s1", "s2", "b0", "b1", "b2")
 
 
 class Packed(NamedTuple):
@@ -50,20 +48,19 @@ def takes_quantized(k: int, dtype: mx.Dtype, bits: int, group_size: int) -> bool
 
 
 def dense(x: mx.array, weights: Sequence[mx.array]) -> list[mx.array]:
-    """``x`` [..., K] @ w [N, K].T for up to three ``weights`` in one launch; at most 32 rows of ``x``."""
+    """``x`` [..., K] @ w [N, K].T for up to four ``weights`` in one launch; at most 32 rows of ``x``."""
     widths = [weight.shape[0] for weight in weights]
-    kernel = make_kernel("rows_dense", _DENSE_INPUTS, ("out",), DENSE, TENSOR_CORES + HEADER)
     geometry = dense_geometry(x.size // x.shape[-1], sum(widths))
-    return _launch(kernel, x, _three(weights), widths, geometry, [])
+    return _launch(_kernel(len(weights), packed=False), x, weights, widths, geometry, [])
 
 
 def quantized(x: mx.array, weights: Sequence[Packed], *, bits: int, group_size: int) -> list[mx.array]:
-    """``x`` [..., K] against up to three packed ``weights`` in one launch; at most 32 rows of ``x``."""
+    """``x`` [..., K] against up to four packed ``weights`` in one launch; at most 32 rows of ``x``."""
     widths = [weight.words.shape[0] for weight in weights]
-    kernel = make_kernel("rows_quantized", _QUANTIZED_INPUTS, ("out",), QUANTIZED, TENSOR_CORES + HEADER)
     geometry = quantized_geometry(x.size // x.shape[-1], sum(widths), num_steps(x.shape[-1], bits))
-    arrays = [array for part in zip(*weights, strict=True) for array in _three(part)]
-    return _launch(kernel, x, arrays, widths, geometry, [("BITS", bits), ("GROUP", group_size)])
+    arrays = [array for part in zip(*weights, strict=True) for array in part]
+    constants = [("BITS", bits), ("GROUP", group_size)]
+    return _launch(_kernel(len(weights), packed=True), x, arrays, widths, geometry, constants)
 
 
 def num_steps(k: int, bits: int) -> int:
@@ -92,14 +89,20 @@ def _warps(columns: int) -> int:
     return 4 if columns > 8192 else 8 if columns > 4096 else 16
 
 
-def _three(arrays: Sequence[mx.array]) -> list[mx.array]:
-    return [*arrays, *[arrays[0]] * (MAX_SIBLINGS - len(arrays))]
+def _kernel(num_weights: int, *, packed: bool) -> Kernel:
+    """That of so many weights; it takes x, and then each part of every weight."""
+    name = "rows_quantized" if packed else "rows_dense"
+    inputs = ["x", *(f"{part}{place}" for part in ("wsb" if packed else "w") for place in range(num_weights))]
+    return make_kernel(
+        name if num_weights == 1 else f"{name}_{num_weights}", tuple(inputs), ("out",),
+        product_text(num_weights, packed=packed), TENSOR_CORES + HEADER,
+    )  # fmt: skip
 
 
 def _launch(
     kernel: Kernel,
     x: mx.array,
-    arrays: list[mx.array],
+    arrays: Sequence[mx.array],
     widths: list[int],
     geometry: Geometry,
     constants: list[tuple[str, int]],

@@ -4,13 +4,15 @@ A warp multiplies tiles of 16 rows of ``w`` by tiles of 8 rows of ``x`` (mma m16
 and join their sums in shared memory. In a contraction the order of k is free as long as both sides agree, so a lane
 takes 16 neighbouring bytes of its weight row, and the same k of ``x``: all loads of weights are 16 bytes wide.
 
-Up to three weights that take the same input (``w0``, ``w1``, ``w2``) are multiplied in one launch: a block belongs to
-one of them, and their results [M, N0], [M, N1], [M, N2] follow each other in ``out``. With fewer, the rest repeat
-``w0`` and no block reaches them.
+Weights that take the same input (``w0``, ``w1``, …) are multiplied in one launch: a block belongs to one of them, and
+their results [M, N0], [M, N1], … follow each other in ``out``. Each number of weights has a text of its own, since
+the host's time for a launch grows with the arrays in it.
 
 Constants: T (element type), MT (tiles of 8 rows of x), RT (tiles of 16 rows of w per warp), BITS and GROUP. The
 number of warps is the launch's, at most WARPS.
 """
+
+from functools import cache
 
 TENSOR_CORES = r"""
 #define MULTIPLY(TYPE, PTX) \
@@ -64,18 +66,25 @@ _SETUP = r"""
   __shared__ float parts[WARPS][C][R + 1];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, g = lane >> 2, t = lane & 3;
   const int M = x_shape[0], K = x_shape[1];
-  int n0 = blockIdx.x * R, N = w0_shape[0], which = 0;
-  size_t start = 0;
-  while (which < 2 && n0 >= (N + R - 1) / R * R) {
-    n0 -= (N + R - 1) / R * R;
-    start += (size_t)M * N;
-    N = ++which == 1 ? w1_shape[0] : w2_shape[0];
-  }
-#define CHOSEN(a) (which == 0 ? a##0 : which == 1 ? a##1 : a##2)
+  @WEIGHTS@
 #define W_ROW(r, h) (size_t)min(n0 + (r) * 16 + (h) * 8 + g, N - 1)
 #define X_ROW(m) (size_t)min((m) * 8 + g, M - 1)
   float c[RT][MT][4];
   EACH(r, RT) EACH(m, MT) EACH(i, 4) c[r][m][i] = 0.0f;
+"""
+
+_ONE = r"""
+  const int n0 = blockIdx.x * R, N = w0_shape[0];
+  constexpr size_t start = 0;
+#define CHOSEN(a) a##0
+"""
+_SEVERAL = r"""
+  int n0 = blockIdx.x * R, N = w0_shape[0], which = 0;
+  size_t start = 0;
+#define BLOCK_OF(place, width) \
+  if (which == place - 1 && n0 >= (N + R - 1) / R * R) { \
+    n0 -= (N + R - 1) / R * R; start += (size_t)M * N; N = width; which = place; \
+  }
 """
 
 _JOIN = r"""
@@ -168,5 +177,17 @@ QUANTIZED_LOOP = (
 )
 """Of packed weights; between its two parts ``v`` holds 8 values of row ``m`` of x."""
 
-DENSE = _SETUP + "".join(DENSE_LOOP) + _JOIN
-QUANTIZED = _SETUP + "".join(QUANTIZED_LOOP) + _JOIN
+
+@cache
+def product_text(num_weights: int, *, packed: bool) -> str:
+    """The body of a product of so many weights."""
+    loop = QUANTIZED_LOOP if packed else DENSE_LOOP
+    weights = _ONE if num_weights == 1 else _several(num_weights)
+    return _SETUP.replace("@WEIGHTS@", weights) + "".join(loop) + _JOIN
+
+
+def _several(num_weights: int) -> str:
+    """Which of several weights a block belongs to."""
+    passed = "\n".join(f"BLOCK_OF({place}, w{place}_shape[0])" for place in range(1, num_weights))
+    others = "".join(f"which == {place} ? a##{place} : " for place in range(num_weights - 1))
+    return f"{_SEVERAL}{passed}\n#define CHOSEN(a) ({others}a##{num_weights - 1})\n"

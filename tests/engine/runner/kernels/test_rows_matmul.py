@@ -25,6 +25,14 @@ def _normal(*shape: int, dtype: mx.Dtype) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(dtype)
 
 
+def launches(kernels: dict[str, HostKernel]) -> dict[str, int]:
+    return {name: kernel.launches for name, kernel in kernels.items()}
+
+
+def named(kind: str, num_weights: int) -> str:
+    return kind if num_weights == 1 else f"{kind}_{num_weights}"
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     ("lead", "widths", "k", "dtype"),
@@ -38,6 +46,8 @@ def _normal(*shape: int, dtype: mx.Dtype) -> mx.array:
         ((7,), (9,), 320, mx.float16),
         ((1,), (8200,), 64, mx.bfloat16),
         ((27, 1), (40, 8), 1088, mx.bfloat16),
+        ((2,), (40, 24, 8, 5), 192, mx.bfloat16),
+        ((20,), (8, 40, 72, 16), 64, mx.bfloat16),
     ],
 )
 def test_dense_weights_are_multiplied_right_whatever_the_rows_and_widths(
@@ -46,7 +56,7 @@ def test_dense_weights_are_multiplied_right_whatever_the_rows_and_widths(
     x = _normal(*lead, k, dtype=dtype)
     weights = [_normal(width, k, dtype=dtype) for width in widths]
     results = rows_matmul.dense(x, weights)
-    assert host_products["rows_dense"].launches == 1
+    assert launches(host_products) == {named("rows_dense", len(widths)): 1}
     for got, weight in zip(results, weights, strict=True):
         assert _error(got, x, weight) < LIMIT[dtype]
 
@@ -65,6 +75,8 @@ def test_dense_weights_are_multiplied_right_whatever_the_rows_and_widths(
         ((4,), (24, 16), 448, 8, 64, mx.bfloat16),
         ((17,), (24,), 192, 8, 32, mx.float16),
         ((3,), (40, 8, 9), 704, 4, 64, mx.bfloat16),
+        ((1, 1), (72, 40, 8, 8), 256, 4, 64, mx.bfloat16),
+        ((18,), (40, 24, 8, 1), 192, 8, 64, mx.bfloat16),
         ((19,), (24,), 2112, 4, 64, mx.bfloat16),
         ((2,), (24,), 96, 4, 32, mx.float16),
         ((2,), (24,), 96, 8, 32, mx.bfloat16),
@@ -85,10 +97,43 @@ def test_packed_weights_are_multiplied_right_whatever_the_rows_and_widths(
         Packed(*mx.quantize(_normal(width, k, dtype=dtype), group_size=group_size, bits=bits)) for width in widths
     ]
     results = rows_matmul.quantized(x, weights, bits=bits, group_size=group_size)
-    assert host_products["rows_quantized"].launches == 1
+    assert launches(host_products) == {named("rows_quantized", len(widths)): 1}
     for got, (words, scales, biases) in zip(results, weights, strict=True):
         exact = [array.astype(mx.float32) for array in (scales, biases)]
         assert _error(got, x, mx.dequantize(words, *exact, group_size=group_size, bits=bits)) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("num_weights", range(1, rows_matmul.MAX_SIBLINGS + 1))
+def test_a_launch_has_no_more_arrays_than_there_are_weights_and_parts_of_them(
+    num_weights: int, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, tuple[str, ...]] = {}
+    given: list[list[mx.array]] = []
+
+    def make(name: str, inputs: tuple[str, ...], *_: Any) -> Any:
+        seen[name] = inputs
+
+        def launch(inputs: list[mx.array], output_shapes: list[tuple[int, ...]], **_: Any) -> list[mx.array]:
+            given.append(inputs)
+            return [mx.zeros(shape) for shape in output_shapes]
+
+        return launch
+
+    monkeypatch.setattr(rows_matmul, "make_kernel", make)
+    x, weights = mx.zeros((2, 128)), [mx.zeros((8 * (place + 1), 128)) for place in range(num_weights)]
+    if bits:
+        packed = [Packed(*mx.quantize(weight, group_size=64, bits=bits)) for weight in weights]
+        results = rows_matmul.quantized(x, packed, bits=bits, group_size=64)
+        arrays = [array for part in zip(*packed, strict=True) for array in part]
+    else:
+        results, arrays = rows_matmul.dense(x, weights), weights
+    parts = "wsb" if bits else "w"
+    expected = ("x", *(f"{part}{place}" for part in parts for place in range(num_weights)))
+    assert seen == {named("rows_quantized" if bits else "rows_dense", num_weights): expected}
+    assert [result.shape for result in results] == [(2, 8 * (place + 1)) for place in range(num_weights)]
+    (launched,) = given
+    assert all(got is array for got, array in zip(launched[1:], arrays, strict=True))
 
 
 @pytest.mark.parametrize(
