@@ -38,6 +38,7 @@ FIRST: list[tuple[mx.Dtype, int, int, tuple[int, ...], tuple[int, ...], int]] = 
     (mx.bfloat16, 4, 64, (1, 3, 8, 16, 31), (1024,), 2560),
     (mx.bfloat16, 4, 64, (1, 3, 8, 16, 31), (33,), 640),
     (mx.bfloat16, 4, 64, (1, 7, 13, 29), (4096, 1024, 1024), 2560),
+    (mx.bfloat16, 4, 64, (1, 7, 13, 29), (8192, 4096, 32, 32), 2048),
 ]
 """Element type, bits (0: not packed), group size, numbers of rows, widths and K."""
 OTHERS: list[tuple[mx.Dtype, int, int, tuple[int, ...], tuple[int, ...], int]] = [

@@ -26,12 +26,13 @@ _SIBLINGS = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("in_proj_qkvz", "in_proj_ba"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("gate", "shared_expert_gate"),
 )
-"""Names of a module's children that mlx-lm's models give the same input."""
+"""Names of a module's children that mlx-lm's models give the same input. A family's parts come behind it."""
 _MOST_UNPACKED = 1 << 27
 """Bytes of one product's weights: they are part of a step's memory."""
 
@@ -160,7 +161,7 @@ class OwnKernels:
     def takes(self, product: Product, num_rows: int) -> bool:
         """Up to 32 rows, of shapes and types that the kernels cover; 32 at a time of weights too large to unpack."""
         most = MAX_ROWS if not product.bits or _unpacks(product) else ROW_BUCKETS[-1]
-        if num_rows > most or (len(product.widths) > 1 and not _joins(product.widths)):
+        if num_rows > most:
             return False
         if not product.bits:
             return rows_matmul.takes_dense(product.k, product.dtype)
@@ -235,12 +236,17 @@ def single_products(model: nn.Module, skip: Container[int] = ()) -> Iterator[tup
 
 
 def sibling_products(model: nn.Module, skip: Container[int] = ()) -> Iterator[tuple[Product, Modules]]:
-    """Modules beside each other that take the same input, where their weights are of one kind. ``skip`` as above."""
+    """Modules beside each other that take the same input, where one launch may compute them all. ``skip`` as above.
+
+    A module is in one family at most.
+    """
+    taken: set[int] = set()
     for module in model.modules():
         for names in _SIBLINGS:
             children = tuple(module[name] for name in names if type(module.get(name)) in METHODS)
-            children = tuple(child for child in children if id(child) not in skip)
-            if len(children) > 1 and (product := product_of(children)) is not None:
+            children = tuple(child for child in children if id(child) not in skip and id(child) not in taken)
+            if len(children) > 1 and (product := product_of(children)) is not None and _joins(product.widths):
+                taken |= set(map(id, children))
                 yield product, children
 
 

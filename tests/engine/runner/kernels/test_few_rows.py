@@ -22,12 +22,14 @@ from engine.runner.kernels.products import (
     Plain,
     Product,
     Unpacked,
+    sibling_products,
     single_products,
 )
 from tests.engine.parity.tiny_architectures import VOCAB, tiny_model
 from tests.engine.runner.kernels.cuda_on_host import HostKernel
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_next", "gemma3_text", "gemma3n", "gemma4_text")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_next", "qwen3_5", "gemma3_text", "gemma3n", "gemma4_text")
 
 
 class Unpacking:
@@ -196,6 +198,89 @@ def test_siblings_that_get_different_rows_are_computed_apart_from_then_on() -> N
     assert candidate.calls == [(1, 1)] * 3
 
 
+class DeltaNet(nn.Module):
+    """Projections of a gated delta net, as Qwen3.5's are named."""
+
+    NAMES = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, width in zip(self.NAMES, widths, strict=True):
+            self[name] = nn.Linear(128, width, bias=False)
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        return [self[name](x) for name in self.NAMES]
+
+
+def families(model: nn.Module, skip: Sequence[int] = ()) -> list[tuple[int, ...]]:
+    """Widths of the siblings in each."""
+    return [product.widths for product, _ in sibling_products(model, skip)]
+
+
+@pytest.mark.parametrize(
+    ("widths", "packed", "expected"),
+    [
+        ((96, 64, 32, 32), (), [(96, 64, 32, 32)]),
+        ((96, 64, 32, 32), DeltaNet.NAMES, [(96, 64, 32, 32)]),
+        ((96, 64, 32, 32), DeltaNet.NAMES[:2], [(96, 64), (32, 32)]),
+        ((96, 64, 32, 32), DeltaNet.NAMES[:1], [(32, 32)]),
+        # Results of 4 columns in front of others would leave those where 16 bytes cannot be read at once.
+        ((96, 64, 4, 4), (), [(96, 64)]),
+    ],
+)
+def test_a_delta_net_s_projections_are_one_family_or_pairs_of_one_kind(
+    widths: tuple[int, ...], packed: Sequence[str], expected: list[tuple[int, ...]]
+) -> None:
+    model = DeltaNet(widths)
+    if packed:
+        nn.quantize(model, group_size=64, bits=4, class_predicate=lambda path, _: path in packed)
+    assert families(model) == expected
+    joined = [id(module) for _, modules in sibling_products(model) for module in modules]
+    assert len(set(joined)) == len(joined)
+
+
+def test_siblings_that_are_left_alone_are_in_no_family() -> None:
+    model = DeltaNet((96, 64, 32, 32))
+    assert families(model, [id(model.in_proj_qkv)]) == [(64, 32, 32)]
+    assert families(model, [id(model[name]) for name in DeltaNet.NAMES[1:]]) == []
+
+
+def test_four_siblings_are_computed_in_one_go_and_apart_for_rows_where_that_is_faster() -> None:
+    model, candidate = DeltaNet((96, 64, 32, 32)), Unpacking()
+    exact = [model(mx.full((rows, 128), 0.5)) for rows in (1, 9, 17)]
+
+    def measure(compute: Compute, chain: Sequence[Modules], x: mx.array, limit: float) -> float:
+        own, few = compute.__self__.name == "own", x.shape[0] <= 8  # type: ignore[attr-defined]
+        return 0.5 if own and (few or len(chain[0]) == 1) else 0.7
+
+    swapped(model, candidate, measure)
+    for rows, calls, expected in zip((1, 9, 17), ([(4, 1)], [(1, 9)] * 4, []), exact, strict=True):
+        candidate.calls.clear()
+        results = model(mx.full((rows, 128), 0.5))
+        assert candidate.calls == calls
+        assert max(map(distance, results, expected)) < 1e-4
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [0, 4])
+def test_the_kernels_compute_four_siblings_in_one_launch(bits: int, host_products: dict[str, HostKernel]) -> None:
+    model = DeltaNet((96, 64, 32, 32))
+    model.set_dtype(mx.bfloat16)
+    if bits:
+        nn.quantize(model, group_size=64, bits=bits)
+    x = mx.random.normal((3, 1, 128), key=mx.random.key(1)).astype(mx.bfloat16)
+    exact = model(x)
+    choices = choose(model, [OwnKernels()], timer=FASTER)
+    assert choices.problems == ()
+    FewRowProducts(model, "cuda").install(choices)
+    kind = "rows_quantized" if bits else "rows_dense"
+    before = {name: kernel.launches for name, kernel in host_products.items()}
+    results = model(x)
+    assert {name: kernel.launches - before[name] for name, kernel in host_products.items()} == {kind: 0, f"{kind}_4": 1}
+    for result, expected in zip(results, exact, strict=True):
+        assert distance(result, expected) < 0.05
+
+
 def test_siblings_are_left_apart_where_one_launch_is_not_faster() -> None:
     model, candidate = tiny_model("llama"), Unpacking()
     _, choices = swapped(model, candidate, timer(mlx=1.0, own=0.5, apart=0.51))
@@ -339,7 +424,7 @@ def test_a_model_of_one_kind_of_weights_needs_few_kernels_and_says_which_without
     assert len(set(awaited)) == 3
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@needs_compiler
 @pytest.mark.parametrize("bits", [0, 4])
 def test_a_model_computes_with_the_kernels_what_it_computed_without(
     bits: int, host_products: dict[str, HostKernel]
