@@ -23,6 +23,7 @@ from engine.runner.kernels import expert_rows
 from engine.runner.kernels.dialect import kernels_available
 from engine.runner.kernels.few_rows import FewRowProducts
 from engine.runner.kernels.kernel_cache import collecting, compile_all
+from engine.runner.kernels.residual_layers import ResidualLayers
 from engine.runner.kernels.routed_modules import RoutedExperts
 from engine.runner.kernels.self_check import GPU_KERNELS
 from engine.runner.kv.attention_grid import chunk_grid
@@ -82,7 +83,7 @@ def build_engine(
     progress = progress or _ignore
     with ExitStack() as undo:
         undo.callback(expert_rows.install(loaded.model, device.kind).undo)
-        fused_layers, few_rows, experts = _speed_up(loaded.model, args, device, progress, undo)
+        fused_layers, *faster = _speed_up(loaded.model, args, device, progress, undo)
         sampler, sampling_note = _choose_sampler(loaded.model, args, vocab_size)
         clock.ended("kernels")
         progress("warm-up", 0, 0)
@@ -105,7 +106,7 @@ def build_engine(
     if not any(path.backend == "paged" for path in paths):
         fused_layers = None  # they compute nothing then
     pages, attention = pages_note(plan.groups, args.kv_cache_dtype), attention_note(args, device, paths)
-    lines = (note, pages, attention, fused_layers, few_rows, experts, sampling_note)
+    lines = (note, pages, attention, fused_layers, *faster, sampling_note)
     notes = [*loaded.notes, *(line for line in lines if line)]
     for line in notes:
         logger.info("%s", line)
@@ -115,8 +116,11 @@ def build_engine(
 
 def _speed_up(
     model: Any, args: EngineArgs, device: Device, progress: Callable[[str, int, int], None], undo: ExitStack
-) -> tuple[str | None, str | None, str | None]:
-    """Have layers and products computed in fewer or faster launches where that is right; a line for the user each."""
+) -> tuple[str | None, ...]:
+    """Have layers and products computed in fewer or faster launches where that is right; a line for the user each.
+
+    The first is of layers over pages, which compute nothing where there are none.
+    """
     kernels = GPU_KERNELS if _own_kernels(args) and args.use_paged_attention else None
     blocks = FusedBlocks(model, device.kind, kernels, args.block_size, args.kv_cache_dtype)
     undo.callback(blocks.remove)
@@ -131,7 +135,11 @@ def _speed_up(
     undo.callback(experts.remove)
     experts.choose(partial(progress, "kernels"))
     experts.install()
-    return blocks.note, products.choices.note, experts.note
+    layers = ResidualLayers(model, _device_of_kernels(args, device))
+    undo.callback(layers.remove)
+    layers.choose()
+    layers.install()
+    return blocks.note, products.choices.note, experts.note, layers.note
 
 
 def _choose_sampler(model: Any, args: EngineArgs, vocab_size: int) -> tuple[Sampler, str | None]:
@@ -147,6 +155,7 @@ def rehearse(resolved: ResolvedModel, config: ModelConfig, args: EngineArgs, dev
     with collecting() as awaited:
         FewRowProducts(weightless, _device_of_kernels(args, device)).launch_kernels()
         RoutedExperts(weightless, _device_of_kernels(args, device)).launch_kernels()
+        ResidualLayers(weightless, _device_of_kernels(args, device)).launch_kernels()
     compile_all(awaited)
     check()
     model = small_model(resolved, config, args, device)

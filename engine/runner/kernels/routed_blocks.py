@@ -13,6 +13,7 @@ import numpy as np
 
 from engine.errors import error_line
 from engine.runner.kernels import routing
+from engine.runner.kernels.add_normed import ExpertRows
 from engine.runner.kernels.expert_layers import ExpertLayer
 from engine.runner.kernels.routed_experts import MAX_PAIRS, Routes
 from engine.runner.kernels.swapped_modules import SwappedModules
@@ -49,6 +50,8 @@ _BLOCKS = {
     "gpt_oss.MLPBlock": Block("router", "experts", "num_experts_per_tok", True),
 }
 _GEMMA = "gemma4_text.DecoderLayer"
+_ROWS = "expert_rows"
+"""The method that a swapped block has more."""
 
 
 def experts_of(block: nn.Module) -> nn.Module | None:
@@ -87,10 +90,10 @@ def block_problem(block: nn.Module, layer: ExpertLayer) -> str | None:
             shape = (1, tokens, layer.kind.hidden)
             x = mx.random.normal(shape, key=mx.random.key(tokens)).astype(layer.kind.dtype)
             usual = _routed_part(block, x)
-            ours = _computed(block, _TableLayer(layer, table))(block, x)
-            if ours is None:
+            rows = _computed(block, _TableLayer(layer, table))(block, x)
+            if rows is None:
                 return "logits of another type"
-            if not _alike(usual, ours):
+            if not _alike(usual, _summed(rows, x)):
                 return f"{type(block).__name__} gives other sums with {tokens} tokens"
     except Exception as error:  # noqa: BLE001  (whatever stops it, the block has mlx-lm's own way)
         return error_line(error, 120)
@@ -110,44 +113,59 @@ class _TableLayer:
 
 
 Routed = ExpertLayer | _TableLayer
-Compute = Callable[[Any, mx.array], mx.array | None]
+Compute = Callable[[Any, mx.array], ExpertRows | None]
 
 
 def swap_block(block: nn.Module, layer: ExpertLayer, swapped: SwappedModules) -> None:
-    """Have ``block`` compute in few launches, with ``layer`` for its experts."""
+    """Have ``block`` compute in few launches, with ``layer`` for its experts; :func:`expert_rows` asks for its rows."""
     if _name(block) == _GEMMA:
         return _swap_gemma(block, layer, swapped)
     plain: Any = type(block).__call__
     compute = _computed(block, layer)
 
     def moe(self: nn.Module, x: mx.array) -> mx.array:
-        result = compute(self, x)
-        return plain(self, x) if result is None else result
+        rows = compute(self, x)
+        return plain(self, x) if rows is None else _summed(rows, x)
 
-    return swapped.swap_method(block, "__call__", moe)
+    return swapped.swap_methods(block, {"__call__": moe, _ROWS: compute})
+
+
+def expert_rows(block: Any, *x: mx.array) -> ExpertRows | None:
+    """The rows of a swapped block's experts and what they count, before they are summed; None of any other block.
+
+    ``x`` [..., D]: a block's own input. Gemma 4's takes two: normalized by the router's norm, and by the experts'.
+    """
+    compute = getattr(type(block), _ROWS, None)
+    return None if compute is None else compute(block, *x)
+
+
+def router_gain(router: Any) -> mx.array:
+    """The gain of the norm in Gemma 4's router."""
+    gain: mx.array = router.scale * router._root_size
+    mx.eval(gain)
+    return gain
 
 
 def _computed(block: Any, layer: Routed) -> Compute:
-    """What computes a block's rows [..., D]; None where it does not take them."""
+    """What computes the rows of a block's experts; None where it does not take them."""
     if _name(block) == _GEMMA:
-        gain = block.router.scale * block.router._root_size
-        mx.eval(gain)
+        gain = router_gain(block.router)
 
-        def gemma(self: Any, x: mx.array) -> mx.array | None:
-            choice = _gemma_choice(self.router, gain, x, layer)
-            return None if choice is None else _summed(layer, x, choice)
+        def gemma(self: Any, x: mx.array) -> ExpertRows | None:
+            return _gemma_rows(self.router, layer, mx.fast.rms_norm(x, gain, self.router.eps), x)
 
         return gemma
     known, chosen, normalized = _BLOCKS[_name(block)], _chosen(block), _is_normalized(block)
 
-    def compute(self: Any, x: mx.array) -> mx.array | None:
+    def compute(self: Any, x: mx.array) -> ExpertRows | None:
         logits = self[known.router](x)
         logits = logits.reshape(-1, logits.shape[-1])
         if not _takes(logits, chosen, x, layer):
             return None
         choice = routing.choose(logits, chosen, normalized=normalized)
+        rows = layer.routed(x.reshape(-1, x.shape[-1]), choice.routes)
         shared = (self.shared_expert(x), self.shared_expert_gate(x)) if known.shared else ()
-        return _summed(layer, x, choice, *shared)
+        return ExpertRows(rows, choice.scores, *shared)
 
     return compute
 
@@ -175,32 +193,37 @@ def _takes(logits: mx.array, chosen: int, x: mx.array, layer: Routed) -> bool:
     )  # fmt: skip
 
 
-def _summed(
-    layer: Routed, x: mx.array, choice: routing.Choice, shared: mx.array | None = None, gate: mx.array | None = None
-) -> mx.array:
-    rows = layer.routed(x.reshape(-1, x.shape[-1]), choice.routes)
-    shared = None if shared is None else shared.reshape(-1, x.shape[-1])
-    return routing.weighted_sum(rows, choice.scores, shared, gate).reshape(x.shape)
+def _summed(rows: ExpertRows, x: mx.array) -> mx.array:
+    """In the shape of the block's input ``x``."""
+    shared = None if rows.shared is None else rows.shared.reshape(-1, x.shape[-1])
+    return routing.weighted_sum(rows.rows, rows.scores, shared, rows.gate).reshape(x.shape)
 
 
-def _gemma_choice(router: Any, gain: mx.array, x: mx.array, layer: Routed) -> routing.Choice | None:
-    logits = router.proj(mx.fast.rms_norm(x, gain, router.eps))
+def _gemma_choice(router: Any, normed: mx.array, layer: Routed) -> routing.Choice | None:
+    """The choice of Gemma 4's router for rows that its norm was applied to."""
+    logits = router.proj(normed)
     logits, chosen = logits.reshape(-1, logits.shape[-1]), router.config.top_k_experts
-    if not _takes(logits, chosen, x, layer):
+    if not _takes(logits, chosen, normed, layer):
         return None
     return routing.choose(logits, chosen, normalized=True, scale=router.per_expert_scale)
+
+
+def _gemma_rows(router: Any, layer: Routed, normed: mx.array, x: mx.array) -> ExpertRows | None:
+    choice = _gemma_choice(router, normed, layer)
+    if choice is None:
+        return None
+    return ExpertRows(layer.routed(x.reshape(-1, x.shape[-1]), choice.routes), choice.scores)
 
 
 def _swap_gemma(block: Any, layer: ExpertLayer, swapped: SwappedModules) -> None:
     """Router and experts apart, as the block calls them: what the router listed waits for the experts."""
     waiting: list[tuple[mx.array, routing.Choice]] = []
     plain_router, plain_experts = type(block.router).__call__, type(block.experts).__call__
-    gain = block.router.scale * block.router._root_size
-    mx.eval(gain)
+    gain = router_gain(block.router)
 
     def route(self: Any, x: mx.array) -> tuple[mx.array, mx.array]:
         waiting.clear()
-        choice = _gemma_choice(self, gain, x, layer)
+        choice = _gemma_choice(self, mx.fast.rms_norm(x, gain, self.eps), layer)
         if choice is None:
             return plain_router(self, x)  # type: ignore[no-any-return]
         indices = choice.routes.indices.reshape(*x.shape[:-1], -1)
@@ -209,11 +232,16 @@ def _swap_gemma(block: Any, layer: ExpertLayer, swapped: SwappedModules) -> None
 
     def compute(self: Any, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         if waiting and waiting[0][0] is indices:
-            return _summed(layer, x, waiting.pop()[1])
+            choice = waiting.pop()[1]
+            return _summed(ExpertRows(layer.routed(x.reshape(-1, x.shape[-1]), choice.routes), choice.scores), x)
         return plain_experts(self, x, indices, weights)  # type: ignore[no-any-return]
+
+    def rows(self: Any, normed: mx.array, x: mx.array) -> ExpertRows | None:
+        return _gemma_rows(self.router, layer, normed, x)
 
     swapped.swap_method(block.router, "__call__", route)
     swapped.swap_method(block.experts, "__call__", compute)
+    swapped.swap_method(block, _ROWS, rows)
 
 
 def _routed_part(block: Any, x: mx.array) -> mx.array:

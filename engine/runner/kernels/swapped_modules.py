@@ -1,6 +1,6 @@
 """Modules of a loaded model that compute otherwise for a while: their class is exchanged, weights and place stay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.nn as nn
@@ -14,8 +14,12 @@ class SwappedModules:
 
     def swap_method(self, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
         """Give ``module``, and no other of its class, another ``method`` called ``name``."""
+        self.swap_methods(module, {name: method})
+
+    def swap_methods(self, module: nn.Module, methods: Mapping[str, Callable[..., Any]]) -> None:
+        """The same of several ``methods``."""
         kind = type(module)
-        self.swap_class(module, type(kind.__name__, (kind,), {name: method, "__module__": kind.__module__}))
+        self.swap_class(module, type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__}))
 
     def swap_class(self, module: nn.Module, kind: type[nn.Module]) -> None:
         """Make ``module`` one of ``kind``."""

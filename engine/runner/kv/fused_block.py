@@ -17,6 +17,7 @@ from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.activations import swiglu
 
 from engine.runner.kernels.fused_rows import Norm
+from engine.runner.kernels.handover import Handover
 from engine.runner.kernels.joined_attention import HeadConstants, HeadNorms, rotates
 from engine.runner.kernels.split_k import silu_and_mul
 from engine.runner.kv.joined_weights import JoinedWeights
@@ -46,29 +47,6 @@ class Rows:
             return self.normed
         normed: mx.array = mx.fast.rms_norm(self.plain, *norm)
         return normed
-
-
-class Handover:
-    """What a layer's launches made of its rows, for the layer that gets them next.
-
-    A model passes on the very array that a layer gave it: who gets that one takes what lies here, and need neither
-    reshape nor normalize it. Whatever else comes is taken as it is. An array that was changed in place is the same
-    one, and not told apart: only for loops that do not, see :func:`passes_rows_on`.
-    """
-
-    def __init__(self) -> None:
-        self._left: tuple[mx.array, Rows] | None = None
-
-    def leave(self, rows: Rows, shape: tuple[int, ...]) -> mx.array:
-        """``rows`` as the model passes them on, in ``shape``."""
-        shaped = rows.plain.reshape(shape)
-        self._left = shaped, rows
-        return shaped
-
-    def take(self, x: mx.array) -> Rows:
-        """The rows of ``x`` [..., hidden]."""
-        left, self._left = self._left, None
-        return left[1] if left is not None and left[0] is x else Rows(x.reshape(-1, x.shape[-1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +150,7 @@ def head_dim(attention: Any) -> int:
 
 
 def fused_call(
-    kind: type[nn.Module], block: FusedBlock, handover: Handover, next_norm: Norm | None
+    kind: type[nn.Module], block: FusedBlock, handover: Handover[Rows], next_norm: Norm | None
 ) -> Callable[..., mx.array]:
     """What a layer of ``kind`` does when called: single rows over pages that kernels read go to ``block``.
 
@@ -182,8 +160,8 @@ def fused_call(
 
     def call(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         if isinstance(cache, KernelLayerCache) and cache.flat and x.dtype == block.qkv.dtype:
-            rows = block(handover.take(x), cache, next_norm)
-            return rows.plain.reshape(x.shape) if next_norm is None else handover.leave(rows, x.shape)
+            rows = block(handover.take(x) or Rows(x.reshape(-1, x.shape[-1])), cache, next_norm)
+            return handover.leave(rows.plain.reshape(x.shape), None if next_norm is None else rows)
         return own(self, x, mask, cache)
 
     return call

@@ -8,13 +8,14 @@ from mlx.utils import tree_flatten
 
 from engine.errors import error_line
 from engine.runner.device.devices import DeviceKind
+from engine.runner.kernels.handover import Handover
 from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv.block_trial import BlockTrial
 from engine.runner.kv.fused_block import (
     FusedBlock,
-    Handover,
     OwnProducts,
+    Rows,
     fused_call,
     fusing_problem,
     is_block,
@@ -125,7 +126,7 @@ def swap_layers(
 
     ``hand_over``: and leave its rows to the one behind it.
     """
-    handover = Handover()
+    handover = Handover[Rows]()
     for layer, block, behind in zip(layers, blocks, [*blocks[1:], None], strict=False):
         if block is not None:
             next_norm = behind.input_norm if behind is not None and hand_over else None

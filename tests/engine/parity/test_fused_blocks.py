@@ -13,7 +13,8 @@ from mlx_lm.models import qwen3
 
 from engine.runner.kernels import fused_rows, split_k
 from engine.runner.kernels.fused_rows import Norm
-from engine.runner.kv.fused_block import FusedBlock, Handover, OwnProducts, Rows
+from engine.runner.kernels.handover import Handover
+from engine.runner.kv.fused_block import FusedBlock, OwnProducts, Rows
 from engine.runner.kv.fused_blocks import FusedBlocks
 from engine.runner.kv.joined_weights import JoinedWeights
 from tests.engine.parity.bare_engine import BLOCK_SIZE, BareEngine, greedy
@@ -251,16 +252,17 @@ def test_up_to_32_rows_narrow_products_split_k(host_products: dict[str, HostKern
 
 
 def test_a_layer_takes_what_the_one_before_it_left_and_nothing_else() -> None:
-    handover, norm, other = Handover(), Norm(mx.ones((8,)), 1e-5), Norm(mx.ones((8,)), 1e-5)
+    handover, norm, other = Handover[Rows](), Norm(mx.ones((8,)), 1e-5), Norm(mx.ones((8,)), 1e-5)
     left = Rows(mx.ones((3, 8)), mx.full((3, 8), 2.0), norm)
-    shaped = handover.leave(left, (3, 1, 8))
-    assert shaped.shape == (3, 1, 8)
+    shaped = left.plain.reshape(3, 1, 8)
+    assert handover.leave(shaped, left) is shaped
     assert handover.take(shaped) is left
-    assert handover.take(shaped).normed is None, "taken once"
-    handover.leave(left, (3, 1, 8))
-    copied = handover.take(shaped + 0)
-    assert copied.plain.shape == (3, 8)
-    assert copied.normed is None
+    assert handover.take(shaped) is None, "taken once"
+    handover.leave(shaped, left)
+    assert handover.take(shaped + 0) is None, "of other rows"
+    assert handover.take(shaped) is None, "another came between"
+    handover.leave(shaped, None)
+    assert handover.take(shaped) is None
     assert left.normalized(norm) is left.normed
     assert mx.allclose(left.normalized(other), mx.ones((3, 8)), atol=1e-4), "of another layer"
 
