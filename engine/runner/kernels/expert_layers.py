@@ -1,6 +1,6 @@
 """What a model's layer of routed experts is made of, as kernels take it: weights, their packing, the activation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +15,9 @@ _ACTIVATIONS = {
     "mlx_lm.models.gemma4_text.GeGLU": "gelu",
     "mlx_lm.models.activations.SwigluOAI": "oai",
 }
+_SHARED = ("mlx_lm.models.qwen3_next.Qwen3NextMLP", "mlx_lm.models.qwen2_moe.MLP")
+"""MLPs of a shared expert that activate as SwiGLU does."""
+_PROJECTIONS, _ARRAYS = ("gate_proj", "up_proj", "down_proj"), ("weight", "scales", "biases", "bias")
 _MOST_SCALE = 128
 """Of mxfp4, as its byte: 2, beyond which the kernels' unpacking leaves bfloat16's range."""
 
@@ -91,6 +94,41 @@ def expert_layer(module: nn.Module) -> ExpertLayer | None:
     return ExpertLayer(kind, gate, up, down) if taken and num_experts <= MAX_EXPERTS else None
 
 
+def joins(layer: ExpertLayer, module: Any, shared: Any) -> bool:
+    """Whether ``shared``, an MLP, is packed and shaped as the experts of ``module`` are, which is ``layer``."""
+    kind = type(shared)
+    if f"{kind.__module__}.{kind.__qualname__}" not in _SHARED or layer.kind.activation.kind != "silu":
+        return False
+    pairs = [(module[name], shared[name]) for name in _PROJECTIONS]
+    whole = layer.kind.num_experts == pairs[0][0]["weight"].shape[0] < MAX_EXPERTS  # without a shared one so far
+    return whole and all(
+        _packing(experts) == _packing_of_one(one)
+        and [(key, experts[key].shape[1:], experts[key].dtype) for key in _ARRAYS if key in experts]
+        == [(key, one[key].shape, one[key].dtype) for key in _ARRAYS if key in one]
+        for experts, one in pairs
+    )
+
+
+def with_shared(layer: ExpertLayer, module: Any, shared: Any) -> ExpertLayer:
+    """``layer``, the experts of ``module``, with a ``shared`` one behind the last, for what :func:`joins` allows.
+
+    Their weights become one array, slices of which both modules keep: there is no second copy.
+    """
+    gate, up, down = (_weights(_joined(module[name], shared[name])) for name in _PROJECTIONS)
+    return ExpertLayer(replace(layer.kind, num_experts=layer.kind.num_experts + 1), gate, up, down)
+
+
+def _joined(experts: Any, one: Any) -> dict[str, mx.array]:
+    """The arrays of a projection of all experts with those of ``one`` behind them."""
+    found = {}
+    for key in [key for key in _ARRAYS if key in experts]:
+        whole = found[key] = mx.concatenate([experts[key], one[key][None]])
+        mx.eval(whole)
+        experts[key], one[key] = whole[:-1], whole[-1:].squeeze(0)  # slices: an index would copy
+        mx.eval(experts[key], one[key])
+    return found
+
+
 def scales_in_range(layer: ExpertLayer) -> bool:
     """Whether all scales of mxfp4 weights are such as kernels unpack. Reads them."""
     scales = [weights.scales for weights in (layer.gate, layer.up, layer.down) if weights.scales is not None]
@@ -115,6 +153,12 @@ def _packing(child: Any) -> Packing | None:
     if not isinstance(child, QuantizedSwitchLinear) or child.get("global_scale") is not None:
         return None
     return Packing(child.mode, child.bits, child.group_size) if child.mode in ("affine", "mxfp4") else None
+
+
+def _packing_of_one(child: Any) -> Packing | None:
+    if isinstance(child, nn.QuantizedLinear):
+        return Packing(child.mode, child.bits, child.group_size)
+    return Packing("dense") if isinstance(child, nn.Linear) else None
 
 
 def _weights(child: Any) -> ExpertWeights:

@@ -14,7 +14,7 @@ import numpy as np
 from engine.errors import error_line
 from engine.runner.kernels import routing
 from engine.runner.kernels.add_normed import ExpertRows
-from engine.runner.kernels.expert_layers import ExpertLayer
+from engine.runner.kernels.expert_layers import ExpertKind, ExpertLayer
 from engine.runner.kernels.routed_experts import MAX_PAIRS, Routes
 from engine.runner.kernels.swapped_modules import SwappedModules
 
@@ -62,33 +62,53 @@ def experts_of(block: nn.Module) -> nn.Module | None:
     return block.get(_BLOCKS[name].experts) if name in _BLOCKS and not _is_sharded(block) else None
 
 
-def launch_block_kernels(block: Any, layer: ExpertLayer) -> None:
-    """Launch the kernels that a block takes; where kernels are only collected, say what to compile."""
-    known, kind = _BLOCKS.get(_name(block)), layer.kind
+def shared_of(block: Any) -> nn.Module | None:
+    """The MLP that every token of a known block takes beside its experts; None where there is none."""
+    known = _BLOCKS.get(_name(block))
+    return block.shared_expert if known is not None and known.shared else None
+
+
+def launch_block_kernels(block: Any, kind: ExpertKind, *, joined: bool) -> None:
+    """Launch the kernels that a block takes; where kernels are only collected, say what to compile.
+
+    ``kind`` of its experts, without a shared one; ``joined``: a shared one is taken as one of them.
+    """
+    known, chosen = _BLOCKS.get(_name(block)), _chosen(block)
     scale = None if known is not None else block.router.per_expert_scale
-    for tokens in launched_tokens(kind.num_experts, _chosen(block)):
+    for tokens in launched_tokens(kind.num_experts, chosen, gated=joined):
         logits = mx.zeros((tokens, kind.num_experts), kind.dtype)
-        choice = routing.choose(logits, _chosen(block), normalized=_is_normalized(block), scale=scale)
-        rows = mx.zeros((tokens * _chosen(block), kind.hidden), kind.dtype)
-        shared = [mx.zeros((tokens, wide), kind.dtype) for wide in (kind.hidden, 1)] if known and known.shared else []
-        routing.weighted_sum(rows, choice.scores, *shared)
+        gate = mx.zeros((tokens, 1), kind.dtype)
+        choice = routing.choose(
+            logits, chosen, normalized=_is_normalized(block), scale=scale, gate=gate if joined else None
+        )
+        rows = mx.zeros((choice.scores.size, kind.hidden), kind.dtype)
+        apart = known is not None and known.shared and not joined
+        routing.weighted_sum(
+            rows, choice.scores, *((mx.zeros((tokens, kind.hidden), kind.dtype), gate) if apart else ())
+        )
 
 
-def launched_tokens(num_experts: int, chosen: int) -> list[int]:
+def launched_tokens(num_experts: int, chosen: int, *, gated: bool = False) -> list[int]:
     """Numbers of tokens that take all kernels which any number takes."""
-    ways = {routing.listing(tokens, num_experts, chosen): tokens for tokens in range(_MOST_TOKENS, 0, -1)}
+    ways = {routing.listing(tokens, num_experts, chosen, gated=gated): tokens for tokens in range(_MOST_TOKENS, 0, -1)}
     return sorted(ways.values())
 
 
-def block_problem(block: nn.Module, layer: ExpertLayer) -> str | None:
-    """What a block's own code gives otherwise, in a line. Experts are looked up in a table for it on both sides."""
-    table = mx.random.normal((layer.kind.num_experts, layer.kind.hidden), key=mx.random.key(1)).astype(layer.kind.dtype)
+def block_problem(block: Any, layer: ExpertLayer) -> str | None:
+    """What a block's own code gives otherwise, in a line. Experts are looked up in a table for it on both sides.
+
+    A shared expert is the last of the table's rows.
+    """
+    kind = layer.kind
+    table = mx.random.normal((kind.num_experts, kind.hidden), key=mx.random.key(1)).astype(kind.dtype)
     stand_in = SwappedModules()
     try:
         stand_in.swap_method(experts_of(block) or block, "__call__", lambda _self, _x, indices: table[indices])
+        if shared_of(block) is not None:
+            last = table[-1:]
+            stand_in.swap_method(block.shared_expert, "__call__", lambda _self, x: mx.broadcast_to(last, x.shape))
         for tokens in _CHECKED_TOKENS:
-            shape = (1, tokens, layer.kind.hidden)
-            x = mx.random.normal(shape, key=mx.random.key(tokens)).astype(layer.kind.dtype)
+            x = mx.random.normal((1, tokens, kind.hidden), key=mx.random.key(tokens)).astype(kind.dtype)
             usual = _routed_part(block, x)
             rows = _computed(block, _TableLayer(layer, table))(block, x)
             if rows is None:
@@ -160,12 +180,13 @@ def _computed(block: Any, layer: Routed) -> Compute:
     def compute(self: Any, x: mx.array) -> ExpertRows | None:
         logits = self[known.router](x)
         logits = logits.reshape(-1, logits.shape[-1])
-        if not _takes(logits, chosen, x, layer):
+        joined = layer.kind.num_experts > logits.shape[1]
+        if not _takes(logits, chosen, x, layer, joined=joined):
             return None
-        choice = routing.choose(logits, chosen, normalized=normalized)
-        rows = layer.routed(x.reshape(-1, x.shape[-1]), choice.routes)
-        shared = (self.shared_expert(x), self.shared_expert_gate(x)) if known.shared else ()
-        return ExpertRows(rows, choice.scores, *shared)
+        gate = self.shared_expert_gate(x) if known.shared else None
+        choice = routing.choose(logits, chosen, normalized=normalized, gate=gate if joined else None)
+        rows = ExpertRows(layer.routed(x.reshape(-1, x.shape[-1]), choice.routes), choice.scores)
+        return rows if gate is None or joined else rows._replace(shared=self.shared_expert(x), gate=gate)
 
     return compute
 
@@ -184,13 +205,13 @@ def _is_normalized(block: Any) -> bool:
     return bool(getattr(block, normalized)) if isinstance(normalized, str) else normalized
 
 
-def _takes(logits: mx.array, chosen: int, x: mx.array, layer: Routed) -> bool:
-    pairs = logits.shape[0] * chosen
+def _takes(logits: mx.array, chosen: int, x: mx.array, layer: Routed, *, joined: bool = False) -> bool:
+    pairs = logits.shape[0] * (chosen + joined)
     return (
         x.dtype == layer.kind.dtype
         and 0 < pairs <= MAX_PAIRS
-        and routing.takes(logits.shape[1], chosen, logits.dtype)
-    )  # fmt: skip
+        and routing.takes(logits.shape[1], chosen, logits.dtype, gated=joined)
+    )
 
 
 def _summed(rows: ExpertRows, x: mx.array) -> mx.array:

@@ -29,13 +29,13 @@ SCANNED_PAIRS = 64
 
 LIST_OF_TILES = r"""
   // indices [P] -> tiles int [L, 2]: expert and rows (0: none); order int [L, C]: pairs, the last again behind the end.
-  __shared__ int counts[E], starts[E], sums[32];
-  const int P = @PAIRS@, L = P < E + P / C ? P : E + P / C, lane = threadIdx.x & 31, e = threadIdx.x;
-  for (int i = e; i < E; i += blockDim.x) counts[i] = 0;
+  __shared__ int counts[@EXPERTS@], starts[@EXPERTS@], sums[32];
+  const int P = @PAIRS@, L = P < @EXPERTS@ + P / C ? P : @EXPERTS@ + P / C, lane = threadIdx.x & 31, e = threadIdx.x;
+  for (int i = e; i < @EXPERTS@; i += blockDim.x) counts[i] = 0;
   __syncthreads();
   for (int p = e; p < P; p += blockDim.x) atomicAdd(&counts[int(indices[p])], 1);
   __syncthreads();
-  const int n = e < E ? counts[e] : 0, own = (n + C - 1) / C;
+  const int n = e < @EXPERTS@ ? counts[e] : 0, own = (n + C - 1) / C;
   int upto = own;
   for (int d = 1; d < 32; d *= 2) {
     const int before = __shfl_up_sync(0xffffffffu, upto, d);
@@ -53,7 +53,7 @@ LIST_OF_TILES = r"""
     tiles[(first + i) * 2 + 1] = min(C, n - i * C);
   }
   for (int i = total + e; i < L; i += blockDim.x) { tiles[i * 2] = 0; tiles[i * 2 + 1] = 0; }
-  if (e < E) { counts[e] = 0; starts[e] = first * C; }
+  if (e < @EXPERTS@) { counts[e] = 0; starts[e] = first * C; }
   __syncthreads();
   for (int p = e; p < P; p += blockDim.x) {
     const int of = int(indices[p]);
@@ -62,7 +62,7 @@ LIST_OF_TILES = r"""
   __syncthreads();
   for (int i = n; i < own * C; ++i) order[first * C + i] = order[first * C + n - 1];
 """
-ROUTE = LIST_OF_TILES.replace("@PAIRS@", "indices_shape[0]")
+ROUTE = LIST_OF_TILES.replace("@PAIRS@", "indices_shape[0]").replace("@EXPERTS@", "E")
 """One block of at least E threads. Constants: E (experts), C (rows of a tile)."""
 
 _FORMATS = r"""

@@ -12,9 +12,22 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.expert_check import experts_problem, launch_kernels
-from engine.runner.kernels.expert_layers import ExpertKind, ExpertLayer, expert_layer, scales_in_range
+from engine.runner.kernels.expert_layers import (
+    ExpertKind,
+    ExpertLayer,
+    expert_layer,
+    joins,
+    scales_in_range,
+    with_shared,
+)
 from engine.runner.kernels.kernel_cache import collecting, compile_all
-from engine.runner.kernels.routed_blocks import block_problem, experts_of, launch_block_kernels, swap_block
+from engine.runner.kernels.routed_blocks import (
+    block_problem,
+    experts_of,
+    launch_block_kernels,
+    shared_of,
+    swap_block,
+)
 from engine.runner.kernels.swapped_modules import SwappedModules
 
 BlockKind = tuple[type[nn.Module], ExpertKind]
@@ -60,14 +73,15 @@ class RoutedExperts:
                 launch_kernels(layer)
         for block, layer in dict(self._blocks).values():
             with suppress(Exception):
-                launch_block_kernels(block, layer)
+                launch_block_kernels(block, layer.kind, joined=_joins(block, layer))
 
     def choose(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Check the kernels on a layer of each kind; ``progress(done, total)`` counts kinds."""
-        kinds, blocks = self._kinds(), dict(self._blocks)
         with collecting() as awaited:
             self.launch_kernels()
         compile_all(awaited)
+        self._join_shared()
+        kinds, blocks = self._kinds(), dict(self._blocks)
         for done, (kind, layer) in enumerate(kinds.items(), 1):
             in_range = all(scales_in_range(one) for _, one in self._layers if one.kind == kind)
             problem = experts_problem(layer) if in_range else "scales are beyond what kernels unpack"
@@ -102,7 +116,21 @@ class RoutedExperts:
         self._swapped.undo()
 
     def _kinds(self) -> dict[ExpertKind, ExpertLayer]:
-        return {layer.kind: layer for _, layer in self._layers}
+        return {layer.kind: layer for _, layer in (*self._layers, *(block for _, block in self._blocks))}
+
+    def _join_shared(self) -> None:
+        """Have shared experts be one more of the routed ones, where they are alike."""
+        places = {id(module): place for place, (module, _) in enumerate(self._layers)}
+        for number, ((kind, _), (block, layer)) in enumerate(self._blocks):
+            if not _joins(block, layer):
+                continue
+            module = experts_of(block)
+            assert module is not None, "a block of experts"
+            whole = with_shared(layer, module, shared_of(block))
+            sliced = expert_layer(module)
+            assert sliced is not None, "the weights that were taken before"
+            self._layers[places[id(module)]] = module, sliced  # the old ones would be a second copy
+            self._blocks[number] = (kind, whole.kind), (block, whole)
 
     def _swap(self, module: nn.Module, layer: ExpertLayer) -> None:
         def experts(self: SwitchGLU, x: mx.array, indices: mx.array) -> mx.array:
@@ -112,3 +140,9 @@ class RoutedExperts:
             return usual
 
         self._swapped.swap_method(module, "__call__", experts)
+
+
+def _joins(block: nn.Module, layer: ExpertLayer) -> bool:
+    """Whether a block's shared expert can be one of its experts, and is not yet."""
+    module, shared = experts_of(block), shared_of(block)
+    return module is not None and shared is not None and joins(layer, module, shared)

@@ -26,44 +26,53 @@ class Choice(NamedTuple):
     scores: mx.array
 
 
-def takes(num_experts: int, chosen: int, dtype: mx.Dtype) -> bool:
-    """Whether :func:`choose` chooses so many of so many."""
-    return chosen <= min(MAX_CHOSEN, num_experts) and num_experts <= 1024 and dtype in (mx.bfloat16, mx.float16)
+def takes(num_experts: int, chosen: int, dtype: mx.Dtype, *, gated: bool = False) -> bool:
+    """Whether :func:`choose` chooses so many of so many, and one more for all if ``gated``."""
+    fits = chosen + gated <= MAX_CHOSEN and chosen <= num_experts and num_experts + gated <= 1024
+    return fits and dtype in (mx.bfloat16, mx.float16)
 
 
-def listing(tokens: int, num_experts: int, chosen: int) -> tuple[int, bool]:
+def listing(tokens: int, num_experts: int, chosen: int, *, gated: bool = False) -> tuple[int, bool]:
     """Rows of a tile for so many tokens, and whether :func:`choose` lists the tiles: its text differs by both."""
-    pairs = tokens * chosen
-    rows = tile_rows(pairs, num_experts)
+    pairs = tokens * (chosen + gated)
+    rows = tile_rows(pairs, num_experts + gated)
     return rows, (pairs > SCANNED_PAIRS or rows > 8) and tokens <= _MOST_LISTED
 
 
-def choose(logits: mx.array, chosen: int, *, normalized: bool, scale: mx.array | None = None) -> Choice:
+def choose(
+    logits: mx.array, chosen: int, *, normalized: bool, scale: mx.array | None = None, gate: mx.array | None = None
+) -> Choice:
     """The ``chosen`` experts with the largest ``logits`` [T, E] of each token.
 
-    Their weights are a softmax over them if ``normalized``, else over all experts, times ``scale`` [E].
+    Their weights are a softmax over them if ``normalized``, else over all experts, times ``scale`` [E]. With ``gate``
+    [T, 1] or [T], a shared expert's logit, every token has expert E as well, behind the others, and its weight is the
+    gate's sigmoid.
     """
     tokens, num_experts = logits.shape
-    pairs = tokens * chosen
-    rows, listed = listing(tokens, num_experts, chosen)
-    body, header = choose_text(normalized=normalized, scaled=scale is not None, listed=listed)
-    entries = entries_of(pairs, num_experts, rows)
+    gated = gate is not None
+    each, experts = chosen + gated, num_experts + gated
+    pairs = tokens * each
+    rows, listed = listing(tokens, num_experts, chosen, gated=gated)
+    body, header = choose_text(normalized=normalized, scaled=scale is not None, listed=listed, gated=gated)
+    entries = entries_of(pairs, experts, rows)
     threads = 1024 if listed else 32 * min(_WARPS, tokens)
     blocks = 1 if listed else -(-tokens // (threads // 32))
-    kind = f"{'' if normalized else '_all'}{'' if scale is None else '_scaled'}{'_listed' if listed else ''}"
-    names, outputs = ("logits", *(() if scale is None else ("scale",))), ("indices", "scores")
+    more = {"scale": scale, "gate": gate}
+    given = {"logits": logits} | {name: array for name, array in more.items() if array is not None}
+    words = ["" if normalized else "all", "scaled" if scale is not None else "", "gated" * gated, "listed" * listed]
     tiled = ("tiles", "order") if listed else ()
-    indices, scores, *lists = make_kernel(f"choose_experts{kind}", names, outputs + tiled, body, header)(
-        inputs=[logits, *([] if scale is None else [scale])],
+    name, outputs = "_".join(["choose_experts", *filter(None, words)]), ("indices", "scores", *tiled)
+    indices, scores, *lists = make_kernel(name, tuple(given), outputs, body, header)(
+        inputs=list(given.values()),
         template=[("T", logits.dtype), ("E", num_experts), ("TOP", chosen), *([("C", rows)] if listed else [])],
         grid=(threads * blocks, 1, 1),
         threadgroup=(threads, 1, 1),
-        output_shapes=[(pairs,), (tokens, chosen), *([(entries, 2), (entries, rows)] if listed else [])],
+        output_shapes=[(pairs,), (tokens, each), *([(entries, 2), (entries, rows)] if listed else [])],
         output_dtypes=[mx.int32, mx.float32, *([mx.int32] * len(tiled))],
     )
     if listed:
         return Choice(Routes(indices, rows, *lists), scores)
-    return Choice(route(indices, num_experts, rows=rows), scores)
+    return Choice(route(indices, experts, rows=rows), scores)
 
 
 def weighted_sum(

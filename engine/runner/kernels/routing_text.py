@@ -7,9 +7,9 @@ from engine.runner.kernels.routed_experts_text import LIST_OF_TILES
 from engine.runner.kernels.rows_matmul_text import UNROLLED
 
 _CHOOSE = r"""
-  // logits [M, E] -> indices [M, TOP], scores float [M, TOP]: a warp has a token. Of equal logits the first is taken.
+  // logits [M, E] -> indices [M, ROW], scores float [M, ROW]: a warp has a token. Of equal logits the first is taken.
   {
-  constexpr int V = (E + 31) / 32;
+  constexpr int V = (E + 31) / 32, ROW = TOP@MORE@;
   constexpr unsigned ALL = 0xffffffffu;
   const int M = logits_shape[0], lane = threadIdx.x & 31, warps = blockDim.x >> 5;
   for (int m = blockIdx.x * warps + (threadIdx.x >> 5); m < M; m += gridDim.x * warps) {
@@ -37,11 +37,18 @@ _CHOOSE = r"""
     @OVER_ALL@
     for (int mask = 16; mask > 0; mask >>= 1) sum += __shfl_xor_sync(ALL, sum, mask);
     if (lane < TOP) {
-      indices[m * TOP + lane] = expert;
-      scores[m * TOP + lane] = own / sum @SCALED@;
+      indices[m * ROW + lane] = expert;
+      scores[m * ROW + lane] = own / sum @SCALED@;
     }
+    @GATED@
   }
   }
+"""
+_GATED = r"""
+    if (lane == TOP) {
+      indices[m * ROW + TOP] = E;
+      scores[m * ROW + TOP] = 1.0f / (1.0f + __expf(-float(gate[m])));
+    }
 """
 _OVER_ALL = r"""
     sum = 0.0f;
@@ -75,16 +82,19 @@ _SHARED = r"""
 """
 
 
-def choose_text(*, normalized: bool, scaled: bool, listed: bool) -> tuple[str, str]:
+def choose_text(*, normalized: bool, scaled: bool, listed: bool, gated: bool = False) -> tuple[str, str]:
     """Body and header of a choice of experts.
 
-    Scores are a softmax of the chosen if ``normalized``, or of all; ``scaled``: times ``scale`` [E]. ``listed``: the
-    list of tiles as well, in the same launch of one block.
+    Scores are a softmax of the chosen if ``normalized``, or of all; ``scaled``: times ``scale`` [E]. ``gated``: every
+    token takes expert E last, which counts by the sigmoid of its ``gate``. ``listed``: the list of tiles as well, in
+    the same launch of one block.
     """
     body = _CHOOSE.replace("@OVER_ALL@", "" if normalized else _OVER_ALL)
     body = body.replace("@SCALED@", "* float(scale[expert])" if scaled else "")
+    body = body.replace("@MORE@", " + 1" if gated else "").replace("@GATED@", _GATED if gated else "")
     if listed:
-        body += "__syncthreads();\n" + LIST_OF_TILES.replace("@PAIRS@", "logits_shape[0] * TOP")
+        tiles = LIST_OF_TILES.replace("@PAIRS@", f"logits_shape[0] * (TOP + {int(gated)})")
+        body += "__syncthreads();\n" + tiles.replace("@EXPERTS@", f"(E + {int(gated)})")
     return body, UNROLLED
 
 

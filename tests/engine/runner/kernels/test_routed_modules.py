@@ -1,5 +1,6 @@
 """Kernels of routed experts in mlx-lm's models, run on this machine by ``cuda_on_host``: swapped, checked, undone."""
 
+import gc
 import importlib
 import shutil
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
-from engine.runner.kernels import routed_blocks, routed_experts, routing
+from engine.runner.kernels import expert_layers, routed_blocks, routed_experts, routing
 from engine.runner.kernels.expert_layers import expert_layer
 from engine.runner.kernels.routed_modules import RoutedExperts
+from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.model_work import model_work
 from tests.engine.runner.kernels.cuda_on_host import HostKernel, kernels_on_host
 
@@ -218,3 +220,63 @@ def test_scales_beyond_what_is_unpacked_are_noticed_in_any_layer() -> None:
     assert str(experts.note).endswith(
         "0 of 2 layers; mxfp4 experts 6 x 128 x 64: scales are beyond what kernels unpack"
     )
+
+
+def moved(model: Any) -> list[mx.array]:
+    """Copies of the shared experts' weights, as they were loaded."""
+    return [mx.array(one["weight"]) for layer in model.model.layers for one in shared_projections(layer)]
+
+
+def shared_projections(layer: Any) -> list[Any]:
+    return [layer.mlp.shared_expert[name] for name in ("gate_proj", "up_proj", "down_proj")]
+
+
+def test_a_shared_expert_like_the_others_is_one_of_them(host_kernels: dict[str, HostKernel]) -> None:
+    model = build("qwen3_next")
+    before = moved(model)
+    mx.synchronize()
+    gc.collect()
+    mx.clear_cache()
+    taken = mx.get_active_memory()
+    experts = RoutedExperts(model, "cuda")
+    experts.choose()
+    experts.install()
+    gc.collect()
+    mx.clear_cache()
+    assert mx.get_active_memory() - taken < 100_000, "no second copy"
+    assert all(mx.array_equal(*both) for both in zip(before, moved(model), strict=True))
+    names = set(host_kernels)
+    assert "choose_experts_gated" in names
+    assert not [name for name in names if "shared" in name], "its rows are summed with the others"
+    asked: list[int] = []
+    swapped = SwappedModules()
+    for layer in model.model.layers:
+        swapped.swap_method(layer.mlp.shared_expert, "__call__", lambda _self, x: asked.append(1) or x)
+    steps(model, [[3, 4, 5], [6]])
+    assert not asked
+
+
+@pytest.mark.parametrize("change", ["width", "bits", "kind"])
+def test_a_shared_expert_of_another_form_stays_beside_the_others(
+    change: str, monkeypatch: pytest.MonkeyPatch, host_kernels: dict[str, HostKernel]
+) -> None:
+    config, packing = MODELS["qwen3_next"]
+    if change == "width":
+        monkeypatch.setitem(MODELS, "qwen3_next", ({**config, "shared_expert_intermediate_size": 128}, packing))
+    if change == "kind":
+        monkeypatch.setattr(expert_layers, "_SHARED", ())
+    model = build("qwen3_next")
+    if change == "bits":
+        for layer in model.model.layers:
+            mlp = layer.mlp.shared_expert
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                mlp[name] = nn.QuantizedLinear(128, 64, bias=False, bits=4) if name != "down_proj" else mlp[name]
+            mlp.set_dtype(mx.bfloat16)
+    usual = steps(model, [list(range(3, 20)), [7]])
+    experts = RoutedExperts(model, "cuda")
+    experts.choose()
+    experts.install()
+    assert "sum_experts_shared" in host_kernels
+    assert "choose_experts_gated" not in host_kernels
+    found = steps(model, [list(range(3, 20)), [7]])
+    assert all(apart(one, other) < 0.05 for one, other in zip(found, usual, strict=True))

@@ -69,6 +69,23 @@ def test_equal_logits_give_the_first_experts() -> None:
     assert np.allclose(np.array(scores), 1 / 3)
 
 
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 40), (7, 40), (19, 6), (60, 6), (140, 40)])
+def test_a_shared_expert_is_every_tokens_last_by_the_sigmoid_of_its_gate(tokens: int, experts: int) -> None:
+    chosen = 4
+    logits, gate = some_logits(tokens, experts, mx.bfloat16), some_logits(tokens, 1, mx.bfloat16)
+    routes, scores = choose(logits, chosen, normalized=True, gate=gate)
+    usual = choose(logits, chosen, normalized=True)
+    indices = np.array(routes.indices).reshape(tokens, chosen + 1)
+    assert (indices[:, -1] == experts).all()
+    assert np.array_equal(indices[:, :-1], np.array(usual.routes.indices).reshape(tokens, chosen))
+    assert np.array_equal(np.array(scores)[:, :-1], np.array(usual.scores))
+    assert np.allclose(np.array(scores)[:, -1:], np.array(mx.sigmoid(gate.astype(mx.float32))), rtol=1e-5)
+    if routes.tiles is not None and routes.order is not None:
+        pairs = zip(np.array(routes.tiles).tolist(), np.array(routes.order).tolist(), strict=True)
+        seen = [(pair, expert) for (expert, rows), order in pairs for pair in order[:rows]]
+        assert sorted(seen) == list(enumerate(indices.reshape(-1).tolist()))
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("tokens", [1, 19])
 def test_rows_are_summed_by_their_scores_with_a_shared_experts_part(tokens: int, shared: bool) -> None:
