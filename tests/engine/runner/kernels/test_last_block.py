@@ -296,14 +296,18 @@ def asked(joins_in_launch: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     return kernels.launches
 
 
-@pytest.mark.parametrize(("kv_heads", "dim", "splits"), [(8, 128, 33), (2, 512, 64), (1, 256, 128)])
+@pytest.mark.parametrize(
+    ("kv_heads", "width", "splits"), [(8, 4096, 33), (2, 32, 14), (2, 256, 42), (2, 4096, 132), (1, 4096, 169)]
+)
 def test_a_block_is_given_no_more_parts_than_it_joins_quickly(
-    kv_heads: int, dim: int, splits: int, asked: list[tuple[str, int]]
+    kv_heads: int, width: int, splits: int, asked: list[tuple[str, int]]
 ) -> None:
-    heads, pages = 8 * kv_heads, mx.zeros((1, kv_heads, 16, dim), mx.bfloat16)
+    """Of a short context, where joining takes longer than reading; of a long one as many as fill the GPU."""
+    heads, pages = 8 * kv_heads, mx.zeros((1, kv_heads, 16, 256), mx.bfloat16)
     paged_attention(
-        mx.zeros((1, heads, 1, dim), mx.bfloat16), *(mx.zeros((1, kv_heads, 1, dim), mx.bfloat16),) * 2, pages, pages,
-        mx.zeros((1, 4096), mx.int32), mx.zeros((8,), mx.int32), scale=0.1, block_size=16, arrivals=arrival_counters(),
+        mx.zeros((1, heads, 1, 256), mx.bfloat16), *(mx.zeros((1, kv_heads, 1, 256), mx.bfloat16),) * 2, pages, pages,
+        mx.zeros((1, width), mx.int32), mx.zeros((8,), mx.int32), scale=0.1, block_size=16,
+        arrivals=arrival_counters(),
     )  # fmt: skip
     assert asked == [("paged_attention_last", splits)]
 
