@@ -28,12 +28,13 @@ from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.self_check import GPU_KERNELS, AttentionKernels
 from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv import attention_patch
-from engine.runner.kv.block_trial import BlockTrial, distance, in_dtype
+from engine.runner.kv.block_trial import BlockTrial, in_dtype
 from engine.runner.kv.fused_block import FusedBlock
 from engine.runner.kv.fused_blocks import FusedBlocks, swap_layers
 from engine.runner.kv.kernel_cache import DecodeRows, KernelLayerCache, padded_positions
 from engine.runner.kv.kv_pool import KVPool
 from engine.runner.kv.kv_spec import LayerShape
+from engine.runner.kv.layer_trial import distance
 from tests.on_device.kernels import say, timed, verdict
 
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
