@@ -39,18 +39,16 @@ class BlockTrial(LayerTrial[FusedBlock, Rows]):
         cache.finish()
         return found, self.written(pages, found.plain, found.plain if found.normed is None else found.normed)
 
-    def compared(
-        self, x: mx.array, found: Rows, usual: Own, exact: Own
-    ) -> Mapping[str, tuple[mx.array, mx.array, mx.array]]:
+    def compared(self, found: Rows, usual: Own, exact: Own) -> Mapping[str, tuple[mx.array, mx.array, mx.array]]:
         """See :class:`LayerTrial`: what the block adds to its rows, and those normalized."""
-        wide = x.astype(mx.float32)
+        wide, shape = exact.x, exact.x.shape
         plain, near, right = (
-            some.astype(mx.float32) - wide for some in (found.plain.reshape(x.shape), usual.result, exact.result)
+            some.astype(mx.float32) - wide for some in (found.plain.reshape(shape), usual.result, exact.result)
         )
         results = {"its result": (plain, near, right)}
         if found.normed is not None:
             near, right = (own.layer.input_layernorm(own.result) for own in (usual, exact))
-            results["its normalized result"] = found.normed.reshape(x.shape), near, right
+            results["its normalized result"] = found.normed.reshape(shape), near, right
         return results
 
 

@@ -26,7 +26,7 @@ _ROWS = (3, 12, 20, 30, 40)
 """Numbers of rows that a layer is tried with: each has kernels of its own."""
 CONTEXT = 37
 """Tokens before the new one."""
-_LOSS, _PACKED_LOSS = 1.5, 3.5
+LOSS, _PACKED_LOSS = 1.5, 3.5
 """Times the error of mlx-lm's own code: more is not rounding. Of packed weights that is the code over unpacked ones,
 beside which MLX's product of packed ones is off two to three times as far."""
 _FLOOR = {mx.bfloat16: 4e-3, mx.float16: 1e-3, mx.float32: 1e-3}
@@ -66,22 +66,25 @@ class Context:
 
 
 class Own(NamedTuple):
-    """What mlx-lm's code gives: the module that ran, and its result."""
+    """What mlx-lm's code gives: the module that ran, what it was given, and its result."""
 
     layer: Any
+    x: mx.array
     result: mx.array
 
 
 class LayerTrial(ABC, Generic[Way, Found]):
     """One layer on random rows, by a ``Way`` in few launches, which gives what is ``Found``, and by mlx-lm's code.
 
-    ``shape`` is that of its attention, but for the bits of packed pages; rows have ``hidden`` elements.
+    ``shape`` is that of its attention, but for the bits of packed pages; rows have ``hidden`` elements. ``loss``: times
+    the error of mlx-lm's own code that are rounding, where weights are not packed.
     """
 
     def __init__(
-        self, layer: Any, shape: JoinedShape, hidden: int, kernels: AttentionKernels, kv_cache_dtype: str = "auto"
-    ) -> None:
-        self._layer, self._kernels, self._hidden, self._loss = layer, kernels, hidden, _LOSS
+        self, layer: Any, shape: JoinedShape, hidden: int, kernels: AttentionKernels, kv_cache_dtype: str = "auto", *,
+        loss: float = LOSS,
+    ) -> None:  # fmt: skip
+        self._layer, self._kernels, self._hidden, self._loss = layer, kernels, hidden, loss
         self._kv_cache_dtype, self._packing = kv_cache_dtype, packing(shape.dim, kv_cache_dtype)
         self.shape = replace(shape, bits=self._packing.bits if self._packing else 0)
 
@@ -98,9 +101,7 @@ class LayerTrial(ABC, Generic[Way, Found]):
         """The same by ``way`` over pages; gives the new keys and values [rows, kv_heads, dim] from their slots too."""
 
     @abstractmethod
-    def compared(
-        self, x: mx.array, found: Found, usual: Own, exact: Own
-    ) -> Mapping[str, tuple[mx.array, mx.array, mx.array]]:
+    def compared(self, found: Found, usual: Own, exact: Own) -> Mapping[str, tuple[mx.array, mx.array, mx.array]]:
         """By name: of what was found, what mlx-lm's code gives in the model's element type, and in float32."""
 
     def problem(self, way: Way) -> str | None:
@@ -123,11 +124,12 @@ class LayerTrial(ABC, Generic[Way, Found]):
 
     def _difference(self, way: Way, exact: Any, usual: Any, rows: int) -> str | None:
         x, context = self.inputs(rows)
+        wide = x.astype(mx.float32)
         with uncompiled():  # a kernel for float32 that nothing else needs would take seconds on CUDA
-            wanted, exact_context = self.own(exact, x.astype(mx.float32), context.astype(mx.float32))
+            wanted, exact_context = self.own(exact, wide, context.astype(mx.float32))
         own, own_context = self.own(usual, x, context)
         found, pages = self.fused(way, x, context)
-        results = dict(self.compared(x, found, Own(usual, own), Own(exact, wanted)))
+        results = dict(self.compared(found, Own(usual, x, own), Own(exact, wide, wanted)))
         for name, page in zip(("keys", "values"), pages, strict=True):
             rows_of = (getattr(some, name)[:, :, -1] for some in (own_context, exact_context))
             results[f"what it writes as {name}"] = page, *rows_of
