@@ -67,6 +67,8 @@ def shape(dtype: mx.Dtype, dim: int, group: int, **more: Any) -> JoinedShape:
 ATTENTION = {
     "qwen3": shape(BF16, 128, 4, eps=1e-6), "llama": shape(BF16, 128, 4), "window": shape(BF16, 128, 8, window=100),
     "smollm2": shape(F32, 64, 3), "float16": shape(F16, 128, 7, eps=1e-6),
+    "gemma 4, sliding": shape(BF16, 256, 2, eps=1e-6, scale=1.0, window=1024, value_heads="normalized"),
+    "gemma 4, full": shape(BF16, 512, 8, eps=1e-6, scale=1.0, value_heads="normalized keys"),
 }  # fmt: skip
 
 
