@@ -29,6 +29,7 @@ from engine.runner.kernels.self_check import GPU_KERNELS
 from engine.runner.kv.attention_grid import chunk_grid
 from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath, describe
 from engine.runner.kv.fused_blocks import FusedBlocks
+from engine.runner.kv.gemma_attentions import GemmaAttentions
 from engine.runner.kv.kv_spec import ModelCaches, num_logits
 from engine.runner.load.loader import WEIGHT_READERS, LoadedModel, load_model, plan_inputs
 from engine.runner.load.small_model import small_model
@@ -126,7 +127,12 @@ def _speed_up(
     undo.callback(blocks.remove)
     blocks.choose(partial(progress, "kernels"))
     blocks.install()
-    products = FewRowProducts(model, _device_of_kernels(args, device), skip=blocks.products)
+    attentions = GemmaAttentions(model, device.kind, kernels, args.block_size, args.kv_cache_dtype)
+    undo.callback(attentions.remove)
+    attentions.choose(partial(progress, "kernels"))
+    attentions.install()
+    skip = blocks.products | attentions.products
+    products = FewRowProducts(model, _device_of_kernels(args, device), skip=skip)
     undo.callback(products.remove)
     products.choose(partial(progress, "kernels"))
     products.install()
@@ -139,7 +145,7 @@ def _speed_up(
     undo.callback(layers.remove)
     layers.choose()
     layers.install()
-    return blocks.note, products.choices.note, experts.note, layers.note
+    return blocks.note or attentions.note, products.choices.note, experts.note, layers.note
 
 
 def _choose_sampler(model: Any, args: EngineArgs, vocab_size: int) -> tuple[Sampler, str | None]:

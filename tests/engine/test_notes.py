@@ -165,6 +165,23 @@ def test_fused_layers_are_said_at_load_and_used(tiny_model_dir: Any, host_kernel
         assert not [note for note in plain.notes if note.startswith("fused layers")]
 
 
+def test_gemmas_attention_in_few_launches_is_said_at_load_and_used(
+    tiny_model_dir: Any, host_kernels: HostKernels
+) -> None:
+    folder = str(tiny_model_dir("gemma4_text", num_kv_shared_layers=0, hidden_size_per_layer_input=0))
+    with LLM(folder, **OPTIONS) as llm:
+        (line,) = [note for note in llm.notes if note.startswith("fused attention: ")]
+        done, _, total = line.removeprefix("fused attention: ").removesuffix(" layers").partition(" of ")
+        assert done == total != "0"
+        before = dict(host_kernels.calls)
+        tokens = llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+        assert host_kernels.calls["joined_attention"] > before["joined_attention"]
+        assert host_kernels.calls["paged_attention"] == before["paged_attention"]
+    with LLM(folder, attention_backend="reference", **OPTIONS) as plain:
+        assert plain.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids == tokens
+        assert not [note for note in plain.notes if note.startswith("fused attention")]
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_kernel_samples_where_it_is_right_and_a_line_says_where_it_is_not(
     wrong: bool, tiny_model_dir: Any, host_kernels: HostKernels, monkeypatch: pytest.MonkeyPatch

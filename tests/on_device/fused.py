@@ -28,12 +28,13 @@ from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.self_check import GPU_KERNELS, AttentionKernels
 from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv import attention_patch
-from engine.runner.kv.block_trial import BlockTrial, distance, in_dtype
+from engine.runner.kv.block_trial import BlockTrial, in_dtype
 from engine.runner.kv.fused_block import FusedBlock
 from engine.runner.kv.fused_blocks import FusedBlocks, swap_layers
 from engine.runner.kv.kernel_cache import DecodeRows, KernelLayerCache, padded_positions
 from engine.runner.kv.kv_pool import KVPool
 from engine.runner.kv.kv_spec import LayerShape
+from engine.runner.kv.layer_trial import distance
 from tests.on_device.kernels import say, timed, verdict
 
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
@@ -66,6 +67,8 @@ def shape(dtype: mx.Dtype, dim: int, group: int, **more: Any) -> JoinedShape:
 ATTENTION = {
     "qwen3": shape(BF16, 128, 4, eps=1e-6), "llama": shape(BF16, 128, 4), "window": shape(BF16, 128, 8, window=100),
     "smollm2": shape(F32, 64, 3), "float16": shape(F16, 128, 7, eps=1e-6),
+    "gemma 4, sliding": shape(BF16, 256, 2, eps=1e-6, scale=1.0, window=1024, value_heads="normalized"),
+    "gemma 4, full": shape(BF16, 512, 8, eps=1e-6, scale=1.0, value_heads="normalized keys"),
 }  # fmt: skip
 
 

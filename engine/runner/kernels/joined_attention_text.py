@@ -3,12 +3,13 @@
 A row holds its query heads, its key heads and its value heads, one behind the other, as a product with the joined
 weights gives them. Everything after that is :data:`engine.runner.kernels.paged_attention_text.ATTENTION_PASSES`.
 A rotation turns elements i and i + KEY_DIM / 2 of a head; a lane holds both. Queries stay in float32, the new key is
-rounded once.
+rounded once. So is a new value, where value heads are normalized, which they are without gains.
 
 EPS: bits of what is added to the mean square of a head, for heads that are normalized.
 """
 
 from functools import cache
+from typing import Literal
 
 from engine.runner.kernels.packed_attention_text import (
     PACK_NEWEST,
@@ -24,6 +25,13 @@ from engine.runner.kernels.paged_attention_text import (
     SHARED_FUNCTIONS,
     SINK_MACROS,
 )
+
+ValueHeads = Literal["given", "normalized", "normalized keys"]
+"""What values are: a row's value heads as given, or normalized; or its key heads, normalized but neither scaled by
+gains nor turned, where a row holds no others."""
+
+KINDS: dict[ValueHeads, str] = {"given": "2", "normalized": "2", "normalized keys": "1"}
+"""Heads of a row for each kv head."""
 
 _ROTATE = r"""
 template <int PAIRS>
@@ -54,26 +62,38 @@ template <typename T> FUNCTION uint4 packed_vector(PRIVATE const float* f) {
 """
 
 _NORMALIZE = r"""
-// A team's head: divided by its root mean square, times the gains of its elements.
-template <int DIM, int LANES, int VEC>
-FUNCTION void normalize_head(PRIVATE float* f, GLOBAL const float* gain, int in_team, float eps) {
+// What divides a team's head by its root mean square.
+template <int DIM, int LANES> FUNCTION float head_scale(PRIVATE const float* f, float eps) {
   constexpr int PART = DIM / LANES;
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < PART; ++i) sum += f[i] * f[i];
 #pragma unroll
   for (int mask = LANES / 2; mask > 0; mask >>= 1) sum += SHFL_XOR(sum, mask);
-  const float scaled = RSQRT(sum / DIM + eps);
+  return RSQRT(sum / DIM + eps);
+}
+// The same, times the gains of its elements.
+template <int DIM, int LANES, int VEC>
+FUNCTION void normalize_head(PRIVATE float* f, GLOBAL const float* gain, int in_team, float eps) {
+  const float scaled = head_scale<DIM, LANES>(f, eps);
 #pragma unroll
-  for (int i = 0; i < PART; ++i) f[i] *= scaled * gain[COLUMN(i / VEC) + i % VEC];
+  for (int i = 0; i < DIM / LANES; ++i) f[i] *= scaled * gain[COLUMN(i / VEC) + i % VEC];
 }
 """
 
 _NORM_CALL = "normalize_head<KEY_DIM, LANES, VEC>({values}, {gain}, in_team, CONSTANT(EPS));"
+_NORM_VALUE = r"""
+    float w[VALUE_PART];
+#pragma unroll
+    for (int v = 0; v < VALUE_LOADS; ++v) load_elements<T, VEC>(new_value + COLUMN(v), &w[v * VEC]);
+    const float scaled = head_scale<VALUE_DIM, LANES>(w, CONSTANT(EPS));
+#pragma unroll
+    for (int i = 0; i < VALUE_PART; ++i) w[i] *= scaled;
+"""
 
 _JOINED_ROWS = r"""
   constexpr int PAIRS = KEY_PART / 2;
-  GLOBAL const T* given = joined + (size_t)row * kv_heads * (GROUP + 2) * KEY_DIM;
+  GLOBAL const T* given = joined + (size_t)row * kv_heads * (GROUP + @KINDS@) * KEY_DIM;
   float cosines[PAIRS], sines[PAIRS];
 #pragma unroll
   for (int i = 0; i < PAIRS; ++i) {
@@ -93,12 +113,13 @@ _JOINED_ROWS = r"""
   }
   if (has_newest && WARP == 0) {                                    // all teams, since lanes exchange sums
     GLOBAL const T* new_key = given + (kv_heads * GROUP + kv_head) * KEY_DIM;
-    GLOBAL const T* new_value = new_key + kv_heads * KEY_DIM;
+    GLOBAL const T* new_value = new_key + kv_heads * (@KINDS@ - 1) * KEY_DIM;
     float k[KEY_PART];
 #pragma unroll
     for (int v = 0; v < KEY_LOADS; ++v) load_elements<T, VEC>(new_key + COLUMN(v), &k[v * VEC]);
     @NORM_KEY@
     turn_pairs<PAIRS>(k, cosines, sines);
+    @NORM_VALUE@
     @KEEP@
   }
 """
@@ -116,7 +137,7 @@ _KEEP_PLAIN = r"""
       }
 #pragma unroll
       for (int v = 0; v < VALUE_LOADS; ++v) {
-        const uint4 raw = *(GLOBAL const uint4*)(new_value + COLUMN(v));
+        const uint4 raw = @VALUE@;
         newest[(KEY_LOADS + v) * LANES + in_team] = raw;
         *(GLOBAL uint4*)(value + COLUMN(v)) = raw;
       }
@@ -126,13 +147,22 @@ _KEEP_FRESH = r"""
     if (team == 0)
 #pragma unroll
       for (int i = 0; i < KEY_PART; ++i) fresh[COLUMN(i / VEC) + i % VEC] = T(k[i]);
-    for (int i = lane; i < VALUE_DIM; i += 32) fresh[KEY_DIM + i] = new_value[i];
+    @VALUE@
 """
+_PLAIN_VALUE = {False: "*(GLOBAL const uint4*)(new_value + COLUMN(v))", True: "packed_vector<T>(&w[v * VEC])"}
+_FRESH_VALUE = {
+    False: "for (int i = lane; i < VALUE_DIM; i += 32) fresh[KEY_DIM + i] = new_value[i];",
+    True: r"""
+    if (team == 0)
+#pragma unroll
+      for (int i = 0; i < VALUE_PART; ++i) fresh[KEY_DIM + COLUMN(i / VEC) + i % VEC] = T(w[i]);""",
+}
 
 
 @cache
-def joined_text(*, normed: bool, packed: bool = False) -> tuple[str, str]:
+def joined_text(*, normed: bool, packed: bool = False, value_heads: ValueHeads = "given") -> tuple[str, str]:
     """Body and header of the kernel, for heads that are normalized or not, over plain pages or packed ones."""
+    norms_values = value_heads != "given"
     query, key = (
         (
             _NORM_CALL.format(values="q[g]", gain="constants + KEY_DIM / 2"),
@@ -142,7 +172,9 @@ def joined_text(*, normed: bool, packed: bool = False) -> tuple[str, str]:
         else ("", "")
     )
     rows = _JOINED_ROWS.replace("@NORM_QUERY@", query).replace("@NORM_KEY@", key)
-    rows = rows.replace("@KEEP@", _KEEP_FRESH if packed else _KEEP_PLAIN)
+    rows = rows.replace("@NORM_VALUE@", _NORM_VALUE if norms_values else "")
+    rows = rows.replace("@KEEP@", _KEEP_FRESH if packed else _KEEP_PLAIN).replace("@KINDS@", KINDS[value_heads])
+    rows = rows.replace("@VALUE@", (_FRESH_VALUE if packed else _PLAIN_VALUE)[norms_values])
     header = SHARED_FUNCTIONS + SINK_MACROS[False] + ATTENTION_FUNCTIONS + _ROTATE + (_NORMALIZE if normed else "")
     if packed:
         return PACKED_SETUP + rows + PACK_NEWEST + PACKED_PASSES, header + PACKING + UNPACKING

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from engine.errors import error_line
 from engine.runner.kernels.joined_attention import HeadConstants, HeadNorms
+from engine.runner.kernels.joined_attention_text import ValueHeads
 from engine.runner.kernels.page_check import CheckedPages
 from engine.runner.kernels.paged_attention import arrival_counters
 from engine.runner.kernels.reference import attention, floats
@@ -32,6 +33,7 @@ class JoinedShape:
     window: int | None = None
     eps: float | None = None
     bits: int = 0
+    value_heads: ValueHeads = "given"
 
 
 def joined_problem(shape: JoinedShape, kernels: AttentionKernels) -> str | None:
@@ -80,7 +82,8 @@ class _Check:
     def run(self, splits: int) -> str | None:
         """The first thing that is wrong with one launch."""
         shape, rows = self._shape, len(_LENGTHS)
-        joined = self._random(rows, self._heads + 2 * self._kv_heads, shape.dim)
+        kinds = 1 if shape.value_heads == "normalized keys" else 2
+        joined = self._random(rows, self._heads + kinds * self._kv_heads, shape.dim)
         gains = [1 + 0.2 * self._random(shape.dim) for _ in range(2)]
         gains = [floats(mx.array(gain).astype(shape.dtype)) for gain in gains]
         given, query_gain, key_gain = (
@@ -93,7 +96,8 @@ class _Check:
         out = self._kernels.joined_attention(
             given, key_pages, value_pages, mx.array(self._tables) + 0,
             mx.array([length - 1 for length in _LENGTHS], mx.int32) + 0, HeadConstants.of(
-                mx.array(self._frequencies), None if shape.eps is None else HeadNorms(query_gain, key_gain, shape.eps)
+                mx.array(self._frequencies), None if shape.eps is None else HeadNorms(query_gain, key_gain, shape.eps),
+                shape.value_heads,
             ), heads=self._heads, scale=shape.scale, block_size=shape.block_size, window=shape.window,
             splits=splits, arrivals=self._arrivals,
         )  # fmt: skip
@@ -106,7 +110,7 @@ class _Check:
         for row, length in enumerate(_LENGTHS):
             wanted = np.zeros_like(found[row])
             if length:
-                queries, keys, values = np.split(joined[row], [self._heads, self._heads + self._kv_heads])
+                queries, keys, values = self._split(joined[row])
                 queries, keys = (
                     self._turned(some, gain, length - 1) for some, gain in zip((queries, keys), gains, strict=True)
                 )
@@ -119,16 +123,28 @@ class _Check:
             error = float(np.linalg.norm(found[row] - wanted)) / (float(np.linalg.norm(wanted)) or 1.0)
             if not error <= (limit if length else 0.0):
                 return f"{length} tokens from a joined product: relative error {error:.1e}"
-        if problem := self._pages[1].problem(after):
+        if problem := self._pages[1].problem(after, tolerance=0.0 if shape.value_heads == "given" else limit):
             return f"value pages: {problem}"
         if problem := self._pages[0].problem(after, tolerance=limit):
             return f"key pages: {problem}"
         return None
 
+    def _split(self, heads: Floats) -> list[Floats]:
+        """Query, key and value heads of a row's; values as they are attended to."""
+        queries, keys, values = np.split(heads, [self._heads, self._heads + self._kv_heads])
+        if self._shape.value_heads == "normalized keys":
+            values = keys
+        return [queries, keys, values if self._shape.value_heads == "given" else self._normalized(values)]
+
+    def _normalized(self, heads: Floats) -> Floats:
+        assert self._shape.eps is not None, "nothing to add to a mean square"
+        normalized: Floats = heads / np.sqrt((heads**2).mean(-1, keepdims=True) + self._shape.eps)
+        return normalized
+
     def _turned(self, heads: Floats, gain: Floats, position: int) -> Floats:
         """``heads`` [n, D] normalized, if they are to be, and rotated."""
         if self._shape.eps is not None:
-            heads = heads / np.sqrt((heads**2).mean(-1, keepdims=True) + self._shape.eps) * gain
+            heads = self._normalized(heads) * gain
         angles = position * self._frequencies.astype(np.float64)
         first, second = np.split(heads, 2, axis=-1)
         cosines, sines = np.cos(angles), np.sin(angles)

@@ -18,10 +18,12 @@ ROPE_QUERIES = r"""
                             TID);
 """
 
-# The same from a layer's joined product; a warp normalizes and turns a head at a time.
+# The same from a layer's joined product; a warp normalizes and turns a head at a time. FRESH heads are kept: the new
+# key, and the new value where that is normalized.
 JOINED_ROWS = r"""
-  constexpr int PAIRS = KEY_DIM / 64;
-  const T* given = joined + (size_t)row * kv_heads * (GROUP + 2) * KEY_DIM;
+  constexpr int PAIRS = KEY_DIM / 64, FRESH = @FRESH@;
+  const T* given = joined + (size_t)row * kv_heads * (GROUP + @KINDS@) * KEY_DIM;
+  const int value_head = kv_heads * (GROUP + @KINDS@ - 1) + kv_head;
   float cosines[PAIRS], sines[PAIRS];
   EACH(i, PAIRS) {
     const float angle = float(position) * constants[lane * PAIRS + i];
@@ -30,9 +32,10 @@ JOINED_ROWS = r"""
     const float rest = FMA(turns, 1.7484556e-7f, FMA(-turns, 6.2831855f, angle));
     cosines[i] = COS(rest); sines[i] = SIN(rest);
   }
-  for (int head = WARP; head < HEADS + 1; head += WARPS) {
-    const bool is_key = head == HEADS;
-    const int source = is_key ? kv_heads * GROUP + kv_head : kv_head * GROUP + head0 + (head < here ? head : 0);
+  for (int head = WARP; head < HEADS + FRESH; head += WARPS) {
+    const bool is_key = head == HEADS, is_value = FRESH > 1 && head > HEADS;
+    const int source = is_value ? value_head : is_key ? kv_heads * GROUP + kv_head
+                                                      : kv_head * GROUP + head0 + (head < here ? head : 0);
     const T* from = given + (size_t)source * KEY_DIM + lane * PAIRS;
     float a[PAIRS], b[PAIRS];
     EACH(i, PAIRS) { a[i] = float(from[i]); b[i] = float(from[KEY_DIM / 2 + i]); }
@@ -40,15 +43,16 @@ JOINED_ROWS = r"""
     EACH(i, PAIRS) {
       const int d = lane * PAIRS + i;
       const float x = a[i] * cosines[i] - b[i] * sines[i], y = b[i] * cosines[i] + a[i] * sines[i];
-      if (is_key) { fresh[d] = T(x); fresh[KEY_DIM / 2 + d] = T(y); }
+      if (is_value) { fresh[KEY_DIM + d] = T(a[i]); fresh[KEY_DIM + KEY_DIM / 2 + d] = T(b[i]); }
+      else if (is_key) { fresh[d] = T(x); fresh[KEY_DIM / 2 + d] = T(y); }
       else {
         staged[head * QUERY_ROW + d] = C(head < here ? x : 0.0f);
         staged[head * QUERY_ROW + KEY_DIM / 2 + d] = C(head < here ? y : 0.0f);
       }
     }
   }
-  for (int i = TID; i < VALUE_DIM; i += THREADS)
-    fresh[KEY_DIM + i] = given[(size_t)(kv_heads * (GROUP + 1) + kv_head) * KEY_DIM + i];
+  if (FRESH == 1)
+    for (int i = TID; i < VALUE_DIM; i += THREADS) fresh[KEY_DIM + i] = given[(size_t)value_head * KEY_DIM + i];
 """
 
 NORM = r"""
@@ -59,7 +63,7 @@ NORM = r"""
     EACH(i, PAIRS) {
       const int d = lane * PAIRS + i;
       const float* gain = constants + KEY_DIM / 2 + (is_key ? KEY_DIM : 0) + d;
-      a[i] *= scaled * gain[0];
-      b[i] *= scaled * gain[KEY_DIM / 2];
+      a[i] *= is_value ? scaled : scaled * gain[0];
+      b[i] *= is_value ? scaled : scaled * gain[KEY_DIM / 2];
     }
 """

@@ -23,6 +23,7 @@ Template arguments, beside those of :mod:`engine.runner.kernels.paged_attention_
 
 from functools import cache
 
+from engine.runner.kernels.joined_attention_text import KINDS, ValueHeads
 from engine.runner.kernels.mma_rows_text import JOINED_ROWS, NORM, ROPE_QUERIES, SEPARATE_ROWS
 from engine.runner.kernels.packed_attention_text import PACKING
 from engine.runner.kernels.paged_attention_text import ATTENTION_FUNCTIONS, SHARED_FUNCTIONS, SINK_MACROS
@@ -444,10 +445,12 @@ _JOIN = r"""
 
 @cache
 def mma_text(
-    *, packed: bool, latent: bool = False, joined: bool = False, normed: bool = False, sinks: bool = False
-) -> tuple[str, str]:
+    *, packed: bool, latent: bool = False, joined: bool = False, normed: bool = False,
+    value_heads: ValueHeads = "given", sinks: bool = False,
+) -> tuple[str, str]:  # fmt: skip
     """Body and header of the kernel: over packed pages or latent ones, from a joined product with or without norms."""
     rows = JOINED_ROWS.replace("@NORM@", NORM if normed else "") if joined else SEPARATE_ROWS
+    rows = rows.replace("@FRESH@", "1" if value_heads == "given" else "2").replace("@KINDS@", KINDS[value_heads])
     rows = rows.replace("@ROPE_QUERIES@", ROPE_QUERIES if latent else "")
     fragments = _FRAGMENTS.replace("@WRITE@", _PACKED_WRITE if packed else _PLAIN_WRITE)
     loop = _LOOP.replace("@SCORES@", _PACKED_SCORES if packed else _PLAIN_SCORES)

@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
+from mlx_lm.models.rope_utils import Llama3RoPE, ProportionalRoPE, SuScaledRoPE, YarnRoPE
 from numpy.typing import NDArray
 
 
@@ -19,7 +19,7 @@ def frequencies_of(rope: Any, dim: int) -> NDArray[np.float32] | None:
     if kind is nn.RoPE:
         whole = rope.dims == dim and not rope.traditional
         return _inverse(float(rope.base) ** (np.arange(0, dim, 2) / dim) / rope.scale) if whole else None
-    if kind is Llama3RoPE:
+    if kind in (Llama3RoPE, ProportionalRoPE):  # of the latter some turn by nothing: their wavelength is infinite
         whole = rope.dims == dim and not rope.traditional
     elif kind is YarnRoPE:
         whole = rope.dims == dim and not rope.traditional and rope.mscale == 1.0

@@ -88,12 +88,17 @@ class HostKernels:
         splits: int | None = None,
         arrivals: mx.array | None = None,
     ) -> mx.array:
-        """Normalize and rotate the heads of each row [heads and two kv_heads, D], and attend; [rows, heads * D]."""
+        """Normalize and rotate the heads of each row, and attend; [rows, heads * D]."""
         self.calls["joined_attention"] += 1
         rows, kv_heads = joined.shape[0], rows_of(key_pages).shape[1]
-        dim = joined.shape[1] // (heads + 2 * kv_heads)
-        given = floats(joined).reshape(rows, heads + 2 * kv_heads, 1, dim)
+        num_heads = constants.heads_of_row(heads, kv_heads)
+        dim = joined.shape[1] // num_heads
+        given = floats(joined).reshape(rows, num_heads, 1, dim)
         queries, keys, values = np.split(given, [heads, heads + kv_heads], axis=1)
+        if constants.value_heads != "given":
+            assert constants.eps is not None
+            values = values if constants.value_heads == "normalized" else keys
+            values = values / np.sqrt((values**2).mean(-1, keepdims=True) + constants.eps)
         frequencies, *gains = np.split(floats(constants.values), [dim // 2, dim // 2 + dim])
         if constants.eps is not None:
             queries, keys = (

@@ -29,16 +29,26 @@ SHAPES = {
     "llama, window": shape(mx.bfloat16, 128, 8, window=100),
     "f16 of 64": shape(mx.float16, 64, 7),
     "f32 of 96, normed": shape(mx.float32, 96, 2, eps=1e-5, block_size=8),
+    "gemma 4, sliding": shape(mx.bfloat16, 256, 2, eps=1e-6, scale=1.0, window=100, value_heads="normalized"),
+    "gemma 4, full": shape(mx.bfloat16, 512, 8, eps=1e-6, scale=1.0, value_heads="normalized keys"),
+    "f32 of 32, values normed": shape(mx.float32, 32, 2, eps=1e-5, value_heads="normalized"),
+    "f16 of 16, keys as values": shape(mx.float16, 16, 1, eps=1e-5, value_heads="normalized keys"),
 }
 
 PACKED = {
     "qwen3, 8 bits": shape(mx.bfloat16, 128, 4, eps=1e-6, bits=8),
     "llama, 4 bits, window": shape(mx.float16, 64, 8, window=100, bits=4),
     "f32 of 96, 8 bits": shape(mx.float32, 96, 2, eps=1e-5, bits=8),
+    "gemma 4, sliding, 8 bits": shape(
+        mx.bfloat16, 256, 2, eps=1e-6, scale=1.0, window=100, bits=8, value_heads="normalized"
+    ),
+    "gemma 4, full, 4 bits": shape(mx.bfloat16, 512, 8, eps=1e-6, scale=0.1, bits=4, value_heads="normalized keys"),
 }
 ON_TENSOR_CORES = PACKED | {
     "llama of 12": shape(mx.bfloat16, 128, 12, window=100),
     "f16 of 256": shape(mx.float16, 256, 8, eps=1e-6),
+    "values normed, of 256": shape(mx.bfloat16, 256, 8, eps=1e-6, window=100, value_heads="normalized"),
+    "gemma 4, full": SHAPES["gemma 4, full"],
 }
 
 
@@ -49,7 +59,14 @@ def kernels(text_kernels: TextKernels) -> dict[str, HostKernel]:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("dialect", "name"), [*(("metal", name) for name in SHAPES), ("cuda", "qwen3"), ("cuda", "f16 of 64")]
+    ("dialect", "name"),
+    [
+        *(("metal", name) for name in SHAPES),
+        ("cuda", "qwen3"),
+        ("cuda", "f16 of 64"),
+        ("cuda", "gemma 4, sliding"),
+        ("cuda", "f16 of 16, keys as values"),
+    ],
 )
 def test_the_text_gives_what_numpy_gives(name: str, kernels: dict[str, HostKernel]) -> None:
     assert joined_problem(SHAPES[name], GPU_KERNELS) is None
@@ -57,7 +74,10 @@ def test_the_text_gives_what_numpy_gives(name: str, kernels: dict[str, HostKerne
 
 
 @needs_compiler
-@pytest.mark.parametrize(("dialect", "name"), [*(("metal", name) for name in PACKED), ("cuda", "qwen3, 8 bits")])
+@pytest.mark.parametrize(
+    ("dialect", "name"),
+    [*(("metal", name) for name in PACKED), ("cuda", "qwen3, 8 bits"), ("cuda", "gemma 4, sliding, 8 bits")],
+)
 def test_packed_pages_give_what_numpy_gives(name: str, kernels: dict[str, HostKernel]) -> None:
     assert joined_problem(PACKED[name], GPU_KERNELS) is None
     assert any(one.startswith("joined_attention_packed") for one in kernels)
@@ -95,6 +115,26 @@ def test_a_fault_in_the_text_is_found(
     assert joined_problem(QWEN3, GPU_KERNELS) is not None
 
 
+@needs_compiler
+@pytest.mark.parametrize("dialect", ["metal"])
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("gemma 4, sliding", "w[i] *= scaled;", ";"),
+        ("gemma 4, sliding", "packed_vector<T>(&w[v * VEC])", "*(GLOBAL const uint4*)(new_value + COLUMN(v))"),
+        ("gemma 4, full", "kv_heads * (1 - 1) * KEY_DIM", "kv_heads * KEY_DIM"),
+        ("gemma 4, full", "kv_heads * (GROUP + 1) * KEY_DIM", "kv_heads * (GROUP + 2) * KEY_DIM"),
+    ],
+)
+def test_a_fault_in_value_heads_is_found(
+    name: str, right: str, wrong: str, kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body, header = module.joined_text(normed=True, value_heads=SHAPES[name].value_heads)
+    assert right in body
+    monkeypatch.setattr(module, "joined_text", lambda **_how: (body.replace(right, wrong), header))
+    assert joined_problem(SHAPES[name], GPU_KERNELS) is not None
+
+
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("group", [1, 4, 8, 16])
 @pytest.mark.parametrize("size", [2, 4])
@@ -110,6 +150,8 @@ def test_a_lane_holds_both_halves_of_its_pairs(dim: int, group: int, size: int) 
         ({"joined": mx.zeros((2, 100))}, "do not hold"),
         ({"constants": module.HeadConstants(mx.zeros((9,)))}, "constants"),
         ({"constants": module.HeadConstants(mx.zeros((8,)), 1e-6)}, "constants"),
+        ({"constants": module.HeadConstants(mx.zeros((8,)), None, "normalized")}, "value heads alone"),
+        ({"constants": module.HeadConstants(mx.zeros((40,)), 1e-6, "normalized keys")}, "do not hold"),
         ({"joined": mx.zeros((2, 128), mx.float16)}, "rows and pages in"),
         ({"positions": mx.zeros((1,), mx.int32)}, "2 rows"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from engine.runner.kernels import split_k as module
 from engine.runner.kernels.fused_rows import Norm
 from engine.runner.kernels.split_k import add_parts, silu_and_mul, split_k
-from engine.runner.kv.block_trial import distance
+from engine.runner.kv.layer_trial import distance
 from tests.engine.runner.kernels.cuda_on_host import kernels_on_host
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
