@@ -20,7 +20,7 @@ from tests.on_device.ties import WRONG
 
 
 def _parity(options: argparse.Namespace) -> bool:
-    return not any(WRONG in line for line in parity(options.backend).values())
+    return not any(WRONG in line for line in parity(options.backend, options.only).values())
 
 
 def _pools(_options: argparse.Namespace) -> bool:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("checks", nargs="*", choices=[[], *CHECKS], metavar="CHECK", help=f"of {', '.join(CHECKS)}")
     parser.add_argument("--backend", choices=ATTENTION_BACKENDS, default="auto", help="attention, in long and parity")
     parser.add_argument("--small", action="store_true", help="long, backends and sticky as a CPU can do them")
-    parser.add_argument("--only", default="", metavar="WORDS", help="checkpoints: kinds that have these words")
+    parser.add_argument("--only", default="", metavar="WORDS", help="parity, checkpoints: kinds that have these words")
     parser.add_argument("--seconds", type=float, default=95.0, help="after which long leaves models out, and fails")
     options = parser.parse_args(arguments)
     print(json.dumps({"device": describe_device().name, "mlx": version("mlx")}), flush=True)

@@ -20,13 +20,13 @@ LONGER = {"llama": 700, "gemma3_text": 700, "gemma4_text": 400, "qwen3_5": 400, 
 """Architectures of which prompts up to so many tokens are tried too: attention has other ways past 256 and 512."""
 
 
-def parity(backend: str = "auto") -> dict[str, str]:
+def parity(backend: str = "auto", only: str = "") -> dict[str, str]:
     """Per architecture: prompts of equal tokens, of ties, and wrong ones, batched, from the cache and in chunks.
 
-    Each is printed when it is done.
+    Each is printed when it is done. ``only``: those whose names have one of these words, which commas part.
     """
     found = {}
-    for name in CONFIGS:
+    for name in [name for name in CONFIGS if any(word in name for word in only.split(","))]:
         model = tiny_model(name)
         expert_rows.install(model, describe_device().kind)
         prompts = mixed_prompts(7, VOCAB, LONGEST, seed=1)

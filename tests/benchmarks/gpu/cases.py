@@ -15,7 +15,7 @@ from tests.benchmarks.gpu.http_cases import http_results
 from tests.benchmarks.gpu.replica_cases import replica_results
 from tests.benchmarks.gpu.shapes import kv_bytes_per_token
 from tests.benchmarks.gpu.sizes import Sizes
-from tests.benchmarks.gpu.wide_cases import wide_results
+from tests.benchmarks.gpu.wide_cases import equal_results, wide_results
 from tests.benchmarks.harness import Case, Result, run_case, take_turns
 from tests.benchmarks.host_cases import host_cases
 from tests.benchmarks.load_time import in_a_process
@@ -67,6 +67,7 @@ def gpu_cases(sizes: Sizes) -> Iterator[GpuCase]:
     for rows in sizes.packed_batches:
         yield GpuCase(f"4bit decode, context {sizes.context}, batch {rows}", partial(_packed, rows))
     for shape in sizes.wide:
+        yield GpuCase(f"{shape}, tokens as mlx-lm's", partial(equal_results, shape))
         yield GpuCase(f"{shape} in 4 bits", partial(wide_results, shape))
 
 

@@ -64,7 +64,8 @@ class Engines:
         """Engines of another shape, in place of all that is on the device. The last such shape's stay until then."""
         if self._wide is None or self._wide.sizes.shape != shape:
             self.release()
-            self._wide = Engines(replace(self.sizes, shape=shape), self._folder, self.machine)
+            sizes = replace(self.sizes, shape=shape, max_model_len=self.sizes.wide_max_model_len)
+            self._wide = Engines(sizes, self._folder, self.machine)
         return self._wide
 
     def options(self, backend: str = "auto") -> dict[str, Any]:

@@ -148,7 +148,7 @@ def test_the_gpu_suite_needs_neither_notebook_nor_test_packages(tmp_path: Path) 
 
 
 def test_shapes_with_experts_states_and_windows_are_measured_beside_mlx_lm(tmp_path: Path) -> None:
-    run = run_tiny(tmp_path, "in 4 bits", "int8 pages")
+    run = run_tiny(tmp_path, "in 4 bits", "tokens as", "int8 pages")
     kinds = [(case["settings"]["kind"], case["settings"].get("shape")) for case in run["cases"]]
     for shape in TINY.wide:
         assert {(kind, shape) for kind in ("wide equal", "wide decode", "wide prefill")} <= set(kinds)

@@ -39,11 +39,15 @@ WANTED = {
 }
 
 
+def equal_results(shape: str, parent: Engines) -> Iterator[Result]:
+    """Equal tokens, of the first layers of one shape in 4 bits."""
+    yield _equal(shape, parent.of_shape(shape))
+
+
 def wide_results(shape: str, parent: Engines) -> Iterator[Result]:
-    """Steps of several numbers of rows, a prompt, and equal tokens, of one shape in 4 bits."""
+    """Steps of several numbers of rows, and a prompt, of one shape in 4 bits."""
     engines = parent.of_shape(shape)
     wanted = WANTED.get(shape, Wanted({}, 0.0))
-    yield _equal(shape, engines)
     for rows in engines.sizes.packed_batches:
         yield _steps(shape, rows, wanted.steps.get(rows), engines)
     yield _prompt(shape, wanted.prompt or None, engines)
