@@ -60,6 +60,6 @@ TINY = Sizes(
     shape="tiny", context=24, batches=(1, 3), packed_batches=(2,), long=((2, 96),), sampled_batch=3, steps=8,
     slow_steps=6, repeats=1, long_repeats=1, prompt=160, prompt_repeats=1, shared=(3, 64, 4), long_prompt=768,
     short_prompt=8, running=2, wide=("tiny-hybrid", "tiny-gemma"), wide_context=40, wide_steps=6, wide_prompt=96,
-    wide_max_model_len=256, clients=2, client_tokens=4, replica_rows=6, replica_context=8, chunk=64, max_model_len=1024,
+    wide_max_model_len=512, clients=2, client_tokens=4, replica_rows=6, replica_context=8, chunk=64, max_model_len=1024,
     slow_max_model_len=256, max_num_seqs=4, memory=0.1, slow_memory=0.1, read_bytes=1 << 20, matrix=64,
 )  # fmt: skip
