@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from engine.runner.kernels.fused_rows import Norm, fused_rows, takes_norm
+from engine.runner.kernels.fused_rows_text import Activation
 from engine.runner.kernels.rows_matmul import takes_dense, takes_quantized
 from engine.runner.kernels.split_k import MAX_ROWS, add_parts, split_k
 
@@ -66,8 +67,9 @@ class JoinedWeights:
         return 0 if self.bits or not self.most_few_rows else MAX_ROWS
 
     def few(
-        self, x: mx.array, *, norm: Norm | None = None, residual: mx.array | None = None, gated: bool = False
-    ) -> mx.array:
+        self, x: mx.array, *, norm: Norm | None = None, residual: mx.array | None = None,
+        gated: Activation | None = None,
+    ) -> mx.array:  # fmt: skip
         """See :func:`engine.runner.kernels.fused_rows.fused_rows`."""
         if norm is not None and not takes_norm(x.dtype):
             x, norm = mx.fast.rms_norm(x, norm.gain, norm.eps), None
