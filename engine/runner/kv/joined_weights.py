@@ -97,6 +97,20 @@ class JoinedWeights:
         return x @ weight.T if added is None else mx.addmm(added, x, weight.T)
 
 
+def joining_problem(modules: Sequence[nn.Module]) -> str | None:
+    """Why the weights of ``modules``, which share their rows, cannot be one array without a bias; None if they can."""
+    if not all(isinstance(one, nn.Linear | nn.QuantizedLinear) for one in modules):
+        return "weights that are not plain or packed matrices"
+    if any("scales" in one and getattr(one, "mode", "affine") != "affine" for one in modules):
+        return "weights that are not packed as affine"
+    if any("bias" in one for one in modules):
+        return "biases behind its products"
+    if len({(getattr(one, "bits", 0), getattr(one, "group_size", 0)) for one in modules}) > 1:
+        return "weights packed in several ways"
+    weights = [one[name] for one in modules for name in (("scales", "biases") if "scales" in one else ("weight",))]
+    return "weights of several element types" if len({weight.dtype for weight in weights}) > 1 else None
+
+
 def _joined(modules: Sequence[nn.Module], *names: str) -> mx.array:
     """The parameters of these names of all modules along their first axis; slices of that take their places."""
     places = [(module, name) for name in names for module in modules]
