@@ -30,6 +30,7 @@ from engine.runner.kv.attention_grid import chunk_grid
 from engine.runner.kv.attention_path import NO_KERNELS_ON_CPU, AttentionPath, describe
 from engine.runner.kv.fused_blocks import FusedBlocks
 from engine.runner.kv.gemma_attentions import GemmaAttentions
+from engine.runner.kv.gemma_mlps import GemmaMLPs
 from engine.runner.kv.kv_spec import ModelCaches, num_logits
 from engine.runner.load.loader import WEIGHT_READERS, LoadedModel, load_model, plan_inputs
 from engine.runner.load.small_model import small_model
@@ -131,7 +132,11 @@ def _speed_up(
     undo.callback(attentions.remove)
     attentions.choose(partial(progress, "kernels"))
     attentions.install()
-    skip = blocks.products | attentions.products
+    mlps = GemmaMLPs(model, _device_of_kernels(args, device))
+    undo.callback(mlps.remove)
+    mlps.choose(partial(progress, "kernels"))
+    mlps.install()
+    skip = blocks.products | attentions.products | mlps.products
     products = FewRowProducts(model, _device_of_kernels(args, device), skip=skip)
     undo.callback(products.remove)
     products.choose(partial(progress, "kernels"))
@@ -145,7 +150,7 @@ def _speed_up(
     undo.callback(layers.remove)
     layers.choose()
     layers.install()
-    return blocks.note or attentions.note, products.choices.note, experts.note, layers.note
+    return blocks.note or attentions.note, mlps.note, products.choices.note, experts.note, layers.note
 
 
 def _choose_sampler(model: Any, args: EngineArgs, vocab_size: int) -> tuple[Sampler, str | None]:

@@ -138,7 +138,8 @@ def _products(dtype: mx.Dtype, bits: int, rows: int) -> dict[str, float]:
     return {
         "norm": distance(fused_rows(x, weight, norm=norm, **packing), by_norm),
         "residual": distance(fused_rows(x, weight, residual=residual, **packing), by_weight + residual.astype(F32)),
-        "gate": distance(fused_rows(x, weight, norm=norm, gated=True, **packing), gate * mx.sigmoid(gate) * up),
+        "gate": distance(fused_rows(x, weight, norm=norm, gated="silu", **packing), gate * mx.sigmoid(gate) * up),
+        "gelu": distance(fused_rows(x, weight, norm=norm, gated="gelu", **packing), nn.gelu_approx(gate) * up),
     }
 
 

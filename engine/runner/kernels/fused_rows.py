@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from engine.runner.kernels.dialect import float_bits, make_kernel
-from engine.runner.kernels.fused_rows_text import Ending, fused_text
+from engine.runner.kernels.fused_rows_text import Activation, Ending, fused_text
 from engine.runner.kernels.rows_matmul import dense_geometry, num_steps, quantized_geometry
 
 _MOST_WARPS_OF_TILES = 8
@@ -41,19 +41,17 @@ def fused_rows(
     norm: Norm | None = None,
     bias: mx.array | None = None,
     residual: mx.array | None = None,
-    gated: bool = False,
+    gated: Activation | None = None,
 ) -> mx.array:
     """``x`` [M, K] @ ``weight`` [N, K].T, where M is at most 16, or 32 if weights are packed.
 
     Packed weights are affine: words [N, K * bits / 32], and in ``scaling`` [2, N, K / group size] scales and biases.
     With ``norm``, of the normalized rows. One of ``bias`` [N] and ``residual`` [M, N] may be added; ``gated``: the
-    weights are a gate's and then an up projection's, and the result [M, N / 2] is silu(gate) * up. Element types and
-    sizes of K as in :func:`engine.runner.kernels.rows_matmul.takes_dense` and ``takes_quantized``.
+    weights are a gate's and then an up projection's, and the result [M, N / 2] is up times this activation of the gate.
+    Element types and sizes of K as in :func:`engine.runner.kernels.rows_matmul.takes_dense` and ``takes_quantized``.
     """
-    assert (bias is not None) + (residual is not None) + gated <= 1, "one ending"
-    ending: Ending = (
-        "gated" if gated else "bias" if bias is not None else "residual" if residual is not None else "plain"
-    )
+    assert sum(one is not None for one in (bias, residual, gated)) <= 1, "one ending"
+    ending: Ending = gated or ("bias" if bias is not None else "residual" if residual is not None else "plain")
     rows, k = x.shape
     columns = weight.shape[0]
     named = {"x": x, "w0": weight}

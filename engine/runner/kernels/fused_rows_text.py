@@ -4,17 +4,18 @@ The loops are those of :mod:`engine.runner.kernels.rows_matmul_text`, over one w
 RMS-normalized: its values are multiplied by the gains of their columns as they arrive, and each row's factor, known
 once its squares are summed, is applied to the result. Behind it a bias [N] or a residual [M, N] (``added``) may be
 added, or the weights may be those of a gate followed by those of an up projection: then the result is
-silu(gate) * up, half as wide, and a tile holds 8 rows of each.
+silu(gate) * up, or gelu(gate) * up with the tanh approximation of gelu, half as wide, and a tile holds 8 rows of each.
 
 EPS: bits of what is added to a mean square.
 """
 
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 from engine.runner.kernels.rows_matmul_text import DENSE_LOOP, HEADER, QUANTIZED_LOOP, TENSOR_CORES
 
-Ending = Literal["plain", "bias", "residual", "gated"]
+Activation = Literal["silu", "gelu"]
+Ending = Literal["plain", "bias", "residual", Activation]
 
 GAINS = r"""
 __device__ inline unsigned times(unsigned x, unsigned gain) {
@@ -95,17 +96,22 @@ _SUM = r"""
 #pragma unroll 4
       for (int v = 0; v < warps; ++v) sum += parts[v][m][n];
 """
-_RESULTS: dict[Ending, str] = {
-    "plain": _SUM + "out[at] = T(sum * factor);",
-    "bias": _SUM + "out[at] = T(sum * factor + float(added[n0 + n]));",
-    "residual": _SUM + "out[at] = T(sum * factor + float(added[at]));",
-    "gated": r"""
+_GATES = r"""
       float gate = 0.0f, up = 0.0f;
       const int row = n / 8 * 16 + n % 8;
 #pragma unroll 4
       for (int v = 0; v < warps; ++v) { gate += parts[v][m][row]; up += parts[v][m][row + 8]; }
       gate *= factor; up *= factor;
-      out[at] = T(gate / (1.0f + __expf(-gate)) * up);
+"""
+_RESULTS: dict[Ending, str] = {
+    "plain": _SUM + "out[at] = T(sum * factor);",
+    "bias": _SUM + "out[at] = T(sum * factor + float(added[n0 + n]));",
+    "residual": _SUM + "out[at] = T(sum * factor + float(added[at]));",
+    "silu": _GATES + "out[at] = T(gate / (1.0f + __expf(-gate)) * up);",
+    "gelu": _GATES
+    + r"""
+      const float turned = tanhf(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate));
+      out[at] = T(0.5f * gate * (1.0f + turned) * up);
 """,
 }
 
@@ -116,7 +122,7 @@ def fused_text(*, packed: bool, normed: bool, ending: Ending) -> tuple[str, str]
     first, second = QUANTIZED_LOOP if packed else DENSE_LOOP
     values, column = ("v", "at + j * 8") if packed else ("b", "k + u * 32 + t * 8")
     arrived = _NORM_ARRIVED.format(values=values, column=column) if normed else ""
-    gated = ending == "gated"
+    gated = ending in get_args(Activation)
     join = _JOIN.replace("@COLUMNS@", "R / 2" if gated else "R").replace("@NORM_JOIN@", _NORM_JOIN if normed else "")
     factor = _NORM_FACTOR if normed else "const float factor = 1.0f;"
     join = join.replace("@FACTOR@", factor).replace("@RESULT@", _RESULTS[ending])

@@ -97,7 +97,7 @@ class FusedBlock:
     def _few(self, x: Rows, cache: KernelLayerCache) -> Rows:
         attended = self._attend(self.qkv.few(x.plain, norm=self.input_norm), cache)
         plain = self.output.few(attended, residual=x.plain)
-        return Rows(self.down.few(self.gate_up.few(plain, norm=self.mlp_norm, gated=True), residual=plain))
+        return Rows(self.down.few(self.gate_up.few(plain, norm=self.mlp_norm, gated="silu"), residual=plain))
 
     def _split(self, x: Rows, cache: KernelLayerCache, next_norm: Norm | None) -> Rows:
         attended = self._attend(self.qkv.many(x.normalized(self.input_norm)), cache)

@@ -15,6 +15,7 @@ from mlx_lm.models.gemma4_text import Attention, RMSNormNoScale
 from engine.runner.kernels.joined_attention import HeadConstants, HeadNorms, rotates
 from engine.runner.kernels.joined_attention_text import ValueHeads
 from engine.runner.kv.joined_weights import JoinedWeights
+from engine.runner.kv.joined_weights import joining_problem as weights_problem
 from engine.runner.kv.kernel_cache import KernelLayerCache
 from engine.runner.kv.rotation import frequencies_of
 
@@ -68,24 +69,17 @@ def value_heads(attention: Any) -> ValueHeads:
 
 def joining_problem(attention: Any) -> str | None:
     """Why an attention cannot be computed in few launches, None if it can."""
-    modules: list[Any] = joined_modules(attention)
-    if not all(isinstance(one, nn.Linear | nn.QuantizedLinear) for one in modules):
-        return "weights that are not plain or packed matrices"
-    if any("scales" in one and getattr(one, "mode", "affine") != "affine" for one in modules):
-        return "weights that are not packed as affine"
-    if any("bias" in one for one in modules):
-        return "biases in front of its norms"
-    if len({(getattr(one, "bits", 0), getattr(one, "group_size", 0)) for one in modules}) > 1:
-        return "weights packed in several ways"
+    modules = joined_modules(attention)
+    if problem := weights_problem(modules):
+        return problem
+    dtype = modules[0]["scales" if "scales" in modules[0] else "weight"].dtype
     norms = attention.q_norm, attention.k_norm
-    weights = [one["scales" if "scales" in one else "weight"] for one in (*modules, *norms)]
-    weights += [one["biases"] for one in modules if "scales" in one]
-    if len({weight.dtype for weight in weights}) > 1:
+    if {norm.weight.dtype for norm in norms} != {dtype}:
         return "weights of several element types"
     if type(attention.v_norm) is not RMSNormNoScale or len({one.eps for one in (*norms, attention.v_norm)}) > 1:
         return "norms of several kinds"
     dim = int(attention.head_dim)
-    if frequencies_of(attention.rope, dim) is None or not rotates(dim, weights[0].dtype.size):
+    if frequencies_of(attention.rope, dim) is None or not rotates(dim, dtype.size):
         return f"a rotation of its own ({type(attention.rope).__name__} of {dim})"
     return None
 

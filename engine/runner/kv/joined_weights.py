@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from engine.runner.kernels.fused_rows import Norm, fused_rows, takes_norm
+from engine.runner.kernels.fused_rows_text import Activation
 from engine.runner.kernels.rows_matmul import takes_dense, takes_quantized
 from engine.runner.kernels.split_k import MAX_ROWS, add_parts, split_k
 
@@ -66,8 +67,9 @@ class JoinedWeights:
         return 0 if self.bits or not self.most_few_rows else MAX_ROWS
 
     def few(
-        self, x: mx.array, *, norm: Norm | None = None, residual: mx.array | None = None, gated: bool = False
-    ) -> mx.array:
+        self, x: mx.array, *, norm: Norm | None = None, residual: mx.array | None = None,
+        gated: Activation | None = None,
+    ) -> mx.array:  # fmt: skip
         """See :func:`engine.runner.kernels.fused_rows.fused_rows`."""
         if norm is not None and not takes_norm(x.dtype):
             x, norm = mx.fast.rms_norm(x, norm.gain, norm.eps), None
@@ -93,6 +95,20 @@ class JoinedWeights:
                 return product if added is None else product + added
             weight = mx.dequantize(weight, scales, biases, group_size=size, bits=bits)
         return x @ weight.T if added is None else mx.addmm(added, x, weight.T)
+
+
+def joining_problem(modules: Sequence[nn.Module]) -> str | None:
+    """Why the weights of ``modules``, which share their rows, cannot be one array without a bias; None if they can."""
+    if not all(isinstance(one, nn.Linear | nn.QuantizedLinear) for one in modules):
+        return "weights that are not plain or packed matrices"
+    if any("scales" in one and getattr(one, "mode", "affine") != "affine" for one in modules):
+        return "weights that are not packed as affine"
+    if any("bias" in one for one in modules):
+        return "biases behind its products"
+    if len({(getattr(one, "bits", 0), getattr(one, "group_size", 0)) for one in modules}) > 1:
+        return "weights packed in several ways"
+    weights = [one[name] for one in modules for name in (("scales", "biases") if "scales" in one else ("weight",))]
+    return "weights of several element types" if len({weight.dtype for weight in weights}) > 1 else None
 
 
 def _joined(modules: Sequence[nn.Module], *names: str) -> mx.array:

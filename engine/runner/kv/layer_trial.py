@@ -22,11 +22,11 @@ from engine.runner.kv.kv_pages import Packing, packing
 from engine.runner.kv.kv_pool import KVPool
 from engine.runner.kv.kv_spec import LayerShape
 
-_ROWS = (3, 12, 20, 30, 40)
+ROWS = (3, 12, 20, 30, 40)
 """Numbers of rows that a layer is tried with: each has kernels of its own."""
 CONTEXT = 37
 """Tokens before the new one."""
-LOSS, _PACKED_LOSS = 1.5, 3.5
+LOSS, PACKED_LOSS = 1.5, 3.5
 """Times the error of mlx-lm's own code: more is not rounding. Of packed weights that is the code over unpacked ones,
 beside which MLX's product of packed ones is off two to three times as far."""
 _FLOOR = {mx.bfloat16: 4e-3, mx.float16: 1e-3, mx.float32: 1e-3}
@@ -108,16 +108,16 @@ class LayerTrial(ABC, Generic[Way, Found]):
         """What is wrong with its attention, or with ``way`` at the first number of rows where something is."""
         with collecting() as awaited:
             joined_problem(self.shape, self._kernels)
-            for rows in _ROWS:
+            for rows in ROWS:
                 self.fused(way, *self.inputs(rows))
         compile_all(awaited)
         if problem := joined_problem(self.shape, self._kernels):
             return problem
         exact, usual = self.copied(self._layer, mx.float32), self._layer
         if any("scales" in module for _, module in usual.named_modules()):
-            self._loss = _PACKED_LOSS
+            self._loss = PACKED_LOSS
             usual = self.copied(usual, self.shape.dtype)  # MLX's product of packed weights compiles for long on CUDA
-        for rows in _ROWS:
+        for rows in ROWS:
             if problem := self._difference(way, exact, usual, rows):
                 return f"{problem} at {rows} rows"
         return None
@@ -134,10 +134,8 @@ class LayerTrial(ABC, Generic[Way, Found]):
             rows_of = (getattr(some, name)[:, :, -1] for some in (own_context, exact_context))
             results[f"what it writes as {name}"] = page, *rows_of
         for name, (some, near, right) in results.items():
-            allowed = max(self._loss * distance(near, right), _FLOOR[self.shape.dtype])
-            error = distance(some, right)
-            if not error <= allowed:
-                return f"{name} differs by {error:.1e} from float32's, where {allowed:.1e} is rounding"
+            if problem := difference(name, some, near, right, self.shape.dtype, self._loss):
+                return problem
         return None
 
     def inputs(self, rows: int) -> tuple[mx.array, Context]:
@@ -220,6 +218,20 @@ def with_weights_of(layer: Any, copy: Any, dtype: mx.Dtype) -> Any:
         weights |= {f"{name}.{key}": value for key, value in known.items()}
     copy.load_weights(list(weights.items()))
     return copy
+
+
+def difference(
+    name: str, found: mx.array, near: mx.array, right: mx.array, dtype: mx.Dtype, loss: float
+) -> str | None:  # fmt: skip
+    """How what was ``found`` differs from what is ``right``, None if not by more than ``loss`` times what is ``near``.
+
+    Those two are of mlx-lm's code, in float32 and in the model's element type ``dtype``.
+    """
+    allowed = max(loss * distance(near, right), _FLOOR[dtype])
+    error = distance(found, right)
+    if error <= allowed:
+        return None
+    return f"{name} differs by {error:.1e} from float32's, where {allowed:.1e} is rounding"
 
 
 def distance(found: mx.array, wanted: mx.array) -> float:

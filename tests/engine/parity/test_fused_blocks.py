@@ -376,7 +376,7 @@ def test_wrong_products_that_split_k_leave_those_of_few_rows(
         kernel.launches = 0
     engine.generate([[5, 9, 11], [7, 3]], 2)
     assert {name for name, kernel in host_products.items() if kernel.launches} == {
-        "fused_rows_dense_normed_plain", "fused_rows_dense_residual", "fused_rows_dense_normed_gated",
+        "fused_rows_dense_normed_plain", "fused_rows_dense_residual", "fused_rows_dense_normed_silu",
     }  # fmt: skip
     engine.backend.close()
 

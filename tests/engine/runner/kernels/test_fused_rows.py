@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from engine.runner.kernels import fused_rows as module
@@ -43,9 +44,9 @@ def wanted(x: mx.array, weight: mx.array, norm: Norm | None, ending: dict[str, A
     if norm is not None:
         rows = mx.fast.rms_norm(rows, norm.gain.astype(mx.float32), norm.eps)
     result = rows @ weight.T
-    if ending.get("gated"):
+    if activation := ending.get("gated"):
         gate, up = mx.split(result, 2, axis=-1)
-        return gate * mx.sigmoid(gate) * up
+        return (nn.silu if activation == "silu" else nn.gelu_approx)(gate) * up
     return result + sum(added.astype(mx.float32) for added in ending.values())
 
 
@@ -53,17 +54,22 @@ def wanted(x: mx.array, weight: mx.array, norm: Norm | None, ending: dict[str, A
     ("rows", "k", "dtype", "bits", "normed", "ending"),
     [
         (1, 128, mx.bfloat16, 0, True, "plain"),
-        (5, 192, mx.bfloat16, 0, True, "gated"),
-        (13, 128, mx.bfloat16, 0, True, "gated"),
+        (5, 192, mx.bfloat16, 0, True, "silu"),
+        (13, 128, mx.bfloat16, 0, True, "silu"),
         (13, 576, mx.bfloat16, 0, False, "residual"),
         (3, 64, mx.bfloat16, 0, True, "bias"),
-        (3, 64, mx.float16, 0, False, "gated"),
+        (3, 64, mx.float16, 0, False, "silu"),
+        (1, 128, mx.bfloat16, 0, False, "gelu"),
+        (13, 192, mx.float16, 0, False, "gelu"),
         (3, 256, mx.bfloat16, 4, True, "plain"),
-        (11, 128, mx.bfloat16, 4, True, "gated"),
-        (31, 256, mx.bfloat16, 4, True, "gated"),
+        (11, 128, mx.bfloat16, 4, True, "silu"),
+        (31, 256, mx.bfloat16, 4, True, "silu"),
+        (5, 256, mx.bfloat16, 4, False, "gelu"),
+        (19, 128, mx.bfloat16, 8, True, "gelu"),
+        (31, 320, mx.float16, 4, False, "gelu"),
         (31, 128, mx.bfloat16, 4, False, "residual"),
         (2, 128, mx.bfloat16, 8, True, "bias"),
-        (3, 320, mx.bfloat16, 4, True, "gated"),
+        (3, 320, mx.bfloat16, 4, True, "silu"),
         (19, 64, mx.bfloat16, 4, True, "residual"),
     ],
 )
@@ -73,7 +79,8 @@ def test_a_product_with_its_surroundings_is_right(
     x, (weight, exact) = normal(rows, k, dtype=dtype), weights(k, dtype, bits)
     norm = Norm((1 + 0.2 * normal(k, dtype=dtype, seed=2)).astype(dtype), 1e-2) if normed else None
     endings: dict[str, dict[str, Any]] = {
-        "plain": {}, "gated": {"gated": True}, "bias": {"bias": normal(WIDTH, dtype=dtype, seed=3)},
+        "plain": {}, "silu": {"gated": "silu"}, "gelu": {"gated": "gelu"},
+        "bias": {"bias": normal(WIDTH, dtype=dtype, seed=3)},
         "residual": {"residual": normal(rows, WIDTH, dtype=dtype, seed=4)},
     }  # fmt: skip
     found = fused_rows(x, *weight, bits=bits, group_size=64 if bits else 0, norm=norm, **endings[ending])
@@ -88,9 +95,10 @@ def test_what_is_not_asked_for_is_not_in_the_text(host_kernels: dict[str, HostKe
     lengths = {
         (normed, ending): sum(map(len, module.fused_text(packed=False, normed=normed, ending=ending)))
         for normed in (False, True)
-        for ending in ("plain", "gated")
+        for ending in ("plain", "silu", "gelu")
     }  # fmt: skip
-    assert lengths[False, "plain"] < lengths[False, "gated"] < lengths[True, "gated"]
+    assert lengths[False, "plain"] < lengths[False, "silu"] < lengths[True, "silu"]
+    assert lengths[False, "plain"] < lengths[False, "gelu"] < lengths[True, "gelu"]
     assert "gain" not in "".join(module.fused_text(packed=True, normed=False, ending="residual"))
 
 
