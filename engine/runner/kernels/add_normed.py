@@ -20,7 +20,7 @@ _MOST_WIDTH = 4 * 8 * _MOST_THREADS
 class ExpertRows(NamedTuple):
     """Rows [T * k, D] of tokens' experts and their ``scores`` float32 [T, k].
 
-    With a shared expert its rows ``shared`` [T, D], which count by the sigmoid of ``gate`` [T].
+    With a shared expert its rows ``shared`` [..., D], which count by the sigmoid of ``gate`` [..., 1].
     """
 
     rows: mx.array

@@ -20,7 +20,7 @@ from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.add_normed import Beside, ExpertRows, add_normed, takes
 from engine.runner.kernels.handover import Handover
 from engine.runner.kernels.kernel_cache import collecting, compile_all
-from engine.runner.kernels.routed_blocks import expert_rows, router_gain
+from engine.runner.kernels.routed_blocks import expert_rows, router_gain, row_counts
 from engine.runner.kernels.routed_experts import MAX_PAIRS
 from engine.runner.kernels.swapped_modules import SwappedModules
 
@@ -38,7 +38,7 @@ _MLPS = {
 _GEMMA = "gemma4_text.DecoderLayer"
 _SCALES = 8
 """Elements of a layer's scale as the kernel reads it: arrays of up to 8 bytes lie in the host's memory on CUDA."""
-_CHECKED_TOKENS, _CHECKED_CHOICES = (1, 5), 4
+_CHECKED_TOKENS = (1, 5)
 _MOST_DIFFERENT = 1e-2
 """From what mlx's operations give, relative to a token's norm: a rounding or two."""
 
@@ -57,8 +57,13 @@ class ResidualLayer:
     gemma: "GemmaGains | None" = None
 
     def between(self, mixed: mx.array, x: mx.array) -> tuple[mx.array, list[mx.array]]:
-        """``x`` plus what attention gave, and that as the MLP takes it; Gemma's router and experts take their own."""
+        """``x`` plus what attention gave, and that as the MLP takes it; Gemma's router and experts take their own.
+
+        By mlx's operations where some rows are of another type than the gains, here and behind.
+        """
         more = self.gemma
+        if not self._takes(mixed, x):
+            return _between(self, mixed, x)
         gains = [self.mlp_gain, *(more.routing if more else ())]
         return add_normed(mixed, x, gains, self.eps, before=more.attention if more else None)
 
@@ -67,12 +72,17 @@ class ResidualLayer:
     ) -> tuple[mx.array, list[mx.array]]:
         """``x`` plus what the MLP or the experts ``made``, and that as the next layer takes it."""
         more = self.gemma
+        if not self._takes(*((made.rows, made.shared) if isinstance(made, ExpertRows) else (made,)), x, beside):
+            return _behind(self, made, x, beside)
         if more is None:
             return add_normed(made, x, self.next_gains, self.eps)
         dense = None if beside is None else Beside(beside, *more.beside)
         return add_normed(
             made, x, self.next_gains, self.eps, beside=dense, before=more.before, scale=more.scale
         )  # fmt: skip
+
+    def _takes(self, *rows: mx.array | None) -> bool:
+        return all(one is None or one.dtype == self.mlp_gain.dtype for one in rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +131,15 @@ class ResidualLayers:
         """Launch all kernels that the layers take; where kernels are only collected, say what to compile."""
         for layer in self._kinds():
             with suppress(Exception):  # what fails here fails again when it is checked, and is said then
+                if _unknown(layer) is not None:
+                    continue
                 for parts in (residual_layer(layer, layer), residual_layer(layer, None)):
-                    for trial in _trials(parts, 1, layer.input_layernorm.weight):
+                    for trial in _trials(parts, 1, layer):
                         trial.by(parts.between, parts.behind)
 
     def choose(self) -> None:
         """Compare the kernels with mlx's operations, with the gains of one layer of each kind. Raises nothing."""
-        self.problem = next(filter(None, map(_unknown, self._layers)), None)
+        self.problem = next(filter(None, (_unknown(layer) or _unswapped(layer) for layer in self._layers)), None)
         if self.problem is None and self._layers:
             with collecting() as awaited:
                 self.launch_kernels()
@@ -164,7 +176,7 @@ def residual_layer(layer: Any, behind: Any) -> ResidualLayer:
         return ResidualLayer(_MLPS[_name(layer)], layer.post_attention_layernorm.weight, following, eps)
     scale = layer.layer_scalar
     if scale is not None:
-        scale = mx.broadcast_to(scale.reshape(1), (_SCALES,)) * 1
+        scale = mx.concatenate([scale.reshape(1)] * _SCALES)  # a broadcast one stays a single element
         mx.eval(scale)
     routing: tuple[mx.array, ...] = ()
     beside: tuple[mx.array, ...] = ()
@@ -213,8 +225,8 @@ def _gemma_call(kind: type[nn.Module], parts: ResidualLayer, handover: Handover[
         dense: mx.array = self.mlp(normed)
         if self.enable_moe:
             rows = expert_rows(self, *routing)
-            assert rows is not None, "checked when the layers were chosen"
-            total, following = parts.behind(rows, x, dense)
+            made = self.experts(routing[1], *self.router(x)) if rows is None else rows
+            total, following = parts.behind(made, x, dense)
         else:
             total, following = parts.behind(dense, x)
         return handover.leave(total, following[0] if following else None), shared_kv, offset
@@ -237,24 +249,28 @@ def _unknown(layer: Any) -> str | None:
         return "inputs of its own for each layer"
     if layer.layer_scalar is not None and layer.layer_scalar.dtype != gain.dtype:
         return "a scale of another type"
-    if layer.enable_moe and not hasattr(type(layer), "expert_rows"):
-        return "experts that no kernel computes"
     return None
+
+
+def _unswapped(layer: Any) -> str | None:
+    """Why the kernels lack the rows of Gemma's experts: mlx-lm's code gives their sum."""
+    lacks = _name(layer) == _GEMMA and layer.enable_moe and not hasattr(type(layer), "expert_rows")
+    return "experts that no kernel computes" if lacks else None
 
 
 def _kernel_problem(layer: Any) -> str | None:
     """What the kernels give otherwise with a layer's gains, where one follows it and where none does."""
     try:
-        found = [_difference(residual_layer(layer, behind), layer.input_layernorm.weight) for behind in (layer, None)]
+        found = [_difference(residual_layer(layer, behind), layer) for behind in (layer, None)]
     except Exception as error:  # noqa: BLE001  (whatever stops it, the layers have mlx-lm's own way)
         return error_line(error, 120)
     return found[0] or found[1]
 
 
-def _difference(parts: ResidualLayer, gain: mx.array) -> str | None:
+def _difference(parts: ResidualLayer, layer: Any) -> str | None:
     """What kernels give otherwise than mlx's operations."""
     for tokens in _CHECKED_TOKENS:
-        for trial in _trials(parts, tokens, gain):
+        for trial in _trials(parts, tokens, layer):
             found = trial.by(parts.between, parts.behind)
             wanted = trial.by(partial(_between, parts), partial(_behind, parts))
             for number, both in enumerate(zip(found, wanted, strict=True)):
@@ -277,23 +293,25 @@ class _Trial(NamedTuple):
         return [first, *normed, last, *following]
 
 
-def _trials(parts: ResidualLayer, tokens: int, gain: mx.array) -> Iterator[_Trial]:
-    """Random rows of every kind that a layer may add."""
-    keys = iter(mx.random.split(mx.random.key(tokens), 7))
+def _trials(parts: ResidualLayer, tokens: int, layer: Any) -> Iterator[_Trial]:
+    """Random rows of every kind that ``layer`` may add."""
+    gain = layer.input_layernorm.weight
+    keys = iter(mx.random.split(mx.random.key(tokens), 12))
 
     def rows(*shape: int) -> mx.array:
         return mx.random.normal(shape, key=next(keys)).astype(gain.dtype)
 
     width = gain.shape[0]
     mixed, x, dense = (rows(tokens, 1, width) for _ in range(3))
-    scores = mx.random.uniform(shape=(tokens, _CHECKED_CHOICES), key=next(keys))
-    experts = ExpertRows(rows(_CHECKED_CHOICES * tokens, width), scores)
-    if parts.gemma is not None:
-        yield _Trial(mixed, x, experts, dense) if parts.gemma.routing else _Trial(mixed, x, dense)
-        return
-    yield _Trial(mixed, x, dense)
-    yield _Trial(mixed, x, experts)
-    yield _Trial(mixed, x, experts._replace(shared=dense, gate=rows(tokens, 1)))
+    counts = row_counts(layer if parts.gemma is not None else layer[parts.mlp])
+    if not (parts.gemma is not None and parts.gemma.routing):
+        yield _Trial(mixed, x, dense)
+    for each, shared in counts:
+        experts = ExpertRows(rows(each * tokens, width), mx.random.uniform(shape=(tokens, each), key=next(keys)))
+        if parts.gemma is not None:
+            yield _Trial(mixed, x, experts, dense)
+        else:
+            yield _Trial(mixed, x, experts._replace(shared=dense, gate=rows(tokens, 1)) if shared else experts)
 
 
 def _between(parts: ResidualLayer, mixed: mx.array, x: mx.array) -> tuple[mx.array, list[mx.array]]:
@@ -314,7 +332,7 @@ def _behind(
         summed = (rows * made.scores[..., None]).sum(1, keepdims=True)
         if made.shared is not None and made.gate is not None:
             gate = mx.sigmoid(made.gate.astype(mx.float32)).reshape(-1, 1, 1)
-            summed = summed + gate * made.shared.astype(mx.float32)
+            summed = summed + gate * made.shared.astype(mx.float32).reshape(summed.shape)
         made = summed.astype(x.dtype)
     made = made.reshape(x.shape)
     if beside is not None and more is not None:
@@ -339,7 +357,9 @@ def _is_known(layer: Any) -> bool:
 
 def _kind(layer: Any) -> tuple[object, ...]:
     gain = layer.input_layernorm.weight
-    return _name(layer), gain.shape, gain.dtype, getattr(layer, "enable_moe", False), layer.get("layer_scalar") is None
+    moe, scaled = getattr(layer, "enable_moe", False), layer.get("layer_scalar") is not None
+    counts = row_counts(layer if _name(layer) == _GEMMA else layer[_MLPS[_name(layer)]])
+    return _name(layer), gain.shape, gain.dtype, moe, scaled, *counts
 
 
 def _name(layer: nn.Module) -> str:

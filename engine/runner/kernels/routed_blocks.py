@@ -50,8 +50,8 @@ _BLOCKS = {
     "gpt_oss.MLPBlock": Block("router", "experts", "num_experts_per_tok", True),
 }
 _GEMMA = "gemma4_text.DecoderLayer"
-_ROWS = "expert_rows"
-"""The method that a swapped block has more."""
+_ROWS, _COUNT = "expert_rows", "expert_count"
+"""What a swapped block has more: a method, and how many rows that gives for a token."""
 
 
 def experts_of(block: nn.Module) -> nn.Module | None:
@@ -147,7 +147,8 @@ def swap_block(block: nn.Module, layer: ExpertLayer, swapped: SwappedModules) ->
         rows = compute(self, x)
         return plain(self, x) if rows is None else _summed(rows, x)
 
-    return swapped.swap_methods(block, {"__call__": moe, _ROWS: compute})
+    each = _chosen(block) + (shared_of(block) is not None and layer.kind.num_experts > _routed(block))
+    return swapped.swap_methods(block, {"__call__": moe, _ROWS: compute, _COUNT: each})
 
 
 def expert_rows(block: Any, *x: mx.array) -> ExpertRows | None:
@@ -157,6 +158,16 @@ def expert_rows(block: Any, *x: mx.array) -> ExpertRows | None:
     """
     compute = getattr(type(block), _ROWS, None)
     return None if compute is None else compute(block, *x)
+
+
+def row_counts(block: Any) -> list[tuple[int, bool]]:
+    """How many rows a token's experts give, and whether a shared one's lie apart; what may be, of a block as it was."""
+    if experts_of(block) is None and not hasattr(type(block), _COUNT):
+        return []
+    shared, chosen = shared_of(block) is not None, _chosen(block)
+    each = getattr(type(block), _COUNT, None)
+    found = [(chosen + 1, False), (chosen, True)] if shared else [(chosen, False)]
+    return [one for one in found if each in (None, one[0])]
 
 
 def router_gain(router: Any) -> mx.array:
@@ -195,6 +206,12 @@ def _chosen(block: Any) -> int:
     """Experts of a token."""
     name = _name(block)
     return int(block.router.config.top_k_experts if name == _GEMMA else getattr(block, _BLOCKS[name].chosen))
+
+
+def _routed(block: Any) -> int:
+    """Experts of a block, without a shared one."""
+    module: Any = experts_of(block)
+    return int(module["gate_proj"]["weight"].shape[0])
 
 
 def _is_normalized(block: Any) -> bool:
@@ -262,7 +279,7 @@ def _swap_gemma(block: Any, layer: ExpertLayer, swapped: SwappedModules) -> None
 
     swapped.swap_method(block.router, "__call__", route)
     swapped.swap_method(block.experts, "__call__", compute)
-    swapped.swap_method(block, _ROWS, rows)
+    swapped.swap_methods(block, {_ROWS: rows, _COUNT: _chosen(block)})
 
 
 def _routed_part(block: Any, x: mx.array) -> mx.array:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
+from engine.errors import error_line
 from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.expert_check import experts_problem, launch_kernels
 from engine.runner.kernels.expert_layers import (
@@ -83,7 +84,7 @@ class RoutedExperts:
         self._join_shared()
         kinds, blocks = self._kinds(), dict(self._blocks)
         for done, (kind, layer) in enumerate(kinds.items(), 1):
-            in_range = all(scales_in_range(one) for _, one in self._layers if one.kind == kind)
+            in_range = all(scales_in_range(one) for one in self._every() if one.kind == kind)
             problem = experts_problem(layer) if in_range else "scales are beyond what kernels unpack"
             if problem is not None:
                 self._problems[str(kind)] = problem
@@ -112,25 +113,36 @@ class RoutedExperts:
                 swap_block(block, layer, self._swapped)
 
     def remove(self) -> None:
-        """Leave every module as it was."""
+        """Leave every module as it was; weights stay slices of joined ones."""
         self._swapped.undo()
 
     def _kinds(self) -> dict[ExpertKind, ExpertLayer]:
-        return {layer.kind: layer for _, layer in (*self._layers, *(block for _, block in self._blocks))}
+        return {layer.kind: layer for layer in self._every()}
+
+    def _every(self) -> list[ExpertLayer]:
+        """Of all modules, and of all blocks, whose shared experts may be among them."""
+        return [layer for _, layer in (*self._layers, *(block for _, block in self._blocks))]
 
     def _join_shared(self) -> None:
-        """Have shared experts be one more of the routed ones, where they are alike."""
+        """Have shared experts be one more of the routed ones, where they are alike and there is memory for that."""
         places = {id(module): place for place, (module, _) in enumerate(self._layers)}
         for number, ((kind, _), (block, layer)) in enumerate(self._blocks):
-            if not _joins(block, layer):
-                continue
             module = experts_of(block)
-            assert module is not None, "a block of experts"
-            whole = with_shared(layer, module, shared_of(block))
+            if module is None or not _joins(block, layer):
+                continue
+            try:
+                whole = with_shared(layer, module, shared_of(block))
+            except RuntimeError as error:
+                whole = None
+                self._problems["shared experts"] = error_line(error, 120)
             sliced = expert_layer(module)
             assert sliced is not None, "the weights that were taken before"
             self._layers[places[id(module)]] = module, sliced  # the old ones would be a second copy
-            self._blocks[number] = (kind, whole.kind), (block, whole)
+            self._blocks[number] = (kind, (whole or sliced).kind), (block, whole or sliced)
+            del layer
+            mx.clear_cache()  # no buffer of so many experts is asked for again
+            if whole is None:
+                return
 
     def _swap(self, module: nn.Module, layer: ExpertLayer) -> None:
         def experts(self: SwitchGLU, x: mx.array, indices: mx.array) -> mx.array:

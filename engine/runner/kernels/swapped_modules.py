@@ -16,8 +16,8 @@ class SwappedModules:
         """Give ``module``, and no other of its class, another ``method`` called ``name``."""
         self.swap_methods(module, {name: method})
 
-    def swap_methods(self, module: nn.Module, methods: Mapping[str, Callable[..., Any]]) -> None:
-        """The same of several ``methods``."""
+    def swap_methods(self, module: nn.Module, methods: Mapping[str, Any]) -> None:
+        """The same of several ``methods``, or what else its class shall have."""
         kind = type(module)
         self.swap_class(module, type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__}))
 

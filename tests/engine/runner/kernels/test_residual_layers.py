@@ -7,10 +7,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from engine.runner.kernels import add_normed, residual_layers, routed_experts, routing
+from engine.runner.kernels import add_normed, expert_layers, residual_layers, routed_experts, routing
 from engine.runner.kernels.add_normed import Beside, ExpertRows
 from engine.runner.kernels.residual_layers import ResidualLayers
 from engine.runner.kernels.routed_modules import RoutedExperts
+from engine.runner.kernels.swapped_modules import SwappedModules
 from tests.engine.runner.kernels.cuda_on_host import HostKernel, kernels_on_host
 from tests.engine.runner.kernels.test_routed_modules import alike, build, classes, in_float32, steps
 
@@ -189,3 +190,70 @@ def test_nothing_is_swapped_off_cuda_or_in_float32() -> None:
     layers.choose()
     assert layers.note is not None
     assert "0 of 2 layers" in layers.note
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("qwen3_moe", "self_attn"), ("gemma4_text", "self_attn"), ("gemma4_text", "mlp"), ("qwen3_next", "shared_expert")],
+)
+def test_rows_of_another_type_are_added_as_mlx_lm_adds_them(
+    name: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one module's scales are of another type than the norms, its result is of a wider one."""
+    monkeypatch.setattr(expert_layers, "_SHARED", ())  # a shared expert stays beside the others
+    model = build(name)
+    widened = SwappedModules()
+
+    def wide(kind: Any) -> Any:
+        def call(self: Any, *given: Any, **more: Any) -> Any:
+            result = kind.__call__(self, *given, **more)
+            whole = result if isinstance(result, tuple) else (result,)
+            return (whole[0].astype(mx.float32), *whole[1:]) if isinstance(result, tuple) else result.astype(mx.float32)
+
+        return call
+
+    for layer in model.model.layers:
+        module = layer.mlp.shared_expert if part == "shared_expert" else layer[part]
+        widened.swap_method(module, "__call__", wide(type(module)))
+    usual = steps(model, PROMPT)
+    swapped(model)
+    found = steps(model, PROMPT)
+    assert all(mx.isfinite(one).all().item() for one in found)
+    assert alike(found, usual, in_float32(name, PROMPT))
+
+
+def test_a_layers_scale_is_more_than_one_element_in_memory() -> None:
+    model = build("gemma4_text")
+    model.set_dtype(mx.float16)
+    parts = residual_layers.residual_layer(model.model.layers[0], None)
+    assert parts.gemma is not None
+    assert parts.gemma.scale is not None
+    assert memoryview(parts.gemma.scale).strides == (2,)  # type: ignore[arg-type]
+
+
+def test_a_router_of_another_type_in_one_layer_leaves_that_layers_experts_to_mlx_lm() -> None:
+    model = build("gemma4_text")
+    model.model.layers[1].router.proj.set_dtype(mx.float32)
+    usual = steps(model, PROMPT)
+    _, layers = swapped(model)
+    assert layers.note == "sums with their norms: one launch in 2 of 2 layers"
+    assert alike(steps(model, PROMPT), usual, in_float32("gemma4_text", PROMPT))
+
+
+def test_what_is_checked_is_what_steps_launch(
+    host_kernels: dict[str, HostKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("qwen3_next")
+    templates: set[tuple[str, object]] = set()
+    inner = HostKernel.__call__
+
+    def noted(self: HostKernel, **launch: Any) -> list[mx.array]:
+        templates.add((self._name, tuple(launch["template"])))
+        return inner(self, **launch)
+
+    monkeypatch.setattr(HostKernel, "__call__", noted)
+    swapped(model)
+    checked = {one for one in templates if one[0].startswith("add_normed")}
+    templates.clear()
+    steps(model, PROMPT)
+    assert {one for one in templates if one[0].startswith("add_normed")} <= checked

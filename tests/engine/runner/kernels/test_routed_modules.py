@@ -280,3 +280,40 @@ def test_a_shared_expert_of_another_form_stays_beside_the_others(
     assert "choose_experts_gated" not in host_kernels
     found = steps(model, [list(range(3, 20)), [7]])
     assert all(apart(one, other) < 0.05 for one, other in zip(found, usual, strict=True))
+
+
+def test_scales_beyond_the_kernels_are_found_in_joined_experts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _ = MODELS["qwen3_next"]
+    monkeypatch.setitem(MODELS, "qwen3_next", (config, {"bits": 4, "group_size": 32, "mode": "mxfp4"}))
+    model = build("qwen3_next")
+    scales = model.model.layers[1].mlp.shared_expert.up_proj["scales"]
+    scales[3, 1] = 140
+    experts = RoutedExperts(model, "cuda")
+    experts.choose()
+    assert experts.note is not None
+    assert "scales are beyond what kernels unpack" in experts.note
+    assert "with their routing" not in experts.note
+
+
+def test_experts_stay_as_they_were_where_there_is_no_memory_to_join_them(
+    monkeypatch: pytest.MonkeyPatch, host_kernels: dict[str, HostKernel]
+) -> None:
+    model = build("qwen3_next")
+    usual = steps(model, [list(range(3, 20)), [7]])
+    joined, calls = expert_layers._joined, iter(range(100))
+
+    def joins(experts: Any, one: Any) -> dict[str, mx.array]:
+        if next(calls) >= 2:
+            raise RuntimeError("out of memory")
+        return joined(experts, one)
+
+    monkeypatch.setattr(expert_layers, "_joined", joins)
+    experts = RoutedExperts(model, "cuda")
+    experts.choose()
+    experts.install()
+    assert experts.note is not None
+    assert experts.note.endswith("with their routing for 2; shared experts: RuntimeError: out of memory")
+    tried = host_kernels["choose_experts_gated"].launches
+    found = steps(model, [list(range(3, 20)), [7]])
+    assert host_kernels["choose_experts_gated"].launches == tried
+    assert all(apart(one, other) < 0.05 for one, other in zip(found, usual, strict=True))
