@@ -86,6 +86,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def first_layers(shape: str) -> int:
+    """As many as have every kind of a shape's layers."""
+    config = text_config(shape)
+    return int(config.get("full_attention_interval") or config["sliding_window_pattern"])
+
+
 def write_model(folder: Path, shape: str, *, packed: bool = False, layers: int | None = None) -> int:
     """Write a model of ``shape`` to ``folder``: bfloat16, or packed to 4 bits. Gives its weights' bytes.
 

@@ -89,6 +89,7 @@ class _Run:
             for result in case.run(self._engines):
                 self._results.append(result)
                 _say(describe_result(result))
+                self._save()  # a case of several minutes may be cut short
         except Exception as error:  # noqa: BLE001 - one case out of memory must not take the others' figures along
             self._failed[case.name] = f"{type(error).__name__}: {error}"[:600]
             _say(f"  FAILED {self._failed[case.name]}")

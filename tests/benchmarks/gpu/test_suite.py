@@ -3,15 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.llm import LLM
-from tests.benchmarks.gpu import ours, replica_cases
+from tests.benchmarks.gpu import ours, replica_cases, warm
 from tests.benchmarks.gpu.cases import gpu_cases
-from tests.benchmarks.gpu.shapes import weight_bytes, write_model
+from tests.benchmarks.gpu.shapes import first_layers, weight_bytes, write_model
 from tests.benchmarks.gpu.sizes import FULL, TINY
 from tests.benchmarks.gpu.suite import run_gpu
 from tests.benchmarks.machine import ROOT
@@ -156,6 +157,18 @@ def test_shapes_with_experts_states_and_windows_are_measured_beside_mlx_lm(tmp_p
     assert steps["samples"].keys() == {"LLM", "mlx-lm BatchGenerator"}
     assert steps["floor"] > 0
     assert ("int8", None) in kinds
+
+
+def test_what_mlx_lm_compiles_is_compiled_side_by_side_beforehand(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(warm._SIZES, "tiny", replace(TINY, wide=TINY.wide[:1]))
+    assert warm.main(["--models", str(tmp_path), "--sizes", "tiny", "--gpus", "2"]) == 0
+    said = capfd.readouterr().out
+    assert all(f"{TINY.wide[0]}, {what}\n" in said for what in (*TINY.packed_batches, "prompt"))
+    (tmp_path / f"{TINY.wide[0]}-{first_layers(TINY.wide[0])}-layers" / "config.json").write_text("{}")
+    assert warm.main(["--models", str(tmp_path), "--sizes", "tiny"]) == 1
+    assert "prompt: FAILED, 1" in capfd.readouterr().out
 
 
 def test_packed_shapes_keep_the_widths_that_mlx_lm_keeps_for_routers(tmp_path: Path) -> None:

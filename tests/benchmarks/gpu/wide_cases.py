@@ -13,7 +13,7 @@ from engine.llm import LLM
 from engine.runner.kv.attention_path import describe
 from tests.benchmarks.gpu import ours, theirs
 from tests.benchmarks.gpu.engines import Engines
-from tests.benchmarks.gpu.shapes import context_bytes, temporary_folder, text_config, write_model
+from tests.benchmarks.gpu.shapes import context_bytes, first_layers, temporary_folder, text_config, write_model
 from tests.benchmarks.gpu.sizes import Sizes
 from tests.benchmarks.harness import Case, Result, take_turns
 from tests.on_device.ties import WRONG, Oracle
@@ -92,7 +92,7 @@ def _equal(shape: str, engines: Engines) -> Result:
     forty layers no two ways to compute them agree. The ratio is 1 where no token is wrong.
     """
     engines.release()
-    layers = text_config(shape).get("full_attention_interval") or text_config(shape)["sliding_window_pattern"]
+    layers = first_layers(shape)
     prompts = [engines.prompts(1, length)[0] for length in (40, 130, 300, 21)]
     with temporary_folder(_SHALLOW_BYTES) as name:
         write_model(Path(name), shape, packed=True, layers=layers)
