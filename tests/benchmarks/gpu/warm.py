@@ -56,17 +56,6 @@ def _side_by_side(name: str, models: Path, gpus: int) -> int:
     running: list[tuple[str, subprocess.Popen[bytes]]] = []
     for what in (*map(str, sizes.packed_batches), _PROMPT):
         for shape in sizes.wide:
-            command = [
-                "-m",
-                "tests.benchmarks.gpu.warm",
-                "--models",
-                str(models),
-                "--sizes",
-                name,
-                "--one",
-                shape,
-                what,
-            ]
             visible = {"CUDA_VISIBLE_DEVICES": str(len(running) % gpus)} if gpus > 1 else {}
             process = subprocess.Popen([*usual, "--one", shape, what], cwd=ROOT, env={**os.environ, **visible})
             running.append((f"{shape}, {what}", process))
