@@ -22,6 +22,7 @@ _CONSTANTS = f"""
 #define BETTER(other_key, other_column) \\
   if (other_key > key || (other_key == key && other_column < column)) {{ key = other_key; column = other_column; }}
 """
+_HEADER = DRAW_HEADER + _CONSTANTS
 _BEST = r"""
   SHARED unsigned keys[THREADS / 32];
   SHARED int columns[THREADS / 32];
@@ -85,7 +86,7 @@ def best_rows(logits: mx.array) -> mx.array:
     Element types as :func:`engine.runner.kernels.draw_rows.takes` says; NaN counts as the largest.
     """
     rows = logits.shape[0]
-    (best,) = make_kernel("best_of_rows", ("logits",), ("best",), _BEST, DRAW_HEADER + _CONSTANTS)(
+    (best,) = make_kernel("best_of_rows", ("logits",), ("best",), _BEST, _HEADER)(
         inputs=[logits],
         template=[("T", logits.dtype)],
         grid=(PARTS * THREADS, rows, 1),
@@ -93,7 +94,7 @@ def best_rows(logits: mx.array) -> mx.array:
         output_shapes=[(rows, PARTS, 2)],
         output_dtypes=[mx.int32],
     )
-    (tokens,) = make_kernel("join_best", ("best",), ("tokens",), _JOIN, DRAW_HEADER + _CONSTANTS)(
+    (tokens,) = make_kernel("join_best", ("best",), ("tokens",), _JOIN, _HEADER)(
         inputs=[best],
         template=[],
         grid=(PARTS * rows, 1, 1),

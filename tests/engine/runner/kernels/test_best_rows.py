@@ -50,7 +50,7 @@ def test_the_first_of_the_largest_is_taken_and_none_where_that_is_not_finite(
         ("_BEST", "if (first + i < width)", "if (first + i < width - 1)"),
         ("_BEST", "first += PARTS * THREADS * 8", "first += width"),
         ("_JOIN", "key <= HIGHEST_KEY ? column", "true ? column"),
-        ("_CONSTANTS", "other_column < column", "other_column > column"),
+        ("_HEADER", "other_column < column", "other_column > column"),
     ],
 )
 def test_a_fault_in_the_text_is_found(
