@@ -11,7 +11,6 @@ import mlx.core as mx
 from engine.runner.kernels.add_normed_text import Parts, add_normed_text
 from engine.runner.kernels.dialect import float_bits, make_kernel
 
-MAX_NORMS = 3
 _MOST_THREADS = 1024
 _MOST_WIDTH = 4 * 8 * _MOST_THREADS
 """Four vectors of 8 elements for each thread."""

@@ -126,7 +126,8 @@ class RoutedExperts:
     def _join_shared(self) -> None:
         """Have shared experts be one more of the routed ones, where they are alike and there is memory for that."""
         places = {id(module): place for place, (module, _) in enumerate(self._layers)}
-        for number, ((kind, _), (block, layer)) in enumerate(self._blocks):
+        for number in range(len(self._blocks)):
+            (kind, _), (block, layer) = self._blocks[number]
             module = experts_of(block)
             if module is None or not _joins(block, layer):
                 continue

@@ -52,7 +52,7 @@ class AttentionTrial(LayerTrial[GemmaAttention, mx.array]):
 
     def copied(self, layer: Any, dtype: mx.Dtype) -> Any:
         """See :class:`LayerTrial`."""
-        return with_weights_of(layer, type(layer)(layer.config, layer.layer_idx), dtype)
+        return with_weights_of(layer, type(layer)(layer.config, layer.layer_idx), dtype, but="o_proj")
 
     def result(self, layer: Any, x: mx.array, cache: Context) -> mx.array:
         """See :class:`LayerTrial`."""
@@ -90,7 +90,8 @@ class GemmaAttentions:
         self, model: nn.Module, device_kind: DeviceKind, kernels: AttentionKernels | None, block_size: int,
         kv_cache_dtype: str = "auto",
     ) -> None:  # fmt: skip
-        self._layers: list[Any] = [module for module in model.modules() if kernels and is_joinable(module)]
+        found = {id(module): module for module in model.modules() if kernels and is_joinable(module)}
+        self._layers: list[Any] = list(found.values())  # one that stands twice is joined once
         self._kernels, self._block_size, self._kv_cache_dtype = kernels, block_size, kv_cache_dtype
         self._ways: tuple[OwnProducts, ...] = tuple(_LEFT_OUT) if device_kind == "cuda" else ("none",)
         self._chosen: list[tuple[Any, GemmaAttention]] = []

@@ -31,7 +31,8 @@ class GemmaMLPs:
 
     def __init__(self, model: nn.Module, device_kind: DeviceKind) -> None:
         on_cuda = device_kind == "cuda"
-        self._mlps: list[Any] = [module for module in model.modules() if on_cuda and type(module) in _MLPS]
+        found = {id(module): module for module in model.modules() if on_cuda and type(module) in _MLPS}
+        self._mlps: list[Any] = list(found.values())  # one that several layers share is joined once
         self._chosen: list[tuple[Any, JoinedWeights]] = []
         self._swapped = SwappedModules()
         self.problems: tuple[str, ...] = ()
@@ -126,7 +127,7 @@ def _trial_problem(mlp: Any, gates: JoinedWeights) -> str | None:
     """What is wrong with ``gates`` on random rows, beside mlx-lm's own code before the output's product."""
     if not gates.most_few_rows:
         return "weights that no kernel for few rows takes"
-    width = int(mlp.down_proj.weight.shape[0])
+    width = _width(mlp)
     trials = [mx.random.normal((rows, width), key=mx.random.key(rows)) for rows in ROWS if rows <= gates.most_few_rows]
     trials = [x.astype(gates.dtype) for x in trials]
     with collecting() as awaited:
@@ -148,10 +149,15 @@ def _copied(mlp: Any, dtype: mx.Dtype) -> Any:
     """A copy of ``mlp`` with the same weights, unpacked, in another element type."""
     copy: Any = nn.Module.__new__(type(mlp))
     nn.Module.__init__(copy)
-    inner, width = (int(one.weight.shape[0]) for one in (mlp.gate_proj, mlp.down_proj))
-    for name, sizes in {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}.items():
-        copy[name] = nn.Linear(*sizes, bias="bias" in mlp[name])
-    return with_weights_of(mlp, copy, dtype)
+    for name in ("gate_proj", "up_proj"):
+        copy[name] = nn.Linear(_width(mlp), mlp[name].weight.shape[0], bias="bias" in mlp[name])
+    return with_weights_of(mlp, copy, dtype, but="down_proj")
+
+
+def _width(mlp: Any) -> int:
+    """Elements of a row that ``mlp`` takes."""
+    gate = mlp.gate_proj
+    return int(gate.weight.shape[1]) * 32 // gate.bits if "scales" in gate else int(gate.weight.shape[1])
 
 
 def _own(mlp: Any, x: mx.array) -> mx.array:

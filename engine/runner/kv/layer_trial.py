@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from engine.runner.kernels.joined_check import JoinedShape, joined_problem
@@ -204,11 +205,16 @@ def uncompiled() -> Iterator[None]:
             mx.enable_compile()
 
 
-def with_weights_of(layer: Any, copy: Any, dtype: mx.Dtype) -> Any:
-    """``copy``, which is made like ``layer``, with the same weights, unpacked, in another element type."""
+def with_weights_of(layer: Any, copy: Any, dtype: mx.Dtype, *, but: str | None = None) -> Any:
+    """``copy``, which is made like ``layer``, with the same weights, unpacked, in another element type.
+
+    ``but``: the name of a module that computes nothing in the copy, whatever it is in the layer.
+    """
     weights: dict[str, mx.array] = {}
+    if but is not None:
+        copy[but] = nn.Identity()
     for name, module in layer.named_modules():
-        if "weight" not in module:
+        if "weight" not in module or (but is not None and name.split(".")[0] == but):
             continue
         known = {key: value.astype(dtype) for key, value in module.items() if key in ("weight", "bias")}
         if "scales" in module:

@@ -250,3 +250,27 @@ def test_a_load_fuses_them_before_products_and_layers_are_looked_at(
         assert sum(one.launches for one in made.values()) > launches[1]
         assert distance(found, usual) < (6e-2 if bits else 3e-2)
     assert [type(module) for _, module in model.named_modules()] == kinds
+
+
+@pytest.mark.parametrize("down", ["mxfp4", "wrapped"])
+def test_what_the_output_is_packed_in_is_no_matter(down: str, gpu_kernels: dict[str, HostKernel]) -> None:
+    """It is multiplied as before: only gate and up are joined."""
+    model = model_of(bits=4)
+    for layer in model.layers:
+        plain = nn.Linear(192, WIDTH, bias=False)
+        plain.set_dtype(mx.bfloat16)
+        packed = nn.QuantizedLinear.from_linear(plain, group_size=32, bits=4, mode="mxfp4")
+        layer.mlp.down_proj = packed if down == "mxfp4" else nn.Sequential(plain)
+    usual, x = [layer.mlp(rows_of(3, mx.bfloat16)) for layer in model.layers], rows_of(3, mx.bfloat16)
+    mlps = mlps_of(model)
+    assert mlps.note == all_of(model)
+    mlps.install()
+    apart = [distance(layer.mlp(x), one) for layer, one in zip(model.layers, usual, strict=True)]
+    assert max(apart) < 6e-2, "MLX's products of packed weights are as far from exact here"
+
+
+def test_an_mlp_that_layers_share_is_joined_once(gpu_kernels: dict[str, HostKernel]) -> None:
+    model = model_of()
+    for layer in model.layers[1:]:
+        layer.mlp = model.layers[0].mlp
+    assert mlps_of(model).note == "fused MLPs: 1 of 1 layers"

@@ -257,3 +257,16 @@ def test_what_is_checked_is_what_steps_launch(
     templates.clear()
     steps(model, PROMPT)
     assert {one for one in templates if one[0].startswith("add_normed")} <= checked
+
+
+def test_a_layer_that_stands_twice_hands_nothing_on() -> None:
+    """What it would leave is normalized for one of its places alone."""
+    model = build("qwen3_moe")
+    model.model.layers[1] = model.model.layers[0]
+    usual = steps(model, PROMPT)
+    swapped(model)
+    found = steps(model, PROMPT)
+    assert all(
+        float(mx.linalg.norm(one - other) / mx.linalg.norm(other)) < 0.05
+        for one, other in zip(found, usual, strict=True)
+    )
