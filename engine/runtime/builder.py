@@ -124,18 +124,13 @@ def _speed_up(
     The first is of layers over pages, which compute nothing where there are none.
     """
     kernels = GPU_KERNELS if _own_kernels(args) and args.use_paged_attention else None
-    blocks = FusedBlocks(model, device.kind, kernels, args.block_size, args.kv_cache_dtype)
-    undo.callback(blocks.remove)
-    blocks.choose(partial(progress, "kernels"))
-    blocks.install()
-    attentions = GemmaAttentions(model, device.kind, kernels, args.block_size, args.kv_cache_dtype)
-    undo.callback(attentions.remove)
-    attentions.choose(partial(progress, "kernels"))
-    attentions.install()
+    over_pages = model, device.kind, kernels, args.block_size, args.kv_cache_dtype
+    blocks, attentions = FusedBlocks(*over_pages), GemmaAttentions(*over_pages)
     mlps = GemmaMLPs(model, _device_of_kernels(args, device))
-    undo.callback(mlps.remove)
-    mlps.choose(partial(progress, "kernels"))
-    mlps.install()
+    for some in (blocks, attentions, mlps):
+        undo.callback(some.remove)
+        some.choose(partial(progress, "kernels"))
+        some.install()
     skip = blocks.products | attentions.products | mlps.products
     products = FewRowProducts(model, _device_of_kernels(args, device), skip=skip)
     undo.callback(products.remove)

@@ -9,7 +9,7 @@ layer.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +20,7 @@ from engine.runner.kernels.fused_rows import Norm
 from engine.runner.kernels.handover import Handover
 from engine.runner.kernels.joined_attention import HeadConstants, HeadNorms, rotates
 from engine.runner.kernels.split_k import silu_and_mul
+from engine.runner.kv.joined_modules import OwnProducts
 from engine.runner.kv.joined_weights import JoinedWeights
 from engine.runner.kv.kernel_cache import KernelLayerCache
 from engine.runner.kv.rotation import frequencies_of
@@ -28,9 +29,6 @@ _MODULES = {module.TransformerBlock: module for module in (llama, qwen2, qwen3)}
 """mlx-lm's blocks that compute the same, but for norms of heads and biases. Mistral's is Llama's."""
 _TRUNKS = llama.LlamaModel, qwen2.Qwen2Model, qwen3.Qwen3Model
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-
-OwnProducts = Literal["all", "few", "none"]
-"""Which products are this project's kernels: of few rows and those that split K, of few rows alone, or none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ the module's own output. Where a layer has no values of its own, they are made o
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,13 +14,11 @@ from mlx_lm.models.gemma4_text import Attention, RMSNormNoScale
 
 from engine.runner.kernels.joined_attention import HeadConstants, HeadNorms, rotates
 from engine.runner.kernels.joined_attention_text import ValueHeads
+from engine.runner.kv.joined_modules import OwnProducts
 from engine.runner.kv.joined_weights import JoinedWeights
 from engine.runner.kv.joined_weights import joining_problem as weights_problem
 from engine.runner.kv.kernel_cache import KernelLayerCache
 from engine.runner.kv.rotation import frequencies_of
-
-OwnProducts = Literal["few", "none"]
-"""Which products are this project's kernels: those of few rows, or none."""
 
 
 @dataclass(frozen=True, slots=True)

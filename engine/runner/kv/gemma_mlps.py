@@ -8,13 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models import gemma2, gemma3_text, gemma4_text
 
-from engine.errors import error_line
 from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.swapped_modules import SwappedModules
+from engine.runner.kv.joined_modules import JoinedModules, OwnProducts, each_once
 from engine.runner.kv.joined_weights import JoinedWeights, joining_problem
 from engine.runner.kv.layer_trial import LOSS, PACKED_LOSS, ROWS, difference, uncompiled, with_weights_of
 
@@ -23,70 +22,40 @@ _MLPS = gemma2.MLP, gemma3_text.MLP, gemma4_text.MLP
 and Gemma 3n's leaves out some gates."""
 
 
-class GemmaMLPs:
-    """The MLPs of a loaded Gemma 2, 3 or 4 that compute few rows in two launches.
+class GemmaMLPs(JoinedModules[JoinedWeights]):
+    """The MLPs of a loaded Gemma 2, 3 or 4 that compute few rows in two launches."""
 
-    Choose, then install before a step is compiled.
-    """
+    name, counted = "fused MLPs", " layers"
+    left_out = {"few": "mlx-lm's own way"}  # noqa: RUF012
+    unjoined = "mlx-lm's own way"
 
     def __init__(self, model: nn.Module, device_kind: DeviceKind) -> None:
-        on_cuda = device_kind == "cuda"
-        found = {id(module): module for module in model.modules() if on_cuda and type(module) in _MLPS}
-        self._mlps: list[Any] = list(found.values())  # one that several layers share is joined once
-        self._chosen: list[tuple[Any, JoinedWeights]] = []
-        self._swapped = SwappedModules()
-        self.problems: tuple[str, ...] = ()
-        """Why MLPs are mlx-lm's own: a line each."""
+        modules = each_once(model.modules()) if device_kind == "cuda" else []
+        super().__init__([module for module in modules if type(module) in _MLPS], ("few",))
 
-    def choose(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Try one MLP of each kind, and join the weights of those that are right. Raises nothing.
+    def refused(self, module: Any) -> str | None:
+        """See :class:`JoinedModules`."""
+        return joining_problem(self.joined(module))
 
-        ``progress(done, total)`` counts MLPs.
-        """
-        found: dict[tuple[object, ...], str | None] = {}
-        problems: dict[str, None] = {}
-        self._chosen = []
-        for number, mlp in enumerate(self._mlps, 1):
-            kind = _kind(mlp)
-            if kind not in found:
-                found[kind] = _problem(mlp)
-            problem = found[kind]
-            if problem is None:
-                try:
-                    self._chosen.append((mlp, _gates(mlp)))
-                except RuntimeError as error:  # no memory to join its weights
-                    problem = error_line(error)
-            if problem is not None:
-                problems[f"mlx-lm's own way: {problem}"] = None
-            if progress is not None:
-                progress(number, len(self._mlps))
-        self.problems = tuple(problems)
+    def join(self, module: Any, own: OwnProducts) -> JoinedWeights:
+        """See :class:`JoinedModules`."""
+        gates = JoinedWeights.of(self.joined(module), on_cuda=own != "none")
+        mx.clear_cache()  # of the weights that are joined now
+        return gates
 
-    @property
-    def note(self) -> str | None:
-        """One line for people; None where there are no such MLPs."""
-        if not self._mlps:
-            return None
-        return "; ".join([f"fused MLPs: {len(self._chosen)} of {len(self._mlps)} layers", *self.problems])
+    def wrong(self, module: Any, fused: JoinedWeights) -> str | None:
+        """See :class:`JoinedModules`."""
+        return _trial_problem(module, fused)
 
-    @property
-    def products(self) -> frozenset[int]:
-        """Ids of the modules whose products are not computed for few rows any more.
+    def joined(self, module: Any) -> list[nn.Module]:
+        """See :class:`JoinedModules`."""
+        return [module.gate_proj, module.up_proj]
 
-        Packed weights stay out: MLX's product of them starts slowly, and short prompts go by them.
-        """
-        modules = [one for mlp, _ in self._chosen for one in _joined_modules(mlp)]
-        return frozenset(id(one) for one in modules if type(one) is nn.Linear)
-
-    def install(self) -> None:
-        """Swap what was chosen into the model's MLPs."""
-        self.remove()
-        for mlp, gates in self._chosen:
-            self._swapped.swap_method(mlp, "__call__", _call(type(mlp), gates))
-
-    def remove(self) -> None:
-        """Leave every MLP as it was; its weights stay slices of joined ones."""
-        self._swapped.undo()
+    def swap(self) -> None:
+        """See :class:`JoinedModules`."""
+        for mlp, gates in zip(self.modules, self.fused, strict=False):
+            if gates is not None:
+                self.swapped.swap_method(mlp, "__call__", _call(type(mlp), gates))
 
 
 def _call(kind: type[nn.Module], gates: JoinedWeights) -> Callable[..., mx.array]:
@@ -103,24 +72,6 @@ def _call(kind: type[nn.Module], gates: JoinedWeights) -> Callable[..., mx.array
         return result
 
     return call
-
-
-def _joined_modules(mlp: Any) -> list[nn.Module]:
-    return [mlp.gate_proj, mlp.up_proj]
-
-
-def _gates(mlp: Any) -> JoinedWeights:
-    gates = JoinedWeights.of(_joined_modules(mlp), on_cuda=True)
-    mx.clear_cache()  # of the weights that are joined now
-    return gates
-
-
-def _problem(mlp: Any) -> str | None:
-    """Why MLPs like this one are mlx-lm's own, None if they are not."""
-    try:
-        return joining_problem(_joined_modules(mlp)) or _trial_problem(mlp, _gates(mlp))
-    except Exception as error:  # noqa: BLE001  (whatever stops it, the MLPs have mlx-lm's own way)
-        return error_line(error)
 
 
 def _trial_problem(mlp: Any, gates: JoinedWeights) -> str | None:
@@ -169,10 +120,3 @@ def _own(mlp: Any, x: mx.array) -> mx.array:
     finally:
         stand_in.undo()
     return gated
-
-
-def _kind(mlp: Any) -> tuple[object, ...]:
-    """What MLPs have in common that are computed by the same kernels."""
-    shapes = [(name, value.shape, value.dtype) for name, value in tree_flatten(mlp.parameters())]
-    packed = [(getattr(one, "bits", 0), getattr(one, "group_size", 0)) for _, one in mlp.named_modules()]
-    return type(mlp), *shapes, *packed

@@ -14,8 +14,9 @@ from mlx_lm.models import qwen3
 from engine.runner.kernels import fused_rows, split_k
 from engine.runner.kernels.fused_rows import Norm
 from engine.runner.kernels.handover import Handover
-from engine.runner.kv.fused_block import FusedBlock, OwnProducts, Rows
+from engine.runner.kv.fused_block import FusedBlock, Rows
 from engine.runner.kv.fused_blocks import FusedBlocks
+from engine.runner.kv.joined_modules import OwnProducts
 from engine.runner.kv.joined_weights import JoinedWeights
 from tests.engine.parity.bare_engine import BLOCK_SIZE, BareEngine, greedy
 from tests.engine.parity.oracle import mixed_prompts
