@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.scheduler import Scheduler
@@ -50,6 +50,22 @@ logger = logging.getLogger("engine")
 
 _WORTH_REHEARSING = 1 << 30
 """Bytes of weights that take longer to read than a small model's first steps take."""
+
+
+class _Speedup(Protocol):
+    """What computes parts of a model otherwise, where it is right."""
+
+    def choose(self, progress: Callable[[int, int], None], /) -> object:
+        """Try it; ``progress(done, total)``."""
+
+    def install(self) -> None:
+        """Use what was right."""
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+
+
+Speedup = TypeVar("Speedup", bound=_Speedup)
 
 
 @dataclass(frozen=True)
@@ -125,27 +141,24 @@ def _speed_up(
     """
     kernels = GPU_KERNELS if _own_kernels(args) and args.use_paged_attention else None
     over_pages = model, device.kind, kernels, args.block_size, args.kv_cache_dtype
-    blocks, attentions = FusedBlocks(*over_pages), GemmaAttentions(*over_pages)
-    mlps = GemmaMLPs(model, _device_of_kernels(args, device))
-    for some in (blocks, attentions, mlps):
-        undo.callback(some.remove)
-        some.choose(partial(progress, "kernels"))
-        some.install()
+    on_device, report = _device_of_kernels(args, device), partial(progress, "kernels")
+    blocks = _use(FusedBlocks(*over_pages), report, undo)
+    attentions = _use(GemmaAttentions(*over_pages), report, undo)
+    mlps = _use(GemmaMLPs(model, on_device), report, undo)
     skip = blocks.products | attentions.products | mlps.products
-    products = FewRowProducts(model, _device_of_kernels(args, device), skip=skip)
-    undo.callback(products.remove)
-    products.choose(partial(progress, "kernels"))
-    products.install()
+    products = _use(FewRowProducts(model, on_device, skip=skip), report, undo)
     # After the products: what routes to experts is checked with the products that it will be computed with.
-    experts = RoutedExperts(model, _device_of_kernels(args, device))
-    undo.callback(experts.remove)
-    experts.choose(partial(progress, "kernels"))
-    experts.install()
-    layers = ResidualLayers(model, _device_of_kernels(args, device))
-    undo.callback(layers.remove)
-    layers.choose()
-    layers.install()
+    experts = _use(RoutedExperts(model, on_device), report, undo)
+    layers = _use(ResidualLayers(model, on_device), report, undo)
     return blocks.note or attentions.note, mlps.note, products.choices.note, experts.note, layers.note
+
+
+def _use(found: Speedup, report: Callable[[int, int], None], undo: ExitStack) -> Speedup:
+    """``found``, with what of it is right in use until ``undo``."""
+    undo.callback(found.remove)
+    found.choose(report)
+    found.install()
+    return found
 
 
 def _choose_sampler(model: Any, args: EngineArgs, vocab_size: int) -> tuple[Sampler, str | None]:

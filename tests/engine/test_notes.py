@@ -150,28 +150,20 @@ def test_kernels_asked_for_over_packed_latent_pages_are_refused_with_the_reason(
         LLM(str(tiny_model_dir("deepseek_v3")), attention_backend="paged", kv_cache_dtype="int8", **OPTIONS)
 
 
-def test_fused_layers_are_said_at_load_and_used(tiny_model_dir: Any, host_kernels: HostKernels) -> None:
-    folder = str(tiny_model_dir("qwen3"))
-    with LLM(folder, **OPTIONS) as llm:
-        (line,) = [note for note in llm.notes if note.startswith("fused layers: ")]
-        done, _, total = line.removeprefix("fused layers: ").partition(" of ")
-        assert done == total != "0"
-        before = dict(host_kernels.calls)
-        tokens = llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
-        assert host_kernels.calls["joined_attention"] > before["joined_attention"]
-        assert host_kernels.calls["paged_attention"] == before["paged_attention"]
-    with LLM(folder, attention_backend="reference", **OPTIONS) as plain:
-        assert plain.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids == tokens
-        assert not [note for note in plain.notes if note.startswith("fused layers")]
-
-
-def test_gemmas_attention_in_few_launches_is_said_at_load_and_used(
-    tiny_model_dir: Any, host_kernels: HostKernels
+@pytest.mark.parametrize(
+    ("line", "architecture", "entries"),
+    [
+        ("fused layers", "qwen3", {}),
+        ("fused attention", "gemma4_text", {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}),
+    ],
+)
+def test_what_takes_few_launches_is_said_at_load_and_used(
+    line: str, architecture: str, entries: dict[str, Any], tiny_model_dir: Any, host_kernels: HostKernels
 ) -> None:
-    folder = str(tiny_model_dir("gemma4_text", num_kv_shared_layers=0, hidden_size_per_layer_input=0))
+    folder = str(tiny_model_dir(architecture, **entries))
     with LLM(folder, **OPTIONS) as llm:
-        (line,) = [note for note in llm.notes if note.startswith("fused attention: ")]
-        done, _, total = line.removeprefix("fused attention: ").removesuffix(" layers").partition(" of ")
+        (said,) = [note for note in llm.notes if note.startswith(f"{line}: ")]
+        done, _, total = said.removeprefix(f"{line}: ").removesuffix(" layers").partition(" of ")
         assert done == total != "0"
         before = dict(host_kernels.calls)
         tokens = llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
@@ -179,7 +171,7 @@ def test_gemmas_attention_in_few_launches_is_said_at_load_and_used(
         assert host_kernels.calls["paged_attention"] == before["paged_attention"]
     with LLM(folder, attention_backend="reference", **OPTIONS) as plain:
         assert plain.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids == tokens
-        assert not [note for note in plain.notes if note.startswith("fused attention")]
+        assert not [note for note in plain.notes if note.startswith(line)]
 
 
 @pytest.mark.parametrize("wrong", [False, True])

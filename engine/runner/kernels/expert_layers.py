@@ -8,14 +8,16 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
 from engine.runner.kernels import routed_experts
+from engine.runner.kernels.joined_arrays import in_one_array
 from engine.runner.kernels.routed_experts import MAX_EXPERTS, MAX_PAIRS, Activation, ExpertWeights, Packing, Routes
+from engine.runner.kernels.swapped_modules import mlx_lm_name
 
 _ACTIVATIONS = {
-    "mlx_lm.models.switch_layers.SwiGLU": "silu",
-    "mlx_lm.models.gemma4_text.GeGLU": "gelu",
-    "mlx_lm.models.activations.SwigluOAI": "oai",
+    "switch_layers.SwiGLU": "silu",
+    "gemma4_text.GeGLU": "gelu",
+    "activations.SwigluOAI": "oai",
 }
-_SHARED = ("mlx_lm.models.qwen3_next.Qwen3NextMLP", "mlx_lm.models.qwen2_moe.MLP")
+_SHARED = ("qwen3_next.Qwen3NextMLP", "qwen2_moe.MLP")
 """MLPs of a shared expert that activate as SwiGLU does."""
 _PROJECTIONS, _ARRAYS = ("gate_proj", "up_proj", "down_proj"), ("weight", "scales", "biases", "bias")
 _MOST_SCALE = 128
@@ -96,8 +98,7 @@ def expert_layer(module: nn.Module) -> ExpertLayer | None:
 
 def joins(layer: ExpertLayer, module: Any, shared: Any) -> bool:
     """Whether ``shared``, an MLP, is packed and shaped as the experts of ``module`` are, which is ``layer``."""
-    kind = type(shared)
-    if f"{kind.__module__}.{kind.__qualname__}" not in _SHARED or layer.kind.activation.kind != "silu":
+    if mlx_lm_name(shared) not in _SHARED or layer.kind.activation.kind != "silu":
         return False
     pairs = [(module[name], shared[name]) for name in _PROJECTIONS]
     whole = layer.kind.num_experts == pairs[0][0]["weight"].shape[0] < MAX_EXPERTS  # without a shared one so far
@@ -122,10 +123,9 @@ def _joined(experts: Any, one: Any) -> dict[str, mx.array]:
     """The arrays of a projection of all experts with those of ``one`` behind them."""
     found = {}
     for key in [key for key in _ARRAYS if key in experts]:
-        whole = found[key] = mx.concatenate([experts[key], one[key][None]])
-        mx.eval(whole)
-        experts[key], one[key] = whole[:-1], whole[-1:].squeeze(0)  # slices: an index would copy
-        mx.eval(experts[key], one[key])
+        found[key], (experts[key], last) = in_one_array([experts[key], one[key][None]])
+        one[key] = last.squeeze(0)
+        mx.eval(one[key])
     return found
 
 
@@ -141,7 +141,7 @@ def _word_bits(packing: Packing) -> int:
 
 
 def _activation(activation: Any) -> Activation | None:
-    kind: Any = _ACTIVATIONS.get(f"{type(activation).__module__}.{type(activation).__qualname__}")
+    kind: Any = _ACTIVATIONS.get(mlx_lm_name(activation))
     if kind == "oai":
         return Activation(kind, activation._alpha, activation._limit)
     return None if kind is None else Activation(kind)

@@ -9,6 +9,13 @@ from numpy.typing import NDArray
 Floats = NDArray[np.floating[Any]]
 
 
+def rows_apart(found: mx.array, wanted: mx.array) -> NDArray[np.float32]:
+    """How far each row of ``found`` [..., D] is from that of ``wanted``, relative to the latter's norm."""
+    some, other = (floats(one).reshape(-1, one.shape[-1]) for one in (found, wanted))
+    apart: NDArray[np.float32] = np.linalg.norm(some - other, axis=1) / np.maximum(np.linalg.norm(other, axis=1), 1e-30)
+    return apart
+
+
 def floats(array: mx.array) -> NDArray[np.float32]:
     """``array`` as numpy's float32."""
     return np.array(array.astype(mx.float32))

@@ -13,18 +13,17 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from engine.errors import error_line
 from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.add_normed import Beside, ExpertRows, add_normed, takes
 from engine.runner.kernels.handover import Handover
 from engine.runner.kernels.kernel_cache import collecting, compile_all
+from engine.runner.kernels.reference import rows_apart
 from engine.runner.kernels.routed_blocks import expert_rows, router_gain, row_counts
 from engine.runner.kernels.routed_experts import MAX_PAIRS
-from engine.runner.kernels.swapped_modules import SwappedModules
+from engine.runner.kernels.swapped_modules import SwappedModules, mlx_lm_name
 
-_MODELS = "mlx_lm.models."
 _MLPS = {
     "qwen3_5.DecoderLayer": "mlp",
     "qwen3_next.Qwen3NextDecoderLayer": "mlp",
@@ -77,9 +76,7 @@ class ResidualLayer:
         if more is None:
             return add_normed(made, x, self.next_gains, self.eps)
         dense = None if beside is None else Beside(beside, *more.beside)
-        return add_normed(
-            made, x, self.next_gains, self.eps, beside=dense, before=more.before, scale=more.scale
-        )  # fmt: skip
+        return add_normed(made, x, self.next_gains, self.eps, beside=dense, before=more.before, scale=more.scale)
 
     def _takes(self, *rows: mx.array | None) -> bool:
         return all(one is None or one.dtype == self.mlp_gain.dtype for one in rows)
@@ -137,14 +134,21 @@ class ResidualLayers:
                     for trial in _trials(parts, 1, layer):
                         trial.by(parts.between, parts.behind)
 
-    def choose(self) -> None:
-        """Compare the kernels with mlx's operations, with the gains of one layer of each kind. Raises nothing."""
+    def choose(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compare the kernels with mlx's operations, with the gains of one layer of each kind. Raises nothing.
+
+        ``progress(done, total)`` counts kinds.
+        """
         self.problem = next(filter(None, (_unknown(layer) or _unswapped(layer) for layer in self._layers)), None)
         if self.problem is None and self._layers:
             with collecting() as awaited:
                 self.launch_kernels()
             compile_all(awaited)
-            self.problem = next(filter(None, map(_kernel_problem, self._kinds())), None)
+            kinds = self._kinds()
+            for done, layer in enumerate(kinds, 1):
+                self.problem = self.problem or _kernel_problem(layer)
+                if progress is not None:
+                    progress(done, len(kinds))
         self._trusted = bool(self._layers) and self.problem is None
 
     def install(self) -> None:
@@ -173,8 +177,8 @@ def residual_layer(layer: Any, behind: Any) -> ResidualLayer:
     """The gains of ``layer``, with the one ``behind`` it, if there is any."""
     following = () if behind is None else (behind.input_layernorm.weight,)
     eps = float(layer.input_layernorm.eps)
-    if _name(layer) != _GEMMA:
-        return ResidualLayer(_MLPS[_name(layer)], layer.post_attention_layernorm.weight, following, eps)
+    if mlx_lm_name(layer) != _GEMMA:
+        return ResidualLayer(_MLPS[mlx_lm_name(layer)], layer.post_attention_layernorm.weight, following, eps)
     scale = layer.layer_scalar
     if scale is not None:
         scale = mx.concatenate([scale.reshape(1)] * _SCALES)  # a broadcast one stays a single element
@@ -244,7 +248,7 @@ def _unknown(layer: Any) -> str | None:
         return "norms of several kinds"
     if {one.weight.dtype for one in own} != {gain.dtype} or not takes(gain.shape[0], gain.dtype):
         return f"rows of {gain.shape[0]} elements in several types or {gain.dtype}"
-    if _name(layer) != _GEMMA:
+    if mlx_lm_name(layer) != _GEMMA:
         return None
     if layer.per_layer_input_gate is not None:
         return "inputs of its own for each layer"
@@ -255,7 +259,7 @@ def _unknown(layer: Any) -> str | None:
 
 def _unswapped(layer: Any) -> str | None:
     """Why the kernels lack the rows of Gemma's experts: mlx-lm's code gives their sum."""
-    lacks = _name(layer) == _GEMMA and layer.enable_moe and not hasattr(type(layer), "expert_rows")
+    lacks = mlx_lm_name(layer) == _GEMMA and layer.enable_moe and not hasattr(type(layer), "expert_rows")
     return "experts that no kernel computes" if lacks else None
 
 
@@ -275,7 +279,7 @@ def _difference(parts: ResidualLayer, layer: Any) -> str | None:
             found = trial.by(parts.between, parts.behind)
             wanted = trial.by(partial(_between, parts), partial(_behind, parts))
             for number, both in enumerate(zip(found, wanted, strict=True)):
-                if not _alike(*both):
+                if not (rows_apart(*both) <= _MOST_DIFFERENT).all():  # nor is NaN
                     return f"sum or norm {number} differs with {tokens} tokens"
     return None
 
@@ -346,23 +350,12 @@ def _behind(
     return x, [mx.fast.rms_norm(x, gain, parts.eps) for gain in parts.next_gains]
 
 
-def _alike(found: mx.array, wanted: mx.array) -> bool:
-    some, other = (np.array(one.astype(mx.float32)).reshape(-1, one.shape[-1]) for one in (found, wanted))
-    apart = np.linalg.norm(some - other, axis=1) / np.maximum(np.linalg.norm(other, axis=1), 1e-30)
-    return bool(np.isfinite(some).all() and (apart <= _MOST_DIFFERENT).all())
-
-
 def _is_known(layer: Any) -> bool:
-    return isinstance(layer, nn.Module) and (_name(layer) in _MLPS or _name(layer) == _GEMMA)
+    return isinstance(layer, nn.Module) and (mlx_lm_name(layer) in _MLPS or mlx_lm_name(layer) == _GEMMA)
 
 
 def _kind(layer: Any) -> tuple[object, ...]:
     gain = layer.input_layernorm.weight
     moe, scaled = getattr(layer, "enable_moe", False), layer.get("layer_scalar") is not None
-    counts = row_counts(layer if _name(layer) == _GEMMA else layer[_MLPS[_name(layer)]])
-    return _name(layer), gain.shape, gain.dtype, moe, scaled, *counts
-
-
-def _name(layer: nn.Module) -> str:
-    kind = type(layer)
-    return f"{kind.__module__.removeprefix(_MODELS)}.{kind.__qualname__}"
+    counts = row_counts(layer if mlx_lm_name(layer) == _GEMMA else layer[_MLPS[mlx_lm_name(layer)]])
+    return mlx_lm_name(layer), gain.shape, gain.dtype, moe, scaled, *counts

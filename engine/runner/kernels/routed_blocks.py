@@ -15,8 +15,9 @@ from engine.errors import error_line
 from engine.runner.kernels import routing
 from engine.runner.kernels.add_normed import ExpertRows
 from engine.runner.kernels.expert_layers import ExpertKind, ExpertLayer
+from engine.runner.kernels.reference import floats, rows_apart
 from engine.runner.kernels.routed_experts import MAX_PAIRS, Routes
-from engine.runner.kernels.swapped_modules import SwappedModules
+from engine.runner.kernels.swapped_modules import SwappedModules, mlx_lm_name
 
 _CHECKED_TOKENS = (1, 5, 40, 150)
 _MOST_TOKENS = 256
@@ -56,7 +57,7 @@ _ROWS, _COUNT = "expert_rows", "expert_count"
 
 def experts_of(block: nn.Module) -> nn.Module | None:
     """The experts of a block that is known; None of any other module."""
-    name = _name(block)
+    name = mlx_lm_name(block)
     if name == _GEMMA:
         return block.experts.switch_glu if block.get("router") is not None else None
     return block.get(_BLOCKS[name].experts) if name in _BLOCKS and not _is_sharded(block) else None
@@ -64,7 +65,7 @@ def experts_of(block: nn.Module) -> nn.Module | None:
 
 def shared_of(block: Any) -> nn.Module | None:
     """The MLP that every token of a known block takes beside its experts; None where there is none."""
-    known = _BLOCKS.get(_name(block))
+    known = _BLOCKS.get(mlx_lm_name(block))
     return block.shared_expert if known is not None and known.shared else None
 
 
@@ -73,7 +74,7 @@ def launch_block_kernels(block: Any, kind: ExpertKind, *, joined: bool) -> None:
 
     ``kind`` of its experts, without a shared one; ``joined``: a shared one is taken as one of them.
     """
-    known, chosen = _BLOCKS.get(_name(block)), _chosen(block)
+    known, chosen = _BLOCKS.get(mlx_lm_name(block)), _chosen(block)
     scale = None if known is not None else block.router.per_expert_scale
     for tokens in launched_tokens(kind.num_experts, chosen, gated=joined):
         logits = mx.zeros((tokens, kind.num_experts), kind.dtype)
@@ -138,7 +139,7 @@ Compute = Callable[[Any, mx.array], ExpertRows | None]
 
 def swap_block(block: nn.Module, layer: ExpertLayer, swapped: SwappedModules) -> None:
     """Have ``block`` compute in few launches, with ``layer`` for its experts; :func:`expert_rows` asks for its rows."""
-    if _name(block) == _GEMMA:
+    if mlx_lm_name(block) == _GEMMA:
         return _swap_gemma(block, layer, swapped)
     plain: Any = type(block).__call__
     compute = _computed(block, layer)
@@ -147,7 +148,7 @@ def swap_block(block: nn.Module, layer: ExpertLayer, swapped: SwappedModules) ->
         rows = compute(self, x)
         return plain(self, x) if rows is None else _summed(rows, x)
 
-    each = _chosen(block) + (shared_of(block) is not None and layer.kind.num_experts > _routed(block))
+    each = _chosen(block) + _has_shared(block, layer)
     return swapped.swap_methods(block, {"__call__": moe, _ROWS: compute, _COUNT: each})
 
 
@@ -179,24 +180,24 @@ def router_gain(router: Any) -> mx.array:
 
 def _computed(block: Any, layer: Routed) -> Compute:
     """What computes the rows of a block's experts; None where it does not take them."""
-    if _name(block) == _GEMMA:
+    if mlx_lm_name(block) == _GEMMA:
         gain = router_gain(block.router)
 
         def gemma(self: Any, x: mx.array) -> ExpertRows | None:
             return _gemma_rows(self.router, layer, mx.fast.rms_norm(x, gain, self.router.eps), x)
 
         return gemma
-    known, chosen, normalized = _BLOCKS[_name(block)], _chosen(block), _is_normalized(block)
+    known, chosen, normalized = _BLOCKS[mlx_lm_name(block)], _chosen(block), _is_normalized(block)
+    joined = _has_shared(block, layer)
 
     def compute(self: Any, x: mx.array) -> ExpertRows | None:
         logits = self[known.router](x)
         logits = logits.reshape(-1, logits.shape[-1])
-        joined = layer.kind.num_experts > logits.shape[1]
         if not _takes(logits, chosen, x, layer, joined=joined):
             return None
         gate = self.shared_expert_gate(x) if known.shared else None
         choice = routing.choose(logits, chosen, normalized=normalized, gate=gate if joined else None)
-        rows = ExpertRows(layer.routed(x.reshape(-1, x.shape[-1]), choice.routes), choice.scores)
+        rows = _rows(layer, x, choice)
         return rows if gate is None or joined else rows._replace(shared=self.shared_expert(x), gate=gate)
 
     return compute
@@ -204,21 +205,21 @@ def _computed(block: Any, layer: Routed) -> Compute:
 
 def _chosen(block: Any) -> int:
     """Experts of a token."""
-    name = _name(block)
+    name = mlx_lm_name(block)
     return int(block.router.config.top_k_experts if name == _GEMMA else getattr(block, _BLOCKS[name].chosen))
 
 
-def _routed(block: Any) -> int:
-    """Experts of a block, without a shared one."""
+def _has_shared(block: Any, layer: Routed) -> bool:
+    """Whether a shared expert is among those of ``layer``: then it has one more than the block's own."""
     module: Any = experts_of(block)
-    return int(module["gate_proj"]["weight"].shape[0])
+    return bool(layer.kind.num_experts > module["gate_proj"]["weight"].shape[0])
 
 
 def _is_normalized(block: Any) -> bool:
     """Whether the chosen experts' weights add up to 1, before any scale."""
-    if _name(block) == _GEMMA:
+    if mlx_lm_name(block) == _GEMMA:
         return True
-    normalized = _BLOCKS[_name(block)].normalized
+    normalized = _BLOCKS[mlx_lm_name(block)].normalized
     return bool(getattr(block, normalized)) if isinstance(normalized, str) else normalized
 
 
@@ -229,6 +230,10 @@ def _takes(logits: mx.array, chosen: int, x: mx.array, layer: Routed, *, joined:
         and 0 < pairs <= MAX_PAIRS
         and routing.takes(logits.shape[1], chosen, logits.dtype, gated=joined)
     )
+
+
+def _rows(layer: Routed, x: mx.array, choice: routing.Choice) -> ExpertRows:
+    return ExpertRows(layer.routed(x.reshape(-1, x.shape[-1]), choice.routes), choice.scores)
 
 
 def _summed(rows: ExpertRows, x: mx.array) -> mx.array:
@@ -250,7 +255,7 @@ def _gemma_rows(router: Any, layer: Routed, normed: mx.array, x: mx.array) -> Ex
     choice = _gemma_choice(router, normed, layer)
     if choice is None:
         return None
-    return ExpertRows(layer.routed(x.reshape(-1, x.shape[-1]), choice.routes), choice.scores)
+    return _rows(layer, x, choice)
 
 
 def _swap_gemma(block: Any, layer: ExpertLayer, swapped: SwappedModules) -> None:
@@ -270,8 +275,7 @@ def _swap_gemma(block: Any, layer: ExpertLayer, swapped: SwappedModules) -> None
 
     def compute(self: Any, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         if waiting and waiting[0][0] is indices:
-            choice = waiting.pop()[1]
-            return _summed(ExpertRows(layer.routed(x.reshape(-1, x.shape[-1]), choice.routes), choice.scores), x)
+            return _summed(_rows(layer, x, waiting.pop()[1]), x)
         return plain_experts(self, x, indices, weights)  # type: ignore[no-any-return]
 
     def rows(self: Any, normed: mx.array, x: mx.array) -> ExpertRows | None:
@@ -284,22 +288,15 @@ def _swap_gemma(block: Any, layer: ExpertLayer, swapped: SwappedModules) -> None
 
 def _routed_part(block: Any, x: mx.array) -> mx.array:
     """What the block's own code gives for its experts."""
-    if _name(block) == _GEMMA:
+    if mlx_lm_name(block) == _GEMMA:
         return block.experts(x, *block.router(x))  # type: ignore[no-any-return]
     return block(x)  # type: ignore[no-any-return]
 
 
 def _alike(usual: mx.array, ours: mx.array) -> bool:
-    rows, own = (np.array(some.astype(mx.float32)).reshape(-1, some.shape[-1]) for some in (usual, ours))
-    apart = np.linalg.norm(own - rows, axis=1) / np.maximum(np.linalg.norm(rows, axis=1), 1e-30)
-    return bool(np.isfinite(own).all() and (apart <= _MOST_DIFFERENT).mean() >= _SHARE_ALIKE)
+    apart = rows_apart(ours, usual)
+    return bool(np.isfinite(floats(ours)).all() and (apart <= _MOST_DIFFERENT).mean() >= _SHARE_ALIKE)
 
 
 def _is_sharded(block: Any) -> bool:
     return getattr(block, "sharding_group", None) is not None
-
-
-def _name(module: nn.Module) -> str:
-    """Of its class, or of the one that was exchanged, within mlx-lm."""
-    kind = type(module)
-    return f"{kind.__module__.removeprefix('mlx_lm.models.')}.{kind.__qualname__}"

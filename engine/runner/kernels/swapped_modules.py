@@ -5,6 +5,8 @@ from typing import Any
 
 import mlx.nn as nn
 
+_MODELS = "mlx_lm.models."
+
 
 class SwappedModules:
     """What was exchanged, to be undone."""
@@ -31,3 +33,10 @@ class SwappedModules:
         while self._were:
             module, kind = self._were.pop()
             module.__class__ = kind
+
+
+def mlx_lm_name(module: Any) -> str:
+    """Of a module's class, or of the one that was exchanged: its file and name within mlx-lm's models; else empty."""
+    kind = type(module)
+    within = kind.__module__.removeprefix(_MODELS)
+    return "" if within == kind.__module__ else f"{within}.{kind.__qualname__}"

@@ -21,7 +21,7 @@ from engine.runner.kernels.handover import Handover
 from engine.runner.kernels.joined_attention import HeadConstants, HeadNorms, rotates
 from engine.runner.kernels.split_k import silu_and_mul
 from engine.runner.kv.joined_modules import OwnProducts
-from engine.runner.kv.joined_weights import JoinedWeights
+from engine.runner.kv.joined_weights import JoinedWeights, joining_problem
 from engine.runner.kv.kernel_cache import KernelLayerCache
 from engine.runner.kv.rotation import frequencies_of
 
@@ -76,7 +76,6 @@ class FusedBlock:
         turns = frequencies_of(attention.rope, head_dim(attention))
         assert turns is not None, "a rotation of its own"
         constants = HeadConstants.of(mx.array(turns), _head_norms(attention))
-        mx.clear_cache()  # of the weights that are joined now
         every = (qkv, output, gate_up, down)
         return cls(
             qkv, output, gate_up, down, _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm),
@@ -170,17 +169,12 @@ def _projections(attention: nn.Module, mlp: nn.Module) -> list[nn.Module]:
 
 
 def _weights_problem(attention: nn.Module, mlp: nn.Module) -> str | None:
-    every = _projections(attention, mlp)
-    if not all(isinstance(one, nn.Linear | nn.QuantizedLinear) for one in every):
-        return "weights that are not plain or packed matrices"
-    if any("scales" in one and getattr(one, "mode", "affine") != "affine" for one in every):
-        return "weights that are not packed as affine"
-    qkv, others = every[:3], every[3:]
-    if any("bias" in one for one in others) or len({"bias" in one for one in qkv}) > 1:
+    qkv, gate_up = [attention[name] for name in _QKV], [mlp[name] for name in _GATE_UP]
+    others = [[attention["o_proj"]], gate_up, [mlp["down_proj"]]]
+    if problem := next(filter(None, (joining_problem(some, biased=True) for some in (qkv, *others))), None):
+        return problem
+    if any("bias" in one for some in others for one in some) or len({"bias" in one for one in qkv}) > 1:
         return "biases behind its output or in its MLP"
-    for together in (qkv, every[4:6]):
-        if len({(getattr(one, "bits", 0), getattr(one, "group_size", 0)) for one in together}) > 1:
-            return "weights packed in several ways"
     return None
 
 

@@ -1,6 +1,6 @@
 """Which layers of a loaded model are fused: each kind is tried on one layer's own weights, and swapped where right."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.nn as nn
@@ -20,11 +20,6 @@ from engine.runner.kv.fused_block import (
 )
 from engine.runner.kv.joined_modules import JoinedModules, OwnProducts
 
-_LEFT_OUT: dict[OwnProducts, str] = {
-    "all": "narrow products do not split K", "few": "few rows are not fused", "none": "layers are not fused",
-}  # fmt: skip
-"""What is to be said where a way is wrong, in the order in which they are tried."""
-
 
 class FusedBlocks(JoinedModules[FusedBlock]):
     """The layers of a loaded model that compute a decode step in few launches.
@@ -33,7 +28,9 @@ class FusedBlocks(JoinedModules[FusedBlock]):
     """
 
     name, counted = "fused layers", ""
-    left_out = _LEFT_OUT
+    left_out: Mapping[OwnProducts, str] = {
+        "all": "narrow products do not split K", "few": "few rows are not fused", "none": "layers are not fused",
+    }  # fmt: skip
     unjoined = "a layer is not fused"
 
     def __init__(
@@ -41,7 +38,7 @@ class FusedBlocks(JoinedModules[FusedBlock]):
         kv_cache_dtype: str = "auto",
     ) -> None:  # fmt: skip
         modules = [module for _, module in model.named_modules()][::-1] if kernels else []  # as called: it begins last
-        super().__init__(filter(is_block, modules), tuple(_LEFT_OUT) if device_kind == "cuda" else ("none",))
+        super().__init__(filter(is_block, modules), device_kind)
         orders = [[id(layer) for layer in trunk.layers] for trunk in modules if passes_rows_on(trunk)]
         self._hand_over = orders == [[id(layer) for layer in self.modules]]
         self._kernels, self._block_size, self._kv_cache_dtype = kernels, block_size, kv_cache_dtype

@@ -39,7 +39,6 @@ class GemmaAttention:
         assert turns is not None, "a rotation of its own"
         norms = HeadNorms(attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps)
         constants = HeadConstants.of(mx.array(turns), norms, value_heads(attention))
-        mx.clear_cache()  # of the weights that are joined now
         few_rows = qkv.most_few_rows if own == "few" else 0
         return cls(qkv, constants, int(attention.n_heads), float(attention.scale), few_rows)
 

@@ -10,7 +10,6 @@ import mlx.nn as nn
 from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.joined_check import JoinedShape
 from engine.runner.kernels.self_check import AttentionKernels
-from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv.gemma_attention import (
     GemmaAttention,
     is_joinable,
@@ -20,12 +19,8 @@ from engine.runner.kv.gemma_attention import (
     value_heads,
 )
 from engine.runner.kv.joined_modules import JoinedModules, OwnProducts, each_once
-from engine.runner.kv.layer_trial import CONTEXT, Context, LayerTrial, Own, with_weights_of
+from engine.runner.kv.layer_trial import CONTEXT, Context, LayerTrial, Own, passing_on, with_weights_of
 
-_LEFT_OUT: dict[OwnProducts, str] = {
-    "few": "few rows are multiplied by MLX", "none": "attention is mlx-lm's own",
-}  # fmt: skip
-"""What is to be said where a way is wrong, in the order in which they are tried."""
 _LOSS = 2.5
 """Scores are not scaled, so that rounding may turn them by much: how near two of them are is chance at a few rows. A
 norm or a rotation left out makes far more than that."""
@@ -57,12 +52,8 @@ class AttentionTrial(LayerTrial[GemmaAttention, mx.array]):
         window, mask = self.shape.window, None
         if window is not None and window <= CONTEXT:
             mask = mx.arange(CONTEXT + 1) > CONTEXT - window
-        stand_in = SwappedModules()
-        stand_in.swap_method(layer.o_proj, "__call__", lambda _self, attended: attended)
-        try:
+        with passing_on(layer.o_proj):
             attended: mx.array = layer(x, mask, cache)[0]
-        finally:
-            stand_in.undo()
         return attended
 
     def fused(self, way: GemmaAttention, x: mx.array, context: Context) -> tuple[mx.array, tuple[mx.array, mx.array]]:
@@ -84,7 +75,9 @@ class GemmaAttentions(JoinedModules[GemmaAttention]):
     """
 
     name, counted = "fused attention", " layers"
-    left_out = _LEFT_OUT
+    left_out: Mapping[OwnProducts, str] = {
+        "few": "few rows are multiplied by MLX", "none": "attention is mlx-lm's own",
+    }  # fmt: skip
     unjoined = "an attention is mlx-lm's own"
 
     def __init__(
@@ -92,7 +85,7 @@ class GemmaAttentions(JoinedModules[GemmaAttention]):
         kv_cache_dtype: str = "auto",
     ) -> None:  # fmt: skip
         modules = [module for module in each_once(model.modules()) if kernels and is_joinable(module)]
-        super().__init__(modules, tuple(_LEFT_OUT) if device_kind == "cuda" else ("none",))
+        super().__init__(modules, device_kind)
         self._kernels, self._block_size, self._kv_cache_dtype = kernels, block_size, kv_cache_dtype
 
     def refused(self, module: Any) -> str | None:
@@ -119,6 +112,5 @@ class GemmaAttentions(JoinedModules[GemmaAttention]):
 
     def swap(self) -> None:
         """See :class:`JoinedModules`."""
-        for layer, fused in zip(self.modules, self.fused, strict=False):
-            if fused is not None:
-                self.swapped.swap_method(layer, "__call__", joined_call(fused))
+        for layer, fused in self.chosen:
+            self.swapped.swap_method(layer, "__call__", joined_call(fused))

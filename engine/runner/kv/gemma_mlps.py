@@ -3,7 +3,7 @@
 Each kind is tried on one layer's own weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -12,10 +12,9 @@ from mlx_lm.models import gemma2, gemma3_text, gemma4_text
 
 from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.kernel_cache import collecting, compile_all
-from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv.joined_modules import JoinedModules, OwnProducts, each_once
 from engine.runner.kv.joined_weights import JoinedWeights, joining_problem
-from engine.runner.kv.layer_trial import LOSS, PACKED_LOSS, ROWS, difference, uncompiled, with_weights_of
+from engine.runner.kv.layer_trial import LOSS, PACKED_LOSS, ROWS, difference, passing_on, uncompiled, with_weights_of
 
 _MLPS = gemma2.MLP, gemma3_text.MLP, gemma4_text.MLP
 """mlx-lm's modules that are down(gelu(gate(x)) * up(x)) with the tanh approximation of gelu. The first Gemma's is not,
@@ -26,12 +25,12 @@ class GemmaMLPs(JoinedModules[JoinedWeights]):
     """The MLPs of a loaded Gemma 2, 3 or 4 that compute few rows in two launches."""
 
     name, counted = "fused MLPs", " layers"
-    left_out = {"few": "mlx-lm's own way"}  # noqa: RUF012
     unjoined = "mlx-lm's own way"
+    left_out: Mapping[OwnProducts, str] = {"few": unjoined}
 
     def __init__(self, model: nn.Module, device_kind: DeviceKind) -> None:
         modules = each_once(model.modules()) if device_kind == "cuda" else []
-        super().__init__([module for module in modules if type(module) in _MLPS], ("few",))
+        super().__init__([module for module in modules if type(module) in _MLPS], device_kind)
 
     def refused(self, module: Any) -> str | None:
         """See :class:`JoinedModules`."""
@@ -39,9 +38,7 @@ class GemmaMLPs(JoinedModules[JoinedWeights]):
 
     def join(self, module: Any, own: OwnProducts) -> JoinedWeights:
         """See :class:`JoinedModules`."""
-        gates = JoinedWeights.of(self.joined(module), on_cuda=own != "none")
-        mx.clear_cache()  # of the weights that are joined now
-        return gates
+        return JoinedWeights.of(self.joined(module), on_cuda=own != "none")
 
     def wrong(self, module: Any, fused: JoinedWeights) -> str | None:
         """See :class:`JoinedModules`."""
@@ -53,9 +50,8 @@ class GemmaMLPs(JoinedModules[JoinedWeights]):
 
     def swap(self) -> None:
         """See :class:`JoinedModules`."""
-        for mlp, gates in zip(self.modules, self.fused, strict=False):
-            if gates is not None:
-                self.swapped.swap_method(mlp, "__call__", _call(type(mlp), gates))
+        for mlp, gates in self.chosen:
+            self.swapped.swap_method(mlp, "__call__", _call(type(mlp), gates))
 
 
 def _call(kind: type[nn.Module], gates: JoinedWeights) -> Callable[..., mx.array]:
@@ -113,10 +109,6 @@ def _width(mlp: Any) -> int:
 
 def _own(mlp: Any, x: mx.array) -> mx.array:
     """What mlx-lm's code multiplies by the weights of its output."""
-    stand_in = SwappedModules()
-    stand_in.swap_method(mlp.down_proj, "__call__", lambda _self, gated: gated)
-    try:
+    with passing_on(mlp.down_proj):
         gated: mx.array = mlp(x)
-    finally:
-        stand_in.undo()
     return gated

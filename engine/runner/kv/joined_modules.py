@@ -1,13 +1,15 @@
 """Modules of a loaded model that compute otherwise over joined weights: each kind is tried on one of its modules."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, Literal, TypeVar
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from engine.errors import error_line
+from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.swapped_modules import SwappedModules
 
 Fused = TypeVar("Fused")
@@ -25,9 +27,9 @@ class JoinedModules(ABC, Generic[Fused]):
     unjoined: str
     """The same where there is no memory to join a module's weights."""
 
-    def __init__(self, modules: Iterable[nn.Module], ways: Sequence[OwnProducts]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], device_kind: DeviceKind) -> None:
         self.modules: list[Any] = list(modules)
-        self._ways = tuple(ways)
+        self._ways: tuple[OwnProducts, ...] = tuple(self.left_out) if device_kind == "cuda" else ("none",)
         self.fused: list[Fused | None] = []
         """Of each module, once chosen; None where it computes as it did."""
         self.swapped = SwappedModules()
@@ -60,6 +62,12 @@ class JoinedModules(ABC, Generic[Fused]):
         packed = [(getattr(one, "bits", 0), getattr(one, "group_size", 0)) for _, one in module.named_modules()]
         return type(module), *shapes, *packed
 
+    @property
+    def chosen(self) -> list[tuple[Any, Fused]]:
+        """The modules that compute otherwise, and by what."""
+        both = zip(self.modules, self.fused, strict=False)
+        return [(module, fused) for module, fused in both if fused is not None]
+
     def choose(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Try one module of each kind, and join the weights of those that are right. Raises nothing.
 
@@ -84,8 +92,7 @@ class JoinedModules(ABC, Generic[Fused]):
         """One line for people; None where there are no such modules."""
         if not self.modules:
             return None
-        number = sum(fused is not None for fused in self.fused)
-        return "; ".join([f"{self.name}: {number} of {len(self.modules)}{self.counted}", *self.problems])
+        return "; ".join([f"{self.name}: {len(self.chosen)} of {len(self.modules)}{self.counted}", *self.problems])
 
     @property
     def products(self) -> frozenset[int]:
@@ -93,8 +100,8 @@ class JoinedModules(ABC, Generic[Fused]):
 
         Packed weights stay out: MLX's product of them starts slowly, and short prompts go by them.
         """
-        chosen = [module for module, fused in zip(self.modules, self.fused, strict=False) if fused is not None]
-        return frozenset(id(one) for module in chosen for one in self.joined(module) if type(one) is nn.Linear)
+        joined = [one for module, _ in self.chosen for one in self.joined(module)]
+        return frozenset(id(one) for one in joined if type(one) is nn.Linear)
 
     def install(self) -> None:
         """Swap what was chosen into the model."""
@@ -119,14 +126,19 @@ class JoinedModules(ABC, Generic[Fused]):
 
     def _problem(self, module: Any, own: OwnProducts) -> str | None:
         try:
-            return self.refused(module) or self.wrong(module, self.join(module, own))
+            return self.refused(module) or self.wrong(module, self._join(module, own))
         except Exception as error:  # noqa: BLE001  (whatever stops it, the modules have mlx-lm's own way)
             return error_line(error)
+
+    def _join(self, module: Any, own: OwnProducts) -> Fused:
+        fused = self.join(module, own)
+        mx.clear_cache()  # of the weights that are joined now
+        return fused
 
     def _joined(self, module: Any, own: OwnProducts, problems: dict[str, None]) -> Fused | None:
         """A module like one that was right, with its weights joined, if there is memory for that."""
         try:
-            return self.join(module, own)
+            return self._join(module, own)
         except RuntimeError as error:
             problems[f"{self.unjoined}: {' '.join(str(error).split())[:160]}"] = None
             return None

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from engine.runner.kernels.fused_rows import Norm, fused_rows, takes_norm
 from engine.runner.kernels.fused_rows_text import Activation
+from engine.runner.kernels.joined_arrays import in_one_array
 from engine.runner.kernels.rows_matmul import takes_dense, takes_quantized
 from engine.runner.kernels.split_k import MAX_ROWS, add_parts, split_k
 
@@ -97,13 +98,16 @@ class JoinedWeights:
         return x @ weight.T if added is None else mx.addmm(added, x, weight.T)
 
 
-def joining_problem(modules: Sequence[nn.Module]) -> str | None:
-    """Why the weights of ``modules``, which share their rows, cannot be one array without a bias; None if they can."""
+def joining_problem(modules: Sequence[nn.Module], *, biased: bool = False) -> str | None:
+    """Why the weights of ``modules``, which share their rows, cannot be one array; None if they can.
+
+    ``biased``: with biases, which are another's concern.
+    """
     if not all(isinstance(one, nn.Linear | nn.QuantizedLinear) for one in modules):
         return "weights that are not plain or packed matrices"
     if any("scales" in one and getattr(one, "mode", "affine") != "affine" for one in modules):
         return "weights that are not packed as affine"
-    if any("bias" in one for one in modules):
+    if not biased and any("bias" in one for one in modules):
         return "biases behind its products"
     if len({(getattr(one, "bits", 0), getattr(one, "group_size", 0)) for one in modules}) > 1:
         return "weights packed in several ways"
@@ -118,12 +122,7 @@ def _joined(modules: Sequence[nn.Module], *names: str) -> mx.array:
     if len(parts) == 1:
         only: mx.array = parts[0]
         return only
-    whole = mx.concatenate(parts)
-    mx.eval(whole)
-    first = 0
-    for module, name in places:
-        end = first + module[name].shape[0]
-        module[name] = whole[first:end]
-        first = end
-    mx.eval([module[name] for module, name in places])
+    whole, slices = in_one_array(parts)
+    for (module, name), some in zip(places, slices, strict=True):
+        module[name] = some
     return whole

@@ -18,6 +18,7 @@ from engine.runner.kernels.joined_check import JoinedShape, joined_problem
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.page_format import PackedPages, PageArrays
 from engine.runner.kernels.self_check import AttentionKernels
+from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv.kernel_cache import DecodeRows, KernelLayerCache, on_device, padded_positions
 from engine.runner.kv.kv_pages import Packing, packing
 from engine.runner.kv.kv_pool import KVPool
@@ -203,6 +204,17 @@ def uncompiled() -> Iterator[None]:
     finally:
         if not os.environ.get("MLX_DISABLE_COMPILE"):
             mx.enable_compile()
+
+
+@contextmanager
+def passing_on(module: nn.Module) -> Iterator[None]:
+    """Inside, ``module`` gives what it is given."""
+    stand_in = SwappedModules()
+    stand_in.swap_method(module, "__call__", lambda _self, x: x)
+    try:
+        yield
+    finally:
+        stand_in.undo()
 
 
 def with_weights_of(layer: Any, copy: Any, dtype: mx.Dtype, *, but: str | None = None) -> Any:
