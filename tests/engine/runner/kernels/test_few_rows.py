@@ -264,12 +264,16 @@ def test_four_siblings_are_computed_in_one_go_and_apart_for_rows_where_that_is_f
 @needs_compiler
 @pytest.mark.parametrize("bits", [0, 4])
 def test_the_kernels_compute_four_siblings_in_one_launch(bits: int, host_products: dict[str, HostKernel]) -> None:
+    mx.random.seed(3)
     model = DeltaNet((96, 64, 32, 32))
     model.set_dtype(mx.bfloat16)
     if bits:
         nn.quantize(model, group_size=64, bits=bits)
     x = mx.random.normal((3, 1, 128), key=mx.random.key(1)).astype(mx.bfloat16)
-    exact = model(x)
+    # In float32: in bfloat16 MLX's own product of packed weights is off by more than the kernel on a CPU.
+    model.set_dtype(mx.float32)
+    exact = model(x.astype(mx.float32))
+    model.set_dtype(mx.bfloat16)
     choices = choose(model, [OwnKernels()], timer=FASTER)
     assert choices.problems == ()
     FewRowProducts(model, "cuda").install(choices)
