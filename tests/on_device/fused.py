@@ -122,11 +122,13 @@ def _products(dtype: mx.Dtype, bits: int, rows: int) -> dict[str, float]:
     x, residual = (mx.random.normal((rows, size)).astype(dtype) for size in (K, WIDTH))
     norm = Norm((1 + 0.2 * mx.random.normal((K,))).astype(dtype), 1e-6) if takes_norm(dtype) else None
     plain = (mx.random.normal((WIDTH, K)) * K**-0.5).astype(dtype)
-    weight, packing = plain, {}
+    weight, packing = plain, dict[str, Any]()
     if bits:
-        weight, scales, biases = mx.quantize(plain, group_size=64, bits=bits)
-        packing = {"scaling": mx.stack([scales, biases]), "bits": bits, "group_size": 64}
-        plain = mx.dequantize(weight, scales.astype(F32), biases.astype(F32), group_size=64, bits=bits)
+        words, scales, biases = mx.quantize(plain, group_size=64, bits=bits)
+        scaling = mx.stack([scales, biases]).flatten().view(mx.uint32)
+        weight = mx.concatenate([words.flatten(), scaling]).reshape(WIDTH, -1)
+        packing = {"bits": bits, "group_size": 64}
+        plain = mx.dequantize(words, scales.astype(F32), biases.astype(F32), group_size=64, bits=bits)
     mx.eval(x, residual, plain, mx.full((rows * WIDTH,), np.nan, dtype))
     normed = x.astype(F32)
     if norm is not None:

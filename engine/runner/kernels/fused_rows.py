@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from engine.runner.kernels.dialect import float_bits, make_kernel
 from engine.runner.kernels.fused_rows_text import Activation, Ending, fused_text
+from engine.runner.kernels.one_row import one_row, takes_one_row
 from engine.runner.kernels.rows_matmul import dense_geometry, num_steps, quantized_geometry
 
 _MOST_WARPS_OF_TILES = 8
@@ -34,7 +35,6 @@ def takes_norm(dtype: mx.Dtype) -> bool:
 def fused_rows(
     x: mx.array,
     weight: mx.array,
-    scaling: mx.array | None = None,
     *,
     bits: int = 0,
     group_size: int = 0,
@@ -45,7 +45,8 @@ def fused_rows(
 ) -> mx.array:
     """``x`` [M, K] @ ``weight`` [N, K].T, where M is at most 16, or 32 if weights are packed.
 
-    Packed weights are affine: words [N, K * bits / 32], and in ``scaling`` [2, N, K / group size] scales and biases.
+    Packed weights are affine, all in one array [N, …] of uint32: words [N, K * bits / 32], then scales and biases
+    [2, N, K / group size], whose element type is that of ``x``. The host's time for a launch grows with its arrays.
     With ``norm``, of the normalized rows. One of ``bias`` [N] and ``residual`` [M, N] may be added; ``gated``: the
     weights are a gate's and then an up projection's, and the result [M, N / 2] is up times this activation of the gate.
     Element types and sizes of K as in :func:`engine.runner.kernels.rows_matmul.takes_dense` and ``takes_quantized``.
@@ -55,13 +56,15 @@ def fused_rows(
     rows, k = x.shape
     columns = weight.shape[0]
     named = {"x": x, "w0": weight}
-    named |= {} if scaling is None else {"scaling": scaling}
     named |= {} if norm is None else {"gain": norm.gain}
     added = residual if bias is None else bias
     named |= {} if added is None else {"added": added}
+    halves = 2 if gated else 1  # of the weights, that make one result
+    eps = [] if norm is None else [("EPS", float_bits(norm.eps))]
+    if rows == 1 and takes_one_row(k, x.dtype, bits, group_size):
+        return one_row(named, ending, columns // halves, eps)
     geometry = quantized_geometry(rows, columns, num_steps(k, bits)) if bits else dense_geometry(rows, columns)
     warps = min(geometry.warps, _MOST_WARPS_OF_TILES) if geometry.weight_tiles > 1 else geometry.warps
-    halves = 2 if gated else 1  # of the weights, that make one result
     width, columns = columns // halves, 16 * geometry.weight_tiles // halves
     body, header = fused_text(packed=bool(bits), normed=norm is not None, ending=ending)
     kind = f"{'quantized' if bits else 'dense'}{'_normed' if norm is not None else ''}_{ending}"
@@ -71,7 +74,7 @@ def fused_rows(
         template=[
             ("T", x.dtype), ("MT", geometry.row_tiles), ("RT", geometry.weight_tiles),
             *([("BITS", bits), ("GROUP", group_size)] if bits else []),
-            *([] if norm is None else [("EPS", float_bits(norm.eps))]),
+            *eps,
         ],
         grid=(threads * -(-width // columns), 1, 1),
         threadgroup=(threads, 1, 1),

@@ -45,8 +45,8 @@ _SETUP = r"""
 """
 
 _SCALING = r"""
-  const T* const s0 = scaling;
-  const T* const b0 = scaling + (size_t)w0_shape[0] * (K / GROUP);
+  const T* const s0 = reinterpret_cast<const T*>(w0 + (size_t)w0_shape[0] * (K * BITS / 32));
+  const T* const b0 = s0 + (size_t)w0_shape[0] * (K / GROUP);
 """
 
 _ONE = r"""
@@ -103,16 +103,21 @@ _GATES = r"""
       for (int v = 0; v < warps; ++v) { gate += parts[v][m][row]; up += parts[v][m][row + 8]; }
       gate *= factor; up *= factor;
 """
+ACTIVATIONS: dict[str, str] = {
+    "silu": "const float activated = gate / (1.0f + __expf(-gate));",
+    "gelu": r"""
+      const float turned = tanhf(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate));
+      const float activated = 0.5f * gate * (1.0f + turned);
+""",
+}
+"""What ``activated`` is of a ``gate``."""
+_ACTIVATED = "out[at] = T(activated * up);"
 _RESULTS: dict[Ending, str] = {
     "plain": _SUM + "out[at] = T(sum * factor);",
     "bias": _SUM + "out[at] = T(sum * factor + float(added[n0 + n]));",
     "residual": _SUM + "out[at] = T(sum * factor + float(added[at]));",
-    "silu": _GATES + "out[at] = T(gate / (1.0f + __expf(-gate)) * up);",
-    "gelu": _GATES
-    + r"""
-      const float turned = tanhf(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate));
-      out[at] = T(0.5f * gate * (1.0f + turned) * up);
-""",
+    "silu": _GATES + ACTIVATIONS["silu"] + _ACTIVATED,
+    "gelu": _GATES + ACTIVATIONS["gelu"] + _ACTIVATED,
 }
 
 

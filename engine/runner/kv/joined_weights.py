@@ -23,17 +23,17 @@ _MOST_UNPACKED = 128 << 20
 class JoinedWeights:
     """One product's weights [N, K], and bias [N]; ``bits`` is 0 where they are not packed.
 
-    ``scaling`` [2, N, K / group size] has scales and biases of packed ones, whose words are in ``weight``: an array
-    less in each launch; ``scales_biases`` are its two halves. ``unpacks``: more rows than kernels for few rows take are
-    multiplied by unpacked weights. MLX's product of packed ones takes longer than both together on CUDA.
+    ``whole`` is what kernels for few rows take: ``weight``, or [N, …] words, scales and biases of packed weights, of
+    which ``weight`` and ``scales_biases`` are slices. ``unpacks``: more rows than such kernels take are multiplied by
+    unpacked weights. MLX's product of packed ones takes longer than both together on CUDA.
     """
 
     weight: mx.array
     bias: mx.array | None
     dtype: mx.Dtype
+    whole: mx.array
     bits: int = 0
     group_size: int = 0
-    scaling: mx.array | None = None
     scales_biases: tuple[mx.array, ...] = ()
     unpacks: bool = False
 
@@ -41,18 +41,14 @@ class JoinedWeights:
     def of(cls, modules: Sequence[nn.Module], *, on_cuda: bool) -> "JoinedWeights":
         """Of ``modules``, in their order. Those of several become one array, a slice of which each module keeps."""
         first: Any = modules[0]
-        weight = _joined(modules, "weight")
         bias = _joined(modules, "bias") if "bias" in first else None
         if "scales" not in first:
-            return cls(weight, bias, weight.dtype)
-        scaling = _joined(modules, "scales", "biases")
-        rows = weight.shape[0]
-        halves = scaling[:rows], scaling[rows:]  # slices: an index would copy
-        scaling = scaling.reshape(2, rows, -1)
-        mx.eval(scaling, halves)
-        dtype = scaling.dtype
+            weight = _joined(modules, "weight")
+            return cls(weight, bias, weight.dtype, weight)
+        whole, (weight, *scales_biases) = _joined_packed(modules)
+        dtype = scales_biases[0].dtype
         unpacks = on_cuda and weight.size * 32 // first.bits * dtype.size <= _MOST_UNPACKED
-        return cls(weight, bias, dtype, first.bits, first.group_size, scaling, halves, unpacks)
+        return cls(weight, bias, dtype, whole, first.bits, first.group_size, tuple(scales_biases), unpacks)
 
     @property
     def most_few_rows(self) -> int:
@@ -75,8 +71,8 @@ class JoinedWeights:
         if norm is not None and not takes_norm(x.dtype):
             x, norm = mx.fast.rms_norm(x, norm.gain, norm.eps), None
         return fused_rows(
-            x, self.weight, self.scaling, bits=self.bits, group_size=self.group_size, norm=norm, bias=self.bias,
-            residual=residual, gated=gated,
+            x, self.whole, bits=self.bits, group_size=self.group_size, norm=norm, bias=self.bias, residual=residual,
+            gated=gated,
         )  # fmt: skip
 
     def onto(self, residual: mx.array, x: mx.array, norm: Norm | None = None) -> tuple[mx.array, mx.array]:
@@ -115,14 +111,33 @@ def joining_problem(modules: Sequence[nn.Module], *, biased: bool = False) -> st
     return "weights of several element types" if len({weight.dtype for weight in weights}) > 1 else None
 
 
-def _joined(modules: Sequence[nn.Module], *names: str) -> mx.array:
-    """The parameters of these names of all modules along their first axis; slices of that take their places."""
-    places = [(module, name) for name in names for module in modules]
-    parts = [module[name] for module, name in places]
-    if len(parts) == 1:
-        only: mx.array = parts[0]
+def _joined(modules: Sequence[nn.Module], name: str) -> mx.array:
+    """The parameters of this name of all modules along their first axis; slices of that take their places."""
+    if len(modules) == 1:
+        only: mx.array = modules[0][name]
         return only
-    whole, slices = in_one_array(parts)
-    for (module, name), some in zip(places, slices, strict=True):
+    whole, slices = in_one_array([module[name] for module in modules])
+    for module, some in zip(modules, slices, strict=True):
         module[name] = some
     return whole
+
+
+def _joined_packed(modules: Sequence[nn.Module]) -> tuple[mx.array, list[mx.array]]:
+    """All packed weights [N, …], words before scales before biases; and each of those, a slice of it.
+
+    Slices take the places of the modules' own.
+    """
+    words = [module["weight"] for module in modules]
+    scaling = mx.concatenate([module[name] for name in ("scales", "biases") for module in modules])
+    whole, slices = in_one_array([*(some.flatten() for some in words), scaling.flatten().view(mx.uint32)])
+    numbers = slices.pop().view(scaling.dtype).reshape(scaling.shape)
+    rows, first = scaling.shape[0] // 2, 0
+    for module, own, some in zip(modules, words, slices, strict=True):
+        last = first + own.shape[0]
+        module["weight"] = some.reshape(own.shape)
+        module["scales"], module["biases"] = numbers[first:last], numbers[rows + first : rows + last]
+        first = last
+    each = [whole[: sum(some.size for some in slices)].reshape(rows, -1), numbers[:rows], numbers[rows:]]
+    whole = whole.reshape(rows, -1)
+    mx.eval(whole, each, [module.parameters() for module in modules])
+    return whole, each

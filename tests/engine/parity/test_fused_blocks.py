@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 
-from engine.runner.kernels import fused_rows, split_k
+from engine.runner.kernels import fused_rows, one_row, split_k
 from engine.runner.kernels.fused_rows import Norm
 from engine.runner.kernels.handover import Handover
 from engine.runner.kv.fused_block import FusedBlock, Rows
@@ -198,7 +198,7 @@ def test_a_block_that_computes_wrongly_is_not_installed(monkeypatch: pytest.Monk
 @pytest.fixture
 def host_products(monkeypatch: pytest.MonkeyPatch, kernel_folder: Path) -> dict[str, HostKernel]:
     """Products of few rows compiled for this machine, by name."""
-    return kernels_on_host(monkeypatch, kernel_folder, fused_rows, split_k)
+    return kernels_on_host(monkeypatch, kernel_folder, fused_rows, one_row, split_k)
 
 
 def counted(model: Any, kernels: HostKernels, products: dict[str, HostKernel]) -> FusedBlocks:

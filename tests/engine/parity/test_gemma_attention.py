@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from engine.runner.kernels import fused_rows, paged_attention
+from engine.runner.kernels import fused_rows, one_row, paged_attention
 from engine.runner.kernels.joined_attention import HeadConstants
 from engine.runner.kernels.self_check import GPU_KERNELS
 from engine.runner.kv.gemma_attention import GemmaAttention
@@ -96,7 +96,7 @@ def gpu_kernels(monkeypatch: pytest.MonkeyPatch, kernel_folder: Path) -> dict[st
 
     monkeypatch.setattr(paged_attention, "make_kernel", make)
     monkeypatch.setattr(paged_attention, "joins_in_launch", lambda: True)
-    return kernels_on_host(monkeypatch, kernel_folder, fused_rows)
+    return kernels_on_host(monkeypatch, kernel_folder, fused_rows, one_row)
 
 
 @needs_compiler

@@ -27,16 +27,17 @@ def normal(*shape: int, dtype: mx.Dtype, seed: int = 0) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
-def weights(k: int, dtype: mx.Dtype, bits: int) -> tuple[list[mx.array], mx.array]:
+def weights(k: int, dtype: mx.Dtype, bits: int, width: int = WIDTH) -> tuple[mx.array, mx.array]:
     """As they are given, and in float32."""
-    weight = normal(WIDTH, k, dtype=dtype, seed=1)
+    weight = normal(width, k, dtype=dtype, seed=1)
     if not bits:
-        return [weight], weight.astype(mx.float32)
+        return weight, weight.astype(mx.float32)
     words, scales, biases = mx.quantize(weight, group_size=64, bits=bits)
     exact = mx.dequantize(
         words, scales.astype(mx.float32), biases.astype(mx.float32), group_size=64, bits=bits
     )  # fmt: skip
-    return [words, mx.stack([scales, biases])], exact
+    scaling = mx.stack([scales, biases]).flatten().view(mx.uint32)
+    return mx.concatenate([words.flatten(), scaling]).reshape(width, -1), exact
 
 
 def wanted(x: mx.array, weight: mx.array, norm: Norm | None, ending: dict[str, Any]) -> mx.array:
@@ -83,7 +84,7 @@ def test_a_product_with_its_surroundings_is_right(
         "bias": {"bias": normal(WIDTH, dtype=dtype, seed=3)},
         "residual": {"residual": normal(rows, WIDTH, dtype=dtype, seed=4)},
     }  # fmt: skip
-    found = fused_rows(x, *weight, bits=bits, group_size=64 if bits else 0, norm=norm, **endings[ending])
+    found = fused_rows(x, weight, bits=bits, group_size=64 if bits else 0, norm=norm, **endings[ending])
     expected = wanted(x, exact, norm, endings[ending])
     assert found.shape == expected.shape
     error = mx.linalg.norm(found.astype(mx.float32) - expected) / mx.linalg.norm(expected)
