@@ -56,6 +56,11 @@ def mlps_of(model: Any, device: Any = "cuda") -> GemmaMLPs:
     return mlps
 
 
+def kernel_of(rows: int, bits: int) -> str:
+    """That of gates and ups."""
+    return "one_row_gelu" if (rows, bits) == (1, 4) else f"fused_rows_{'quantized' if bits else 'dense'}_gelu"
+
+
 def all_of(model: Any) -> str:
     number = len(model.layers)
     return f"fused MLPs: {number} of {number} layers"
@@ -91,7 +96,7 @@ def test_an_mlp_gives_what_mlx_lms_gives(
     mlps = mlps_of(model)
     assert mlps.note == all_of(model)
     mlps.install()
-    kernel = gpu_kernels["one_row_gelu" if bits and rows == 1 else f"fused_rows_{'quantized' if bits else 'dense'}_gelu"]
+    kernel = gpu_kernels[kernel_of(rows, bits)]
     launches = kernel.launches
     found = mlp(x)
     assert (found.shape, found.dtype) == (usual.shape, usual.dtype)
@@ -168,8 +173,7 @@ def test_products_of_few_rows_are_swapped_behind_mlps_and_both_are_undone(
     assert distance(mlp(x), right) < 1e-2
     launched = {name: kernel.launches - launches.get(name, 0) for name, kernel in gpu_kernels.items()}
     launched = {name: number for name, number in launched.items() if number}
-    form = "quantized" if bits else "dense"
-    assert launched == {"one_row_gelu" if bits else "fused_rows_dense_gelu": 1, f"rows_{form}": 1}
+    assert launched == {kernel_of(1, bits): 1, f"rows_{'quantized' if bits else 'dense'}": 1}
     products.remove()
     mlps.remove()
     mlps.remove()
@@ -244,7 +248,7 @@ def test_a_load_fuses_them_before_products_and_layers_are_looked_at(
         assert all_of(model) in notes
         number = len(model.layers)
         assert f"sums with their norms: one launch in {number} of {number} layers" in notes
-        kernel = gpu_kernels[f"fused_rows_{'quantized' if bits else 'dense'}_gelu"]
+        kernel = gpu_kernels[kernel_of(2, bits)]
         launches = kernel.launches, sum(one.launches for one in made.values())
         found = model(tokens)
         assert kernel.launches - launches[0] == number
