@@ -3,6 +3,7 @@
 A :class:`MapClient` is where prompts go: a model in this process, or a remote server.
 """
 
+import math
 import queue
 import time
 from collections import deque
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 END_SECONDS = 5.0
 """How long an interrupted map waits for the requests that it ended."""
 _WAIT_SLICE = 0.2
+_COUNT_SECONDS = 0.1
+"""How old a count of tokens may be that a bar shows: hundreds of prompts are under way, and thousands may end a second,
+in the interpreter that the engine's thread needs as well."""
 UseTqdm = bool | Callable[..., Any]
 """As in vLLM: whether to show a progress bar, or what makes one."""
 
@@ -122,6 +126,7 @@ class MapRun:
         self._client = client
         self._bar = bar
         self._num_tokens = 0
+        self._counted, self._counted_at = 0, -math.inf
         self._jobs: dict[int, MapJob] = {}
         self._over: queue.SimpleQueue[int] = queue.SimpleQueue()
 
@@ -171,8 +176,12 @@ class MapRun:
         self._bar.add(self._tokens_so_far(), failed=isinstance(outcome, str))
 
     def _tokens_so_far(self) -> int:
-        """Tokens generated in this run, those of the prompts under way included."""
-        return self._num_tokens + sum(job.stream.num_tokens for job in self._jobs.values())
+        """Tokens generated in this run, those of the prompts under way included; at the end, all of them."""
+        now = time.monotonic()
+        if not self._jobs or now - self._counted_at >= _COUNT_SECONDS:
+            self._counted = self._num_tokens + sum(job.stream.num_tokens for job in self._jobs.values())
+            self._counted_at = now
+        return self._counted
 
     def _end_all(self) -> None:
         """Abort what runs and keep what it wrote."""

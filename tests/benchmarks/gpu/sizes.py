@@ -40,8 +40,9 @@ class Sizes:
     """Of this engine with such a shape: prompts with heads of 256 take memory by it where MLX fuses no attention."""
     clients: int = 32
     client_tokens: int = 128
-    replica_rows: int = 576
-    """Prompts that two devices share, several times what one takes at once; then ``replica_context`` tokens of each."""
+    replica_rows: int = 1152
+    """Prompts that two devices share, of ``replica_context`` tokens: eight full batches for each, since what the
+    beginning and the end cost weighs twice as much with two."""
     replica_context: int = 64
     chunk: int = 2048
     max_model_len: int = 36864

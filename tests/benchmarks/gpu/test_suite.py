@@ -73,6 +73,10 @@ def test_a_model_and_its_replica_are_measured_beside_the_model_alone(tmp_path: P
     assert set(case["samples"]) == {"LLM", "LLM and a replica"}
     assert case["target"] == 1.9
     assert len(case["settings"]["devices"]) == 2
+    shares = case["settings"]["shares"]
+    assert [name for name, _, _ in shares] == case["settings"]["devices"]
+    assert sum(num_prompts for _, num_prompts, _ in shares) == TINY.replica_rows
+    assert all(seconds > 0 for _, num_prompts, seconds in shares if num_prompts)
     assert all(min(rates) > 0 for rates in case["samples"].values())
 
 

@@ -12,6 +12,7 @@ import pandas
 import pytest
 
 from engine import LLM
+from engine.batch import map as map_module
 from engine.batch.map import Answer, Earlier, MapInterrupted, MapRun, ProgressBar
 from engine.batch.prompt_table import Prompts, Task, combinations, read_table, task_key
 from engine.errors import ConfigError, EngineClosedError, GenerationError, RequestError
@@ -321,3 +322,38 @@ def test_a_row_that_fails_is_marked_and_an_engine_that_fails_ends_the_map() -> N
     run = MapRun(FakeClient(EngineClosedError("gone")), NO_BAR)
     with pytest.raises(EngineClosedError, match="gone"):
         run.run(tasks(*"abcdef"), Earlier(None, ()))
+
+
+def test_tokens_under_way_are_counted_now_and_then_and_not_for_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_looks, told, held = 0, [], []
+
+    class Looked(FakeJob):
+        @property
+        def num_tokens(self) -> int:  # type: ignore[override]
+            nonlocal num_looks
+            num_looks += 1
+            return 2
+
+    class Client(FakeClient):
+        look_ahead = 21
+
+        def submit(self, prompt: str, params: Mapping[str, Any]) -> FakeJob:
+            job = Looked(Answer(prompt, None, 2, 1, 0, 0.1, "stop"))
+            if prompt == "slow":
+                held.append(job)
+                return job
+            job.end()
+            for slow in held if prompt == "last" else ():
+                slow.end()
+            return job
+
+    class Bar(ProgressBar):
+        def add(self, num_tokens: int, *, failed: bool) -> None:
+            told.append(num_tokens)
+
+    monkeypatch.setattr(map_module, "_COUNT_SECONDS", 60.0)  # on however slow a machine
+    prompts = [*["slow"] * 20, *["quick"] * 179, "last"]
+    MapRun(Client(), Bar(None, shown=False)).run(tasks(*prompts), Earlier(None, ()))
+    assert len(told) == len(prompts)
+    assert told[-1] == 2 * len(prompts), "the last count is of all"
+    assert num_looks <= len(prompts) + Client.look_ahead
