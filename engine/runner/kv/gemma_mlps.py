@@ -14,7 +14,16 @@ from engine.runner.device.devices import DeviceKind
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kv.joined_modules import JoinedModules, OwnProducts, each_once
 from engine.runner.kv.joined_weights import JoinedWeights, joining_problem
-from engine.runner.kv.layer_trial import LOSS, PACKED_LOSS, ROWS, difference, passing_on, uncompiled, with_weights_of
+from engine.runner.kv.layer_trial import (
+    LOSS,
+    PACKED_LOSS,
+    PACKED_ROWS,
+    ROWS,
+    difference,
+    passing_on,
+    uncompiled,
+    with_weights_of,
+)
 
 _MLPS = gemma2.MLP, gemma3_text.MLP, gemma4_text.MLP
 """mlx-lm's modules that are down(gelu(gate(x)) * up(x)) with the tanh approximation of gelu. The first Gemma's is not,
@@ -75,7 +84,8 @@ def _trial_problem(mlp: Any, gates: JoinedWeights) -> str | None:
     if not gates.most_few_rows:
         return "weights that no kernel for few rows takes"
     width = _width(mlp)
-    trials = [mx.random.normal((rows, width), key=mx.random.key(rows)) for rows in ROWS if rows <= gates.most_few_rows]
+    numbers = [rows for rows in (PACKED_ROWS if gates.bits else ROWS) if rows <= gates.most_few_rows]
+    trials = [mx.random.normal((rows, width), key=mx.random.key(rows)) for rows in numbers]
     trials = [x.astype(gates.dtype) for x in trials]
     with collecting() as awaited:
         for x in trials:

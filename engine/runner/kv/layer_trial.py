@@ -24,8 +24,8 @@ from engine.runner.kv.kv_pages import Packing, packing
 from engine.runner.kv.kv_pool import KVPool
 from engine.runner.kv.kv_spec import LayerShape
 
-ROWS = (3, 12, 20, 30, 40)
-"""Numbers of rows that a layer is tried with: each has kernels of its own."""
+ROWS, PACKED_ROWS = (3, 12, 20, 30, 40), (1, 3, 12, 20, 30, 40)
+"""Numbers of rows that a layer is tried with, of packed weights others: each has kernels of its own."""
 CONTEXT = 37
 """Tokens before the new one."""
 LOSS, PACKED_LOSS = 1.5, 3.5
@@ -108,18 +108,20 @@ class LayerTrial(ABC, Generic[Way, Found]):
 
     def problem(self, way: Way) -> str | None:
         """What is wrong with its attention, or with ``way`` at the first number of rows where something is."""
+        packed = any("scales" in module for _, module in self._layer.named_modules())
+        numbers = PACKED_ROWS if packed else ROWS
         with collecting() as awaited:
             joined_problem(self.shape, self._kernels)
-            for rows in ROWS:
+            for rows in numbers:
                 self.fused(way, *self.inputs(rows))
         compile_all(awaited)
         if problem := joined_problem(self.shape, self._kernels):
             return problem
         exact, usual = self.copied(self._layer, mx.float32), self._layer
-        if any("scales" in module for _, module in usual.named_modules()):
+        if packed:
             self._loss = PACKED_LOSS
             usual = self.copied(usual, self.shape.dtype)  # MLX's product of packed weights compiles for long on CUDA
-        for rows in ROWS:
+        for rows in numbers:
             if problem := self._difference(way, exact, usual, rows):
                 return f"{problem} at {rows} rows"
         return None
