@@ -47,6 +47,8 @@ QWEN3_4B: dict[str, Any] = {
 PRODUCTS = ((BF16, 0, (1, 5, 16)), (BF16, 4, (1, 5, 16, 32)), (F16, 0, (1, 5, 16)))
 """Element type, bits (0: not packed), and numbers of rows."""
 WIDTH, K = 320, 512
+WIDE = ((3584, 18944, 0.0), (3072, 8192, 8.0), (6144, 2688, 0.0))
+"""Columns, depth and what is added to x, for one row in 4 bits: each is cut in another way."""
 LIMIT = {BF16: 9e-3, F16: 1.5e-3}
 """Of the norm, with unpacked weights and rows times gains rounded."""
 VIEWS = {"Reshape", "Slice", "Split", "Transpose", "ExpandDims", "Squeeze", "Broadcast", "Flatten", "Unflatten"}
@@ -100,36 +102,37 @@ def check_attention(kernels: AttentionKernels = GPU_KERNELS) -> list[str]:
 
 def check_products() -> list[str]:
     """Norm, residual and gate inside a product, against float32."""
+    asked = [(dtype, bits, rows, WIDTH, K, 0.0) for dtype, bits, numbers in PRODUCTS for rows in numbers]
+    asked += [(dtype, 4, 1, *one) for dtype in (BF16, F16) for one in WIDE]
     with collecting() as awaited:
-        for dtype, bits, numbers in PRODUCTS:
-            for rows in numbers:
-                _products(dtype, bits, rows)
+        for each in asked:
+            _products(*each)
     compile_all(awaited)
     failed = []
-    for dtype, bits, numbers in PRODUCTS:
-        for rows in numbers:
-            errors = _products(dtype, bits, rows)
-            said = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-            right = all(error <= LIMIT[dtype] for error in errors.values())
-            name = f"{rows} rows, {f'{bits}-bit, ' if bits else ''}{str(dtype).rpartition('.')[2]}"
-            say(f"{'ok  ' if right else 'FAIL'} {name}: {said}")
-            failed += [] if right else [name]
+    for dtype, bits, rows, width, k, shift in asked:
+        errors = _products(dtype, bits, rows, width, k, shift)
+        said = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        right = all(error <= LIMIT[dtype] for error in errors.values())
+        name = f"{rows} rows, {width} x {k}, {f'{bits}-bit, ' if bits else ''}{str(dtype).rpartition('.')[2]}"
+        say(f"{'ok  ' if right else 'FAIL'} {name}: {said}")
+        failed += [] if right else [name]
     return failed
 
 
-def _products(dtype: mx.Dtype, bits: int, rows: int) -> dict[str, float]:
+def _products(dtype: mx.Dtype, bits: int, rows: int, width: int, k: int, shift: float) -> dict[str, float]:
     """The error of each kind of product."""
-    x, residual = (mx.random.normal((rows, size)).astype(dtype) for size in (K, WIDTH))
-    norm = Norm((1 + 0.2 * mx.random.normal((K,))).astype(dtype), 1e-6) if takes_norm(dtype) else None
-    plain = (mx.random.normal((WIDTH, K)) * K**-0.5).astype(dtype)
+    x, residual = (mx.random.normal((rows, size)).astype(dtype) for size in (k, width))
+    x = (x + shift).astype(dtype)
+    norm = Norm((1 + 0.2 * mx.random.normal((k,))).astype(dtype), 1e-6) if takes_norm(dtype) else None
+    plain = (mx.random.normal((width, k)) * k**-0.5).astype(dtype)
     weight, packing = plain, dict[str, Any]()
     if bits:
         words, scales, biases = mx.quantize(plain, group_size=64, bits=bits)
         scaling = mx.stack([scales, biases]).flatten().view(mx.uint32)
-        weight = mx.concatenate([words.flatten(), scaling]).reshape(WIDTH, -1)
+        weight = mx.concatenate([words.flatten(), scaling]).reshape(width, -1)
         packing = {"bits": bits, "group_size": 64}
         plain = mx.dequantize(words, scales.astype(F32), biases.astype(F32), group_size=64, bits=bits)
-    mx.eval(x, residual, plain, mx.full((rows * WIDTH,), np.nan, dtype))
+    mx.eval(x, residual, plain, mx.full((rows * width,), np.nan, dtype))
     normed = x.astype(F32)
     if norm is not None:
         normed = normed * mx.rsqrt(mx.mean(normed**2, axis=-1, keepdims=True) + norm.eps) * norm.gain.astype(F32)

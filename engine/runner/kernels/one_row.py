@@ -21,6 +21,8 @@ _BLOCKS = 132
 _MOST_TILES = 6
 _MANY_TILES = 1024
 """Warps that are enough to hide what reading takes without sharing K."""
+_MOST_WARPS = 20
+"""Of a block: they leave 102 registers a thread, of which the text takes up to 83."""
 
 
 class OneRowGeometry(NamedTuple):
@@ -43,7 +45,7 @@ def one_row_geometry(columns: int, k: int) -> OneRowGeometry:
     per_block = min(_MOST_TILES, -(-tiles // _BLOCKS))
     if tiles >= _MANY_TILES:
         return OneRowGeometry(per_block, 1, min(5, steps))
-    splits = min(4, steps)
+    splits = min(4, steps, _MOST_WARPS // per_block)
     return OneRowGeometry(per_block, splits, min(2, -(-steps // splits)))
 
 

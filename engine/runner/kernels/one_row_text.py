@@ -31,7 +31,7 @@ __device__ inline float second_of(unsigned pair, __half) { return __half22float2
 """
 
 _SETUP = r"""
-  constexpr int GROUPS = K / 64, PARTS = K / 128, STEPS = (PARTS + 3) / 4, PIECES = STEPS * 64;
+  constexpr int PARTS = K / 128, STEPS = (PARTS + 3) / 4, PIECES = STEPS * 64;
   constexpr int WARPS = TILES * SPLITS, THREADS = 32 * WARPS, MINE = (STEPS + SPLITS - 1) / SPLITS;
   constexpr int LOADS = (PIECES + THREADS - 1) / THREADS;
   __shared__ uint4 xs[PIECES + 4];  // the last four are zeros
@@ -99,8 +99,8 @@ _X = r"""
 """
 _NORM = {
     "@GAINS@": ", gains[LOADS]",
-    "@GAIN@": "gains[i] = piece < K / 8 ? read_once(reinterpret_cast<const uint4*>(gain) + piece)"
-    " : make_uint4(0, 0, 0, 0);",
+    "@GAIN@": "const T* const each = gain;  // no other element type\n"
+    "gains[i] = piece < K / 8 ? read_once(reinterpret_cast<const uint4*>(each) + piece) : make_uint4(0, 0, 0, 0);",
     "@SQUARE@": "__shared__ float row_squares[WARPS]; float square = 0.0f;",
     "@ARRIVED@": "square += squares(v); v = make_uint4(times(v.x, gains[i].x), times(v.y, gains[i].y),"
     " times(v.z, gains[i].z), times(v.w, gains[i].w));",

@@ -39,13 +39,20 @@ class JoinedWeights:
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module], *, on_cuda: bool) -> "JoinedWeights":
-        """Of ``modules``, in their order. Those of several become one array, a slice of which each module keeps."""
+        """Of ``modules``, in their order. They become one array, slices of which the modules keep.
+
+        A single module's weights stay as they are, but packed ones on CUDA, which are joined with their scales.
+        """
         first: Any = modules[0]
         bias = _joined(modules, "bias") if "bias" in first else None
         if "scales" not in first:
             weight = _joined(modules, "weight")
             return cls(weight, bias, weight.dtype, weight)
-        whole, (weight, *scales_biases) = _joined_packed(modules)
+        if len(modules) == 1 and not on_cuda:  # no kernel for few rows takes the whole there
+            whole = weight = first.weight
+            scales_biases = [first.scales, first.biases]
+        else:
+            whole, (weight, *scales_biases) = _joined_packed(modules)
         dtype = scales_biases[0].dtype
         unpacks = on_cuda and weight.size * 32 // first.bits * dtype.size <= _MOST_UNPACKED
         return cls(weight, bias, dtype, whole, first.bits, first.group_size, tuple(scales_biases), unpacks)
@@ -67,7 +74,8 @@ class JoinedWeights:
         self, x: mx.array, *, norm: Norm | None = None, residual: mx.array | None = None,
         gated: Activation | None = None,
     ) -> mx.array:  # fmt: skip
-        """See :func:`engine.runner.kernels.fused_rows.fused_rows`."""
+        """See :func:`engine.runner.kernels.fused_rows.fused_rows`: on CUDA."""
+        assert x.dtype == self.dtype, "kernels take the scales' element type for that of x"
         if norm is not None and not takes_norm(x.dtype):
             x, norm = mx.fast.rms_norm(x, norm.gain, norm.eps), None
         return fused_rows(
