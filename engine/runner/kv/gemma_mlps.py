@@ -17,10 +17,9 @@ from engine.runner.kv.joined_weights import JoinedWeights, joining_problem
 from engine.runner.kv.layer_trial import (
     LOSS,
     PACKED_LOSS,
-    PACKED_ROWS,
-    ROWS,
     difference,
     passing_on,
+    rows_to_try,
     uncompiled,
     with_weights_of,
 )
@@ -84,7 +83,7 @@ def _trial_problem(mlp: Any, gates: JoinedWeights) -> str | None:
     if not gates.most_few_rows:
         return "weights that no kernel for few rows takes"
     width = _width(mlp)
-    numbers = [rows for rows in (PACKED_ROWS if gates.bits else ROWS) if rows <= gates.most_few_rows]
+    numbers = [rows for rows in rows_to_try(gates.bits > 0) if rows <= gates.most_few_rows]
     trials = [mx.random.normal((rows, width), key=mx.random.key(rows)) for rows in numbers]
     trials = [x.astype(gates.dtype) for x in trials]
     with collecting() as awaited:

@@ -24,8 +24,7 @@ from engine.runner.kv.kv_pages import Packing, packing
 from engine.runner.kv.kv_pool import KVPool
 from engine.runner.kv.kv_spec import LayerShape
 
-ROWS, PACKED_ROWS = (3, 12, 20, 30, 40), (1, 3, 12, 20, 30, 40)
-"""Numbers of rows that a layer is tried with, of packed weights others: each has kernels of its own."""
+_ROWS = (3, 12, 20, 30, 40)
 CONTEXT = 37
 """Tokens before the new one."""
 LOSS, PACKED_LOSS = 1.5, 3.5
@@ -109,7 +108,7 @@ class LayerTrial(ABC, Generic[Way, Found]):
     def problem(self, way: Way) -> str | None:
         """What is wrong with its attention, or with ``way`` at the first number of rows where something is."""
         packed = any("scales" in module for _, module in self._layer.named_modules())
-        numbers = PACKED_ROWS if packed else ROWS
+        numbers = rows_to_try(packed)
         with collecting() as awaited:
             joined_problem(self.shape, self._kernels)
             for rows in numbers:
@@ -195,6 +194,11 @@ class LayerTrial(ABC, Generic[Way, Found]):
             return pages
         assert self._packing is not None
         return self._packing.unpack(pages)
+
+
+def rows_to_try(packed: bool) -> tuple[int, ...]:
+    """Numbers of rows that a layer is tried with: each has kernels of its own, and of packed weights one row has."""
+    return (1, *_ROWS) if packed else _ROWS
 
 
 @contextmanager

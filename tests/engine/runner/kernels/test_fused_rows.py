@@ -51,6 +51,24 @@ def wanted(x: mx.array, weight: mx.array, norm: Norm | None, ending: dict[str, A
     return result + sum(added.astype(mx.float32) for added in ending.values())
 
 
+def error_of(
+    rows: int, k: int, dtype: mx.Dtype, bits: int, normed: bool, ending: str, width: int = WIDTH, shift: float = 0.0
+) -> float:
+    """How far a product with its surroundings is off, as a part of the norm; ``shift`` is added to its rows."""
+    x, (weight, exact) = (normal(rows, k, dtype=dtype) + shift).astype(dtype), weights(k, dtype, bits, width)
+    norm = Norm((1 + 0.2 * normal(k, dtype=dtype, seed=2)).astype(dtype), 1e-2) if normed else None
+    endings: dict[str, dict[str, Any]] = {
+        "plain": {}, "silu": {"gated": "silu"}, "gelu": {"gated": "gelu"},
+        "bias": {"bias": normal(width, dtype=dtype, seed=3)},
+        "residual": {"residual": normal(rows, width, dtype=dtype, seed=4)},
+    }  # fmt: skip
+    found = fused_rows(x, weight, bits=bits, group_size=64 if bits else 0, norm=norm, **endings[ending])
+    expected = wanted(x, exact, norm, endings[ending])
+    assert found.shape == expected.shape
+    error = mx.linalg.norm(found.astype(mx.float32) - expected) / mx.linalg.norm(expected)
+    return float(error.item())
+
+
 @pytest.mark.parametrize(
     ("rows", "k", "dtype", "bits", "normed", "ending"),
     [
@@ -77,18 +95,7 @@ def wanted(x: mx.array, weight: mx.array, norm: Norm | None, ending: dict[str, A
 def test_a_product_with_its_surroundings_is_right(
     rows: int, k: int, dtype: mx.Dtype, bits: int, normed: bool, ending: str
 ) -> None:
-    x, (weight, exact) = normal(rows, k, dtype=dtype), weights(k, dtype, bits)
-    norm = Norm((1 + 0.2 * normal(k, dtype=dtype, seed=2)).astype(dtype), 1e-2) if normed else None
-    endings: dict[str, dict[str, Any]] = {
-        "plain": {}, "silu": {"gated": "silu"}, "gelu": {"gated": "gelu"},
-        "bias": {"bias": normal(WIDTH, dtype=dtype, seed=3)},
-        "residual": {"residual": normal(rows, WIDTH, dtype=dtype, seed=4)},
-    }  # fmt: skip
-    found = fused_rows(x, weight, bits=bits, group_size=64 if bits else 0, norm=norm, **endings[ending])
-    expected = wanted(x, exact, norm, endings[ending])
-    assert found.shape == expected.shape
-    error = mx.linalg.norm(found.astype(mx.float32) - expected) / mx.linalg.norm(expected)
-    assert error.item() < LIMIT[dtype]
+    assert error_of(rows, k, dtype, bits, normed, ending) < LIMIT[dtype]
 
 
 def test_what_is_not_asked_for_is_not_in_the_text(host_kernels: dict[str, HostKernel]) -> None:

@@ -2,21 +2,19 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from engine.runner.kernels import fused_rows as others
 from engine.runner.kernels import one_row as module
-from engine.runner.kernels.fused_rows import Norm, fused_rows
+from engine.runner.kernels.fused_rows import fused_rows
 from engine.runner.kernels.fused_rows_text import Ending
 from engine.runner.kernels.one_row import one_row_geometry, takes_one_row
 from tests.engine.runner.kernels.cuda_on_host import HostKernel, kernels_on_host
-from tests.engine.runner.kernels.test_fused_rows import normal, wanted, weights
+from tests.engine.runner.kernels.test_fused_rows import LIMIT, error_of, normal, weights
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-LIMIT = {mx.bfloat16: 6e-3, mx.float16: 1e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -40,27 +38,13 @@ def host_kernels(monkeypatch: pytest.MonkeyPatch, kernel_folder: Path) -> dict[s
 def test_a_row_by_packed_weights_is_right(
     host_kernels: dict[str, HostKernel], width: int, k: int, dtype: mx.Dtype, normed: bool, ending: Ending
 ) -> None:
-    x, (weight, exact) = normal(1, k, dtype=dtype), weights(k, dtype, 4, width)
-    norm = Norm((1 + 0.2 * normal(k, dtype=dtype, seed=2)).astype(dtype), 1e-2) if normed else None
-    endings: dict[str, dict[str, Any]] = {
-        "plain": {}, "silu": {"gated": "silu"}, "gelu": {"gated": "gelu"},
-        "bias": {"bias": normal(width, dtype=dtype, seed=3)}, "residual": {"residual": normal(1, width, dtype=dtype)},
-    }  # fmt: skip
-    found = fused_rows(x, weight, bits=4, group_size=64, norm=norm, **endings[ending])
-    expected = wanted(x, exact, norm, endings[ending])
-    assert found.shape == expected.shape
-    error = mx.linalg.norm(found.astype(mx.float32) - expected) / mx.linalg.norm(expected)
-    assert float(error.item()) < LIMIT[dtype]
+    assert error_of(1, k, dtype, 4, normed, ending, width) < LIMIT[dtype]
     assert list(host_kernels) == [f"one_row{'_normed' if normed else ''}_{ending}"]
 
 
 def test_rows_far_from_zero_keep_their_digits() -> None:
     """Weights are computed with as 128 + q: what that adds cancels in a float32 sum."""
-    k = 1024
-    x, (weight, exact) = (normal(1, k, dtype=mx.bfloat16) + 8).astype(mx.bfloat16), weights(k, mx.bfloat16, 4)
-    found, expected = fused_rows(x, weight, bits=4, group_size=64), wanted(x, exact, None, {})
-    error = mx.linalg.norm(found.astype(mx.float32) - expected) / mx.linalg.norm(expected)
-    assert float(error.item()) < LIMIT[mx.bfloat16]
+    assert error_of(1, 1024, mx.bfloat16, 4, False, "plain", shift=8.0) < LIMIT[mx.bfloat16]
 
 
 def test_what_it_does_not_know_goes_the_usual_way(host_kernels: dict[str, HostKernel]) -> None:
