@@ -7,7 +7,7 @@ EXTRA ?=
 JOBS ?= logical
 export PYTHON
 
-.PHONY: help demo lab test lint format types bench manual setup clean
+.PHONY: help demo lab test nightly lint format types bench manual setup clean
 
 help: ## what can be made
 	@awk -F ":.*## " '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ lab: setup ## open the quickstart notebook in JupyterLab
 test: lint types ## all checks: lint, types and every test
 	@bash .ci/browser
 	@PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+nightly: setup ## the long form of the checks that have one: random histories, faults, load, numerics (hours)
+	@VM_MAGIC_NIGHTLY=1 $(PY) -m pytest -n 0 -m nightly --timeout 7200
 
 lint: setup ## ruff: rules and format
 	@$(PY) -m ruff check .
