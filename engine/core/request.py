@@ -106,7 +106,9 @@ class Request:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     def __post_init__(self) -> None:
-        self.all_token_ids = [*self.prompt_token_ids, *self.output_token_ids]
+        # Requests may wait by the thousand for one prompt: who has no output yet has no list of its own.
+        outputs = self.output_token_ids
+        self.all_token_ids = [*self.prompt_token_ids, *outputs] if outputs else self.prompt_token_ids
         self.metrics.arrival_time = self.arrival_time
 
     @property
@@ -142,4 +144,7 @@ class Request:
     def append_output_token(self, token_id: int) -> None:
         """Record a token that the host has read."""
         self.output_token_ids.append(token_id)
-        self.all_token_ids.append(token_id)
+        if self.all_token_ids is self.prompt_token_ids:
+            self.all_token_ids = [*self.prompt_token_ids, token_id]
+        else:
+            self.all_token_ids.append(token_id)

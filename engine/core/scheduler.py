@@ -6,8 +6,6 @@ are the same arithmetic. Steps overlap: a step may be scheduled while the last o
 still on the device (``Request.num_pending``).
 """
 
-import bisect
-import contextlib
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -17,6 +15,7 @@ from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.request import Request, RequestStatus
 from engine.core.step import ScheduledRequest, SchedulerOutput
 from engine.core.token_guide import COMPLETE
+from engine.core.waiting import WaitingQueue, urgency
 
 
 class StepMemory(Protocol):
@@ -48,11 +47,12 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Request] = []
-        self.waiting: list[Request] = []
+        self.waiting = WaitingQueue()
         self.short_of_memory: list[Request] = []
         """Requests that the last step could not schedule for lack of memory; they wait."""
         self.num_preemptions = 0
         self._forks: dict[Request, Request] = {}
+        """Completions that have not started -> the sibling whose prompt they may share."""
         self._prefilling: set[Request] = set()
         """Running requests with more than one token to compute, while a step is put together."""
 
@@ -65,7 +65,10 @@ class Scheduler:
         """Queue a request. One of ``n`` completions may wait to share the blocks of its sibling's prompt."""
         if fork_of is not None:
             self._forks[request] = fork_of
-        self._enqueue(request)
+        if fork_of is None or _prompt_is_computed(fork_of):
+            self.waiting.add(request)
+        else:
+            self.waiting.add_aside(request, fork_of)
 
     def schedule(self) -> SchedulerOutput:
         """Choose the next step, take blocks for it and count its tokens as computed."""
@@ -110,12 +113,14 @@ class Scheduler:
         if request.finished:
             return
         assert status.finished, f"{status} is not final"
-        self._remove(request)
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
         request.status = status
         request.metrics.finished_time = time.monotonic()
         self._forks.pop(request, None)
-        if self._forks:
-            self._forks = {child: parent for child, parent in self._forks.items() if parent is not request}
+        self.waiting.release(request)
         self.kv.free(request)
 
     def preempt(self, request: Request) -> None:
@@ -127,7 +132,7 @@ class Scheduler:
         self.num_preemptions += 1
         self.running.remove(request)
         self._prefilling.discard(request)
-        self._enqueue(request)
+        self.waiting.add(request)
 
     def _num_missing(self, request: Request) -> int:
         return len(request.all_token_ids) + request.num_pending - request.num_computed_tokens
@@ -166,18 +171,18 @@ class Scheduler:
         """At most half of the budget for one prefill while others want to start."""
         others = len(self._prefilling) > (request in self._prefilling)
         room = len(self.running) < self.max_num_seqs
-        if others or (self.waiting and room):
+        if others or (self.waiting.num_ready and room):
             return min(missing, max(1, self.max_num_batched_tokens // 2))
         return missing
 
     def _admit(self, budget: int, scheduled_requests: list[ScheduledRequest]) -> None:
-        if budget <= 0 or len(self.running) >= self.max_num_seqs:
-            return
-        for request in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.max_num_seqs:
+        while budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting.first()
+            if request is None:
                 return
             parent = self._forks.get(request)
-            if parent is not None and not self._prompt_is_computed(parent):
+            if parent is not None and not _prompt_is_computed(parent):  # any more: it was preempted
+                self.waiting.add_aside(request, parent)
                 continue
             num_tokens = self._start(request, parent, budget)
             if num_tokens == 0:
@@ -209,7 +214,7 @@ class Scheduler:
 
     def _first_chunk(self, request: Request, budget: int) -> int:
         missing = min(self._num_missing(request), budget)
-        if len(self.waiting) > 1 and missing > 1:
+        if self.waiting.num_ready > 1 and missing > 1:
             return min(missing, max(1, self.max_num_batched_tokens // 2))
         return missing
 
@@ -227,9 +232,6 @@ class Scheduler:
             self.short_of_memory.append(request)
         return affordable
 
-    def _prompt_is_computed(self, parent: Request) -> bool:
-        return parent.finished or parent.num_computed_tokens >= parent.num_prompt_tokens
-
     def _scheduled(self, request: Request, num_tokens: int, *, begins: bool = False) -> ScheduledRequest:
         start = request.num_computed_tokens
         end = start + num_tokens
@@ -237,6 +239,8 @@ class Scheduler:
         pending = samples and request.num_pending > 0
         request.num_computed_tokens = end
         request.num_pending += samples
+        if self.waiting.num_aside and _prompt_is_computed(request):
+            self.waiting.release(request)
         if end - request.num_findable_tokens >= self.kv.granularity:
             self.kv.cache_blocks(request, end)
         tables = self.kv.block_tables(request)
@@ -246,24 +250,11 @@ class Scheduler:
         """The running request that gives way: least urgent, latest come, not yet in this step."""
         chosen = {scheduled.request for scheduled in scheduled_requests}
         candidates = [request for request in self.running if request not in chosen]
-        return max(candidates, key=_urgency)
-
-    def _enqueue(self, request: Request) -> None:
-        """Keep the waiting ones in order of priority and arrival."""
-        bisect.insort(self.waiting, request, key=_urgency)
-
-    def _remove(self, request: Request) -> None:
-        if request.status is RequestStatus.RUNNING:
-            self.running.remove(request)
-            return
-        place = bisect.bisect_left(self.waiting, _urgency(request), key=_urgency)
-        with contextlib.suppress(ValueError):  # one that could not be queued ends as well
-            del self.waiting[self.waiting.index(request, place)]
+        return max(candidates, key=urgency)
 
 
-def _urgency(request: Request) -> tuple[int, float, int]:
-    """What requests are served by, lowest first."""
-    return request.priority, request.arrival_time, request.index
+def _prompt_is_computed(request: Request) -> bool:
+    return request.finished or request.num_computed_tokens >= request.num_prompt_tokens
 
 
 def _stop_status(request: Request, token_id: int) -> RequestStatus | None:
@@ -290,7 +281,7 @@ def must_end(
 
     The least urgent and latest come, as in preemption; none where all fit.
     """
-    keep = sorted(running, key=_urgency)
+    keep = sorted(running, key=urgency)
     end: list[Request] = []
     while keep and not _fit(keep, groups, sizes, max_num_seqs):
         end.append(keep.pop())

@@ -39,8 +39,10 @@ MAX_LOGPROBS = 20
 """Most alternatives per position (vLLM's ``--max-logprobs`` default)."""
 DEFAULT_MAX_TOKENS = 16
 """Most tokens where nothing says otherwise (vLLM's default); chats go on to the end of the context."""
-MAX_COMPLETIONS = 16384
-"""Most completions of one request (vLLM's ``VLLM_MAX_N_SEQUENCES`` default)."""
+MAX_COMPLETIONS = 1024
+"""Most completions of one request: it is queued and ended in one go, for which all others then wait some 40 ms. More
+are more requests, whose prompt is found in the prefix cache. (vLLM's ``VLLM_MAX_N_SEQUENCES`` is 16384, OpenAI's 128.)
+"""
 _OPTIONAL_TOKEN_IDS = replace(TOKEN_IDS, optional=True)
 _LOGPROBS = (Range(-1, MAX_LOGPROBS, must=f"be between 0 and {MAX_LOGPROBS}, or -1 for the whole vocabulary"),)
 

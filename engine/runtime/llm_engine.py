@@ -45,10 +45,7 @@ class _Group:
     stream: RequestStream
     completions: list[_Completion] = field(default_factory=list)
     prompt_logprobs: list[LogprobsAtPosition | None] = field(default_factory=list)
-
-    @property
-    def finished(self) -> bool:
-        return all(completion.request.finished for completion in self.completions)
+    num_unfinished: int = 0
 
 
 @dataclass(slots=True)
@@ -148,10 +145,12 @@ class LLMEngine:
         group = self._groups[new.request_id] = _Group(stream)
         check_length(len(new.prompt_token_ids), new.params.max_tokens, self.max_model_len)
         first: Request | None = None
+        prompt = list(new.prompt_token_ids)  # whoever sent it may go on with the list
         for index in range(new.params.n):
-            request = self._completion_request(new, index, stream.metrics.arrival_time)
-            completion = _Completion(request, self._make_detokenizer(new.prompt_token_ids, new.params))
+            request = self._completion_request(new, prompt, index, stream.metrics.arrival_time)
+            completion = _Completion(request, self._make_detokenizer(prompt, new.params))
             group.completions.append(completion)
+            group.num_unfinished += 1
             self._group_of[request] = (group, completion)
             self._follow(group, request)
             self.scheduler.add(request, fork_of=first if self.runner.backend.paged else None)
@@ -308,10 +307,10 @@ class LLMEngine:
         return following
 
     @staticmethod
-    def _completion_request(new: NewRequest, index: int, arrival_time: float) -> Request:
+    def _completion_request(new: NewRequest, prompt: list[int], index: int, arrival_time: float) -> Request:
         return Request(
             request_id=new.request_id,
-            prompt_token_ids=new.prompt_token_ids,
+            prompt_token_ids=prompt,
             params=new.params,
             eos_token_ids=new.eos_token_ids,
             max_tokens=new.max_tokens,
@@ -451,8 +450,10 @@ class LLMEngine:
             )
         group.stream.append(delta)
         self._news.append(group.stream)
-        if status is not None and group.finished:
-            self._close(group, None)
+        if status is not None:
+            group.num_unfinished -= 1
+            if not group.num_unfinished:
+                self._close(group, None)
 
     def _fail(self, group: _Group, error: VMMagicError) -> None:
         for completion in group.completions:

@@ -23,6 +23,9 @@ INTEREST = 10.0
 """Seconds after a question in which snapshots are taken unasked before steps, so that the next one finds one."""
 _SPARE = PATIENCE / 2
 """Shortest time between two of these: short steps are not worth one each."""
+_SHARE = 0.05
+"""Most of the engine's time that these may take while steps are short, where who asks has a new one soon all the same:
+thousands of requests take tens of milliseconds to describe."""
 
 
 class SnapshotPoller(Generic[T]):
@@ -37,6 +40,8 @@ class SnapshotPoller(Generic[T]):
         self._lock = threading.Lock()
         self._asked: Future[T] | None = None
         self._latest: tuple[float, T] | None = None
+        self._cost = 0.0
+        self._looked = -math.inf
         self._interest_ends = -math.inf
         thread.watch(self._before_step)
 
@@ -76,13 +81,17 @@ class SnapshotPoller(Generic[T]):
 
     def _before_step(self, engine: LLMEngine) -> None:
         now = time.monotonic()
-        if now < self._interest_ends and (self._latest is None or now - self._latest[0] >= _SPARE):
+        long, self._looked = now - self._looked >= PATIENCE, now
+        spare = _SPARE if long else max(_SPARE, self._cost / _SHARE)
+        if now < self._interest_ends and (self._latest is None or now - self._latest[0] >= spare):
             with contextlib.suppress(Exception):  # no request may fail by it; whoever asks next is told
                 self._keep(engine)
 
     def _keep(self, engine: LLMEngine) -> T:
+        began = time.monotonic()
         taken = self._take(engine)
-        self._latest = (time.monotonic(), taken)
+        now = time.monotonic()
+        self._latest, self._cost = (now, taken), now - began
         return taken
 
 

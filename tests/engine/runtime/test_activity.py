@@ -10,7 +10,7 @@ import pytest
 from engine import LLM, SamplingParams
 from engine.core.block_pool import BlockPool
 from engine.runtime.activity import CACHED, FREE, SHARED, THROUGHPUT_SECONDS, Throughput
-from engine.runtime.snapshot import PATIENCE
+from engine.runtime.snapshot import PATIENCE, SnapshotPoller
 from tests.engine.test_live_settings import COUNTING, PROMPT, SLOW, wait_until
 
 LONG = "word " * 40 + PROMPT
@@ -173,3 +173,30 @@ def test_windows_and_other_groups_are_seen_too(tiny_model_dir: Callable[..., obj
     with LLM(str(tiny_model_dir(architecture)), max_model_len=256, gpu_memory_utilization=0.2) as llm:
         llm.generate([[5, 6, 7] * 20], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
         assert len(llm.block_map().owners) == llm.block_map().num_blocks
+
+
+def test_a_snapshot_that_takes_long_is_taken_the_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, cost, taken = 100.0, 0.0, 0
+
+    def take(engine):
+        nonlocal clock, taken
+        clock, taken = clock + cost, taken + 1
+        return Throughput()
+
+    class Thread:
+        def watch(self, before_step):
+            self.before_step = before_step
+
+        def post(self, command):
+            command(None)
+
+    monkeypatch.setattr("engine.runtime.snapshot.time.monotonic", lambda: clock)
+    for seconds, most in ((0.0, 9 / PATIENCE * 2), (0.2, 9 / 0.2 * 0.06)):
+        thread, taken, cost = Thread(), 0, seconds
+        poller = SnapshotPoller(thread, take)
+        poller.latest()
+        end = clock + 9  # within the time in which a question makes snapshots worth taking
+        while clock < end:
+            clock += 0.001
+            thread.before_step(None)
+        assert 1 < taken <= most + 2

@@ -1,0 +1,84 @@
+"""Requests that wait for their turn: the most urgent first, at a cost that does not grow with how many wait."""
+
+import heapq
+import itertools
+from collections.abc import Iterator
+
+from engine.core.request import Request
+
+_SPARE = 64
+"""Entries of requests that ended while they waited are cleared once there are more than this, and more than others."""
+
+
+def urgency(request: Request) -> tuple[int, float, int]:
+    """What requests are served by, lowest first."""
+    return request.priority, request.arrival_time, request.index
+
+
+class WaitingQueue:
+    """Those that are *ready* in order of priority and arrival; siblings stand *aside* until their prompt is computed.
+
+    Where ``n`` completions share a prompt, nobody looks at all but the first until its blocks are there to be shared.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, float, int], int, Request]] = []
+        self._ready: set[Request] = set()
+        self._numbers = itertools.count()
+        """Of two that are as urgent, who came first goes first."""
+        self._aside: dict[Request, dict[Request, None]] = {}
+        self._parents: dict[Request, Request] = {}
+
+    def __len__(self) -> int:
+        return len(self._ready) + len(self._parents)
+
+    def __iter__(self) -> Iterator[Request]:
+        """All of them, the most urgent first: for those who look, not for a step."""
+        ready = [request for _, _, request in sorted(self._heap) if request in self._ready]
+        return iter(sorted([*ready, *self._parents], key=urgency))
+
+    @property
+    def num_ready(self) -> int:
+        """How many could start now."""
+        return len(self._ready)
+
+    @property
+    def num_aside(self) -> int:
+        """How many wait for a sibling."""
+        return len(self._parents)
+
+    def first(self) -> Request | None:
+        """The most urgent of those that are ready."""
+        while self._heap and self._heap[0][2] not in self._ready:
+            heapq.heappop(self._heap)
+        return self._heap[0][2] if self._heap else None
+
+    def add(self, request: Request) -> None:
+        """Queue a request that may start as soon as there is room."""
+        self._ready.add(request)
+        heapq.heappush(self._heap, (urgency(request), next(self._numbers), request))
+
+    def add_aside(self, request: Request, parent: Request) -> None:
+        """Have a request wait until :meth:`release` of ``parent``, which computes the prompt of both."""
+        self.remove(request)
+        self._parents[request] = parent
+        self._aside.setdefault(parent, {})[request] = None
+
+    def release(self, parent: Request) -> None:
+        """The siblings that wait for ``parent`` are ready from now on."""
+        for request in self._aside.pop(parent, ()):
+            del self._parents[request]
+            self.add(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request, if it waits at all."""
+        parent = self._parents.pop(request, None)
+        if parent is not None:
+            del self._aside[parent][request]
+            if not self._aside[parent]:
+                del self._aside[parent]
+        elif request in self._ready:
+            self._ready.remove(request)
+            if len(self._heap) - len(self._ready) > max(_SPARE, len(self._ready)):
+                self._heap = [entry for entry in self._heap if entry[2] in self._ready]
+                heapq.heapify(self._heap)
