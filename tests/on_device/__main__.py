@@ -11,6 +11,7 @@ from engine.params.attention_backend import ATTENTION_BACKENDS
 from engine.runner.device.devices import describe_device
 from tests.on_device.backends import backends
 from tests.on_device.checkpoints import checkpoints
+from tests.on_device.draws import draws
 from tests.on_device.hybrid import hybrid
 from tests.on_device.long import long
 from tests.on_device.parity import parity
@@ -44,6 +45,10 @@ def _checkpoints(options: argparse.Namespace) -> bool:
     return not any("WRONG" in line for line in checkpoints(options.only).values())
 
 
+def _draws(options: argparse.Namespace) -> bool:
+    return draws(options.draws)
+
+
 def _sticky(options: argparse.Namespace) -> bool:
     return sticky(pretend=options.small)
 
@@ -56,6 +61,7 @@ CHECKS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "hybrid": _hybrid,
     "sticky": _sticky,
     "checkpoints": _checkpoints,
+    "draws": _draws,
 }
 
 
@@ -72,6 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--small", action="store_true", help="long, backends and sticky as a CPU can do them")
     parser.add_argument("--only", default="", metavar="WORDS", help="parity, checkpoints: kinds that have these words")
     parser.add_argument("--seconds", type=float, default=95.0, help="after which long leaves models out, and fails")
+    parser.add_argument("--draws", type=int, default=1_000_000, metavar="N", help="of each case of draws")
     options = parser.parse_args(arguments)
     print(json.dumps({"device": describe_device().name, "mlx": version("mlx")}), flush=True)
     failed = [name for name in options.checks or CHECKS if not CHECKS[name](options)]

@@ -10,6 +10,7 @@ from engine.params.sampling_params import SamplingParams
 from engine.runner.sampling import sampler as sampler_module
 from engine.runner.sampling.sampler import Sampler, SamplerOutput
 from engine.runner.sampling.sampling_metadata import SamplingMetadata, SamplingRow, check_token_ids, uniforms
+from tests.engine.runner.sampling.exact import chi_square, reference_logits, reference_probabilities
 
 NEG_INF = -np.inf
 
@@ -22,48 +23,6 @@ def sample(logits: np.ndarray, rows: Sequence[SamplingRow], pending: Sequence[in
 
 def token_ids(logits: np.ndarray, rows: Sequence[SamplingRow], pending: Sequence[int] | None = None) -> list[int]:
     return sample(logits, rows, pending).token_ids.tolist()
-
-
-def reference_logits(logits: np.ndarray, row: SamplingRow, pending: Sequence[int]) -> np.ndarray:
-    x = logits.astype(np.float64).copy()
-    params = row.params
-    output = list(row.output_token_ids) + ([] if row.pending_row is None else [pending[row.pending_row]])
-    if params.allowed_token_ids:
-        keep = x[list(params.allowed_token_ids)]
-        x[:] = NEG_INF
-        x[list(params.allowed_token_ids)] = keep
-    for word in row.bad_words_ids:
-        prefix = list(word[:-1])
-        if len(word) <= len(output) + 1 and (not prefix or output[-len(prefix) :] == prefix):
-            x[word[-1]] = NEG_INF
-    if len(output) < params.min_tokens:
-        x[[*params.stop_token_ids, *row.eos_token_ids]] = NEG_INF
-    for token_id, bias in params.logit_bias.items():
-        x[token_id] += bias
-    seen = list({*row.prompt_token_ids, *output})
-    x[seen] = np.where(x[seen] > 0, x[seen] / params.repetition_penalty, x[seen] * params.repetition_penalty)
-    for token_id in set(output):
-        x[token_id] -= params.frequency_penalty * output.count(token_id) + params.presence_penalty
-    return x
-
-
-def reference_probabilities(x: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, float]:
-    """Probabilities, and how close top_p comes to cutting elsewhere (rounding may then decide)."""
-    x = x / params.temperature
-    p = np.exp(x - x.max())
-    p /= p.sum()
-    p[p < params.min_p * p.max()] = 0
-    if params.top_k and params.top_k < len(p):
-        p[p < np.sort(p)[-params.top_k]] = 0
-    p /= p.sum()
-    margin = 1.0
-    if params.top_p < 1:
-        order = np.argsort(-p, kind="stable")
-        before = np.cumsum(p[order]) - p[order]
-        margin = float(np.abs(before - params.top_p).min())
-        last = p[order][before < params.top_p].min()
-        p[p < last] = 0
-    return p / p.sum(), margin
 
 
 def random_row(rng: np.random.Generator, vocab_size: int, pending_row: int | None) -> SamplingRow:
@@ -185,41 +144,6 @@ def test_uniforms_are_uniform_independent_and_below_one():
     by_seed = uniforms(range(100_000), [5] * 100_000)
     assert abs(np.corrcoef(by_seed[1:, 0], by_seed[:-1, 0])[0, 1]) < 0.015
     assert len(np.unique(by_seed[:, 0])) > 99_000
-
-
-def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
-    """Deviation from ``expected`` in standard deviations of the chi-square distribution."""
-    total = counts.sum()
-    used = expected > 0
-    statistic = ((counts[used] - total * expected[used]) ** 2 / (total * expected[used])).sum()
-    freedom = used.sum() - 1
-    return float((statistic - freedom) / math.sqrt(2 * freedom))
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.5, top_k=7),
-        SamplingParams(top_p=0.8),
-        SamplingParams(min_p=0.05),
-        SamplingParams(temperature=1.5, top_k=40, top_p=0.9, min_p=0.01),
-    ],
-    ids=["plain", "top_k", "top_p", "min_p", "all"],
-)
-def test_draws_follow_the_filtered_distribution_and_never_leave_it(params):
-    vocab_size, draws_per_batch, batches = 600, 500, 20
-    logits = np.random.default_rng(1).standard_normal(vocab_size).astype(np.float32) * 2
-    logits[100:400] = NEG_INF
-    expected, _ = reference_probabilities(logits.astype(np.float64), params)
-    counts = np.zeros(vocab_size)
-    for batch in range(batches):
-        rows = [SamplingRow(params, seed=batch, position=i) for i in range(draws_per_batch)]
-        np.add.at(counts, token_ids(np.tile(logits, (draws_per_batch, 1)), rows), 1)
-    assert counts[expected == 0].sum() == 0
-    likely = expected * counts.sum() > 5
-    grouped = np.append(counts[likely], counts[~likely].sum())
-    assert abs(chi_square(grouped, np.append(expected[likely], expected[~likely].sum() + 1e-12))) < 5
 
 
 def test_half_a_million_draws_never_give_a_forbidden_token_and_reach_every_other():
