@@ -19,6 +19,7 @@ from engine.core.step import ScheduledRequest, SchedulerOutput
 from engine.outputs import LogprobsAtPosition
 from engine.params.sampling_params import SamplingParams
 from engine.runner.backends import Backend
+from engine.runner.device.host import to_numpy
 from engine.runner.kv.input_batch import InputBatch, Int32, picked, placed
 from engine.runner.sampling.sampler import HostLogprobs, LogprobArrays, Sampler, SamplerOutput, to_logprobs
 from engine.runner.sampling.sampling_metadata import SamplingPlan, SamplingRow
@@ -102,7 +103,7 @@ class InFlightStep:
     def _tokens(self, token_text: TokenText) -> list[SampledToken]:
         if self.sampled is None:
             return []
-        token_ids: list[int] = np.array(self.sampled.token_ids).tolist()
+        token_ids: list[int] = to_numpy(self.sampled.token_ids).tolist()
         if self.sampled.logprobs is None:
             return list(map(SampledToken, self.sampling, token_ids))
         host = self.sampled.logprobs.numpy()

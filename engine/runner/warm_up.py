@@ -20,6 +20,7 @@ from engine.memory.step_cost import StepCost
 from engine.params.sampling_params import SamplingParams
 from engine.runner.backends import Backend, ContiguousBackend
 from engine.runner.device.devices import DeviceKind
+from engine.runner.device.host import floats
 from engine.runner.device.memory import active_memory, clear_cache, peak_memory, reset_peak_memory
 from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kernels.swapped_modules import SwappedModules
@@ -164,7 +165,7 @@ def paging_difference(backend: PagedBackend | ContiguousBackend, model: nn.Modul
     kv_cache_dtype = backend.kv_cache_dtype if isinstance(backend, PagedBackend) else "auto"
     caches = [rounded(make_prompt_cache(model), kv_cache_dtype) for _ in prompts]
     wanted = np.stack([_last_logits(model, prompt, cache) for prompt, cache in zip(prompts, caches, strict=True)])
-    found = np.array(_run_batched(backend, prompts).astype(mx.float32))
+    found = floats(_run_batched(backend, prompts))
     finite = np.isfinite(wanted)  # some models rule tokens out with -inf
     if (finite != np.isfinite(found)).any():
         return math.inf
@@ -203,7 +204,7 @@ def _moved(kind: type[nn.Module]) -> Callable[..., mx.array]:
 
 def _last_logits(model: nn.Module, prompt: list[int], cache: list[Any]) -> NDArray[np.float32]:
     """Of one sequence alone, computed before anything else is built."""
-    return np.array(model(mx.array([prompt]), cache=cache)[0, -1].astype(mx.float32))
+    return floats(model(mx.array([prompt]), cache=cache)[0, -1])
 
 
 def _run_batched(backend: Backend, prompts: Sequence[list[int]]) -> mx.array:

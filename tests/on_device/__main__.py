@@ -16,6 +16,7 @@ from tests.on_device.hybrid import hybrid
 from tests.on_device.long import long
 from tests.on_device.parity import parity
 from tests.on_device.pools import pools
+from tests.on_device.seeds import seeds
 from tests.on_device.sticky import sticky
 from tests.on_device.ties import WRONG
 
@@ -49,6 +50,10 @@ def _draws(options: argparse.Namespace) -> bool:
     return draws(options.draws)
 
 
+def _seeds(_options: argparse.Namespace) -> bool:
+    return seeds()
+
+
 def _sticky(options: argparse.Namespace) -> bool:
     return sticky(pretend=options.small)
 
@@ -62,6 +67,7 @@ CHECKS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "sticky": _sticky,
     "checkpoints": _checkpoints,
     "draws": _draws,
+    "seeds": _seeds,
 }
 
 

@@ -6,10 +6,11 @@ import mlx.core as mx
 import numpy as np
 
 from engine.errors import error_line
+from engine.runner.device.host import floats
 from engine.runner.kernels.delta_reference import DeltaWeights, Floats, gated_norm, mixed_inputs, recurrence
 from engine.runner.kernels.gated_delta import DeltaShape
 from engine.runner.kernels.kernel_cache import collecting, compile_all
-from engine.runner.kernels.reference import difference, floats
+from engine.runner.kernels.reference import difference
 from engine.runner.kernels.state_kernels import StateKernels
 
 TOLERANCE: dict[mx.Dtype, float] = {mx.bfloat16: 1e-2, mx.float16: 2e-3, mx.float32: 1e-4}

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import error_line
+from engine.runner.device.host import floats, to_numpy
 from engine.runner.kernels.best_rows import BestRows
 from engine.runner.kernels.draw_rows import FEWEST_ROWS, KEEP_ALL, LOG2_E, NUM_WISHES, DrawRows
 from engine.runner.kernels.draw_rows_text import MOST_BLOCKS
@@ -95,7 +96,7 @@ def best_problem(dtype: mx.Dtype, kernel: BestRows, sizes: Sequence[int] = _SIZE
             last[-1] = 1 + last.max()
             rows.append(replace(rows[0], logits=last))
             logits = mx.array(np.stack([row.logits for row in rows])).astype(dtype)
-            exact = np.array(logits.astype(mx.float32))
+            exact = floats(logits)
             for row, own, token in zip(rows, exact, _token_ids(kernel(logits)), strict=True):
                 if problem := token_problem(own, row, token):
                     return f"{size} {str(dtype).rpartition('.')[2]} logits: {problem}"
@@ -133,7 +134,7 @@ def drawn(
     logits = mx.array(np.stack([row.logits for row in rows])).astype(dtype)
     uniforms = np.zeros((max(len(rows), FEWEST_ROWS), 2), np.float32)
     uniforms[: len(rows)] = [row.uniforms for row in rows]
-    exact = np.array(logits.astype(mx.float32))
+    exact = floats(logits)
     counts = np.zeros_like(exact)
     if not penalties:
         wishes = wishes_array([replace(row.wish, entry=-1) for row in rows])
@@ -148,7 +149,7 @@ def drawn(
     tokens = kernel(logits, mx.array(wishes), mx.array(uniforms), kept, first)
     for row, (entry, token) in enumerate(zip(entries, _token_ids(first), strict=True)):
         counts[row, token] += entry >= 0 and token >= 0
-    held = np.array(kept + mx.where(tokens[:1] == 0, 0.0, 0.0))  # read only once the launch has written
+    held = to_numpy(kept + mx.where(tokens[:1] == 0, 0.0, 0.0))  # read only once the launch has written
     for row, entry in enumerate(entries):
         if entry >= 0 and not np.array_equal(held[entry], counts[row]):
             raise ValueError("a pending token was not counted once")
@@ -156,7 +157,7 @@ def drawn(
 
 
 def _token_ids(tokens: mx.array) -> list[int]:
-    found: list[int] = np.array(tokens).tolist()
+    found: list[int] = to_numpy(tokens).tolist()
     return found
 
 

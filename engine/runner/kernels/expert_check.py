@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 
 from engine.errors import error_line
+from engine.runner.device.host import floats
 from engine.runner.kernels import routed_experts
 from engine.runner.kernels.expert_layers import ExpertLayer
-from engine.runner.kernels.reference import floats
 from engine.runner.kernels.routed_experts import Activation, ExpertWeights, Packing, Routes, route
 
 Values = np.ndarray[Any, np.dtype[np.float32]]

@@ -7,11 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import error_line
+from engine.runner.device.host import floats
 from engine.runner.kernels.joined_attention import HeadConstants, HeadNorms
 from engine.runner.kernels.joined_attention_text import ValueHeads
 from engine.runner.kernels.page_check import CheckedPages
 from engine.runner.kernels.paged_attention import arrival_counters
-from engine.runner.kernels.reference import attention, floats
+from engine.runner.kernels.reference import attention
 from engine.runner.kernels.self_check import MOST_KV_HEADS, TOLERANCE, AttentionKernels
 
 _LENGTHS = (1, 0, 16, 333, 49, 100)

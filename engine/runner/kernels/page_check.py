@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.params.kv_dtype import group_size
+from engine.runner.device.host import floats, to_numpy
 from engine.runner.kernels.page_format import PackedPages, PageArrays
-from engine.runner.kernels.reference import floats
 
 Floats = NDArray[np.float32]
 _FEW = 1e-3
@@ -69,7 +69,7 @@ class CheckedPages:
         else:
             assert isinstance(self.arrays, PackedPages)
             words, scales, biases = self.arrays
-            got = [_integers(np.array(words + after.astype(mx.uint32)), self._bits)]
+            got = [_integers(to_numpy(words + after.astype(mx.uint32)), self._bits)]
             got += [floats(some + after.astype(self._dtype)) for some in (scales, biases)]
         for found, expected in zip(got, self._expected, strict=True):
             exact = not tolerance and found.shape[-1] == expected.shape[-1] and not self._bits
@@ -90,7 +90,7 @@ class CheckedPages:
             return [rows]
         given = mx.array(np.ascontiguousarray(rows)).astype(self._dtype)
         words, scales, biases = mx.quantize(given, group_size=self._size, bits=self._bits)
-        return [_integers(np.array(words), self._bits), floats(scales), floats(biases)]
+        return [_integers(to_numpy(words), self._bits), floats(scales), floats(biases)]
 
 
 def _few(right: NDArray[Any]) -> int:

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from engine.runner.device.host import floats
 from engine.runner.kernels.products import ROW_BUCKETS, Candidate, Modules, Plain, Product, Way, some_rows
 
 Values = np.ndarray[Any, np.dtype[np.float32]]
@@ -58,7 +59,7 @@ class Expected:
 
     @cached_property
     def _values(self) -> list[Values]:
-        rows = np.array(self._rows.astype(mx.float32)).reshape(ROW_BUCKETS[-1], -1)
+        rows = floats(self._rows).reshape(ROW_BUCKETS[-1], -1)
         return [
             rows @ _weights(module, columns).T + _bias(module, columns)
             for module, columns in zip(self._modules, self._columns, strict=True)
@@ -70,7 +71,7 @@ def _distance(result: mx.array, columns: slice, values: Values) -> float:
     rows = result.reshape(-1, result.shape[-1])[:, columns]
     expected = values[: len(rows)]
     scale = max(float(np.linalg.norm(expected)), 1e-30)
-    return float(np.linalg.norm(np.array(rows.astype(mx.float32)) - expected)) / scale
+    return float(np.linalg.norm(floats(rows) - expected)) / scale
 
 
 def _columns(width: int) -> slice:
@@ -91,8 +92,8 @@ def _weights(module: nn.Module, columns: slice) -> Values:
         if packed.mode == "affine":
             scales, biases = scales.astype(mx.float32), biases[columns].astype(mx.float32)
         rows = mx.dequantize(rows, scales, biases, group_size=packed.group_size, bits=packed.bits, mode=packed.mode)
-    return np.array(rows.astype(mx.float32))
+    return floats(rows)
 
 
 def _bias(module: nn.Module, columns: slice) -> Any:
-    return np.array(module["bias"][columns].astype(mx.float32)) if "bias" in module else 0.0
+    return floats(module["bias"][columns]) if "bias" in module else 0.0

@@ -6,6 +6,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.runner.device.host import floats
+
 Floats = NDArray[np.floating[Any]]
 
 
@@ -14,11 +16,6 @@ def rows_apart(found: mx.array, wanted: mx.array) -> NDArray[np.float32]:
     some, other = (floats(one).reshape(-1, one.shape[-1]) for one in (found, wanted))
     apart: NDArray[np.float32] = np.linalg.norm(some - other, axis=1) / np.maximum(np.linalg.norm(other, axis=1), 1e-30)
     return apart
-
-
-def floats(array: mx.array) -> NDArray[np.float32]:
-    """``array`` as numpy's float32."""
-    return np.array(array.astype(mx.float32))
 
 
 def difference(got: NDArray[Any], wanted: NDArray[Any], tolerance: float) -> str | None:

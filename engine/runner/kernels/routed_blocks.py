@@ -12,10 +12,11 @@ import mlx.nn as nn
 import numpy as np
 
 from engine.errors import error_line
+from engine.runner.device.host import floats
 from engine.runner.kernels import routing
 from engine.runner.kernels.add_normed import ExpertRows
 from engine.runner.kernels.expert_layers import ExpertKind, ExpertLayer
-from engine.runner.kernels.reference import floats, rows_apart
+from engine.runner.kernels.reference import rows_apart
 from engine.runner.kernels.routed_experts import MAX_PAIRS, Routes
 from engine.runner.kernels.swapped_modules import SwappedModules, mlx_lm_name
 

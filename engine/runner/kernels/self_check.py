@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import error_line
+from engine.runner.device.host import floats
 from engine.runner.kernels import paged_attention as gpu
 from engine.runner.kernels.gpu_states import GPU_STATE_KERNELS
 from engine.runner.kernels.joined_attention import HeadConstants, joined_attention
@@ -17,7 +18,7 @@ from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.latent_attention import latent_attention
 from engine.runner.kernels.page_check import CheckedPages
 from engine.runner.kernels.page_format import PageArrays
-from engine.runner.kernels.reference import attention, difference, floats
+from engine.runner.kernels.reference import attention, difference
 from engine.runner.kernels.state_kernels import StateKernels
 
 TOLERANCE: dict[mx.Dtype, float] = {mx.bfloat16: 8e-3, mx.float16: 1.5e-3, mx.float32: 2e-5}

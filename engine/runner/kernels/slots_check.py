@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.errors import error_line
+from engine.runner.device.host import floats
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.state_kernels import StateKernels, StateShape
 from engine.runner.kernels.state_slots import ELEMENT_TYPES
@@ -45,7 +46,7 @@ def _problem(given: StateShape, kernels: StateKernels) -> str | None:
     states = mx.array(known).astype(dtype)
     values = mx.array(rng.standard_normal((rows, *shape), dtype=np.float32)).astype(dtype)
     mx.eval(states, values)
-    expected, new = (np.array(some.astype(mx.float32)) for some in (states, values))
+    expected, new = (floats(some) for some in (states, values))
     slots = np.full((2, 8), -1, np.int32)
     slots[0, :rows], slots[1, :rows] = _READS, _WRITES
     given_slots = mx.array(slots) + mx.zeros((2, 8), mx.int32)
@@ -55,10 +56,10 @@ def _problem(given: StateShape, kernels: StateKernels) -> str | None:
     done = kernels.write_slots(values[::-1], states, given_slots, after=done)
     mx.eval(read, done)
     wanted = np.stack([expected[slot] if slot >= 0 else np.zeros(shape, np.float32) for slot in _READS])
-    if not np.array_equal(np.array(read.astype(mx.float32)), wanted):
+    if not np.array_equal(floats(read), wanted):
         return "states are read wrongly"
     for row, slot in enumerate(_WRITES):
         if slot >= 0:
             expected[slot] = new[rows - 1 - row]
-    same = np.array_equal(np.array((states + done[:1].astype(dtype)).astype(mx.float32)), expected, equal_nan=True)
+    same = np.array_equal(floats(states + done[:1].astype(dtype)), expected, equal_nan=True)
     return None if same else "another state was written, or one was not"

@@ -4,10 +4,11 @@ import mlx.core as mx
 import numpy as np
 
 from engine.errors import error_line
+from engine.runner.device.host import floats
 from engine.runner.kernels.delta_check import TOLERANCE
 from engine.runner.kernels.delta_reference import Floats, silu
 from engine.runner.kernels.kernel_cache import collecting, compile_all
-from engine.runner.kernels.reference import difference, floats
+from engine.runner.kernels.reference import difference
 from engine.runner.kernels.ssm import SsmShape
 from engine.runner.kernels.state_kernels import StateKernels
 

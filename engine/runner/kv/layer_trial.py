@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from engine.runner.device.host import to_numpy
 from engine.runner.kernels.joined_check import JoinedShape, joined_problem
 from engine.runner.kernels.kernel_cache import collecting, compile_all
 from engine.runner.kernels.page_format import PackedPages, PageArrays
@@ -262,4 +263,4 @@ def distance(found: mx.array, wanted: mx.array) -> float:
     """Of the norm of ``wanted``; NaN if there is any."""
     found, wanted = (some.astype(mx.float32) for some in (found, wanted))
     ratio = mx.linalg.norm(found - wanted) / mx.maximum(mx.linalg.norm(wanted), 1e-30)
-    return float(np.array(ratio))
+    return float(to_numpy(ratio))

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.rope_utils import Llama3RoPE, ProportionalRoPE, SuScaledRoPE, YarnRoPE
 from numpy.typing import NDArray
+
+from engine.runner.device.host import floats
 
 
 def frequencies_of(rope: Any, dim: int) -> NDArray[np.float32] | None:
@@ -27,7 +28,7 @@ def frequencies_of(rope: Any, dim: int) -> NDArray[np.float32] | None:
         whole = rope.dim == dim and rope._scale == 1.0
     else:
         return None
-    return _inverse(np.array(rope._freqs.astype(mx.float32))) if whole else None
+    return _inverse(floats(rope._freqs)) if whole else None
 
 
 def _inverse(wavelengths: NDArray[Any]) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from engine.errors import ModelLoadError
 from engine.models.model_config import ModelConfig, text_config
 from engine.models.rope import Rope, rope_settings
+from engine.runner.device.host import floats
 
 _TOLERANCE = 1e-4
 """Relative: float32 powers differ between libraries by 1e-6, a rounding of yarn's bounds by 1e-2 and more."""
@@ -120,7 +121,7 @@ def angles_of(layer: Any) -> Angles | None:
     """What a rotary layer does; None for one of a class of its own that does not keep its angles."""
     if hasattr(layer, "_freqs"):
         factor = next((float(getattr(layer, name)) for name in _FACTORS if hasattr(layer, name)), 1.0)
-        return 1.0 / np.array(layer._freqs.astype(mx.float32), np.float64), factor
+        return 1.0 / floats(layer._freqs).astype(np.float64), factor
     if isinstance(layer, nn.RoPE | DynamicNTKScalingRoPE):
         return _plain(float(layer.base), layer.dims) * float(getattr(layer, "scale", 1.0)), 1.0
     return None

@@ -30,6 +30,7 @@ import mlx.core as mx
 import numpy as np
 
 from engine.outputs import Logprob, LogprobsAtPosition
+from engine.runner.device.host import to_numpy
 from engine.runner.kernels.best_rows import BestRows
 from engine.runner.kernels.draw_rows import LOG2_E, DrawRows, takes
 from engine.runner.sampling.sampling_metadata import SamplingMetadata
@@ -66,7 +67,7 @@ class LogprobArrays:
     def numpy(self) -> "HostLogprobs":
         """The values, as numpy arrays; waits for the device."""
         mx.eval(self.arrays)
-        return HostLogprobs(*(np.array(array) for array in self.arrays))
+        return HostLogprobs(*map(to_numpy, self.arrays))
 
 
 @dataclass(frozen=True, slots=True)
