@@ -15,6 +15,7 @@ VMMagicError                    one line, names the fix
 │   └── OutOfMemoryError        there was not enough memory for it
 ├── EngineClosedError           the engine was closed or its thread failed
 │   └── DeviceFailedError       the GPU failed, and this process cannot use it any more
+├── OwnThreadError              a call that would wait for the very thread it was made on (also a RuntimeError)
 └── ServerError                 the port could not be opened
 """
 
@@ -141,6 +142,10 @@ class EngineClosedError(VMMagicError):
 
 class DeviceFailedError(EngineClosedError):
     """The GPU failed in a way that no later call recovers from: only a new process can use it."""
+
+
+class OwnThreadError(VMMagicError, RuntimeError):
+    """A call on the engine's own thread that would wait for that thread, for ever."""
 
 
 class ServerError(VMMagicError):

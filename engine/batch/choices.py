@@ -281,9 +281,9 @@ class ChoiceJob:
     def start(self) -> None:
         """Queue the first request. Raises what ``submit`` does."""
         self._streams.append(self._submit(self._requests[0]))
-        self._streams[0].add_done_callback(self._follow)
+        self._streams[0].when_over(self._follow)
 
-    def add_done_callback(self, callback: Callable[[], None]) -> None:
+    def when_over(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` once all requests are over; at once if they are."""
         with self._lock:
             if self._num_left:
@@ -328,7 +328,7 @@ class ChoiceJob:
         """The first request is over: queue the others, on the thread that ended it."""
         for request in self._requests[1:]:
             if self._queue(request):
-                self._streams[-1].add_done_callback(self._one_over)
+                self._streams[-1].when_over(self._one_over)
             else:
                 self._one_over()
         self._one_over()

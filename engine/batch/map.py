@@ -60,7 +60,7 @@ class PromptStream(Protocol):
     def num_tokens(self) -> int:
         """Tokens so far."""
 
-    def add_done_callback(self, callback: Callable[[], None]) -> None:
+    def when_over(self, callback: Callable[[], None]) -> None:
         """``callback()`` once the request is over, from any thread; at once if it is."""
 
     def abort(self) -> None:
@@ -155,7 +155,7 @@ class MapRun:
             self._file(slot, str(error))
             return
         self._jobs[slot] = job
-        job.stream.add_done_callback(lambda: self._over.put(slot))
+        job.stream.when_over(lambda: self._over.put(slot))
 
     def _take_one(self) -> None:
         while True:

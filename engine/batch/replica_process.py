@@ -65,7 +65,7 @@ class Worker:
         except RequestError as error:
             self._answers.send("over", number, error)
             return
-        job.stream.add_done_callback(partial(self._over, number, job))
+        job.stream.when_over(partial(self._over, number, job))
 
     def _over(self, number: int, job: MapJob) -> None:
         self._jobs.pop(number, None)

@@ -82,7 +82,7 @@ class PendingAnswer:
         assert self._outcome is not None, "the request is under way"
         return self._outcome
 
-    def add_done_callback(self, callback: Callable[[], None]) -> None:
+    def when_over(self, callback: Callable[[], None]) -> None:
         """``callback()`` once the request is over; at once if it is."""
         with self._lock:
             if self._outcome is None:
@@ -287,7 +287,7 @@ class SharedJob(PendingAnswer):
         self._replicas.count(member, 1)
         if self._aborted:
             job.stream.abort()
-        job.stream.add_done_callback(lambda: self._ended(member))
+        job.stream.when_over(lambda: self._ended(member))
 
     def abort(self) -> None:
         """End the request soon."""

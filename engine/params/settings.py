@@ -1,15 +1,17 @@
 """Live settings: sampling defaults that a notebook changes while the engine runs."""
 
+import logging
 import threading
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from engine.errors import ConfigError, RequestError
+from engine.errors import ConfigError, RequestError, error_line
 from engine.format.names import did_you_mean
 from engine.params.sampling_params import CONSTRAINTS, SamplingParams
 from engine.params.structured_outputs import ThinkingBudget
 
+logger = logging.getLogger("engine")
 THINKING_NAMES = ("enable_thinking", "thinking_token_budget")
 """Settings beside the sampling values."""
 THINKING_SWITCHES = ("enable_thinking", "thinking")
@@ -57,7 +59,7 @@ class Settings:
         self._values: dict[str, Any] = {}
         self._thinking: dict[str, Any] = {}
         self._preset: str | None = None
-        self._changed: Callable[[], None] | None = None
+        self._listeners: list[Callable[[], object]] = []
 
     def __repr__(self) -> str:
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in self.everything().items())})"
@@ -127,14 +129,17 @@ class Settings:
             self._values, self._preset, self._thinking = {}, None, {}
             self._tell()
 
-    def on_change(self, tell: Callable[[], None]) -> None:
-        """``tell()`` after every change, in the order of the changes; it must be quick. There is one listener."""
+    def on_change(self, tell: Callable[[], object]) -> None:
+        """``tell()`` after every change, too, in their order; it must be quick. What it raises is logged."""
         with self._lock:
-            self._changed = tell
+            self._listeners.append(tell)
 
     def _tell(self) -> None:
-        if self._changed is not None:
-            self._changed()
+        for tell in list(self._listeners):
+            try:
+                tell()
+            except Exception as error:
+                logger.error("a listener to the settings failed: %s", error_line(error), exc_info=error)
 
 
 def _checked_thinking(values: Mapping[str, Any]) -> dict[str, Any]:

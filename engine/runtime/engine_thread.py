@@ -10,15 +10,16 @@ from concurrent.futures import Future
 from typing import NoReturn, TypeVar
 
 from engine.core.request import NewRequest
-from engine.errors import DeviceFailedError, EngineClosedError, GenerationError, OutOfMemoryError, VMMagicError
+from engine.errors import DeviceFailedError, EngineClosedError
 from engine.models.local import ResolvedModel
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.faults import device_failure, driver_failure, give_up_device, has_driver
-from engine.runner.device.memory import is_out_of_memory
 from engine.runner.device.placement import computing
 from engine.runner.device.threads import mlx_thread
 from engine.runtime.builder import BuiltEngine, build_engine
-from engine.runtime.llm_engine import MEMORY_HELP, LLMEngine
+from engine.runtime.callbacks import check_may_wait, serving
+from engine.runtime.failures import failure_of, one_line
+from engine.runtime.llm_engine import LLMEngine
 from engine.runtime.metrics import EngineMetrics
 from engine.runtime.stats_log import StatsLog
 from engine.runtime.stream import RequestStream
@@ -88,7 +89,8 @@ class EngineThread:
         self._about(request_id, "told to answer", lambda engine: engine.finish_thinking(request_id))
 
     def call(self, function: Callable[[LLMEngine], T]) -> T:
-        """Run ``function`` between two steps and give its result."""
+        """Run ``function`` between two steps and give its result. Raises OwnThreadError on the engine's thread."""
+        check_may_wait("this call")
         future: Future[T] = Future()
 
         def command(engine: LLMEngine) -> None:
@@ -111,9 +113,16 @@ class EngineThread:
                 self.check_open()
 
     def post(self, command: _Command) -> None:
-        """Run ``command`` soon, between two steps; nothing happens once the engine is closed."""
+        """Run ``command`` soon, between two steps; nothing happens once the engine is closed. A failure is logged."""
+
+        def guarded(engine: LLMEngine) -> None:
+            try:
+                command(engine)
+            except Exception as error:  # noqa: BLE001  (nobody waits for it, and the others' requests go on)
+                failure_of("a change between two steps failed", error)
+
         if self.alive:
-            self._commands.put(command)
+            self._commands.put(guarded)
 
     def watch(self, command: _Command) -> None:
         """Run ``command`` before every step from now on: it must be quick."""
@@ -135,7 +144,7 @@ class EngineThread:
             try:
                 command(engine)
             except Exception as error:  # noqa: BLE001  (the request ends here, and its stream is told)
-                engine.fail_request(request_id, _failure(f"the request could not be {what}", error))
+                engine.fail_request(request_id, failure_of(f"the request could not be {what}", error))
 
         self._commands.put(guarded)
 
@@ -154,7 +163,7 @@ class EngineThread:
             return EngineClosedError("the engine was closed; load a model again")
         if isinstance(self._failure, DeviceFailedError):
             return DeviceFailedError(str(self._failure))
-        error = EngineClosedError(f"the engine failed ({_one_line(self._failure)}); load the model again")
+        error = EngineClosedError(f"the engine failed ({one_line(self._failure)}); load the model again")
         error.__cause__ = self._failure
         return error
 
@@ -184,7 +193,7 @@ class EngineThread:
             if failure is not None:
                 self._stand_still(failure, engine)
             self._failure = error
-            logger.error("the engine thread failed: %s", _one_line(error))
+            logger.error("the engine thread failed: %s", one_line(error))
         finally:
             with self._lock:
                 self._closing = True
@@ -240,6 +249,10 @@ class EngineThread:
         return built.engine
 
     def _serve(self, engine: LLMEngine) -> None:
+        with serving():
+            self._step_until_closed(engine)
+
+    def _step_until_closed(self, engine: LLMEngine) -> None:
         log = StatsLog(engine.stats)
         idle = True
         while self._take_commands(engine):
@@ -256,7 +269,7 @@ class EngineThread:
                 engine.step()
                 log.tick(idle=not engine.has_work)
             except Exception as error:  # noqa: BLE001  (a failing step: its requests are told, the engine goes on)
-                engine.fail_step(_failure("the model failed", error))
+                engine.fail_step(failure_of("the model failed", error))
             finally:
                 self._step_began = None
 
@@ -303,27 +316,3 @@ def start_engine(
         cancelled.set()
         thread.close()
         raise
-
-
-def _failure(what: str, error: Exception) -> VMMagicError:
-    """What those who wait are told, also in the log; errors meant for users stay as they are.
-
-    Raises DeviceFailedError where nothing can go on.
-    """
-    lasting = device_failure(error)
-    if lasting is not None:
-        raise lasting
-    logger.error("%s: %s", what, _one_line(error))
-    if isinstance(error, VMMagicError):
-        return error
-    if is_out_of_memory(error):
-        failure: VMMagicError = OutOfMemoryError(f"out of memory in this step ({_one_line(error)}); {MEMORY_HELP}")
-    else:
-        failure = GenerationError(f"{what}: {_one_line(error)}; the engine goes on without this request")
-    failure.__cause__ = error.with_traceback(None)  # its frames hold the weights
-    return failure
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:200] if isinstance(error, VMMagicError) else f"{type(error).__name__}: {text}"[:200]

@@ -15,6 +15,7 @@ from engine.params.live_sampling import LiveSampling
 from engine.params.sampling_params import SamplingParams
 from engine.runner.model_runner import InFlightStep, ModelRunner, PromptLogprobs, SampledToken, StepResult
 from engine.runtime.activity import EngineStats, Throughput
+from engine.runtime.failures import MEMORY_HELP, failure_of, no_token
 from engine.runtime.metrics import EngineMetrics
 from engine.runtime.step_tally import StepTally
 from engine.runtime.stream import RequestStream, wake_all
@@ -26,7 +27,6 @@ PATIENCE = 5.0
 LONG_STEP = 0.02
 """Seconds from which on a step with prompt tokens is waited for where others decode: building the next meanwhile would
 save a few percent, and a request that comes would have its first token a whole step later."""
-MEMORY_HELP = "free memory on this device, lower max_num_seqs, or load a smaller model"
 MakeDetokenizer = Callable[[list[int], SamplingParams], Detokenizer]
 
 
@@ -345,7 +345,7 @@ class LLMEngine:
             for sampled in result.tokens:
                 if not sampled.scheduled.request.finished:
                     num_tokens += 1
-                    self._hand_out_token(sampled, now)
+                    self._hand_out_token_safely(sampled, now)
         finally:
             self._tell_waiting()
         self._observe_tokens(num_tokens, now)
@@ -371,11 +371,19 @@ class LLMEngine:
         known = group.prompt_logprobs or [None] * prompt.first
         group.prompt_logprobs = [*known[: prompt.first], *prompt.positions]
 
+    def _hand_out_token_safely(self, sampled: SampledToken, now: float) -> None:
+        """A grammar, parser or text that breaks over a token ends its own request, not those of the same step."""
+        group, _ = self._group_of[sampled.scheduled.request]
+        try:
+            self._hand_out_token(sampled, now)
+        except Exception as error:  # noqa: BLE001  (the request is told)
+            self._fail(group, failure_of("the model's token could not be read", error))
+
     def _hand_out_token(self, sampled: SampledToken, now: float) -> None:
         request = sampled.scheduled.request
         group, completion = self._group_of[request]
         if sampled.token_id < 0:
-            self._fail(group, GenerationError(_no_token(request)))
+            self._fail(group, GenerationError(no_token(request)))
             return
         self._time_token(request, now)
         status = self.scheduler.update(sampled.scheduled, sampled.token_id)
@@ -487,12 +495,3 @@ def _log_cut_thought(request: Request) -> None:
     cut = None if request.guide is None else request.guide.thinking_cut
     if cut is not None:
         logger.info("Request %s: thinking %s.", request.request_id, THINKING_CUTS[cut])
-
-
-def _no_token(request: Request) -> str:
-    """Why a row gave no token."""
-    if request.params.allowed_token_ids is not None:
-        return "no token is left of allowed_token_ids that bad_words, logit_bias and min_tokens allow"
-    if request.guide is not None and request.guide.waits:
-        return "no token is left that the grammar and the request's bad_words, logit_bias and min_tokens all allow"
-    return "the model gave no finite logits: its weights or element type are broken"

@@ -13,6 +13,7 @@ import numpy as np
 
 from engine.core.request import Request, RequestStatus
 from engine.runtime.activity import CACHED, FREE, SHARED, Activity, BlockMap, RequestActivity
+from engine.runtime.callbacks import check_may_wait
 from engine.runtime.engine_thread import EngineThread
 from engine.runtime.llm_engine import LLMEngine
 
@@ -50,6 +51,7 @@ class SnapshotPoller(Generic[T]):
 
         ``age`` says how old it is. Raises EngineClosedError.
         """
+        check_may_wait("activity() or block_map()")
         with self._lock:
             now = time.monotonic()
             watched, self._interest_ends = now < self._interest_ends, now + INTEREST

@@ -16,6 +16,7 @@ from engine.outputs import (
     RequestOutput,
 )
 from engine.params.sampling_params import SamplingParams
+from engine.runtime.callbacks import call_safely, callbacks, check_may_wait
 from engine.runtime.interrupt import ended_by_interrupt
 
 _WAIT_SLICE = 0.2
@@ -117,7 +118,7 @@ class RequestStream:
         self._over = False
         self._error: BaseException | None = None
         self._listener: tuple[LoopNews, Callable[[], None]] | None = None
-        self._callbacks: list[Callable[[], None]] = []
+        self._when_over: list[Callable[[], None]] = []
 
     @property
     def finished(self) -> bool:
@@ -200,6 +201,8 @@ class RequestStream:
     def result(self) -> RequestOutput:
         """Wait for the end and give everything, also what was iterated before."""
         with self._lock:
+            if not self._over:
+                check_may_wait("result()")
             while not self._over:
                 self._ended.wait(_WAIT_SLICE)
             self._raise_error()
@@ -246,19 +249,27 @@ class RequestStream:
             if self._over:
                 return
             self._error, self._over = error, True  # in this order, for who looks without the lock
-            callbacks, self._callbacks = self._callbacks, []
+            due, self._when_over = self._when_over, []
             self._ended.notify_all()
         wake_all([self])
-        for callback in callbacks:
-            callback()
+        for callback in due:
+            call_safely(callback, "what follows the end of a request")
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once the request is over, on the thread that ends it; at once if it is over."""
+        """Call ``callback`` once the request is over; at once if it is. It may use the engine, wait and fail.
+
+        It runs on a thread that only calls such callbacks, one after the other: a slow one holds up others of them, and
+        no request. What it raises is logged.
+        """
+        self.when_over(lambda: callbacks.call(callback))
+
+    def when_over(self, callback: Callable[[], None]) -> None:
+        """As :meth:`add_done_callback`, on the very thread that ends the request: it must be quick and never wait."""
         with self._lock:
             if not self._over:
-                self._callbacks.append(callback)
+                self._when_over.append(callback)
                 return
-        callback()
+        call_safely(callback, "what follows the end of a request")
 
     @staticmethod
     def _add_logprobs(output: CompletionOutput, delta: CompletionDelta) -> None:
@@ -271,6 +282,7 @@ class RequestStream:
 
     def _wait(self, seconds: float) -> None:
         """Wait for a change; the lock is held, and given up meanwhile."""
+        check_may_wait("waiting for a request")
         self._num_waiting += 1
         try:
             self._changed.wait(seconds)

@@ -221,7 +221,7 @@ class RemoteLLM:
     def _send(self, stream: RemoteStream, path: str, body: dict[str, Any]) -> RemoteStream:
         stream.start(self._client, path, body)
         self._streams[stream.request_id] = stream
-        stream.add_done_callback(lambda: self._forget(stream.request_id))
+        stream.when_over(lambda: self._forget(stream.request_id))
         return stream
 
     def _forget(self, request_id: str) -> None:

@@ -179,7 +179,7 @@ def test_nothing_is_logged_for_explain_and_a_stopped_map_keeps_whole_rows(script
     job = client.submit("Well?", {})
     over = threading.Event()
     job.abort()
-    job.stream.add_done_callback(over.set)
+    job.stream.when_over(over.set)
     assert over.wait(30)
     with pytest.raises(Exception, match="stopped before all choices were scored"):
         job.answer()
@@ -209,7 +209,7 @@ def test_a_request_that_cannot_be_queued_is_the_rows_error(llm: LLM) -> None:
     job = ChoiceJob(client.labels, requests, submit)
     over = threading.Event()
     job.start()
-    job.add_done_callback(over.set)
+    job.when_over(over.set)
     assert over.wait(30)
     with pytest.raises(RequestError, match="the second is refused"):
         job.answer()

@@ -245,7 +245,7 @@ class FakeJob:
         self._callbacks: list[Callable[[], None]] = []
         self.stream = self
 
-    def add_done_callback(self, callback: Callable[[], None]) -> None:
+    def when_over(self, callback: Callable[[], None]) -> None:
         with self._lock:
             if not self._over:
                 self._callbacks.append(callback)

@@ -164,7 +164,7 @@ def test_answers_are_read_while_a_long_prompt_waits_to_be_taken(stuck: Callable[
     replica = stuck("waits", **{"go on": str(tmp_path / "go")})
     over = threading.Event()
     first = replica.submit("short", {})
-    first.add_done_callback(over.set)
+    first.when_over(over.set)
     writer = threading.Thread(target=replica.submit, args=("x" * 4_000_000, {}))
     writer.start()
     came = over.wait(20)
@@ -224,7 +224,7 @@ class FakeJob:
     def stream(self) -> "FakeJob":
         return self
 
-    def add_done_callback(self, callback: Callable[[], None]) -> None:
+    def when_over(self, callback: Callable[[], None]) -> None:
         self.callbacks.append(callback)
 
     def abort(self) -> None:
@@ -277,7 +277,7 @@ def test_prompts_go_where_most_room_is_and_to_another_where_an_engine_closed() -
     jobs = [several.submit(str(number), {}) for number in range(12)]
     assert (len(one.jobs), len(other.jobs)) == (4, 8)
     over = threading.Event()
-    jobs[0].add_done_callback(over.set)
+    jobs[0].when_over(over.set)
     one.closed = True
     for job in list(one.jobs):
         job.end(EngineClosedError("closed"))
