@@ -100,8 +100,10 @@ class Scheduler:
             return None
         request.num_pending -= 1
         request.append_output_token(token_id)
-        # Only what this step computed: the next one is counted already, but may yet be taken back.
-        if scheduled.end - request.num_findable_tokens >= self.kv.granularity:
+        # Only what this step computed: the next one is counted already, but may yet be taken back. A request that
+        # gave way meanwhile does not hold it any more.
+        held = scheduled.end <= request.num_computed_tokens
+        if held and scheduled.end - request.num_findable_tokens >= self.kv.granularity:
             self.kv.cache_blocks(request, scheduled.end)
         status = _stop_status(request, token_id)
         if status is not None:

@@ -23,7 +23,8 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[int, float, int], int, Request]] = []
-        self._ready: set[Request] = set()
+        self._ready: dict[Request, int] = {}
+        """The number of its entry: others in the heap are of before, when it last waited."""
         self._numbers = itertools.count()
         """Of two that are as urgent, who came first goes first."""
         self._aside: dict[Request, dict[Request, None]] = {}
@@ -34,7 +35,7 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Request]:
         """All of them, the most urgent first: for those who look, not for a step."""
-        ready = [request for _, _, request in sorted(self._heap) if request in self._ready]
+        ready = [request for _, number, request in sorted(self._heap) if self._ready.get(request) == number]
         return iter(sorted([*ready, *self._parents], key=urgency))
 
     @property
@@ -49,14 +50,17 @@ class WaitingQueue:
 
     def first(self) -> Request | None:
         """The most urgent of those that are ready."""
-        while self._heap and self._heap[0][2] not in self._ready:
+        while self._heap:
+            _, number, request = self._heap[0]
+            if self._ready.get(request) == number:
+                return request
             heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+        return None
 
     def add(self, request: Request) -> None:
         """Queue a request that may start as soon as there is room."""
-        self._ready.add(request)
-        heapq.heappush(self._heap, (urgency(request), next(self._numbers), request))
+        number = self._ready[request] = next(self._numbers)
+        heapq.heappush(self._heap, (urgency(request), number, request))
 
     def add_aside(self, request: Request, parent: Request) -> None:
         """Have a request wait until :meth:`release` of ``parent``, which computes the prompt of both."""
@@ -78,7 +82,7 @@ class WaitingQueue:
             if not self._aside[parent]:
                 del self._aside[parent]
         elif request in self._ready:
-            self._ready.remove(request)
+            del self._ready[request]
             if len(self._heap) - len(self._ready) > max(_SPARE, len(self._ready)):
-                self._heap = [entry for entry in self._heap if entry[2] in self._ready]
+                self._heap = [entry for entry in self._heap if self._ready.get(entry[2]) == entry[1]]
                 heapq.heapify(self._heap)

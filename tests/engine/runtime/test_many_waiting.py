@@ -136,6 +136,9 @@ def test_requests_that_ended_while_they_waited_are_not_kept_until_their_turn():
         waiting.remove(request)  # twice is once
     assert len(waiting._heap) <= 70
     assert (list(waiting), waiting.first(), len(waiting)) == ([requests[0]], requests[0], 1)
+    waiting.remove(requests[0])
+    waiting.add(requests[0])  # as one that ran and was preempted: it waits once
+    assert list(waiting) == [requests[0]]
 
 
 def test_a_prompt_with_siblings_alone_has_the_whole_budget():
