@@ -10,12 +10,12 @@ import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from engine.batch.offline import chat_requests, one_conversation, one_request, params_of_each, prompt_requests, run_all
 from engine.batch.score import Score, score_text
 from engine.chat.request import ChatPreparer, ChatRequest, Message, PreparedRequest, PromptRequest, TemplateOptions
-from engine.core.request import TRACELESS
+from engine.core.request import Standing
 from engine.errors import RequestError
 from engine.explain.explainer import Explainer, Explanation
 from engine.explain.gauge import SpeedGauge
@@ -198,16 +198,12 @@ class LLM:
         return self.preparer.prepare(request, self.plan.max_model_len)
 
     def submit(
-        self,
-        request: PreparedRequest,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        self, request: PreparedRequest, *, request_id: str | None = None, **standing: Unpack[Standing]
     ) -> RequestStream:
         """Queue a prepared request and return at once: the only way to the engine.
 
-        Raises EngineClosedError, and ContextLengthError or another RequestError for what can never be served.
+        ``standing``: ``priority``, ``cache_salt``, ``traceless`` and ``served`` of :class:`NewRequest`. Raises
+        EngineClosedError, and ContextLengthError or another RequestError for what can never be served.
         """
         request_id = request_id or f"req-{uuid.uuid4().hex}"
         made = self._requests.make(
@@ -215,11 +211,10 @@ class LLM:
             request.token_ids,
             request.params,
             max_model_len=self.plan.max_model_len,
-            priority=priority,
-            cache_salt=cache_salt,
             constraints=request.constraints,
             make_parser=request.account.make_parser,
             scored_from=request.scored_from,
+            **standing,
         )
         if self._notice.is_old:
             self.tell_neighbours()
@@ -229,8 +224,8 @@ class LLM:
             lambda: thread.finish_thinking(request_id),
         )  # fmt: skip
         thread.submit(made, stream)
-        if cache_salt != TRACELESS and request.remembered:
-            self.request_log.add(stream, request, max_tokens=made.max_tokens, cache_salt=cache_salt)
+        if request.remembered and not made.traceless:
+            self.request_log.add(stream, request, max_tokens=made.max_tokens, cache_salt=made.cache_salt)
         return stream
 
     def submit_prompt(
@@ -241,11 +236,13 @@ class LLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        traceless: bool = False,
         **fields: Any,
     ) -> RequestStream:
         """:meth:`submit` for a raw prompt, text or token ids; ``fields`` as in :class:`PromptRequest`."""
         prepared = self.prepare(PromptRequest(prompt=prompt, sampling=params, **fields))
-        return self.submit(prepared, request_id=request_id, priority=priority, cache_salt=cache_salt)
+        standing = Standing(priority=priority, cache_salt=cache_salt, traceless=traceless)
+        return self.submit(prepared, request_id=request_id, **standing)
 
     def generate(
         self,

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.core.request import TRACELESS
 from engine.errors import ConfigError
 from engine.memory.roofline import decode_reached, prompt_reached
 from engine.outputs import RequestOutput, StepTotals
@@ -43,9 +42,7 @@ class Benched(Protocol):
     attention_paths: tuple[AttentionPath, ...]
     gauge: Any
 
-    def submit_prompt(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, cache_salt: str | None
-    ) -> RequestStream:
+    def submit_prompt(self, prompt: str | Sequence[int], params: SamplingParams, *, traceless: bool) -> RequestStream:
         """Queue a request."""
 
     def stats(self) -> Any:
@@ -203,7 +200,7 @@ class Bench:
 
     def _submit(self, prompts: list[list[int]], max_tokens: int) -> list[RequestStream]:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-        return [self._llm.submit_prompt(prompt, params, cache_salt=TRACELESS) for prompt in prompts]
+        return [self._llm.submit_prompt(prompt, params, traceless=True) for prompt in prompts]
 
     @staticmethod
     def _wait(streams: list[RequestStream], until: float | None) -> None:

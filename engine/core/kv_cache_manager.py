@@ -7,7 +7,7 @@ from typing import Self
 from engine.core import state_group  # noqa: F401  (registers its kind)
 from engine.core.block_pool import BlockPool
 from engine.core.cache_groups import KVCacheGroup, make_cache_group
-from engine.core.request import TRACELESS, Request
+from engine.core.request import Request
 from engine.memory.cache_spec import KVCacheSpec
 
 
@@ -38,7 +38,7 @@ class KVCacheManager:
         limit = request.num_tokens - 1  # the last token is always left to compute
         if request.params.prompt_logprobs is not None:
             limit = min(limit, request.scored_from - 1)  # a token's logprob comes from the one before it
-        if limit <= 0 or request.cache_salt == TRACELESS:
+        if limit <= 0 or request.traceless:
             return 0
         shared = self._common_prefix(request, limit, self._pages)
         cached = self._common_prefix(request, shared, self.groups) if self._states else shared
@@ -94,7 +94,7 @@ class KVCacheManager:
         """Make computed full blocks findable; there is nothing to do before ``granularity`` tokens more."""
         known = min(num_tokens, len(request.all_token_ids))
         request.num_findable_tokens = max(request.num_findable_tokens, known // self.granularity * self.granularity)
-        if request.cache_salt == TRACELESS:
+        if request.traceless:
             return
         for group in self.groups:
             group.cache_blocks(request, num_tokens)

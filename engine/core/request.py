@@ -3,14 +3,21 @@
 import enum
 import time
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from engine.core.token_guide import MakeGuide, TokenGuide
 from engine.errors import ContextLengthError
 from engine.outputs import RequestMetrics
 from engine.params.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
 
-TRACELESS = "\0traceless"
-"""Cache salt of requests that neither read nor fill the prefix cache and are not remembered for ``explain``."""
+
+class Standing(TypedDict, total=False):
+    """How a request stands beside others: what :class:`NewRequest` takes as it is."""
+
+    priority: int
+    cache_salt: str | None
+    traceless: bool
+    served: bool
 
 
 class RequestStatus(enum.Enum):
@@ -62,6 +69,10 @@ class NewRequest:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
     cache_salt: str | None = None
+    traceless: bool = False
+    """Whether it neither reads nor fills the prefix cache, and is not remembered for ``explain``."""
+    served: bool = False
+    """Whether a client of the port sent it, not this process: the scheduler takes both kinds by turns."""
     make_guide: MakeGuide | None = None
     scored_from: int = 1
     """The first prompt token that ``prompt_logprobs`` are wanted of; those before it may come from the cache."""
@@ -83,11 +94,15 @@ class Request:
     max_tokens: int = DEFAULT_MAX_TOKENS
     priority: int = 0
     cache_salt: str | None = None
+    traceless: bool = False
+    served: bool = False
     seed: int = 0
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     scored_from: int = 1
     index: int = 0
     """Which of the ``n`` completions this is."""
+    let_through: bool = False
+    """Whether it gives way to no request of the notebook: it did, or had its turn while one waited."""
     guide: TokenGuide | None = None
     """What constrains the output, token by token; None for a free request."""
     arrival_time: float = field(default_factory=time.monotonic)

@@ -35,6 +35,9 @@ class Scheduler:
     others wait, one prefill takes at most half of the budget, so that a short request behind a
     long one has its first token within two steps. A chunk that is not a prompt's last ends at a multiple of
     ``chunk_grid`` tokens where that takes no more than half of it away.
+
+    Requests of the port's clients (``served``) and the notebook's own start by turns, so that neither kind waits behind
+    all of the other's. Where the clients' hold all there is, the latest of them gives way once.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class Scheduler:
         self.short_of_memory: list[Request] = []
         """Requests that the last step could not schedule for lack of memory; they wait."""
         self.num_preemptions = 0
+        self._no_room: Request | None = None
+        """The request for which the last step had no blocks."""
         self._forks: dict[Request, Request] = {}
         """Completions that have not started -> the sibling whose prompt they may share."""
         self._prefilling: set[Request] = set()
@@ -78,6 +83,7 @@ class Scheduler:
         self.short_of_memory = []
         if self.memory is not None:
             self.memory.begin()
+        self._make_way(preempted)
         if self.kv.moves_on:
             for request in self.running:  # all of them first: what one frees is another's room
                 self.kv.free_out_of_window(request)
@@ -132,9 +138,30 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.metrics.num_preemptions += 1
         self.num_preemptions += 1
+        self.waiting.served_next = request.served  # what it lost
         self.running.remove(request)
         self._prefilling.discard(request)
         self.waiting.add(request)
+
+    def _make_way(self, preempted: list[Request]) -> None:
+        """Preempt the latest request of the port's for one of the notebook that waits, has its turn and none beside it.
+
+        Only where nothing but the port's are in its way, and each of them once: then it is let through to its end, as
+        is one that had its turn while the notebook waited.
+        """
+        no_room, self._no_room = self._no_room, None
+        own = self.waiting.own.first()
+        if own is None or self.waiting.served_next or not self.running:
+            return
+        if len(self.running) < self.max_num_seqs and no_room is not own:
+            return
+        candidates = [request for request in self.running if request.served and not request.let_through]
+        if candidates and all(request.served for request in self.running):
+            victim = max(candidates, key=urgency)
+            victim.let_through = True
+            self.preempt(victim)
+            self.waiting.served_next = False
+            preempted.append(victim)
 
     def _num_missing(self, request: Request) -> int:
         return len(request.all_token_ids) + request.num_pending - request.num_computed_tokens
@@ -188,7 +215,9 @@ class Scheduler:
                 continue
             num_tokens = self._start(request, parent, budget)
             if num_tokens == 0:
+                self._no_room = None if self.short_of_memory else request
                 return
+            request.let_through |= request.served and self.waiting.own.first() is not None
             scheduled_requests.append(self._scheduled(request, num_tokens, begins=True))
             budget -= num_tokens
 
@@ -207,6 +236,7 @@ class Scheduler:
             return 0
         self._forks.pop(request, None)
         self.waiting.remove(request)
+        self.waiting.served_next = not request.served
         self.running.append(request)
         request.status = RequestStatus.RUNNING
         if request.num_cached_tokens < 0:

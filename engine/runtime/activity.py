@@ -35,6 +35,8 @@ class RequestActivity:
     age: float
     thinking: bool
     params: SamplingParams
+    place: int | None = None
+    """Which of the waiting requests it is, counted in the order in which they are to start; None once it runs."""
 
     @property
     def cached_share(self) -> float | None:

@@ -316,6 +316,8 @@ class LLMEngine:
             max_tokens=new.max_tokens,
             priority=new.priority,
             cache_salt=new.cache_salt,
+            traceless=new.traceless,
+            served=new.served,
             seed=new.seed + index,
             bad_words_token_ids=new.bad_words_token_ids,
             scored_from=new.scored_from,

@@ -5,9 +5,9 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Self
+from typing import Self, Unpack
 
-from engine.core.request import NewRequest, check_length
+from engine.core.request import NewRequest, Standing, check_length
 from engine.errors import RequestError
 from engine.models.model_config import ModelConfig
 from engine.params.engine_args import EngineArgs
@@ -65,11 +65,10 @@ class RequestMaker:
         params: SamplingParams,
         *,
         max_model_len: int,
-        priority: int = 0,
-        cache_salt: str | None = None,
         constraints: Constraints | None = None,
         make_parser: MakeParser | None = None,
         scored_from: int = 1,
+        **standing: Unpack[Standing],
     ) -> NewRequest:
         """The request; raises ContextLengthError or another RequestError for what can never be served."""
         if not token_ids:
@@ -91,10 +90,9 @@ class RequestMaker:
             eos_token_ids=self.eos_token_ids,
             seed=self._seed(params),
             bad_words_token_ids=bad_words,
-            priority=priority,
-            cache_salt=cache_salt,
             make_guide=self.structured_outputs.prepare(constraints, token_ids, params, make_parser),
             scored_from=scored_from,
+            **standing,
         )
 
     def _seed(self, params: SamplingParams) -> int:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Generic, TypeVar
@@ -100,8 +100,9 @@ class SnapshotPoller(Generic[T]):
 def snapshot_activity(engine: LLMEngine) -> Activity:
     """All requests under way, in order of arrival, and the engine's counters."""
     now = time.monotonic()
+    places = {name: place for place, name in enumerate(_names(engine.scheduler.waiting.in_turn()), 1)}
     return Activity(
-        requests=tuple(_request(requests, now) for requests in engine.requests()),
+        requests=tuple(_request(requests, now, places) for requests in engine.requests()),
         stats=engine.stats(),
         rates=engine.throughput.recent(now),
         second=int(now),
@@ -123,7 +124,11 @@ def snapshot_blocks(engine: LLMEngine) -> BlockMap:
     return BlockMap(group.pool.num_blocks, group.block_size, owners, names)
 
 
-def _request(requests: Sequence[Request], now: float) -> RequestActivity:
+def _names(requests: Sequence[Request]) -> Iterable[str]:
+    return dict.fromkeys(request.request_id for request in requests)
+
+
+def _request(requests: Sequence[Request], now: float, places: Mapping[str, int]) -> RequestActivity:
     """A request from its completions; the first one has the prompt's story."""
     first = requests[0]
     unfinished = [request for request in requests if not request.finished]
@@ -142,6 +147,7 @@ def _request(requests: Sequence[Request], now: float) -> RequestActivity:
         age=now - first.arrival_time,
         thinking=any(request.guide is not None and request.guide.thinking for request in unfinished),
         params=first.params,
+        place=None if _state(unfinished) == "running" else places.get(first.request_id),
     )
 
 

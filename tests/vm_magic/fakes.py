@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from engine.batch.bench import BenchResult, BenchRow
 from engine.batch.kernel_bench import KernelBenchResult
 from engine.chat.request import Account, ChatRequest, PreparedRequest, PromptRequest
+from engine.core.request import Standing
 from engine.errors import EngineClosedError, ModelNotFoundError
 from engine.memory.cache_spec import FullAttentionSpec
 from engine.memory.plan import MemoryPlan
@@ -225,10 +226,10 @@ class FakeLLM(_LLM):
         request: PreparedRequest,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        **standing: Unpack[Standing],
     ) -> FakeStream:
-        assert (request_id, priority, cache_salt) == (None, 0, None), "no magic sends these"
+        assert request_id is None, "no magic sends it"
+        assert not any(standing.values()), "nor these"
         self.prepared.append(request)
         stream = FakeStream(request.token_ids, request.params, self.words, self.delay, self.fail)
         stream.interrupt_after = self.interrupt_after
@@ -243,10 +244,12 @@ class FakeLLM(_LLM):
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        traceless: bool = False,
         **fields: Any,
     ) -> FakeStream:
         prepared = self.prepare(PromptRequest(prompt=prompt, sampling=params, **fields))
-        return self.submit(prepared, request_id=request_id, priority=priority, cache_salt=cache_salt)
+        standing = Standing(priority=priority, cache_salt=cache_salt, traceless=traceless)
+        return self.submit(prepared, request_id=request_id, **standing)
 
     def serve(self, port: int = 0, **options: Any) -> FakeServer:
         host, keys = options.pop("host", "127.0.0.1"), options.pop("api_key", None)

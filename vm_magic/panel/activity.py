@@ -142,7 +142,7 @@ def row_html(request: RequestActivity, palette: Palette, columns: Sequence[str] 
     cells = {
         "request": f"{swatch(palette.colour(request.request_id))}"
         f"<code>{html.escape(short_id(request.request_id))}</code> {faint(origin)}",
-        "state": "thinking" if request.thinking and request.state == "running" else request.state,
+        "state": _state_text(request),
         "prompt": _prompt_text(request) if "prompt" in columns else "",
         "tokens": f"{request.num_output_tokens:,}",
         "speed": speed,
@@ -153,6 +153,12 @@ def row_html(request: RequestActivity, palette: Palette, columns: Sequence[str] 
     spans = "".join(f'<span class="vmp-num">{cells[name]}</span>' for name in columns)
     row = f'<div class="vmp-req" style="{_grid(columns)}" title="{title}" data-request="{title}">{spans}</div>'
     return f'<div class="vmp-line">{row}</div>'
+
+
+def _state_text(request: RequestActivity) -> str:
+    if request.state == "running":
+        return "thinking" if request.thinking else "running"
+    return request.state if request.place is None else f"{request.state} #{request.place}"
 
 
 def _prompt_text(request: RequestActivity) -> str:

@@ -1,8 +1,9 @@
 """What the port needs of an engine. :class:`engine.llm.LLM` fits, which lies above the port."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 from engine.chat.request import ChatPreparer, ChatRequest, PreparedRequest, PromptRequest
+from engine.core.request import Standing
 from engine.memory.plan import MemoryPlan
 from engine.params.engine_args import EngineArgs
 from engine.params.sampling_params import SamplingParams
@@ -35,11 +36,6 @@ class ServedEngine(Protocol):
         """Prompt, parser and constraints of a request. Raises RequestError."""
 
     def submit(
-        self,
-        request: PreparedRequest,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        self, request: PreparedRequest, *, request_id: str | None = None, **standing: Unpack[Standing]
     ) -> RequestStream:
         """Queue a request. Raises RequestError if it can never be served."""

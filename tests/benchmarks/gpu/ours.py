@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from engine.core.request import TRACELESS
 from engine.llm import LLM
 from engine.params.sampling_params import SamplingParams
 from engine.runtime.stream import RequestStream
@@ -56,20 +56,21 @@ def recorded(llm: LLM) -> Iterator[list[Step]]:
 
 
 def decode_steps(
-    llm: LLM, prompts: Sequence[Sequence[int]], num_steps: int, params: Params = greedy, salt: str = TRACELESS
+    llm: LLM, prompts: Sequence[Sequence[int]], num_steps: int, params: Params = greedy, salt: str | None = None
 ) -> list[float]:
     """Milliseconds of about ``num_steps`` steps in which the rows of all prompts decode and nothing else runs.
 
     The last prompt's row decides how long; the others make tokens until it is done. Raises RuntimeError where one
     was preempted or ended early: then no figure would say what it claims to.
     """
+    trace: dict[str, Any] = {"cache_salt": salt, "traceless": salt is None}
     tokens_ahead = 64 + sum(map(len, prompts)) // 64
     with recorded(llm) as steps:
         others = [
-            llm.submit_prompt(prompt, params(row, num_steps + tokens_ahead), cache_salt=salt)
+            llm.submit_prompt(prompt, params(row, num_steps + tokens_ahead), **trace)
             for row, prompt in enumerate(prompts[:-1])
         ]
-        last = llm.submit_prompt(prompts[-1], params(len(others), num_steps + RAMP + 1), cache_salt=salt)
+        last = llm.submit_prompt(prompts[-1], params(len(others), num_steps + RAMP + 1), **trace)
         try:
             last.result()
             if any(stream.finished for stream in others):
@@ -84,7 +85,7 @@ def decode_steps(
 def first_token(llm: LLM, prompt: Sequence[int]) -> float:
     """Milliseconds from submission to the first token of a prompt that no cache holds."""
     begin = time.monotonic()
-    stream = llm.submit_prompt(prompt, greedy(0, 2), cache_salt=TRACELESS)
+    stream = llm.submit_prompt(prompt, greedy(0, 2), traceless=True)
     next(stream)
     milliseconds = 1000 * (time.monotonic() - begin)
     stream.result()
@@ -117,15 +118,15 @@ def beside_long(
     """Let ``running`` decode, send ``long``, and halfway through it ``short``, if there is one."""
     waited, num_rows = None, len(running)
     with recorded(llm) as steps:
-        streams = [llm.submit_prompt(prompt, greedy(0, 40 * num_chunks), cache_salt=TRACELESS) for prompt in running]
+        streams = [llm.submit_prompt(prompt, greedy(0, 40 * num_chunks), traceless=True) for prompt in running]
         try:
             _wait(streams[0], steps, num_rows, 4)
             before = len(steps)
-            streams.append(llm.submit_prompt(long, greedy(0, 2), cache_salt=TRACELESS))
+            streams.append(llm.submit_prompt(long, greedy(0, 2), traceless=True))
             if short is not None:
                 _wait(streams[0], steps, num_rows, max(1, num_chunks // 2), before)
                 asked = time.monotonic()
-                streams.append(llm.submit_prompt(short, greedy(0, 2), cache_salt=TRACELESS))
+                streams.append(llm.submit_prompt(short, greedy(0, 2), traceless=True))
                 next(streams[-1])
                 waited = 1000 * (time.monotonic() - asked)
             next(streams[num_rows])

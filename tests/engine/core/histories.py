@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.core.block_pool import BlockPool, hash_block
 from engine.core.cache_groups import FullAttentionGroup, KVCacheGroup, SlidingWindowGroup
 from engine.core.kv_cache_manager import KVCacheManager
-from engine.core.request import TRACELESS, Request, RequestStatus
+from engine.core.request import Request, RequestStatus
 from engine.core.scheduler import Scheduler, StepMemory, must_end
 from engine.core.state_group import StateGroup
 from engine.core.step import SchedulerOutput
@@ -22,7 +22,7 @@ VOCAB = 3
 """So few tokens that sequences have much in common."""
 LONGEST = 48
 """Of a sequence; the smallest pools hold one."""
-SALTS = (None, None, "salt", TRACELESS)
+SALTS = (None, None, "salt")
 WHICH = st.integers(0, 9)
 """Of those that there are."""
 KINDS = (("full",), ("full", "window"), ("window",), ("full", "state"), ("full", "window", "state"), ("state",))
@@ -103,10 +103,11 @@ class Histories(RuleBasedStateMachine):
         prefix=st.integers(0, len(PREFIXES) - 1), length=st.integers(1, 36),
         tail=st.lists(st.integers(0, VOCAB - 1), max_size=4),
         n=st.sampled_from((1, 1, 1, 2, 3)), max_tokens=st.integers(1, 8), priority=st.sampled_from((0, 0, 0, 1, -1)),
-        salt=st.sampled_from(SALTS), scored=st.sampled_from((None, None, None, 1, 5)),
-        ends=st.sampled_from((None, None, None, 2, 4)),
+        salt=st.sampled_from(SALTS), traceless=st.sampled_from((False, False, False, True)),
+        scored=st.sampled_from((None, None, None, 1, 5)),
+        ends=st.sampled_from((None, None, None, 2, 4)), served=st.booleans(),
     )  # fmt: skip
-    def add(self, prefix, length, tail, n, max_tokens, priority, salt, scored, ends) -> None:
+    def add(self, prefix, length, tail, n, max_tokens, priority, salt, traceless, scored, ends, served) -> None:
         prompt = [*PREFIXES[prefix][:length], *tail]
         # It may go on where an earlier one ended, as the next turn of a chat does.
         earlier = [request for request in self.requests if request.num_prompt_tokens < 20 and request.output_token_ids]
@@ -118,7 +119,8 @@ class Histories(RuleBasedStateMachine):
             guide = None if ends is None else WaitingGuide(first=index % 2, last=3, stop=ends)
             request = Request(
                 f"{self.names}/{index}", prompt, params, max_tokens=max_tokens, priority=priority, cache_salt=salt,
-                index=index, guide=guide, scored_from=scored or 1, arrival_time=float(self.names),
+                index=index, guide=guide, scored_from=scored or 1, arrival_time=float(self.names), served=served,
+                traceless=traceless,
             )  # fmt: skip
             self.scheduler.add(request, fork_of=parent)
             self.requests.append(request)

@@ -634,7 +634,7 @@ def test_scheduling_decodes_asks_each_request_a_fixed_number_of_times(monkeypatc
     assert questions(64) == 8 * questions(8)
 
 
-def test_who_comes_after_one_that_gave_way_is_still_in_the_step():
+def test_who_comes_after_one_that_let_through_is_still_in_the_step():
     scheduler, pool = make_scheduler(num_blocks=4)
     scheduler.add(make_request("first", 3, arrival_time=1.0))
     scheduler.add(make_request("last", range(50, 55), arrival_time=3.0))
@@ -705,3 +705,85 @@ def test_a_sequence_that_must_grow_elsewhere_gives_back_the_room_that_it_leaves(
         group.free(request)
     assert pool._state.count(RESERVED) == 0
     assert [block.block_id for block in pool.allocate(12)] == list(range(12))
+
+
+def started(driver, *requests, steps=50):
+    """The names of ``requests`` in the order in which they began to run."""
+    names = []
+    for _ in range(steps):
+        output = driver.step()
+        names += [s.request.request_id for s in output.scheduled_requests if s.begins and s.request in requests]
+    return names
+
+
+@pytest.mark.parametrize("served_first", [True, False])
+def test_the_ports_requests_and_the_notebooks_start_by_turns_and_neither_waits_behind_all_of_the_others(served_first):
+    scheduler, pool = make_scheduler(max_num_seqs=1)
+    served = [make_request(f"s{i}", range(10 * i, 10 * i + 3), 2, served=True, priority=-9) for i in range(8)]
+    own = [make_request(f"o{i}", range(500 + 10 * i, 503 + 10 * i), 2) for i in range(4)]
+    for request in (*served, *own) if served_first else (*own, *served):
+        scheduler.add(request)
+    assert [request.request_id for request in scheduler.waiting.in_turn()][:4] == ["o0", "s0", "o1", "s1"]
+    order = started(Driver(scheduler, pool), *served, *own)
+    assert order == ["o0", "s0", "o1", "s1", "o2", "s2", "o3", "s3", "s4", "s5", "s6", "s7"]
+
+
+def test_where_only_one_kind_waits_it_starts_in_the_order_of_arrival_whatever_had_the_last_turn():
+    scheduler, pool = make_scheduler(max_num_seqs=2)
+    served = [make_request(f"s{i}", 3, 2, served=True) for i in range(6)]
+    for request in served:
+        scheduler.add(request)
+    assert started(Driver(scheduler, pool), *served) == [f"s{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize("short_of", ["slots", "blocks"])
+def test_the_latest_of_the_ports_gives_way_once_to_a_request_of_the_notebook_and_all_end(short_of):
+    scheduler, pool = make_scheduler(
+        num_blocks=64 if short_of == "slots" else 6 + RESERVED, max_num_seqs=2 if short_of == "slots" else 8
+    )
+    served = [
+        make_request(f"s{i}", range(10 * i, 10 * i + 8), 12, served=True, arrival_time=float(i)) for i in range(2)
+    ]
+    for request in served:
+        scheduler.add(request)
+    driver = Driver(scheduler, pool)
+    driver.step()
+    driver.step()
+    own = make_request("own", range(500, 508), 3, arrival_time=9.0)
+    scheduler.add(own)
+    while served[1].status is not RequestStatus.PREEMPTED:
+        assert driver.step().scheduled_requests
+    output = driver.step()
+    assert "own" in [scheduled.request.request_id for scheduled in output.scheduled_requests]
+    assert served[1].let_through
+    assert not served[0].let_through
+    driver.run()
+    assert [len(request.output_token_ids) for request in (*served, own)] == [12, 12, 3]
+    assert pool.num_held_blocks == 0
+
+
+def test_requests_of_the_notebook_one_after_the_other_never_keep_one_of_the_ports_from_its_end():
+    scheduler, pool = make_scheduler(max_num_seqs=1)
+    served = make_request("served", 6, 12, served=True)
+    scheduler.add(served)
+    driver = Driver(scheduler, pool)
+    driver.step()
+    done = 0
+    for number in range(100):
+        own = make_request(f"own {number}", range(100, 104), 3)
+        scheduler.add(own)
+        while not own.finished:
+            driver.step()
+        done += 1
+        if served.finished:
+            break
+    assert done <= 2
+    assert served.metrics.num_preemptions == 1
+
+
+def test_the_notebooks_requests_preempt_none_of_their_own():
+    scheduler, pool = make_scheduler(max_num_seqs=2)
+    for name, served in (("own", False), ("served", True), ("waits", False)):
+        scheduler.add(make_request(name, 6, 9, served=served))
+    driver = Driver(scheduler, pool).run()
+    assert not any(step.preempted for step in driver.steps)

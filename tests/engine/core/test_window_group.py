@@ -7,7 +7,7 @@ import pytest
 from engine.core.block_pool import BlockPool
 from engine.core.cache_groups import FullAttentionGroup, SlidingWindowGroup
 from engine.core.kv_cache_manager import KVCacheManager
-from engine.core.request import TRACELESS, Request
+from engine.core.request import Request
 from engine.core.scheduler import Scheduler
 from engine.core.step import ScheduledRequest
 from tests.engine.core.test_scheduler import Driver, make_request
@@ -107,7 +107,7 @@ def test_what_is_out_of_the_window_is_freed_at_the_token_that_no_longer_sees_it(
 
 def test_completions_of_one_long_prompt_share_the_window_before_its_end():
     scheduler = make_scheduler(num_window_blocks=40)
-    parent, child = (make_request("a", 30, max_tokens=6, index=i, cache_salt=TRACELESS) for i in (0, 1))
+    parent, child = (make_request("a", 30, max_tokens=6, index=i, traceless=True) for i in (0, 1))
     scheduler.add(parent)
     scheduler.add(child, fork_of=parent)
     driver = Driver(scheduler, scheduler.kv.groups[0].pool).run()
@@ -119,12 +119,12 @@ def test_completions_of_one_long_prompt_share_the_window_before_its_end():
 
 def test_a_completion_that_comes_when_the_window_has_moved_on_begins_anew():
     scheduler = make_scheduler(num_window_blocks=40)
-    parent = make_request("a", 30, max_tokens=60, cache_salt=TRACELESS)
+    parent = make_request("a", 30, max_tokens=60, traceless=True)
     scheduler.add(parent)
     driver = Driver(scheduler, scheduler.kv.groups[0].pool)
     while parent.num_output_tokens < 30:
         driver.step()
-    child = make_request("a", 30, max_tokens=6, index=1, cache_salt=TRACELESS)
+    child = make_request("a", 30, max_tokens=6, index=1, traceless=True)
     scheduler.add(child, fork_of=parent)
     driver.run()
     starts = [s.start for step in driver.steps for s in step.scheduled_requests if s.request is child]

@@ -3,12 +3,13 @@
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
 from engine.chat.request import ChatPreparer, ChatRequest, PreparedRequest, PromptRequest
+from engine.core.request import Standing
 from engine.errors import ContextLengthError, EngineClosedError, GenerationError, RequestError
 from engine.memory.plan import MemoryPlan
 from engine.openai.serving.backend import ServedEngine
@@ -88,8 +89,7 @@ class FakeLLM:
         request: PreparedRequest,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
+        **standing: Unpack[Standing],
     ) -> RequestStream:
         if self.closed:
             raise EngineClosedError("The engine is closed: load a model again.")
@@ -111,8 +111,7 @@ class FakeLLM:
         self.prepared.append(request)
         given = {
             "request_id": request_id,
-            "priority": priority,
-            "cache_salt": cache_salt,
+            **standing,
             "constraints": request.constraints,
             "notes": request.account.notes,
         }

@@ -29,6 +29,7 @@ def test_requests_are_told_with_their_state_and_speed(scripted_llm: Callable[...
     assert 0 < running.tokens_per_second < 1 / SLOW
     assert running.time_to_first_token is not None
     assert (waiting.request_id, waiting.state, waiting.num_cached_tokens) == ("two", "waiting", None)
+    assert (running.place, waiting.place) == (None, 1)
     assert sum(rate.generation_tokens for rate in activity.rates) >= running.num_output_tokens
     for stream in streams:
         stream.abort()
