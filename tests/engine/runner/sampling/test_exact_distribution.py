@@ -11,6 +11,8 @@ from tests.engine.runner.sampling.test_sampler import sample
 from tests.nightly import size
 from tests.on_device.draws import CASES, Case, deviation_of, exact, found_of, logits_of
 
+pytestmark = pytest.mark.timeout(3600)
+
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
