@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import ConfigError, RequestError
+from engine.text.template.bounded import BoundedEnvironment
+from engine.text.template.budget import TooMuchError, compiling, render_within, within
 
 PLAIN_VARIABLE = "text"
 """What a row of a plain list, or of a Series without a name, is called in a template."""
@@ -128,7 +129,7 @@ class Prompts:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        environment = BoundedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
         self._known = {"row", *environment.globals, *self.variables}
         self._compiled: list[tuple[Template, set[str]]] = []
         for source in self.templates:
@@ -136,9 +137,11 @@ class Prompts:
                 raise RequestError(f"template: must be a string, got {type(source).__name__}", param="template")
             try:
                 names = meta.find_undeclared_variables(environment.parse(source))
-                self._compiled.append((environment.from_string(source, globals=dict(self.variables)), names))
+                with within(compiling()):
+                    template = environment.from_string(source, globals=dict(self.variables))
             except TemplateSyntaxError as error:
                 raise RequestError(f"template, line {error.lineno}: {error.message}", param="template") from None
+            self._compiled.append((template, names))
 
     def tasks(self, table: PromptTable, grid: Sequence[Mapping[str, Any]]) -> Iterator[Task]:
         """All tasks, row by row; raises RequestError for a variable that no row can have."""
@@ -153,7 +156,9 @@ class Prompts:
     @staticmethod
     def _render(compiled: Template, row: Mapping[str, Any]) -> tuple[str, str | None]:
         try:
-            return compiled.render(row), None
+            return render_within(compiled, row), None
+        except TooMuchError as error:
+            return "", f"template: stopped on this row: {error.message}"
         except UndefinedError as error:
             return "", f"template: {error.message} in this row (a missing value, or no such name)"
         except Exception as error:  # noqa: BLE001 - the row's own objects may raise anything; only this row fails

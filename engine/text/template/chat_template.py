@@ -12,10 +12,12 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from engine.errors import ConfigError, RequestError
+from engine.errors import ConfigError, RequestError, error_line
+from engine.format.text import shortened
 from engine.params.engine_args import EngineArgs
+from engine.text.template.bounded import BoundedEnvironment
+from engine.text.template.budget import Budget, TooMuchError, compiling, render_within, within
 from engine.text.template.chat_messages import (
     ContentFormat,
     MessageForm,
@@ -32,6 +34,13 @@ RESERVED_VARIABLES = frozenset(
 )
 """Names that ``chat_template_kwargs`` may not set: they have their own fields."""
 
+_LONGEST_REFUSAL = 1000
+"""Characters of what a template says where it refuses."""
+_NOT_COMPILED = (SyntaxError, RecursionError, MemoryError, ValueError, OverflowError, jinja2.TemplateError)
+"""What Python and Jinja raise for a source that is too deep or too large for them."""
+_UNNAMED = "chat template that was given"
+_PROBING = 2.0
+"""Seconds of processor time for all probes of a template together: each renders two or three messages."""
 _END_MARK = "<<vm-magic:end-of-the-final-message>> "
 """Appended to the message that is continued; the space at its end shows whether the template trims."""
 
@@ -62,6 +71,10 @@ def load_template(flag_value: str, named: Mapping[str, str] = MappingProxyType({
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
             f"--chat-template: line {error.lineno}: {error.message}", flag="chat_template", value=flag_value
+        ) from None
+    except _NOT_COMPILED as error:
+        raise ConfigError(
+            f"--chat-template cannot be compiled: {error_line(error)}", flag="chat_template", value=flag_value
         ) from None
     return source
 
@@ -196,8 +209,13 @@ class ChatTemplate:
             "tools": list(tools) if tools else None,
             "add_generation_prompt": add_generation_prompt,
         }
-        text = _run(compiled.template, variables)
+        text = _run(compiled.template, variables, self._name)
         return _cut_at_mark(text) if continue_final_message else text
+
+    @property
+    def _name(self) -> str:
+        """What an error calls the template."""
+        return next((f"chat template {name!r}" for name, text in self.named.items() if text == self.source), _UNNAMED)
 
     @property
     def _form(self) -> MessageForm:
@@ -225,6 +243,11 @@ class ChatTemplate:
             raise RequestError(
                 f"The chat template is not valid Jinja: line {error.lineno}: {error.message}", param="chat_template"
             ) from None
+        except _NOT_COMPILED as error:
+            raise RequestError(
+                f"The {self._name} cannot be compiled ({error_line(error)}): name another with --chat-template.",
+                param="chat_template",
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -240,10 +263,12 @@ class _Compiled:
 def _compile(source: str) -> _Compiled:
     environment = _environment()
     tree = environment.parse(source)
+    with within(compiling()):
+        template = environment.from_string(source)
     content_format = detect_content_format(tree)
     variables = frozenset(meta.find_undeclared_variables(tree))
     return _Compiled(
-        template=environment.from_string(source),
+        template=template,
         content_format=content_format,
         strings_as_parts=content_format == "openai" and not tests_for_string(tree),
         variables=variables - RESERVED_VARIABLES,
@@ -253,19 +278,22 @@ def _compile(source: str) -> _Compiled:
 
 @functools.lru_cache(maxsize=16)
 def _call_form(source: str, base: MessageForm) -> MessageForm:
-    return Probes(_compile(source).template.render, base).call_form()
+    return _probes(source, base).call_form()
 
 
 @functools.lru_cache(maxsize=16)
 def _system_place(source: str, base: MessageForm, with_tools: bool) -> SystemPlace:
-    return Probes(_compile(source).template.render, base).system_place(with_tools=with_tools)
+    return _probes(source, base).system_place(with_tools=with_tools)
+
+
+def _probes(source: str, base: MessageForm) -> Probes:
+    template, allowed = _compile(source).template, Budget(seconds=_PROBING)
+    return Probes(lambda variables: render_within(template, variables, allowed), base)
 
 
 @functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_IgnoreGeneration, loopcontrols]
-    )
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_IgnoreGeneration, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
@@ -291,15 +319,22 @@ def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def _run(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+def _run(template: jinja2.Template, variables: Mapping[str, Any], name: str) -> str:
     try:
-        return template.render(variables)
+        return render_within(template, variables)
+    except TooMuchError as error:
+        raise RequestError(
+            f"The {name} was stopped: {error.message}. Name another with --chat-template, or send a prompt to "
+            "/v1/completions (in a notebook, %vllm_metal complete).",
+            param="chat_template",
+        ) from None
     except _TemplateRaised as error:
-        raise RequestError(error.message or "The chat template refused these messages.", param="messages") from None
+        message = shortened(error.message or "The chat template refused these messages.", _LONGEST_REFUSAL)
+        raise RequestError(message, param="messages") from None
     except Exception as error:
         # A template is a program: on odd messages it can fail with any of Python's errors.
         raise RequestError(
-            f"The chat template failed on these messages: {type(error).__name__}: {error}", param="messages"
+            f"The chat template failed on these messages: {error_line(error, _LONGEST_REFUSAL)}", param="messages"
         ) from error
 
 
