@@ -22,9 +22,17 @@ VMMagicError                    one line, names the fix
 from dataclasses import dataclass
 from typing import Any
 
+from engine.format.text import harmless_line
+
 
 class VMMagicError(Exception):
-    """Base of all errors meant for users. The message is one line and names the fix."""
+    """Base of all errors meant for users. The message is one line and names the fix.
+
+    What it quotes of a model, a file or a server does nothing to a terminal.
+    """
+
+    def __init__(self, message: object = "", *more: object) -> None:
+        super().__init__(harmless_line(str(message)), *more)
 
 
 class ConfigError(VMMagicError, ValueError):

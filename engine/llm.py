@@ -363,7 +363,7 @@ class LLM:
         ``num_alternatives`` of the likeliest tokens are kept at each place (at most 20). Raises RequestError
         for fewer than two tokens and ContextLengthError for what does not fit.
         """
-        return score_text(self.submit_prompt, self.tokenizer, text, num_alternatives)
+        return score_text(self.submit_prompt, self.tokenizer, text, num_alternatives, self.plan.max_model_len)
 
     def serve(self, port: int = 0, **options: Any) -> "ServerHandle":
         """Open the OpenAI port on a background thread (options: ``engine.openai.server.want_server``).

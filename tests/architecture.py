@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("engine.format",),
     ("engine.errors",),
-    ("engine.outputs", "engine.format"),
+    ("engine.outputs",),
     ("engine.params",),
     ("engine.models", "engine.memory"),
     ("engine.core",),

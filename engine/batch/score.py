@@ -78,6 +78,10 @@ class ScoringTokenizer(Protocol):
         """Token ids."""
         ...
 
+    def check_text(self, text: str, max_tokens: int | None, limit: int) -> None:
+        """Refuse a text that is far too long."""
+        ...
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
         ...
@@ -88,8 +92,10 @@ def score_text(
     tokenizer: ScoringTokenizer,
     text: str,
     num_alternatives: int,
+    max_model_len: int,
 ) -> Score:
     """Run ``text`` through the model once and score it. Interruptible. Raises RequestError."""
+    tokenizer.check_text(text, 1, max_model_len)
     token_ids = tokenizer.encode(text)
     if len(token_ids) < 2:
         raise RequestError("score needs a text of at least two tokens: the first has nothing before it", param="text")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.errors import RequestError
+from engine.params.sampling_defaults import MODEL_SOURCES
 from engine.params.sampling_params import SamplingParams
 from engine.params.settings import Settings
 from engine.params.structured_outputs import Constraints, RepetitionDetection, StructuredOutput
@@ -196,9 +197,10 @@ class ChatPreparer:
                 request.tools, request.tool_choice, parallel=request.parallel_tool_calls
             )
         if isinstance(request, PromptRequest):
-            text, whole, account = *self._prompt(request), Account(request.source, notes=request.all_notes(constraints))
+            text, whole = self._prompt(request, max_model_len)
+            account = Account(request.source, notes=request.all_notes(constraints))
         else:
-            text, whole, account = self._chat(request, constraints)
+            text, whole, account = self._chat(request, constraints, max_model_len)
         params, token_ids = request.sampling, whole
         parser = account.new_parser()
         if parser is not None and parser.needs_special_tokens:
@@ -244,7 +246,9 @@ class ChatPreparer:
         )
         return text, layers, notes
 
-    def _chat(self, request: ChatRequest, constraints: Constraints | None) -> tuple[str, list[int], Account]:
+    def _chat(
+        self, request: ChatRequest, constraints: Constraints | None, max_model_len: int
+    ) -> tuple[str, list[int], Account]:
         options = request.template
         text, layers, notes = self._render(request.messages, request.tools, options, request.source)
         make_parser = functools.partial(
@@ -255,14 +259,22 @@ class ChatPreparer:
             parallel_tool_calls=request.parallel_tool_calls,
             calls_in_thoughts=constraints is None or constraints.structured is None or constraints.calls is not None,
         )
-        token_ids = self._tokenizer.encode(text, options.add_special_tokens)
+        token_ids = self._encode(text, options.add_special_tokens, request, max_model_len)
         told = (*request.all_notes(constraints), *notes)
         return text, token_ids, Account(request.source, tuple(layers), make_parser, told)
 
-    def _prompt(self, request: PromptRequest) -> tuple[str | None, list[int]]:
-        if isinstance(request.prompt, str):
-            return request.prompt, self._tokenizer.encode(request.prompt, request.add_special_tokens)
+    def _prompt(self, request: PromptRequest, max_model_len: int) -> tuple[str | None, list[int]]:
+        if isinstance(text := request.prompt, str):
+            return text, self._encode(text, request.add_special_tokens, request, max_model_len)
         return None, [int(token_id) for token_id in request.prompt]
+
+    def _encode(self, text: str, add_special_tokens: bool, request: _Request, max_model_len: int) -> list[int]:
+        """The tokens of ``text``; one far too long is refused before, unless it is to be cut."""
+        if request.truncation is None:
+            params = request.sampling
+            asked = None if params.sources.get("max_tokens") in MODEL_SOURCES else params.max_tokens
+            self._tokenizer.check_text(text, asked, max_model_len)
+        return self._tokenizer.encode(text, add_special_tokens)
 
     def _layers(self, template: ChatTemplate, options: TemplateOptions, source: str) -> list[Layer]:
         """What the template gets: its defaults, then the live settings' switch, then the request's own."""

@@ -1,5 +1,6 @@
 """Columns side by side, long texts cut, counts for people."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -28,6 +29,30 @@ def shortened(text: str, longest: int) -> str:
 
 REPLACEMENT = "\ufffd"
 """What bytes that are not a character decode to."""
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """``text`` as a terminal may show it: it moves no cursor, sets no title and no clipboard, and clears nothing.
+
+    Tabs, line breaks and all that is printed stay. Other control characters become their pictures (``␛`` for escape),
+    those of U+0080 to U+009F and halves of surrogate pairs U+FFFD. Each stands for itself, so a sequence that comes in
+    pieces is as harmless. Marks of the direction of writing stay: texts in Arabic and Hebrew need them.
+    """
+    return _CONTROLS.sub(_picture, text.replace("\r\n", "\n"))
+
+
+def harmless_line(text: str) -> str:
+    """:func:`harmless`, for a text that stands within a line of ours: what turns the direction is U+FFFD too, for it
+    would turn the words behind it."""
+    return _TURNS.sub(REPLACEMENT, harmless(text))
+
+
+def _picture(control: re.Match[str]) -> str:
+    code = ord(control[0])
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else REPLACEMENT
 
 
 def is_count(text: str) -> bool:

@@ -1,6 +1,7 @@
 """What one failing part of the engine's loop costs: its own request, and nothing that others could find."""
 
 import pytest
+from tokenizers import Regex, decoders
 
 from engine.errors import GenerationError
 from engine.llm import LLM
@@ -47,6 +48,25 @@ def test_a_request_that_cannot_be_queued_fails_alone(llm, monkeypatch):
     with pytest.raises(GenerationError, match="could not be queued: RuntimeError: no such luck"):
         llm.submit_prompt([5, 6, 7], GREEDY).result()
     llm._thread.call(lambda _: monkeypatch.undo())
+    assert len(llm.generate([[5, 6, 7]], GREEDY)[0].outputs[0].token_ids) == 10
+    assert_nothing_is_held(llm)
+
+
+def test_a_request_whose_tokens_the_library_panics_on_fails_alone(llm):
+    hf = llm.tokenizer.hf
+    usual, panics = hf.decoder, decoders.Sequence([decoders.Replace(Regex(r"[\s\S]+"), "t"), decoders.Strip("t", 1, 1)])
+    other = llm.submit_prompt([8, 9], LONG.replace(detokenize=False))
+    asked = llm.submit_prompt([5, 6, 7], LONG)
+    next(asked)
+    try:
+        hf.decoder = panics
+        with pytest.raises(GenerationError, match=r"cannot decode what the model wrote .PanicException"):
+            asked.result()
+        with pytest.raises(GenerationError, match="could not be queued"):
+            llm.submit_prompt([5, 6, 7], GREEDY).result()
+    finally:
+        hf.decoder = usual
+    assert len(other.result().outputs[0].token_ids) == 150
     assert len(llm.generate([[5, 6, 7]], GREEDY)[0].outputs[0].token_ids) == 10
     assert_nothing_is_held(llm)
 

@@ -13,6 +13,7 @@ from vm_magic.commands.parser import CommandParser, pick
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.progress import bar_for
 from vm_magic.show.tables import Table
+from vm_magic.show.terminal import say
 from vm_magic.state import session as sessions
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _watched(rows: Iterator[R], table: Callable[[], T], shell: Any, text: Callab
     except KeyboardInterrupt:
         so_far = table()
         if bar is None:
-            print(so_far)
+            say(so_far)
         else:
             bar.replace({"text/plain": repr(so_far), "text/html": so_far._repr_html_()})
         raise Interrupted("stopped; the table has what was measured") from None

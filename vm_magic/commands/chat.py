@@ -25,6 +25,7 @@ from vm_magic.show.reply_bundle import reply_bundle
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.reply_view import WAITING, NotebookView, ReplyView, SilentView, TerminalCodeView, TerminalView
 from vm_magic.show.sent_view import sent_bundle
+from vm_magic.show.terminal import publish, say
 from vm_magic.state.chat_flags import SAMPLING_FLAGS, TOOL_CHOICES, add_chat_flags, reply_format
 from vm_magic.state.conversation import DEFAULT_CONVERSATION, Message, render_prompt
 from vm_magic.state.schemas import read_schema, schema_class
@@ -68,7 +69,7 @@ class _Generate(TextCommand):
             return run_comparison(context, parsed, text, options, sent, cell=cell)
         generation = self.start(session, text, options, parsed)
         if sent is not None and not parsed.out:
-            shell.display_pub.publish(sent)
+            publish(shell, sent)
         if parsed.detach:
             assert isinstance(generation, Generation), "checked: tools are not detached"
             return _detached(generation, parsed, shell)
@@ -220,7 +221,7 @@ def put_code_into_cell(reply: Reply, shell: Any) -> None:
     """Give the next cell (in a terminal: the next prompt) the code of ``reply``. Nothing runs it but the user."""
     code = code_of(reply.text)
     if code is None:
-        print("no code in the reply: no cell was made")
+        say("no code in the reply: no cell was made")
         return
     shell.set_next_input(code.cell())
 

@@ -22,6 +22,7 @@ from vm_magic.show.display_handle import Bundle, can_update, open_handle
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.reply_bundle import Format
 from vm_magic.show.reply_view import WAITING
+from vm_magic.show.terminal import publish, say
 from vm_magic.state.chat_flags import SAMPLING_FLAGS, reply_format
 from vm_magic.state.compare_flags import Variant, compare_names, read_variants
 from vm_magic.state.session import Session, peek_session
@@ -39,7 +40,7 @@ def run_comparison(
     format = reply_format(parsed)
     compared = start_comparison(context.session, text, options, variants, format)
     if sent is not None and not parsed.out:
-        shell.display_pub.publish(sent)
+        publish(shell, sent)
     view = _view(parsed, shell, variants, format) if cell else SilentCompare()
     found = _followed(compared, view)
     if cell or parsed.out or compared.interrupted:  # else the line returns it
@@ -47,7 +48,7 @@ def run_comparison(
     if cell and not parsed.out:
         _offer(shell, found)
         if parsed.stats:
-            print("\n".join(f"{label}: {speed_text(reply)}" for label, reply in zip(found.labels, found, strict=True)))
+            say("\n".join(f"{label}: {speed_text(reply)}" for label, reply in zip(found.labels, found, strict=True)))
     if compared.interrupted:
         tokens = sum(reply.usage.completion_tokens for reply in found)
         place = parsed.out or "_"
@@ -94,7 +95,7 @@ def _offer(shell: Any, found: Comparison) -> None:
     between = "or" if len(found) == 2 else "…"
     hint = f"No reply is part of the conversation yet. Keep one: _.keep(0) {between} _.keep({len(found) - 1})"
     if not can_update(shell):
-        print(hint)
+        say(hint)
         return
     from vm_magic.panel.choice_buttons import ChoiceButtons
 

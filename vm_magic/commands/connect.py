@@ -9,6 +9,7 @@ from engine.format.text import count_text
 from vm_magic.commands.base import GO_BACK, Context, LineCommand
 from vm_magic.commands.panel import leave_panel
 from vm_magic.commands.parser import CommandParser
+from vm_magic.show.terminal import say
 from vm_magic.state.session import Session
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Connect(LineCommand):
 
     def execute(self, context: Context, parsed: argparse.Namespace) -> None:
         """Connect or disconnect, and print the result."""
-        print(connect(context.session, parsed, context.shell.user_ns))
+        say(connect(context.session, parsed, context.shell.user_ns))
         leave_panel()
 
 

@@ -13,6 +13,7 @@ from vm_magic.show.choice_view import ChoiceView
 from vm_magic.show.errors import Interrupted
 from vm_magic.show.grid_view import GridView
 from vm_magic.show.progress import DisplayBar, bar_for
+from vm_magic.show.terminal import say
 from vm_magic.state.chat_flags import SAMPLING_FLAGS, add_json_flag, add_stop_flag, add_think_flag, variable_name
 from vm_magic.state.live_settings import thinking_kwargs
 
@@ -130,7 +131,7 @@ def _file(shell: Any, frame: Any, parsed: argparse.Namespace, bar: DisplayBar | 
     if returned:
         return frame
     if bar is None:
-        print(repr(view))
+        say(repr(view))
     offer_settings(shell, frame)
     file_value(frame, shell, None)
     return None

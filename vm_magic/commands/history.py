@@ -12,6 +12,7 @@ from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.safe_markdown import safe_markdown
 from vm_magic.show.tables import Table
+from vm_magic.show.terminal import say
 from vm_magic.show.tool_cards import ToolOutcome, call_card, call_line
 from vm_magic.state import session as sessions
 from vm_magic.state.chat_flags import add_conversation_name
@@ -45,7 +46,7 @@ class Reset(LineCommand):
         for conversation in context.session.conversations.values() if parsed.all else named:
             count = len(conversation.messages)
             conversation.clear()
-            print(f"conversation {conversation.name!r}: {count} messages forgotten")
+            say(f"conversation {conversation.name!r}: {count} messages forgotten")
 
     def arguments(self) -> Iterable[str]:
         """The conversations."""

@@ -19,6 +19,7 @@ from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.export import open_port
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.cards import CodeText
+from vm_magic.show.terminal import say
 from vm_magic.state.clients import model_id
 from vm_magic.state.session import Session
 
@@ -46,7 +47,7 @@ class Llm(LineCommand):
             path = user_folder() / MODELS_FILE
             return CodeText(entry.yaml(), "yaml", f"%vllm_metal llm writes this to {_from_home(path)}.")
         written = write_entry(entry, open_port(context.session).api_key, user_folder())
-        print(f"wrote {' and '.join(map(_from_home, written))}; use it with: llm -m {entry.model_id} 'Hello!'")
+        say(f"wrote {' and '.join(map(_from_home, written))}; use it with: llm -m {entry.model_id} 'Hello!'")
         return None
 
 

@@ -17,6 +17,7 @@ from vm_magic.show.errors import Interrupted
 from vm_magic.show.load_view import load_bundle, print_log_line
 from vm_magic.show.progress import LoadProgress
 from vm_magic.show.tables import Table
+from vm_magic.show.terminal import say
 from vm_magic.state import session as sessions
 from vm_magic.state.references import release_references
 
@@ -36,7 +37,7 @@ class Load(EngineCommand, LineCommand):
         had_port = session.server is not None
         load_model(context, parsed.model, pick(parsed, ENGINE_OPTIONS))
         if had_port and session.server is None:
-            print("the port closed with the model before; %vllm_metal serve opens it for this one")
+            say("the port closed with the model before; %vllm_metal serve opens it for this one")
 
 
 def load_model(context: Context, model: str, options: dict[str, Any]) -> None:
@@ -58,7 +59,7 @@ def load_model(context: Context, model: str, options: dict[str, Any]) -> None:
             raise Interrupted(f"loading stopped; {kept}") from None
         raise
     if not loaded:
-        print(f"{model} is loaded already")
+        say(f"{model} is loaded already")
         return
     _show_loaded(context, shown[0])
 
@@ -71,7 +72,7 @@ def _finish_failed(bars: Sequence[LoadProgress], now: str | None, error: BaseExc
         bar.finish(f"{bar.model}: {took}")
     if not isinstance(error, KeyboardInterrupt):
         for note in _notes(error):
-            print(note)
+            say(note)
 
 
 def _notes(error: BaseException) -> list[str]:
@@ -86,7 +87,7 @@ def _show_loaded(context: Context, bar: LoadProgress) -> None:
     log_lines = [llm.plan.log_line(), *filter(None, [llm.defaults.log_line()])]
     folds = can_fold(context.shell)
     bar.finish(headline, load_bundle(headline, "\n".join(log_lines)) if folds else None)
-    print(*lines, sep="\n")  # jupyter console shows this, and not what takes the place of a bar
+    say("\n".join(lines))  # jupyter console shows this, and not what takes the place of a bar
     if not folds:
         print_log_line("\n".join(log_lines))
     for text in [headline, log_lines[0], *lines]:  # the others are in the log already
@@ -102,16 +103,16 @@ class Unload(LineCommand):
         """Unload, and print the memory in use before and after."""
         session = context.session
         if session.disconnect():
-            print("the connection is closed")
+            say("the connection is closed")
             leave_panel()
         if session.loaded is None:
             session.unload()
-            print("nothing is loaded")
+            say("nothing is loaded")
             return
         before = sessions.memory_in_use()
         session.unload()
         release_references(context.shell)
-        print(f"memory in use: {plain_size(before)} before, {plain_size(sessions.memory_in_use())} after")
+        say(f"memory in use: {plain_size(before)} before, {plain_size(sessions.memory_in_use())} after")
 
 
 class Models(LineCommand):

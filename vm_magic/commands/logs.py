@@ -6,6 +6,7 @@ from typing import Any
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.tables import Table
+from vm_magic.show.terminal import say
 
 
 class Logs(LineCommand):
@@ -19,7 +20,7 @@ class Logs(LineCommand):
 
     def execute(self, context: Context, parsed: argparse.Namespace) -> None:
         """Print the lines."""
-        print("\n".join(context.logs.lines[-parsed.count :]) or "no log lines yet")
+        say("\n".join(context.logs.lines[-parsed.count :]) or "no log lines yet")
 
 
 class Metrics(LineCommand):

@@ -6,6 +6,7 @@ from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.parser import CommandParser
 from vm_magic.panel import close_left_panel, close_panel, open_panel, panel_line
 from vm_magic.show.display_handle import can_update
+from vm_magic.show.terminal import say
 
 
 class Panel(LineCommand):
@@ -20,14 +21,14 @@ class Panel(LineCommand):
     def execute(self, context: Context, parsed: argparse.Namespace) -> None:
         """Show the panel, or take it away."""
         if parsed.close:
-            print("the panel is closed" if close_panel() else "no panel is open")
+            say("the panel is closed" if close_panel() else "no panel is open")
         elif can_update(context.shell):
             open_panel().show(context.shell, panel_line(context.session))
         else:
-            print(panel_line(context.session))
+            say(panel_line(context.session))
 
 
 def leave_panel() -> None:
     """Close a panel that shows a model which the notebook no longer uses, and say so."""
     if close_left_panel():
-        print("the panel is closed: it showed another model; %vllm_metal panel opens the one for the model in use now")
+        say("the panel is closed: it showed another model; %vllm_metal panel opens the one for the model in use now")

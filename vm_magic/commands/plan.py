@@ -9,6 +9,7 @@ from engine.params.engine_args import ENGINE_FLAGS, EngineArgs
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.engine_flags import EngineCommand
 from vm_magic.commands.parser import CommandParser
+from vm_magic.show.terminal import say
 from vm_magic.state import session as sessions
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _beside_others(plan: Any) -> Any:
     from engine.memory.plan import MemoryPlan
 
     if isinstance(plan, MemoryPlan) and (line := sessions.others_line(plan.usable)):
-        print(line)
+        say(line)
     return plan
 
 

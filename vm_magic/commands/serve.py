@@ -14,6 +14,7 @@ from vm_magic.commands.load import load_model
 from vm_magic.commands.parser import CommandParser, pick, split_words
 from vm_magic.commands.shell_text import read_shell_text
 from vm_magic.show.server_view import moved_text
+from vm_magic.show.terminal import say
 from vm_magic.state import session as sessions
 from vm_magic.state.session import environment
 
@@ -51,7 +52,7 @@ class Serve(EngineCommand, LineCommand):
             return self.execute(context, self.parser.read(split_words(line, self.parser)))
         pasted = read_shell_text(cell, os.environ)
         for note in pasted.notes:
-            print(note)
+            say(note)
         words = [*pasted.arguments, *split_words(line, self.parser)]
         if not words:
             raise ConfigError("no vllm serve line in this cell; paste one, such as: vllm serve smollm2", flag="serve")
@@ -78,7 +79,7 @@ class Serve(EngineCommand, LineCommand):
         if session.loaded is loaded:  # else the load said so
             lines.append(sessions.others_line(session.require().plan.usable))
         for line in filter(None, lines):
-            print(line)
+            say(line)
         return server
 
 
@@ -89,7 +90,7 @@ class Stop(LineCommand):
 
     def execute(self, context: Context, parsed: argparse.Namespace) -> None:  # noqa: ARG002
         """Close the port, if there is one."""
-        print("the port is closed; the model stays loaded" if context.session.stop() else "no port is open")
+        say("the port is closed; the model stays loaded" if context.session.stop() else "no port is open")
 
 
 def add_server_flags(parser: CommandParser) -> None:

@@ -8,6 +8,7 @@ from vm_magic.commands.base import Command, Context
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.errors import HelpShown
 from vm_magic.show.tables import settings_text
+from vm_magic.show.terminal import say
 from vm_magic.state.live_settings import change_settings
 from vm_magic.state.settings_text import MEMORY_NAMES, SETTABLE, read_settings
 
@@ -40,9 +41,9 @@ class Set(Command):
         values = read_settings(line)
         change_settings(session, values)
         if any(name in MEMORY_NAMES for name in values):
-            print(session.require().plan.log_line())
+            say(session.require().plan.log_line())
         if set(values) - set(MEMORY_NAMES) or not values:
-            print(settings_text(session.settings) or "nothing is set: the model's own defaults hold")
+            say(settings_text(session.settings) or "nothing is set: the model's own defaults hold")
 
     def arguments(self) -> Iterable[str]:
         """Presets and names."""

@@ -11,6 +11,7 @@ from engine.format.names import closest
 from engine.format.text import aligned
 from vm_magic.commands.base import Command, Context
 from vm_magic.commands.parser import CommandParser
+from vm_magic.show.terminal import say
 
 COMMANDS = {
     "status": "status.Status",
@@ -99,7 +100,7 @@ def run(context: Context, line: str, cell: str | None) -> Any:
     """Run the command that ``line`` begins with; none at all is ``status``. What it returns is the cell's value."""
     name, _, rest = line.strip().partition(" ")
     if name in ("-h", "--help", "help"):
-        print(overview())
+        say(overview())
         return None
     if not name and cell is not None:
         raise UsageError("%%vllm_metal needs a command; %%chat (or %%vllm_metal chat) sends the cell's body")

@@ -10,6 +10,7 @@ from vm_magic.commands.base import Context
 from vm_magic.commands.chat import Chat
 from vm_magic.commands.parser import CommandParser, split_words
 from vm_magic.show.display_handle import can_update
+from vm_magic.show.terminal import publish, say
 from vm_magic.state.session import Session
 from vm_magic.state.talk import TalkMode
 
@@ -50,13 +51,13 @@ class Talk(Chat):
                 "--fork belongs to one message: send it with %%chat -c NAME --fork OTHER, then %vllm_metal talk -c NAME"
             )
         if parsed.text == "off":
-            print("talk is off" if session.talk is not None else "talk was off already")
+            say("talk is off" if session.talk is not None else "talk was off already")
             session.talk = None
             return None
         if parsed.text == "on":
             words = [word for word in words if word != "on"]
         session.talk = TalkMode(tuple(words))
-        print(f"talk is {session.talk}")
+        say(f"talk is {session.talk}")
         return None
 
     def from_cell(self, body: str) -> str:
@@ -84,11 +85,11 @@ def _show_mark(session: Session, shell: Any) -> None:
     name = session.require().args.names[0] if remote is None else f"{remote.model} (remote)"
     text = f"» to {name}"
     if not can_update(shell):
-        print(text)
+        say(text)
         return
     small = "opacity:0.6;font-size:85%"
     shown = f'<div style="{small}" title="%vllm_metal talk off ends this">{html.escape(text)}</div>'
-    shell.display_pub.publish({"text/plain": text, "text/html": shown})
+    publish(shell, {"text/plain": text, "text/html": shown})
 
 
 def _keep_source(shell: Any) -> None:

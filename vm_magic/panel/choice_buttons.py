@@ -15,6 +15,7 @@ from engine.errors import VMMagicError
 from vm_magic.panel.panel import answer_on_any_subshell, widgets_below
 from vm_magic.panel.style import hiding_gone_widgets
 from vm_magic.show.display_handle import Bundle, DisplayHandle
+from vm_magic.show.terminal import publish
 
 _open: list["ChoiceButtons"] = []
 MAX_OPEN = 20
@@ -36,7 +37,7 @@ class ChoiceButtons:
             button.on_click(lambda _, place=place: self._clicked(place))
         for widget in widgets_below(self.widget):
             answer_on_any_subshell(widget)
-        shell.display_pub.publish({**self.widget._repr_mimebundle_(), "text/plain": ""}, {})
+        publish(shell, {**self.widget._repr_mimebundle_(), "text/plain": ""})
         self._note = DisplayHandle(shell)
         self._note(self._bundle(hint))
         _open.append(self)

@@ -17,6 +17,7 @@ from vm_magic.panel.server import ServerSection
 from vm_magic.panel.snapshot import NO_MODEL, PanelSnapshot, Poller, Section
 from vm_magic.panel.still import Still
 from vm_magic.panel.style import ROOT_CLASS, SHEET, bad, faint
+from vm_magic.show.terminal import publish
 from vm_magic.state.session import Session
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class Panel:
 
     def show(self, shell: Any, line: str) -> None:
         """Display the panel, and the picture that stays of it; ``line`` is for what can show neither."""
-        shell.display_pub.publish({**self.widget._repr_mimebundle_(), "text/plain": line}, {})
+        publish(shell, {**self.widget._repr_mimebundle_(), "text/plain": line})
         with self._lock:
             self._still.open(shell, self._poller.snapshot(with_blocks=True))
 

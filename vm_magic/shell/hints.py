@@ -5,13 +5,13 @@ No name is taken for it: magics of other extensions, also those loaded later, st
 
 import ast
 import re
-import sys
 from typing import Any
 
 from IPython.core.error import UsageError
 
 from vm_magic.shell.prose import may_be_text
 from vm_magic.shell.talk_cells import talk_is_on
+from vm_magic.show.terminal import say
 
 _NOT_FOUND = re.compile(r"(?:Line|Cell) magic (?:function )?`(%%?)([^`]+)` not found")
 _FOR_CHAT = ("ask", "chat", "gpt", "generate", "llm", "message", "prompt", "question", "say", "send", "tell")
@@ -38,7 +38,7 @@ class Hints:
         else:
             hint = _for_text(error, str(result.info.raw_cell)) if talk_is_on() else None
         if hint:
-            print(hint, file=sys.stderr)
+            say(hint, error=True)
 
     def for_magic(self, percent: str, name: str) -> str | None:
         """What may have been meant by a magic that does not exist; None where nothing of ours resembles it."""

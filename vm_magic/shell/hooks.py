@@ -7,6 +7,8 @@ from typing import Any
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
 from IPython.core.inputtransformer2 import cell_magic
 
+from engine.format.text import harmless
+
 MATCHER_ID = "vm_magic"
 _OURS = re.compile(r"(?:^|.*[\s=(])(%%?)(vllm_metal|chat)[ \t](.*)$", re.DOTALL)
 _TEXT, _HTML, _MARKDOWN = "text/plain", "text/html", "text/markdown"
@@ -133,11 +135,11 @@ def _reply(reply: Any) -> Any:
 def _plain_reply(reply: Any, printer: Any, cycle: bool) -> None:
     """A reply's plain form: what ``-f code`` or ``-f json`` asked for, else its own."""
     if reply.shown_as in ("markdown", "text"):
-        reply._repr_pretty_(printer, cycle)
+        _plain(reply, printer, cycle)
         return
     from vm_magic.show.reply_bundle import filed_bundle
 
-    printer.text(filed_bundle(reply)["text/plain"])
+    printer.text(harmless(filed_bundle(reply)["text/plain"]))
 
 
 def _score(score: Any) -> str:
@@ -155,8 +157,40 @@ def _server(server: Any) -> str:
 def _server_as_text(server: Any, printer: Any, _cycle: bool) -> None:
     from vm_magic.show.server_view import server_text
 
-    printer.text(server_text(server))
+    printer.text(harmless(server_text(server)))
 
+
+def _plain(value: Any, printer: Any, cycle: bool) -> None:
+    from vm_magic.show.terminal import show_plainly
+
+    show_plainly(value, printer, cycle)
+
+
+_PLAIN = (
+    "engine.batch.score.Score",
+    "engine.llm.LLM",
+    "engine.memory.plan.MemoryPlan",
+    "engine.memory.plan_table.PlanTable",
+    "engine.model_card.card.ModelCard",
+    "engine.params.settings.Settings",
+    "vm_magic.chat.compare.Comparison",
+    "vm_magic.chat.pending_reply.PendingReply",
+    "vm_magic.commands.history.HistoryView",
+    "vm_magic.remote.llm.RemoteLLM",
+    "vm_magic.show.cards.StatusCard",
+    "vm_magic.show.cards.CodeText",
+    "vm_magic.show.choice_view.ChoiceView",
+    "vm_magic.show.explain_view.ExplainView",
+    "vm_magic.show.grid_view.GridView",
+    "vm_magic.show.rerun_view.RerunView",
+    "vm_magic.show.rerun_view.RerunTable",
+    "vm_magic.show.tables.Table",
+    "pandas.DataFrame",
+    "pandas.Series",
+    "pandas.core.frame.DataFrame",
+    "pandas.core.series.Series",
+)
+"""Whose own text quotes a model, a file or a server; tables too, for they may be a map's."""
 
 _FORMATTERS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (_HTML, "engine.memory.plan.MemoryPlan", _plan),
@@ -167,5 +201,6 @@ _FORMATTERS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (_TEXT, "engine.openai.server.ServerHandle", _server_as_text),
     (_MARKDOWN, "engine.outputs.Reply", _reply),
     (_TEXT, "engine.outputs.Reply", _plain_reply),
+    *((_TEXT, name, _plain) for name in _PLAIN),
 )
 """MIME type, type, and what makes the one of the other."""

@@ -1,6 +1,5 @@
 """``%vllm_metal``, ``%chat`` and ``%%chat`` in a shell. What they do is imported by the first one that is used."""
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from engine.errors import VMMagicError
 from engine.openai.http.ring_log import RingLog
 from vm_magic.shell.shadowed_engine import check_engine
 from vm_magic.show.errors import HelpShown, Interrupted, short_error
+from vm_magic.show.terminal import say
 from vm_magic.state.cell_record import unnoted
 from vm_magic.state.live_settings import LiveTraits
 
@@ -34,7 +34,7 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
             try:
                 self.update_config(Config({type(self).__name__: {name: value}}))
             except (VMMagicError, TraitError) as error:
-                print(f"{type(self).__name__}.{name} is left out: {error}", file=sys.stderr)
+                say(f"{type(self).__name__}.{name} is left out: {error}", error=True)
 
     @no_var_expand  # type: ignore[untyped-decorator]
     @line_cell_magic  # type: ignore[untyped-decorator]
@@ -60,7 +60,7 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
         try:
             return action()
         except HelpShown as help_text:
-            print(help_text.text)
+            say(help_text.text)
             return None
         except Exception as error:
             if not self.short_errors:

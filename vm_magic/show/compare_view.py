@@ -10,6 +10,7 @@ from vm_magic.show.display_handle import Bundle
 from vm_magic.show.reply_bundle import Format, growing_bundle, reply_bundle
 from vm_magic.show.reply_text import ReplyText
 from vm_magic.show.safe_markdown import fenced
+from vm_magic.show.terminal import write
 from vm_magic.show.token_html import escaped
 
 UPDATE_INTERVAL = 1 / 10
@@ -89,13 +90,13 @@ class TerminalCompare:
             one = variants[self._place]
             text = plain_text(one)
             if not self._headed:
-                sys.stdout.write(f"{heading(one.label)}\n")
+                write(f"{heading(one.label)}\n")
                 self._headed = True
-            sys.stdout.write(text[self._written :])
+            write(text[self._written :])
             self._written = len(text)
             if not one.over:
                 break
-            sys.stdout.write(f"\n{footer(one)}\n\n")
+            write(f"\n{footer(one)}\n\n")
             self._place, self._written, self._headed = self._place + 1, 0, False
         sys.stdout.flush()
 

@@ -7,6 +7,7 @@ from typing import Any
 from IPython.core.displaypub import CapturingDisplayPublisher
 
 from vm_magic.show.front_end import front_end
+from vm_magic.show.terminal import shown
 
 Bundle = dict[str, Any]
 """MIME types with their data."""
@@ -45,7 +46,7 @@ class DisplayHandle:
     def __call__(self, bundle: Bundle) -> None:
         """Show ``bundle``."""
         opened, self._opened = self._opened, True
-        self._shown = bundle
+        self._shown = bundle = shown(bundle)
         if self._captured is not None:
             self._keep(self._captured, bundle)
             return

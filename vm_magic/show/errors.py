@@ -5,6 +5,7 @@ from typing import Any
 from IPython.core.error import UsageError
 
 from engine.errors import VMMagicError
+from engine.format.text import harmless_line
 from engine.outputs import Reply
 
 _RED, _RESET = "\x1b[31m", "\x1b[39m"
@@ -20,7 +21,7 @@ class MagicUsageError(UsageError):  # type: ignore[misc]
 
     def _render_traceback_(self) -> list[str]:
         name = "UsageError" if type(self) is MagicUsageError else type(self).__name__
-        return [f"{_RED}{name}{_RESET}: {self}"]
+        return [f"{_RED}{name}{_RESET}: {harmless_line(str(self))}"]
 
 
 class InternalError(MagicUsageError):
@@ -35,7 +36,7 @@ class Interrupted(KeyboardInterrupt):
         self.reply = reply
 
     def _render_traceback_(self) -> list[str]:
-        return [f"{_RED}Interrupted{_RESET}: {self}"]
+        return [f"{_RED}Interrupted{_RESET}: {harmless_line(str(self))}"]
 
 
 class HelpShown(Exception):  # noqa: N818 - not an error: ends parsing when --help was asked for

@@ -1,13 +1,11 @@
 """What a load leaves: a headline, with vllm-metal's line of the plan for those who look for it."""
 
 import html
-import sys
 
 from engine.memory.plan import LOG_LABEL
 from vm_magic.show.display_handle import Bundle
 from vm_magic.show.tables import log_line_html
-
-_FAINT, _RESET = "\x1b[2m", "\x1b[22m"
+from vm_magic.show.terminal import say
 
 
 def load_bundle(headline: str, log_line: str) -> Bundle:
@@ -19,5 +17,4 @@ def load_bundle(headline: str, log_line: str) -> Bundle:
 
 def print_log_line(log_line: str) -> None:
     """The log line where nothing can be folded: faint in a terminal."""
-    last = f"{LOG_LABEL}: {log_line}"
-    print(f"{_FAINT}{last}{_RESET}" if sys.stdout.isatty() else last)
+    say(f"{LOG_LABEL}: {log_line}", faint=True)

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from engine.format.text import harmless
 from engine.params.sizes import size_text
 from vm_magic.show.display_handle import Bundle, DisplayHandle, can_update, open_handle
+from vm_magic.show.terminal import say
 
 _COUNTED = ("kernels",)
 """Stages of a load that are counted; others are in bytes."""
@@ -55,7 +57,7 @@ class LoadProgress:
         with self._lock:
             self._close_bar()
             if self._update is None:
-                print(text)
+                say(text)
             else:
                 self._update(bundle or {"text/plain": text})
 
@@ -80,7 +82,7 @@ class LoadProgress:
                 total=total or None,
                 unit="B" if in_bytes else "it",
                 unit_scale=in_bytes,
-                desc=f"{self.model}: {stage}",
+                desc=harmless(f"{self.model}: {stage}"),
                 bar_format=None if total else "{desc} ({elapsed})",  # of an unknown length: no count of nothing
             )
         self._bar.update(done - self._bar.n)

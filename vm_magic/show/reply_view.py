@@ -9,6 +9,7 @@ from engine.batch.scored_token import unlikely_text
 from vm_magic.show.display_handle import Bundle, DisplayHandle
 from vm_magic.show.reply_bundle import Format, code_text, growing_bundle, reply_bundle
 from vm_magic.show.reply_text import ReplyText
+from vm_magic.show.terminal import write
 from vm_magic.show.tool_cards import call_line
 
 WAITING = ReplyText("…")
@@ -94,11 +95,11 @@ class TerminalCodeView:
 
     def finish(self, reply: ReplyText, mark: str = "") -> None:
         """Write the code, or the text where there is none, and the mark."""
-        sys.stdout.write("\n".join(filter(None, [code_text(reply), mark])) + "\n")
+        write("\n".join(filter(None, [code_text(reply), mark])) + "\n")
 
     def add_notes(self, notes: Sequence[str]) -> None:
         """Write ``notes`` as last lines."""
-        sys.stdout.write("".join(f"{note}\n" for note in notes))
+        write("".join(f"{note}\n" for note in notes))
 
 
 class TerminalView:
@@ -112,7 +113,7 @@ class TerminalView:
         """Write what is new: of the turns that ended meanwhile, then of this one."""
         for turn in reply.earlier[self._num_turns :]:
             self._write(turn)
-            sys.stdout.write("\n")
+            write("\n")
             self._num_turns += 1
             self._begin_turn()
         self._write(reply)
@@ -122,15 +123,15 @@ class TerminalView:
         """Write the rest, calls without an outcome too, the mark and a line end."""
         self.refresh(reply)
         for call, outcome in reply.calls()[self._num_calls :]:
-            sys.stdout.write(f"\n{call_line(call, outcome)}")
+            write(f"\n{call_line(call, outcome)}")
         tokens = [token for turn in (*reply.earlier, reply) for token in turn.tokens]
-        sys.stdout.write(f" {mark}\n" if mark else "\n")
+        write(f" {mark}\n" if mark else "\n")
         if unlikely := unlikely_text(tokens):
-            sys.stdout.write(f"\n{unlikely}\n")
+            write(f"\n{unlikely}\n")
 
     def add_notes(self, notes: Sequence[str]) -> None:
         """Write ``notes`` as last lines."""
-        sys.stdout.write("".join(f"{note}\n" for note in notes))
+        write("".join(f"{note}\n" for note in notes))
 
     def _begin_turn(self) -> None:
         self._written = 0
@@ -140,14 +141,14 @@ class TerminalView:
     def _write(self, turn: ReplyText) -> None:
         if turn.reasoning and self._thought == "none":
             self._thought = "open"
-            sys.stdout.write("thinking …")
+            write("thinking …")
         if (turn.text or turn.tool_calls) and self._thought == "open":
             self._thought = "over"
-            sys.stdout.write(f" {turn.thought_size()}\n\n")
-        sys.stdout.write(turn.text[self._written :])
+            write(f" {turn.thought_size()}\n\n")
+        write(turn.text[self._written :])
         self._written = len(turn.text)
         for call, outcome in turn.calls()[self._num_calls :]:
             if outcome is None or outcome.running:
                 break
-            sys.stdout.write(f"{chr(10) if self._written or self._num_calls else ''}{call_line(call, outcome)}")
+            write(f"{chr(10) if self._written or self._num_calls else ''}{call_line(call, outcome)}")
             self._num_calls += 1

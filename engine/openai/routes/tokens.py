@@ -1,10 +1,11 @@
 """``/tokenize``, ``/detokenize`` and, where the user wants it, ``/tokenizer_info``."""
 
 import asyncio
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from engine.errors import RequestError
 from engine.openai.schema.protocol import DetokenizeRequest, TokenizeRequest
@@ -16,12 +17,14 @@ from engine.text.tokens.tokenizer import Tokenizer
 
 router = APIRouter(tags=["tokens"])
 info_router = APIRouter(tags=["tokens"])
+_PIECE = 1 << 14
+"""Values of a list that become JSON at once."""
 _FILES = ("vocab_file", "merges_file", "tokenizer_file", "special_tokens_map_file", "name_or_path")
 """What a configuration says about the machine that it was written on."""
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Token ids of a prompt or of a rendered chat."""
     port = port_of(request)
     port.check_model(body.model)
@@ -29,14 +32,27 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     port.check_template(body.chat_template, body.chat_template_kwargs)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("Give either `prompt` or `messages`.", param="prompt")
-    token_ids = await asyncio.to_thread(_token_ids, port.engine, body)
-    hf = port.engine.tokenizer.hf
-    return {
-        "count": len(token_ids),
-        "max_model_len": port.engine.plan.max_model_len,
-        "tokens": token_ids,
-        "token_strs": [hf.id_to_token(token_id) for token_id in token_ids] if body.return_token_strs else None,
-    }
+    return await asyncio.to_thread(_tokenized, port.engine, body)
+
+
+def _tokenized(engine: ServedEngine, body: TokenizeRequest) -> Response:
+    """The whole answer, made in a thread: of a long text its JSON alone would hold up other clients."""
+    token_ids, hf = _token_ids(engine, body), engine.tokenizer.hf
+    texts = [hf.id_to_token(token_id) for token_id in token_ids] if body.return_token_strs else None
+    begin = {"count": len(token_ids), "max_model_len": engine.plan.max_model_len}
+    parts = [json.dumps(begin)[:-1], ', "tokens": ', *_listed(token_ids), ', "token_strs": ', *_listed(texts), "}"]
+    return Response("".join(parts), media_type="application/json")
+
+
+def _listed(values: list[Any] | None) -> Iterator[str]:
+    """JSON of a list piece by piece: ``json`` holds Python's lock until it is through."""
+    if values is None:
+        yield "null"
+        return
+    yield "["
+    for start in range(0, len(values), _PIECE):
+        yield ("," if start else "") + json.dumps(values[start : start + _PIECE])[1:-1]
+    yield "]"
 
 
 def _token_ids(engine: ServedEngine, body: TokenizeRequest) -> list[int]:
@@ -53,11 +69,14 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
     port = port_of(request)
     port.check_model(body.model)
     check_extra_fields(body)
-    tokenizer = port.engine.tokenizer
-    unknown = next((token_id for token_id in body.tokens if not _is_known(tokenizer, token_id)), None)
+    return {"prompt": await asyncio.to_thread(_detokenized, port.engine.tokenizer, body.tokens)}
+
+
+def _detokenized(tokenizer: Tokenizer, token_ids: list[int]) -> str:
+    unknown = next((token_id for token_id in token_ids if not _is_known(tokenizer, token_id)), None)
     if unknown is not None:
         raise RequestError(f"Token id {unknown} is out of vocabulary.", param="tokens")
-    return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
+    return tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
 def _is_known(tokenizer: Tokenizer, token_id: int) -> bool:

@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
+from engine.memory.heap import return_free_memory
 from engine.runner.device.faults import device_failure, give_up_device
-from engine.runner.device.memory import return_free_memory
 
 T = TypeVar("T")
 _POLL = 0.1

@@ -99,7 +99,8 @@ class Detokenizer:
         ``finished`` means that no token follows: what was held back is released.
         ``ends_on_stop_token`` means that the last token is an EOS or stop token: its text is shown
         only with ``include_stop_str_in_output`` (and is never searched for stop strings). After a
-        ``stop_reason`` the completion is over and nothing may be fed.
+        ``stop_reason`` the completion is over and nothing may be fed. Raises GenerationError where the tokenizer fails;
+        there is no more text then.
         """
         if self._stream is None:
             self._num_tokens += len(token_ids)

@@ -7,6 +7,7 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from engine.format.text import REPLACEMENT
+from engine.text.tokens.library_errors import decoding, not_decoded, of_library
 
 _PRIME_TOKENS = range(4, 25)
 """How many prompt tokens the stream starts from: the fewest that decode to whole characters."""
@@ -52,15 +53,17 @@ class TextStream:
         self._restart(self._prime(prompt_token_ids))
 
     def step(self, token_id: int) -> str:
-        """Text that became whole with this token."""
+        """Text that became whole with this token. Raises GenerationError where the tokenizer fails."""
         self._pending.append(token_id)
         try:
             text = self._stream.step(self._hf, token_id)
-        except Exception as error:
+        except BaseException as error:
+            if not of_library(error):
+                raise
             # tokenizers has no narrower class. Bytes that were a character become invalid when more
             # bytes join their run; what was shown stays, the new tokens are decoded by themselves.
             if "Invalid prefix" not in str(error):
-                raise
+                raise not_decoded(error) from None
             text = self._decode(self._pending)
             self._restart(self._pending)
         if text is None:
@@ -79,11 +82,13 @@ class TextStream:
         return text
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._hf.decode(token_ids, skip_special_tokens=self._skip_special)
+        with decoding():
+            return self._hf.decode(token_ids, skip_special_tokens=self._skip_special)
 
     def _restart(self, context: Sequence[int]) -> None:
         self._context = list(context)
-        self._stream = DecodeStream(self._context, self._skip_special)
+        with decoding():
+            self._stream = DecodeStream(self._context, self._skip_special)
 
     def _prime(self, prompt_token_ids: Sequence[int]) -> Sequence[int]:
         # Decoders strip a leading space from the first token of a text: start inside the prompt.

@@ -5,20 +5,21 @@ From a folder (:mod:`engine.text.tokens.folder_tokenizer`) or a GGUF file throug
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import tokenizers
 
-from engine.errors import ModelLoadError, RequestError
+from engine.errors import GenerationError, ModelLoadError
 from engine.format.text import REPLACEMENT
 from engine.models.local import ResolvedModel
 from engine.models.resolve import resolve
 from engine.models.weight_format import end_token_ids
 from engine.params.engine_args import EngineArgs
 from engine.text.tokens.folder_tokenizer import read_folder
+from engine.text.tokens.long_texts import LongestToken, byte_alphabet, check_text, decode, encode, longest_token
 from engine.text.tokens.text_stream import TextStream
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -103,16 +104,26 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens written out in it become their ids.
 
-        Raises RequestError for half of a surrogate pair, which JSON can carry and UTF-8 cannot.
+        Raises RequestError for half of a surrogate pair, which JSON can carry and UTF-8 cannot, and where the tokenizer
+        fails. A long text lets other threads run, and can be interrupted.
         """
-        try:
-            return list(self.hf.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError:
-            raise RequestError("The text is not valid Unicode: it holds half of a surrogate pair.") from None
+        return encode(self.hf, text, add_special_tokens)
+
+    def check_text(self, text: str, max_tokens: int | None, limit: int) -> None:
+        """Raise ContextLengthError, before anything is tokenized, for a text far too long for ``limit`` tokens.
+
+        None is refused that would fit; ``max_tokens`` are only told.
+        """
+        if len(text) > limit:
+            check_text(self._longest_token, text, max_tokens, limit)
+
+    @cached_property
+    def _longest_token(self) -> LongestToken | None:
+        return longest_token(self.hf)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of ``token_ids``."""
-        return str(self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        """The text of ``token_ids``. Raises GenerationError where the tokenizer fails."""
+        return decode(self.hf, list(token_ids), skip_special_tokens)
 
     def decode_stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for one sequence that grows token by token."""
@@ -122,7 +133,11 @@ class Tokenizer:
         """What one token adds to a text that it does not begin; bytes that are not a whole character show as U+FFFD."""
         text = self._token_texts.get(token_id)
         if text is None:
-            text = self._token_texts[token_id] = self._token_text(token_id)
+            try:
+                text = self._token_text(token_id)
+            except GenerationError:  # one of many alternatives that a log-probability names
+                text = REPLACEMENT
+            self._token_texts[token_id] = text
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -133,7 +148,7 @@ class Tokenizer:
         written = self.hf.id_to_token(token_id) or ""
         if _BYTE_TOKEN.fullmatch(written):
             return bytes.fromhex(written[3:5])
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         return bytes(alphabet[char] for char in written) if alphabet.keys() >= set(written) else text.encode()
 
     def _token_text(self, token_id: int) -> str:
@@ -143,15 +158,6 @@ class Tokenizer:
         before, known = self._anchor
         whole = self.decode([*before, token_id], skip_special_tokens=False)
         return whole.removeprefix(known) if known and whole.startswith(known) else alone
-
-
-@cache
-def _byte_alphabet() -> dict[str, int]:
-    """Characters that stand for bytes in byte-level vocabularies: those that can be seen for themselves."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    own = {char: ord(char) for char in alphabet if ord(char) < 256}
-    others = sorted(set(range(256)) - set(own.values()))
-    return own | dict(zip(alphabet[len(own) :], others, strict=True))
 
 
 def load_tokenizer(resolved: ResolvedModel, args: EngineArgs) -> Tokenizer:

@@ -219,7 +219,7 @@ for attempt in (lambda worker: worker.call(fail), lambda worker: check_device())
 def test_free_memory_goes_back_to_the_system() -> None:
     code = """
 import os
-from engine.runner.device.memory import return_free_memory
+from engine.memory.heap import return_free_memory
 def resident_memory():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 blocks = [b"x" * (100_000 + number) for number in range(1000)]
