@@ -29,6 +29,8 @@ _SPACES = (
 _MORE_SPACES = "\u2029\u202f\u205f\u3000"
 _UTF8_BYTES = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
 """Bytes that occur in UTF-8."""
+_CONTINUATION = frozenset(range(0x80, 0xC0))
+"""Bytes of which all characters but ASCII have at least one."""
 
 
 def encode(hf: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
@@ -54,7 +56,7 @@ def encode(hf: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> lis
 
 def _encode_unlocked(hf: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
     with encoding():  # of a batch, for only that gives up Python's lock
-        ids = list(hf.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+        ids: list[int] = hf.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
     if len(text) >= _HUGE:
         return_free_memory()
     return ids
@@ -70,17 +72,17 @@ def decode(hf: tokenizers.Tokenizer, token_ids: list[int], skip_special_tokens: 
 
 @dataclass(frozen=True, slots=True)
 class LongestToken:
-    """``characters``: of a text, the most that one token stands for. ``drops_spaces``: besides white space, which the
-    tokenizer may leave out or add to a token as it likes.
+    """``characters``: of a text, the most that one token stands for, besides the ``uncounted`` ones, of which the
+    tokenizer may drop any number or add it to a token.
     """
 
     characters: int
-    drops_spaces: bool
+    uncounted: str
 
     def fewest_tokens(self, text: str) -> int:
         """Fewer than that ``text`` cannot become."""
-        spaces = sum(text.count(space) for space in _SPACES + _MORE_SPACES) if self.drops_spaces else 0
-        return math.ceil((len(text) - spaces) / self.characters)
+        num_counted = len(text) - sum(text.count(char) for char in self.uncounted)
+        return math.ceil(num_counted / self.characters)
 
 
 def check_text(longest: LongestToken | None, text: str, max_tokens: int | None, limit: int) -> None:
@@ -104,15 +106,15 @@ def longest_token(hf: tokenizers.Tokenizer) -> LongestToken | None:
     except Exception:  # noqa: BLE001 - parts written in Python cannot be looked into
         return None
     added, vocab = hf.get_added_tokens_decoder().values(), hf.get_vocab(with_added_tokens=True)
-    if not _knows_all(model, vocab, any(part["type"] == "ByteLevel" for part in parts)):
-        return None
+    unknown = _unknown(model, vocab, any(part["type"] == "ByteLevel" for part in parts))
     shrinks = [_shrinks(part) for part in parts]
-    if any(factor is None for factor in shrinks):
+    if unknown is None or None in shrinks:
         return None
     drops = any(part["type"] in _DROP_SPACES for part in parts) or any(token.lstrip or token.rstrip for token in added)
     normalized = [] if hf.normalizer is None else [hf.normalizer.normalize_str(token.content) for token in added]
     longest = max(map(len, [*vocab, *normalized]))
-    return LongestToken(longest * math.prod(factor or 1 for factor in shrinks), drops)
+    uncounted = "".join({*unknown, *(_SPACES + _MORE_SPACES if drops else "")})
+    return LongestToken(longest * math.prod(factor or 1 for factor in shrinks), uncounted)
 
 
 def _parts(component: Any, name: str) -> list[Mapping[str, Any]]:
@@ -147,15 +149,16 @@ def _shrinks(part: Mapping[str, Any]) -> int | None:
     return 1 if kind in _KEEP | _DROP_SPACES else None
 
 
-def _knows_all(model: Any, vocab: Mapping[str, int], byte_level: bool) -> bool:
-    """Whether each character becomes at least a token of its own, or a part of one that holds it."""
-    if byte_level:
-        alphabet = byte_alphabet()
-        if all(char in vocab for char, byte in alphabet.items() if byte in _UTF8_BYTES):
-            return True
+def _unknown(model: Any, vocab: Mapping[str, int], byte_level: bool) -> str | None:
+    """The characters that may become no token, or any number of them one; None where these are not a few."""
+    if model.unk_token is not None and model.unk_token in vocab and not model.fuse_unk:
+        return ""
     if model.byte_fallback and all(f"<0x{byte:02X}>" in vocab for byte in _UTF8_BYTES):
-        return True
-    return model.unk_token is not None and model.unk_token in vocab and not model.fuse_unk
+        return ""
+    missing = {byte for char, byte in byte_alphabet().items() if byte in _UTF8_BYTES and char not in vocab}
+    if not byte_level or missing & _CONTINUATION:
+        return None
+    return "".join(chr(byte) for byte in missing if byte < 0x80)  # of others the vocabulary has at least the last byte
 
 
 @cache

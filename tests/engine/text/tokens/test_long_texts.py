@@ -14,7 +14,7 @@ from engine.batch.score import score_text
 from engine.chat.request import ChatPreparer, ChatRequest, PromptRequest, Truncation
 from engine.params.settings import Settings
 from engine.text.template.chat_template import ChatTemplate
-from engine.text.tokens.long_texts import longest_token
+from engine.text.tokens.long_texts import byte_alphabet, longest_token
 from engine.text.tokens.tokenizer import Tokenizer as OurTokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "def f(x):\n    return  x", "naïve café Ω 漢字"] * 20
@@ -50,6 +50,15 @@ def with_tokens(hf, *tokens):
     return hf
 
 
+def without_bytes(*missing):
+    """A vocabulary that lacks bytes, as SmolLM2's, and drops them from a text."""
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = [char for char in sorted(bytes_only.alphabet()) if byte_alphabet()[char] not in missing]
+    hf = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
+    hf.pre_tokenizer = bytes_only
+    return hf
+
+
 def split(pattern, behaviour):
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behaviour), level])
@@ -67,6 +76,7 @@ BOUNDED = {
         byte_level(), AddedToken("<t>", lstrip=True, rstrip=True)
     ),
     "byte-level, a long token": lambda: with_tokens(byte_level(), AddedToken("<" + "x" * 200 + ">")),
+    "byte-level, a few bytes missing": lambda: without_bytes(0x00, 0x61, 0xF0, 0xF1),
     "byte-level, split by words": lambda: byte_level(pre_tokenizer=split(r"\w+", "isolated")),
     "byte fallback": lambda: plain(normalizer=space, **fallback),
     "byte fallback, prepended": lambda: plain(
@@ -84,7 +94,8 @@ UNBOUNDED = {
     "accents are taken off": lambda: byte_level(normalizer=normalizers.StripAccents()),
     "what splits is dropped": lambda: byte_level(pre_tokenizer=split("-+", "removed")),
     "whole words": lambda: Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")),
-    "one of the bytes is missing": lambda: Tokenizer(models.BPE({"a": 0}, [])),
+    "what characters end with is missing": lambda: without_bytes(0x80),
+    "nearly all bytes are missing": lambda: Tokenizer(models.BPE({"a": 0}, [])),
 }
 PIECES = [
     *("a", "b", "ab", " ", "   ", "\n", "\u2003", "the quick brown fox", " " * 70, "<t>", "  <t>  "),
