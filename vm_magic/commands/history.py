@@ -13,6 +13,7 @@ from vm_magic.commands.parser import CommandParser
 from vm_magic.show.safe_markdown import safe_markdown
 from vm_magic.show.tables import Table
 from vm_magic.show.terminal import say
+from vm_magic.show.token_html import escaped
 from vm_magic.show.tool_cards import ToolOutcome, call_card, call_line
 from vm_magic.state import session as sessions
 from vm_magic.state.chat_flags import add_conversation_name
@@ -86,8 +87,9 @@ class HistoryView:
         return "\n\n".join([*(f"{m['role']}: {_text(m)}" for m in self._spoken())] or [self._empty()])
 
     def _repr_markdown_(self) -> str:
-        others = f"\n\n*other conversations: {', '.join(self.others)}*" if self.others and self.messages else ""
-        return "\n\n".join([*map(self._markdown, self._spoken())] or [self._empty()]) + others
+        names = escaped(", ".join(self.others))
+        others = f"\n\n*other conversations: {names}*" if self.others and self.messages else ""
+        return "\n\n".join([*map(self._markdown, self._spoken())] or [escaped(self._empty())]) + others
 
     def _spoken(self) -> list[Message]:
         """The messages without tools' results, which are shown at their calls."""
@@ -100,7 +102,11 @@ class HistoryView:
     def _markdown(self, message: Message) -> str:
         results = self._results()
         cards = [call_card(call, results.get(call["id"])) for call in message.get("tool_calls", ())]
-        parts = [f"**{message['role']}**", *([safe_markdown(message["content"])] if message["content"] else []), *cards]
+        parts = [
+            f"**{escaped(message['role'])}**",
+            *([safe_markdown(message["content"])] if message["content"] else []),
+            *cards,
+        ]
         return "\n\n".join(parts)
 
     def _empty(self) -> str:

@@ -150,7 +150,7 @@ class RemoteClient:
 
 def body_of(response: httpx.Response) -> Any:
     """The body as JSON, or as text where it is not JSON."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(response.content)
     return "" if "<html" in response.text[:500].lower() else response.text
 

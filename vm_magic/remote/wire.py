@@ -48,7 +48,10 @@ class EventReader:
         if data == "[DONE]":
             self.done = True
             return None
-        return json.loads(data) if data else None
+        try:
+            return json.loads(data) if data else None
+        except RecursionError:
+            raise ValueError("an event that is nested too deeply") from None
 
 
 def request_body(model: str, sampling: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:

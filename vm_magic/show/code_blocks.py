@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from vm_magic.show.safe_markdown import open_fence
 
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.\-]*)")
+_FENCE = re.compile(r"^((?:[ \t]*(?:[-*+]|\d{1,9}[.)])(?=[ \t]))*[ \t]*)(?:`{3,}|~{3,})[ \t]*([\w+#.\-]*)")
 _PYTHON = ("python", "py", "python3", "ipython", "ipython3", "pycon", "jupyter")
 _CELL_MAGICS = {
     **{name: name for name in ("bash", "html", "javascript", "latex", "perl", "ruby", "svg", "sh", "markdown")},
@@ -72,7 +72,7 @@ def _blocks(text: str) -> Iterator[Code]:
 def _block(opening: str, lines: list[str]) -> Code:
     found = _FENCE.match(opening)
     language = found[2].lower() if found else ""
-    indent = len(opening) - len(opening.lstrip())
+    indent = len(found[1]) if found else 0
     body = [line[min(indent, len(line) - len(line.lstrip())) :] for line in lines]
     return Code("\n".join(body), "python" if language in _PYTHON else language)
 

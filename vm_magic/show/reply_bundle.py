@@ -177,10 +177,10 @@ def _json_bundle(text: str, mark: str) -> Bundle:
     body = re.sub(r"\A\s*```(?:json)?\s*\n(.*?)\n?```\s*\Z", r"\1", text, flags=re.DOTALL)
     try:
         value = json.loads(body)
-    except ValueError:
+        pretty = json.dumps(value, indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError):  # a model may nest without end
         note = mark or "(not JSON)"
         return {"text/plain": f"{text} {note}", "text/markdown": f"{fenced(text)}\n\n{_faint(note)}"}
-    pretty = json.dumps(value, indent=2, ensure_ascii=False)
     bundle: Bundle = {"text/plain": pretty, "text/markdown": fenced(pretty, "json")}
     if isinstance(value, dict | list):
         bundle["application/json"] = value

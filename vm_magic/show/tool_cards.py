@@ -36,11 +36,9 @@ def call_text(call: Mapping[str, Any]) -> str:
     function = call["function"]
     try:
         arguments = json.loads(function["arguments"] or "{}")
-    except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        return f"{function['name']}({shortened(function['arguments'], _LONGEST_ARGUMENT)})"
-    given = ", ".join(f"{name}={shortened(repr(value), _LONGEST_ARGUMENT)}" for name, value in arguments.items())
+        given = ", ".join(f"{name}={shortened(repr(value), _LONGEST_ARGUMENT)}" for name, value in arguments.items())
+    except (ValueError, AttributeError, RecursionError):  # not JSON, not an object, nested without end
+        given = shortened(function["arguments"], _LONGEST_ARGUMENT)
     return f"{function['name']}({given})"
 
 

@@ -57,7 +57,7 @@ def _from_value(value: object, name: str) -> Mapping[str, Any]:
 def _parsed(text: str, where: str) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{where}: not valid JSON: {error}", param="json") from None
     if not isinstance(value, dict):
         raise RequestError(f"{where}: a schema is a JSON object, not {type(value).__name__}", param="json")

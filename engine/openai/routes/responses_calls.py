@@ -135,6 +135,6 @@ def _input(arguments: str) -> str:
 def _object(arguments: str) -> JsonObject:
     try:
         value = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
