@@ -107,7 +107,7 @@ class Served:
     settings: Mapping[str, Any] = field(default_factory=dict)
     parsers: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     """The key to write out; None leaves a name for it."""
 
 

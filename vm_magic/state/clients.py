@@ -1,7 +1,7 @@
 """What to paste into other programs so that they talk to the open port."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 from vm_magic.show.cards import CodeText
@@ -21,7 +21,7 @@ class Endpoint:
     base_url: str
     model: str
     needs_key: bool
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     key_place: str = "server.api_key in the notebook"
     """Where the reader finds the key."""
     max_model_len: int | None = None

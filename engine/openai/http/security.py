@@ -48,8 +48,9 @@ class HostOriginMiddleware:
             message = f"Host {host!r} is not served here; --allowed-hosts adds names."
             response = plain_error(HTTPStatus.BAD_REQUEST, message, path=scope["path"], type="BadRequestError")
             await response(scope, receive, send)
-        elif origin is not None and not self._origin_allowed(origin, host):
-            message = f"Origin {origin!r} is not allowed; --allowed-origins adds web pages."
+        elif not self._page_allowed(headers, host):
+            page = "A page of another site" if origin is None else f"Origin {origin!r}"
+            message = f"{page} is not allowed; --allowed-origins adds web pages."
             await plain_error(HTTPStatus.FORBIDDEN, message, path=scope["path"])(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -69,8 +70,16 @@ class HostOriginMiddleware:
             return False
         return headers.get("x-forwarded-context", "").rstrip("/") == self._nameless_hub.path(server[1])
 
-    def _origin_allowed(self, origin: str, host: str) -> bool:
-        allowed = self._options.allowed_origins
+    def _page_allowed(self, headers: Headers, host: str) -> bool:
+        """Whether no web page asks, or one that may.
+
+        Of an image or a script that a page names, browsers tell no origin, but that it is another site's; a link that
+        a person follows opens a page of its own.
+        """
+        allowed, origin = self._options.allowed_origins, headers.get("origin")
+        if origin is None:
+            foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+            return not foreign or "*" in allowed or headers.get("sec-fetch-dest") == "document"
         return "*" in allowed or origin in allowed or origin.lower().partition("://")[2] == host.lower()
 
 
