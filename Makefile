@@ -7,7 +7,7 @@ EXTRA ?=
 JOBS ?= logical
 export PYTHON
 
-.PHONY: help demo lab test nightly lint format types bench manual setup clean
+.PHONY: help demo lab test nightly lint format types audit bench manual setup clean
 
 help: ## what can be made
 	@awk -F ":.*## " '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ format: setup ## let ruff format and mend what it can
 
 types: setup ## mypy, strict
 	@$(PY) -m mypy
+
+audit: setup ## known vulnerabilities of the installed dependencies, by pip-audit (needs the internet)
+	@bash .ci/audit $(PY)
 
 bench: setup ## speed side by side with mlx-lm: a table, and JSON in bench-results/
 	@$(PY) -m tests.benchmarks

@@ -61,6 +61,55 @@ def test_the_wheel_holds_both_packages_the_licence_and_nothing_else(wheel: Path)
     assert shipped == in_tree
 
 
+def test_building_again_gives_the_same_bytes(wheel: Path, tmp_path: Path) -> None:
+    """From a copy elsewhere, with other times, other rights and another hash seed: who builds it can compare."""
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "engine", "vm_magic"):
+        source = ROOT / name
+        ours = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source, clone / name, ignore=ours) if source.is_dir() else shutil.copy(source, clone / name)
+    for path in clone.rglob("*.py"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        path.chmod(0o600)
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    subprocess.run(build, cwd=clone, env=env, check=True, capture_output=True, timeout=120)
+    assert (tmp_path / wheel.name).read_bytes() == wheel.read_bytes()
+
+
+OFFLINE_PYTHON = "#!/bin/sh\necho 'Connection refused' >&2\nexit 1\n"
+AUDITING_PYTHON = """#!/bin/sh
+# Stands for a Python: its environments hold a pip-audit that gets an answer without any advisory.
+case "$*" in
+    *"-m venv"*) for target; do :; done; mkdir -p "$target/bin"; cp "$0" "$target/bin/python"
+        printf '#!/bin/sh\nfor report; do :; done; echo "{}" >"$report"\n' '{answer}' >"$target/bin/pip-audit"
+        chmod +x "$target/bin/pip-audit" ;;
+    *freeze*) echo "a==1" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [
+        (OFFLINE_PYTHON, "nothing was checked: no environment for pip-audit: Connection refused"),
+        (
+            AUDITING_PYTHON.replace("{answer}", "none"),
+            "nothing was checked: the index that answers knows no advisories",
+        ),
+    ],
+)
+def test_the_audit_says_so_where_nobody_answers(tmp_path: Path, python: str, said: str) -> None:
+    """No "nothing found" of `make audit` that nobody looked for."""
+    fake = tmp_path / "python"
+    fake.write_text(python, encoding="utf-8")
+    fake.chmod(0o755)
+    run = [str(ROOT / ".ci" / "audit"), str(fake)]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
 def test_the_wheel_imports_away_from_the_clone(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = "import engine, vm_magic; print(engine.__file__)"
