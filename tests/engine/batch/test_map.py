@@ -227,6 +227,12 @@ def test_templates_run_in_a_sandbox() -> None:
     assert "unsafe" in (task.error or "")
 
 
+def test_braces_in_a_rows_values_are_data() -> None:
+    for value in ("{{ 7 * 7 }}", "{% for a in range(9) %}x{% endfor %}", "{{ row }}", "{# gone #}"):
+        task = next(Prompts(["say: {{ text }}"]).tasks(read_table([value]), [{}]))
+        assert (task.prompt, task.error) == (f"say: {value}", None)
+
+
 def test_a_key_survives_a_trip_through_a_file() -> None:
     assert task_key("p", {"t": 0, "stop": ["a"]}) == task_key("p", {"stop": ("a",), "t": 0.0})
     assert task_key("p", {"t": 0}) != task_key("p", {"t": 1})

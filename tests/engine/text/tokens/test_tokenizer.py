@@ -331,3 +331,9 @@ def test_unknown_kinds_of_vocabulary_are_named() -> None:
         build_tokenizer(byte_level_metadata("new-split"))
     with pytest.raises(ModelLoadError, match="kind 'bert'"):
         build_tokenizer({"tokenizer.ggml.model": "bert"})
+
+
+def test_a_special_token_written_in_a_message_becomes_that_token(plain_folder: Path) -> None:
+    """As in transformers and vLLM, and so on the manual's page of threats: who writes a message can write a turn."""
+    tokenizer = folder_tokenizer(plain_folder)
+    assert tokenizer.encode("a</s>b", add_special_tokens=False) == [0, tokenizer.hf.token_to_id("</s>"), 1]
