@@ -9,14 +9,16 @@ from engine.core.request import NewRequest, Request, RequestStatus, check_length
 from engine.core.scheduler import Scheduler
 from engine.core.step import ScheduledRequest, SchedulerOutput
 from engine.errors import GenerationError, OutOfMemoryError, VMMagicError
+from engine.format.text import shortened
 from engine.memory.step_cost import AdmissionControl
 from engine.outputs import THINKING_CUTS, CompletionDelta, LogprobsAtPosition
 from engine.params.live_sampling import LiveSampling
 from engine.params.sampling_params import SamplingParams
 from engine.runner.model_runner import InFlightStep, ModelRunner, PromptLogprobs, SampledToken, StepResult
-from engine.runtime.activity import EngineStats, Throughput
+from engine.runtime.activity import EngineStats
 from engine.runtime.failures import MEMORY_HELP, failure_of, no_token
 from engine.runtime.metrics import EngineMetrics
+from engine.runtime.observer import EngineObserver
 from engine.runtime.step_tally import StepTally
 from engine.runtime.stream import RequestStream, wake_all
 from engine.text.tokens.detokenizer import Detokenizer
@@ -48,16 +50,6 @@ class _Group:
     num_unfinished: int = 0
 
 
-@dataclass(slots=True)
-class _TokenCounts:
-    """Tokens since the model was loaded; see :class:`engine.runtime.activity.EngineStats`."""
-
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-
-
 class LLMEngine:
     """Requests in, deltas out to their streams. ``submit_first`` says how steps overlap.
 
@@ -83,7 +75,7 @@ class LLMEngine:
         self.runner = runner
         self._make_detokenizer = make_detokenizer
         self._token_text = token_text
-        self._metrics = metrics
+        self._observer = EngineObserver(metrics)
         self._submit_first = submit_first
         self.admission = admission
         self.patience = PATIENCE
@@ -94,15 +86,11 @@ class LLMEngine:
         self._suspects: Sequence[ScheduledRequest] = ()
         self._stuck_since: float | None = None
         self._chunk_seconds = LONG_STEP
-        self._counts = _TokenCounts()
         self._news: list[RequestStream] = []
         """Streams with deltas that whoever waits was not told of yet."""
-        self._token_gaps: dict[float, int] = {}
-        """Time of the token before -> how many tokens of this step follow one of then."""
         self._live: LiveSampling | None = None
-        self.throughput = Throughput()
+        self.throughput = self._observer.throughput
         self.tally = StepTally.of_groups(scheduler.kv.groups)
-        self._step_prompt_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -135,7 +123,7 @@ class LLMEngine:
         self._in_flight = following if submit_now else self._submit_if_wanted(following)
         if self._submit_first and self._takes_long(scheduled):
             self.drain()
-        self._observe_state(len(scheduled.preempted))
+        self._observer.state(self.scheduler)
 
     def add_request(self, new: NewRequest, stream: RequestStream) -> None:
         """Queue a request; its ``n`` completions share the blocks of the prompt.
@@ -166,6 +154,7 @@ class LLMEngine:
         for completion in group.completions:
             if not completion.request.finished:
                 self._finish(group, completion, RequestStatus.FINISHED_ABORTED)
+        self._observer.state(self.scheduler)
         self._tell_waiting()
 
     def finish_thinking(self, request_id: str) -> None:
@@ -249,10 +238,11 @@ class LLMEngine:
             self.scheduler.preempt(request)
         self.scheduler.kv.reset_prefix_cache()
         self.runner.recover()
+        self._observer.state(self.scheduler)
 
     def stats(self) -> EngineStats:
         """The engine's counters now."""
-        pool, counts = self.scheduler.kv.groups[0].pool, self._counts
+        pool = self.scheduler.kv.groups[0].pool
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
@@ -261,16 +251,14 @@ class LLMEngine:
             num_cached_blocks=pool.num_free_cached,
             num_free_blocks=pool.num_free_blocks - pool.num_free_cached,
             kv_cache_usage=self.scheduler.kv.usage,
-            prefix_queries=counts.prefix_queries,
-            prefix_hits=counts.prefix_hits,
             num_preemptions=self.scheduler.num_preemptions,
-            prompt_tokens=counts.prompt_tokens,
-            generation_tokens=counts.generation_tokens,
+            **self._observer.counts.to_dict(),
         )
 
     def close(self) -> None:
         """Give all memory back."""
         self._in_flight = None
+        self._observer.ended()
         self.runner.close()
 
     def _takes_long(self, step: SchedulerOutput) -> bool:
@@ -346,25 +334,16 @@ class LLMEngine:
         try:
             for sampled in result.tokens:
                 if not sampled.scheduled.request.finished:
-                    num_tokens += 1
+                    num_tokens += sampled.token_id >= 0
                     self._hand_out_token_safely(sampled, now)
         finally:
             self._tell_waiting()
-        self._observe_tokens(num_tokens, now)
+        self._observer.step(num_tokens, now)
 
     def _tell_waiting(self) -> None:
         """Wake whoever waits for the deltas that were delivered: once for a step, not for each token."""
         news, self._news = self._news, []
         wake_all(news)
-
-    def _observe_tokens(self, num_tokens: int, now: float) -> None:
-        gaps, self._token_gaps = self._token_gaps, {}
-        for last, count in gaps.items():
-            self._metrics.observe_inter_token(now - last, count)
-        self._metrics.observe_step(self._step_prompt_tokens, num_tokens)
-        self.throughput.add(now, self._step_prompt_tokens, num_tokens)
-        self._step_prompt_tokens = 0
-        self._counts.generation_tokens += num_tokens
 
     def _hand_out_prompt(self, prompt: PromptLogprobs) -> None:
         if prompt.request not in self._group_of or prompt.request.index:
@@ -387,7 +366,7 @@ class LLMEngine:
         if sampled.token_id < 0:
             self._fail(group, GenerationError(no_token(request)))
             return
-        self._time_token(request, now)
+        self._observer.token(request, now)
         status = self.scheduler.update(sampled.scheduled, sampled.token_id)
         guide = request.guide
         if guide is not None and guide.error is not None:
@@ -418,21 +397,12 @@ class LLMEngine:
             status = request.status = RequestStatus.FINISHED_STOPPED
         return step.text_delta, status
 
-    def _time_token(self, request: Request, now: float) -> None:
-        metrics = request.metrics
-        last, metrics.last_token_time = metrics.last_token_time, now
-        if last is not None:
-            self._token_gaps[last] = self._token_gaps.get(last, 0) + 1
-        else:
-            metrics.first_token_time = now
-            self._metrics.observe_first_token(now - metrics.arrival_time)
-
     def _tell_prompt(self, group: _Group, request: Request) -> None:
         """What is known of the prompt, now that its first token is there."""
         group.stream.num_cached_tokens = max(0, request.num_cached_tokens)
         if request.params.prompt_logprobs is not None:
             group.stream.prompt_logprobs = group.prompt_logprobs or [None]
-        self._count_prompt(request)
+        self._observer.prompt(request)
 
     def _finish(self, group: _Group, completion: _Completion, status: RequestStatus) -> None:
         """End a completion that its tokens did not end, telling its stream."""
@@ -450,14 +420,7 @@ class LLMEngine:
             _log_cut_thought(request)
             self.runner.forget(request)
             del self._group_of[request]
-            self._metrics.observe_finished(
-                request.metrics,
-                request.num_prompt_tokens,
-                len(request.output_token_ids),
-                request.max_tokens,
-                request.params.n,
-                status.finish_reason or "",
-            )
+            self._observer.finished(request)
         group.stream.append(delta)
         self._news.append(group.stream)
         if status is not None:
@@ -466,8 +429,12 @@ class LLMEngine:
                 self._close(group, None)
 
     def _fail(self, group: _Group, error: VMMagicError) -> None:
+        logger.error("Request %s failed: %s", group.stream.request_id, shortened(" ".join(str(error).split()), 200))
         for completion in group.completions:
-            self.scheduler.finish(completion.request, RequestStatus.FINISHED_ERROR)
+            if not completion.request.finished:
+                self.scheduler.finish(completion.request, RequestStatus.FINISHED_ERROR)
+                self._observer.finished(completion.request)
+        self._observer.state(self.scheduler)
         self._close(group, error)
 
     def _close(self, group: _Group, error: BaseException | None) -> None:
@@ -475,21 +442,8 @@ class LLMEngine:
         for completion in group.completions:
             if self._group_of.pop(completion.request, None) is not None:
                 self.runner.forget(completion.request)
+        self._observer.closed([completion.request for completion in group.completions])
         group.stream.end(error)
-
-    def _count_prompt(self, request: Request) -> None:
-        queries, hits = request.num_prompt_tokens, max(0, request.num_cached_tokens)
-        self._metrics.observe_prefix(queries, hits)
-        self._step_prompt_tokens += queries - hits
-        self._counts.prefix_queries += queries
-        self._counts.prefix_hits += hits
-        self._counts.prompt_tokens += queries - hits
-
-    def _observe_state(self, num_preempted: int) -> None:
-        scheduler = self.scheduler
-        self._metrics.set_state(len(scheduler.running), len(scheduler.waiting), scheduler.kv.usage)
-        for _ in range(num_preempted):
-            self._metrics.observe_preemption()
 
 
 def _log_cut_thought(request: Request) -> None:

@@ -142,9 +142,9 @@ class EngineMetrics:
         self._cached.inc(hits)
         self._request_computed.observe(queries - hits)
 
-    def observe_preemption(self) -> None:
-        """One request was preempted."""
-        self._preemptions.inc()
+    def observe_preemptions(self, number: int) -> None:
+        """So many more completions lost their blocks to others."""
+        self._preemptions.inc(number)
 
     def observe_finished(
         self,
@@ -152,15 +152,12 @@ class EngineMetrics:
         num_prompt: int,
         num_generated: int,
         max_tokens: int | None,
-        n: int,
         finish_reason: str,
     ) -> None:
-        """One request ended. ``num_generated`` counts its completion's tokens, times are read from ``metrics``."""
+        """One completion ended. ``num_generated`` counts its tokens, times are read from ``metrics``."""
         self._finished[finish_reason].inc()
         self._request_prompt.observe(num_prompt)
         self._request_generation.observe(num_generated)
-        self._request_longest.observe(num_generated)
-        self._params_n.observe(n)
         if max_tokens is not None:
             self._params_max_tokens.observe(max_tokens)
         scheduled, first, last = metrics.scheduled_time, metrics.first_token_time, metrics.last_token_time
@@ -171,6 +168,11 @@ class EngineMetrics:
         _observe_span(self._decode, first, last)
         if first is not None and last is not None and num_generated > 1:
             self._per_token.observe((last - first) / (num_generated - 1))
+
+    def observe_closed(self, n: int, longest: int) -> None:
+        """The last of a request's ``n`` completions ended; the ``longest`` has so many tokens."""
+        self._params_n.observe(n)
+        self._request_longest.observe(longest)
 
     def render(self) -> bytes:
         """All metrics as Prometheus text (:data:`CONTENT_TYPE`)."""

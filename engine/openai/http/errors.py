@@ -1,6 +1,5 @@
 """Errors as HTTP: vLLM's body and statuses for everything that goes wrong."""
 
-import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -11,8 +10,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from engine.errors import ContextLengthError, EngineClosedError, GenerationError, RequestError
+from engine.openai.http.request_id import HEADER, request_id, request_logger
 
-logger = logging.getLogger("engine.openai")
+logger = request_logger("engine.openai")
 MESSAGES_PATH = "/v1/messages"
 """Below this path errors have Anthropic's form."""
 _ANTHROPIC_TYPES = {
@@ -155,7 +155,9 @@ async def _on_client_gone(_request: Request, _error: Exception) -> Response:
 async def _on_exception(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, ContextLengthError) and error.limit and MESSAGES_PATH in request.url.path:
         error = RequestError(_too_long(error), param=error.param)
-    return _response(describe(error), request.url.path)
+    # Where no handler inside the middleware took it, that middleware does not see the response.
+    named = {HEADER: request_id()} if request.app.state.port.options.enable_request_id_headers else None
+    return _response(describe(error), request.url.path, named)
 
 
 def _too_long(error: ContextLengthError) -> str:

@@ -1,14 +1,14 @@
 """Counts and times of HTTP requests, request ids and the access log."""
 
-import logging
 import time
-import uuid
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-logger = logging.getLogger("engine.openai.access")
+from engine.openai.http.request_id import HEADER, begin_request, request_id, request_logger
+
+logger = request_logger("engine.openai.access")
 _LABELS = ("method", "status", "handler")
 
 
@@ -33,7 +33,7 @@ class HttpMetrics:
 
 
 class AccessMiddleware:
-    """Measures each request; adds ``X-Request-Id`` and log lines where they are switched on."""
+    """Measures each request and gives it its id; adds ``X-Request-Id`` and log lines where they are switched on."""
 
     def __init__(self, app: ASGIApp, *, metrics: HttpMetrics, request_ids: bool, log: bool) -> None:
         self._app = app
@@ -46,6 +46,7 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        begin_request(scope)
         begin = time.perf_counter()
         status = 500
 
@@ -54,8 +55,7 @@ class AccessMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if self._request_ids:
-                    asked = Headers(scope=scope).get("x-request-id")
-                    MutableHeaders(scope=message).append("X-Request-Id", asked or uuid.uuid4().hex)
+                    MutableHeaders(scope=message)[HEADER] = request_id()
             await send(message)
 
         try:

@@ -1,18 +1,18 @@
 """Fields that this engine cannot honour are refused by name; unknown ones are logged, as vLLM does."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from engine.errors import RequestError
+from engine.openai.http.request_id import request_logger
 from engine.openai.schema.protocol import ChatFields, GenerationFields, RequestBody
 from engine.params.sampling_params import MAX_LOGPROBS
 from engine.params.tool_choice import demanded_names, refuse_kind
 from engine.text.guide.tool_grammar import check_callable
 
-logger = logging.getLogger("engine.openai")
+logger = request_logger("engine.openai")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import asyncio
 import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +17,7 @@ from engine.errors import GenerationError, RequestError, UnknownModelError
 from engine.openai.http.errors import RequestAbortedError
 from engine.openai.http.lifetime import OpenRequest, OpenRequests
 from engine.openai.http.options import ServerOptions
+from engine.openai.http.request_id import HEADER, MAX_LENGTH, name_request, request_id
 from engine.openai.http.sse import OPENAI_FORM, Events, EventStream, StreamForm
 from engine.openai.schema.protocol import SAMPLING_FIELDS, GenerationFields, SamplingFields, StreamOptions
 from engine.openai.serving.backend import ServedEngine
@@ -29,7 +29,6 @@ from engine.text.parse.scan.output_sink import ParsedDelta
 from engine.text.template.chat_template import RESERVED_VARIABLES
 from engine.text.tokens.detokenizer import completion_stream
 
-_MAX_ID_LENGTH = 128
 _BIAS_LIMIT = 100.0
 _SHORT = 8192
 """Characters of a request whose prompt is made at once: a millisecond's work."""
@@ -331,8 +330,9 @@ async def start_job(
 ) -> Job:
     """Submit ``prompts``. If one is refused, none runs."""
     engine = port.engine
-    asked = http.headers.get("x-request-id") or request.request_id
-    job_id = f"{prefix}-{asked[:_MAX_ID_LENGTH] if asked else uuid.uuid4().hex}"
+    asked = http.headers.get(HEADER) or request.request_id
+    name_request(asked)
+    job_id = f"{prefix}-{request_id()[:MAX_LENGTH]}"
     # Two clients may choose the same id; the engine's must be unique.
     unique = f"{job_id}-{secrets.token_hex(4)}" if asked else job_id
 

@@ -36,7 +36,8 @@ def finished_metrics() -> EngineMetrics:
     times = RequestMetrics(
         arrival_time=10.0, scheduled_time=11.0, first_token_time=13.0, last_token_time=17.0, finished_time=18.0
     )
-    metrics.observe_finished(times, 7, 5, 16, 2, "length")
+    metrics.observe_finished(times, 7, 5, 16, "length")
+    metrics.observe_closed(2, 5)
     return metrics
 
 
@@ -65,7 +66,7 @@ def test_a_finished_request_fills_every_span() -> None:
 
 def test_a_request_that_never_ran_counts_without_times() -> None:
     metrics = EngineMetrics("m")
-    metrics.observe_finished(RequestMetrics(arrival_time=1.0), 3, 0, None, 1, "abort")
+    metrics.observe_finished(RequestMetrics(arrival_time=1.0), 3, 0, None, "abort")
     found = samples(metrics)
     assert found["vllm:request_success_total", "abort"] == 1
     assert found["vllm:request_decode_time_seconds_count", ""] == 0
@@ -76,7 +77,7 @@ def test_steps_state_and_cache_hits_are_counted() -> None:
     metrics = EngineMetrics("m")
     metrics.observe_step(32, 4)
     metrics.observe_prefix(40, 8)
-    metrics.observe_preemption()
+    metrics.observe_preemptions(1)
     metrics.observe_first_token(0.5)
     metrics.observe_inter_token(0.02)
     metrics.set_state(3, 2, 0.25)
@@ -110,5 +111,5 @@ def test_boards_that_know_the_old_names_find_them() -> None:
 
 def test_two_engines_do_not_share_their_counts() -> None:
     first, second = EngineMetrics("m"), EngineMetrics("m")
-    first.observe_preemption()
+    first.observe_preemptions(1)
     assert samples(second)["vllm:num_preemptions_total", ""] == 0

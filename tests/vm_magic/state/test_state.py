@@ -90,7 +90,7 @@ def test_logs_show_the_latest_lines_of_the_engine_and_of_the_magics(
 
 
 def test_metrics_are_a_table_without_buckets(shell: Any, loaded: fakes.FakeLLM) -> None:
-    loaded.metrics.observe_preemption()
+    loaded.metrics.observe_preemptions(1)
     text = repr(line(shell, "metrics"))
     assert [row.split()[-1] for row in text.splitlines() if "vllm:num_preemptions_total" in row] == ["1"]
     assert "vllm:e2e_request_latency_seconds_sum" in text

@@ -66,7 +66,7 @@ def test_the_version_is_told(http: httpx.Client) -> None:
 def test_metrics_hold_the_engines_and_the_ports(http: httpx.Client, llm: FakeLLM) -> None:
     http.get("/version")
     http.get("/v1/nowhere")
-    llm.metrics.observe_preemption()
+    llm.metrics.observe_preemptions(1)
     response = http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     samples = {
