@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.chat.parse_output import parse_output
+    from engine.checkup.doctor import doctor
     from engine.errors import (
         ConfigError,
         ContextLengthError,
@@ -68,6 +69,7 @@ __all__ = [
     "UnknownResponseError",
     "UnsupportedOptionError",
     "VMMagicError",
+    "doctor",
     "inspect",
     "parse_output",
     "plan",
@@ -76,6 +78,7 @@ __all__ = [
 
 _HOMES = {
     "engine.chat.parse_output": ("parse_output",),
+    "engine.checkup.doctor": ("doctor",),
     "engine.llm": ("LLM",),
     "engine.memory.plan": ("MemoryPlan",),
     "engine.model_card.card": ("ModelCard",),

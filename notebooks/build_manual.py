@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.checkup.environment import ENVIRONMENT
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "bench-results"
 KEPT_RESULTS = HERE.parent / "tests" / "benchmarks" / "results"
@@ -35,29 +37,6 @@ div.cell_output .text_html :is(td, th) { padding-right: 8px !important; white-sp
 }
 """
 """Long lines wrap, 80 columns of help fit, and a table fits between the columns of links or on a phone, or scrolls."""
-ENVIRONMENT = {
-    "VLLM_METAL_MEMORY_FRACTION": "as `--gpu-memory-utilization`: `auto` (0.90) or a number in (0, 1]",
-    "VLLM_METAL_USE_PAGED_ATTENTION": "`0` takes mlx-lm's own contiguous caches instead of pages",
-    "VLLM_METAL_ATTENTION_BACKEND": "as `--attention-backend`: `auto`, `paged` or `reference`",
-    "VLLM_API_KEY": "the port's key without `--api-key`, and the key that `connect` sends (else `OPENAI_API_KEY`)",
-    "HF_HOME": "folder of Hugging Face files; models are in its `hub`",
-    "HF_HUB_CACHE": "folder of Hugging Face models",
-    "HF_HUB_OFFLINE": "`1`: no network, only models that are here",
-    "TRANSFORMERS_OFFLINE": "as `HF_HUB_OFFLINE`",
-    "HF_DATASETS_OFFLINE": "as `HF_HUB_OFFLINE`",
-    "XDG_CACHE_HOME": "where `smollm2` and, without `HF_HOME`, Hugging Face files are kept (`~/.cache`)",
-    "XDG_RUNTIME_DIR": "where kernels tell each other how much memory they plan (else beside `smollm2`)",
-    "JPY_SESSION_NAME": "set by Jupyter: the notebook's name, which its other notebooks are told",
-    "CUDA_VISIBLE_DEVICES": "the GPUs that `--device cuda:N` and `replicas=` count; `--device` sets it to its one",
-    "XDG_CONFIG_HOME": "where the `llm` tool keeps its settings (`~/.config`)",
-    "LLM_USER_PATH": "the `llm` tool's folder, where that is somewhere else",
-    "OPENBLAS_DIR": "folder of an OpenBLAS to use on a Linux CPU before the system's",
-    "OPENBLAS_NUM_THREADS": "its threads; not set: as many as the container's quota of processors allows",
-    "JUPYTERHUB_SERVICE_PREFIX": "set by JupyterHub: `serve` shows the address through its proxy too",
-    "JUPYTERHUB_PUBLIC_URL": "set by JupyterHub: the address that others see, whose name the port then serves",
-    "JUPYTERHUB_HOST": "set by JupyterHub where users have subdomains: its address",
-    "JUPYTERHUB_USER": "set by JupyterHub: whose subdomain that is",
-}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

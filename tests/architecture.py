@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.chat",),
     ("engine.explain", "engine.batch", "engine.openai"),
     ("engine.llm",),
+    ("engine.checkup",),
     ("engine",),
     ("vm_magic.summaries",),
     ("vm_magic.show",),

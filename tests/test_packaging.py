@@ -15,7 +15,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-THROUGH = {"starlette": "fastapi", "traitlets": "ipython", "transformers": "mlx-lm", "pydantic-core": "pydantic"}
+THROUGH = {
+    "comm": "ipywidgets",
+    "starlette": "fastapi",
+    "traitlets": "ipython",
+    "transformers": "mlx-lm",
+    "pydantic-core": "pydantic",
+}
 """Imported distributions that another, declared one brings and speaks in terms of."""
 OPTIONAL = {"pandas", "psutil", "ipykernel"}
 """Imported only where a user works with it; without it an error says how to get it."""

@@ -30,7 +30,7 @@ def shareable(text: str, beginnings: Sequence[str] = ()) -> str:
     for home in _home_folders():
         text = re.sub(rf"{re.escape(home)}(?=[/\\\s:,;)'\"]|$)", "~", text)
     text = _HOMES.sub("~", text)
-    if name := _user_name():
+    if name := user_name():
         text = re.sub(rf"(?<=/){re.escape(name)}(?=/|$)", "USER", text)
     text = _KEYS.sub("(a key)", text)
     line = " ".join(text.split())
@@ -51,7 +51,8 @@ def _home_folders() -> tuple[str, ...]:
 
 
 @cache
-def _user_name() -> str:
+def user_name() -> str:
+    """Whose process this is; empty where nobody says."""
     try:
         name = getpass.getuser()
     except (KeyError, OSError):

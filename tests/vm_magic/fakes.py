@@ -14,6 +14,7 @@ from engine.core.request import Standing
 from engine.errors import EngineClosedError, ModelNotFoundError
 from engine.memory.cache_spec import FullAttentionSpec
 from engine.memory.plan import MemoryPlan
+from engine.models.local import ResolvedModel
 from engine.models.weight_format import CachedModel
 from engine.outputs import CompletionDelta
 from engine.params.engine_args import EngineArgs
@@ -178,6 +179,7 @@ class FakeLLM(_LLM):
             if model == "slow":
                 time.sleep(5)
         self.args = EngineArgs.from_options(model, options)
+        self.resolved = ResolvedModel(model, Path("nowhere", model), "gguf")
         self.plan = small_plan()
         self.settings = Settings()
         self.attention_paths = (AttentionPath("full", (0,), "reference", NO_KERNELS_ON_CPU),)

@@ -39,6 +39,7 @@ COMMANDS = {
     "bench": "bench.Bench",
     "logs": "logs.Logs",
     "metrics": "logs.Metrics",
+    "doctor": "doctor.Doctor",
 }
 """Every command in the order of ``--help``, and the module of this package and the class that it is.
 
@@ -72,6 +73,7 @@ _MEANT = {
     "rerun": "again repeat replay reproduce",
     "bench": "benchmark speed",
     "logs": "log",
+    "doctor": "check checkup diagnose diagnostics env environment report selftest test verify",
     "metrics": "prometheus stats usage",
 }
 _SYNONYMS = {word: name for name, words in _MEANT.items() for word in words.split()}

@@ -121,6 +121,12 @@ def _model_card(card: Any) -> str:
     return model_card_html(card)
 
 
+def _examination(found: Any) -> str:
+    from vm_magic.show.doctor_view import examination_html
+
+    return examination_html(found)
+
+
 def _reply(reply: Any) -> Any:
     from vm_magic.show.reply_bundle import filed_bundle
 
@@ -196,6 +202,7 @@ _FORMATTERS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (_HTML, "engine.memory.plan.MemoryPlan", _plan),
     (_HTML, "engine.memory.plan_table.PlanTable", _plan_table),
     (_HTML, "engine.model_card.card.ModelCard", _model_card),
+    (_HTML, "engine.checkup.findings.Examination", _examination),
     (_HTML, "engine.batch.score.Score", _score),
     (_HTML, "engine.openai.server.ServerHandle", _server),
     (_TEXT, "engine.openai.server.ServerHandle", _server_as_text),

@@ -9,7 +9,7 @@ from traitlets.config import Config
 
 from engine.errors import VMMagicError
 from engine.openai.http.ring_log import RingLog
-from vm_magic.shell.shadowed_engine import check_engine
+from vm_magic.shell.shadowed_engine import EngineShadowedError, check_engine, shadow_report
 from vm_magic.show.errors import HelpShown, Interrupted, short_error
 from vm_magic.show.terminal import say
 from vm_magic.state.cell_record import unnoted
@@ -40,7 +40,14 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
     @line_cell_magic  # type: ignore[untyped-decorator]
     def vllm_metal(self, line: str, cell: str | None = None) -> Any:
         """Run a language model inside this kernel: %vllm_metal --help lists the commands."""
-        check_engine()
+        try:
+            check_engine()
+        except EngineShadowedError as error:
+            report = shadow_report(error, line)
+            if report is None:
+                raise
+            print(report)
+            return None
         return self.shielded(lambda: self._run(line, cell))
 
     @no_var_expand  # type: ignore[untyped-decorator]

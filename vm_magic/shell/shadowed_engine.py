@@ -14,6 +14,18 @@ class EngineShadowedError(ImportError):
         return [f"\x1b[31m{type(self).__name__}\x1b[39m: {self}"]
 
 
+def shadow_report(error: EngineShadowedError, line: str) -> str | None:
+    """What ``%vllm_metal doctor`` says where nothing else of ours can run; None if ``line`` asks for another command.
+
+    With ``--report`` without the place.
+    """
+    words = line.split()
+    if words[:1] != ["doctor"]:
+        return None
+    text = str(error)
+    return f"problem: {text.replace(error.path, '(path)') if '--report' in words and error.path else text}"
+
+
 def check_engine() -> None:
     """Raise EngineShadowedError if ``engine`` is not our package; runs no code of it.
 

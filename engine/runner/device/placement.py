@@ -112,11 +112,11 @@ def _visible(env: Mapping[str, str]) -> tuple[str, ...]:
         return ()
     if VISIBLE in env:
         return tuple(filter(None, (name.strip() for name in env[VISIBLE].split(","))))
-    return tuple(map(str, range(_count_gpus())))
+    return tuple(map(str, range(count_gpus())))
 
 
-def _count_gpus() -> int:
-    """How many GPUs there are, asked of NVIDIA's management library: CUDA looks at its variable only once."""
+def count_gpus() -> int:
+    """How many NVIDIA GPUs there are, asked of NVIDIA's management library: CUDA looks at its variable only once."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

@@ -328,7 +328,7 @@ def test_the_text_and_its_json_hold_no_home_folder_no_user_and_no_key(
 ) -> None:
     home = tmp_path / "home" / "somebody"
     monkeypatch.setattr("engine.model_card.privacy._home_folders", lambda: (str(home),))
-    monkeypatch.setattr("engine.model_card.privacy._user_name", lambda: "somebody")
+    monkeypatch.setattr("engine.model_card.privacy.user_name", lambda: "somebody")
     folder = write_folder(home / "models" / "m", architectures=["/Us" + "ers/other/x"])
     changed(
         folder / "tokenizer_config.json", tokenizer_class="hf_abcdefghijklmnopqrstuvwx", bos_token="/ho" + "me/third/x"

@@ -21,7 +21,7 @@ class Machine(SimpleNamespace):
         super().__init__(env=dict(env), default="gpu", started=None)
         monkeypatch.setattr(placement, "_placement", placement._Placement())
         monkeypatch.setattr(placement, "cuda_build_installed", lambda: gpus > 0)
-        monkeypatch.setattr(placement, "_count_gpus", lambda: gpus)
+        monkeypatch.setattr(placement, "count_gpus", lambda: gpus)
         monkeypatch.setattr(placement, "prepare_backend", lambda: None)
         monkeypatch.setattr(placement.sys, "platform", "linux")
 
