@@ -431,8 +431,8 @@ class LLMEngine:
     def _fail(self, group: _Group, error: VMMagicError) -> None:
         logger.error("Request %s failed: %s", group.stream.request_id, shortened(" ".join(str(error).split()), 200))
         for completion in group.completions:
-            if not completion.request.finished:
-                self.scheduler.finish(completion.request, RequestStatus.FINISHED_ERROR)
+            self.scheduler.finish(completion.request, RequestStatus.FINISHED_ERROR)
+            if completion.request in self._group_of:  # else its end was counted
                 self._observer.finished(completion.request)
         self._observer.state(self.scheduler)
         self._close(group, error)
