@@ -34,16 +34,6 @@ class KVCacheGroup(Protocol):
     def num_cached_tokens(self, request: Request, limit: int) -> int:
         """Most leading tokens, up to ``limit``, that this group could reuse (a multiple of its block size)."""
 
-    def choose_checkpoints(self, request: Request, num_cached: int, num_shared: int, boundary: int) -> None:
-        """Choose what ``request`` keeps for others; it starts from ``num_cached`` tokens.
-
-        ``num_shared``: leading tokens that all groups of pages have. Every ``boundary`` tokens, blocks of all groups
-        end.
-        """
-
-    def chunk_end(self, request: Request, end: int) -> int:
-        """Where the next chunk should end, at most ``end``, so that what is there then can be kept."""
-
     def num_blocks_needed(self, request: Request, num_tokens: int, num_cached: int) -> int:
         """Free blocks that :meth:`allocate` would take, counting those it must wake from the cache."""
 
@@ -118,13 +108,6 @@ class FullAttentionGroup:
         while (count + 1) * self.block_size <= limit and self._cached_block(request, count) is not None:
             count += 1
         return count * self.block_size
-
-    def choose_checkpoints(self, request: Request, num_cached: int, num_shared: int, boundary: int) -> None:
-        """Every full block is kept: nothing to choose."""
-
-    def chunk_end(self, request: Request, end: int) -> int:
-        """Chunks may end anywhere."""
-        return end
 
     def num_blocks_needed(self, request: Request, num_tokens: int, num_cached: int) -> int:
         """New blocks, plus cached ones that leave the free ones when shared."""

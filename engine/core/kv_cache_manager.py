@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Self
 
-from engine.core import state_group  # noqa: F401  (registers its kind)
 from engine.core.block_pool import BlockPool
 from engine.core.cache_groups import KVCacheGroup, make_cache_group
 from engine.core.request import Request
+from engine.core.state_group import StateGroup
 from engine.memory.cache_spec import KVCacheSpec
 
 
@@ -20,7 +20,7 @@ class KVCacheManager:
         self.granularity = math.gcd(*(group.block_size for group in self.groups))
         """Only at multiples of so many tokens does a sequence need a block, or fill one."""
         self._pages = [group for group in self.groups if not group.recurrent]
-        self._states = [group for group in self.groups if group.recurrent]
+        self._states = [group for group in self.groups if isinstance(group, StateGroup)]
         self._moving = [group for group in self.groups if group.moves_on]
 
     @classmethod

@@ -5,8 +5,11 @@ import random
 import pytest
 
 from engine.core.block_pool import BlockPool, hash_block
-from engine.core.cache_groups import FullAttentionGroup
+from engine.core.cache_groups import FullAttentionGroup, SlidingWindowGroup
+from engine.core.kv_cache_manager import KVCacheManager
 from engine.core.request import Request
+from engine.core.state_group import StateGroup
+from engine.memory.cache_spec import FullAttentionSpec, SharedSpec, SlidingWindowSpec, StateSpec
 from engine.params.sampling_params import SamplingParams
 
 
@@ -165,3 +168,31 @@ def test_block_tables_follow_the_blocks_that_move():
     assert table is group.block_table(second), "whoever holds a request's table sees it change"
     assert list(table) == [block.block_id for block in group._sequences[second].blocks if block is not None]
     assert set(table) == set(moves.values())
+
+
+def test_a_table_says_0_for_what_lies_behind_a_window_also_where_other_blocks_moved():
+    group = SlidingWindowGroup(BlockPool(20, enable_caching=False), 4, window=8)
+    first, second = Request("first", [1] * 28, SamplingParams()), Request("second", [2] * 40, SamplingParams())
+    for request in (first, second):
+        group.allocate(request, request.num_tokens, 0)
+    group.free(first)
+    second.num_computed_tokens = 32
+    group.free_out_of_window(second)
+    assert group.pool.resize(6)
+    table = list(group.block_table(second))
+    assert table[:6] == [0] * 6
+    assert table[6:] == [block.block_id for block in group._sequences[second].blocks[6:]]
+    assert len(table) == 10
+
+
+def test_each_kind_of_memory_has_its_group_with_as_many_blocks_as_are_planned():
+    specs = [FullAttentionSpec((0,), 1), SlidingWindowSpec((1,), 1, window=9), StateSpec((2,), state_bytes=5)]
+    for caching in (True, False):
+        kv = KVCacheManager.of_specs(zip(specs, (3, 4, 5), strict=True), enable_caching=caching)
+        assert [type(group) for group in kv.groups] == [FullAttentionGroup, SlidingWindowGroup, StateGroup]
+        assert [group.pool.num_blocks for group in kv.groups] == [3, 4, 5]
+        assert [group.pool.enable_caching for group in kv.groups] == [caching] * 3
+        assert [group.block_size for group in kv.groups] == [spec.block_size for spec in specs]
+        assert kv.groups[1].window == 9
+    with pytest.raises(AssertionError, match="no bookkeeping for 1 blocks of kind shared"):
+        KVCacheManager.of_specs([(SharedSpec((0,)), 1)], enable_caching=True)

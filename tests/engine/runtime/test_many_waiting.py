@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 
-from engine.core.waiting import WaitingQueue
 from engine.outputs import CompletionDelta
 from engine.params.sampling_params import MAX_COMPLETIONS, SamplingParams
 from tests.benchmarks.step_host import VOCAB_SIZE, IdleBackend, make_engine, random_prompts, submit
-from tests.engine.core.test_scheduler import Driver, make_request, make_scheduler
 
 PARAMS = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 SEATS = 4
@@ -127,48 +125,3 @@ def test_the_list_of_a_prompt_that_its_sender_goes_on_to_change_is_not_the_engin
     assert stream.error is None
     deltas: list[CompletionDelta] = stream.take()
     assert sum(len(delta.token_ids) for delta in deltas) == 4
-
-
-def test_requests_that_ended_while_they_waited_are_not_kept_until_their_turn():
-    waiting = WaitingQueue()
-    requests = [make_request(str(i), 4) for i in range(1000)]
-    for request in requests:
-        waiting.add(request)
-    for request in requests[1:]:
-        waiting.remove(request)
-        waiting.remove(request)  # twice is once
-    assert waiting.own.num_entries <= 70
-    assert (list(waiting), waiting.first(), len(waiting)) == ([requests[0]], requests[0], 1)
-    waiting.remove(requests[0])
-    waiting.add(requests[0])  # as one that ran and was preempted: it waits once
-    assert list(waiting) == [requests[0]]
-
-
-def test_a_prompt_with_siblings_alone_has_the_whole_budget():
-    scheduler, pool = make_scheduler(budget=16)
-    parent = make_request("a", 16)
-    scheduler.add(parent)
-    for index in (1, 2):
-        scheduler.add(make_request("a", 16, index=index), fork_of=parent)
-    assert [scheduled.num_tokens for scheduled in Driver(scheduler, pool).step().scheduled_requests] == [16]
-
-
-def test_siblings_of_one_that_is_preempted_before_they_start_wait_for_it_again():
-    scheduler, pool = make_scheduler(max_num_seqs=4, caching=False, budget=6)
-    parent = make_request("a", 9, max_tokens=8)
-    siblings = [make_request("a", 9, max_tokens=8, index=index) for index in (1, 2)]
-    for request in (parent, *siblings):
-        scheduler.add(request, fork_of=None if request is parent else parent)
-    scheduler.max_num_seqs = 1
-    driver = Driver(scheduler, pool)
-    driver.step()
-    driver.step()
-    assert (scheduler.waiting.num_ready, scheduler.waiting.num_aside) == (2, 0), "the prompt is computed"
-    scheduler.max_num_seqs = 4
-    scheduler.preempt(parent)
-    parent.num_pending, driver.in_flight = 0, None
-    driver.step()
-    assert (scheduler.running, scheduler.waiting.num_aside) == ([parent], 2)
-    driver.run()
-    assert all(len(request.output_token_ids) == 8 for request in (parent, *siblings))
-    assert not scheduler.waiting.num_aside
