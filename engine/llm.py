@@ -33,6 +33,7 @@ from engine.runner.device.memory import active_memory
 from engine.runner.device.placement import place
 from engine.runtime.activity import Activity, BlockMap
 from engine.runtime.async_deltas import AsyncDeltas
+from engine.runtime.load_clock import LoadClock
 from engine.runtime.metrics import EngineMetrics
 from engine.runtime.neighbours import Notice
 from engine.runtime.preflight import FoundModel
@@ -77,13 +78,12 @@ class LLM:
         check_device()
         place(self.args.device)
         prepare_backend()  # before anything imports mlx
-        from engine.runtime.engine_thread import start_engine
-        from engine.runtime.load_clock import LoadClock
-        from engine.runtime.snapshot import SnapshotPoller, snapshot_activity, snapshot_blocks
-
         self.resolved = resolved = resolve(self.args.model, self.args.revision, progress=progress)
         clock = LoadClock()
         found = FoundModel.of(self.args, resolved)
+        from engine.runtime.loading import start_engine  # once there is memory for it
+        from engine.runtime.snapshot import SnapshotPoller, snapshot_activity, snapshot_blocks
+
         self.tokenizer: Tokenizer = found.tokenizer
         clock.ended("tokenizer")
         self.metrics = EngineMetrics(self.args.names[0])

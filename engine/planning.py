@@ -10,6 +10,7 @@ from engine.memory.plan_table import PlanTable, tabulate
 from engine.memory.planner import plan_memory
 from engine.memory.step_cost import StepCost
 from engine.models.model_config import ModelConfig, read_model_config, text_config
+from engine.models.reading import reading
 from engine.models.resolve import resolve
 from engine.params.engine_args import EngineArgs
 from engine.params.sizes import parse_size
@@ -101,7 +102,9 @@ class _Planner:
         key = (args.dtype, args.revision, args.hf_config_path, device)
         shapes = self._shapes.get(key) or _Shapes.of(args, device)
         self._shapes[key] = shapes
-        return plan_memory(shapes.inputs(args, device, sizes))
+        with reading(self._model):  # kinds of caches are asked for their sizes
+            inputs = shapes.inputs(args, device, sizes)
+        return plan_memory(inputs)
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,10 @@ class _Shapes:
         from engine.runner.load.loader import WEIGHT_READERS
 
         resolved = resolve(args.model, args.revision, part="config")
-        config = read_model_config(resolved, replace(args, max_model_len=None))  # one for all lengths asked for
-        abstract = WEIGHT_READERS[resolved.kind].abstract(resolved, config, args, device)
-        return cls(config, ModelCaches(abstract.model), abstract.num_bytes)
+        with reading(args.model):
+            config = read_model_config(resolved, replace(args, max_model_len=None))  # one for all lengths asked for
+            abstract = WEIGHT_READERS[resolved.kind].abstract(resolved, config, args, device)
+            return cls(config, ModelCaches(abstract.model), abstract.num_bytes)
 
     def inputs(self, args: EngineArgs, device: Device, given: _Sizes) -> PlanInputs:
         """What the plan follows from, with the sizes that the user gave in place of those determined."""

@@ -37,6 +37,7 @@ class PlanInputs:
     ``groups`` are in the model's own element type; the plan bills them in ``kv_cache_dtype``. ``shared_layers``
     read other layers' pages and need nothing: named so that none seems forgotten. ``overhead`` gives that of a
     step by its tokens and its context. ``memory_flag`` is the name under which the user set ``fraction``.
+    ``limited_by`` tells people which limit of the process leaves the device so little, if one does.
     """
 
     device_limit: int
@@ -53,6 +54,7 @@ class PlanInputs:
     max_num_batched_tokens: int | None
     kv_cache_dtype: str
     prefix_caching: bool
+    limited_by: str = ""
 
     @classmethod
     def from_args(
@@ -66,6 +68,7 @@ class PlanInputs:
         groups: Sequence[KVCacheSpec],
         shared_layers: tuple[int, ...],
         context_length: int,
+        limited_by: str = "",
     ) -> Self:
         """What ``args`` ask of a model on a device that computes ``chunk_size`` tokens in a step by default."""
         return cls(
@@ -83,6 +86,7 @@ class PlanInputs:
             max_num_batched_tokens=args.batched_tokens(chunk_size),
             kv_cache_dtype=args.kv_cache_dtype,
             prefix_caching=args.enable_prefix_caching,
+            limited_by=limited_by,
         )
 
     def check(self) -> None:

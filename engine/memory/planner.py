@@ -258,6 +258,8 @@ def _refuse_what_does_not_fit(plan: MemoryPlan, shortage: _Shortage) -> None:
     if 0 < plan.max_model_len_that_fits < plan.max_model_len:
         fewer = f"decrease max_model_len to {plan.max_model_len_that_fits} or less, {fewer}"
     mitigations = f"Mitigations: increase {flag}, {fewer}use a smaller or more quantized model."
+    limited = f" {plan.inputs.limited_by}." if plan.inputs.limited_by else ""
+    mitigations += limited
     if plan.kv_budget < 0 or (plan.kv_budget == 0 and plan.per_block_bytes):
         raise shortage.error(f"Paged attention: not enough Metal memory for KV cache. {figures}. {mitigations}")
     if plan.num_blocks < MIN_BLOCKS:
@@ -275,5 +277,5 @@ def _refuse_what_does_not_fit(plan: MemoryPlan, shortage: _Shortage) -> None:
             f"({gib(plan.kv_bytes_at_max_len)} GiB KV cache is needed, which is larger than the available KV cache "
             f"memory ({gib(available)} GiB). {estimate}"
             f"Try increasing `{flag}` or decreasing `max_model_len`{fewer} when initializing the engine. "
-            f"See {_VLLM_HELP} for more details."
+            f"See {_VLLM_HELP} for more details.{limited}"
         )

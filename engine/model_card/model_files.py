@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from engine.errors import VMMagicError, error_line
 from engine.models.local import ResolvedModel
 from engine.models.model_config import ModelConfig, read_model_config
+from engine.models.reading import is_fault
 from engine.models.resolve import resolve
 from engine.models.weight_format import read_json
 from engine.params.engine_args import EngineArgs
@@ -145,7 +146,9 @@ class ModelFiles:
             return read()
         except VMMagicError as error:
             self.problem(str(error))
-        except Exception as error:  # noqa: BLE001 - files may hold anything, and the card shows the others
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             self.problem(f"{what}: cannot be read ({error_line(error)})")
         return None
 

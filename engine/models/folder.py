@@ -14,6 +14,7 @@ from engine.models.weight_format import TOKENIZER_FILES, CachedModel, Part, Want
 
 _WEIGHT_FILES, _INDEX = "model*.safetensors", "model.safetensors.index.json"
 """The names that mlx-lm reads."""
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,9})\.")
 _LFS_POINTER = b"version https://git-lfs"
 _TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.tiktoken", "tokenizer.model"]
 _PATTERNS: dict[Part, list[str]] = {
@@ -99,6 +100,12 @@ class StoredWeights:
     def names(self) -> tuple[str, ...]:
         """The tensors' names."""
         return tuple(tensor.name for tensor in self.tensors)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that the names of tensors tell of; 0 where they tell none."""
+        found = (_LAYER.search(tensor.name) for tensor in self.tensors)
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
 
     @property
     def bytes_by_dtype(self) -> Counter[str]:

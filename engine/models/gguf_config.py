@@ -1,5 +1,6 @@
 """``config.json`` of a GGUF file, made from its metadata: what mlx-lm's models are built from."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,7 @@ def _config(file: GGUFFile) -> dict[str, Any]:
     _check_heads(fields, config, architecture)
     if architecture.more is not None:
         config |= architecture.more(fields, config)
+    _check_sizes(fields, config)
     if config["intermediate_size"] is None:
         raise fields.error(f"{fields.name('feed_forward_length')} is missing or differs between layers")
     if "rope_parameters" not in config and "rope_scaling" not in config:
@@ -63,6 +65,8 @@ def _layers(fields: Fields) -> int:
     count = int(fields.need("block_count")) - int(fields.get("nextn_predict_layers", 0))
     if count < 1:
         raise fields.error(f"{fields.name('block_count')} leaves {count} layers")
+    if count > fields.num_blocks:
+        raise fields.error(f"{fields.name('block_count')} says {count} layers and the file has {fields.num_blocks}")
     return count
 
 
@@ -120,6 +124,29 @@ _COMMON: dict[str, Callable[[Fields], Any]] = {
     "eos_token_id": lambda fields: sorted(fields.file.end_token_ids()),
 }
 """Words that all architectures have."""
+
+
+_PRODUCTS = (
+    ("num_attention_heads", "head_dim"),
+    ("num_key_value_heads", "head_dim"),
+    ("linear_num_key_heads", "linear_key_head_dim"),
+    ("linear_num_value_heads", "linear_value_head_dim"),
+    ("moe_intermediate_size",),
+)
+"""Words whose product counts rows of a tensor."""
+_ALWAYS_FINE = 1 << 20
+"""Rows that may be counted whatever the file holds: what does not fit is refused by name later."""
+
+
+def _check_sizes(fields: Fields, config: dict[str, Any]) -> None:
+    """Refuse sizes that no tensor of the file has room for, before rows are counted one by one."""
+    largest = max((size for info in fields.file.tensors.values() for size in info.shape), default=0)
+    largest = max(largest, _ALWAYS_FINE)
+    for words in _PRODUCTS:
+        sizes = [config.get(word) for word in words]
+        if all(isinstance(size, int) for size in sizes) and math.prod(sizes) > largest:  # type: ignore[arg-type]
+            said = " x ".join(f"{word} {size}" for word, size in zip(words, sizes, strict=True))
+            raise fields.error(f"its metadata say {said}, for which no tensor has room")
 
 
 def _check_heads(fields: Fields, config: dict[str, Any], architecture: Architecture) -> None:

@@ -1,8 +1,12 @@
 """An architecture's own metadata in a GGUF file, with an account of what was read: what was not may change tokens."""
 
+import math
+import re
+from functools import cached_property
 from typing import Any
 
 from engine.errors import ModelLoadError
+from engine.format.text import shortened
 from engine.models.gguf_file import GGUFFile
 
 _WITHOUT_EFFECT = frozenset(
@@ -15,6 +19,10 @@ _WITHOUT_EFFECT = frozenset(
     )
 )
 _SAYS_NOTHING = (0, False, "", "none")
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+_COUNTS = ("_count", "_length", "_count_kv", "_length_swa", "_length_mla")
+"""Ends of the keys that count something."""
+_MOST = (1 << 31) - 1
 
 
 class Fields:
@@ -67,6 +75,12 @@ class Fields:
         info = self.file.tensors.get(tensor)
         return None if info is None else info.shape[max(0, len(info.shape) - 2)]
 
+    @cached_property
+    def num_blocks(self) -> int:
+        """Layers that the file has tensors of."""
+        numbers = (_BLOCK.match(name) for name in self.file.tensors)
+        return len({found[1] for found in numbers if found})
+
     def name(self, key: str) -> str:
         """The key as the file has it."""
         return f"{self.file.architecture}.{key}"
@@ -78,9 +92,22 @@ class Fields:
             own = key.removeprefix(prefix)
             if own == key or own in self._read | _WITHOUT_EFFECT or value in _SAYS_NOTHING:
                 continue
-            raise self.error(f"{key} = {str(value)[:40]} is not understood")
+            raise self.error(f"{shortened(key, 80)} = {shortened(str(value), 40)} is not understood")
 
     def _value(self, key: str, default: Any) -> Any:
         self._read.add(key)
         value = self.file.metadata.get(self.name(key))
-        return default if value is None else value
+        if value is None:
+            return default
+        for one in value if isinstance(value, list) else [value]:
+            if not _fits(key, one):
+                meant = "a whole number" if key.endswith(_COUNTS) else "a number"
+                raise self.error(f"{self.name(key)} = {shortened(str(one), 40)} is not {meant}")
+        return value
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value can be one of ``key``: what counts something is whole and within reason, a number is finite."""
+    if key.endswith(_COUNTS):
+        return isinstance(value, int) and 0 <= value <= _MOST
+    return not isinstance(value, float) or math.isfinite(value)

@@ -19,6 +19,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantiz
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from engine.errors import ModelLoadError
+from engine.format.text import shortened
 from engine.models.gguf_split import parts_of
 
 _MAGIC = b"GGUF"
@@ -49,6 +50,7 @@ _PLAIN: dict[GGMLQuantizationType, type[np.number[Any]]] = {
     GGMLQuantizationType.I64: np.int64,
 }
 """Types whose tensors are plain numbers."""
+_MOST_DIMS = 4
 NEVER_IN_FILES = (GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K)
 """What llama.cpp computes activations in: no file of weights has them."""
 _TOKENIZER = "tokenizer.ggml."
@@ -200,6 +202,7 @@ class _Header:
         start = -(-self._at // alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in headers:
+            _check_shape(path, name, shape, kind)
             tensors[name] = TensorInfo(name, shape, kind, start + offset, _num_bytes(shape, kind), path)
         return GGUFFile(path, metadata, tensors)
 
@@ -210,7 +213,8 @@ class _Header:
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
-            raise ModelLoadError(f"tensor {name} has an unknown GGUF type {number}; use a Q8_0 file") from None
+            known = f"tensor {shortened(name, 80)} has an unknown GGUF type {number}"
+            raise ModelLoadError(f"{known}; use a Q8_0 file") from None
         return name, shape, kind, self._scalar("Q")
 
     def _scalar(self, code: str) -> Any:
@@ -250,6 +254,14 @@ def _check_values(path: Path, metadata: Mapping[str, Any]) -> None:
         raise ModelLoadError(
             f"{path}: {key} = {str(value)[:40]} is not what the format has there; fetch the file again"
         )
+
+
+def _check_shape(path: Path, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> None:
+    """Refuse a tensor of a shape that the format has not: up to four sizes, rows of whole blocks."""
+    block = int(GGML_QUANT_SIZES[kind][0])
+    if len(shape) > _MOST_DIMS or 0 in shape or (block > 1 and (not shape or shape[-1] % block)):
+        what = f"{' x '.join(map(str, shape[:_MOST_DIMS])) or 'no'} {kind.name} values"
+        raise ModelLoadError(f"{path}: tensor {shortened(name, 80)} has {what}; fetch the file again")
 
 
 def _num_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:

@@ -17,6 +17,7 @@ from engine.params.engine_args import EngineArgs
 
 _DEFAULT_CONTEXT_LENGTH = 2048
 """vLLM's, where a model's files give none."""
+_LONGEST = (1 << 31) - 1
 _USUAL_LENGTHS = {"gemma3": 131072}
 """By model type, where published files omit the length."""
 
@@ -86,6 +87,12 @@ def _asked_length(args: EngineArgs) -> int | None:
 def _length(config: Mapping[str, Any], resolved: ResolvedModel, args: EngineArgs) -> int:
     """The context length; of a RoPE in its form for short sequences no more than those."""
     length = context_length(config, resolved.format.tokenizer_limit(resolved.path))
+    if not 1 <= length <= _LONGEST:
+        keys = ", ".join(key for key in LENGTH_KEYS if key in text_config(config))
+        raise ModelLoadError(
+            f"{resolved.name}: a context of {length:.6g} tokens is not one from 1 to {_LONGEST} ({keys or 'RoPE'}); "
+            "fetch config.json again"
+        )
     rope, asked = main_rope(rope_settings(text_config(config))), _asked_length(args)
     if rope is not None and rope.type == "longrope" and asked and asked <= rope.original_length:
         return min(length, rope.original_length)

@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
 from engine.errors import RequestError
+from engine.format.text import shortened
 
 Group = Literal["choice", "penalty", "length", "seed"]
 GROUPS: tuple[Group, ...] = ("choice", "penalty", "length", "seed")
@@ -189,4 +190,4 @@ def known_of(made: Any) -> SamplingField | None:
 
 def refuse(name: str, must: str, value: object) -> RequestError:
     """The error for a value of ``name`` that is not what it ``must`` be."""
-    return RequestError(f"{name} must {must}, got {value}.", param=name)
+    return RequestError(f"{name} must {must}, got {shortened(str(value), 60)}.", param=name)

@@ -109,6 +109,7 @@ def build_engine(
         undo.callback(backend.close)
         clock.ended("warm-up")
         check_attention(args, backend.attention_paths)
+        progress("warm-up", 0, 0)  # where a load that was given up ends
         plan, step_cost = _plan(loaded, caches, backend, args, device, vocab_size)
         clock.ended("step cost")
         kept = undo.pop_all()
@@ -124,8 +125,7 @@ def build_engine(
     if not any(path.backend == "paged" for path in paths):
         fused_layers = None  # they compute nothing then
     pages, attention = pages_note(plan.groups, args.kv_cache_dtype), attention_note(args, device, paths)
-    lines = (note, pages, attention, fused_layers, *faster, sampling_note)
-    notes = [*loaded.notes, *(line for line in lines if line)]
+    notes = [*loaded.notes, *filter(None, (note, pages, attention, fused_layers, *faster, sampling_note))]
     for line in notes:
         logger.info("%s", line)
     logger.info("Paged attention memory breakdown: %s", plan.log_line())

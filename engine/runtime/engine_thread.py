@@ -11,19 +11,15 @@ from typing import NoReturn, TypeVar
 
 from engine.core.request import NewRequest
 from engine.errors import DeviceFailedError, EngineClosedError
-from engine.models.local import ResolvedModel
-from engine.params.engine_args import EngineArgs
 from engine.runner.device.faults import device_failure, driver_failure, give_up_device, has_driver
 from engine.runner.device.placement import computing
 from engine.runner.device.threads import mlx_thread
-from engine.runtime.builder import BuiltEngine, build_engine
+from engine.runtime.builder import BuiltEngine
 from engine.runtime.callbacks import check_may_wait, serving
 from engine.runtime.failures import failure_of, one_line
 from engine.runtime.llm_engine import LLMEngine
-from engine.runtime.metrics import EngineMetrics
 from engine.runtime.stats_log import StatsLog
 from engine.runtime.stream import RequestStream
-from engine.text.tokens.tokenizer import Tokenizer
 
 T = TypeVar("T")
 _Command = Callable[[LLMEngine], None]
@@ -291,28 +287,3 @@ class EngineThread:
             streams, self._handed_over = list(self._handed_over.values()), {}
         for stream in (*streams, *(engine.streams() if engine is not None else ())):
             stream.end(self._closed_error())
-
-
-def start_engine(
-    resolved: ResolvedModel,
-    args: EngineArgs,
-    tokenizer: Tokenizer,
-    metrics: EngineMetrics,
-    progress: Callable[[str, int, int], None] | None,
-) -> tuple[EngineThread, BuiltEngine]:
-    """Load a model on a thread of its own and wait for it; what is raised meanwhile, an interrupt too, ends both."""
-    cancelled = threading.Event()
-
-    def report(stage: str, done: int, total: int) -> None:
-        if cancelled.is_set():
-            raise KeyboardInterrupt
-        if progress is not None:
-            progress(stage, done, total)
-
-    thread = EngineThread(lambda: build_engine(resolved, args, tokenizer, metrics, report))
-    try:
-        return thread, thread.start()
-    except BaseException:
-        cancelled.set()
-        thread.close()
-        raise

@@ -18,6 +18,7 @@ from typing import Literal
 from engine.errors import VMMagicError
 from engine.runner.device.blas import use_openblas
 from engine.runner.device.cgroups import cgroup_limits, usable_cpus
+from engine.runner.device.rlimits import RESERVED, process_room
 
 DeviceKind = Literal["metal", "cuda", "cpu"]
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
@@ -32,6 +33,8 @@ class Device:
     kind: DeviceKind
     name: str
     memory_limit: int
+    limited_by: str = ""
+    """For people: which limit of this process leaves so little, if one does."""
 
     @property
     def chunk_size(self) -> int:
@@ -115,7 +118,8 @@ def describe_device() -> Device:
     import mlx.core as mx
 
     if mx.default_device().type == mx.DeviceType.cpu:
-        return Device("cpu", str(mx.device_info().get("device_name", "CPU")), cpu_memory_limit())
+        name = str(mx.device_info().get("device_name", "CPU"))
+        return limited_cpu(name, mx.get_active_memory() + mx.get_cache_memory())
     info = mx.device_info()
     name = str(info.get("device_name", "GPU"))
     if mx.metal.is_available():
@@ -123,6 +127,18 @@ def describe_device() -> Device:
     # What this process already holds is its own to plan with.
     free = int(info["free_memory"]) + mx.get_active_memory() + mx.get_cache_memory()
     return Device("cuda", name, min(free, int(info["total_memory"])))
+
+
+def limited_cpu(name: str, held: int, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Device:
+    """The CPU, with the least of :func:`cpu_memory_limit` and what ``ulimit`` leaves beside the rest of the process.
+
+    ``held``: bytes that MLX has mapped here already, which are its own to plan with.
+    """
+    most, room = cpu_memory_limit(proc, cgroups), process_room(proc)
+    left = most if room is None else max(0, room.num_bytes - RESERVED + held)
+    if room is None or left >= most:
+        return Device("cpu", name, most)
+    return Device("cpu", name, left, f"{room}; raise it for more")
 
 
 def cpu_memory_limit(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from engine.runner.device.cgroups import memory_groups
 from engine.runner.device.devices import Device
+from engine.runner.device.rlimits import KEPT, has_limits, process_room
 
 """glibc's numbers for ``mallopt``."""
 
 
 class FreeMemory:
-    """The least of what the device's limit, and on Linux CPUs the machine and the control groups, leave.
+    """The least of what the device's limit, and on Linux CPUs the machine, the control groups and ``ulimit``, leave.
 
     Buffers that MLX keeps for reuse count as free.
     """
@@ -21,6 +22,7 @@ class FreeMemory:
         self.limit = device.memory_limit
         on_cpu = device.kind == "cpu"
         self._meminfo = proc / "meminfo" if on_cpu and (proc / "meminfo").is_file() else None
+        self._proc = proc if on_cpu and has_limits() else None
         self._cgroups = tuple(memory_groups(proc, cgroups)) if on_cpu else ()
 
     def __call__(self) -> int:
@@ -30,6 +32,8 @@ class FreeMemory:
             free = min(free, _available(self._meminfo))
         for group in self._cgroups:
             free = min(free, group.free())
+        if self._proc is not None and (room := process_room(self._proc)) is not None:
+            free = min(free, room.num_bytes - KEPT + cached_memory())
         return max(0, free)
 
 
@@ -54,6 +58,13 @@ def active_memory() -> int:
     import mlx.core as mx
 
     return int(mx.get_active_memory())
+
+
+def cached_memory() -> int:
+    """Bytes of freed arrays that MLX keeps for reuse."""
+    import mlx.core as mx
+
+    return int(mx.get_cache_memory())
 
 
 def peak_memory() -> int:

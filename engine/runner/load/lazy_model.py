@@ -8,8 +8,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from engine.errors import ModelLoadError
+from engine.models.entries import LAYER_KEYS
 from engine.models.folder import StoredWeights
-from engine.models.model_config import ModelConfig
+from engine.models.model_config import ModelConfig, text_config
 from engine.models.quantization import (
     ADVICE,
     Quantization,
@@ -48,6 +49,7 @@ def lazy_model(config: ModelConfig, files: StoredWeights, args: EngineArgs) -> n
 
     Raises ModelLoadError in one line for what mlx-lm would refuse, and for what it would take for something else.
     """
+    check_layers(config, files)
     found = quantization_of(config.hf_config, config.path)
     check_quantization(config.name, found, files.tensors)
     model = _load(config, found, files, args)
@@ -57,6 +59,21 @@ def lazy_model(config: ModelConfig, files: StoredWeights, args: EngineArgs) -> n
             _check_fp8(config, model, found, files)
         _check_types(config, model, files)
     return model
+
+
+def check_layers(config: ModelConfig, files: StoredWeights) -> None:
+    """Refuse more layers than the files have tensors of, before they are built one by one.
+
+    Up to twice as many are left to mlx-lm, which names the first parameter that is missing: a layer may have none.
+    """
+    text, there = text_config(config.hf_config), files.num_layers
+    for key in LAYER_KEYS:
+        said = text.get(key)
+        if files.complete and there and isinstance(said, int) and said > 2 * there:
+            raise ModelLoadError(
+                f"{config.name}: config.json has {key} {said}, and the weights have {there} layers; they are not of "
+                "one model: fetch config.json again"
+            )
 
 
 def check_readers(config: ModelConfig, model: nn.Module, found: Quantization) -> None:

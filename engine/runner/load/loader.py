@@ -64,10 +64,12 @@ def load_model(
     device = describe_device()
     config = read_model_config(resolved, args)
     check_architecture(config)
+    progress = progress or _ignore
     weights = WEIGHT_READERS[resolved.kind].prepare(resolved, config, args, device)
+    progress("load", 0, weights.num_bytes)  # where a load that was given up meanwhile ends
     _check_room(weights, config, args, device)
     with beside(config, weights.num_bytes):
-        model = weights.read(progress or _ignore)
+        model = weights.read(progress)
     mx.clear_cache()
     more = (_text_only_line(config), *config.notes, _terms(resolved))
     notes = [f"{backend or device.name}, {weights.describe(model)}", *filter(None, more)]
@@ -93,6 +95,7 @@ def plan_inputs(
     return PlanInputs.from_args(
         args,
         device_limit=device.memory_limit,
+        limited_by=device.limited_by,
         chunk_size=device.chunk_size,
         model_memory=model_memory,
         overhead=overhead,

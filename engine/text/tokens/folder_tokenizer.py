@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 
 from engine.errors import ModelLoadError, error_line
+from engine.models.reading import is_fault
 from engine.models.weight_format import read_json
 from engine.text.tokens.tokenizer_class import (
     CLASS_TOKENS,
@@ -106,13 +107,13 @@ def _from_own_files(files: _Files) -> tokenizers.Tokenizer | None:
     """As :func:`_from_file`; whatever the files hold in place of tokens is a refusal."""
     try:
         return _from_file(files)
-    except ModelLoadError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the files may hold anything, and the library raises plain Exception
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         raise ModelLoadError(
             f"{files.folder}: the special tokens of {_CONFIG}, {_MAP} or added_tokens.json cannot be read "
             f"({error_line(error)}); fetch these files again"
-        ) from None
+        ) from error
 
 
 def _from_file(files: _Files) -> tokenizers.Tokenizer | None:
@@ -140,8 +141,10 @@ def _from_file(files: _Files) -> tokenizers.Tokenizer | None:
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library raises plain Exception for a bad file
-        raise ModelLoadError(f"{path}: not a tokenizer ({str(error).splitlines()[0][:200]}); fetch it again") from None
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        raise ModelLoadError(f"{path}: not a tokenizer ({_first_line(error)}); fetch it again") from error
 
 
 def _listed_tokens(files: _Files, hf: tokenizers.Tokenizer, named: set[str]) -> list[tokenizers.AddedToken]:
@@ -222,12 +225,18 @@ def _through_transformers(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str,
     try:
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         hf: tokenizers.Tokenizer = loaded.backend_tokenizer
-    except Exception as error:  # noqa: BLE001 - its classes and the library below it raise anything for a bad file
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        reason = _first_line(error)
         problem = "its class cannot be loaded" if (folder / _FILE).is_file() else f"no {_FILE}"
-        raise ModelLoadError(f"{folder}: {problem} ({reason}); give a tokenizer with --tokenizer") from None
+        raise ModelLoadError(f"{folder}: {problem} ({reason}); give a tokenizer with --tokenizer") from error
     named = {name: str(text) for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
     return hf, {name: text for name, text in named.items() if hf.token_to_id(text) is not None}
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def _vocabulary_file(folder: Path) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from engine.errors import ModelLoadError, error_line
+from engine.models.reading import is_fault
 from engine.text.tokens.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 
 _KEY = "tokenizer.ggml."
@@ -41,13 +42,13 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """
     try:
         return _build(metadata)
-    except ModelLoadError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the keys may hold anything, and the library raises plain Exception
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         raise ModelLoadError(
             f"the file's vocabulary is damaged ({error_line(error)}); fetch it again, or give --tokenizer with a "
             "folder or hub id"
-        ) from None
+        ) from error
 
 
 def _build(metadata: Mapping[str, Any]) -> Tokenizer:
