@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from engine.errors import ModelLoadError, VMMagicError, error_line
+from engine.format.text import shortened
 
+_LONGEST = 640
+"""Characters of a line: the longest lists the architectures of GGUF files."""
 DAMAGED = "its files are damaged or not of one model; fetch them again"
 
 
@@ -22,6 +25,7 @@ def reading(name: str, advice: str = DAMAGED) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        keep_short(error)
         if is_fault(error):
             raise unreadable(name, error, advice) from error
         raise
@@ -32,6 +36,12 @@ def unreadable(name: str, error: BaseException, advice: str = DAMAGED) -> ModelL
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         advice = f"that takes more memory than this process may have; free some, or {advice}"
     return ModelLoadError(f"{name}: cannot be read ({error_line(error)}): {advice}")
+
+
+def keep_short(error: BaseException) -> None:
+    """Have a ModelLoadError, which may quote whatever a file holds, say in one line what people can read."""
+    if isinstance(error, ModelLoadError):
+        error.args = (shortened(" ".join(str(error).split()), _LONGEST), *error.args[1:])
 
 
 def is_fault(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from engine.errors import MemoryPlanError, ModelLoadError, VMMagicError, error_line
 from engine.models.local import ResolvedModel
-from engine.models.reading import is_fault
+from engine.models.reading import is_fault, keep_short
 from engine.params.engine_args import EngineArgs
 from engine.runner.device.faults import device_failure
 from engine.runner.device.memory import is_out_of_memory
@@ -68,6 +68,7 @@ def start_engine(
         try:
             return build_engine(resolved, args, tokenizer, metrics, cancelled.report)
         except BaseException as error:
+            keep_short(error)
             if error is cancelled.raised or not is_fault(error) or device_failure(error) is not None:
                 raise
             raise _told(resolved.name, error) from error.with_traceback(None)  # its frames hold the weights

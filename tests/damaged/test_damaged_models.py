@@ -126,6 +126,15 @@ def test_sizes_out_of_range_are_refused_by_name(llama: Callable[..., Path], name
         engine.plan(str(folder))
 
 
+def test_a_value_of_any_length_is_quoted_in_short(llama: Callable[..., Path]) -> None:
+    folder = str(llama(quantization={"bits": 4, "group_size": "x" * 10**4}))
+    for ask in (engine.plan, engine.LLM):
+        with pytest.raises(ModelLoadError, match="group_size xxx") as refused:
+            ask(folder)
+        assert len(str(refused.value)) < 700
+    assert all(len(line) < 700 for line in engine.inspect(folder).problems)
+
+
 def test_weights_as_pickles_and_code_of_the_folder_are_refused(llama: Callable[..., Path]) -> None:
     folder = llama(model_file="modeling.py")
     (folder / "modeling.py").write_text("raise SystemExit('run')")

@@ -66,8 +66,8 @@ def load_model(
     check_architecture(config)
     progress = progress or _ignore
     weights = WEIGHT_READERS[resolved.kind].prepare(resolved, config, args, device)
-    progress("load", 0, weights.num_bytes)  # where a load that was given up meanwhile ends
     _check_room(weights, config, args, device)
+    progress("load", 0, weights.num_bytes)  # where a load that was given up meanwhile ends
     with beside(config, weights.num_bytes):
         model = weights.read(progress)
     mx.clear_cache()
