@@ -109,5 +109,6 @@ def _told(name: str, error: BaseException) -> VMMagicError:
             "quantized model"
         )
     return ModelLoadError(
-        f"{name}: cannot be loaded ({error_line(error)}): its files are damaged or not of one model; fetch them again"
+        f"{name}: cannot be loaded ({error_line(error)}): its files are damaged or not of one model, fetch them again; "
+        "or it is a fault of this engine, of which the log says where"
     )
