@@ -149,6 +149,14 @@ def write_tokenizer(folder: Path, gguf: Path) -> None:
 @cache
 def tokenizer_files(gguf: Path) -> dict[str, str]:
     """The text of each file of a GGUF file's tokenizer."""
+    return {
+        "tokenizer.json": build_tokenizer(open_gguf(gguf).metadata).to_str(),
+        "tokenizer_config.json": tokenizer_settings(gguf),
+    }
+
+
+def tokenizer_settings(gguf: Path, **changes: Any) -> str:
+    """``tokenizer_config.json`` of a GGUF file's tokenizer; ``changes`` replace entries."""
     metadata = open_gguf(gguf).metadata
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # a model's own class would drop the splitting of digits
@@ -157,10 +165,7 @@ def tokenizer_files(gguf: Path) -> dict[str, str]:
         "chat_template": metadata["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,
     }
-    return {
-        "tokenizer.json": build_tokenizer(metadata).to_str(),
-        "tokenizer_config.json": json.dumps(settings, indent=1),
-    }
+    return json.dumps(settings | changes, indent=1)
 
 
 def write_model(folder: Path, architecture: str, gguf: Path, seed: int = 0, **changes: Any) -> Path:

@@ -17,6 +17,12 @@ from tests.benchmarks.machine import ROOT
 from tests.benchmarks.port_speed import request_bytes, stream_all
 
 _START_SECONDS = 120
+_THEIRS = """
+from engine.runner.device.devices import choose_blas
+choose_blas()
+from mlx_lm.server import main
+main()
+"""
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -53,13 +59,17 @@ class Served:
 
 @contextmanager
 def running(who: str, folder: Path, options: Mapping[str, Any]) -> Iterator[Served]:
-    """A server that runs meanwhile: ``ours``, or ``theirs``. Raises RuntimeError where none opens."""
+    """A server that runs meanwhile: ``ours``, or ``theirs`` with ``options`` as its flags.
+
+    Raises RuntimeError where none opens. On a CPU both have the same BLAS.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     commands = {
         "ours": ["-m", "tests.benchmarks.gpu.serve_once", str(folder), str(port), json.dumps(options)],
-        "theirs": ["-m", "mlx_lm.server", "--model", str(folder), "--port", str(port), "--log-level", "ERROR"],
+        "theirs": ["-c", _THEIRS, "--model", str(folder), "--port", str(port), "--log-level", "ERROR", *flags],
     }
     process = subprocess.Popen(
         [sys.executable, *commands[who]],
