@@ -47,6 +47,7 @@ ScriptedLLM = Callable[..., "LLM"]
 LONGEST_FIRST = (
     "tests/engine/parity/",
     "tests/browser/",
+    "tests/load/",
     "notebooks/",
     "tests/sweep/",
     "tests/vm_magic/test_",
