@@ -124,6 +124,13 @@ def _seam(name: str, ours: str, probe: Any, package: str = "mlx-lm") -> Seam:
 
 
 MODELS = (
+    _seam("array.__array__", "engine/runner/device/host.py", named("mlx.core", "array.__array__"), "mlx"),
+    _seam(
+        "streams of threads",
+        "engine/runner/device/threads.py",
+        named("mlx.core", "new_thread_unsafe_stream", "clear_streams"),
+        "mlx",
+    ),
     _seam("utils._get_classes", "engine/runner/load/model_classes.py", classes_of_a_type),
     _seam(
         "utils.load_model",

@@ -65,6 +65,12 @@ def widgets_and_subshells() -> None:
         expect(hasattr(Comm, "_reply_subshell_for"), told)
 
 
+def shown_tracebacks() -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    expect("_showtraceback" in _names(InteractiveShell), "tracebacks are shown by another method than _showtraceback")
+
+
 def parent_headers() -> None:
     from ipykernel.zmqshell import ZMQInteractiveShell
 
@@ -110,6 +116,7 @@ NOTEBOOK = (
         "vm_magic/show/front_end.py",
         named("IPython.core.displaypub", "DisplayPublisher", "CapturingDisplayPublisher"),
     ),
+    _seam("ipython", "_showtraceback", "vm_magic/state/cell_record.py", shown_tracebacks),
     _seam("ipykernel", "parent_header", "vm_magic/show/front_end.py", parent_headers),
     _seam(
         "ipykernel",

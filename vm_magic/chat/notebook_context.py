@@ -12,7 +12,7 @@ from vm_magic.remote.address import KEY_VARIABLES
 from vm_magic.show.safe_markdown import fenced
 from vm_magic.state.cell_record import CellOutput, bundle_text, recorder_of
 from vm_magic.state.context_flags import CellChoice
-from vm_magic.state.error_text import error_text, is_ours
+from vm_magic.state.error_text import error_text, is_ours, without_magic
 from vm_magic.state.session import Session
 from vm_magic.summaries.text import bounded
 
@@ -227,9 +227,9 @@ def _names(numbers: Sequence[int]) -> list[str]:
 
 
 def _clean(text: str) -> str:
-    """Without colours, and with lines that were written over (progress bars) as they were last."""
+    """Without colours and what our magics were told, and with lines that were written over as they were last."""
     lines = _ANSI.sub("", text).replace("\r\n", "\n").split("\n")
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
+    return "\n".join(without_magic(line.rstrip("\r").rpartition("\r")[2]) for line in lines)
 
 
 def _middle_cut(text: str, longest: int) -> str:

@@ -168,7 +168,8 @@ class CellRecorder:
             return
         running = _Running(info, CellRecord())
         for name in ("stdout", "stderr"):
-            _note_writes(getattr(sys, name), name, self._shell, running)
+            _note_writes(getattr(sys, name), name, running)
+        _mute_tracebacks(self._shell, running)
         _note_displays(self._shell.display_pub, running)
         _mute_results(self._shell.displayhook, running)
         self._running.append(running)
@@ -214,19 +215,30 @@ class CellRecorder:
             record.display("error", type(error).__name__)
 
 
-def _note_writes(stream: Any, name: str, shell: Any, running: _Running) -> None:
+def _note_writes(stream: Any, name: str, running: _Running) -> None:
     """Note what ``stream`` is written while the cell runs. ``%%capture`` and redirections replace it: not noted."""
     original = getattr(stream, "write", None)
     record = running.record
 
     def write(text: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(text, *args, **kwargs)  # type: ignore[misc]
-        if isinstance(text, str) and text and not getattr(shell, "showing_traceback", False):
+        if isinstance(text, str) and text:
             record.write(name, text)
         return result
 
     if original is not None:
         _replace(stream, "write", write, running.undo)
+
+
+def _mute_tracebacks(shell: Any, running: _Running) -> None:
+    """Leave out what a terminal prints of an error: it is noted as one."""
+    show = shell._showtraceback
+
+    def muted(*args: Any, **kwargs: Any) -> Any:
+        with _muted([running.record]):
+            return show(*args, **kwargs)
+
+    _replace(shell, "_showtraceback", muted, running.undo)
 
 
 def _note_displays(publisher: Any, running: _Running) -> None:

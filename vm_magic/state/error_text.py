@@ -138,13 +138,13 @@ def _code_around(filename: str, number: int) -> list[str]:
     first, last = max(number - _AROUND, 1), min(number + _AROUND, len(lines))
     width = len(str(last))
     shown = [
-        f"{'>' if i == number else ' '} {i:>{width}} | {_without_magic(lines[i - 1].rstrip()[:300])}".rstrip()
+        f"{'>' if i == number else ' '} {i:>{width}} | {without_magic(lines[i - 1].rstrip()[:300])}".rstrip()
         for i in range(first, last + 1)
     ]
     return shown if shown else ["(the code is not kept)"]
 
 
-def _without_magic(line: str) -> str:
+def without_magic(line: str) -> str:
     """A line of code; a call of our own magics, which may hold a key, only by its name."""
     found = _OUR_CALL.search(line)
     return line if found is None else f"{line[: found.start()]}%{found[1]} …"

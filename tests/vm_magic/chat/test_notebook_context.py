@@ -150,6 +150,10 @@ def test_calls_of_our_magics_are_never_sent_with_what_they_say(shell: Any, loade
     cell(shell, "chat --new --error --cells 1")
     assert "SECRET" not in sent(loaded)
     assert "%vllm_metal …" in sent(loaded)
+    run(shell, "quoted = get_ipython().history_manager.input_hist_parsed[1]\nprint(quoted)")  # as tracebacks have it
+    cell(shell, "chat --new --cells 1", "?")
+    assert "%vllm_metal …" in sent(loaded).partition("Output:")[2]
+    assert "SECRET" not in sent(loaded)
     run(shell, "%vllm_metal status\nprint('after')")
     cell(shell, "chat --new --cells 1", "?")
     assert sent(loaded).partition("Output:")[2].startswith("\n\n```\nafter\n```")
