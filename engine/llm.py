@@ -29,7 +29,7 @@ from engine.params.settings import Settings
 from engine.params.structured_outputs import plain_schema
 from engine.runner.device.devices import describe_device, prepare_backend
 from engine.runner.device.faults import check_device
-from engine.runner.device.memory import active_memory
+from engine.runner.device.memory import active_memory as memory_in_use
 from engine.runner.device.placement import place
 from engine.runtime.activity import Activity, BlockMap
 from engine.runtime.async_deltas import AsyncDeltas
@@ -50,18 +50,15 @@ if TYPE_CHECKING:
     from engine.openai.server import ServerHandle
     from engine.runner.kv.attention_path import AttentionPath
     from engine.runtime.activity import EngineStats
+    from engine.runtime.builder import BuiltEngine
     from engine.runtime.llm_engine import LLMEngine
+    from engine.runtime.load_clock import LoadClock
 
 logger = logging.getLogger("engine")
 Progress = Callable[[str, int, int], None]
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 __all__ = ["LLM", "RequestStream", "memory_in_use"]
-
-
-def memory_in_use() -> int:
-    """Bytes that MLX holds on the device for this process, caches for reuse excluded."""
-    return active_memory()
 
 
 class LLM:
@@ -82,7 +79,6 @@ class LLM:
         clock = LoadClock()
         found = FoundModel.of(self.args, resolved)
         from engine.runtime.loading import start_engine  # once there is memory for it
-        from engine.runtime.snapshot import SnapshotPoller, snapshot_activity, snapshot_blocks
 
         self.tokenizer: Tokenizer = found.tokenizer
         clock.ended("tokenizer")
@@ -98,6 +94,16 @@ class LLM:
         self._thread, built = start_engine(resolved, self.args, self.tokenizer, self.metrics, progress)
         # Also when the object is dropped, and at exit, where a thread inside MLX would abort the process.
         weakref.finalize(self, self._thread.close)
+        try:
+            self._take(built, found, clock)
+        except BaseException:  # an interrupt too: whoever meets it has no object to close
+            self._thread.close()
+            raise
+
+    def _take(self, built: "BuiltEngine", found: FoundModel, clock: "LoadClock") -> None:
+        """Be the model that was built."""
+        from engine.runtime.snapshot import SnapshotPoller, snapshot_activity, snapshot_blocks
+
         self.plan: MemoryPlan = built.plan
         self.load_seconds = {**clock.seconds, **built.seconds}
         """What the parts of the load took, one after the other."""
@@ -207,15 +213,10 @@ class LLM:
         """
         request_id = request_id or f"req-{uuid.uuid4().hex}"
         made = self._requests.make(
-            request_id,
-            request.token_ids,
-            request.params,
-            max_model_len=self.plan.max_model_len,
-            constraints=request.constraints,
-            make_parser=request.account.make_parser,
-            scored_from=request.scored_from,
+            request_id, request.token_ids, request.params, max_model_len=self.plan.max_model_len,
+            constraints=request.constraints, make_parser=request.account.make_parser, scored_from=request.scored_from,
             **standing,
-        )
+        )  # fmt: skip
         if self._notice.is_old:
             self.tell_neighbours()
         thread = self._thread
@@ -223,9 +224,13 @@ class LLM:
             request_id, request.prompt, request.token_ids, request.params, lambda: thread.abort(request_id),
             lambda: thread.finish_thinking(request_id),
         )  # fmt: skip
-        thread.submit(made, stream)
-        if request.remembered and not made.traceless:
-            self.request_log.add(stream, request, max_tokens=made.max_tokens, cache_salt=made.cache_salt)
+        try:
+            thread.submit(made, stream)
+            if request.remembered and not made.traceless:
+                self.request_log.add(stream, request, max_tokens=made.max_tokens, cache_salt=made.cache_salt)
+        except BaseException:
+            thread.abort(request_id)  # an interrupt leaves nobody who could
+            raise
         return stream
 
     def submit_prompt(
@@ -452,15 +457,10 @@ class LLM:
         """
         self.gauge.measure()
         explainer = Explainer.of_model(
-            self.request_log,
-            self.tokenizer,
-            self.plan,
-            attention_paths=self.attention_paths,
-            eos_token_ids=self._requests.eos_token_ids,
-            caching_wanted=self.args.enable_prefix_caching,
-            reuses_prefixes=self._reuses_prefixes,
-            gauge=self.gauge,
-        )
+            self.request_log, self.tokenizer, self.plan, attention_paths=self.attention_paths,
+            eos_token_ids=self._requests.eos_token_ids, caching_wanted=self.args.enable_prefix_caching,
+            reuses_prefixes=self._reuses_prefixes, gauge=self.gauge,
+        )  # fmt: skip
         return explainer.explain_latest(count)
 
     def reset_prefix_cache(self) -> None:
@@ -469,11 +469,13 @@ class LLM:
 
     def close(self) -> None:
         """Close the port, end all requests and give all memory back. Safe to repeat."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.stop()
-        self._thread.close()
-        self._notice.close()
+        try:
+            if self._server is not None:
+                self._server.stop()
+        finally:
+            self._thread.close()
+            self._notice.close()
+        self._server = None
 
     def tell_neighbours(self) -> None:
         """Say to other processes of this user what is held here now (:mod:`engine.runtime.neighbours`)."""

@@ -4,6 +4,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.core.block_pool import BlockPool
 from engine.core.cache_groups import KVCacheGroup, make_cache_group
 from engine.core.request import Request
@@ -115,6 +118,11 @@ class KVCacheManager:
         """Forget cached contents, for example after a step that failed."""
         for group in self.groups:
             group.pool.reset_cache()
+
+    def free_blocks(self) -> list[NDArray[np.int32]]:
+        """The blocks that no sequence holds, by group, cached ones included."""
+        states = (group.pool.states() for group in self.groups)
+        return [np.flatnonzero(some < BlockPool.HELD).astype(np.int32) for some in states]
 
     @property
     def usage(self) -> float:

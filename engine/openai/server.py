@@ -122,9 +122,11 @@ class ServerHandle:
     def _run(self) -> None:
         try:
             asyncio.run(self._serve())
-        except Exception:
+        except BaseException:
             # The thread ends here: nobody else hears of it.
             logger.exception("the server thread failed")
+        finally:
+            self._listener.close()  # or clients would wait for an answer
 
     async def _serve(self) -> None:
         server = self._server
@@ -166,16 +168,19 @@ def start_server(llm: ServedEngine, *, replaced: ServerHandle | None = None, **w
     """
     port = want_server(**wanted)
     listener = port.bind(replaced)
+    handle = None
     try:
         handle = ServerHandle(create_app(llm, port.options), listener, port.options)
         handle.wanted = MappingProxyType(wanted)
         handle.taken_port = port.ports[0] if port.ports[0] not in (0, handle.port) else None
         handle._start()
-    except BaseException:
+        if replaced is not None:
+            replaced.stop()
+    except BaseException:  # an interrupt too: whoever meets it has no handle to stop
+        if handle is not None:
+            handle.stop()
         listener.close()
         raise
-    if replaced is not None:
-        replaced.stop()
     return handle
 
 

@@ -42,6 +42,9 @@ class Backend(Protocol):
     def resize(self, limits: Sequence[int], moves: Sequence[Mapping[int, int]]) -> None:
         """Have no more than ``limits`` blocks, by group, after moving {old: new}; nothing may be in flight."""
 
+    def blank(self, blocks: Sequence[Int32]) -> None:
+        """Let ``blocks``, by group, which nobody holds, contain nothing that could be read with no weight and harm."""
+
     def barrier(self) -> list[mx.array]:
         """Arrays that are known once the last :meth:`forward` has written its memory."""
 
@@ -130,6 +133,9 @@ class ContiguousBackend:
 
     def resize(self, limits: Sequence[int], moves: Sequence[Mapping[int, int]]) -> None:
         """Blocks are bookkeeping here."""
+
+    def blank(self, blocks: Sequence[Int32]) -> None:
+        """No cache is used again."""
 
     def barrier(self) -> list[mx.array]:
         """Chunks are computed as they come: nothing to wait for."""

@@ -151,6 +151,7 @@ class ModelRunner:
         self.max_blocks = tuple(max_blocks)
         self._sampler = sampler or Sampler()
         self._last: InFlightStep | None = None
+        self._to_blank: Sequence[Int32] | None = None
         self._plan: SamplingPlan | None = None
         self._planned: tuple[list[Request], list[SamplingParams]] = [], []
         """What the plan is for."""
@@ -159,6 +160,7 @@ class ModelRunner:
         """Build the step's computation; nothing is waited for."""
         for request in step.preempted:
             self.backend.forget(request)
+        self._blank()
         batch = InputBatch.build(step.scheduled_requests)
         self.backend.make_room(batch, self.max_blocks)
         wanted = [_wanted_rows(scheduled) for scheduled in batch.scheduled_requests]
@@ -180,13 +182,19 @@ class ModelRunner:
     def resize(self, max_blocks: Sequence[int], moves: Sequence[Mapping[int, int]]) -> None:
         """Hold at most ``max_blocks`` blocks, by group, after moving {old: new}. No step may be in flight."""
         self._forget_last()
+        self._blank()
         self.max_blocks = tuple(max_blocks)
         self.backend.resize(self.max_blocks, moves)
 
     def recover(self) -> None:
         """After a step that failed: forget it and start from empty pages."""
         self._forget_last()
+        self._to_blank = None
         self.backend.reset()
+
+    def blank(self, blocks: Sequence[Int32]) -> None:
+        """Blank ``blocks``, by group, which nobody holds now, before the next step: a step in flight may be undone."""
+        self._to_blank = blocks
 
     def forget(self, request: Request) -> None:
         """Drop what is kept for a request that is over."""
@@ -196,6 +204,11 @@ class ModelRunner:
         """Give all memory back."""
         self._forget_last()
         self._close()
+
+    def _blank(self) -> None:
+        blocks, self._to_blank = self._to_blank, None
+        if blocks is not None:
+            self.backend.blank(blocks)
 
     def _forget_last(self) -> None:
         self._last = self._plan = None

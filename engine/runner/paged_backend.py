@@ -25,7 +25,7 @@ from engine.runner.kv.input_batch import InputBatch, Int32
 from engine.runner.kv.kernel_cache import KernelGroupCache, after
 from engine.runner.kv.kv_pool import Pool
 from engine.runner.kv.kv_spec import CacheTree, flatten, group_leaves
-from engine.runner.kv.paged_cache import GroupCache, LayerCache, make_group_cache
+from engine.runner.kv.paged_cache import GroupCache, LayerCache, PagedGroupCache, make_group_cache
 from engine.runner.kv.state_cache import KernelStateCache, KernelStateGroup
 from engine.runner.kv.state_layers import StateLayers
 
@@ -175,6 +175,12 @@ class PagedBackend:
                 pool.restore(snapshot)
         self._before = None
         return True
+
+    def blank(self, blocks: Sequence[Int32]) -> None:
+        """See :class:`engine.runner.backends.Backend`; kernels read nothing without weight, and no state is shared."""
+        for cache, some in zip(self._group_caches, blocks, strict=True):
+            if isinstance(cache, PagedGroupCache):
+                cache.pool.blank(some)
 
     def reset(self) -> None:
         """Empty pools, which grow again when used."""

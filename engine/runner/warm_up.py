@@ -21,7 +21,13 @@ from engine.params.sampling_params import SamplingParams
 from engine.runner.backends import Backend, ContiguousBackend
 from engine.runner.device.devices import DeviceKind
 from engine.runner.device.host import floats
-from engine.runner.device.memory import active_memory, clear_cache, peak_memory, reset_peak_memory
+from engine.runner.device.memory import (
+    active_memory,
+    clear_cache,
+    is_out_of_memory,
+    peak_memory,
+    reset_peak_memory,
+)
 from engine.runner.kernels.self_check import AttentionKernels
 from engine.runner.kernels.swapped_modules import SwappedModules
 from engine.runner.kv.attention_calls import KernelChoice, choose_kernels
@@ -133,7 +139,9 @@ def _problem(
             return None
         if not exact and difference <= _ROUNDINGS * rounding():
             return None
-    except Exception as error:  # noqa: BLE001  (an architecture may object in any way; it still runs contiguously)
+    except Exception as error:  # (an architecture may object in any way; it still runs contiguously)
+        if is_out_of_memory(error):  # which says nothing of the architecture, and a slower way would stay for good
+            raise
         return error_line(error, 80)
     return f"its logits differ by {difference:.2g}"
 

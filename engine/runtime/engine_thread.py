@@ -71,10 +71,14 @@ class EngineThread:
 
     def submit(self, request: NewRequest, stream: RequestStream) -> None:
         """Hand a request over; its deltas come through ``stream``."""
-        with self._lock:
-            self.check_open()
-            self._handed_over[request.request_id] = stream
-        self._about(request.request_id, "queued", lambda engine: self._add(engine, request, stream))
+        try:
+            with self._lock:
+                self.check_open()
+                self._handed_over[request.request_id] = stream
+            self._about(request.request_id, "queued", lambda engine: self._add(engine, request, stream))
+        except BaseException:
+            self._handed_over.pop(request.request_id, None)
+            raise
 
     def abort(self, request_id: str) -> None:
         """End a request soon. Safe for ids that are unknown or over."""
@@ -92,7 +96,7 @@ class EngineThread:
         def command(engine: LLMEngine) -> None:
             try:
                 future.set_result(function(engine))
-            except Exception as error:
+            except BaseException as error:
                 failure = device_failure(error)
                 future.set_exception(failure or error)
                 if failure is not None:
@@ -114,7 +118,7 @@ class EngineThread:
         def guarded(engine: LLMEngine) -> None:
             try:
                 command(engine)
-            except Exception as error:  # noqa: BLE001  (nobody waits for it, and the others' requests go on)
+            except BaseException as error:  # noqa: BLE001  (nobody waits for it, and the others' requests go on)
                 failure_of("a change between two steps failed", error)
 
         if self.alive:
@@ -139,7 +143,7 @@ class EngineThread:
         def guarded(engine: LLMEngine) -> None:
             try:
                 command(engine)
-            except Exception as error:  # noqa: BLE001  (the request ends here, and its stream is told)
+            except BaseException as error:  # noqa: BLE001  (the request ends here, and its stream is told)
                 engine.fail_request(request_id, failure_of(f"the request could not be {what}", error))
 
         self._commands.put(guarded)
@@ -264,7 +268,7 @@ class EngineThread:
                 self._step_began = time.monotonic()
                 engine.step()
                 log.tick(idle=not engine.has_work)
-            except Exception as error:  # noqa: BLE001  (a failing step: its requests are told, the engine goes on)
+            except BaseException as error:  # noqa: BLE001  (a failing step: its requests are told, the engine goes on)
                 engine.fail_step(failure_of("the model failed", error))
             finally:
                 self._step_began = None

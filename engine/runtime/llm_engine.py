@@ -11,14 +11,15 @@ from engine.core.step import ScheduledRequest, SchedulerOutput
 from engine.errors import GenerationError, OutOfMemoryError, VMMagicError
 from engine.format.text import shortened
 from engine.memory.step_cost import AdmissionControl
-from engine.outputs import THINKING_CUTS, CompletionDelta, LogprobsAtPosition
+from engine.outputs import CompletionDelta, LogprobsAtPosition
 from engine.params.live_sampling import LiveSampling
 from engine.params.sampling_params import SamplingParams
 from engine.runner.model_runner import InFlightStep, ModelRunner, PromptLogprobs, SampledToken, StepResult
 from engine.runtime.activity import EngineStats
-from engine.runtime.failures import MEMORY_HELP, failure_of, no_token
+from engine.runtime.failures import MEMORY_HELP, NOT_FINITE, failure_of, no_token
 from engine.runtime.metrics import EngineMetrics
 from engine.runtime.observer import EngineObserver
+from engine.runtime.stats_log import log_cut_thought
 from engine.runtime.step_tally import StepTally
 from engine.runtime.stream import RequestStream, wake_all
 from engine.text.tokens.detokenizer import Detokenizer
@@ -223,7 +224,7 @@ class LLMEngine:
         failed = {scheduled.request for scheduled in suspects}
         try:
             self.drain()  # the step before it may be as good as any
-        except Exception as other:  # noqa: BLE001  (then its requests end as well)
+        except BaseException as other:  # noqa: BLE001  (then its requests end as well)
             logger.error("the step before failed too: %s", other)
             failed |= {scheduled.request for scheduled in last.scheduled_requests} if last is not None else set()
         for group, _ in [self._group_of[request] for request in failed if request in self._group_of]:
@@ -357,14 +358,14 @@ class LLMEngine:
         group, _ = self._group_of[sampled.scheduled.request]
         try:
             self._hand_out_token(sampled, now)
-        except Exception as error:  # noqa: BLE001  (the request is told)
+        except BaseException as error:  # noqa: BLE001  (the request is told)
             self._fail(group, failure_of("the model's token could not be read", error))
 
     def _hand_out_token(self, sampled: SampledToken, now: float) -> None:
         request = sampled.scheduled.request
         group, completion = self._group_of[request]
         if sampled.token_id < 0:
-            self._fail(group, GenerationError(no_token(request)))
+            self._end_without_token(group, request)
             return
         self._observer.token(request, now)
         status = self.scheduler.update(sampled.scheduled, sampled.token_id)
@@ -382,6 +383,13 @@ class LLMEngine:
         if guide is not None:
             delta.thinking_cut = guide.thinking_cut
         self._deliver(group, completion, delta, status)
+
+    def _end_without_token(self, group: _Group, request: Request) -> None:
+        why = no_token(request)
+        self._fail(group, GenerationError(why))
+        if why == NOT_FINITE:  # nor is what it left in pages, and NaN without weight is NaN
+            self.scheduler.kv.reset_prefix_cache()
+            self.runner.blank(self.scheduler.kv.free_blocks())
 
     def _end_on_stop_string(
         self, completion: _Completion, token_id: int, status: RequestStatus | None
@@ -417,7 +425,7 @@ class LLMEngine:
         if status is not None:
             request = completion.request
             delta.finish_reason, delta.stop_reason = status.finish_reason, request.stop_reason
-            _log_cut_thought(request)
+            log_cut_thought(request)
             self.runner.forget(request)
             del self._group_of[request]
             self._observer.finished(request)
@@ -444,10 +452,3 @@ class LLMEngine:
                 self.runner.forget(completion.request)
         self._observer.closed([completion.request for completion in group.completions])
         group.stream.end(error)
-
-
-def _log_cut_thought(request: Request) -> None:
-    """Log that a completion's thought was ended from outside, if it was."""
-    cut = None if request.guide is None else request.guide.thinking_cut
-    if cut is not None:
-        logger.info("Request %s: thinking %s.", request.request_id, THINKING_CUTS[cut])

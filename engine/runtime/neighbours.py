@@ -116,22 +116,23 @@ class Notice:
             try:
                 with _folder(make=True) as folder:
                     before, self._file = self._file, _write_locked(folder, self._name, held)
+                    if before is not None:
+                        os.close(before)
             except OSError as error:
                 logger.debug("other processes are not told of this model: %s", error)
-                return
-            if before is not None:
-                os.close(before)
 
     def close(self) -> None:
         """Take the file away. Safe to repeat."""
         with self._lock:
             self._closed = True
-            file, self._file = self._file, None
-            if file is None:
+            if self._file is None:
                 return
-            with suppress(OSError), _folder() as folder:
-                os.unlink(self._name, dir_fd=folder)
-            os.close(file)
+            try:
+                with suppress(OSError), _folder() as folder:
+                    os.unlink(self._name, dir_fd=folder)
+            finally:  # an interrupt too
+                file, self._file = self._file, None
+                os.close(file)
 
     @property
     def name(self) -> str:
@@ -243,7 +244,7 @@ def _write_locked(folder: int, name: str, held: Held) -> int:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(file, json.dumps(asdict(held) | {"machine": _machine()}).encode())
         os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-    except OSError:
+    except BaseException:
         os.close(file)
         with suppress(OSError):
             os.unlink(temporary, dir_fd=folder)

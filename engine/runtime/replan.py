@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 from engine.core.request import Request
 from engine.core.scheduler import must_end
-from engine.errors import GenerationError, HeldMemory, MemoryInUseError
+from engine.errors import HeldMemory, MemoryInUseError
 from engine.memory.plan import MemoryPlan
 from engine.memory.planner import what_if
 from engine.params.flag_values import Auto
+from engine.runtime.failures import failure_of
 from engine.runtime.llm_engine import LLMEngine
 
 logger = logging.getLogger("engine")
@@ -38,8 +39,8 @@ def replan(
 def _drain(engine: LLMEngine) -> None:
     try:
         engine.drain()
-    except Exception as error:  # noqa: BLE001  (the step's requests are told; the plan can change all the same)
-        engine.fail_step(GenerationError(f"the model failed: {error}; the engine goes on without this request"))
+    except BaseException as error:  # noqa: BLE001  (the step's requests are told; the plan can change all the same)
+        engine.fail_step(failure_of("the model failed", error))
 
 
 def _refuse_if_in_use(engine: LLMEngine, plan: MemoryPlan) -> None:

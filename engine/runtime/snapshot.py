@@ -75,7 +75,7 @@ class SnapshotPoller(Generic[T]):
         def command(engine: LLMEngine) -> None:
             try:
                 asked.set_result(self._keep(engine))
-            except Exception as error:  # noqa: BLE001  (whoever asked gets it)
+            except BaseException as error:  # noqa: BLE001  (whoever asked gets it)
                 asked.set_exception(error)
 
         self._thread.post(command)

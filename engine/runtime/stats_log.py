@@ -1,9 +1,11 @@
-"""vLLM's periodic log line, from counters that only grow."""
+"""What the engine logs of its work: vLLM's periodic line, from counters that only grow, and thoughts that were cut."""
 
 import logging
 import time
 from collections.abc import Callable
 
+from engine.core.request import Request
+from engine.outputs import THINKING_CUTS
 from engine.runtime.activity import EngineStats
 
 logger = logging.getLogger("engine")
@@ -44,3 +46,10 @@ def line(before: EngineStats, now: EngineStats, seconds: float) -> str:
         f"GPU KV cache usage: {100 * now.kv_cache_usage:.1f}%, "
         f"Prefix cache hit rate: {100 * hits / queries if queries else 0:.1f}%"
     )
+
+
+def log_cut_thought(request: Request) -> None:
+    """Log that a completion's thought was ended from outside, if it was."""
+    cut = None if request.guide is None else request.guide.thinking_cut
+    if cut is not None:
+        logger.info("Request %s: thinking %s.", request.request_id, THINKING_CUTS[cut])

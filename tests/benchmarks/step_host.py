@@ -85,6 +85,9 @@ class IdleBackend(Backend):
     def settle(self) -> None:
         """Nothing can be undone."""
 
+    def blank(self, blocks: Sequence[Int32]) -> None:
+        """There are no pages."""
+
     def undo(self) -> bool:
         """Nothing was done."""
         return False

@@ -5,6 +5,7 @@ entry carries a mark; entries without it, comments and order stay as they are, b
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -107,7 +108,6 @@ def write_entry(entry: LlmEntry, api_key: str | None, folder: Path) -> list[Path
     models, keys = folder / MODELS_FILE, folder / "keys.json"
     text = with_entry(models.read_text(encoding="utf-8") if models.exists() else "", entry, models)
     known = _read_keys(keys) if api_key else {}
-    folder.mkdir(parents=True, exist_ok=True)
     _replace(models, text, _OTHER_FILE_MODE)
     if api_key is None:
         return [models]
@@ -170,13 +170,23 @@ def _read_keys(path: Path) -> dict[str, Any]:
 def _replace(path: Path, text: str, mode: int) -> None:
     """Write ``path`` whole or not at all; a file that exists keeps its mode, links stay links."""
     target = path.resolve()
-    mode = target.stat().st_mode & 0o777 if target.exists() else mode
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    temporary.chmod(mode)
-    temporary.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        mode = target.stat().st_mode & 0o777 if target.exists() else mode
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.chmod(mode)
+        temporary.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ConfigError(
+            f"{path} could not be written ({error.strerror}) and stays as it was; make room or let it be written to, "
+            "or take %vllm_metal llm --show",
+            flag="llm",
+        ) from None
 
 
 def _scalar(value: Any) -> str:

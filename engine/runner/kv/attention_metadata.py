@@ -226,6 +226,7 @@ class AttentionMetadata:
         seen = np.zeros((len(reads), width * self.block_size), dtype=bool)
         for row, read in enumerate(reads):
             tables[row, : len(read.blocks)] = read.blocks
+            tables[row, len(read.blocks) :] = read.blocks[-1]  # its own: NaN of another's would be NaN without weight
             skipped = read.begin % self.block_size
             seen[row, skipped : skipped + read.end - read.begin] = True
         return RowsRead(len(reads), tables, mx.array(seen[:, None, None]))

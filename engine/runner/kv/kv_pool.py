@@ -76,6 +76,16 @@ class KVPool:
             pages.keep(slots)
         self.num_blocks = num_blocks
 
+    def blank(self, blocks: NDArray[np.int32]) -> None:
+        """Let ``blocks``, which nobody holds, contain zeros."""
+        blocks = blocks[blocks < self.num_blocks]
+        if not len(blocks):
+            return
+        slots = mx.array((blocks[:, None] * self.block_size + np.arange(self.block_size, dtype=np.int32)).reshape(-1))
+        for pages in self.pages:
+            for array in pages.arrays:
+                array[:, :, slots] = 0
+
     def snapshot(self) -> object:
         """See :class:`Pool`."""
         return [pages.snapshot() for pages in self.pages]

@@ -23,6 +23,7 @@ from engine.memory.cache_spec import (
     StateSpec,
     merge_specs,
 )
+from engine.runner.device.memory import is_out_of_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,8 @@ class ModelCaches:
         except UnsupportedCacheError:
             self._measured = _measured_groups(model)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             said = " ".join(str(error).split())[:200]
             raise ModelLoadError(
                 f"the model's own code fails at a single token ({type(error).__name__}: {said}); "

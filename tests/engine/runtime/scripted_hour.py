@@ -96,6 +96,9 @@ class ScriptedRunner:
     def recover(self) -> None:
         """Nothing was lost."""
 
+    def blank(self, _blocks: object) -> None:
+        """There are no pages."""
+
     def close(self) -> None:
         """Nothing is held."""
 
