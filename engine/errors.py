@@ -12,6 +12,7 @@ VMMagicError                    one line, names the fix
 │   ├── UnknownModelError       a model name that is not served: HTTP 404
 │   └── UnknownResponseError    a response that is not stored (any more): HTTP 404
 ├── GenerationError             one request failed while running; the engine goes on
+│   ├── GrammarError            what its output must be became too complex, or cannot be: HTTP 400
 │   └── OutOfMemoryError        there was not enough memory for it
 ├── EngineClosedError           the engine was closed or its thread failed
 │   └── DeviceFailedError       the GPU failed, and this process cannot use it any more
@@ -138,6 +139,10 @@ class UnknownResponseError(RequestError):
 
 class GenerationError(VMMagicError):
     """One request failed while it ran; the engine goes on serving others."""
+
+
+class GrammarError(GenerationError):
+    """What a request asks of its output met a limit that is known only while it is written: asking again is no help."""
 
 
 class OutOfMemoryError(GenerationError):

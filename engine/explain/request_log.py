@@ -1,11 +1,12 @@
 """A bounded memory of the latest requests, whoever sent them: what ``explain`` looks at."""
 
+import functools
 import itertools
 import threading
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 
 import numpy as np
 
@@ -17,6 +18,10 @@ from engine.runtime.stream import RequestStream
 
 MAX_RECORDS = 32
 """Requests remembered; a prompt token costs 4 bytes."""
+MAX_BYTES = 64 * 1024 * 1024
+"""About what is kept of their prompts, tools and schemas: of larger ones fewer are remembered, but always the last."""
+_NODE = 64
+"""Bytes of a value among others, roughly."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class RequestRecord:
     constraints: Constraints | None = None
     default_thinking_budget: int | None = None
     """The live setting's, for a request that has no budget of its own."""
+    num_bytes: int = 0
+    """About what is kept of what was asked."""
     _outcome: Outcome | None = None
 
     @property
@@ -93,12 +100,20 @@ class RequestLog:
         self._lock = threading.Lock()
         self._records: deque[RequestRecord] = deque(maxlen=size)
         self._numbers = itertools.count(1)
+        self._num_bytes = 0
 
     def add(
         self, stream: RequestStream, request: PreparedRequest, *, max_tokens: int, cache_salt: str | None = None
     ) -> RequestRecord:
-        """Remember ``request``, which ``stream`` runs; the oldest one is forgotten when the log is full."""
+        """Remember ``request``, which ``stream`` runs; the oldest ones are forgotten when the log is full."""
+        kept = (stream.prompt, request.account.template, request.account.make_parser, request.constraints)
+        num_bytes = 4 * len(stream.prompt_token_ids) + rough_bytes(kept, MAX_BYTES)
         with self._lock:
+            while self._records and (
+                len(self._records) == self._records.maxlen or self._num_bytes + num_bytes > MAX_BYTES
+            ):
+                self._num_bytes -= self._records.popleft().num_bytes
+            self._num_bytes += num_bytes
             record = RequestRecord(
                 next(self._numbers),
                 stream.request_id,
@@ -110,6 +125,7 @@ class RequestLog:
                 stream,
                 request.account,
                 request.constraints,
+                num_bytes=num_bytes,
             )
             self._records.append(record)
             finished = [one for one in self._records if one.stream is not None and one.stream.finished]
@@ -129,6 +145,25 @@ class RequestLog:
 
     def __len__(self) -> int:
         return len(self._records)
+
+
+def rough_bytes(value: object, most: int) -> int:
+    """About how many bytes ``value`` keeps, which may be any JSON, dataclasses and partial calls; stops at ``most``."""
+    found, left = 0, [value]
+    while left and found < most:
+        one = left.pop()
+        found += _NODE
+        if isinstance(one, str | bytes):
+            found += len(one)
+        elif isinstance(one, Mapping):
+            left += (*one.keys(), *one.values())
+        elif isinstance(one, list | tuple | set | frozenset):
+            left += one
+        elif isinstance(one, functools.partial):
+            left += (one.args, one.keywords)
+        elif is_dataclass(one) and not isinstance(one, type):
+            left += [getattr(one, field.name) for field in fields(one)]
+    return found
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -27,6 +27,16 @@ def shortened(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+
+
+def one_line(text: str, longest: int) -> str:
+    """``text`` without line breaks and other controls; of a longer one the middle is left out."""
+    if len(text) > longest:
+        text = f"{text[: longest * 3 // 4]} … {text[len(text) - longest // 4 + 3 :]}"
+    return _CONTROL.sub(" ", text)
+
+
 REPLACEMENT = "\ufffd"
 """What bytes that are not a character decode to."""
 

@@ -6,13 +6,16 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from engine.openai.http.connections import OpenConnections, default_max_connections
 from engine.openai.http.errors import install_error_handlers
+from engine.openai.http.form import FailureMiddleware, FormMiddleware
 from engine.openai.http.http_metrics import AccessMiddleware, HttpMetrics
 from engine.openai.http.lifetime import OpenRequests
 from engine.openai.http.options import ServerOptions
 from engine.openai.http.security import BodyLimitMiddleware, HostOriginMiddleware, KeyMiddleware
 from engine.openai.routes import chat, completions, messages, render, responses, service, tokens
 from engine.openai.routes.responses_store import ResponseStore
+from engine.openai.serving.admission import Admission
 from engine.openai.serving.backend import ServedEngine
 from engine.openai.serving.generation import Port
 
@@ -32,7 +35,8 @@ class RootPathMiddleware:
 def create_app(llm: ServedEngine, options: ServerOptions) -> FastAPI:
     """The port of ``llm`` as an ASGI application; its ``state.port`` reaches the requests under way."""
     app = FastAPI(title="vm-magic", redoc_url=None)
-    app.state.port = Port(llm, options, OpenRequests())
+    app.state.port = Port(llm, options, OpenRequests(), _admission(options))
+    app.state.connections = OpenConnections(options.max_connections or default_max_connections())
     app.state.http_metrics = HttpMetrics()
     app.state.responses = ResponseStore()
     for module in (chat, completions, responses, messages, render, tokens, service):
@@ -44,11 +48,17 @@ def create_app(llm: ServedEngine, options: ServerOptions) -> FastAPI:
     return app
 
 
+def _admission(options: ServerOptions) -> Admission:
+    return Admission(options.max_num_queued_reqs, options.max_num_queued_tokens)
+
+
 def _add_middleware(app: FastAPI, options: ServerOptions) -> None:
     """From the innermost to the outermost: preflights pass before the key is asked for."""
+    app.add_middleware(FailureMiddleware)
     if options.root_path:
         app.add_middleware(RootPathMiddleware, root_path=options.root_path)
-    app.add_middleware(BodyLimitMiddleware, max_bytes=options.max_body_bytes)
+    app.add_middleware(BodyLimitMiddleware, options=options)
+    app.add_middleware(FormMiddleware)
     app.add_middleware(KeyMiddleware, options=options)
     if options.allowed_origins:
         anything: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}

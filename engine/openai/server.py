@@ -18,8 +18,9 @@ from fastapi import FastAPI
 from engine.errors import ConfigError, ServerError
 from engine.openai.app import create_app
 from engine.openai.http.connection import PortProtocol
+from engine.openai.http.connections import IDLE_SECONDS
 from engine.openai.http.hub import Hub
-from engine.openai.http.options import KEEP_ALIVE_SECONDS, MAX_BODY_BYTES, ServerOptions, choose_api_keys
+from engine.openai.http.options import LIMITS, ServerOptions, choose_api_keys
 from engine.openai.http.ring_log import RingLog
 from engine.openai.serving.backend import ServedEngine
 from engine.openai.serving.generation import Port
@@ -28,10 +29,10 @@ logger = logging.getLogger("engine.openai")
 _LOGGERS = ("uvicorn.error", "engine.openai")
 _START_SECONDS = 10.0
 _GRACE_SECONDS = 1
-_IDLE_SECONDS = 75
-"""How long an idle connection stays open: longer than clients keep theirs, or they write into one just closed."""
 _NUM_NEXT_PORTS = 100
 _BACKLOG = 2048
+_AT_ONCE = 16
+"""Connections that asyncio takes from the system before it looks at any of them: each is a file already."""
 
 
 class ServerHandle:
@@ -69,7 +70,8 @@ class ServerHandle:
                 loop="asyncio",
                 server_header=False,
                 timeout_graceful_shutdown=_GRACE_SECONDS,
-                timeout_keep_alive=_IDLE_SECONDS,
+                timeout_keep_alive=IDLE_SECONDS,
+                backlog=_AT_ONCE,
             )
         )
         self._thread = threading.Thread(target=self._run, name="openai-port", daemon=True)
@@ -117,6 +119,7 @@ class ServerHandle:
                 self.stop()
                 raise ServerError(f"The server did not start: {'; '.join(self.log_lines[-3:]) or 'no reason given'}")
             time.sleep(0.002)
+        self._listener.listen(_BACKLOG)  # the system's queue, which asyncio made as short as what it takes at once
         atexit.register(self.stop)
 
     def _run(self) -> None:
@@ -133,11 +136,13 @@ class ServerHandle:
         assert server is not None, "a server runs once"
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(_log_loop_error)
-        await server.serve(sockets=[self._listener])
-        for connection in list(server.server_state.connections):
-            # A client that does not read would keep its socket open for ever.
-            connection.transport.abort()
-        await asyncio.sleep(0)
+        try:
+            await server.serve(sockets=[self._listener])
+        finally:
+            for connection in list(server.server_state.connections):
+                # A client that does not read would keep its socket open for ever.
+                connection.transport.abort()
+            await asyncio.sleep(0)
 
 
 @dataclass(frozen=True)
@@ -200,15 +205,17 @@ def want_server(
     enable_force_include_usage: bool = False,
     exclude_tools_when_tool_choice_none: bool = False,
     enable_tokenizer_info_endpoint: bool = False,
-    keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
-    max_body_bytes: int = MAX_BODY_BYTES,
+    **limits: Any,
 ) -> WantedServer:
     """Check the options of a server on ``host:port`` (0: a free one). Raises ConfigError for bad ones.
 
     Without ``api_key`` the key is ``VLLM_API_KEY`` or a random one; ``no_api_key`` opens the port,
     on loopback only. ``port_is_default`` says that the user did not choose the port: the next free
-    one is taken.
+    one is taken. ``limits``: the other fields of :class:`ServerOptions`, in seconds, bytes and counts.
     """
+    unknown = limits.keys() - LIMITS
+    if unknown:
+        raise TypeError(f"no such option of the port: {', '.join(sorted(unknown))}")
     options = ServerOptions(
         host=host,
         api_keys=choose_api_keys(api_key, no_api_key=no_api_key),
@@ -221,8 +228,7 @@ def want_server(
         enable_force_include_usage=enable_force_include_usage,
         exclude_tools_when_tool_choice_none=exclude_tools_when_tool_choice_none,
         enable_tokenizer_info_endpoint=enable_tokenizer_info_endpoint,
-        keep_alive_seconds=keep_alive_seconds,
-        max_body_bytes=max_body_bytes,
+        **limits,
     )
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port {port}: must be from 0 to 65535", flag="port", value=port, allowed="0 to 65535")

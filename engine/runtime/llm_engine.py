@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from engine.core.request import NewRequest, Request, RequestStatus, check_length
 from engine.core.scheduler import Scheduler
 from engine.core.step import ScheduledRequest, SchedulerOutput
-from engine.errors import GenerationError, OutOfMemoryError, VMMagicError
+from engine.errors import GenerationError, GrammarError, OutOfMemoryError, VMMagicError
 from engine.format.text import shortened
 from engine.memory.step_cost import AdmissionControl
 from engine.outputs import CompletionDelta, LogprobsAtPosition
@@ -371,7 +371,7 @@ class LLMEngine:
         status = self.scheduler.update(sampled.scheduled, sampled.token_id)
         guide = request.guide
         if guide is not None and guide.error is not None:
-            self._fail(group, GenerationError(f"the grammar failed: {guide.error}"))
+            self._fail(group, GrammarError(f"the grammar failed: {guide.error}"))
             return
         text = completion.detokenizer.next_text(sampled.token_id) if status is None else None
         if text is None:

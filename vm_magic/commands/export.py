@@ -29,7 +29,7 @@ HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3-270m": "g
 HUB_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "HF_HUB_CACHE")
 BY_VARIABLE = ("attention_backend", "device")
 """Engine flags whose values vLLM's flag of that name does not know: written as variables."""
-OURS_ALONE = ("no_api_key", "allowed_hosts")
+OURS_ALONE = ("no_api_key", "allowed_hosts", "max_connections")
 """Server options that vLLM does not have."""
 _VLLM_DEFAULTS = names_of(lambda known: known.server_default)
 """Sampling values that vLLM takes as a server's defaults; others come with each request."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
 from engine.format.text import is_count
-from engine.openai.http.options import DEFAULT_PORT
+from engine.openai.http.options import DEFAULT_PORT, MAX_NUM_QUEUED_REQS, MAX_NUM_QUEUED_TOKENS
 from vm_magic.commands.base import Context, LineCommand
 from vm_magic.commands.engine_flags import ENGINE_OPTIONS, EngineCommand
 from vm_magic.commands.load import load_model
@@ -29,9 +29,15 @@ SERVER_SWITCHES = {
     "exclude_tools_when_tool_choice_none": "leave tools out of the prompt of a request with tool_choice none",
     "enable_tokenizer_info_endpoint": "offer /tokenizer_info: the tokenizer's configuration and the chat template",
 }
+SERVER_LIMITS = {
+    "max_num_queued_reqs": f"completions of clients under way, waiting ones included ({MAX_NUM_QUEUED_REQS})",
+    "max_num_queued_tokens": f"tokens of clients' prompts that wait ({MAX_NUM_QUEUED_TOKENS})",
+    "max_connections": "open connections (a quarter of the files that the process may open)",
+}
 SERVER_OPTIONS = (
     *("host", "port", "api_key", "no_api_key", "allowed_origins", "allowed_hosts", "root_path"),
     *SERVER_SWITCHES,
+    *SERVER_LIMITS,
 )
 
 
@@ -118,6 +124,8 @@ def add_server_flags(parser: CommandParser) -> None:
     group.add_argument("--root-path", metavar="PATH", help="path prefix that a proxy strips", **absent)
     for name, text in SERVER_SWITCHES.items():
         group.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=text, **absent)
+    for name, text in SERVER_LIMITS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=limit_number, metavar="N", help=text, **absent)
     group.add_argument(
         "--disable-log-requests",
         dest="enable_log_requests",
@@ -131,6 +139,13 @@ def port_number(text: str) -> int:
     """A TCP port, 0 for a free one."""
     if not is_count(text) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
+    return int(text)
+
+
+def limit_number(text: str) -> int:
+    """How many of something at most."""
+    if not is_count(text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
 
 

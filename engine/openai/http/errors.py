@@ -9,7 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from engine.errors import ContextLengthError, EngineClosedError, GenerationError, RequestError
+from engine.errors import ContextLengthError, EngineClosedError, GenerationError, GrammarError, RequestError
+from engine.format.text import one_line
 from engine.openai.http.request_id import HEADER, request_id, request_logger
 
 logger = request_logger("engine.openai")
@@ -22,11 +23,18 @@ _ANTHROPIC_TYPES = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
 }
+_LONGEST = 1200
+"""Characters of a message."""
+_MOST_ERRORS = 8
+"""Wrong values that one answer names."""
 ABORTED = 499
 """The status of a request that was ended here; proxies log it for one that its client ended. No client repeats it."""
+_TOO_DEEP = "The request body is nested too deeply."
 _FINAL = {"x-should-retry": "false"}
 """What OpenAI's and Anthropic's clients obey before they look at the status, where they repeat each 5xx twice."""
 _SOON = {"Retry-After": "1"}
+_UNREADABLE = "There was an error parsing the body"
+"""FastAPI's words for it."""
 _ANTHROPIC_DETAILS = {"thread": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}}
 """By the refused field: what Anthropic's clients read to go on without it."""
 
@@ -64,6 +72,10 @@ class ServerStoppingError(Exception):
     """The port is being closed while a request is under way."""
 
 
+class QueueFullError(Exception):
+    """As much waits already as the port takes."""
+
+
 class ClientGoneError(Exception):
     """The client closed its connection."""
 
@@ -76,8 +88,12 @@ class RequestAbortedError(Exception):
 
 
 def error_body(message: str, *, type: str, code: int, param: str | None = None) -> dict[str, Any]:
-    """``{"error": {message, type, param, code}}``. What UTF-8 cannot carry of a quoted value becomes ``?``."""
-    message = message.encode(errors="replace").decode()
+    """``{"error": {message, type, param, code}}``: one line of bounded length, whatever values it quotes.
+
+    What UTF-8 cannot carry becomes ``?``.
+    """
+    message = one_line(message, _LONGEST).encode(errors="replace").decode()
+    param = None if param is None else one_line(param, 100).encode(errors="replace").decode()
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
@@ -85,8 +101,12 @@ def describe(error: Exception) -> dict[str, Any]:
     """The body for ``error``. What is not meant for users is logged, and described in general words."""
     if isinstance(error, RequestError):
         return error_body(str(error), type=error.type, code=error.code, param=error.param)
-    if isinstance(error, ServerStoppingError):
-        message = "The server was stopped while this request was running."
+    if isinstance(error, GrammarError):
+        return error_body(str(error), type="BadRequestError", code=HTTPStatus.BAD_REQUEST, param="structured_outputs")
+    if isinstance(error, RecursionError):
+        return error_body(_TOO_DEEP, type="BadRequestError", code=HTTPStatus.BAD_REQUEST)
+    if isinstance(error, ServerStoppingError | QueueFullError):
+        message = str(error) or "The server was stopped while this request was running."
         return error_body(message, type="ServiceUnavailableError", code=HTTPStatus.SERVICE_UNAVAILABLE)
     if isinstance(error, RequestAbortedError):
         return error_body(str(error), type="RequestAbortedError", code=ABORTED)
@@ -134,10 +154,11 @@ def install_error_handlers(app: FastAPI) -> None:
     """Answer every failure of ``app`` in vLLM's form."""
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_exception)
+    app.add_exception_handler(Exception, on_exception)
     app.add_exception_handler(ClientGoneError, _on_client_gone)
-    for kind in (RequestError, EngineClosedError, GenerationError, RequestAbortedError, ServerStoppingError):
-        app.add_exception_handler(kind, _on_exception)
+    ours = (RequestError, EngineClosedError, GenerationError)
+    for kind in (*ours, RequestAbortedError, ServerStoppingError, QueueFullError):
+        app.add_exception_handler(kind, on_exception)
 
 
 def not_found(path: str, detail: str) -> str:
@@ -152,7 +173,8 @@ async def _on_client_gone(_request: Request, _error: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def _on_exception(request: Request, error: Exception) -> JSONResponse:
+async def on_exception(request: Request, error: Exception) -> JSONResponse:
+    """The answer to a request that failed."""
     if isinstance(error, ContextLengthError) and error.limit and MESSAGES_PATH in request.url.path:
         error = RequestError(_too_long(error), param=error.param)
     # Where no handler inside the middleware took it, that middleware does not see the response.
@@ -173,16 +195,29 @@ def _too_long(error: ContextLengthError) -> str:
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     path, message, kind = request.url.path, str(error.detail), None
+    if message == _UNREADABLE:
+        message, kind = _why_unreadable(error.__cause__), "BadRequestError"
     if error.status_code == HTTPStatus.NOT_FOUND:
         message = not_found(path.removeprefix(request.scope.get("root_path", "")), message)
         kind = "NotFoundError"
     return plain_error(error.status_code, message, path=path, type=kind, headers=error.headers)
 
 
+def _why_unreadable(error: BaseException | None) -> str:
+    """What FastAPI does not say of a body that is no JSON."""
+    if isinstance(error, RecursionError):
+        return _TOO_DEEP
+    if isinstance(error, UnicodeError):
+        return "The request body is not valid UTF-8."
+    return f"The request body cannot be read: {error or 'no reason given'}."
+
+
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     found = error.errors()
-    message = "; ".join(_sentence(item) for item in found)
+    message = "; ".join(_sentence(item) for item in found[:_MOST_ERRORS])
+    if len(found) > _MOST_ERRORS:
+        message += f"; and {len(found) - _MOST_ERRORS} more"
     body = error_body(message, type="BadRequestError", code=HTTPStatus.BAD_REQUEST, param=_param(found[0]))
     return _response(body, request.url.path)
 

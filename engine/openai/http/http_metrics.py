@@ -1,6 +1,7 @@
 """Counts and times of HTTP requests, request ids and the access log."""
 
 import time
+from http import HTTPMethod
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.datastructures import MutableHeaders
@@ -9,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.openai.http.request_id import HEADER, begin_request, request_id, request_logger
 
 logger = request_logger("engine.openai.access")
+_METHODS = frozenset(HTTPMethod)
 _LABELS = ("method", "status", "handler")
 
 
@@ -24,6 +26,7 @@ class HttpMetrics:
 
     def observe(self, method: str, status: int, handler: str, seconds: float) -> None:
         """Count one request. ``handler`` is the route's pattern."""
+        method = method if method in _METHODS else "other"  # clients invent them, and each would stay for ever
         self._requests.labels(method=method, status=f"{status // 100}xx", handler=handler).inc()
         self._seconds.labels(handler=handler).observe(seconds)
 

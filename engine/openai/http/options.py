@@ -12,6 +12,15 @@ DEFAULT_PORT = 8000
 """The port of ``%vllm_metal serve`` (vLLM's default); ``LLM.serve`` takes a free one."""
 KEEP_ALIVE_SECONDS = 5.0
 MAX_BODY_BYTES = 32 * 1024 * 1024
+REQUEST_SECONDS = 30.0
+STALLED_SECONDS = 120.0
+MAX_NUM_QUEUED_REQS = 2048
+MAX_NUM_QUEUED_TOKENS = 4 * 1024 * 1024
+
+QUEUE_OPTIONS = ("max_num_queued_reqs", "max_num_queued_tokens")
+_POSITIVE = ("keep_alive_seconds", "max_body_bytes", "request_seconds", "stalled_seconds", *QUEUE_OPTIONS)
+LIMITS = (*_POSITIVE, "max_connections")
+"""The options that are limits."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,10 @@ class ServerOptions:
     """How the port behaves. ``api_keys`` empty leaves it open (loopback only).
 
     ``keep_alive_seconds`` is the longest silence on a stream before a comment line is sent,
-    ``max_body_bytes`` the longest request body.
+    ``max_body_bytes`` the longest request body, ``request_seconds`` the longest wait for a request that has begun (a
+    long body has more), ``stalled_seconds`` that for a client to read. ``max_connections`` 0: what is left of the
+    process's files decides. ``max_num_queued_reqs`` bounds the completions under way, those that wait included,
+    ``max_num_queued_tokens`` the tokens of prompts that wait.
     """
 
     host: str = "127.0.0.1"
@@ -35,6 +47,11 @@ class ServerOptions:
     enable_tokenizer_info_endpoint: bool = False
     keep_alive_seconds: float = KEEP_ALIVE_SECONDS
     max_body_bytes: int = MAX_BODY_BYTES
+    request_seconds: float = REQUEST_SECONDS
+    stalled_seconds: float = STALLED_SECONDS
+    max_connections: int = 0
+    max_num_queued_reqs: int = MAX_NUM_QUEUED_REQS
+    max_num_queued_tokens: int = MAX_NUM_QUEUED_TOKENS
 
     def __post_init__(self) -> None:
         if not self.api_keys and not is_loopback(self.host):
@@ -48,8 +65,12 @@ class ServerOptions:
             raise ConfigError(
                 f"--root-path {self.root_path}: must start with /", flag="root_path", value=self.root_path
             )
-        if self.keep_alive_seconds <= 0 or self.max_body_bytes < 1:
-            raise ConfigError("keep_alive_seconds and max_body_bytes must be greater than 0")
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                flag = f"--{name.replace('_', '-')}" if name in QUEUE_OPTIONS else name
+                raise ConfigError(f"{flag} must be greater than 0", flag=name, value=getattr(self, name))
+        if self.max_connections < 0:
+            raise ConfigError("--max-connections must not be negative", flag="max_connections")
 
 
 def choose_api_keys(api_key: str | Sequence[str] | None, *, no_api_key: bool) -> tuple[str, ...]:

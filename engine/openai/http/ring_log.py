@@ -4,7 +4,11 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 
+from engine.format.text import one_line
+
 CAPACITY = 2000
+LONGEST = 8000
+"""Characters that are kept of a line, or of what is logged with a traceback."""
 
 
 class RingLog(logging.Handler):
@@ -15,7 +19,7 @@ class RingLog(logging.Handler):
 
     def __init__(self, loggers: Sequence[str]) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+        self.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
         self._loggers = tuple(loggers)
         self._kept: deque[str] = deque(maxlen=CAPACITY)
         self._raised: list[tuple[logging.Logger, _Upward]] = []
@@ -27,7 +31,10 @@ class RingLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep the record's line."""
-        self._kept.append(self.format(record))
+        line = self.format(record)
+        if len(line) > LONGEST:  # of a traceback the end says most
+            line = f"{line[: LONGEST // 4]} … {line[len(line) - LONGEST * 3 // 4 :]}"
+        self._kept.append(line)
 
     def attach(self) -> None:
         """Listen; a logger without a level of its own is set to INFO meanwhile, which handlers above it do not see."""
@@ -49,6 +56,14 @@ class RingLog(logging.Handler):
             logger.propagate = upward.propagated
             logger.setLevel(logging.NOTSET)
         self._raised.clear()
+
+
+class _OneLine(logging.Formatter):
+    """A message may quote what a client sent: it begins no line of its own, and controls no terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The line, its traceback to follow."""
+        return one_line(super().formatMessage(record), LONGEST)
 
 
 class _Upward(logging.Handler):

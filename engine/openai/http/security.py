@@ -1,7 +1,9 @@
 """Who may talk to the port: Host, Origin, key and body size, checked before any route runs."""
 
+import asyncio
 import hmac
 import ipaddress
+import secrets
 import socket
 from http import HTTPStatus
 
@@ -9,6 +11,7 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine.openai.http.connection import Connection
 from engine.openai.http.errors import plain_error
 from engine.openai.http.hub import Hub
 from engine.openai.http.options import ServerOptions, is_loopback
@@ -16,6 +19,10 @@ from engine.openai.http.options import ServerOptions, is_loopback
 OPEN_PATHS = ("/health",)
 """Paths that need no key."""
 _WILDCARD_HOSTS = ("0.0.0.0", "::", "")
+_CLOSE = {"Connection": "close"}
+_BYTES_PER_SECOND = 8192
+"""How fast a long body must come, at least."""
+_BODIES = 8
 
 
 class HostOriginMiddleware:
@@ -89,11 +96,16 @@ class KeyMiddleware:
     def __init__(self, app: ASGIApp, *, options: ServerOptions) -> None:
         self._app = app
         self._root_path = options.root_path.rstrip("/")
-        self._keys = tuple(key.encode() for key in options.api_keys)
+        self._secret = secrets.token_bytes(32)
+        self._keys = tuple(self._digest(key) for key in options.api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401."""
-        if scope["type"] != "http" or not self._keys or self._is_open(scope) or self._has_key(Headers(scope=scope)):
+        if scope["type"] == "http" and (not self._keys or self._has_key(Headers(scope=scope))):
+            Connection.trust(scope)
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http" or self._is_open(scope):
             await self._app(scope, receive, send)
             return
         response = plain_error(
@@ -113,18 +125,27 @@ class KeyMiddleware:
         if scheme.lower() == "bearer":
             offered.append(bearer.strip())
         found = False
-        for key in self._keys:
-            for offer in offered:
-                found |= hmac.compare_digest(offer.encode(), key)
+        for digest in map(self._digest, offered):
+            for key in self._keys:
+                found |= hmac.compare_digest(digest, key)
         return found
+
+    def _digest(self, key: str) -> bytes:
+        """Of one length for every key, and nobody can say what it begins with: comparing tells nothing by its time."""
+        return hmac.digest(self._secret, key.encode(), "sha256")
 
 
 class BodyLimitMiddleware:
-    """Answers 413 to bodies longer than ``max_bytes``, announced or not."""
+    """Answers 413 to bodies longer than ``max_bytes``, announced or not, and 408 to those that come too slowly.
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    The bodies of all requests under way come to :data:`_BODIES` of the longest: what is more is answered 503.
+    """
+
+    def __init__(self, app: ASGIApp, *, options: ServerOptions) -> None:
         self._app = app
-        self._max_bytes = max_bytes
+        self._max_bytes = options.max_body_bytes
+        self._seconds = options.request_seconds
+        self._num_held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, counting what it sends."""
@@ -137,21 +158,43 @@ class BodyLimitMiddleware:
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 self._message(),
                 path=scope["path"],
-                headers={"Connection": "close"},
+                headers=_CLOSE,
             )
             await response(scope, receive, send)
             return
-        num_received = 0
+        num_received, whole = 0, False
+        began = asyncio.get_running_loop().time()
 
         async def counted_receive() -> Message:
-            nonlocal num_received
-            message = await receive()
-            num_received += len(message.get("body", b""))
-            if num_received > self._max_bytes:
-                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self._message())
+            nonlocal num_received, whole
+            if whole:
+                return await receive()
+            message = await self._receive_until(began + self._seconds + num_received / _BYTES_PER_SECOND, receive)
+            size = len(message.get("body", b""))
+            num_received, whole = num_received + size, not message.get("more_body", False)
+            self._num_held += size
+            self._check(num_received)
             return message
 
-        await self._app(scope, counted_receive, send)
+        try:
+            await self._app(scope, counted_receive, send)
+        finally:
+            self._num_held -= num_received
+
+    async def _receive_until(self, deadline: float, receive: Receive) -> Message:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await receive()
+        except TimeoutError:
+            message = "The request body did not come in time."
+            raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, message, _CLOSE) from None
+
+    def _check(self, num_received: int) -> None:
+        if num_received > self._max_bytes:
+            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self._message(), _CLOSE)
+        if self._num_held > _BODIES * self._max_bytes:
+            message = "The bodies of the requests under way are too large together; try again later."
+            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, message, _CLOSE)
 
     def _message(self) -> str:
         return f"The request body is longer than {self._max_bytes} bytes."

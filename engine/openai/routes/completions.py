@@ -53,8 +53,9 @@ def _only_echo(body: CompletionRequest) -> bool:
 
 async def _start(port: Port, body: CompletionRequest, request: Request) -> Job:
     given = (body.prompt, body.structured_outputs, body.response_format)
-    prompts = await make_prompts(partial(completion_prompts, port.engine, body), given)
-    return await start_job(port, "cmpl", request, body, prompts)
+    with port.admission.place(len(_prompt_items(body.prompt)), body.n) as place:
+        prompts = await make_prompts(partial(completion_prompts, port.engine, body), given)
+        return await start_job(port, "cmpl", request, body, prompts, place)
 
 
 def _params(engine: ServedEngine, body: CompletionRequest) -> SamplingParams:

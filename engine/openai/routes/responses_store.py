@@ -71,7 +71,9 @@ class RunningResponse:
             await asyncio.wait([self.task])
 
     def measure(self) -> None:
-        """Count the bytes that keeping this response costs (as JSON)."""
+        """Count the bytes that keeping this response costs (as JSON), now that it is over: what ran it is let go."""
+        self.work = self.task = None
+        self.job.release()
         self.num_bytes = len(json.dumps([self.conversation(), self.builder.response, self.events]))
 
 

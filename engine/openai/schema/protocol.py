@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, create_model, model_validator
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import DictSchema
 
 from engine.params.sampling_params import COMMON, PARAMETERS, names_of
 
@@ -16,10 +18,32 @@ SAMPLING_FIELDS = names_of(lambda known: known.wire != "own")
 """Fields that go to ``SamplingParams`` under the same name."""
 
 
+_FAIL_FAST = {"list"} | ({"dict"} if "fail_fast" in DictSchema.__annotations__ else set())
+
+
+def _fail_fast(schema: Any) -> None:
+    if isinstance(schema, dict):
+        kind = schema.get("type")
+        if isinstance(kind, str) and kind in _FAIL_FAST:
+            schema["fail_fast"] = True
+        for inner in schema.values():
+            _fail_fast(inner)
+    elif isinstance(schema, list | tuple):
+        for inner in schema:
+            _fail_fast(inner)
+
+
 class RequestBody(BaseModel):
     """Base of all bodies: unknown fields are kept for the log, nulls dropped."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Of a list only the first wrong item is told: errors for a million cost a hundred times their body."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
 
     @model_validator(mode="before")
     @classmethod

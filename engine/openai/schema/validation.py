@@ -23,6 +23,7 @@ class Refusal:
     neutral: tuple[Any, ...] = ()
 
 
+_MOST_NAMED = 20
 _NOT_YET = "is not supported by this version of the engine"
 _GUIDED = Refusal(f"{_NOT_YET}: it is the old name, use `structured_outputs`", ({}, []))
 _MEDIA = Refusal(f"{_NOT_YET}: it serves text only", ({},))
@@ -72,7 +73,7 @@ def check_extra_fields(request: RequestBody, also: Mapping[str, Refusal] = Mappi
     """Refuse by name what cannot be honoured; log the rest of the unknown fields."""
     ignored = refuse_fields(request, also)
     if ignored:
-        logger.warning("The following fields were present in the request but ignored: %s", set(ignored))
+        logger.warning("The following fields were present in the request but ignored: %s", set(ignored[:_MOST_NAMED]))
 
 
 def refuse_fields(request: RequestBody, also: Mapping[str, Refusal]) -> list[str]:

@@ -58,8 +58,9 @@ async def start_chat(
     conversations: Sequence[Messages],
 ) -> Job:
     """Submit a chat's conversations; each choice gets its own parser. Raises RequestError."""
-    prepared = await prepare_chat(port, body, conversations)
-    return await start_job(port, "chatcmpl", http, body, prepared, keeps_reasoning=body.include_reasoning)
+    with port.admission.place(len(conversations), body.n) as place:
+        prepared = await prepare_chat(port, body, conversations)
+        return await start_job(port, "chatcmpl", http, body, prepared, place, keeps_reasoning=body.include_reasoning)
 
 
 class ReadChat(Protocol):
@@ -88,8 +89,10 @@ async def prepare_read(port: Port, read: ReadChat) -> PreparedRequest:
 
 async def start_read(port: Port, http: Request, read: ReadChat, prefix: str) -> Job:
     """Submit what was read. Raises RequestError."""
-    prepared = await prepare_read(port, read)
-    return await start_job(port, prefix, http, read.chat, [prepared], keeps_reasoning=read.chat.include_reasoning)
+    with port.admission.place(1, read.chat.n) as place:
+        prepared = await prepare_read(port, read)
+        keeps_reasoning = read.chat.include_reasoning
+        return await start_job(port, prefix, http, read.chat, [prepared], place, keeps_reasoning=keeps_reasoning)
 
 
 def chat_request(

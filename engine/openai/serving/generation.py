@@ -17,9 +17,10 @@ from engine.errors import GenerationError, RequestError, UnknownModelError
 from engine.openai.http.errors import RequestAbortedError
 from engine.openai.http.lifetime import OpenRequest, OpenRequests
 from engine.openai.http.options import ServerOptions
-from engine.openai.http.request_id import HEADER, MAX_LENGTH, name_request, request_id
+from engine.openai.http.request_id import HEADER, name_request, request_id
 from engine.openai.http.sse import OPENAI_FORM, Events, EventStream, StreamForm
 from engine.openai.schema.protocol import SAMPLING_FIELDS, GenerationFields, SamplingFields, StreamOptions
+from engine.openai.serving.admission import Admission, Place
 from engine.openai.serving.backend import ServedEngine
 from engine.openai.serving.logprobs import CompletionTokens, PlacedToken, TokenNames
 from engine.outputs import CompletionDelta
@@ -29,6 +30,9 @@ from engine.text.parse.scan.output_sink import ParsedDelta
 from engine.text.template.chat_template import RESERVED_VARIABLES
 from engine.text.tokens.detokenizer import completion_stream
 
+_GRAMMARS = 2
+_SLICE = 16
+"""Prompts of one request that are submitted in a row."""
 _BIAS_LIMIT = 100.0
 _SHORT = 8192
 """Characters of a request whose prompt is made at once: a millisecond's work."""
@@ -44,6 +48,9 @@ class Port:
     engine: ServedEngine
     options: ServerOptions
     open_requests: OpenRequests
+    admission: Admission
+    grammars: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_GRAMMARS))
+    """Large ones take long to compile, and the threads that do it make prompts too."""
 
     def check_model(self, name: str | None) -> None:
         """Raise UnknownModelError unless ``name`` is served (no name means the served one)."""
@@ -248,6 +255,11 @@ class Job:
         choice = self.choices[position * self.num_per_prompt + delta.index]
         return News(choice, delta, choice.add(delta))
 
+    def release(self) -> None:
+        """Let go of what ran, once nobody asks for it any more."""
+        self.prompts, self.streams, self.choices = (), (), []
+        self._tokens.clear()
+
     def usage(self) -> dict[str, Any]:
         """Token counts so far."""
         num_prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
@@ -325,14 +337,15 @@ async def start_job(
     http: Request,
     request: GenerationFields,
     prompts: Sequence[PreparedRequest],
+    place: Place,
     *,
     keeps_reasoning: bool = True,
 ) -> Job:
-    """Submit ``prompts``. If one is refused, none runs."""
+    """Submit ``prompts``, for which ``place`` was kept. If one is refused, none runs."""
     engine = port.engine
     asked = http.headers.get(HEADER) or request.request_id
     name_request(asked)
-    job_id = f"{prefix}-{request_id()[:MAX_LENGTH]}"
+    job_id = f"{prefix}-{request_id()}"
     # Two clients may choose the same id; the engine's must be unique.
     unique = f"{job_id}-{secrets.token_hex(4)}" if asked else job_id
 
@@ -342,14 +355,23 @@ async def start_job(
             request_id=f"{unique}-{position}" if len(prompts) > 1 else unique,
             priority=request.priority,
             cache_salt=request.cache_salt,
+            served=True,
         )
 
     streams: list[RequestStream] = []
+    port.admission.check_tokens([len(prompt.token_ids) for prompt in prompts])
     try:
         for position, prompt in enumerate(prompts):
+            if position % _SLICE == _SLICE - 1:
+                await asyncio.sleep(0)  # the other clients' streams must go on
             # Compiling a grammar takes a while, in which the other clients' streams must go on.
             grammar = prompt.constraints is not None and prompt.constraints.structured is not None
-            streams.append(await asyncio.to_thread(submit, position, prompt) if grammar else submit(position, prompt))
+            if grammar:
+                async with port.grammars:
+                    streams.append(await asyncio.to_thread(submit, position, prompt))
+            else:
+                streams.append(submit(position, prompt))
+            place.take(streams[-1])
     except BaseException:
         for stream in streams:
             stream.abort()

@@ -179,14 +179,18 @@ class GrammarCompiler:
         matcher = LLMatcher(tokens.all, grammar, log_level=0)
         if matcher.is_error():
             raise RequestError(f"bad grammar or schema: {_one_line(matcher.get_error())}", param=param)
-        if not self._begins(matcher) or matcher.is_error():  # which is known only now
+        first = self._first_tokens(matcher)
+        if not len(first) or matcher.is_error():  # which is known only now
             raise RequestError("bad grammar or schema: no text satisfies it", param=param)
+        begun = matcher.deep_copy()
+        if not begun.consume_tokens([int(first[0])]) and begun.is_error():  # some limits are met with the first token
+            raise RequestError(f"bad grammar or schema: {_one_line(begun.get_error())}", param=param)
         return GrammarMatcher(matcher, tokens)
 
-    def _begins(self, matcher: "LLMatcher") -> bool:
-        """Whether one of the model's tokens can come first, or nothing must."""
+    def _first_tokens(self, matcher: "LLMatcher") -> NDArray[np.intp]:
+        """Those of the model's tokens that can come first; end tokens where nothing must."""
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        return bool(np.unpackbits(mask, count=self._vocab_size, bitorder="little").any())
+        return np.flatnonzero(np.unpackbits(mask, count=self._vocab_size, bitorder="little"))
 
     def mark(self, text: str) -> str:
         """``text`` in a Lark grammar; a mark that is a single token is written by its id."""
@@ -284,5 +288,5 @@ def whitespace_options(structured: StructuredOutput | None = None) -> Any:
 
 def _one_line(text: str) -> str:
     """A library's words in one line, keywords that it lacks by their names."""
-    line = " ".join(text.split())
+    line = " ".join(text.partition("<state>")[0].split())  # llguidance's own notes follow
     return re.sub(r"Unimplemented keys: \[(.*?)\]", r"the grammar cannot enforce \1", line)[:200]

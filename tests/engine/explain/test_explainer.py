@@ -11,9 +11,9 @@ import pytest
 from engine import LLM, SamplingParams
 from engine.chat.request import PreparedRequest
 from engine.errors import RequestError
-from engine.explain.request_log import MAX_RECORDS, RequestLog, common_prefix
+from engine.explain.request_log import MAX_BYTES, MAX_RECORDS, RequestLog, common_prefix, rough_bytes
 from engine.outputs import CompletionDelta
-from engine.params.structured_outputs import StructuredOutput
+from engine.params.structured_outputs import Constraints, StructuredOutput
 from engine.runtime.stream import RequestStream
 
 LONG = "The quick brown fox jumps over the lazy dog, and then it goes home to sleep until the next morning comes."
@@ -245,6 +245,22 @@ def test_the_log_is_bounded_and_lets_go_of_finished_streams() -> None:
     assert records[-1].outcome.completions[0].text == "text"
     assert records[-1].stream is None
     assert [record.number for record in log.before(records[-1])][:2] == [MAX_RECORDS + 7, MAX_RECORDS + 6]
+
+
+def test_the_log_is_bounded_in_what_prompts_tools_and_schemas_take_but_keeps_the_last() -> None:
+    log = RequestLog()
+    schema = StructuredOutput(json={"enum": ["x" * 1000] * 20_000})
+    for number in range(8):
+        stream = stream_of(number)
+        request = PreparedRequest(None, [1], stream.params, Constraints(structured=schema))
+        log.add(stream, request, max_tokens=16)
+    assert len(log) == MAX_BYTES // rough_bytes(schema, MAX_BYTES) == 3
+    large = StructuredOutput(json={"enum": ["x" * 1000] * 100_000})
+    log.add(stream, PreparedRequest(None, [1], stream.params, Constraints(structured=large)), max_tokens=16)
+    assert len(log) == 1
+    log.add(stream, request_of(stream), max_tokens=16)
+    log.add(stream, request_of(stream), max_tokens=16)
+    assert len(log) == 2
 
 
 def test_a_failed_request_keeps_its_error() -> None:

@@ -191,7 +191,7 @@ def test_the_engine_goes_on_to_the_end_while_the_ports_thread_stands_still(llm: 
             assert not go_on.is_set()
         finally:
             go_on.set()
-        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
     assert len(other.outputs[0].token_ids) == NUM_TOKENS
     assert lines[-1] == "[DONE]"
     assert "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]) == alone.outputs[0].text

@@ -1,7 +1,8 @@
 """``/v1/responses``: items, events in the order that clients rely on, the store."""
 
 import time
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import openai
@@ -12,12 +13,14 @@ from engine.openai.routes.responses_calls import CallItems
 from engine.openai.routes.responses_output import ResponseBuilder
 from engine.openai.routes.responses_store import ResponseStore, RunningResponse
 from engine.openai.schema.responses_tools import Toolbox
+from engine.openai.server import ServerHandle
+from engine.openai.serving.generation import Job
 from tests.engine.openai import strict, strict_more
 from tests.engine.openai.conftest import Serve, http_client
 from tests.engine.openai.fakes import FakeLLM
 
-NO_JOB: Any = None
-"""A response that is over is kept without asking its job."""
+NO_JOB = cast(Job, SimpleNamespace(release=lambda: None))
+"""What ran a response that is over, and is let go."""
 REPLY = "Hello, wörld!"
 THOUGHT = "<think>\nSo be it.\n</think>\n\nHello!"
 CALLS = (
@@ -375,6 +378,17 @@ def test_a_request_as_codex_sends_it_is_answered_without_being_kept(http: httpx.
     assert again[-1]["type"] == "response.completed"
     assert prompt_of(llm).startswith("<|start|>system:You are an agent.<|start|>user:Hi<|start|>assistant:I look.")
     assert http.get(f"/v1/responses/{events[-1]['response']['id']}").status_code == 404
+
+
+def test_a_stored_response_lets_go_of_what_ran_it(server: ServerHandle, http: httpx.Client) -> None:
+    ids = [post(http)["id"], stream(http)[-1]["response"]["id"], post(http, background=True)["id"]]
+    store = server._server.config.app.state.responses  # type: ignore[union-attr]
+    for response_id in ids:
+        kept = store.get(response_id)
+        while not kept.builder.over:
+            http.get(f"/v1/responses/{response_id}")
+        assert http.get(f"/v1/responses/{response_id}").json()["status"] == "completed"
+        assert (kept.job.streams, kept.job.prompts, kept.job.choices) == ((), (), [])
 
 
 def test_the_store_is_bounded_in_number_and_bytes_and_forgets_the_oldest(http: httpx.Client, llm: FakeLLM) -> None:

@@ -429,3 +429,16 @@ def test_a_schema_of_any_kind_is_taken_or_the_clients_error(tokenizer: Tokenizer
                 manager.prepare(Constraints.from_request(**fields), [1], PARAMS)
                 taken += 1
     assert 100 < taken < 900
+
+
+MANY = [{"type": "object", "properties": {"k": {"const": n}}, "required": ["k"]} for n in range(2500)]
+
+
+@pytest.mark.parametrize("asked", [{"choice": [f"choice {n}" for n in range(2500)]}, {"json": {"anyOf": MANY}}])
+def test_a_grammar_that_is_too_large_for_its_first_token_is_refused_before_it_begins(
+    tokenizer: Tokenizer, asked: dict[str, Any]
+) -> None:
+    with pytest.raises(RequestError, match=r"bad grammar or schema: .*max is 2000") as caught:
+        guide_of(make_manager(tokenizer), tokenizer, structured_outputs=asked)
+    assert caught.value.param == "structured_outputs"
+    assert "<state>" not in str(caught.value)
