@@ -38,7 +38,7 @@ def sticky(*, pretend: bool = False) -> bool:
     if problems:
         print(f"stdout:\n{done.stdout}\nstderr:\n{done.stderr[-4000:]}", flush=True)
     else:
-        line = done.stdout.splitlines()[0]
+        line = done.stdout.splitlines()[1]
         print(f"sticky: as it should: all were told {line!r}, status {done.returncode}; {seconds:.0f} s", flush=True)
     return not problems
 
@@ -48,9 +48,15 @@ def _problems(done: "subprocess.CompletedProcess[str]") -> list[str]:
     problems = [] if done.returncode == _STATUS else [f"exit status {done.returncode} and not {_STATUS}"]
     if lines[-1:] != ["closed"]:
         problems.append("it did not come to its end")
-    told = lines[:-1]
-    if len(told) < 5 or len(set(told)) != 1 or not told[0].startswith("the GPU failed ("):
+    told = [line for line in lines if line.startswith("the GPU failed (")]
+    if len(told) < 5 or len(set(told)) != 1:
         problems.append("not everybody was told the one line")
+    if [line for line in lines if line.startswith("port: ")] != ["port: 200", f"port: 503; 503 {''.join(told[:1])}"]:
+        problems.append("the port did not answer 503 with that line")
+    if f"kept: {sum(range(1000))}" not in lines:
+        problems.append("a variable was lost")
+    if len(lines) != len(told) + 4:
+        problems.append("something else was said")
     if any(word in done.stderr for word in ("terminate called", "Traceback", "core dumped")):
         problems.append("stderr speaks of an abort")
     return problems

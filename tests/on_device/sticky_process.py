@@ -1,12 +1,19 @@
-"""The process of :mod:`tests.on_device.sticky`: faults on purpose. Prints what everybody is told, then ``closed``."""
+"""The process of :mod:`tests.on_device.sticky`: faults on purpose.
 
+Prints what everybody is told, what the port answers, what a variable still holds, then ``closed``.
+"""
+
+import json
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
 from engine.errors import DeviceFailedError
 from engine.llm import LLM
+from engine.openai.server import ServerHandle
 from engine.params.sampling_params import SamplingParams
 from engine.runtime.llm_engine import LLMEngine
 
@@ -46,9 +53,25 @@ def _tell(function: Callable[[], object]) -> None:
         print("no error", flush=True)
 
 
+def _answer(server: ServerHandle, path: str, body: dict[str, Any] | None = None) -> str:
+    """The status of the port for ``path``, and the message of its error."""
+    headers = {"Authorization": f"Bearer {server.api_key}", "Content-Type": "application/json"}
+    data = None if body is None else json.dumps(body).encode()
+    root = server.base_url.removesuffix("/v1")
+    try:
+        with urllib.request.urlopen(urllib.request.Request(root + path, data, headers), timeout=20) as response:
+            return f"{response.status}"
+    except urllib.error.HTTPError as error:
+        text = error.read().decode()
+        return f"{error.code} {json.loads(text)['error']['message']}" if text else f"{error.code}"
+
+
 def main(folder: str, how: str) -> int:
     """Run into the fault with three requests under way, try to go on, and end."""
+    kept = list(range(1000))
     llm = LLM(folder, max_model_len=4096)
+    server = llm.serve(port=0)
+    print(f"port: {_answer(server, '/health')}", flush=True)
     streams = [llm.submit_prompt([5 + number, 6, 7] * 50, _PARAMS) for number in range(3)]
     for stream in streams:
         next(stream)
@@ -56,11 +79,14 @@ def main(folder: str, how: str) -> int:
     for stream in streams:
         _tell(stream.result)
     _tell(lambda: llm.submit_prompt([5, 6, 7], _PARAMS))
+    asked = {"model": server.model, "prompt": "a", "max_tokens": 2}
+    print(f"port: {_answer(server, '/health')}; {_answer(server, '/v1/completions', asked)}", flush=True)
     begin = time.monotonic()
     llm.close()
     if time.monotonic() - begin > 2:
         print("closing took long", flush=True)
     _tell(lambda: LLM(folder))
+    print(f"kept: {sum(kept)}", flush=True)
     print("closed", flush=True)
     return 3
 
