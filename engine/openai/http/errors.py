@@ -110,7 +110,9 @@ def describe(error: Exception) -> dict[str, Any]:
         return error_body(message, type="ServiceUnavailableError", code=HTTPStatus.SERVICE_UNAVAILABLE)
     if isinstance(error, RequestAbortedError):
         return error_body(str(error), type="RequestAbortedError", code=ABORTED)
-    if isinstance(error, EngineClosedError | GenerationError):
+    if isinstance(error, EngineClosedError):
+        return error_body(str(error), type="ServiceUnavailableError", code=HTTPStatus.SERVICE_UNAVAILABLE)
+    if isinstance(error, GenerationError):
         message = str(error)
     else:
         logger.error("request failed", exc_info=error)
@@ -127,19 +129,21 @@ def anthropic_error(body: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "error", "error": told, "request_id": None}
 
 
-def _response(body: dict[str, Any], path: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """``body`` in the form of the API that ``path`` belongs to."""
+def _response(
+    body: dict[str, Any], path: str, headers: Mapping[str, str] | None = None, *, lasting: bool = False
+) -> JSONResponse:
+    """``body`` in the form of the API that ``path`` belongs to; ``lasting``: it will stay so, whatever its status."""
     shown, status = anthropic_error(body) if MESSAGES_PATH in path else body, body["error"]["code"]
-    return JSONResponse(shown, status_code=status, headers={**_about_repeating(status), **(headers or {})})
+    return JSONResponse(shown, status_code=status, headers={**_about_repeating(status, lasting), **(headers or {})})
 
 
-def _about_repeating(status: int) -> Mapping[str, str]:
+def _about_repeating(status: int, lasting: bool) -> Mapping[str, str]:
     """Headers that say whether the same request may succeed later.
 
     While the port closes it may, if another opens in its place. A model that failed, an engine that is gone and a bug
     of ours stay what they are until somebody does something; and who cancelled a request does not want it again.
     """
-    return _SOON if status == HTTPStatus.SERVICE_UNAVAILABLE else _FINAL
+    return _SOON if status == HTTPStatus.SERVICE_UNAVAILABLE and not lasting else _FINAL
 
 
 def plain_error(
@@ -179,7 +183,8 @@ async def on_exception(request: Request, error: Exception) -> JSONResponse:
         error = RequestError(_too_long(error), param=error.param)
     # Where no handler inside the middleware took it, that middleware does not see the response.
     named = {HEADER: request_id()} if request.app.state.port.options.enable_request_id_headers else None
-    return _response(describe(error), request.url.path, named)
+    gone = isinstance(error, EngineClosedError)
+    return _response(describe(error), request.url.path, named, lasting=gone)
 
 
 def _too_long(error: ContextLengthError) -> str:

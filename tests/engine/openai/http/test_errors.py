@@ -179,7 +179,9 @@ def test_a_bug_is_told_in_general_words_and_logged_in_full(
 def test_a_closed_engine_says_so(http: httpx.Client, llm: FakeLLM) -> None:
     llm.closed = True
     response = http.post(CHAT, json={"messages": MESSAGES})
-    assert "engine is closed" in strict.error(response, 500, "InternalServerError")
+    assert "engine is closed" in strict.error(response, 503, "ServiceUnavailableError")
+    assert response.headers["x-should-retry"] == "false"
+    assert "retry-after" not in response.headers
     assert http.get("/health").status_code == 503
 
 
