@@ -358,24 +358,7 @@ async def start_job(
             served=True,
         )
 
-    streams: list[RequestStream] = []
-    port.admission.check_tokens([len(prompt.token_ids) for prompt in prompts])
-    try:
-        for position, prompt in enumerate(prompts):
-            if position % _SLICE == _SLICE - 1:
-                await asyncio.sleep(0)  # the other clients' streams must go on
-            # Compiling a grammar takes a while, in which the other clients' streams must go on.
-            grammar = prompt.constraints is not None and prompt.constraints.structured is not None
-            if grammar:
-                async with port.grammars:
-                    streams.append(await asyncio.to_thread(submit, position, prompt))
-            else:
-                streams.append(submit(position, prompt))
-            place.take(streams[-1])
-    except BaseException:
-        for stream in streams:
-            stream.abort()
-        raise
+    streams = await _submit_all(port, prompts, place, submit)
     names = TokenNames(engine.tokenizer, request.return_tokens_as_token_ids)
     return Job(
         id=job_id,
@@ -386,6 +369,32 @@ async def start_job(
         decode=lambda token_ids: engine.tokenizer.decode(token_ids, skip_special_tokens=False),
         keeps_reasoning=keeps_reasoning,
     )
+
+
+async def _submit_all(
+    port: Port,
+    prompts: Sequence[PreparedRequest],
+    place: Place,
+    submit: Callable[[int, PreparedRequest], RequestStream],
+) -> list[RequestStream]:
+    """The streams of ``prompts``; none runs if one is refused. The other clients' streams go on meanwhile."""
+    streams: list[RequestStream] = []
+    port.admission.check_tokens([len(prompt.token_ids) for prompt in prompts])
+    try:
+        for position, prompt in enumerate(prompts):
+            if position % _SLICE == _SLICE - 1:
+                await asyncio.sleep(0)
+            if prompt.constraints is not None and prompt.constraints.structured is not None:
+                async with port.grammars:  # compiling one takes a while
+                    streams.append(await asyncio.to_thread(submit, position, prompt))
+            else:
+                streams.append(submit(position, prompt))
+            place.take(streams[-1])
+    except BaseException:
+        for stream in streams:
+            stream.abort()
+        raise
+    return streams
 
 
 async def finish_job(port: Port, http: Request, job: Job) -> None:
