@@ -231,8 +231,7 @@ class Scheduler:
         num_tokens = self._chunk(request, self._first_chunk(request, budget))
         if not num_tokens or not self.kv.allocate(request, cached + num_tokens, cached):
             request.num_computed_tokens = 0
-            if parent is not None:
-                self.kv.free(request)
+            self.kv.free(request)
             return 0
         self._forks.pop(request, None)
         self.waiting.remove(request)

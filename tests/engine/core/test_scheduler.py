@@ -753,6 +753,7 @@ def test_the_latest_of_the_ports_gives_way_once_to_a_request_of_the_notebook_and
     scheduler.add(own)
     while served[1].status is not RequestStatus.PREEMPTED:
         assert driver.step().scheduled_requests
+    assert driver.steps[-1].preempted == [served[1]]
     output = driver.step()
     assert "own" in [scheduled.request.request_id for scheduled in output.scheduled_requests]
     assert served[1].let_through
@@ -787,3 +788,18 @@ def test_the_notebooks_requests_preempt_none_of_their_own():
         scheduler.add(make_request(name, 6, 9, served=served))
     driver = Driver(scheduler, pool).run()
     assert not any(step.preempted for step in driver.steps)
+
+
+def test_a_request_of_the_notebook_that_waits_for_the_devices_memory_takes_nobodys_blocks():
+    scheduler, pool = make_scheduler(memory=LimitedMemory(64, 0, 0, 0, 0))
+    served = make_request("served", 6, 12, served=True)
+    scheduler.add(served)
+    driver = Driver(scheduler, pool)
+    driver.step()
+    own = make_request("own", range(500, 508), 3)
+    scheduler.add(own)
+    for _ in range(4):
+        driver.step()
+        assert scheduler.short_of_memory == [own]
+    driver.run()
+    assert (served.metrics.num_preemptions, len(own.output_token_ids)) == (0, 3)
