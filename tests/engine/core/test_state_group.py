@@ -435,3 +435,14 @@ def test_while_sequences_hold_most_slots_a_pass_is_counted_from_what_is_there_or
         others = [make_request(str(i), range(100 * i, 100 * i + 3), max_tokens=9) for i in range(1, 4)]
         request = make_request("request", length, max_tokens=1)
         assert shares_of(run(scheduler, *others, request), request) == chunks
+
+
+def test_a_turn_that_begins_at_its_own_checkpoint_needs_no_earlier_one_of_what_it_shares_with_others():
+    scheduler, states = make_hybrid(num_slots=8)
+    first = make_request("first", 50)
+    run(scheduler, first)
+    run(scheduler, make_request("other", [*range(16), *range(1000, 1040)]))
+    shared = states._checkpoint(first, 16)
+    assert not states._checkpoints[shared].expendable
+    run(scheduler, make_request("again", 50))  # which leaves none of its own
+    assert states._checkpoints[shared].expendable

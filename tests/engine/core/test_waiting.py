@@ -1,5 +1,7 @@
 """Requests that wait: in which order, for whom, and what is kept of them."""
 
+import random
+
 from engine.core.waiting import WaitingQueue
 from tests.engine.core.test_scheduler import Driver, make_request, make_scheduler
 
@@ -47,3 +49,41 @@ def test_siblings_of_one_that_is_preempted_before_they_start_wait_for_it_again()
     driver.run()
     assert all(len(request.output_token_ids) == 8 for request in (parent, *siblings))
     assert not scheduler.waiting.num_aside
+
+
+def test_the_order_is_kept_where_many_ended_while_they_waited():
+    waiting, rng = WaitingQueue(), random.Random(5)
+    requests = [make_request(str(i), 4, arrival_time=rng.random()) for i in range(400)]
+    for request in requests:
+        waiting.add(request)
+    for request in rng.sample(requests, 330):
+        waiting.remove(request)
+    assert waiting.own.num_entries < 400
+    left, order = list(waiting), []
+    while (request := waiting.first()) is not None:
+        waiting.remove(request)
+        order.append(request)
+    assert order == left == sorted(left, key=lambda request: request.arrival_time)
+    assert len(order) == 70
+
+
+def test_who_looks_is_told_in_which_order_both_kinds_start_whosever_turn_it_is():
+    waiting = WaitingQueue()
+    for name, served in (("o0", False), ("s0", True), ("s1", True), ("s2", True)):
+        waiting.add(make_request(name, 4, served=served))
+    for served_next, order in ((False, ["o0", "s0", "s1", "s2"]), (True, ["s0", "o0", "s1", "s2"])):
+        waiting.served_next = served_next
+        assert [request.request_id for request in waiting.in_turn()] == order
+
+
+def test_nothing_is_kept_of_siblings_that_ended_while_they_stood_aside():
+    waiting = WaitingQueue()
+    parent, *siblings = (make_request("a", 4, index=index) for index in range(3))
+    for sibling in siblings:
+        waiting.add_aside(sibling, parent)
+    waiting.remove(siblings[0])
+    waiting.release(parent)
+    assert (list(waiting), waiting.num_aside) == ([siblings[1]], 0)
+    waiting.add_aside(siblings[1], parent)
+    waiting.remove(siblings[1])
+    assert (len(waiting), waiting._aside, waiting._parents) == (0, {}, {})
