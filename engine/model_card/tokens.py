@@ -7,13 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from engine.errors import ModelLoadError
 from engine.model_card.card import Fact
 from engine.model_card.model_files import ModelFiles, as_mapping
 from engine.models.resolve import resolve
 from engine.models.weight_format import TOKENIZER_FILES, read_json
+from engine.text.tokens.folder_tokenizer import read_tokenizer_file
 from engine.text.tokens.tokenizer import Tokenizer, load_tokenizer
 
 _GENERATION = "generation_config.json"
@@ -72,7 +71,7 @@ def read_tokenizer(files: ModelFiles) -> TokenizerFiles | None:
 
 def _bare_tokenizer(path: Path) -> Tokenizer:
     """What ``tokenizer.json`` says alone, where a file beside it cannot be read."""
-    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+    return Tokenizer(read_tokenizer_file(path))
 
 
 def tokenizer(files: ModelFiles, read: TokenizerFiles, rows: Fact | None) -> Iterator[Fact]:

@@ -96,7 +96,7 @@ def _damage_folder(rng: random.Random, files: whole.Files) -> str:
         if name.endswith(".safetensors") and roll < 0.6:
             files[name], what = _damaged_header(rng, files[name])
             return f"{name}: {what}"
-    except (ValueError, LookupError, AttributeError, TypeError):  # damaged before, or nothing in it
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):  # damaged before, or nothing in it
         pass
     data, what = _damaged_bytes(rng, files[name])
     if data is None:

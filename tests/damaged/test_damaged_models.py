@@ -3,6 +3,7 @@
 The cases run in a process of their own (:mod:`tests.damaged.tries`), so that a death or a hang is an answer too.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,16 @@ def test_a_value_of_any_length_is_quoted_in_short(llama: Callable[..., Path]) ->
             ask(folder)
         assert len(str(refused.value)) < 700
     assert all(len(line) < 700 for line in engine.inspect(folder).problems)
+
+
+def test_a_table_of_characters_that_states_more_than_it_holds_reaches_no_library(llama: Callable[..., Path]) -> None:
+    folder = llama()
+    file = folder / "tokenizer.json"
+    table = {"type": "Precompiled", "precompiled_charsmap": "//////8AAAA="}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": table}))
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json: its precompiled_charsmap is damaged"):
+        engine.LLM(str(folder))
+    assert any("precompiled_charsmap" in line for line in engine.inspect(str(folder)).problems)
 
 
 def test_weights_as_pickles_and_code_of_the_folder_are_refused(llama: Callable[..., Path]) -> None:

@@ -5,6 +5,8 @@ not added, since the model knows none. transformers itself, which takes a second
 that are not in :mod:`engine.text.tokens.tokenizer_class` and for folders without a ``tokenizer.json``.
 """
 
+import base64
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ from engine.text.tokens.tokenizer_class import (
 _CONFIG = "tokenizer_config.json"
 _MAP = "special_tokens_map.json"
 _FILE = "tokenizer.json"
+_CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*"((?:[A-Za-z0-9+/]{4})+[A-Za-z0-9+/=]*)"')
+"""A table in base64 that begins with its size."""
 _USUAL_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 
@@ -118,7 +122,7 @@ def _from_own_files(files: _Files) -> tokenizers.Tokenizer | None:
 
 def _from_file(files: _Files) -> tokenizers.Tokenizer | None:
     """``tokenizer.json`` with what the class and the other files change; None where transformers is to be asked."""
-    hf = _read_tokenizer(files.folder / _FILE)
+    hf = read_tokenizer_file(files.folder / _FILE)
     texts = {name: text for name, value in files.named_tokens.items() if (text := _token_text(value))}
     if files.chosen.builds_its_own and not build_as(files.chosen.name, hf, files.config, texts):
         return None
@@ -138,13 +142,23 @@ def _from_file(files: _Files) -> tokenizers.Tokenizer | None:
     return hf
 
 
-def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+def read_tokenizer_file(path: Path) -> tokenizers.Tokenizer:
+    """What ``tokenizer.json`` alone makes. Raises :class:`ModelLoadError`."""
+    _check_charsmaps(path)
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except BaseException as error:
         if not is_fault(error):
             raise
         raise ModelLoadError(f"{path}: not a tokenizer ({_first_line(error)}); fetch it again") from error
+
+
+def _check_charsmaps(path: Path) -> None:
+    """Refuse tables of characters that state a size beyond their end: the library ends the process for want of it."""
+    for found in _CHARSMAP.finditer(path.read_bytes()):
+        start = base64.b64decode(found[1][:8])
+        if len(start) >= 4 and int.from_bytes(start[:4], "little") > len(found[1]):
+            raise ModelLoadError(f"{path}: its precompiled_charsmap is damaged; fetch it again")
 
 
 def _listed_tokens(files: _Files, hf: tokenizers.Tokenizer, named: set[str]) -> list[tokenizers.AddedToken]:
