@@ -61,8 +61,8 @@ class EngineThread:
             try:
                 return built.result(timeout=_POLL)
             except TimeoutError:
-                if built.done():
-                    raise
+                if built.done():  # just now, or with a TimeoutError of its own
+                    return built.result()
 
     @property
     def alive(self) -> bool:
@@ -108,8 +108,8 @@ class EngineThread:
             try:
                 return future.result(timeout=_POLL)
             except TimeoutError:
-                if future.done():
-                    raise
+                if future.done():  # just now, or with a TimeoutError of its own
+                    return future.result()
                 self.check_open()
 
     def post(self, command: _Command) -> None:

@@ -62,8 +62,8 @@ class SnapshotPoller(Generic[T]):
             try:
                 return asked.result(PATIENCE)
             except TimeoutError:
-                if asked.done():
-                    raise
+                if asked.done():  # just now, or with a TimeoutError of its own
+                    return asked.result()
                 self._thread.check_open()
             latest = self._latest
             if watched and latest is not None:

@@ -86,8 +86,8 @@ class MLXWorker:
             try:
                 return future.result(timeout=_POLL)
             except TimeoutError:
-                if future.done():
-                    raise
+                if future.done():  # just now, or with a TimeoutError of its own
+                    return future.result()
 
     def _run(self) -> None:
         with mlx_thread():
