@@ -43,6 +43,7 @@ class Mutation:
     def pytest_collection_finish(self) -> None:
         """A history that fails need not become the shortest one."""
         test_histories = sys.modules["tests.engine.core.test_histories"]
+        test_histories.LEAST = 0
         test_histories.BRIEF_OR_LONG = settings(test_histories.BRIEF_OR_LONG, phases=[Phase.generate], max_examples=30)
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -52,6 +53,8 @@ class Mutation:
             began = time.process_time()
             reached[item] = self._lines_of(item)
             taken[item] = time.process_time() - began
+            if not _run(item):
+                raise pytest.UsageError(f"{item.nodeid} fails as it is: no mutant can be told from the original")
         session.items.sort(key=lambda item: taken[item])  # most mutants die in the quick ones
         mutants = [one for file in sorted(CORE.glob(self.only)) for one in mutants_of(file)][:: self.skip]
         gc.unfreeze()  # what is frozen is not among the objects
