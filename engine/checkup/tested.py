@@ -4,6 +4,7 @@ TESTED: dict[str, str] = {
     "docstring-parser": "0.18.0",
     "fastapi": "0.165.0",
     "gguf": "0.19.0",
+    "h11": "0.16.0",
     "httpx": "0.28.1",
     "huggingface-hub": "2.4.0",
     "ipython": "9.18.1",
