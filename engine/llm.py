@@ -33,6 +33,7 @@ from engine.runner.device.memory import active_memory as memory_in_use
 from engine.runner.device.placement import place
 from engine.runtime.activity import Activity, BlockMap
 from engine.runtime.async_deltas import AsyncDeltas
+from engine.runtime.interrupt import submitted
 from engine.runtime.load_clock import LoadClock
 from engine.runtime.metrics import EngineMetrics
 from engine.runtime.neighbours import Notice
@@ -224,6 +225,7 @@ class LLM:
             request_id, request.prompt, request.token_ids, request.params, lambda: thread.abort(request_id),
             lambda: thread.finish_thinking(request_id),
         )  # fmt: skip
+        submitted(stream)
         try:
             thread.submit(made, stream)
             if request.remembered and not made.traceless:

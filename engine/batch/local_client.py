@@ -60,7 +60,8 @@ class LocalClient:
     def submit(self, prompt: str, params: Mapping[str, Any]) -> "LocalJob":
         """Queue one prompt. Raises RequestError (too long, empty …)."""
         prepared = self.model.prepare(self.request(prompt, params))
-        return LocalJob(self.model.submit(prepared), prepared.new_parser())
+        parser = prepared.new_parser()  # before there is a request, which an interrupt here would leave to nobody
+        return LocalJob(self.model.submit(prepared), parser)
 
     def request(self, prompt: str, params: Mapping[str, Any]) -> ChatRequest | PromptRequest:
         """What one row asks for."""

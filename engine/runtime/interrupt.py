@@ -8,8 +8,10 @@ requests.
 import asyncio
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, Protocol
 
@@ -20,6 +22,34 @@ class Abortable(Protocol):
     def abort(self) -> None:
         """End it soon."""
         ...
+
+
+_submitted: "ContextVar[weakref.WeakSet[Abortable] | None]" = ContextVar("submitted", default=None)
+
+
+@contextmanager
+def ended_with_interrupt() -> Iterator[None]:
+    """Requests that are submitted inside of this end with a KeyboardInterrupt that leaves it.
+
+    It may come between a request's beginning and the moment from which anybody knows of it.
+    """
+    mine: weakref.WeakSet[Abortable] = weakref.WeakSet()
+    token = _submitted.set(mine)
+    try:
+        yield
+    except KeyboardInterrupt:
+        for request in list(mine):
+            request.abort()
+        raise
+    finally:
+        _submitted.reset(token)
+
+
+def submitted(request: Abortable) -> None:
+    """Say that ``request`` begins, for :func:`ended_with_interrupt`."""
+    mine = _submitted.get()
+    if mine is not None:
+        mine.add(request)
 
 
 _waiting: "dict[Abortable, asyncio.Task[Any]]" = {}

@@ -69,9 +69,10 @@ def start_engine(
             return build_engine(resolved, args, tokenizer, metrics, cancelled.report)
         except BaseException as error:
             keep_short(error)
-            if error is cancelled.raised or not is_fault(error) or device_failure(error) is not None:
+            cause = _shortage(error) or error  # of which a part of the load may have made something else
+            if error is cancelled.raised or not is_fault(cause) or device_failure(error) is not None:
                 raise
-            raise _told(resolved.name, error) from error.with_traceback(None)  # its frames hold the weights
+            raise _told(resolved.name, cause) from error.with_traceback(None)  # its frames hold the weights
 
     thread = EngineThread(build)
     try:
@@ -96,6 +97,13 @@ def _end(thread: EngineThread) -> None:
         _ending.append(thread)
         error.add_note(STILL_ENDING)
         raise
+
+
+def _shortage(error: BaseException | None) -> BaseException | None:
+    """That memory ran out, if ``error`` came of it."""
+    while error is not None and not is_out_of_memory(error):
+        error = error.__cause__
+    return error
 
 
 def _told(name: str, error: BaseException) -> VMMagicError:

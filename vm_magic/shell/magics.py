@@ -9,6 +9,7 @@ from traitlets.config import Config
 
 from engine.errors import VMMagicError
 from engine.openai.http.ring_log import RingLog
+from engine.runtime.interrupt import ended_with_interrupt
 from vm_magic.shell.shadowed_engine import EngineShadowedError, check_engine, shadow_report
 from vm_magic.show.errors import HelpShown, Interrupted, short_error
 from vm_magic.show.terminal import say
@@ -65,7 +66,8 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
     def shielded(self, action: Callable[[], Any]) -> Any:
         """Run ``action``; errors become one line unless ``short_errors`` is off."""
         try:
-            return action()
+            with ended_with_interrupt():
+                return action()
         except HelpShown as help_text:
             say(help_text.text)
             return None

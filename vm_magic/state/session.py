@@ -236,8 +236,8 @@ class Session:
     def _load(self, args: EngineArgs, options: Mapping[str, Any], report: Progress) -> None:
         variables = load_variables()
         llm = new_llm(args.model, report, **options)
-        llm.settings.adopt(self._settings)
         self.llm, self._args, self._options, self._variables = llm, args, dict(options), variables
+        llm.settings.adopt(self._settings)
 
     def _kept(self) -> KeptModel | None:
         """What loads the model again that is loaded now."""
@@ -294,11 +294,12 @@ class Session:
         """Close port and model; settings and conversations stay. Returns False if nothing was loaded."""
         self.stop()
         self.disconnect()
-        llm, self.llm, self._args = self.llm, None, None
+        llm = self.llm
         if llm is None:
             return False
         self._settings.adopt(llm.settings)
         llm.close()
+        self.llm = self._args = None  # not before: after an interrupt there is something to unload
         return True
 
 

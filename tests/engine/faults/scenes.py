@@ -130,3 +130,9 @@ def nothing_leaks(*, bytes_more: int = 0) -> Iterator[None]:
     left = {number: path for number, path in open_files().items() if number not in files}
     assert len(open_files()) <= len(files), left
     assert memory_in_use() <= memory + bytes_more
+
+
+def is_idle(llm: LLM) -> bool:
+    """Whether no request runs or waits."""
+    stats = llm.stats()
+    return not (stats.num_running or stats.num_waiting)

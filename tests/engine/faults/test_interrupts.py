@@ -10,7 +10,7 @@ import pytest
 
 from engine.llm import LLM
 from tests.engine.faults.calls import Interrupts
-from tests.engine.faults.scenes import GREEDY, LIMIT, assert_goes_on, nothing_leaks
+from tests.engine.faults.scenes import GREEDY, LIMIT, assert_goes_on, is_idle, nothing_leaks
 from tests.nightly import size
 
 pytestmark = [
@@ -18,6 +18,7 @@ pytestmark = [
     # Python loses an interrupt that comes while it clears away a generator.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+LONG = GREEDY.replace(max_tokens=30)
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
@@ -42,20 +43,12 @@ def moments(total: int, brief: int) -> range:
     return range(0, total, size(max(1, total // brief), 1))
 
 
-def wait_for(done: Callable[[], bool], what: str) -> None:
-    for _ in range(int(LIMIT * 100)):
-        if done():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError(what)
-
-
 PHASES: dict[str, Callable[[LLM], Any]] = {
-    "generate": lambda llm: llm.generate([[5, 6], [7, 8]], GREEDY, use_tqdm=False),
-    "chat": lambda llm: llm.chat(MESSAGES, GREEDY, use_tqdm=False),
-    "stream": lambda llm: list(llm.stream(MESSAGES, GREEDY)),
-    "map": lambda llm: llm.map(["a", "b"], "Say {{ text }}", max_tokens=3, use_tqdm=False),
-    "achat": lambda llm: asyncio.run(llm.achat(MESSAGES, GREEDY)),
+    "generate": lambda llm: llm.generate([[5, 6], [7, 8]], LONG, use_tqdm=False),
+    "chat": lambda llm: llm.chat(MESSAGES, LONG, use_tqdm=False),
+    "stream": lambda llm: list(llm.stream(MESSAGES, LONG)),
+    "map": lambda llm: llm.map(["a", "b"], "Say {{ text }}", max_tokens=30, use_tqdm=False),
+    "achat": lambda llm: asyncio.run(llm.achat(MESSAGES, LONG)),
     "score": lambda llm: llm.score("Once upon a time"),
     "replan": lambda llm: llm.replan(fraction=0.4),
     "settings": lambda llm: llm.settings.update(temperature=0.5),
@@ -70,7 +63,7 @@ def test_an_interrupted_call_leaves_no_request_and_the_next_one_works(llm: LLM, 
     llm.replan(fraction=0.5)
     for number in moments(interrupts.count(lambda: action(llm)), 6):
         interrupts.interrupt(lambda: action(llm), number)
-        wait_for(lambda: llm.stats().num_running + llm.stats().num_waiting == 0, f"a request goes on: {interrupts.at}")
+        assert is_idle(llm), f"a request goes on: {interrupts.at}"
         assert not llm._thread._handed_over, interrupts.at
         llm.replan(fraction=0.5)
         assert_goes_on(llm, folder)

@@ -59,7 +59,7 @@ def test_whatever_fails_in_a_step_ends_its_requests_in_a_line_and_nothing_else(
         assert outcome_of(start(llm)) == wanted
         total = points.passed
         assert total > 50
-        for number, make in chosen(total, 8):
+        for number, make in chosen(total, 5):
             points.armed = False
             llm.reset_prefix_cache()
             points.fail(number, make)
