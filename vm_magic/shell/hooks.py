@@ -173,6 +173,7 @@ def _plain(value: Any, printer: Any, cycle: bool) -> None:
 
 
 _PLAIN = (
+    "engine.checkup.findings.Examination",
     "engine.batch.score.Score",
     "engine.llm.LLM",
     "engine.memory.plan.MemoryPlan",

@@ -47,7 +47,7 @@ class VLLMMetal(LiveTraits, Magics):  # type: ignore[misc]
             report = shadow_report(error, line)
             if report is None:
                 raise
-            print(report)
+            say(report)
             return None
         return self.shielded(lambda: self._run(line, cell))
 

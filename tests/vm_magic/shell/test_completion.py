@@ -21,7 +21,10 @@ def completions(shell: Any, code: str, position: int | None = None) -> list[str]
         ("x = %vllm_metal his", {"history"}),
         ("%vllm_metal load sm", {"smollm2"}),
         ("%vllm_metal load org/T", {"org/Tiny-0.1B"}),
-        ("%vllm_metal serve --max-n", {"--max-num-seqs", "--max-num-batched-tokens"}),
+        (
+            "%vllm_metal serve --max-n",
+            {f"--max-num-{x}" for x in ("seqs", "batched-tokens", "queued-reqs", "queued-tokens")},
+        ),
         ("%vllm_metal load smollm2 --dtype b", {"bfloat16"}),
         ("%vllm_metal load smollm2 --attention-b", {"--attention-backend"}),
         ("%vllm_metal serve smollm2 --attention-backend ", {"auto", "paged", "reference"}),
