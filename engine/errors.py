@@ -165,6 +165,11 @@ class ServerError(VMMagicError):
     """The port could not be opened."""
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust panicked: no Exception, of a class that cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
 def error_line(error: BaseException, most: int = 160) -> str:
     """The type of ``error`` and what it says, at most ``most`` characters of it, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"

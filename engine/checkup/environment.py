@@ -46,10 +46,13 @@ def check_variables(env: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     yield Finding(AREA, "variables", ", ".join(shown) or "none that are read are set")
     for name in _FOLDERS:
         path = os.path.expandvars(os.path.expanduser(known.get(name, "")))
-        if path and not Path(path).is_dir():
-            text = f"{path} is not a folder" if Path(path).exists() else f"{path} is not there yet"
-            state, fix = ("problem", f"unset {name}, or name a folder") if Path(path).exists() else ("ok", "")
-            yield Finding(AREA, name, text, "problem" if state == "problem" else "ok", fix, private=(path,))
+        if not path or Path(path).is_dir():
+            continue
+        if Path(path).exists():
+            fix = f"unset {name}, or name a folder"
+            yield Finding(AREA, name, f"{path} is not a folder", "problem", fix, private=(path,))
+        else:
+            yield Finding(AREA, name, f"{path} is not there yet", private=(path,))
     yield from _engine_variables(known)
 
 

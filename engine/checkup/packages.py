@@ -140,11 +140,9 @@ def check_shadows() -> Iterator[Finding]:
     hidden = [found for module, name in wanted.items() if (found := _hidden(module, name)) is not None]
     own = [found for module in ("engine", "vm_magic") if (found := _before_ours(module)) is not None]
     for module, path in (*hidden, *own):
-        text = (
-            f"{path} is taken for the package {module}"
-            if (module, path) in hidden
-            else (f"{path} will be taken for the package {module} by the next kernel in this folder")
-        )
+        text = f"{path} is taken for the package {module}"
+        if (module, path) not in hidden:
+            text = f"{path} will be taken for the package {module} by the next kernel in this folder"
         fix = f"rename {path}, then restart the kernel"
         yield Finding(AREA, f"module {module}", text, "problem", fix, private=(path,))
     if not hidden and not own:

@@ -4,6 +4,7 @@ import ctypes
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""glibc's numbers for ``mallopt``."""
 
 
 def return_free_memory() -> None:

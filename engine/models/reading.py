@@ -8,7 +8,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from engine.errors import ModelLoadError, VMMagicError, error_line
+from engine.errors import ModelLoadError, VMMagicError, error_line, is_panic
 from engine.format.text import shortened
 
 _LONGEST = 640
@@ -51,4 +51,4 @@ def is_fault(error: BaseException) -> bool:
     """
     if isinstance(error, VMMagicError):
         return False
-    return isinstance(error, Exception | SystemExit) or type(error).__name__ == "PanicException"
+    return isinstance(error, Exception | SystemExit) or is_panic(error)

@@ -1,7 +1,6 @@
 """Seams of IPython, ipykernel, comm and ipywidgets."""
 
 import importlib.metadata
-from typing import Any
 
 from tests.canary.probe import Seam, expect, named
 
@@ -84,16 +83,12 @@ def managers_of_comms() -> None:
     expect(hasattr(base, "CommManager") and callable(comm.get_comm_manager), "comm has no manager of its own")
 
 
-def _seam(package: str, name: str, ours: str, probe: Any) -> Seam:
-    return Seam(package, name, ours, probe)
-
-
 NOTEBOOK = (
-    _seam("ipython", "transforms of input", "vm_magic/shell/hooks.py", transforms),
-    _seam("ipython", "parts of a shell", "vm_magic/shell/extension.py", shells),
-    _seam("ipython", "custom_matchers", "vm_magic/shell/extension.py", matchers),
-    _seam("ipython", "_render_traceback_", "vm_magic/show/errors.py", errors_of_their_own),
-    _seam(
+    Seam("ipython", "transforms of input", "vm_magic/shell/hooks.py", transforms),
+    Seam("ipython", "parts of a shell", "vm_magic/shell/extension.py", shells),
+    Seam("ipython", "custom_matchers", "vm_magic/shell/extension.py", matchers),
+    Seam("ipython", "_render_traceback_", "vm_magic/show/errors.py", errors_of_their_own),
+    Seam(
         "ipython",
         "values of cells",
         "vm_magic/commands/base.py",
@@ -104,26 +99,26 @@ NOTEBOOK = (
             "CapturingDisplayHook",
         ),
     ),
-    _seam(
+    Seam(
         "ipython",
         "reload_extension",
         "vm_magic/shell/extension.py",
         named("IPython.core.extensions", "ExtensionManager.reload_extension.__code__"),
     ),
-    _seam(
+    Seam(
         "ipython",
         "publishers of displays",
         "vm_magic/show/front_end.py",
         named("IPython.core.displaypub", "DisplayPublisher", "CapturingDisplayPublisher"),
     ),
-    _seam("ipython", "_showtraceback", "vm_magic/state/cell_record.py", shown_tracebacks),
-    _seam("ipykernel", "parent_header", "vm_magic/show/front_end.py", parent_headers),
-    _seam(
+    Seam("ipython", "_showtraceback", "vm_magic/state/cell_record.py", shown_tracebacks),
+    Seam("ipykernel", "parent_header", "vm_magic/show/front_end.py", parent_headers),
+    Seam(
         "ipykernel",
         "get_connection_file",
         "vm_magic/show/front_end.py",
         named("ipykernel.connect", "get_connection_file"),
     ),
-    _seam("ipywidgets", "widgets, and comms on subshells", "vm_magic/panel/panel.py", widgets_and_subshells),
-    _seam("comm", "managers of comms", "vm_magic/commands/front_end_check.py", managers_of_comms),
+    Seam("ipywidgets", "widgets, and comms on subshells", "vm_magic/panel/panel.py", widgets_and_subshells),
+    Seam("comm", "managers of comms", "vm_magic/commands/front_end_check.py", managers_of_comms),
 )

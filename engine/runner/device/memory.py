@@ -9,8 +9,6 @@ from engine.runner.device.cgroups import memory_groups
 from engine.runner.device.devices import Device
 from engine.runner.device.rlimits import KEPT, has_limits, process_room
 
-"""glibc's numbers for ``mallopt``."""
-
 
 class FreeMemory:
     """The least of what the device's limit, and on Linux CPUs the machine, the control groups and ``ulimit``, leave.

@@ -6,7 +6,7 @@ It raises plain ``Exception``, and a panic of its Rust code is a ``BaseException
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from engine.errors import GenerationError, RequestError, error_line
+from engine.errors import GenerationError, RequestError, error_line, is_panic
 
 _FIX = "the model's tokenizer files may be damaged: fetch them again, or give another with --tokenizer"
 
@@ -41,5 +41,5 @@ def not_decoded(error: BaseException) -> GenerationError:
 
 
 def of_library(error: BaseException) -> bool:
-    """Whether ``error`` is about the tokens: any Exception, and Rust's panics, whose class cannot be imported."""
-    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+    """Whether ``error`` is about the tokens: any Exception, and Rust's panics."""
+    return isinstance(error, Exception) or is_panic(error)

@@ -130,3 +130,21 @@ def test_a_completion_that_comes_when_the_window_has_moved_on_begins_anew():
     starts = [s.start for step in driver.steps for s in step.scheduled_requests if s.request is child]
     assert starts[0] == 0
     assert child.output_token_ids == [1000 + i for i in range(6)]
+
+
+def test_pages_that_move_are_known_by_their_new_numbers_and_those_left_behind_by_none():
+    scheduler = make_scheduler(num_window_blocks=60)
+    group, request = scheduler.kv.groups[1], make_request("long", 100, max_tokens=30)
+    before = group.pool.allocate(40)  # so that the sequence's pages lie high
+    scheduler.add(request)
+    driver = WindowDriver(scheduler, scheduler.kv.groups[0].pool)
+    for _ in range(5):
+        driver.step()
+    group.pool.free(before)
+    assert group.pool.resize(30)
+    held, table = group.held_blocks(request), list(group.block_table(request))
+    assert len(table) - len(held) > 10
+    assert table == [0] * (len(table) - len(held)) + held
+    assert max(held) < 30
+    driver.run()
+    assert group.pool.num_held_blocks == 0
