@@ -1,5 +1,7 @@
 """The seams in other packages are what they were, and all that we take of those packages is among them."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,19 @@ from tests.canary.seams import SEAMS
 WATCHED = ("mlx_lm", "llguidance", "uvicorn", "ipykernel", "comm", "huggingface_hub")
 
 
+@pytest.fixture(scope="module")
+def told() -> set[str]:
+    """What ``python -m tests.canary`` says: in this process a loaded model may stand in the seams by now."""
+    command = [sys.executable, "-m", "tests.canary"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode in (0, 1), run.stderr
+    return set(run.stdout.splitlines())
+
+
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: f"{seam.package}: {seam.name}")
-def test_a_seam_is_what_it_was(seam: Seam) -> None:
+def test_a_seam_is_what_it_was(seam: Seam, told: set[str]) -> None:
     assert (ROOT / seam.ours).is_file()
-    changed = seam.changed()
-    assert changed is None, seam.line(changed)
+    assert seam.line(None) in told, [line for line in told if line.startswith(f"{seam.package}: {seam.name}: ")]
 
 
 def test_every_module_of_a_watched_package_that_we_import_has_a_probe() -> None:

@@ -6,6 +6,7 @@ puts the original back.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from engine.runner.kv.paged_cache import PagedLayerCache, owner
 _NAME = "scaled_dot_product_attention"
 _original: Callable[..., mx.array] = base.scaled_dot_product_attention
 _users: dict[str, int] = {}
+_lock = threading.Lock()
+"""Models load and close in threads of their own: a count that is lost would leave one without its attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +74,21 @@ def install(model: nn.Module) -> tuple[str, ...]:
     modules = sorted({type(layer).__module__ for _, layer in model.named_modules()})
     # A module that came with the model itself is not among the imported ones: its attention stays its own.
     wrapped = tuple(name for name in modules if getattr(sys.modules.get(name), _NAME, None) in (_original, _attend))
-    for name in wrapped:
-        setattr(sys.modules[name], _NAME, _attend)
-        _users[name] = _users.get(name, 0) + 1
+    with _lock:
+        for name in wrapped:
+            setattr(sys.modules[name], _NAME, _attend)
+            _users[name] = _users.get(name, 0) + 1
     return wrapped
 
 
 def remove(modules: tuple[str, ...]) -> None:
     """Undo one :func:`install`."""
-    for name in modules:
-        _users[name] -= 1
-        if not _users[name]:
-            del _users[name]
-            setattr(sys.modules[name], _NAME, _original)
+    with _lock:
+        for name in modules:
+            _users[name] -= 1
+            if not _users[name]:
+                del _users[name]
+                setattr(sys.modules[name], _NAME, _original)
 
 
 def note(cache: Any, call: AttentionCall) -> None:
