@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("engine.format",),
+    ("engine.format", "engine.handover"),
     ("engine.errors",),
     ("engine.outputs",),
     ("engine.params",),

@@ -5,7 +5,6 @@ import atexit
 import errno
 import logging
 import socket
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from engine.errors import ConfigError, ServerError
+from engine.handover import BackgroundThread, free_logging
 from engine.openai.app import create_app
 from engine.openai.http.connection import PortProtocol
 from engine.openai.http.connections import IDLE_SECONDS
@@ -74,7 +74,7 @@ class ServerHandle:
                 backlog=_AT_ONCE,
             )
         )
-        self._thread = threading.Thread(target=self._run, name="openai-port", daemon=True)
+        self._thread = BackgroundThread(self._run, "openai-port")
 
     @property
     def running(self) -> bool:
@@ -118,6 +118,7 @@ class ServerHandle:
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 self.stop()
                 raise ServerError(f"The server did not start: {'; '.join(self.log_lines[-3:]) or 'no reason given'}")
+            free_logging()
             time.sleep(0.002)
         self._listener.listen(_BACKLOG)  # the system's queue, which asyncio made as short as what it takes at once
         atexit.register(self.stop)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from engine.errors import OwnThreadError, error_line
+from engine.handover import BackgroundThread
 
 logger = logging.getLogger("engine")
 _here = threading.local()
@@ -45,7 +46,7 @@ class CallbackThread:
     def __init__(self) -> None:
         self._due: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._thread: BackgroundThread | None = None
 
     def call(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called soon; returns at once."""
@@ -53,7 +54,7 @@ class CallbackThread:
         if self._thread is None or not self._thread.is_alive():  # behind a fork there is none
             with self._lock:
                 if self._thread is None or not self._thread.is_alive():
-                    self._thread = threading.Thread(target=self._run, name="vm-callbacks", daemon=True)
+                    self._thread = BackgroundThread(self._run, "vm-callbacks")
                     self._thread.start()
 
     def _run(self) -> None:

@@ -6,11 +6,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import NoReturn, TypeVar
 
 from engine.core.request import NewRequest
 from engine.errors import DeviceFailedError, EngineClosedError
+from engine.handover import Answer, BackgroundThread
 from engine.runner.device.faults import device_failure, driver_failure, give_up_device, has_driver
 from engine.runner.device.placement import computing
 from engine.runner.device.threads import mlx_thread
@@ -41,7 +41,7 @@ class EngineThread:
     def __init__(self, build: Callable[[], BuiltEngine], name: str = "vm-engine") -> None:
         self._build: Callable[[], BuiltEngine] | None = build
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
-        self._built: Future[BuiltEngine] = Future()
+        self._built: Answer[BuiltEngine] = Answer()
         self._handed_over: dict[str, RequestStream] = {}
         """Streams of requests that the engine has not taken yet; it keeps the others."""
         self._lock = threading.Lock()
@@ -51,18 +51,13 @@ class EngineThread:
         """Set once the thread does nothing more though it has not ended; and once it serves nothing more."""
         self._step_began: float | None = None
         self._watchers: list[_Command] = []
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = BackgroundThread(self._run, name)
 
     def start(self) -> BuiltEngine:
         """Start the thread and wait for the engine; KeyboardInterrupt passes through to the caller."""
         built = self._built  # the thread puts another in its place once it has built
         self._thread.start()
-        while True:
-            try:
-                return built.result(timeout=_POLL)
-            except TimeoutError:
-                if built.done():  # just now, or with a TimeoutError of its own
-                    return built.result()
+        return built.result()
 
     @property
     def alive(self) -> bool:
@@ -91,26 +86,24 @@ class EngineThread:
     def call(self, function: Callable[[LLMEngine], T]) -> T:
         """Run ``function`` between two steps and give its result. Raises OwnThreadError on the engine's thread."""
         check_may_wait("this call")
-        future: Future[T] = Future()
+        answer: Answer[T] = Answer()
 
         def command(engine: LLMEngine) -> None:
             try:
-                future.set_result(function(engine))
+                answer.set_result(function(engine))
             except BaseException as error:
                 failure = device_failure(error)
-                future.set_exception(failure or error)
+                if failure is not None:
+                    self._give_up(failure, engine)  # first: who is told may end the process
+                answer.set_exception(failure or error)
                 if failure is not None:
                     raise failure from error
 
         self.check_open()
         self._commands.put(command)
-        while True:
-            try:
-                return future.result(timeout=_POLL)
-            except TimeoutError:
-                if future.done():  # just now, or with a TimeoutError of its own
-                    return future.result()
-                self.check_open()
+        while not answer.wait(_POLL):
+            self.check_open()
+        return answer.result()
 
     def post(self, command: _Command) -> None:
         """Run ``command`` soon, between two steps; nothing happens once the engine is closed. A failure is logged."""
@@ -174,10 +167,12 @@ class EngineThread:
         except BaseException as error:
             failure = device_failure(error)
             if failure is not None:
-                self._stand_still(failure)
-            if self._build is None:
+                self._give_up(failure, None)
+            elif self._build is None:
                 raise
-            self._built.set_exception(error)  # before anything was built: start() raises it
+            self._built.set_exception(failure or error)  # before anything was built: start() raises it
+            if failure is not None:
+                self._stand_still(failure)
 
     def _live(self) -> None:
         """Make the engine, serve until it is closed, free it."""
@@ -237,6 +232,7 @@ class EngineThread:
         except BaseException as error:  # noqa: BLE001  (start() raises it)
             failure = device_failure(error)
             if failure is not None:
+                self._give_up(failure, None)
                 self._built.set_exception(failure)
                 self._stand_still(failure)
             error.__traceback__ = None  # its frames hold the weights
@@ -245,7 +241,7 @@ class EngineThread:
         finally:
             self._build = None
         self._built.set_result(built)
-        self._built = Future()  # a future would keep the engine alive
+        self._built = Answer()  # that one keeps the engine alive
         return built.engine
 
     def _serve(self, engine: LLMEngine) -> None:

@@ -5,13 +5,13 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from engine.core.request import Request, RequestStatus
+from engine.handover import Answer
 from engine.runtime.activity import CACHED, FREE, SHARED, Activity, BlockMap, RequestActivity
 from engine.runtime.callbacks import check_may_wait
 from engine.runtime.engine_thread import EngineThread
@@ -39,7 +39,7 @@ class SnapshotPoller(Generic[T]):
         self._thread = thread
         self._take = take
         self._lock = threading.Lock()
-        self._asked: Future[T] | None = None
+        self._asked: Answer[T] | None = None
         self._latest: tuple[float, T] | None = None
         self._cost = 0.0
         self._looked = -math.inf
@@ -55,22 +55,18 @@ class SnapshotPoller(Generic[T]):
         with self._lock:
             now = time.monotonic()
             watched, self._interest_ends = now < self._interest_ends, now + INTEREST
-            if self._asked is None or self._asked.done():
+            if self._asked is None or self._asked.done:
                 self._asked = self._ask()
             asked = self._asked
-        while True:
-            try:
-                return asked.result(PATIENCE)
-            except TimeoutError:
-                if asked.done():  # just now, or with a TimeoutError of its own
-                    return asked.result()
-                self._thread.check_open()
+        while not asked.wait(PATIENCE):
+            self._thread.check_open()
             latest = self._latest
             if watched and latest is not None:
                 return replace(latest[1], age=time.monotonic() - latest[0])
+        return asked.result()
 
-    def _ask(self) -> Future[T]:
-        asked = Future[T]()
+    def _ask(self) -> Answer[T]:
+        asked: Answer[T] = Answer()
 
         def command(engine: LLMEngine) -> None:
             try:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import ClassVar
 
+from engine.handover import Bell
 from engine.outputs import (
     CompletionDelta,
     CompletionOutput,
@@ -108,10 +109,7 @@ class RequestStream:
         self._abort = abort
         self._finish_thinking = finish_thinking
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._ended = threading.Condition(self._lock)
-        self._num_waiting = 0
-        """Threads that wait for a delta."""
+        self._changed, self._ended = Bell(), Bell()
         self._deltas: deque[CompletionDelta] = deque()
         self._outputs = [CompletionOutput(i, "", []) for i in range(params.n)]
         self._texts: list[list[str]] = [[] for _ in range(params.n)]
@@ -149,13 +147,15 @@ class RequestStream:
         return self
 
     def __next__(self) -> CompletionDelta:
-        with self._lock:
-            while not self._deltas and not self._over:
-                self._wait(_WAIT_SLICE)
-            if self._deltas:
-                return self._deltas.popleft()
-            self._raise_error()
-            raise StopIteration
+        while True:
+            with self._lock:
+                if self._deltas:
+                    return self._deltas.popleft()
+                if self._over:
+                    self._raise_error()
+                    raise StopIteration
+                heard = self._listen(self._changed)
+            self._changed.wait(heard, _WAIT_SLICE)
 
     def __aiter__(self) -> AsyncIterator[CompletionDelta]:
         return self
@@ -175,17 +175,17 @@ class RequestStream:
     def drain(self, timeout: float | None = None) -> list[CompletionDelta]:
         """All deltas there are; waits up to ``timeout`` seconds for a first one. Empty on time-out or at the end."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            while not self._deltas and not self._over:
-                left = _WAIT_SLICE if deadline is None else deadline - time.monotonic()
-                if left <= 0:
-                    break
-                self._wait(min(left, _WAIT_SLICE))
-            taken = list(self._deltas)
-            self._deltas.clear()
-            if not taken and self._over:
-                self._raise_error()
-            return taken
+        while True:
+            left = _WAIT_SLICE if deadline is None else deadline - time.monotonic()
+            with self._lock:
+                taken = list(self._deltas)
+                self._deltas.clear()
+                if not taken and self._over:
+                    self._raise_error()
+                if taken or self._over or left <= 0:
+                    return taken
+                heard = self._listen(self._changed)
+            self._changed.wait(heard, min(left, _WAIT_SLICE))
 
     def listen(self, listener: Callable[[], None] | None) -> None:
         """Call ``listener`` in the running event loop whenever there is news, from now on, in place of another."""
@@ -200,13 +200,13 @@ class RequestStream:
 
     def result(self) -> RequestOutput:
         """Wait for the end and give everything, also what was iterated before."""
-        with self._lock:
-            if not self._over:
-                check_may_wait("result()")
-            while not self._over:
-                self._ended.wait(_WAIT_SLICE)
-            self._raise_error()
-        return self.snapshot()
+        while True:
+            with self._lock:
+                if self._over:
+                    self._raise_error()
+                    return self.snapshot()
+                heard = self._listen(self._ended, "result()")
+            self._ended.wait(heard, _WAIT_SLICE)
 
     def snapshot(self) -> RequestOutput:
         """Everything that came so far."""
@@ -250,7 +250,7 @@ class RequestStream:
                 return
             self._error, self._over = error, True  # in this order, for who looks without the lock
             due, self._when_over = self._when_over, []
-            self._ended.notify_all()
+            self._ended.ring()
         wake_all([self])
         for callback in due:
             call_safely(callback, "what follows the end of a request")
@@ -280,19 +280,11 @@ class RequestStream:
         taken = sum(position[token].logprob for position, token in zip(delta.logprobs, delta.token_ids, strict=True))
         output.cumulative_logprob = (output.cumulative_logprob or 0.0) + taken
 
-    def _wait(self, seconds: float) -> None:
-        """Wait for a change; the lock is held, and given up meanwhile."""
-        check_may_wait("waiting for a request")
-        self._num_waiting += 1
-        try:
-            self._changed.wait(seconds)
-        finally:
-            self._num_waiting -= 1
-
-    def _wake_threads(self) -> None:
-        """Wake the threads that wait; whoever counts itself later sees what was added."""
-        with self._lock:
-            self._changed.notify_all()
+    @staticmethod
+    def _listen(bell: Bell, what: str = "waiting for a request") -> threading.Lock:
+        """For the next ring; the lock is held, so that whatever is added from here on is heard."""
+        check_may_wait(what)
+        return bell.listen()
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -335,8 +327,8 @@ def wake_all(streams: Iterable[RequestStream]) -> None:
     """Tell whoever waits for news of ``streams``: an event loop once for all of them (see :class:`LoopNews`)."""
     loops: list[LoopNews] = []
     for stream in streams:
-        if stream._num_waiting:
-            stream._wake_threads()
+        if stream._changed.waiting:
+            stream._changed.ring()
         if (known := stream._listener) is not None:
             news, listener = known
             news.add(listener)

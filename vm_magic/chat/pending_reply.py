@@ -1,9 +1,9 @@
 """A reply that goes on while other cells run: ``--detach``."""
 
-import threading
 from collections.abc import Callable
 from contextvars import copy_context
 
+from engine.handover import BackgroundThread
 from engine.outputs import Reply
 from vm_magic.chat.generation import Generation
 from vm_magic.show.reply_view import ReplyView
@@ -21,7 +21,7 @@ class PendingReply:
         if generation.conversation is not None:
             generation.conversation.busy = True
         context = copy_context()
-        self._thread = threading.Thread(target=context.run, args=(self._run,), name="vm-detached-reply", daemon=True)
+        self._thread = BackgroundThread(context.run, "vm-detached-reply", (self._run,))
         self._thread.start()
 
     def _run(self) -> None:

@@ -4,15 +4,14 @@ import asyncio
 import contextvars
 import functools
 import inspect
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import RequestError
 from engine.format.names import did_you_mean
+from engine.handover import Answer, BackgroundThread
 from vm_magic.chat.docstrings import documentation
 from vm_magic.show.tool_cards import ToolOutcome
 
@@ -187,8 +186,8 @@ def _bounded(text: str, longest: int) -> str:
 
 def _awaited(awaitable: Awaitable[Any]) -> Any:
     """The result of a coroutine, run in a thread of its own: the kernel's loop is busy with this cell."""
-    running: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = Future()
-    result: Future[Any] = Future()
+    running: Answer[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = Answer()
+    result: Answer[Any] = Answer()
 
     async def main() -> Any:
         running.set_result((asyncio.get_running_loop(), asyncio.current_task()))
@@ -200,15 +199,15 @@ def _awaited(awaitable: Awaitable[Any]) -> Any:
         except BaseException as error:  # noqa: BLE001 - handed to the waiting thread
             result.set_exception(error)
 
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="vm-tool", daemon=True)
+    thread = BackgroundThread(contextvars.copy_context().run, "vm-tool", (run,))
     thread.start()
     try:
         while thread.is_alive():
             thread.join(0.05)
     except KeyboardInterrupt:
-        loop, task = running.result(CANCEL_SECONDS)
-        if task is not None:
+        loop, task = running.result() if running.wait(CANCEL_SECONDS) else (None, None)
+        if loop is not None and task is not None:
             loop.call_soon_threadsafe(task.cancel)
         thread.join(CANCEL_SECONDS)
         raise
-    return result.result(0)
+    return result.result()

@@ -9,6 +9,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from engine.handover import BackgroundThread, Bell
 from vm_magic.panel.activity import ActivitySection
 from vm_magic.panel.memory import MemorySection
 from vm_magic.panel.remote import RemoteActivitySection, RemoteServerSection, remote_head_parts
@@ -39,19 +40,19 @@ class Panel:
         self._poller = Poller(get_session)
         self.remote = get_session().remote is not None
         self._lock = threading.RLock()
-        self._wake = threading.Event()
+        self._wake = Bell()
         self.closed = False
         self._still = Still()
         self.activity: ActivitySection = (RemoteActivitySection if self.remote else ActivitySection)(
-            self._lock, self._wake.set
+            self._lock, self._wake.ring
         )
-        self.sampling = SamplingSection(self._lock, self._wake.set, remote=self.remote)
+        self.sampling = SamplingSection(self._lock, self._wake.ring, remote=self.remote)
         self.sections: list[Section] = [self.activity, self.sampling]
         if self.remote:
-            self.sections.append(RemoteServerSection(self._wake.set))
+            self.sections.append(RemoteServerSection(self._wake.ring))
         else:
-            self.memory = MemorySection(self._lock, self._wake.set)
-            self.server = ServerSection(self._lock, self._wake.set)
+            self.memory = MemorySection(self._lock, self._wake.ring)
+            self.server = ServerSection(self._lock, self._wake.ring)
             self.sections += [self.memory, self.server]
         self.head = widgets.HTML()
         self.close_button = widgets.Button(
@@ -65,7 +66,7 @@ class Panel:
         sheet = widgets.HTML(SHEET + self._still.hiding_sheet, layout=widgets.Layout(display="none"))
         self.widget = widgets.VBox([sheet, head, self.tabs])
         self.widget.add_class(ROOT_CLASS)
-        self.tabs.observe(lambda _: self._wake.set(), "selected_index")
+        self.tabs.observe(lambda _: self._wake.ring(), "selected_index")
         self.close_button.on_click(lambda _: self.close())
         for widget in widgets_below(self.widget):
             answer_on_any_subshell(widget)
@@ -106,7 +107,7 @@ class Panel:
                 return
             self.closed = True
             self._still.close()
-            self._wake.set()
+            self._wake.ring()
             for widget in widgets_below(self.widget):
                 widget.unobserve_all()
                 widget.close()
@@ -117,14 +118,14 @@ class Panel:
     def _start(self, seconds: float) -> None:
         # With the context of the cell that opened the panel, its messages carry that cell's header.
         run = copy_context().run
-        self._thread = threading.Thread(target=run, args=(self._run, seconds), name="vm-panel", daemon=True)
+        self._thread = BackgroundThread(run, "vm-panel", (self._run, seconds, self._wake.listen()))
         self._thread.start()
 
-    def _run(self, seconds: float) -> None:
+    def _run(self, seconds: float, awake: threading.Lock) -> None:
         pause = threading.Event()
         while True:
-            self._wake.wait(seconds)
-            self._wake.clear()
+            self._wake.wait(awake, seconds)
+            awake = self._wake.listen()
             if self.closed:
                 return
             try:

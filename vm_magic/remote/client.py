@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from engine.handover import BackgroundThread
 from vm_magic.remote.address import RETRIED, Address, RemoteReplyError
 from vm_magic.remote.wire import EventReader
 
@@ -31,7 +32,7 @@ class RemoteClient:
     def __init__(self, address: Address) -> None:
         self.address = address
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="vm-remote", daemon=True)
+        self._thread = BackgroundThread(self._loop.run_forever, "vm-remote")
         self._thread.start()
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {address.key}"} if address.key else {},

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from IPython.core.extensions import ExtensionManager
 from traitlets.config import Config
 
+from engine.handover import free_logging
 from engine.openai.http.ring_log import RingLog
 from vm_magic.panel import close_panel
 from vm_magic.shell.hints import Hints
@@ -71,6 +72,7 @@ def install(shell: Any) -> None:
     transformers.cleanup_transforms.insert(0, talk_cells)
     add_empty_cells(shell)
     shell.events.register("post_run_cell", hints.after_cell)
+    shell.events.register("post_run_cell", _after_cell)
     start_recording(shell)
     _installed.append(_Installed(shell, magics, matcher, owned, hints, talk_cells, logs))
     atexit.register(_close_session)
@@ -102,11 +104,17 @@ def uninstall(shell: Any) -> None:
     for transforms in (transformers.line_transforms, transformers.cleanup_transforms):
         transforms[:] = [t for t in transforms if t not in (keep_questions, keep_chat_questions, entry.talk_cells)]
     shell.events.unregister("post_run_cell", entry.hints.after_cell)
+    shell.events.unregister("post_run_cell", _after_cell)
     if not _reloading(sys._getframe()):
         _forget_config(shell)
         if _close_session():
             release_references(shell)
         atexit.unregister(_close_session)
+
+
+def _after_cell(_result: Any) -> None:
+    """■ may have fallen on the logging of this cell: the engine and the port log too, also while no cell runs."""
+    free_logging()
 
 
 def _take_chat(magics: VLLMMetal, shell: Any) -> frozenset[str]:

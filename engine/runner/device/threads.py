@@ -4,15 +4,14 @@ import gc
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
+from engine.handover import Answer, BackgroundThread
 from engine.memory.heap import return_free_memory
 from engine.runner.device.faults import device_failure, give_up_device
 
 T = TypeVar("T")
-_POLL = 0.1
 _spare_streams: list[Any] = []
 """CPU streams of threads that are over."""
 
@@ -55,7 +54,7 @@ class MLXWorker:
     def __init__(self, name: str = "vm-worker") -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failed = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = BackgroundThread(self._run, name)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -69,25 +68,20 @@ class MLXWorker:
 
     def call(self, function: Callable[[], T]) -> T:
         """Run ``function`` there and give its result; an interrupt comes through. DeviceFailedError is the last."""
-        future: Future[T] = Future()
+        answer: Answer[T] = Answer()
 
         def task() -> None:
             try:
-                future.set_result(function())
+                answer.set_result(function())
             except BaseException as error:  # noqa: BLE001  (the caller raises it)
                 failure = device_failure(error)
                 if failure is not None:
                     self._failed = True
                     give_up_device(failure)
-                future.set_exception(failure or error)
+                answer.set_exception(failure or error)
 
         self._tasks.put(task)
-        while True:
-            try:
-                return future.result(timeout=_POLL)
-            except TimeoutError:
-                if future.done():  # just now, or with a TimeoutError of its own
-                    return future.result()
+        return answer.result()
 
     def _run(self) -> None:
         with mlx_thread():

@@ -4,7 +4,6 @@ import json
 import math
 import threading
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from engine.core.request import check_length
+from engine.handover import Answer
 from engine.memory.heap import return_free_memory
 from engine.text.tokens.library_errors import decoding, encoding
 
@@ -42,7 +42,7 @@ def encode(hf: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> lis
             return list(hf.encode(text, add_special_tokens=add_special_tokens).ids)
     if len(text) < _SLOW or threading.current_thread() is not threading.main_thread():
         return _encode_unlocked(hf, text, add_special_tokens)
-    done: Future[list[int]] = Future()
+    done: Answer[list[int]] = Answer()
 
     def work() -> None:
         try:

@@ -1,19 +1,31 @@
-"""Ctrl-C at a chosen moment: before the k-th call that this thread makes of a function of ours."""
+"""Ctrl-C at a chosen moment: before the k-th call that this thread makes of a function of ours.
 
+Or behind the k-th call of C that Python's own ``logging`` and ``threading`` make, and :mod:`engine.handover`: there
+locks are taken.
+"""
+
+import concurrent.futures
+import logging
+import queue
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from engine import handover
+
 ROOT = Path(__file__).resolve().parents[3]
 _OURS = (str(ROOT / "engine") + "/", str(ROOT / "vm_magic") + "/")
+_LOCKING = tuple(str(module.__file__) for module in (logging, threading, queue, concurrent.futures._base, handover))
 
 
 class Interrupts:
-    """Counts the calls of a function, or interrupts one of them."""
+    """Counts the calls of a function, or interrupts one of them; ``in_locks``: those of C where locks are taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_locks: bool = False) -> None:
+        self._event, self._files = ("c_return", _LOCKING) if in_locks else ("call", _OURS)
         self.passed = 0
         self.at = ""
         self._target = -1
@@ -42,7 +54,7 @@ class Interrupts:
             sys.setprofile(None)
 
     def _on_event(self, frame: FrameType, event: str, _argument: object) -> None:
-        if event != "call" or not frame.f_code.co_filename.startswith(_OURS):
+        if event != self._event or not frame.f_code.co_filename.startswith(self._files):
             return
         number, self.passed = self.passed, self.passed + 1
         if number == self._target:

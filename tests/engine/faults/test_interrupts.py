@@ -1,4 +1,7 @@
-"""Ctrl-C before each call of a function of ours, one after the other, in everything that a caller waits for."""
+"""Ctrl-C before each call of a function of ours, one after the other, in everything that a caller waits for.
+
+And behind each call with which Python's own functions take or give back a lock.
+"""
 
 import asyncio
 import threading
@@ -56,12 +59,18 @@ PHASES: dict[str, Callable[[LLM], Any]] = {
 }
 
 
+IN_LOCKS = pytest.mark.parametrize("in_locks", [False, True], ids=["of_ours", "in_locks"])
+
+
+@IN_LOCKS
 @pytest.mark.parametrize("phase", PHASES)
-def test_an_interrupted_call_leaves_no_request_and_the_next_one_works(llm: LLM, folder: str, phase: str) -> None:
-    interrupts, action = Interrupts(), PHASES[phase]
+def test_an_interrupted_call_leaves_no_request_and_the_next_one_works(
+    llm: LLM, folder: str, phase: str, *, in_locks: bool
+) -> None:
+    interrupts, action = Interrupts(in_locks=in_locks), PHASES[phase]
     action(llm)
     llm.replan(fraction=0.5)
-    for number in moments(interrupts.count(lambda: action(llm)), 6):
+    for number in moments(interrupts.count(lambda: action(llm)), 3 if in_locks else 6):
         interrupts.interrupt(lambda: action(llm), number)
         assert is_idle(llm), f"a request goes on: {interrupts.at}"
         assert not llm._thread._handed_over, interrupts.at
@@ -70,8 +79,9 @@ def test_an_interrupted_call_leaves_no_request_and_the_next_one_works(llm: LLM, 
     llm.settings.reset()
 
 
-def test_an_interrupted_serve_or_stop_leaves_a_port_that_opens_again(llm: LLM) -> None:
-    interrupts = Interrupts()
+@IN_LOCKS
+def test_an_interrupted_serve_or_stop_leaves_a_port_that_opens_again(llm: LLM, *, in_locks: bool) -> None:
+    interrupts = Interrupts(in_locks=in_locks)
 
     def serve() -> None:
         llm.serve(port=0, no_api_key=True)
@@ -97,8 +107,9 @@ def test_an_interrupted_serve_or_stop_leaves_a_port_that_opens_again(llm: LLM) -
         stop()
 
 
-def test_an_interrupted_load_leaves_nothing(folder: str) -> None:
-    interrupts = Interrupts()
+@IN_LOCKS
+def test_an_interrupted_load_leaves_nothing(folder: str, *, in_locks: bool) -> None:
+    interrupts = Interrupts(in_locks=in_locks)
     load(folder).close()
     made: list[LLM] = []
     for number in moments(interrupts.count(lambda: load(folder).close()), 3):
@@ -109,8 +120,9 @@ def test_an_interrupted_load_leaves_nothing(folder: str) -> None:
                 made.pop().close()
 
 
-def test_an_interrupted_close_can_be_repeated(folder: str) -> None:
-    interrupts = Interrupts()
+@IN_LOCKS
+def test_an_interrupted_close_can_be_repeated(folder: str, *, in_locks: bool) -> None:
+    interrupts = Interrupts(in_locks=in_locks)
 
     def served() -> LLM:
         llm = load(folder)

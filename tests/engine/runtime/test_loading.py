@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,8 +10,7 @@ import pytest
 from engine.errors import EngineClosedError, MemoryPlanError, ModelLoadError
 from engine.models.local import ResolvedModel
 from engine.params.engine_args import EngineArgs
-from engine.runner.device import threads
-from engine.runtime import engine_thread, loading
+from engine.runtime import loading
 from engine.runtime.engine_thread import EngineThread
 from engine.runtime.loading import STILL_ENDING, Progress, start_engine
 
@@ -131,23 +129,3 @@ def test_what_progress_raises_comes_out_as_it_is(builds: Builds) -> None:
     with pytest.raises(StopError) as raised:
         start(progress)
     assert raised.value is stop
-
-
-class LateFuture(Future[Any]):
-    """One whose result comes just as somebody who waits for it gives up."""
-
-    def result(self, timeout: float | None = None) -> Any:
-        found = super().result()
-        if timeout is not None:
-            raise TimeoutError
-        return found
-
-
-def test_what_ends_while_a_wait_for_it_ends_is_no_timeout(builds: Builds, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_thread, "Future", LateFuture)
-    monkeypatch.setattr(threads, "Future", LateFuture)
-    with threads.MLXWorker() as worker:
-        assert worker.call(lambda: 3) == 3
-    thread = EngineThread(lambda: "built")  # type: ignore[arg-type, return-value]
-    monkeypatch.setattr(thread, "_live", lambda: thread._built.set_result("built"))
-    assert thread.start() == "built"

@@ -53,13 +53,13 @@ def test_a_thread_that_waits_is_woken_long_before_it_would_look_again(monkeypatc
     found: list[list[CompletionDelta]] = []
     thread = threading.Thread(target=lambda: found.append(stream.drain(30)))
     thread.start()
-    while not stream._num_waiting:
+    while not stream._changed.waiting:
         time.sleep(0.001)
     stream.append(CompletionDelta(0, "x", [1]))
     wake_all([stream])
     thread.join(10)
     assert [delta.text for delta in found[0]] == ["x"]
-    assert stream._num_waiting == 0
+    assert not stream._changed.waiting
 
 
 def test_a_loop_that_lags_is_called_once_for_all_that_came_and_again_for_what_comes_meanwhile(monkeypatch):

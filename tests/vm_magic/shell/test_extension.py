@@ -39,7 +39,7 @@ def traces(shell: Any) -> list[str]:
 
 def test_unloading_leaves_nothing_behind(shell: Any) -> None:
     level = logging.getLogger("engine").level
-    assert len(traces(shell)) == 46
+    assert len(traces(shell)) == 47
     line(shell, "serve smollm2 --port 0")
     llm = fakes.MADE[-1]
     shell.run_line_magic("unload_ext", "vm_magic")
