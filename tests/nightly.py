@@ -4,11 +4,14 @@ A test that has a long form carries the mark ``nightly`` and asks :func:`size` h
 """
 
 import os
+from typing import TypeVar
+
+T = TypeVar("T")
 
 NIGHTLY = bool(os.environ.get("VM_MAGIC_NIGHTLY"))
 """Whether this run is the long one."""
 
 
-def size(brief: int, nightly: int) -> int:
+def size(brief: T, nightly: T) -> T:
     """``brief`` steps, seconds or cases in ``make test``, ``nightly`` in ``make nightly``."""
     return nightly if NIGHTLY else brief

@@ -91,11 +91,11 @@ class FakeVLLM:
             for event in self.events:
                 time.sleep(self.pause)
                 yield (event if isinstance(event, str) else f"data: {json.dumps(event)}\n\n").encode()
-            if self.done:
-                yield b"data: [DONE]\n\n"
-        finally:
+        finally:  # before the end, at which a client may send its next request
             with self._lock:
                 self._now -= 1
+        if self.done:
+            yield b"data: [DONE]\n\n"
 
 
 class _Server(ThreadingHTTPServer):

@@ -22,6 +22,7 @@ from tests.engine.parity.tiny_architectures import VOCAB, build, config_of
 from tests.engine.runner.kernels import text_on_host
 from tests.engine.runner.kernels.cuda_on_host import HostKernel, kernels_on_host
 from tests.engine.runner.kernels.host_kernels import HostKernels
+from tests.nightly import size
 
 NUM_TOKENS = 6
 NAMES = ("gemma4_text dense", "gemma4_text k_eq_v", "gemma4_text moe")
@@ -100,8 +101,15 @@ def gpu_kernels(monkeypatch: pytest.MonkeyPatch, kernel_folder: Path) -> dict[st
 
 
 @needs_compiler
-@pytest.mark.parametrize("on_tensor_cores", [False, True])
-@pytest.mark.parametrize(("dtype", "bits"), [(mx.bfloat16, 0), (mx.float16, 4)])
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("dtype", "bits", "on_tensor_cores"),
+    [
+        (mx.bfloat16, 0, True),
+        (mx.float16, 4, False),
+        *size([], [(mx.bfloat16, 0, False), (mx.float16, 4, True)]),
+    ],
+)
 def test_cudas_kernels_give_what_mlx_lms_attention_gives(
     dtype: mx.Dtype, bits: int, on_tensor_cores: bool, gpu_kernels: dict[str, HostKernel],
     monkeypatch: pytest.MonkeyPatch,
