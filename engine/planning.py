@@ -12,6 +12,7 @@ from engine.memory.step_cost import StepCost
 from engine.models.model_config import ModelConfig, read_model_config, text_config
 from engine.models.reading import reading
 from engine.models.resolve import resolve
+from engine.models.weight_format import Wanted
 from engine.params.engine_args import EngineArgs
 from engine.params.sizes import parse_size
 from engine.runner.device.devices import Device, describe_device, prepare_backend
@@ -114,6 +115,7 @@ class _Shapes:
     config: ModelConfig
     caches: "ModelCaches"
     model_memory: int
+    missing_files: tuple[str, ...]
 
     @classmethod
     def of(cls, args: EngineArgs, device: Device) -> Self:
@@ -124,14 +126,16 @@ class _Shapes:
         with reading(args.model):
             config = read_model_config(resolved, replace(args, max_model_len=None))  # one for all lengths asked for
             abstract = WEIGHT_READERS[resolved.kind].abstract(resolved, config, args, device)
-            return cls(config, ModelCaches(abstract.model), abstract.num_bytes)
+            wanted = Wanted(args.model, "", "weights")
+            missing = resolved.format.missing(resolved.path, wanted) if resolved.path.is_dir() else ()
+            return cls(config, ModelCaches(abstract.model), abstract.num_bytes, tuple(missing))
 
     def inputs(self, args: EngineArgs, device: Device, given: _Sizes) -> PlanInputs:
         """What the plan follows from, with the sizes that the user gave in place of those determined."""
         from engine.runner.load.loader import plan_inputs
 
         estimated = estimated_step_cost(self.config, fused=device.kind != "cpu")
-        return plan_inputs(
+        found = plan_inputs(
             self.caches,
             self.config,
             args,
@@ -140,6 +144,7 @@ class _Shapes:
             model_memory=self.model_memory if given.model_memory is None else given.model_memory,
             overhead=estimated if given.overhead is None else StepCost(given.overhead),
         )
+        return replace(found, missing_files=self.missing_files)
 
 
 def estimated_step_cost(config: ModelConfig, fused: bool) -> StepCost:

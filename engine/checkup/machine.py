@@ -1,7 +1,6 @@
 """The device, its kernels, memory and its limits, and the folders that models are kept in."""
 
 import os
-import resource
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -90,15 +89,14 @@ def check_memory(probe: Probe, model: Model | None) -> Iterator[Finding]:
 
 def _limits() -> Iterator[Finding]:
     from engine.runner.device.devices import cpu_memory_limit, physical_memory
+    from engine.runner.device.rlimits import process_room
 
     physical = physical_memory()
     group = cpu_memory_limit()
     if group < physical:
         yield Finding("memory", "container", f"limited to {plain_size(group)} of {plain_size(physical)}")
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        text = f"its address space is limited to {plain_size(limit)}, of which MLX reserves more than it uses"
-        yield Finding("memory", "this process", text, "warning", "ulimit -v unlimited where Jupyter is started")
+    if room := process_room():
+        yield Finding("memory", "this process", str(room), "warning", f"{room.name} unlimited where Jupyter is started")
 
 
 def _others(limit: int, planned: int) -> Iterator[Finding]:

@@ -37,7 +37,8 @@ class PlanInputs:
     ``groups`` are in the model's own element type; the plan bills them in ``kv_cache_dtype``. ``shared_layers``
     read other layers' pages and need nothing: named so that none seems forgotten. ``overhead`` gives that of a
     step by its tokens and its context. ``memory_flag`` is the name under which the user set ``fraction``.
-    ``limited_by`` tells people which limit of the process leaves the device so little, if one does.
+    ``limited_by`` tells people which limit of the process leaves the device so little, if one does. ``missing_files``:
+    weights of the model that are not on this machine, or not yet; the plan is made without them.
     """
 
     device_limit: int
@@ -55,6 +56,7 @@ class PlanInputs:
     kv_cache_dtype: str
     prefix_caching: bool
     limited_by: str = ""
+    missing_files: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def from_args(
@@ -294,7 +296,7 @@ def elements(plan: MemoryPlan) -> list[str]:
 
 
 def summary(plan: MemoryPlan) -> list[str]:
-    """What the plan means for requests, in two lines."""
+    """What the plan means for requests, in two lines; a third where the model is not whole here."""
     context = plan.inputs.context_length
     longest = plan.max_model_len_that_fits
     most = "the whole context" if longest == context else f"of the model's {count_text(context)}"
@@ -302,7 +304,15 @@ def summary(plan: MemoryPlan) -> list[str]:
         f"max_model_len {count_text(plan.max_model_len)}: {plan.max_concurrency:.2f} requests of full length at once, "
         f"{exact_size(plan.kv_bytes_at_max_len)} each; longest that fits: {count_text(longest)} ({most})",
         f"max_num_seqs {count_text(plan.max_num_seqs)}: requests that run at once; others wait",
+        *_missing_line(plan.inputs.missing_files),
     ]
+
+
+def _missing_line(files: Sequence[str]) -> list[str]:
+    if not files:
+        return []
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return [f"planned from config.json: {', '.join(files[:3])}{more} {'is' if len(files) == 1 else 'are'} not here"]
 
 
 def group_rows(plan: MemoryPlan) -> list[GroupRow]:

@@ -10,7 +10,8 @@ import pytest
 import engine
 from engine.errors import ConfigError, MemoryPlanError
 from engine.memory.plan import MemoryPlan
-from tests.tiny_models import tiny_config
+from tests.tiny_models import tiny_config, write_weights
+from vm_magic.show.plan_view import plan_html
 
 GIVEN = {"device_memory": 51.54e9, "model_memory": 14.96e9, "overhead": 1.13e9}
 
@@ -185,6 +186,18 @@ def test_a_plans_text_says_which_elements_it_bills(tmp_path, options, billed):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama")))
     text = engine.plan(str(tmp_path), **GIVEN, **options).describe()
     assert f"\nkeys and values: {billed}; --dtype and --kv-cache-dtype change it\n" in text
+
+
+def test_a_plan_of_a_download_that_is_not_whole_says_what_is_missing(tmp_path):
+    write_weights(tmp_path, tiny_config("llama"))
+    assert "not here" not in str(engine.plan(str(tmp_path)))
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00003.safetensors")
+    line = "planned from config.json: model-00002-of-00003.safetensors, model-00003-of-00003.safetensors are not here"
+    plan = engine.plan(str(tmp_path))
+    assert line in str(plan).splitlines()
+    assert line in plan_html(plan)
+    (tmp_path / "model-00001-of-00003.safetensors").unlink()
+    assert "planned from config.json: model.safetensors is not here" in str(engine.plan(str(tmp_path))).splitlines()
 
 
 def test_a_bad_fraction_of_a_plan_is_called_what_the_user_wrote(tmp_path):

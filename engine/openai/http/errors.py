@@ -1,5 +1,6 @@
 """Errors as HTTP: vLLM's body and statuses for everything that goes wrong."""
 
+import traceback
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -104,6 +105,8 @@ def describe(error: Exception) -> dict[str, Any]:
     if isinstance(error, GrammarError):
         return error_body(str(error), type="BadRequestError", code=HTTPStatus.BAD_REQUEST, param="structured_outputs")
     if isinstance(error, RecursionError):
+        call = traceback.extract_tb(error.__traceback__)[-1:]
+        logger.warning("a request was refused as nested too deeply, in %s", ", ".join(map(str, call)) or "no call")
         return error_body(_TOO_DEEP, type="BadRequestError", code=HTTPStatus.BAD_REQUEST)
     if isinstance(error, ServerStoppingError | QueueFullError):
         message = str(error) or "The server was stopped while this request was running."
