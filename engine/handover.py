@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import cache
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
@@ -148,6 +149,12 @@ class BackgroundThread(threading.Thread):
             self._over.wait(min(left, _SLICE))
         if self._over.done and self.ident is not None:
             super().join(timeout)
+
+
+@cache
+def interruptible(bar: type[Any]) -> type[Any]:
+    """tqdm's class ``bar`` with a lock of its own, in C: tqdm's two may be left with a thread that was interrupted."""
+    return type(bar.__name__, (bar,), {"_lock": threading.RLock()})
 
 
 def free_logging() -> None:

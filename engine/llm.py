@@ -4,6 +4,7 @@ MLX lives on the engine's own thread; templates and tokenizing happen in the cal
 """
 
 import logging
+import os
 import threading
 import time
 import uuid
@@ -71,7 +72,7 @@ class LLM:
     ConfigError or MemoryPlanError, each in one line, leaving nothing behind.
     """
 
-    def __init__(self, model: str, *, progress: Progress | None = None, **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str], *, progress: Progress | None = None, **options: Any) -> None:
         self.args = EngineArgs.from_options(model, options)
         check_device()
         place(self.args.device)
@@ -380,6 +381,7 @@ class LLM:
         from engine.openai.server import start_server
 
         with self._serving:
+            self._thread.check_open()
             self._server = start_server(self, replaced=self.server, port=port, **options)
             self.tell_neighbours()
             return self._server

@@ -1,5 +1,6 @@
 """``engine.plan``: the memory plan from a config alone, without weights and without running anything."""
 
+import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from engine.models.model_config import ModelConfig, read_model_config, text_conf
 from engine.models.reading import reading
 from engine.models.resolve import resolve
 from engine.models.weight_format import Wanted
-from engine.params.engine_args import EngineArgs
+from engine.params.engine_args import EngineArgs, model_name
 from engine.params.sizes import parse_size
 from engine.runner.device.devices import Device, describe_device, prepare_backend
 from engine.runner.device.placement import place
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: str,
+    model: str | os.PathLike[str],
     *,
     fraction: float | str | None = None,
     device_memory: str | float | None = None,
@@ -42,7 +43,7 @@ def plan(
 
 
 def plan_table(
-    model: str,
+    model: str | os.PathLike[str],
     *,
     model_memory: str | float | None = None,
     overhead: str | float | None = None,
@@ -91,8 +92,8 @@ class _Sizes:
 class _Planner:
     """One model's shapes, asked for once, for any number of plans."""
 
-    def __init__(self, model: str) -> None:
-        self._model = model
+    def __init__(self, model: str | os.PathLike[str]) -> None:
+        self._model = model_name(model)
         self._shapes: dict[Hashable, _Shapes] = {}
 
     def plan(self, sizes: _Sizes, fraction: Any, options: Mapping[str, Any]) -> MemoryPlan:

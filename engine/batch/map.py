@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.batch.prompt_table import Prompts, Task, combinations, import_pandas, read_table, task_key
 from engine.errors import GenerationError, RequestError, VMMagicError
+from engine.handover import interruptible
 from engine.outputs import RequestMetrics
 
 if TYPE_CHECKING:
@@ -372,7 +373,7 @@ class ProgressBar:
         if shown is True:
             from tqdm.auto import tqdm
 
-            shown = tqdm
+            shown = interruptible(tqdm)
         if shown:
             self._bar = shown(total=total, desc="prompts", unit="prompt", mininterval=0.2)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.chat.request import ChatRequest, Message, PromptRequest, TemplateOptions
 from engine.errors import RequestError
+from engine.handover import interruptible
 from engine.outputs import RequestOutput
 from engine.params.sampling_params import PARAMETERS, SamplingParams
 from engine.runtime.stream import RequestStream
@@ -176,7 +177,7 @@ def run_all(
         if use_tqdm and len(streams) > 1:
             from tqdm.auto import tqdm
 
-            waited = tqdm(streams, desc="Processed prompts")
+            waited = interruptible(tqdm)(streams, desc="Processed prompts")
         return [stream.result() for stream in waited]
     except BaseException:
         for stream in streams:

@@ -1,6 +1,7 @@
 """``engine.inspect``: what is understood of a model before loading. Loads no weights, runs nothing of the model's."""
 
 import math
+import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -36,7 +37,7 @@ _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 _PACKAGES = ("vm-magic", "mlx", "mlx-lm", "transformers", "tokenizers")
 
 
-def inspect(model: str, **options: Any) -> ModelCard:
+def inspect(model: str | os.PathLike[str], **options: Any) -> ModelCard:
     """What is understood of ``model`` before loading, and from which file each fact came; ``str()`` is the text.
 
     ``options`` are the engine's flags: the card is of a load with them. Loads no weights and runs nothing of what the
@@ -51,7 +52,7 @@ def inspect(model: str, **options: Any) -> ModelCard:
     sections = _sections(files)
     clean = partial(shareable, beginnings=names_of(files.folder))
     return ModelCard(
-        shareable(model),
+        shareable(args.model),
         tuple(Section(section.title, tuple(_clean(fact, clean) for fact in section.facts)) for section in sections),
         tuple(map(clean, files.problems)),
         tuple(map(clean, files.remarks)),

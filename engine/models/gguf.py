@@ -1,5 +1,6 @@
 """The format of llama.cpp's models: a GGUF file with everything in it (or its parts), alone or several in a folder."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ class GGUFFormat(WeightFormat):
 
     def claims(self, folder: Path, wanted: Wanted) -> bool:
         """Where a quantization is named, or the folder has GGUF files and nothing else."""
-        return bool(wanted.quant) or (not (folder / "config.json").is_file() and any(folder.rglob(f"*{_SUFFIX}")))
+        return bool(wanted.quant) or (not (folder / "config.json").is_file() and any(_found(folder)))
 
     def missing(self, folder: Path, wanted: Wanted) -> list[str]:
         """A file of the quantization; of a folder without one, a tokenizer's own files."""
@@ -118,7 +119,12 @@ def _open(path: Path) -> "GGUFFile":
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(str(file.relative_to(folder)) for file in folder.rglob(f"*{_SUFFIX}"))
+    return sorted(str(file.relative_to(folder)) for file in _found(folder))
+
+
+def _found(folder: Path) -> Iterator[Path]:
+    """Files in ``folder`` and in its folders, where hubs put quantizations of many parts: not the whole disk."""
+    return itertools.chain.from_iterable(folder.glob(f"{above}*{_SUFFIX}") for above in ("", "*/", "*/*/"))
 
 
 def _quant_of(name: str) -> str:

@@ -54,7 +54,7 @@ def _resolve_local(model: str, part: Part) -> ResolvedModel | None:
     base, _, end = model.rpartition(":")
     for text, quant in ((model, ""), (base, end)):
         path = Path(text).expanduser()
-        if not text or not path.exists():
+        if not text or not _exists(path):
             continue
         if path.is_dir():
             return _open_folder(path, Wanted(model, quant, part))
@@ -65,6 +65,13 @@ def _resolve_local(model: str, part: Part) -> ResolvedModel | None:
     if model.startswith(("/", "./", "../", "~")) or format_of_file(model) is not None:
         raise ModelNotFoundError(f"{model}: no such file or folder{_similar_path(Path(model).expanduser())}")
     return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for one, say
+        return False
 
 
 def _similar_path(path: Path) -> str:

@@ -4,12 +4,14 @@
 derived (the memory plan, the element type chosen for a device) never lands in it.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 from engine.errors import ConfigError
+from engine.format.text import shortened
 from engine.params.attention_backend import ATTENTION_BACKENDS, attention_backend
 from engine.params.device import device_name
 from engine.params.flag_values import (
@@ -253,7 +255,9 @@ class EngineArgs:
         return self.served_model_name or (self.model,)
 
     @classmethod
-    def from_options(cls, model: str, options: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Self:
+    def from_options(
+        cls, model: str | os.PathLike[str], options: Mapping[str, Any], env: Mapping[str, str] | None = None
+    ) -> Self:
         """Build from keywords (flag names, dashes or underscores) over ``VLLM_METAL_*`` variables.
 
         Text values are parsed as the flag's text. Unknown keywords raise
@@ -274,7 +278,16 @@ class EngineArgs:
                 check_vllm_flag(name, value)
                 continue
             values[key] = option_value(key, value)
-        return cls(model=model, **values)
+        return cls(model=model_name(model), **values)
+
+
+def model_name(model: object) -> str:
+    """``model``, a text or a path, as a text. Raises ConfigError for anything else."""
+    name: object = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+    if isinstance(name, str):
+        return name
+    said = f"a model is a name or a path, not of type {type(model).__name__}"
+    raise ConfigError(said, flag="model", value=model, allowed="a name")
 
 
 def check_batch(max_num_seqs: int | Auto, max_num_batched_tokens: int | None) -> None:
@@ -293,14 +306,46 @@ def check_batch(max_num_seqs: int | Auto, max_num_batched_tokens: int | None) ->
 def option_value(name: str, value: Any) -> Any:
     """The value of an :class:`EngineArgs` field, from its flag's text or as it is. Raises ConfigError."""
     flag = next((flag for flag in ENGINE_FLAGS if flag.field == name), None)
-    if value is None or flag is None or flag.kind != "value":
+    if value is None:
         return value
+    if name == "use_paged_attention" or (flag is not None and flag.kind == "switch"):
+        return _switch(name, value)
+    if flag is None or flag.kind != "value":
+        return _names(name, value) if flag is not None else value
+    if isinstance(value, bool) or (flag.parse is int and value != _whole(value)):
+        allowed = "a whole number" if flag.parse is int else "a value, not true or false"
+        raise ConfigError(f"--{flag.name} {value}: must be {allowed}", flag=name, value=value, allowed=allowed)
     try:
         return flag.parse(value)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--{flag.name}: {error}", flag=flag.field, value=value) from None
+
+
+_SWITCHES = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off"), False)}
+
+
+def _switch(name: str, value: object) -> bool:
+    """``value`` as a switch; as a text it is no more true than its words are."""
+    found = _SWITCHES.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(found, bool):
+        said = f"--{name.replace('_', '-')} {shortened(str(value), 60)}: must be true or false"
+        raise ConfigError(said, flag=name, value=value, allowed="true or false")
+    return found
+
+
+def _whole(value: Any) -> Any:
+    """What ``int`` makes of a number; other values are left to who parses them."""
+    return int(value) if isinstance(value, float) and math.isfinite(value) else value
+
+
+def _names(name: str, value: Any) -> Any:
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list | tuple) or not all(isinstance(one, str) for one in listed):
+        said = f"--{name.replace('_', '-')} {shortened(str(value), 60)}: must be a text or a list of texts"
+        raise ConfigError(said, flag=name, value=value, allowed="texts")
+    return value
 
 
 def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:

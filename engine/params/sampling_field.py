@@ -42,32 +42,56 @@ class ValueKind:
         return isinstance(value, self.json) and (bool in self.json or not isinstance(value, bool))
 
 
-def _scalar(kind: type) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+_MOST = 3.4028234663852886e38
+"""What float32, in which logits are computed with, can hold."""
+
+
+def _number(value: Any) -> float:
+    """``value``, which may be numpy's, as Python's own: an int stays one. Raises OverflowError beyond float32."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError
+    kept: float = int(value) if isinstance(value, Integral) else float(value)
+    if kept not in (math.inf, -math.inf) and abs(kept) > _MOST:
+        raise OverflowError
+    return kept
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError
+    return int(value)
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _items(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    def read_all(value: Any) -> tuple[Any, ...]:
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable | None):
             raise TypeError
-        return value
+        return () if value is None else tuple(read(item) for item in value)
 
-    return read
-
-
-def _items(kind: type) -> Callable[[Any], tuple[Any, ...]]:
-    def read(value: Any) -> tuple[Any, ...]:
-        if isinstance(value, str) or not isinstance(value, Iterable | None):
-            raise TypeError
-        items = () if value is None else tuple(value)
-        if not all(isinstance(item, kind) for item in items):
-            raise TypeError
-        return items
-
-    return read
+    return read_all
 
 
-_texts = _items(str)
-NUMBER = ValueKind(float, "be a number", (int, float), "a number", _scalar(Real))
-WHOLE = ValueKind(int, "be a whole number", (int,), "a whole number", _scalar(Integral))
+def _biases(value: Any) -> dict[int, float]:
+    return {int(token): _number(float(bias)) for token, bias in (value or {}).items()}
+
+
+_texts = _items(_text)
+NUMBER = ValueKind(float, "be a number", (int, float), "a number", _number)
+WHOLE = ValueKind(int, "be a whole number", (int,), "a whole number", _whole)
 WHOLE_OR_NONE = replace(WHOLE, must="be a whole number or None", optional=True)
-SWITCH = ValueKind(bool, "be True or False", (bool,), "true or false", _scalar(bool))
+SWITCH = ValueKind(bool, "be True or False", (bool,), "true or false", _switch)
 TEXTS = ValueKind(list[str], "be a list of texts", (list,), "a list", _texts)
 TEXT_OR_TEXTS = ValueKind(
     str | list[str],
@@ -76,13 +100,13 @@ TEXT_OR_TEXTS = ValueKind(
     "a text or a list of texts",
     lambda value: _texts([value] if isinstance(value, str) else value),
 )
-TOKEN_IDS = ValueKind(list[int], "be a list of token ids", (list,), "a list", _items(Integral))
+TOKEN_IDS = ValueKind(list[int], "be a list of token ids", (list,), "a list", _items(_whole))
 BIASES = ValueKind(
     dict[str, float],
     "map token ids to numbers",
     (dict,),
     "a JSON object of token ids and biases",
-    lambda value: {int(token): float(bias) for token, bias in (value or {}).items()},
+    _biases,
 )
 
 
@@ -165,12 +189,21 @@ class SamplingField:
             kept = self.kind.read(value)
         except RequestError:
             raise
+        except OverflowError:
+            raise refuse(name, f"stay within float32's range (up to {_MOST:.1e})", _quoted(value)) from None
         except (AttributeError, TypeError, ValueError):
-            raise refuse(name, self.kind.must, repr(value)) from None
+            raise refuse(name, self.kind.must, _quoted(value)) from None
         for bounds in self.ranges:
             if kept not in bounds:
-                raise refuse(name, str(bounds), kept)
+                raise refuse(name, str(bounds), kept if isinstance(kept, float) else _quoted(kept))
         return kept
+
+
+def _quoted(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        return "a number of thousands of digits"
 
 
 def parameter(default: _T, known: SamplingField) -> _T:

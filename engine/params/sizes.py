@@ -1,9 +1,11 @@
 """Bytes as text, and text as bytes. GB is 1e9 bytes, GiB is 2**30."""
 
+import math
 import re
 from decimal import ROUND_HALF_DOWN, Decimal
 
 from engine.errors import ConfigError
+from engine.format.text import shortened
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -11,17 +13,21 @@ _SMALLEST_GB = 2e8
 """Bytes that a sentence still gives in GB."""
 
 
+_SIZE = r"\s*(\d+(?:\.\d*)?(?:e\+?\d+)?|\.\d+)\s*([kmgt]?i?b?)\s*"
+_LARGEST = 1 << 60
+
+
 def parse_size(size: str | float, name: str = "device_memory") -> int:
     """Bytes from a number, or from text such as ``51.54GB``, ``48GiB``, ``800MB``. Errors name the flag ``name``."""
-    if isinstance(size, int | float):
-        return int(size)
-    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?i?b?)\s*", size, re.IGNORECASE)
+    given = str(size) if isinstance(size, int | float) and not isinstance(size, bool) else size
+    match = re.fullmatch(_SIZE, given, re.IGNORECASE) if isinstance(given, str) and len(given) < 40 else None
     unit = match.group(2).upper() if match else ""
     unit = unit if unit.endswith("B") or not unit else unit + "B"
-    if not match or unit not in _UNITS:
-        flag = name.replace("_", "-")
-        raise ConfigError(f"--{flag} {size}: must be a size such as 51.54GB or 48GiB", flag=name, value=size)
-    return int(float(match.group(1)) * _UNITS[unit])
+    num_bytes = float(match.group(1)) * _UNITS[unit] if match and unit in _UNITS else math.inf
+    if num_bytes > _LARGEST:
+        said = f"--{name.replace('_', '-')} {shortened(str(size), 40)}: must be a size such as 51.54GB or 48GiB"
+        raise ConfigError(said, flag=name, value=size)
+    return int(num_bytes)
 
 
 def exact_size(num_bytes: int) -> str:

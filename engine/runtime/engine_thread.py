@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from engine.core.request import NewRequest
-from engine.errors import DeviceFailedError, EngineClosedError
+from engine.errors import DeviceFailedError, EngineClosedError, RequestError
+from engine.format.text import shortened
 from engine.handover import Answer, BackgroundThread
 from engine.runner.device.faults import device_failure, driver_failure, give_up_device, has_driver
 from engine.runner.device.placement import computing
@@ -44,6 +45,8 @@ class EngineThread:
         self._built: Answer[BuiltEngine] = Answer()
         self._handed_over: dict[str, RequestStream] = {}
         """Streams of requests that the engine has not taken yet; it keeps the others."""
+        self._under_way: dict[str, RequestStream] = {}
+        """Those of all that have not ended: an id names one request."""
         self._lock = threading.Lock()
         self._closing = False
         self._failure: BaseException | None = None
@@ -65,14 +68,21 @@ class EngineThread:
         return self._thread.is_alive() and not self._closing
 
     def submit(self, request: NewRequest, stream: RequestStream) -> None:
-        """Hand a request over; its deltas come through ``stream``."""
+        """Hand a request over; its deltas come through ``stream``. Raises RequestError for an id that is in use."""
+        request_id = request.request_id
         try:
             with self._lock:
                 self.check_open()
-                self._handed_over[request.request_id] = stream
-            self._about(request.request_id, "queued", lambda engine: self._add(engine, request, stream))
+                if request_id in self._under_way:
+                    said = (
+                        f"request_id {shortened(request_id, 60)!r} is that of a request under way; choose another one."
+                    )
+                    raise RequestError(said, param="request_id")
+                self._under_way[request_id] = self._handed_over[request_id] = stream
+            stream.when_over(lambda: self._forget(request_id, stream))
+            self._about(request_id, "queued", lambda engine: self._add(engine, request, stream))
         except BaseException:
-            self._handed_over.pop(request.request_id, None)
+            self._forget(request_id, stream)
             raise
 
     def abort(self, request_id: str) -> None:
@@ -140,6 +150,11 @@ class EngineThread:
                 engine.fail_request(request_id, failure_of(f"the request could not be {what}", error))
 
         self._commands.put(guarded)
+
+    def _forget(self, request_id: str, stream: RequestStream) -> None:
+        for known in (self._under_way, self._handed_over):
+            if known.get(request_id) is stream:
+                known.pop(request_id, None)
 
     def _add(self, engine: LLMEngine, request: NewRequest, stream: RequestStream) -> None:
         with self._lock:

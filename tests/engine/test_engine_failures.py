@@ -1,9 +1,10 @@
 """What one failing part of the engine's loop costs: its own request, and nothing that others could find."""
 
+import numpy as np
 import pytest
 from tokenizers import Regex, decoders
 
-from engine.errors import GenerationError
+from engine.errors import GenerationError, RequestError
 from engine.llm import LLM
 from engine.params.sampling_params import SamplingParams
 from tests.engine.parity.oracle import assert_nothing_is_held, oracle_tokens
@@ -94,3 +95,23 @@ def test_blocks_of_a_prompt_whose_request_ended_meanwhile_are_never_found_unwrit
     again = llm.generate([second], GREEDY)[0]
     assert again.outputs[0].token_ids == oracle_tokens(model, second, 10)
     assert_nothing_is_held(llm)
+
+
+def test_an_id_names_one_request_under_way_and_is_free_again_behind_it(llm):
+    first = llm.submit_prompt([5, 6], LONG, request_id="x")
+    with pytest.raises(RequestError, match="request_id 'x' is that of a request under way"):
+        llm.submit_prompt([8, 9], LONG, request_id="x")
+    first.abort()
+    assert first.result().outputs[0].finish_reason == "abort"
+    again = llm.submit_prompt([8, 9], GREEDY, request_id="x")
+    assert len(again.result().outputs[0].token_ids) == 10
+    assert not llm._thread._under_way
+    assert_nothing_is_held(llm)
+
+
+def test_numpys_numbers_are_sampling_values_and_disturb_nobody(llm, model):
+    other = llm.submit_prompt([5, 6], LONG)
+    params = SamplingParams(seed=np.int64(3), top_k=np.uint8(5), temperature=np.float32(0.5), max_tokens=np.int32(4))
+    mine = llm.submit_prompt([8, 9], params.replace(logit_bias={np.int64(5): np.float16(-2)}, ignore_eos=True))
+    assert len(mine.result().outputs[0].token_ids) == 4
+    assert other.result().outputs[0].token_ids == oracle_tokens(model, [5, 6], 150)

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from engine import handover
-from engine.handover import Answer, BackgroundThread, Bell, free_logging
+from engine.handover import Answer, BackgroundThread, Bell, free_logging, interruptible
 from engine.llm import LLM
 from tests.engine.faults.calls import Interrupts
 from tests.engine.faults.scenes import assert_goes_on
@@ -190,3 +191,11 @@ def test_behind_a_fork_a_thread_does_not_run() -> None:
     assert not thread.is_alive()
     thread.join()
     goes_on.set()
+
+
+def test_a_bars_lock_is_free_whoever_was_interrupted() -> None:
+    bar = interruptible(tqdm)
+    assert interruptible(tqdm) is bar
+    assert isinstance(bar.get_lock(), type(threading.RLock()))
+    assert bar.get_lock() is not tqdm.get_lock()
+    assert list(bar([1, 2], disable=True)) == [1, 2]

@@ -303,7 +303,10 @@ def test_closing_ends_requests_threads_and_memory(model):
         stream.result()
     with pytest.raises(EngineClosedError):
         llm.submit_prompt("again", GREEDY)
+    with pytest.raises(EngineClosedError):
+        llm.serve()
     assert llm.closed
+    assert llm.server is None
     assert set(threading.enumerate()) <= threads
     assert memory_in_use() <= before
 

@@ -1,6 +1,7 @@
 """``engine.plan``: the memory plan from a config alone."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,10 @@ def test_a_table_of_too_many_plans_or_of_a_bad_value_is_refused(tmp_path):
         engine.plan_table(str(tmp_path), max_num_seqs=list(range(1, 21)), max_model_len=list(range(100, 120)))
     with pytest.raises(ConfigError, match="max-model-len"):
         engine.plan_table(str(tmp_path), max_model_len=["1K", "many"])
+
+
+@pytest.mark.parametrize("size", ["1.2.3GB", "1e999GB", math.nan, math.inf, 10**400, -1, True, [1]])
+def test_a_size_that_is_none_is_refused_in_a_line(tmp_path, size):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama")))
+    with pytest.raises(ConfigError, match=r"^--device-memory [^\n]{1,45}: must be a size such as 51.54GB or 48GiB$"):
+        engine.plan(tmp_path, device_memory=size)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.format.text import harmless
+from engine.handover import interruptible
 from engine.params.sizes import size_text
 from vm_magic.show.display_handle import Bundle, DisplayHandle, can_update, open_handle
 from vm_magic.show.terminal import say
@@ -78,7 +79,7 @@ class LoadProgress:
         if new_stage:
             self._close_bar()
             in_bytes = stage not in _COUNTED
-            self._bar = tqdm(
+            self._bar = interruptible(tqdm)(
                 total=total or None,
                 unit="B" if in_bytes else "it",
                 unit_scale=in_bytes,

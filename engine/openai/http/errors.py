@@ -215,7 +215,7 @@ def _why_unreadable(error: BaseException | None) -> str:
     """What FastAPI does not say of a body that is no JSON."""
     if isinstance(error, RecursionError):
         return _TOO_DEEP
-    if isinstance(error, UnicodeError):
+    if isinstance(error, UnicodeDecodeError):
         return "The request body is not valid UTF-8."
     return f"The request body cannot be read: {error or 'no reason given'}."
 

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from engine.errors import RequestError
+from engine.openai.http.json_body import JSONRoute
 from engine.openai.http.sse import Events, TextEvent
 from engine.openai.schema.protocol import BatchChatCompletionRequest, ChatCompletionRequest, ChatFields, StreamOptions
 from engine.openai.serving.chat_preparation import Messages, start_chat
@@ -24,7 +25,7 @@ from engine.openai.serving.logprobs import chat_logprobs, prompt_logprobs
 from engine.outputs import CompletionDelta
 from engine.text.parse.scan.output_sink import ContentDelta, ParsedDelta, ParsedEvent, ReasoningDelta, ToolCallDelta
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=JSONRoute)
 
 
 @router.post("/v1/chat/completions", response_model=None)
@@ -57,7 +58,8 @@ def _echo(body: ChatFields, messages: Messages) -> str:
     if not body.echo or (body.add_generation_prompt and messages[-1]["role"] != "assistant"):
         return ""
     content = messages[-1].get("content") or ""
-    return content if isinstance(content, str) else "\n".join(part.get("text", "") for part in content)
+    texts = [content] if isinstance(content, str) else content
+    return "\n".join(text if isinstance(text, str) else text.get("text") or "" for text in texts)
 
 
 def _response(job: Job, body: ChatFields, echoes: list[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse, Response
 
 from engine.chat.request import PreparedRequest, PromptRequest
 from engine.errors import RequestError
+from engine.openai.http.json_body import JSONRoute
 from engine.openai.http.sse import Events, TextEvent
 from engine.openai.schema.protocol import CompletionRequest, StreamOptions
 from engine.openai.schema.validation import check_generation
@@ -31,7 +32,7 @@ from engine.openai.serving.logprobs import completion_logprobs, prompt_logprobs,
 from engine.outputs import CompletionDelta, LogprobsAtPosition
 from engine.params.sampling_params import SamplingParams
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=JSONRoute)
 
 
 @router.post("/v1/completions", response_model=None)

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from engine.openai.http.errors import MESSAGES_PATH, anthropic_error, describe
+from engine.openai.http.json_body import JSONRoute
 from engine.openai.http.sse import Events, StreamForm, named_event
 from engine.openai.routes.messages_output import MessageEvents, ending, message_object, usage
 from engine.openai.schema.messages_input import ReadRequest, read_request
@@ -14,7 +15,7 @@ from engine.openai.schema.validation import MESSAGES_REFUSED_FIELDS, refuse_fiel
 from engine.openai.serving.chat_preparation import prepare_read, start_read
 from engine.openai.serving.generation import Job, JobEvents, News, Port, open_request, port_of, stream_job
 
-router = APIRouter(tags=["Anthropic"])
+router = APIRouter(tags=["Anthropic"], route_class=JSONRoute)
 _PING = {"type": "ping"}
 
 

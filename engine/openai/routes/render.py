@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from engine.chat.request import PreparedRequest
+from engine.openai.http.json_body import JSONRoute
 from engine.openai.routes.completions import completion_prompts
 from engine.openai.schema.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
 from engine.openai.schema.validation import check_generation
@@ -15,7 +16,7 @@ from engine.openai.serving.chat_preparation import prepare_chat
 from engine.openai.serving.generation import port_of
 from engine.params.sampling_params import names_of
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=JSONRoute)
 _SHOWN = names_of(lambda known: not known.constraint)
 """The port keeps what constrains a request apart from its sampling values."""
 

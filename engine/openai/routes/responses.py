@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from engine.errors import RequestError, UnknownResponseError
 from engine.openai.http.errors import ClientGoneError
+from engine.openai.http.json_body import JSONRoute
 from engine.openai.http.lifetime import OpenRequest
 from engine.openai.http.sse import EventStream, StreamForm, named_event
 from engine.openai.routes.responses_calls import CallItems
@@ -27,7 +28,7 @@ from engine.openai.serving.generation import Choice, Job, JobEvents, News, Port,
 from engine.openai.serving.logprobs import chat_logprobs
 from engine.outputs import CompletionDelta
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=JSONRoute)
 
 
 @router.post("/v1/responses", response_model=None)

@@ -8,11 +8,12 @@ from fastapi.responses import JSONResponse, Response
 
 from engine.errors import UnknownModelError
 from engine.openai.http.http_metrics import HttpMetrics
+from engine.openai.http.json_body import JSONRoute
 from engine.openai.serving.backend import ServedEngine
 from engine.openai.serving.generation import package_version, port_of
 from engine.runtime.metrics import CONTENT_TYPE
 
-router = APIRouter(tags=["service"])
+router = APIRouter(tags=["service"], route_class=JSONRoute)
 
 
 @router.get("/v1/models", tags=["OpenAI"])

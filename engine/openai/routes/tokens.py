@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from engine.errors import RequestError
+from engine.openai.http.json_body import JSONRoute
 from engine.openai.schema.protocol import DetokenizeRequest, TokenizeRequest
 from engine.openai.schema.validation import check_extra_fields
 from engine.openai.serving.backend import ServedEngine
@@ -15,8 +16,8 @@ from engine.openai.serving.chat_preparation import template_options
 from engine.openai.serving.generation import port_of
 from engine.text.tokens.tokenizer import Tokenizer
 
-router = APIRouter(tags=["tokens"])
-info_router = APIRouter(tags=["tokens"])
+router = APIRouter(tags=["tokens"], route_class=JSONRoute)
+info_router = APIRouter(tags=["tokens"], route_class=JSONRoute)
 _PIECE = 1 << 14
 """Values of a list that become JSON at once."""
 _FILES = ("vocab_file", "merges_file", "tokenizer_file", "special_tokens_map_file", "name_or_path")

@@ -132,7 +132,7 @@ class MessageReader:
     def _summary(self, block: Block, at: str) -> Iterator[JsonObject]:
         if not _is_summary(block):
             return
-        changes = [self._text(change, at) for change in block.get("tool_changes") or ()]
+        changes = [self._text(change, at) for change in _blocks(block.get("tool_changes") or [], at, "tool_changes")]
         text = "\n".join(["The conversation so far, in short:", _text_of(block, "content", at), *changes])
         yield {"role": "user", "content": text}
 
@@ -270,9 +270,10 @@ def _titled(block: Block, names: Sequence[str], text: str) -> str:
     return "\n".join([*heads, text])
 
 
-def _blocks(content: Any, where: str) -> list[Block]:
+def _blocks(content: Any, where: str, name: str = "content") -> list[Block]:
     if not isinstance(content, list) or not all(isinstance(block, Mapping) for block in content):
-        raise RequestError(f"{where}.content must be a string or a list of blocks.", param="messages")
+        may_be = "a string or a list of blocks" if name == "content" else "a list of blocks"
+        raise RequestError(f"{where}.{name} must be {may_be}.", param="messages")
     return content
 
 

@@ -164,9 +164,15 @@ def with_instructions(instructions: str | None, messages: Sequence[Message]) -> 
     """``messages`` behind one system message: most templates allow only one, at the beginning."""
     texts = [instructions] if instructions else []
     rest = list(messages)
-    while rest and rest[0].get("role") in ("system", "developer"):
+    while rest and rest[0].get("role") in ("system", "developer") and _is_text(rest[0].get("content")):
         texts.append(_text(rest.pop(0).get("content")))
     return [{"role": "system", "content": "\n\n".join(texts)}, *rest] if texts else rest
+
+
+def _is_text(content: Any) -> bool:
+    """Whether ``content`` is all text: else it is left to the check of messages, which names what cannot be read."""
+    parts = content if isinstance(content, list) else []
+    return isinstance(content, str) or all(isinstance(part, Mapping) and "text" in part for part in parts or [None])
 
 
 def _text(content: Any) -> str:

@@ -101,7 +101,7 @@ class Toolbox:
 
     def found_functions(self, tools: Iterable[JsonObject]) -> list[JsonObject]:
         """What a search's result shows of ``tools``."""
-        names = {(space, one.get("name")) for tool in tools for space, one in _members(tool)}
+        names = [(space, one.get("name")) for tool in tools for space, one in _members(tool)]
         return [tool.function() for tool in self.tools if (tool.namespace, tool.name) in names]
 
     def called(self, model_name: str) -> ClientTool:

@@ -78,6 +78,8 @@ def _normalise_message(message: Mapping[str, Any], form: MessageForm, where: str
     result = {key: value for key, value in message.items() if value is not None}
     content = _content(message.get("content"), where)
     calls = result.pop("tool_calls", None) or []
+    if not isinstance(calls, list):
+        raise RequestError(f"{where}.tool_calls must be a list.", param="messages")
     has_text = bool(content)
     if isinstance(content, list) and form.content_format == "string":
         content = "\n".join(part["text"] for part in content)

@@ -64,4 +64,4 @@ def _joined(*contents: Any, between: str = "\n\n") -> Any:
     given = [content for content in contents if content]
     if all(isinstance(content, str) for content in given):
         return between.join(given)
-    return [part for content in given for part in ([content] if isinstance(content, str) else content)]
+    return [part for content in given for part in (content if isinstance(content, list) else [content])]

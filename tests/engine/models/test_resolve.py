@@ -517,3 +517,19 @@ def test_the_real_file_has_the_promised_hash(smollm2_gguf: Path) -> None:
     with smollm2_gguf.open("rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == package_model.SMOLLM2.sha256
     assert smollm2_gguf.stat().st_size == package_model.SMOLLM2.num_bytes
+
+
+def test_a_name_too_long_for_a_file_is_no_model_in_one_line() -> None:
+    for name in ("a" * 300, "/" + "a" * 300):
+        with pytest.raises(ModelNotFoundError):
+            resolve(name)
+
+
+def test_gguf_files_are_looked_for_in_a_folder_and_not_in_all_below_it(tmp_path: Path) -> None:
+    deep = tmp_path / "a" / "b" / "c"
+    deep.mkdir(parents=True)
+    (deep / "model-Q8_0.gguf").touch()
+    with pytest.raises(ModelNotFoundError):
+        resolve(str(tmp_path))
+    (tmp_path / "a" / "b" / "model-Q8_0.gguf").touch()
+    assert resolve(str(tmp_path)).path == tmp_path / "a" / "b" / "model-Q8_0.gguf"

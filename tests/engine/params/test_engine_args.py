@@ -1,5 +1,8 @@
 """Engine options: what is refused names what the user turned."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from engine.errors import ConfigError
@@ -103,3 +106,34 @@ def test_a_step_has_a_token_for_every_sequence_or_is_refused_in_vllms_words():
     assert EngineArgs("m", max_num_seqs=32, max_num_batched_tokens=32).batched_tokens(512) == 32
     assert EngineArgs("m", max_num_seqs=600).batched_tokens(512) == 600
     assert EngineArgs("m").batched_tokens(512) == 512
+
+
+@pytest.mark.parametrize(
+    "name", ["trust_remote_code", "enable_prefix_caching", "enable_auto_tool_choice", "use_paged_attention"]
+)
+def test_a_switch_is_what_its_words_say_and_nothing_else_turns_it(name: str) -> None:
+    for value, wanted in {"false": False, "0": False, "No": False, " off ": False, "true": True, "1": True}.items():
+        assert getattr(EngineArgs.from_options("m", {name: value}), name) is wanted
+    for value in ("maybe", "", 0, 1, [], object()):
+        with pytest.raises(ConfigError, match="must be true or false"):
+            EngineArgs.from_options("m", {name: value})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"seed": 1.5}, {"block_size": True}, {"gpu_memory_utilization": True}, {"max_num_seqs": False},
+        {"served_model_name": 5}, {"served_model_name": [5]},
+    ],
+)  # fmt: skip
+def test_values_are_never_cut_or_taken_for_others(given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')} [^\\n]*: must be "):
+        EngineArgs.from_options("m", given)
+
+
+def test_a_model_is_a_name_or_a_path() -> None:
+    assert EngineArgs.from_options(Path("some") / "folder", {}).model == str(Path("some") / "folder")
+    for model in (5, b"x", None, Path):
+        with pytest.raises(ConfigError, match=r"^a model is a name or a path, not of type "):
+            EngineArgs.from_options(model, {})  # type: ignore[arg-type]

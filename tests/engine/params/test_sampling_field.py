@@ -1,8 +1,10 @@
 """A sampling parameter is described once, and every place that lists parameters reads it there."""
 
+import math
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.errors import RequestError
@@ -85,3 +87,39 @@ def test_a_setting_of_the_wrong_kind_is_refused_by_name(value: Any) -> None:
 def test_a_number_may_be_whole_as_a_setting_but_not_a_switch() -> None:
     assert NUMBER.takes_setting(1)
     assert not NUMBER.takes_setting(True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("seed", np.int64(3), 3),
+        ("top_k", np.uint8(5), 5),
+        ("temperature", np.float64(0.5), 0.5),
+        ("temperature", 1, 1),
+        ("stop_token_ids", np.array([1, 2]), (1, 2)),
+        ("logit_bias", {np.int64(5): np.float32(2)}, {5: 2.0}),
+        ("logit_bias", {5: -math.inf}, {5: -math.inf}),
+    ],
+)
+def test_values_are_kept_as_pythons_own(name: str, value: Any, kept: Any) -> None:
+    found = getattr(SamplingParams(**{name: value}), name)
+    assert found == kept
+    assert type(found) is type(kept)
+    for one in found if isinstance(found, tuple) else [*found, *found.values()] if isinstance(found, dict) else []:
+        assert type(one) in (int, float)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, value) for name in ("temperature", "repetition_penalty") for value in (10**400, 1e39)],
+        *[("logit_bias", {5: value}) for value in (10**400, 1e39, -1e39)],
+        *[(name, -(10**400)) for name in ("temperature", "seed", "min_tokens")],
+        *[(name, True) for name in ("seed", "temperature", "max_tokens")],
+        ("stop_token_ids", [True]),
+        ("stop", b"bytes"),
+    ],
+)
+def test_numbers_that_logits_cannot_be_computed_with_are_refused_in_a_line(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"^{name} must [^\n]{{1,200}}$"):
+        SamplingParams(**{name: value})

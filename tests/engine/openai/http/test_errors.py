@@ -34,10 +34,13 @@ def test_an_unknown_model_is_not_found(http: httpx.Client, client: openai.OpenAI
         client.chat.completions.create(model="gpt-9", messages=MESSAGES)
 
 
-def test_a_name_that_utf8_cannot_carry_is_not_found_either(http: httpx.Client) -> None:
-    body = b'{"model": "\\ud800", "messages": [{"role": "user", "content": "hi"}]}'
-    response = http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
-    strict.error(response, 404, "NotFoundError", "model")
+def test_what_json_cannot_carry_is_refused_wherever_it_is(http: httpx.Client) -> None:
+    fields = (b'"model": "\\ud800"', b'"x": {"\\uDFFF": 1}', b'"x": [NaN]', b'"x": -Infinity', b'"x": 1e999')
+    for field in fields:
+        body = b'{"messages": [{"role": "user", "content": "\\ud83d\\ude00"}], %b}' % field
+        response = http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        strict.error(response, 400, "BadRequestError", None)
+        assert "cannot be read" in response.json()["error"]["message"]
 
 
 def test_every_served_name_is_known(http: httpx.Client) -> None:
