@@ -138,9 +138,13 @@ def conversation_list(messages: Any) -> list[Any]:
 def one_prompt(prompt: Any) -> str | list[int]:
     """A prompt as text or token ids: vLLM also takes ``{"prompt": …}`` and ``{"prompt_token_ids": …}``."""
     if isinstance(prompt, Mapping):
+        if not prompt.keys() & {"prompt_token_ids", "prompt"}:
+            raise _no_prompt(prompt)
         prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, bytes | bytearray) or (isinstance(prompt, Sequence) and bool in map(type, prompt)):
+        raise _no_prompt(prompt)
     try:
         return [operator.index(token_id) for token_id in prompt]
     except TypeError:

@@ -95,11 +95,15 @@ def score_text(
     max_model_len: int,
 ) -> Score:
     """Run ``text`` through the model once and score it. Interruptible. Raises RequestError."""
+    if not isinstance(text, str):
+        raise RequestError(f"score takes a text, not {text!r:.60}", param="text")
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=num_alternatives)
+    if params.prompt_logprobs is None:
+        raise RequestError("num_alternatives must be a whole number, got None.", param="num_alternatives")
     tokenizer.check_text(text, 1, max_model_len)
     token_ids = tokenizer.encode(text)
     if len(token_ids) < 2:
         raise RequestError("score needs a text of at least two tokens: the first has nothing before it", param="text")
-    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=num_alternatives)
     stream = submit(token_ids, params)
     try:
         output = stream.result()

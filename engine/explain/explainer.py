@@ -152,6 +152,8 @@ class Explainer:
 
     def explain_latest(self, count: int = 1) -> Explanation:
         """The ``count``-th request from the end. Raises RequestError if no such request is remembered."""
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise RequestError(f"count must be a whole number, got {count!r:.60}", param="count")
         record = self.log.latest(count)
         if record is None:
             known = len(self.log)

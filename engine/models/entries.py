@@ -85,7 +85,10 @@ def _whole(least: int, most: int) -> tuple[str, Callable[[Any], bool]]:
 _OBJECT, _LIST = "an object", "a list of names"
 _NUMBER = ("a number", _is_number)
 _POSITIVE = ("a number above 0", lambda value: _is_number(value) and value > 0)
-_PER_LAYER = ("a number, or a list of one for each layer", lambda value: isinstance(value, list) or _is_number(value))
+_PER_LAYER = (
+    "a number above 0, or a list of one for each layer",
+    lambda value: isinstance(value, list) or (_is_number(value) and value > 0),
+)
 _PARTS = ("a part of a head, from 0 to 1", lambda value: all(_is_number(one) and 0 <= one <= 1 for one in _each(value)))
 _NUMBERS = ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value)))
 

@@ -14,6 +14,8 @@ from engine.models.local import OFFLINE_VARIABLES, ResolvedModel, cached_models,
 from engine.models.pypi import PACKAGE_MODELS, Progress, fetch
 from engine.models.weight_format import Part, Wanted
 
+_READ = (".json", ".jinja", ".model", ".txt", ".safetensors", ".gguf", ".py")
+"""What files that are read end with."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -83,8 +85,16 @@ def _similar_path(path: Path) -> str:
 
 def _open_folder(folder: Path, wanted: Wanted) -> ResolvedModel:
     """``folder`` as a model of the format that it is in."""
+    _check_kinds(folder)
     found = format_of_folder(folder, wanted)
     return ResolvedModel(wanted.model, found.open(folder, wanted), found.kind)
+
+
+def _check_kinds(folder: Path) -> None:
+    """Raise ModelLoadError for a pipe, say, where a file is expected: who reads one waits for who writes it."""
+    for path in (path for path in folder.iterdir() if path.suffix in _READ):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ModelLoadError(f"{folder}: {path.name} is neither a file nor a folder; move it away")
 
 
 def _missing(folder: Path, wanted: Wanted) -> list[str]:

@@ -172,6 +172,10 @@ class EngineArgs:
         self._check_range("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, low_open=True)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             self._check_range(name, getattr(self, name), 1, None)
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if isinstance(value, int) and abs(value) > most:
+                raise self._outside(name, f"of {value.bit_length()} bits", f"at most {most}")
         if self.block_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
             raise self._outside("block_size", self.block_size, "a power of two from 1 to 256")
         if self.dtype not in DTYPES:
@@ -288,6 +292,10 @@ def model_name(model: object) -> str:
         return name
     said = f"a model is a name or a path, not of type {type(model).__name__}"
     raise ConfigError(said, flag="model", value=model, allowed="a name")
+
+
+_MOST = {"max_model_len": 1 << 40, "max_num_seqs": 1 << 20, "max_num_batched_tokens": 1 << 40, "seed": (1 << 63) - 1}
+"""More than can be meant, by option."""
 
 
 def check_batch(max_num_seqs: int | Auto, max_num_batched_tokens: int | None) -> None:

@@ -90,6 +90,6 @@ def _resize(engine: LLMEngine, plan: MemoryPlan) -> None:
     engine.max_model_len = plan.max_model_len
     try:
         engine.runner.resize(sizes, moves)
-    except Exception as error:  # noqa: BLE001  (pages are lost half-way: requests go on from their tokens)
+    except BaseException as error:  # noqa: BLE001  (pages are lost half-way: requests go on from their tokens)
         logger.warning("pages could not be moved (%s): running requests compute them again", error)
         engine.start_over()

@@ -357,3 +357,20 @@ def test_settings_reach_requests_that_say_nothing_else(llm):
     finally:
         llm.settings.reset()
     assert llm.sampling_params().temperature == 1.0
+
+
+@pytest.mark.parametrize("prompt", [b"abc", bytearray(b"abc"), [True], [5, False], {}, {"text": "Hi"}, None])
+def test_what_is_no_prompt_is_refused_in_a_line(llm, prompt):
+    with pytest.raises(RequestError, match=r"^a prompt is a string, a list of token ids"):
+        llm.generate([prompt])
+
+
+def test_what_cannot_be_scored_or_explained_is_refused_in_a_line(llm):
+    for text in (None, 5, ["a"], b"a"):
+        with pytest.raises(RequestError, match=r"^score takes a text, not "):
+            llm.score(text)
+    with pytest.raises(RequestError, match=r"^num_alternatives must be a whole number, got None"):
+        llm.score("a b c", num_alternatives=None)
+    for count in (1.5, None, "1", True):
+        with pytest.raises(RequestError, match=r"^count must be a whole number, got "):
+            llm.explain(count)

@@ -533,3 +533,12 @@ def test_gguf_files_are_looked_for_in_a_folder_and_not_in_all_below_it(tmp_path:
         resolve(str(tmp_path))
     (tmp_path / "a" / "b" / "model-Q8_0.gguf").touch()
     assert resolve(str(tmp_path)).path == tmp_path / "a" / "b" / "model-Q8_0.gguf"
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "chat_template.jinja", "model.safetensors"])
+def test_a_pipe_where_a_file_is_expected_is_refused_and_waits_for_nobody(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ModelLoadError, match=f"{name} is neither a file nor a folder"):
+        resolve(str(tmp_path))

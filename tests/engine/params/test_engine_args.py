@@ -137,3 +137,10 @@ def test_a_model_is_a_name_or_a_path() -> None:
     for model in (5, b"x", None, Path):
         with pytest.raises(ConfigError, match=r"^a model is a name or a path, not of type "):
             EngineArgs.from_options(model, {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["max_model_len", "max_num_seqs", "max_num_batched_tokens", "seed"])
+@pytest.mark.parametrize("value", [1 << 64, 10**400, 1 << 20_000], ids=["64", "400", "20000"])
+def test_numbers_beyond_all_sense_are_refused_by_name(name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} of \d+ bits: must be at most \d+$"):
+        EngineArgs.from_options("m", {name: value})
