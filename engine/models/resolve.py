@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from engine.errors import ModelLoadError, ModelNotFoundError
+from engine.format.text import shortened
 from engine.models.formats import format_of_file, format_of_folder
 from engine.models.local import OFFLINE_VARIABLES, ResolvedModel, cached_models, cached_snapshot, offline, snapshots
 from engine.models.pypi import PACKAGE_MODELS, Progress, fetch
@@ -16,6 +17,7 @@ from engine.models.weight_format import Part, Wanted
 
 _READ = (".json", ".jinja", ".model", ".txt", ".safetensors", ".gguf", ".py")
 """What files that are read end with."""
+_LONGEST_NAME = 200
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -34,6 +36,8 @@ def resolve(
     local = _resolve_local(model, part)
     if local is not None:
         return local
+    if max(map(len, model.split("/"))) > _LONGEST_NAME:
+        raise ModelNotFoundError(f"no model {shortened(model, 60)!r}: no name has {len(model)} characters")
     repo, _, quant = model.partition(":")
     wanted = Wanted(model, quant, part)
     cached = cached_snapshot(repo, revision)

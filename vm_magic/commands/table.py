@@ -8,7 +8,7 @@ from typing import Any
 from IPython.core.error import UsageError
 
 from engine.format.names import closest
-from engine.format.text import aligned
+from engine.format.text import aligned, shortened
 from vm_magic.commands.base import Command, Context
 from vm_magic.commands.parser import CommandParser
 from vm_magic.show.terminal import say
@@ -108,7 +108,7 @@ def run(context: Context, line: str, cell: str | None) -> Any:
         raise UsageError("%%vllm_metal needs a command; %%chat (or %%vllm_metal chat) sends the cell's body")
     name = name or "status"
     if name not in COMMANDS:
-        raise UsageError(f"no command {name!r}; {_meant(name, rest)}")
+        raise UsageError(f"no command {shortened(name, 60)!r}; {_meant(name, rest)}")
     wanted = command(name)
     wanted.check_connection(context.session, rest)
     return wanted.run(context, rest, cell)
