@@ -232,7 +232,7 @@ class LLM:
             if request.remembered and not made.traceless:
                 self.request_log.add(stream, request, max_tokens=made.max_tokens, cache_salt=made.cache_salt)
         except BaseException:
-            thread.abort(request_id)  # an interrupt leaves nobody who could
+            stream.abort()  # an interrupt leaves nobody who could; a refused one is over
             raise
         return stream
 

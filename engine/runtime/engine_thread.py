@@ -77,7 +77,9 @@ class EngineThread:
                     said = (
                         f"request_id {shortened(request_id, 60)!r} is that of a request under way; choose another one."
                     )
-                    raise RequestError(said, param="request_id")
+                    error = RequestError(said, param="request_id")
+                    stream.end(error)  # it never began: nobody may abort the other one by it
+                    raise error
                 self._under_way[request_id] = self._handed_over[request_id] = stream
             stream.when_over(lambda: self._forget(request_id, stream))
             self._about(request_id, "queued", lambda engine: self._add(engine, request, stream))

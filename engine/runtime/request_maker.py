@@ -71,6 +71,8 @@ class RequestMaker:
         **standing: Unpack[Standing],
     ) -> NewRequest:
         """The request; raises ContextLengthError or another RequestError for what can never be served."""
+        if not isinstance(request_id, str):
+            raise RequestError(f"request_id must be a text, got {request_id!r:.60}", param="request_id")
         if not token_ids:
             raise RequestError("The prompt is empty: give at least one token.", param="prompt")
         lowest, highest = min(token_ids), max(token_ids)

@@ -99,10 +99,16 @@ def test_blocks_of_a_prompt_whose_request_ended_meanwhile_are_never_found_unwrit
 
 def test_an_id_names_one_request_under_way_and_is_free_again_behind_it(llm):
     first = llm.submit_prompt([5, 6], LONG, request_id="x")
-    with pytest.raises(RequestError, match="request_id 'x' is that of a request under way"):
-        llm.submit_prompt([8, 9], LONG, request_id="x")
+    for _ in range(3):
+        with pytest.raises(RequestError, match="request_id 'x' is that of a request under way"):
+            llm.submit_prompt([8, 9], LONG, request_id="x")
+    assert len(first.result().outputs[0].token_ids) == 150, "the other one is left alone"
+    first = llm.submit_prompt([5, 6], LONG, request_id="x")
     first.abort()
     assert first.result().outputs[0].finish_reason == "abort"
+    for odd in ([1], 5, b"x"):
+        with pytest.raises(RequestError, match=r"^request_id must be a text, got "):
+            llm.submit_prompt([8, 9], LONG, request_id=odd)
     again = llm.submit_prompt([8, 9], GREEDY, request_id="x")
     assert len(again.result().outputs[0].token_ids) == 10
     assert not llm._thread._under_way
