@@ -172,10 +172,8 @@ class EngineArgs:
         self._check_range("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, low_open=True)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             self._check_range(name, getattr(self, name), 1, None)
-        for name, most in _MOST.items():
-            value = getattr(self, name)
-            if isinstance(value, int) and abs(value) > most:
-                raise self._outside(name, f"of {value.bit_length()} bits", f"at most {most}")
+        for name in _MOST:
+            _check_size(name, getattr(self, name))
         if self.block_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
             raise self._outside("block_size", self.block_size, "a power of two from 1 to 256")
         if self.dtype not in DTYPES:
@@ -298,6 +296,13 @@ _MOST = {"max_model_len": 1 << 40, "max_num_seqs": 1 << 20, "max_num_batched_tok
 """More than can be meant, by option."""
 
 
+def _check_size(name: str, value: object) -> None:
+    most = _MOST.get(name)
+    if most is not None and isinstance(value, int) and abs(value) > most:
+        said = f"--{name.replace('_', '-')} of {value.bit_length()} bits: must be at most {most}"
+        raise ConfigError(said, flag=name, value=value, allowed=f"at most {most}")
+
+
 def check_batch(max_num_seqs: int | Auto, max_num_batched_tokens: int | None) -> None:
     """Raise ConfigError, in vLLM's words, for more sequences than a step has tokens: some of them would never run."""
     if max_num_batched_tokens is None or max_num_seqs == "auto" or max_num_batched_tokens >= max_num_seqs:
@@ -320,6 +325,7 @@ def option_value(name: str, value: Any) -> Any:
         return _switch(name, value)
     if flag is None or flag.kind != "value":
         return _names(name, value) if flag is not None else value
+    _check_size(name, value)
     if isinstance(value, bool) or (flag.parse is int and value != _whole(value)):
         allowed = "a whole number" if flag.parse is int else "a value, not true or false"
         raise ConfigError(f"--{flag.name} {value}: must be {allowed}", flag=name, value=value, allowed=allowed)
