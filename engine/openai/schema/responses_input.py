@@ -171,8 +171,9 @@ def with_instructions(instructions: str | None, messages: Sequence[Message]) -> 
 
 def _is_text(content: Any) -> bool:
     """Whether ``content`` is all text: else it is left to the check of messages, which names what cannot be read."""
-    parts = content if isinstance(content, list) else []
-    return isinstance(content, str) or all(isinstance(part, Mapping) and "text" in part for part in parts or [None])
+    if isinstance(content, list):
+        return all(isinstance(part, Mapping) and "text" in part for part in content)
+    return content is None or isinstance(content, str)
 
 
 def _text(content: Any) -> str:

@@ -40,3 +40,11 @@ def test_one_odd_value_at_any_depth_is_never_an_internal_error(app: FastAPI) -> 
     assert len(drawn) > 10_000
     assert min(counts[200], counts[400]) > len(drawn) // step // 10
     assert set(counts) <= {200, 400, 404}
+
+
+def test_what_a_leading_system_message_holds_beside_text_is_refused_not_dropped(app: FastAPI) -> None:
+    text = {"type": "input_text", "text": "Be brief."}
+    parts = [{"type": "input_image", "image_url": "data:,"}, {"type": "input_file", "file_data": "x"}, 5]
+    bodies = [{"input": [{"role": "system", "content": [text, *more]}, {"role": "user", "content": "Hi"}]} for more in
+              ([], *([part] for part in parts))]  # fmt: skip
+    assert asyncio.run(ask_all(app, [("/v1/responses", body) for body in bodies])) == [200, 400, 400, 400]
