@@ -112,12 +112,15 @@ def interrupt_after(kernel: Kernel, code: str, seconds: float) -> tuple[str, str
     return str(reply["content"].get("ename", "")), str(reply["content"].get("evalue", ""))
 
 
-def answered(ask: Callable[[], Answer], stacks: Path, pid: int) -> Answer:
-    """What ``ask`` gives; where it hangs, where everything stands then."""
+def answered(ask: Callable[[], Answer], stacks: Path, kernel: Kernel) -> Answer:
+    """What ``ask`` gives; where it hangs, where everything stands then, or with what status the kernel ended."""
     try:
         return ask()
     except (TimeoutError, queue.Empty):
-        os.kill(pid, signal.SIGUSR1)
+        process = kernel.manager.provisioner.process
+        if process.poll() is not None:
+            raise AssertionError(f"the kernel ended with status {process.returncode}") from None
+        process.send_signal(signal.SIGUSR1)
         threading.Event().wait(2)
         raise AssertionError(f"it hangs:\n{stacks.read_text()}") from None
 
@@ -125,7 +128,7 @@ def answered(ask: Callable[[], Answer], stacks: Path, pid: int) -> Answer:
 def test_an_interrupt_at_any_moment_leaves_kernel_variables_and_model(
     kernel: Kernel, model: Path, tmp_path: Path
 ) -> None:
-    load, stacks, pid = LOAD.format(model=model), tmp_path / "stacks", kernel.manager.provisioner.pid
+    load, stacks = LOAD.format(model=model), tmp_path / "stacks"
     kernel.run(PREPARE.format(stacks=str(stacks)))
     assert kernel.run(load)[0]["status"] == "ok"
     wanted = kernel.text(SOUND)
@@ -136,15 +139,15 @@ def test_an_interrupt_at_any_moment_leaves_kernel_variables_and_model(
         name = list(CELLS)[number % len(CELLS)]
         code = CELLS[name].replace("{model}", str(model))
         after = rng.random() ** 2 * 0.6
-        ended, said = answered(partial(interrupt_after, kernel, code, after), stacks, pid)
+        ended, said = answered(partial(interrupt_after, kernel, code, after), stacks, kernel)
         found[ended] = found.get(ended, 0) + 1
         assert kernel.manager.is_alive(), f"{name} killed the kernel"
         assert ended in ENDS, (name, ended, said)
         for _ in range(3):  # an interrupt that came late is the next cell's
-            reply, _ = answered(partial(kernel.run, load), stacks, pid)
+            reply, _ = answered(partial(kernel.run, load), stacks, kernel)
             if reply["status"] == "ok":
                 break
         assert reply["status"] == "ok", (name, reply)
-        assert answered(partial(kernel.text, SOUND), stacks, pid) == wanted, (number, name)
+        assert answered(partial(kernel.text, SOUND), stacks, kernel) == wanted, (number, name)
     print(found)
     assert sum(count for ended, count in found.items() if ended) > 0, "nothing was interrupted"
