@@ -22,6 +22,11 @@ def count_text(number: int) -> str:
     return f"{number:,}"
 
 
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first ``most`` names, and how many more there are: ``a, b, c and 2 more``."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def shortened(text: str, longest: int) -> str:
     """``text`` in at most ``longest`` characters, the last of them ``…`` if it is cut."""
     return text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from engine.errors import ConfigError
-from engine.format.text import aligned, count_text
+from engine.format.text import aligned, count_text, listed
 from engine.memory.cache_spec import KVCacheSpec, SetAside, SharedSpec
 from engine.memory.step_cost import StepCost
 from engine.params.engine_args import EngineArgs, check_batch
@@ -309,10 +309,8 @@ def summary(plan: MemoryPlan) -> list[str]:
 
 
 def _missing_line(files: Sequence[str]) -> list[str]:
-    if not files:
-        return []
-    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    return [f"planned from config.json: {', '.join(files[:3])}{more} {'is' if len(files) == 1 else 'are'} not here"]
+    verb = "is" if len(files) == 1 else "are"
+    return [f"planned from config.json: {listed(files)} {verb} not here"] if files else []
 
 
 def group_rows(plan: MemoryPlan) -> list[GroupRow]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from engine.errors import ModelNotFoundError
+from engine.format.text import listed
 from engine.model_card.card import Fact
 from engine.model_card.model_files import Found, ModelFiles, as_mapping
 from engine.model_card.origin import snapshot_commit
@@ -121,9 +122,9 @@ def _index(files: ModelFiles, stored: StoredModel) -> Iterator[Fact]:
             if stored.tensors:
                 files.problem(f"{INDEX} names {_counted(len(gone), 'tensor')} that no file here has ({gone[0]} …)")
         elif missing := sorted(named - {tensor.file for tensor in stored.tensors}):
-            files.remark(f"{INDEX} names {_listed(missing)}, which are not here; all its tensors are, in other files")
+            files.remark(f"{INDEX} names {listed(missing)}, which are not here; all its tensors are, in other files")
         if unnamed := sorted({tensor.file for tensor in stored.tensors} - named):
-            files.remark(f"{INDEX} does not name {_listed(unnamed)}, which mlx-lm reads as well")
+            files.remark(f"{INDEX} does not name {listed(unnamed)}, which mlx-lm reads as well")
     elif index:
         files.problem(f"{INDEX}: has no weight_map; fetch the file again")
     if not stored.tensors and (size := as_mapping(index.get("metadata")).get("total_size")):
@@ -143,7 +144,7 @@ def _note_missing(files: ModelFiles) -> None:
         except ModelNotFoundError as error:
             files.problem(str(error))
         return
-    files.remark(f"the weights are not here ({_listed(missing)}): a load fetches them")
+    files.remark(f"the weights are not here ({listed(missing)}): a load fetches them")
 
 
 def _missing(files: ModelFiles) -> list[str]:
@@ -270,8 +271,3 @@ def _count_text(count: int) -> str:
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

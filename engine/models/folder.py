@@ -10,6 +10,7 @@ from operator import index as whole
 from pathlib import Path
 
 from engine.errors import ModelLoadError, ModelNotFoundError
+from engine.format.text import listed
 from engine.models.weight_format import TOKENIZER_FILES, CachedModel, Part, Wanted, WeightFormat, read_json
 
 _WEIGHT_FILES, _INDEX = "model*.safetensors", "model.safetensors.index.json"
@@ -54,8 +55,7 @@ class FolderFormat(WeightFormat):
                 f"{wanted.model}: has weights in {other[0]}, but only {_WEIGHT_FILES} are read; rename the files so"
             )
         if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise ModelNotFoundError(f"{wanted.model}: {', '.join(missing[:3])}{more} missing in {folder}")
+            raise ModelNotFoundError(f"{wanted.model}: {listed(missing)} missing in {folder}")
         return folder
 
     def to_download(self, files: Sequence[str], wanted: Wanted) -> list[str] | None:

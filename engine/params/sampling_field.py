@@ -195,7 +195,7 @@ class SamplingField:
             raise refuse(name, self.kind.must, _quoted(value)) from None
         for bounds in self.ranges:
             if kept not in bounds:
-                raise refuse(name, str(bounds), kept if isinstance(kept, float) else _quoted(kept))
+                raise refuse(name, str(bounds), _quoted(kept))
         return kept
 
 
